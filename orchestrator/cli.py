@@ -1,0 +1,114 @@
+"""The command line. Heavy imports wait until a command needs them: help, validate, schema and plan import neither torch nor ray."""
+
+import argparse
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from specs.errors import RaypruneError
+from specs.job import JobSpec
+from specs.loader import load_job
+from specs.schema import job_schema_text
+
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 ok, 2 spec, 3 model, 4 resources, 5 verification, 130 interrupted."""
+    options = _parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        options.command(options)
+    except RaypruneError as error:
+        print(f"rayprune: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("rayprune: interrupted; run the same command again to go on", file=sys.stderr)
+        return INTERRUPTED
+    except Exception:  # the process boundary: a bug, shown in full
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="rayprune", description="Prune large language models, layer by layer, on Ray.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    run = _job_command(commands, "run", _run, "run a job, or go on where an earlier attempt stopped")
+    run.add_argument("--out", type=Path, required=True, help="run folder: tasks, model/ and report.json")
+    _job_command(commands, "plan", _plan, "show what a job will do, from the model's headers alone")
+    _job_command(commands, "validate", _validate, "check a job file")
+    schema = commands.add_parser("schema", help="print the JSON schema of job files")
+    schema.set_defaults(command=lambda _: print(job_schema_text(), end=""))
+    for name, command, text in (
+        ("report", _report, "show the report of a run"),
+        ("verify", _verify, "check a run's files and that its model loads"),
+    ):
+        parser_of_run = commands.add_parser(name, help=text)
+        parser_of_run.add_argument("run", type=Path, metavar="RUN", help="run folder")
+        parser_of_run.set_defaults(command=command)
+    return parser
+
+
+def _job_command(commands: Any, name: str, command: Any, text: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text)
+    parser.add_argument("job", type=Path, metavar="JOB.yaml", help="job file")
+    parser.add_argument("--set", action="append", default=[], metavar="a.b=c", dest="overrides", help="override a field; may be repeated")
+    parser.set_defaults(command=command)
+    return parser
+
+
+def _load(options: argparse.Namespace) -> JobSpec:
+    return load_job(options.job, options.overrides)
+
+
+def _run(options: argparse.Namespace) -> None:
+    from orchestrator.progress import ProgressView
+    from orchestrator.report import print_report
+    from orchestrator.run import run_job
+
+    with ProgressView() as view:
+        report = run_job(_load(options), options.out, view.show)
+    print_report(report)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from orchestrator.plan import make_plan, print_plan
+    from workers.checkpoint import open_checkpoint
+
+    job = _load(options)
+    print_plan(make_plan(job, open_checkpoint(Path(job.model.path))))
+
+
+def _validate(options: argparse.Namespace) -> None:
+    _load(options)
+    print(f"{options.job}: valid")
+
+
+def _report(options: argparse.Namespace) -> None:
+    from orchestrator.report import print_report, read_report
+
+    print_report(read_report(options.run))
+
+
+def _verify(options: argparse.Namespace) -> None:
+    from orchestrator.export import verify_run
+    from orchestrator.report import read_report
+    from workers.layout import model_folder
+
+    tasks = verify_run(options.run)
+    from workers.export import check_loads
+
+    check_loads(model_folder(options.run), read_report(options.run)["parameters"]["after"])
+    print(f"{options.run}: {len(tasks)} tasks agree with their records, the model loads")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

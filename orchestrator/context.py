@@ -1,0 +1,71 @@
+"""What every stage of a job is given."""
+
+import resource
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from orchestrator.executor import Executor
+from orchestrator.failures import Decision, WorkerFailure, decide, stopping_error
+from orchestrator.plan import Plan
+from orchestrator.run_folder import RunFolder
+from specs.job import JobSpec
+from workers.checkpoint import Checkpoint
+
+T = TypeVar("T")
+
+
+@dataclass
+class Context:
+    """The job, its plan, its folder, and the workers."""
+
+    job: JobSpec
+    checkpoint: Checkpoint
+    plan: Plan
+    folder: RunFolder
+    executor: Executor
+    show: Callable[[dict[str, Any]], None]
+
+    def emit(self, event: str, **fields: Any) -> None:
+        """Record an event and show it."""
+        record = {"event": event} | fields
+        self.folder.emit(record)
+        self.show(record)
+
+    @contextmanager
+    def stage(self, name: str, steps: int) -> Iterator[None]:
+        """Mark the beginning and end of a stage of so many steps."""
+        start = time.monotonic()
+        self.emit("stage-started", stage=name, steps=steps)
+        yield
+        self.emit("stage-finished", stage=name, steps=steps, seconds=time.monotonic() - start, peak_memory_bytes=self.peak_memory_bytes())
+
+    def peak_memory_bytes(self) -> dict[str, int]:
+        """Peak resident memory of the driver and of every worker that has answered, in bytes."""
+        return {"driver": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024} | self.executor.peak_memory_bytes
+
+    def attempt(self, task: str, work: Callable[[], T]) -> T:
+        """Do a task's work, again after a lost worker, as often as the failure policy says.
+
+        Raises:
+            ResourceError: the policy says stop.
+        """
+        failed = 0
+        while True:
+            try:
+                return work()
+            except WorkerFailure as error:
+                failed += 1
+                decision = decide(error.failure, failed, self.job.parallel.retries)
+                self.emit("worker-failed", task=task, detail=str(error), decision=decision.value)
+                if decision is Decision.STOP:
+                    raise stopping_error(error, task, failed) from None
+                self._replace_lost(task)
+
+    def _replace_lost(self, task: str) -> None:
+        try:
+            self.executor.replace_lost()
+        except WorkerFailure as error:
+            raise stopping_error(error, task, 1) from None

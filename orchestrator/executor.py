@@ -1,0 +1,99 @@
+"""Where steps run. An executor starts workers on first use, hands them steps, and returns their small receipts.
+
+A step's payload stays where it was made, behind a handle that can be given to another step.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from specs.job import JobSpec
+
+Receipt = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Call:
+    """A step under way: its receipt and its payload, as handles of the executor."""
+
+    worker: int
+    receipt: Any
+    payload: Any
+
+
+class Executor(ABC):
+    """Interchangeable workers behind one interface; results do not depend on which one is used."""
+
+    def __init__(self, job: JobSpec, run_folder: Path, keep_inputs: bool) -> None:
+        self.job, self.run_folder, self.keep_inputs = job, run_folder, keep_inputs
+        self.num_workers = job.parallel.workers
+        self.peak_memory_bytes: dict[str, int] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @abstractmethod
+    def submit(self, worker: int, method: str, *args: Any) -> Call:
+        """Start a step on a worker; payload handles among `args` are resolved where the step runs.
+
+        Raises:
+            WorkerFailure: workers cannot be started.
+        """
+
+    @abstractmethod
+    def _receipts(self, calls: Sequence[Call]) -> list[Receipt]:
+        """The receipts of some steps, in order, failing as soon as one fails."""
+
+    def wait(self, calls: Sequence[Call]) -> list[Receipt]:
+        """The receipts of some steps, in order.
+
+        Raises:
+            RaypruneError: the step's own error.
+            WorkerFailure: the machinery failed.
+        """
+        receipts = self._receipts(calls)
+        for call, receipt in zip(calls, receipts, strict=True):
+            name = f"worker-{call.worker}"
+            self.peak_memory_bytes[name] = max(self.peak_memory_bytes.get(name, 0), receipt["peak_memory_bytes"])
+        return receipts
+
+    @abstractmethod
+    def replace_lost(self) -> list[int]:
+        """Start new workers for those that no longer answer; returns their numbers."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Stop all workers."""
+
+
+class InProcessExecutor(Executor):
+    """One worker in the driver's own process; steps run as they are submitted."""
+
+    def __init__(self, job: JobSpec, run_folder: Path, keep_inputs: bool) -> None:
+        super().__init__(job, run_folder, keep_inputs)
+        self.num_workers = 1
+        self._worker: Any = None
+
+    def submit(self, worker: int, method: str, *args: Any) -> Call:
+        """Run the step now."""
+        if self._worker is None:
+            from workers.worker import Worker  # brings torch: only when there is work
+
+            self._worker = Worker(self.job, str(self.run_folder), self.job.parallel.device, self.keep_inputs)
+        return Call(worker, *getattr(self._worker, method)(*args))
+
+    def _receipts(self, calls: Sequence[Call]) -> list[Receipt]:
+        return [call.receipt for call in calls]
+
+    def replace_lost(self) -> list[int]:
+        """Nothing can be lost without this process."""
+        return []
+
+    def close(self) -> None:
+        """Drop the worker."""
+        self._worker = None

@@ -1,0 +1,104 @@
+"""The reducer: index, config, tokenizer and the exported folder's manifest. Weights are only given their final names.
+
+The folder loads with plain `AutoModelForCausalLM.from_pretrained`; the load gate proves it before the task is finished.
+"""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from orchestrator.context import Context
+from specs.errors import VerificationError
+from workers.checkpoint import INDEX_NAME, read_header
+from workers.config_patch import patched_config
+from workers.files import Manifest, commit, copy_file, damaged_files, link_file, read_manifest, write_json
+from workers.layout import EXPORT_TASK, LAYER_FILE, OUTER_FILE, OUTER_TASK, layer_task, model_folder, task_folder
+
+COPIED = (
+    "tokenizer*",
+    "*.jinja",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+)
+NEVER_COPIED = (".py", ".bin", ".pt", ".pth", ".pkl")
+
+
+def export_model(context: Context, layers: Sequence[Manifest]) -> Manifest:
+    """Assemble `model/` from the finished layers and check that it loads; the manifest of the task.
+
+    Raises:
+        VerificationError: the folder does not load as planned.
+    """
+    folder, executor = context.folder, context.executor
+    with context.stage("export", 1):
+        outer = folder.fingerprint(OUTER_TASK, context.checkpoint.identity)
+        if folder.finished(OUTER_TASK, outer) is None:
+            context.attempt(OUTER_TASK, lambda: executor.wait([executor.submit(0, "write_outer", outer)]))
+        outer_done = folder.finished(OUTER_TASK, outer)
+        assert outer_done is not None
+        expected = folder.fingerprint(EXPORT_TASK, outer_done.digest, *(manifest.digest for manifest in layers))
+        done = folder.finished(EXPORT_TASK, expected)
+        if done:
+            return done
+        _assemble(context)
+        parameters = context.plan.shape.parameters
+        context.attempt(EXPORT_TASK, lambda: executor.wait([executor.submit(0, "check_export", parameters)]))
+        model = model_folder(folder.path)
+        return commit(model, EXPORT_TASK, expected, [file.name for file in model.iterdir()], {"parameters": parameters})
+
+
+def _assemble(context: Context) -> None:
+    """Give every finished file its final name, then write config and, last, the index."""
+    run, model, source = context.folder.path, model_folder(context.folder.path), context.checkpoint
+    if model.is_dir():
+        shutil.rmtree(model)  # what an unfinished attempt left
+    total = source.num_layers + 1
+    finished = [task_folder(run, OUTER_TASK) / OUTER_FILE]
+    finished += [task_folder(run, layer_task(layer)) / LAYER_FILE for layer in range(source.num_layers)]
+    names = [f"model-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1)]
+    for file, name in zip(finished, names, strict=True):
+        link_file(file, model / name)
+    for file in _side_files(source.path):
+        copy_file(file, model / file.name)
+    config = patched_config(source.config, context.plan.shape.kept, context.job.export.target, context.job.export.dtype)
+    write_json(model / "config.json", config)
+    _write_index(model, names)
+
+
+def _side_files(source: Path) -> list[Path]:
+    """Tokenizer, chat template, generation config and licence; never code, never pickles."""
+    found = {file for pattern in COPIED for file in source.glob(pattern)}
+    return sorted(file for file in found if file.is_file() and file.suffix not in NEVER_COPIED)
+
+
+def _write_index(model: Path, names: Sequence[str]) -> None:
+    tensors = {tensor: info for name in names for tensor, info in read_header(model / name).items()}
+    metadata = {
+        "total_size": sum(info.num_bytes for info in tensors.values()),
+        "total_parameters": sum(info.num_parameters for info in tensors.values()),
+    }
+    write_json(model / INDEX_NAME, {"metadata": metadata, "weight_map": {name: tensors[name].file for name in sorted(tensors)}})
+
+
+def verify_run(run: Path) -> list[str]:
+    """Compare every recorded file of a finished run with its record; the names of the tasks that were checked.
+
+    Raises:
+        VerificationError: the run is not finished, or a file differs.
+    """
+    if read_manifest(model_folder(run)) is None:
+        raise VerificationError(f"{run}: no exported model here; run the job to its end first")
+    tasks = [EXPORT_TASK, *sorted(path.name for path in (run / "tasks").iterdir())]
+    for task in tasks:
+        manifest = read_manifest(task_folder(run, task))
+        if manifest is None:
+            raise VerificationError(f"{run}: task {task} is not finished; run the job again")
+        if damaged := damaged_files(task_folder(run, task), manifest):
+            raise VerificationError(f"{task_folder(run, task) / damaged[0]}: differs from its record; run the job again to rebuild it")
+    return tasks

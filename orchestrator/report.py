@@ -1,0 +1,109 @@
+"""report.json: what was removed, what it cost, how good the result is; and the same as tables."""
+
+import json
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from orchestrator.context import Context
+from orchestrator.progress import print_table
+from orchestrator.run_folder import REPORT_FILE, environment, seconds_per_stage
+from specs.errors import SpecError
+from workers.checkpoint import open_checkpoint
+from workers.files import Manifest, write_json
+from workers.layout import model_folder
+
+Losses = dict[str, dict[str, float]] | None
+
+
+def write_report(context: Context, layers: Sequence[Manifest], losses: Losses) -> dict[str, Any]:
+    """Write report.json; sizes are read off the exported folder, not the plan. Returns the report."""
+    before, after = context.checkpoint, open_checkpoint(model_folder(context.folder.path))
+    events = context.folder.events()
+    seconds = seconds_per_stage(events)
+    report = {
+        "schema_version": 1,
+        "rayprune_version": version("rayprune"),
+        "environment": environment(),
+        "method": context.job.method.model_dump(mode="json"),
+        "shape": context.plan.shape.kept,
+        "parameters": {"before": before.parameters, "after": after.parameters},
+        "decoder_parameters": {"before": before.decoder_parameters, "after": after.decoder_parameters},
+        "bytes_on_disk": {"before": before.bytes_on_disk, "after": after.bytes_on_disk},
+        "perplexity": {name: result["perplexity"] for name, result in losses.items()} if losses else None,
+        "evaluation": _evaluation(context, losses),
+        "calibration": context.job.calibration.model_dump(mode="json"),
+        "seconds": seconds | {"total": sum(seconds.values())},
+        "peak_memory_bytes": _peaks(events),
+        "layers": [{"layer": number} | {"groups": manifest.info["groups"]} for number, manifest in enumerate(layers)],
+    }
+    write_json(context.folder.path / REPORT_FILE, report)
+    return report
+
+
+def _evaluation(context: Context, losses: Losses) -> dict[str, Any] | None:
+    """The protocol behind the perplexities: numbers from different protocols cannot be compared."""
+    if context.job.evaluation is None or losses is None:
+        return None
+    counts = {key: losses["before"][key] for key in ("windows", "scored_tokens")}
+    stride = context.job.evaluation.stride or context.job.evaluation.window
+    return context.job.evaluation.model_dump(mode="json") | {"stride": stride} | counts
+
+
+def _peaks(events: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """Peak resident memory over all attempts, in bytes."""
+    peaks: dict[str, int] = {}
+    for event in events:
+        for name, value in event.get("peak_memory_bytes", {}).items():
+            peaks[name] = max(peaks.get(name, 0), value)
+    return peaks
+
+
+def read_report(run: Path) -> dict[str, Any]:
+    """The report of a finished run.
+
+    Raises:
+        SpecError: there is none.
+    """
+    try:
+        report: dict[str, Any] = json.loads((run / REPORT_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise SpecError(f"{run}: no {REPORT_FILE} here; name the folder of a finished run") from None
+    return report
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """Show a report as tables."""
+    rows = [_change(name, report[name], "{:,.0f}") for name in ("parameters", "decoder_parameters", "bytes_on_disk")]
+    if report["perplexity"]:
+        rows.append(_change("perplexity", report["perplexity"], "{:.3f}"))
+    print_table("result", ["", "before", "after", "after / before"], rows)
+    if protocol := report["evaluation"]:
+        print(
+            f"perplexity: {protocol['path']}, window {protocol['window']}, stride {protocol['stride']}, "
+            f"{protocol['windows']} windows, {protocol['scored_tokens']} scored tokens"
+        )
+    columns = ["layer", "group", "kept", "damping", "training error", "held-out error"]
+    print_table("layers", columns, [row for layer in report["layers"] for row in _layer_rows(layer)])
+    print("seconds: " + ", ".join(f"{stage} {value:.1f}" for stage, value in report["seconds"].items()))
+    print("peak memory: " + ", ".join(f"{name} {value / 2**30:.2f} GiB" for name, value in report["peak_memory_bytes"].items()))
+
+
+def _change(name: str, values: dict[str, float], form: str) -> list[str]:
+    before, after = values["before"], values["after"]
+    return [name, form.format(before), form.format(after), f"{after / before:.4f}"]
+
+
+def _layer_rows(layer: dict[str, Any]) -> list[list[str]]:
+    return [
+        [
+            str(layer["layer"]),
+            name,
+            f"{g['kept']}/{g['of']}",
+            f"{g['damping']:g}",
+            f"{g['training_error']:.4f}",
+            f"{g['held_out_error']:.4f}",
+        ]
+        for name, g in layer["groups"].items()
+    ]

@@ -1,0 +1,72 @@
+"""The story of a job: plan, tokenise, choose the shape, sweep, export, evaluate, report."""
+
+import os
+import secrets
+import shutil
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from orchestrator import export, stages, sweep
+from orchestrator.context import Context
+from orchestrator.executor import Executor, InProcessExecutor
+from orchestrator.plan import Plan, make_plan
+from orchestrator.report import write_report
+from orchestrator.run_folder import PLAN_FILE, RunFolder
+from specs.errors import ResourceError
+from specs.job import JobSpec
+from workers.checkpoint import open_checkpoint
+from workers.files import write_json
+
+Show = Callable[[dict[str, Any]], None]
+
+
+def run_job(job: JobSpec, out: Path, show: Show) -> dict[str, Any]:
+    """Run a job to its end, or go on where an earlier attempt stopped; returns the report.
+
+    Raises:
+        RaypruneError: as its subclasses say; finished tasks are kept.
+    """
+    checkpoint = open_checkpoint(Path(job.model.path))
+    plan = make_plan(job, checkpoint)
+    with ExitStack() as stack:
+        folder = stack.enter_context(RunFolder(out, job))
+        executor = stack.enter_context(make_executor(job, folder.path, plan))
+        context = Context(job, checkpoint, plan, folder, executor, show)
+        context.emit("run-started", job=str(folder.path), workers=executor.num_workers, executor=job.cluster.executor)
+        _check_disk(folder.path, plan)
+        tokens = stages.tokenize(context)
+        context.plan = plan.chosen(stages.choose_shape(context, tokens))
+        write_json(folder.path / PLAN_FILE, context.plan.document())
+        layers = sweep.prune_layers(context, tokens)
+        exported = export.export_model(context, layers)
+        losses = stages.evaluate(context, exported)
+        context.emit("run-finished")
+        return write_report(context, layers, losses)
+
+
+def make_executor(job: JobSpec, run_folder: Path, plan: Plan) -> Executor:
+    """The executor a job asks for; Ray is imported only when it is used."""
+    if job.cluster.executor == "in-process":
+        return InProcessExecutor(job, run_folder, plan.keep_inputs)
+    if job.cluster.address == "local":
+        _secure_local_ray()
+    from orchestrator.ray_executor import RayExecutor
+
+    return RayExecutor(job, run_folder, plan.keep_inputs)
+
+
+def _secure_local_ray() -> None:
+    """Give a private Ray a token of its own; it is read when Ray is imported, and left alone it would go to the home folder."""
+    if "ray" not in sys.modules:
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+
+def _check_disk(path: Path, plan: Plan) -> None:
+    free = shutil.disk_usage(path).free
+    if free < plan.output_bytes and not (path / "model").exists():
+        raise ResourceError(f"{path}: the pruned model needs {plan.output_bytes} bytes, {free} are free; choose another --out")

@@ -1,0 +1,115 @@
+"""The short stages around the sweep: tokens, the shape, perplexity."""
+
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from orchestrator.context import Context
+from orchestrator.plan import Shape
+from workers.files import Manifest, commit, record_of
+from workers.layout import CALIBRATION_TASK, EVALUATION_TASK, SHAPE_TASK, model_folder, task_folder
+from workers.shards import even_parts
+
+
+def tokenize(context: Context) -> Manifest:
+    """The calibration text as tokens; the manifest of the task."""
+    part = context.job.calibration.model_dump(mode="json", include={"format", "field", "samples", "sequence_length"})
+    with context.stage("tokenize", 1):
+        return _tokens(context, CALIBRATION_TASK, part, Path(context.job.calibration.path))
+
+
+def _tokens(context: Context, task: str, part: dict[str, Any], text: Path) -> Manifest:
+    """Tokenise one text, once; depends on the text, the tokenizer and the cutting, not on the rest of the job."""
+    tokenizer = [record_of(file).sha256 for file in sorted(context.checkpoint.path.glob("tokenizer*"))]
+    digest = record_of(text).sha256 if text.is_file() else ""  # the worker reports a missing text, naming its field
+    expected = context.folder.fingerprint(task, *tokenizer, digest, part=part)
+    return _done_once(context, task, expected, lambda: context.executor.wait([context.executor.submit(0, "tokenize", task, expected)]))
+
+
+def _done_once(context: Context, task: str, expected: str, work: Any) -> Manifest:
+    """The task's manifest, after doing its work unless that is done already."""
+    done = context.folder.finished(task, expected)
+    if done is None:
+        context.attempt(task, work)
+        done = context.folder.finished(task, expected)
+        assert done is not None, f"{task} left no manifest"
+    return done
+
+
+def choose_shape(context: Context, tokens: Manifest) -> Shape:
+    """The shape with the least predicted output error: mean over probed layers of each group's squared relative error.
+
+    The dense model is run on a few calibration windows; errors are those of the method's own selection and correction,
+    on held-out windows.
+    """
+    shapes = context.plan.shapes
+    expected = context.folder.fingerprint(SHAPE_TASK, context.checkpoint.identity, tokens.digest)
+    if len(shapes) > 1 and (done := context.folder.finished(SHAPE_TASK, expected)):
+        return Shape(**done.info["result"])  # type: ignore[arg-type]
+    if len(shapes) == 1:
+        return shapes[0]
+    probed = [part.start for part in even_parts(context.plan.num_layers, min(context.job.budget.probe_layers, context.plan.num_layers))]
+    with context.stage("probe", len(probed)):
+        predicted = context.attempt(SHAPE_TASK, lambda: [_probe_layer(context, layer) for layer in probed])
+    errors = [sum(layer[index] for layer in predicted) / len(predicted) for index in range(len(shapes))]
+    best = shapes[min(range(len(shapes)), key=errors.__getitem__)]
+    candidates = [asdict(shape) | {"predicted_error": error} for shape, error in zip(shapes, errors, strict=True)]
+    commit(task_folder(context.folder.path, SHAPE_TASK), SHAPE_TASK, expected, [], {"result": asdict(best), "candidates": candidates})
+    context.emit("shape-chosen", **asdict(best), candidates=candidates)
+    return best
+
+
+def _probe_layer(context: Context, layer: int) -> list[float]:
+    """Squared relative output error of every open shape at one layer, summed over its groups."""
+    executor, samples = context.executor, context.job.budget.probe_samples
+    held_out = max(1, samples // 4)
+    owned = [part for part in even_parts(samples, executor.num_workers) if part]
+    collected = [executor.submit(worker, "probe", layer, (part.start, part.stop), held_out) for worker, part in enumerate(owned)]
+    executor.wait(collected)
+    wanted = sorted({(name, kept) for shape in context.plan.shapes for name, kept in shape.kept.items() if kept < context.plan.units[name]})
+    payloads = [call.payload for call in collected]
+    calls = [executor.submit(i % executor.num_workers, "predict", layer, *unit, held_out, *payloads) for i, unit in enumerate(wanted)]
+    errors = dict(zip(wanted, (receipt["held_out_error"] ** 2 for receipt in executor.wait(calls)), strict=True))
+    context.emit("step-finished", stage="probe", layer=layer, peak_memory_bytes=context.peak_memory_bytes())
+    return [sum(errors.get(item, 0.0) for item in shape.kept.items()) for shape in context.plan.shapes]
+
+
+def evaluate(context: Context, exported: Manifest) -> dict[str, dict[str, float]] | None:
+    """Perplexity of the dense (`before`) and the exported model (`after`) under the same code, with its token count."""
+    spec = context.job.evaluation
+    if spec is None:
+        return None
+    with context.stage("evaluate", 2):
+        text_part = spec.model_dump(mode="json")
+        tokens = _tokens(context, EVALUATION_TASK, text_part, Path(spec.path))
+        models = {
+            "before": (context.checkpoint.path, context.checkpoint.identity),
+            "after": (model_folder(context.folder.path), exported.digest),
+        }
+        results: dict[str, dict[str, float]] = {}
+        for name, (path, identity) in models.items():
+            task = f"evaluate-{name}"
+            part = text_part | {"dtype": context.job.model.dtype, "device": context.job.parallel.device}
+            expected = context.folder.fingerprint(task, identity, tokens.digest, part=part)
+            done = context.folder.finished(task, expected)
+            results[name] = done.info["result"] if done else _perplexity(context, task, path, expected, tokens)  # type: ignore[assignment]
+            context.emit("step-finished", stage="evaluate", model=name, **results[name])
+    return results
+
+
+def _perplexity(context: Context, task: str, model: Path, expected: str, tokens: Manifest) -> dict[str, float]:
+    spec, executor = context.job.evaluation, context.executor
+    assert spec is not None
+    num_windows, window = tokens.info["shape"]  # type: ignore[misc]
+    parts = even_parts(num_windows, executor.num_workers)
+
+    def work() -> list[float]:
+        calls = [executor.submit(worker, "evaluate", str(model), (part.start, part.stop)) for worker, part in enumerate(parts)]
+        return [loss for receipt in executor.wait(calls) for loss in receipt["losses"]]
+
+    losses = context.attempt(task, work)
+    scored = (window - 1) + (num_windows - 1) * min(spec.stride or window, window - 1)
+    result = {"perplexity": math.exp(math.fsum(losses) / scored), "scored_tokens": scored, "windows": num_windows}
+    commit(task_folder(context.folder.path, task), task, expected, [], {"result": result})
+    return result

@@ -1,0 +1,33 @@
+"""The errors a user can meet. Each says what, where and what to do, and carries the exit code of the command line."""
+
+from typing import ClassVar
+
+
+class RaypruneError(Exception):
+    """Base of every error that is reported to the user without a traceback."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class SpecError(RaypruneError):
+    """The job file, an override, an input text or the run folder does not fit the job."""
+
+    exit_code = 2
+
+
+class ModelError(RaypruneError):
+    """The model folder is missing, damaged, unsupported, or holds non-finite weights."""
+
+    exit_code = 3
+
+
+class ResourceError(RaypruneError):
+    """The job needs more workers, memory or time than there is."""
+
+    exit_code = 4
+
+
+class VerificationError(RaypruneError):
+    """A written file differs from its record, or the exported model does not load as planned."""
+
+    exit_code = 5

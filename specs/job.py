@@ -1,0 +1,208 @@
+"""The job: every option of a run, with its unit and its bounds.
+
+All models are frozen and closed: an unknown key is an error, and a validated job never changes.
+A field's docstring is its documentation in the JSON schema.
+"""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from specs.methods import MethodSpec, StatOptions
+
+_UNITS = {"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+
+
+def parse_bytes(value: object) -> object:
+    """Turn `8GiB`, `500 MB` or a plain integer into bytes.
+
+    Raises:
+        ValueError: the text is no number with a known unit.
+    """
+    if not isinstance(value, str):
+        return value
+    number = value.strip().rstrip("iBbKkMmGgTt").strip()
+    unit = value.strip()[len(number) :].strip().lower() or "b"
+    try:
+        return int(float(number) * _UNITS[unit])
+    except (ValueError, KeyError, OverflowError):
+        raise ValueError(f"{value!r} is not a size; write for example 8GiB, 500MB or a number of bytes") from None
+
+
+class PathMarker:
+    """Marks a field that holds a path, so that the loader can resolve it against the job file's folder."""
+
+
+LocalPath = Annotated[str, Field(min_length=1), PathMarker()]
+ByteSize = Annotated[int, BeforeValidator(parse_bytes, json_schema_input_type=int | str), Field(ge=1)]
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, closed, documented by the docstrings under its fields."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class ModelSpec(Section):
+    """The model to prune."""
+
+    path: LocalPath
+    """Folder with `config.json`, the tokenizer and safetensors weights."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Floating-point type of the forward passes; `auto`: the checkpoint's own on a GPU, float32 on a CPU."""
+
+
+class TextSpec(Section):
+    """A text, tokenised once as a whole and cut into windows."""
+
+    path: LocalPath
+    """UTF-8 text file, or JSON Lines."""
+    format: Literal["auto", "text", "jsonl"] = "auto"
+    """How the file is read; `auto`: JSON Lines when the name ends in .jsonl, else plain text."""
+    field: str = Field(default="text", min_length=1)
+    """JSON Lines: the key that holds a document's text; documents are joined by a blank line."""
+
+
+class CalibrationSpec(TextSpec):
+    """The text whose activations decide what is kept."""
+
+    samples: int = Field(default=128, ge=2, le=1_000_000)
+    """Number of windows, taken from the start of the text."""
+    sequence_length: int = Field(default=2048, ge=8, le=1_048_576)
+    """Length of one window, in tokens."""
+    shards: int = Field(default=8, ge=2, le=4096)
+    """Number of logical shards the windows are split into, in order; at most one worker per shard. Part of the result."""
+    held_out_shards: int = Field(default=1, ge=1)
+    """How many of the last shards are held out while the damping is chosen (the final fit uses all of them)."""
+
+    @model_validator(mode="after")
+    def _shards_fit(self) -> Self:
+        if self.shards > self.samples:
+            raise ValueError(f"shards ({self.shards}) must not exceed samples ({self.samples})")
+        if self.held_out_shards >= self.shards:
+            raise ValueError(f"held_out_shards ({self.held_out_shards}) must be smaller than shards ({self.shards})")
+        return self
+
+
+class BudgetSpec(Section):
+    """How much goes."""
+
+    sparsity: float = Field(default=0.2, gt=0.0, lt=1.0)
+    """Fraction of the decoder-layer parameters removed, at least."""
+    round_to: int = Field(default=64, ge=1, le=4096)
+    """The FFN width that stays is a multiple of this, in channels."""
+    kv_groups: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """KV groups that stay in every layer; `auto`: chosen against the FFN width by predicted output error."""
+    probe_samples: int = Field(default=4, ge=2, le=4096)
+    """Calibration windows used to predict output errors when `kv_groups` is `auto`."""
+    probe_layers: int = Field(default=8, ge=1, le=4096)
+    """Layers, evenly spaced, at which output errors are predicted when `kv_groups` is `auto`."""
+
+
+class CorrectionSpec(Section):
+    """The least-squares correction that is folded into the next weight."""
+
+    damping: Annotated[float, Field(ge=0.0, le=1e6)] | Literal["held-out"] = "held-out"
+    """Ridge added to the statistic, as a multiple of its mean diagonal; `held-out`: the candidate with the least held-out error."""
+    candidates: tuple[Annotated[float, Field(gt=0.0, le=1e6)], ...] = Field(
+        default=(1e-3, 1e-2, 3e-2, 1e-1, 3e-1), min_length=1, max_length=32
+    )
+    """Damping values tried when `damping` is `held-out`, as multiples of the mean diagonal."""
+
+
+class ParallelSpec(Section):
+    """How the work is spread. The result does not depend on `workers` and `retries`."""
+
+    workers: int = Field(default=1, ge=1, le=4096)
+    """Number of worker processes."""
+    placement: Literal["shards"] = "shards"
+    """`shards`: the calibration shards are split over the workers and every layer visits all of them."""
+    threads_per_worker: int = Field(default=1, ge=1, le=1024)
+    """CPU threads of one worker. Part of the result: factorisations round differently with other thread counts."""
+    micro_batch: int = Field(default=4, ge=1, le=4096)
+    """Windows that go through a layer together. Part of the result."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where workers compute; `auto`: one GPU per worker when there are enough, else the CPU."""
+    retries: int = Field(default=2, ge=0, le=100)
+    """How often a layer is tried again after a worker was lost."""
+
+
+class MemorySpec(Section):
+    """What a worker may hold."""
+
+    worker: ByteSize | None = None
+    """Memory of one worker in bytes (or `8GiB`); activations are recomputed instead of kept when they do not fit. null: no limit."""
+    checkpoint_layers: int = Field(default=4, ge=0, le=10_000)
+    """Hidden states are saved every so many layers, so that a restart replays fewer layers; 0: never."""
+
+
+class ExportSpec(Section):
+    """What the pruned model's folder looks like."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Floating-point type on disk; `auto`: as each tensor is in the original."""
+    target: Literal["transformers", "vllm"] = "transformers"
+    """The loader it is written for; `vllm` writes a Qwen2 with fewer heads as a Llama, because vLLM ignores Qwen2's head_dim."""
+
+
+class EvaluationSpec(TextSpec):
+    """Perplexity of the dense and of the exported model, under the same code."""
+
+    window: int = Field(default=1024, ge=2, le=1_048_576)
+    """Length of one window, in tokens."""
+    stride: int | None = Field(default=None, ge=1)
+    """Tokens between the starts of two windows; null: the window's length (no overlap)."""
+    max_windows: int | None = Field(default=None, ge=1)
+    """Only the first so many windows; null: all. An incomplete last window is dropped."""
+
+    @model_validator(mode="after")
+    def _stride_within_window(self) -> Self:
+        if self.stride is not None and self.stride > self.window:
+            raise ValueError(f"stride ({self.stride}) must not exceed window ({self.window})")
+        return self
+
+
+class ClusterSpec(Section):
+    """Where the workers live."""
+
+    executor: Literal["ray", "in-process"] = "ray"
+    """`ray`: one Ray actor per worker; `in-process`: all work in the driver's process."""
+    address: str = Field(default="local", min_length=1)
+    """`local`: a private Ray on this machine; else the address of a Ray cluster, or `auto` for the one this runs in."""
+
+
+class JobSpec(Section):
+    """One pruning job."""
+
+    schema_version: Literal[1] = 1
+    """Version of this format."""
+    model: ModelSpec
+    calibration: CalibrationSpec
+    budget: BudgetSpec = BudgetSpec()
+    method: MethodSpec = StatOptions(name="stat")
+    correction: CorrectionSpec = CorrectionSpec()
+    parallel: ParallelSpec = ParallelSpec()
+    memory: MemorySpec = MemorySpec()
+    export: ExportSpec = ExportSpec()
+    evaluation: EvaluationSpec | None = None
+    cluster: ClusterSpec = ClusterSpec()
+
+    @model_validator(mode="after")
+    def _probe_fits(self) -> Self:
+        if self.budget.probe_samples > self.calibration.samples:
+            raise ValueError(
+                f"budget.probe_samples ({self.budget.probe_samples}) must not exceed calibration.samples ({self.calibration.samples})"
+            )
+        if self.parallel.workers > self.calibration.shards:
+            raise ValueError(
+                f"parallel.workers ({self.parallel.workers}) must not exceed calibration.shards ({self.calibration.shards}): "
+                "a shard is the unit of work; raise calibration.shards"
+            )
+        return self
+
+    def result_part(self) -> dict[str, object]:
+        """The options the result depends on: all but where, with how many workers, and how it is judged."""
+        document: dict[str, object] = self.model_dump(
+            mode="json", exclude={"cluster": True, "evaluation": True, "memory": True, "parallel": {"workers", "retries"}}
+        )
+        return document

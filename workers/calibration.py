@@ -1,0 +1,114 @@
+"""Text in, token windows out: read once, tokenised as a whole, cut without overlap."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from specs.errors import ModelError, SpecError
+from specs.job import TextSpec
+
+_CHARACTERS_PER_TOKEN = 8
+
+
+def load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
+    """The model's own tokenizer, from its folder alone.
+
+    Raises:
+        ModelError: the folder has none.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{model}: no usable tokenizer ({error}); copy the tokenizer's files into the model folder") from None
+    return tokenizer
+
+
+def _documents(spec: TextSpec) -> Iterator[str]:
+    path = Path(spec.path)
+    jsonl = spec.format == "jsonl" or (spec.format == "auto" and path.suffix == ".jsonl")
+    with path.open(encoding="utf-8") as handle:
+        if not jsonl:
+            while chunk := handle.read(2**20):
+                yield chunk
+            return
+        for number, line in enumerate(handle, 1):
+            if line.strip():
+                yield _text_field(line, spec, f"{path}:{number}") + "\n\n"
+
+
+def _text_field(line: str, spec: TextSpec, where: str) -> str:
+    try:
+        value = json.loads(line)[spec.field]
+    except ValueError:
+        raise SpecError(f"{where}: no JSON; set format: text for plain text") from None
+    except (KeyError, TypeError):
+        raise SpecError(f"{where}: no key {spec.field!r}; set field to the key that holds the text") from None
+    if not isinstance(value, str):
+        raise SpecError(f"{where}: {spec.field!r} holds no text")
+    return value
+
+
+def _read(spec: TextSpec, max_characters: int | None) -> tuple[str, bool]:
+    """The text's first characters, and whether that is all of it."""
+    parts: list[str] = []
+    length = 0
+    try:
+        for part in _documents(spec):
+            parts.append(part)
+            length += len(part)
+            if max_characters is not None and length > max_characters:
+                return "".join(parts)[:max_characters], False
+    except OSError as error:
+        raise SpecError(f"{spec.path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise SpecError(f"{spec.path}: not UTF-8 ({error.reason} at byte {error.start})") from None
+    return "".join(parts), True
+
+
+def tokenize(spec: TextSpec, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None) -> Tensor:
+    """The text's first `max_tokens` tokens (all of them for None), special tokens as the tokenizer adds them by itself.
+
+    No more of a large file is read than the tokens need. Shape (tokens,), int64.
+
+    Raises:
+        SpecError: the file cannot be read, or a line of JSON Lines has no text.
+    """
+    characters = None if max_tokens is None else max_tokens * _CHARACTERS_PER_TOKEN
+    while True:
+        text, complete = _read(spec, characters)
+        ids = tokenizer(text, verbose=False)["input_ids"]
+        if complete or (max_tokens is not None and len(ids) > max_tokens + 64):  # a cut text's last tokens may differ
+            return torch.tensor(ids[:max_tokens], dtype=torch.int64)
+        assert characters is not None
+        characters *= 2
+
+
+def calibration_windows(spec: TextSpec, tokenizer: PreTrainedTokenizerBase, samples: int, sequence_length: int) -> Tensor:
+    """The first windows of the text, shape (samples, sequence_length), int64.
+
+    Raises:
+        SpecError: the text is too short.
+    """
+    tokens = tokenize(spec, tokenizer, samples * sequence_length)
+    if len(tokens) < samples * sequence_length:
+        raise SpecError(
+            f"{spec.path}: too short: {samples} samples of {sequence_length} tokens need {samples * sequence_length} tokens, "
+            f"the text has {len(tokens)}; give a longer text, or lower calibration.samples or calibration.sequence_length"
+        )
+    return tokens.reshape(samples, sequence_length)
+
+
+def evaluation_windows(spec: TextSpec, tokenizer: PreTrainedTokenizerBase, window: int, stride: int, max_windows: int | None) -> Tensor:
+    """Windows of the text, shape (windows, window), int64; an incomplete last one is dropped.
+
+    Raises:
+        SpecError: not one whole window.
+    """
+    tokens = tokenize(spec, tokenizer, None if max_windows is None else (max_windows - 1) * stride + window)
+    if len(tokens) < window:
+        raise SpecError(f"{spec.path}: too short: one window needs {window} tokens, the text has {len(tokens)}; lower evaluation.window")
+    return tokens.unfold(0, window, stride).contiguous()

@@ -1,0 +1,58 @@
+"""The exported config: the original's text, patched, never re-saved (transformers would drop keys older readers need). No torch."""
+
+from collections.abc import Mapping
+
+from specs.errors import SpecError
+from workers.families import config_int, family_of, unit_groups
+
+
+def kept_heads(config: Mapping[str, object], kv_groups: int) -> int:
+    """Query heads that stay with so many KV groups."""
+    heads = config_int(config, "num_attention_heads")
+    return heads // config_int(config, "num_key_value_heads", heads) * kv_groups
+
+
+def patched_config(config: Mapping[str, object], kept: Mapping[str, int], target: str, dtype: str) -> dict[str, object]:
+    """The config of the pruned model.
+
+    `kept` holds the units that stay per group: `heads` (KV groups) and `neurons` (FFN channels).
+
+    Raises:
+        SpecError: no stock class can hold these head counts.
+    """
+    result = {key: value for key, value in config.items() if key not in ("auto_map", "_name_or_path")}
+    heads = kept_heads(config, kept["heads"])
+    head_group = unit_groups(config)[0]
+    result |= {
+        "num_attention_heads": heads,
+        "num_key_value_heads": kept["heads"],
+        "head_dim": head_group.producers[1].rows,
+        "intermediate_size": kept["neurons"],
+    }
+    if dtype != "auto":
+        result |= {key: dtype for key in ("dtype", "torch_dtype") if key in config} or {"dtype": dtype}
+    if kept["heads"] != head_group.num_units:
+        result |= _model_type_for(config, heads, target)
+    return result
+
+
+def needs_output_bias(config: Mapping[str, object], patched: Mapping[str, object]) -> bool:
+    """Whether the attention's output projection needs a zero bias that the original has not (a Qwen2 written as Llama)."""
+    return config.get("model_type") == "qwen2" and patched.get("model_type") == "llama"
+
+
+def _model_type_for(config: Mapping[str, object], heads: int, target: str) -> dict[str, object]:
+    """Keys that make a stock class accept this head count."""
+    family, model_type = family_of(config), str(config["model_type"])
+    uneven = config_int(config, "hidden_size") % heads != 0
+    if target == "vllm" and family.vllm_written_as == "llama":
+        if uneven:
+            raise SpecError(
+                f"{model_type} with {heads} heads cannot be written for vLLM: Llama wants hidden_size to be a multiple of the heads"
+            )
+        return {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "attention_bias": True, "mlp_bias": False}
+    if not (uneven and family.heads_divide_hidden):
+        return {}
+    if family.written_as == "mistral" and not config.get("attention_bias") and not config.get("mlp_bias"):
+        return {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
+    raise SpecError(f"{model_type} cannot be written with {heads} heads: its config wants hidden_size to be a multiple of the heads")

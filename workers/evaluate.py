@@ -1,0 +1,44 @@
+"""Perplexity of a model folder, layer by layer: no process ever holds the model.
+
+Protocol: the text is tokenised as a whole and cut into windows; negative log-likelihoods are natural logarithms, summed
+over predicted tokens; with overlapping windows only tokens no earlier window predicted are counted.
+Letters: N windows, T tokens.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from workers import layers
+from workers.checkpoint import open_checkpoint
+from workers.layers import StreamedModel
+from workers.sweep import embed_all
+
+
+def scored_tokens(window: int, stride: int, index: int) -> int:
+    """How many of a window's tokens are counted: all that are predicted, or with overlap the last `stride`."""
+    return window - 1 if index == 0 else min(stride, window - 1)
+
+
+@torch.inference_mode()
+def window_losses(
+    model_path: Path, windows_NT: Tensor, first_index: int, stride: int, dtype: torch.dtype, device: torch.device
+) -> list[float]:
+    """Sum of negative log-likelihoods (nats) of each window.
+
+    `first_index` is the number of the first of these windows in the whole text.
+    """
+    checkpoint = open_checkpoint(model_path)
+    model = StreamedModel(checkpoint, dtype, device)
+    batches = embed_all(model, list(windows_NT.split(1)))
+    for index in range(checkpoint.num_layers):
+        layer = model.load_layer(index)
+        for batch in batches:
+            layers.finish_layer(layer, index, batch, {})
+    losses = []
+    for number, (batch, tokens_1T) in enumerate(zip(batches, windows_NT.split(1), strict=True)):
+        count = scored_tokens(windows_NT.shape[1], stride, first_index + number)
+        logits = model.logits(tokens_1T, batch.hidden_BTD)[0, -count - 1 : -1].float()
+        losses.append(float(torch.nn.functional.cross_entropy(logits, tokens_1T[0, -count:].to(device), reduction="sum")))
+    return losses

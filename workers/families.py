@@ -1,0 +1,133 @@
+"""Model families as data: which rows and columns of a decoder layer go together, and what a loader demands of the result.
+
+No torch. Everything that slices, counts or captures works on `UnitGroup`, never on a family's name.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from specs.errors import ModelError
+
+
+@dataclass(frozen=True)
+class Producer:
+    """A matrix whose output rows belong to the units: `rows` consecutive rows per unit."""
+
+    module: str
+    rows: int
+
+
+@dataclass(frozen=True)
+class UnitGroup:
+    """Units of one kind in one layer: KV groups with their query heads, or FFN channels.
+
+    The consumer is the matrix that reads the units; unit j is its input columns `j*columns ... (j+1)*columns - 1`.
+    `block` is the submodule that computes consumer(units), the one a stub stands in for.
+    """
+
+    name: str
+    num_units: int
+    producers: tuple[Producer, ...]
+    consumer: str
+    columns: int
+    block: str
+    block_returns_tuple: bool
+
+    @property
+    def width(self) -> int:
+        """Input width of the consumer."""
+        return self.num_units * self.columns
+
+
+@dataclass(frozen=True)
+class Family:
+    """What stock `transformers` and vLLM demand of a model type (checked on transformers 5.23)."""
+
+    heads_divide_hidden: bool = False
+    """The config class refuses `hidden_size % num_attention_heads != 0`, even with `head_dim`."""
+    written_as: str | None = None
+    """Model type with the same computation that lifts that demand; it knows no attention or MLP biases."""
+    vllm_written_as: str | None = None
+    """Model type that vLLM needs when the head count changes."""
+
+
+FAMILIES: Mapping[str, Family] = {
+    "llama": Family(heads_divide_hidden=True, written_as="mistral"),
+    "mistral": Family(),
+    "qwen2": Family(vllm_written_as="llama"),
+    "qwen3": Family(),
+    "gemma": Family(),
+    "gemma2": Family(heads_divide_hidden=True),
+    "smollm3": Family(),
+}
+
+LAYER_PREFIX = "model.layers."
+
+
+def layer_prefix(layer: int) -> str:
+    """Name prefix of one decoder layer's tensors."""
+    return f"{LAYER_PREFIX}{layer}."
+
+
+def family_of(config: Mapping[str, object]) -> Family:
+    """The family of a config.
+
+    Raises:
+        ModelError: the model type is not supported.
+    """
+    model_type = str(config.get("model_type"))
+    if model_type not in FAMILIES:
+        raise ModelError(f"model_type {model_type!r} is not supported; supported are {', '.join(FAMILIES)}")
+    return FAMILIES[model_type]
+
+
+def config_int(config: Mapping[str, object], key: str, default: int | None = None) -> int:
+    """A positive integer of the config.
+
+    Raises:
+        ModelError: the key is missing or no positive integer.
+    """
+    value = config.get(key)
+    value = default if value is None else value
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ModelError(f"config.json: {key} must be a positive integer, found {value!r}")
+    return value
+
+
+def unit_groups(config: Mapping[str, object]) -> tuple[UnitGroup, UnitGroup]:
+    """The coupled groups of every layer, in the order in which a layer computes them: heads, then neurons.
+
+    Raises:
+        ModelError: the config lacks a size, or its heads do not form whole KV groups.
+    """
+    family_of(config)
+    heads = config_int(config, "num_attention_heads")
+    kv_groups = config_int(config, "num_key_value_heads", heads)
+    head_size = config_int(config, "head_dim", config_int(config, "hidden_size") // heads)
+    if heads % kv_groups:
+        raise ModelError(f"config.json: num_attention_heads ({heads}) is no multiple of num_key_value_heads ({kv_groups})")
+    queries = heads // kv_groups * head_size
+    attention = tuple(Producer(f"self_attn.{name}_proj", rows) for name, rows in (("q", queries), ("k", head_size), ("v", head_size)))
+    mlp = tuple(Producer(f"mlp.{name}_proj", 1) for name in ("gate", "up"))
+    return (
+        UnitGroup("heads", kv_groups, attention, "self_attn.o_proj", queries, "self_attn", True),
+        UnitGroup("neurons", config_int(config, "intermediate_size"), mlp, "mlp.down_proj", 1, "mlp", False),
+    )
+
+
+def expected_shapes(config: Mapping[str, object]) -> dict[str, tuple[int, int]]:
+    """Shapes (out, in) of a layer's coupled matrices, as the config implies them."""
+    hidden = config_int(config, "hidden_size")
+    shapes = {}
+    for group in unit_groups(config):
+        shapes |= {f"{p.module}.weight": (p.rows * group.num_units, hidden) for p in group.producers}
+        shapes[f"{group.consumer}.weight"] = (hidden, group.width)
+    return shapes
+
+
+def unit_parameters(shapes: Mapping[str, Sequence[int]], group: UnitGroup) -> int:
+    """Parameters that go with one unit, biases included, counted from a layer's tensor shapes."""
+    names = [(p, f"{p.module}.{kind}") for p in group.producers for kind in ("weight", "bias")]
+    produced = sum(p.rows * math.prod(shapes[name][1:]) for p, name in names if name in shapes)
+    return produced + group.columns * shapes[f"{group.consumer}.weight"][0]

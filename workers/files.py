@@ -1,0 +1,148 @@
+"""The one module that writes files: temp file, fsync, rename, fsync of the folder; a task's manifest last.
+
+No torch at import. A task is done when its manifest exists, carries the planned fingerprint and fits its files.
+"""
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MANIFEST_NAME = "manifest.json"
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size and SHA-256 of one file."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The record of a finished task."""
+
+    task: str
+    fingerprint: str
+    files: dict[str, FileRecord]
+    info: dict[str, object]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over what the task made: the input of the tasks that follow."""
+        return fingerprint({"files": {name: asdict(record) for name, record in self.files.items()}, "info": self.info.get("result")})
+
+
+def fingerprint(value: object) -> str:
+    """SHA-256 of a value's canonical JSON.
+
+    Raises:
+        TypeError: the value has no JSON form.
+    """
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()).hexdigest()
+
+
+def record_of(path: Path) -> FileRecord:
+    """Size and digest of a file."""
+    with path.open("rb") as handle:
+        return FileRecord(path.stat().st_size, hashlib.file_digest(handle, "sha256").hexdigest())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside a folder durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _write(path: Path, save: Callable[[Path], None]) -> None:
+    """Have `save` write a temporary neighbour, then move it into place; nothing half-written ever has the final name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        save(temporary)
+        with temporary.open("rb") as handle:
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    _write(path, lambda temporary: _ignore(temporary.write_text(text, encoding="utf-8")))
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a JSON file atomically."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def copy_file(source: Path, path: Path) -> None:
+    """Copy a file's content atomically."""
+    _write(path, lambda temporary: _ignore(temporary.write_bytes(source.read_bytes())))
+
+
+def link_file(source: Path, path: Path) -> None:
+    """Give a finished file a second name, or copy it where the file system has no hard links."""
+
+    def link(temporary: Path) -> None:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            temporary.write_bytes(source.read_bytes())
+
+    _write(path, link)
+
+
+def write_tensors(path: Path, tensors: "Mapping[str, Tensor]") -> None:
+    """Write a safetensors file atomically, with bytes that depend on the tensors alone, readable as the umask allows."""
+    from safetensors.torch import save_file
+
+    def save(temporary: Path) -> None:
+        save_file(dict(sorted(tensors.items())), temporary, metadata={"format": "pt"})
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # save_file leaves 0600, which other users cannot read
+
+    _write(path, save)
+
+
+def commit(folder: Path, task: str, task_fingerprint: str, files: Iterable[str], info: Mapping[str, object]) -> Manifest:
+    """Record a task as finished: the last thing its maker does.
+
+    Shapes and units: `files` are names inside `folder`; `info` is JSON, its key `result` enters the digest.
+    """
+    manifest = Manifest(task, task_fingerprint, {name: record_of(folder / name) for name in sorted(files)}, dict(info))
+    write_json(folder / MANIFEST_NAME, asdict(manifest))
+    return manifest
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The manifest of a finished task, or None when there is none or it is torn."""
+    try:
+        value = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
+        files = {name: FileRecord(**record) for name, record in value["files"].items()}
+        return Manifest(value["task"], value["fingerprint"], files, value["info"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def damaged_files(folder: Path, manifest: Manifest) -> list[str]:
+    """Names of recorded files that are missing or differ from their record."""
+    return [name for name, record in manifest.files.items() if not (folder / name).is_file() or record_of(folder / name) != record]
+
+
+def _ignore(_: object) -> None:
+    return None

@@ -1,0 +1,30 @@
+"""STAT: Shrinking Transformers After Training (arXiv 2406.00061).
+
+Column-pivoted QR of the consumer's input Z picks what stays; what goes is written as a combination of what stays,
+Z_P ~ Z_K T, and T is folded into the consumer's weight. The fold is the least-squares refit of `workers.correction`:
+W_K + T W_P = (Z_K'Z_K)^-1 Z_K'Z W.
+
+Letters: F width of the consumer's input, D hidden, K kept.
+
+Deviations, each on purpose: columns are scaled by the norm of the consumer's columns for heads too (the paper's code
+compares heads without the output weight); the unit of attention is a KV group with all its query heads, so that
+grouped-query attention stays valid; coefficients come from all tokens, never from a sketch; the refit is damped.
+"""
+
+import torch
+from torch import Tensor
+
+from workers.statistics import Statistic
+
+
+def select(statistic: Statistic, weight_DF: Tensor, unit_columns: int, num_kept: int) -> Tensor:
+    """Units that stay: the first pivots of Z diag(s), s_j = |W[:, j]|.
+
+    Shapes: `weight_DF` fp64, the consumer's weight; F = units * unit_columns.
+    Source: arXiv 2406.00061 and its released code (FFN: column-pivoted QR of the scaled activations).
+
+    Returns:
+        `num_kept` unit indices, ascending.
+    """
+    scale_F = torch.linalg.vector_norm(weight_DF, dim=0)
+    return statistic.order(scale_F, unit_columns, num_kept).sort().values

@@ -1,0 +1,53 @@
+"""Logical shards and the fixed tree in which their statistics are summed. No torch.
+
+The tree depends on the number of shards alone, so sums have the same bits however the shards are spread over workers.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from typing import TypeVar
+
+T = TypeVar("T")
+Node = tuple[int, int]
+"""A node of the tree: the shards `start ... stop - 1`."""
+
+
+def even_parts(count: int, parts: int) -> list[range]:
+    """`count` items in `parts` contiguous ranges whose lengths differ by at most one."""
+    bounds = [count * part // parts for part in range(parts + 1)]
+    return [range(start, stop) for start, stop in pairwise(bounds)]
+
+
+def owned_nodes(root: Node, owned: range) -> list[Node]:
+    """The largest nodes under `root` whose shards all lie in the contiguous range `owned`, from left to right."""
+    start, stop = root
+    if stop <= owned.start or owned.stop <= start or start == stop:
+        return []
+    if owned.start <= start and stop <= owned.stop:
+        return [root]
+    left, right = _children(root)
+    return owned_nodes(left, owned) + owned_nodes(right, owned)
+
+
+def reduce_tree(root: Node, parts: Mapping[Node, T], merge: Callable[[T, T], T]) -> T:
+    """Merge parts up to `root`, always in the order of the tree.
+
+    Raises:
+        KeyError: a shard under `root` is covered by no part.
+    """
+    if root in parts:
+        return parts[root]
+    if root[1] - root[0] <= 1:
+        raise KeyError(f"no part covers shard {root[0]}")
+    left, right = _children(root)
+    return merge(reduce_tree(left, parts, merge), reduce_tree(right, parts, merge))
+
+
+def roots(num_shards: int, num_held_out: int) -> tuple[Node, Node]:
+    """The two trees: training shards, and the last `num_held_out` shards."""
+    return (0, num_shards - num_held_out), (num_shards - num_held_out, num_shards)
+
+
+def _children(node: Node) -> Sequence[Node]:
+    middle = (node[0] + node[1] + 1) // 2
+    return (node[0], middle), (middle, node[1])

@@ -1,0 +1,69 @@
+"""The one module that slices weights.
+
+Letters: D hidden, K kept columns of the consumer.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TypedDict
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from workers.families import UnitGroup
+
+
+class CutArrays(TypedDict):
+    """A `Cut` on its way from worker to worker."""
+
+    group: str
+    units: np.ndarray
+    weight: np.ndarray
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The decision for one coupled group of one layer.
+
+    `units`: kept units, ascending; `weight_DK`: the consumer's corrected weight, rounded to its type on disk.
+    """
+
+    group: str
+    units: Tensor
+    weight_DK: Tensor
+
+    def arrays(self) -> CutArrays:
+        """As it travels between workers: fp32 holds every 16-bit type exactly."""
+        return {"group": self.group, "units": self.units.numpy(), "weight": self.weight_DK.to("cpu", torch.float32).numpy()}
+
+    @classmethod
+    def from_arrays(cls, arrays: CutArrays) -> "Cut":
+        """Rebuild what `arrays` wrote, in memory of its own."""
+        return cls(arrays["group"], torch.tensor(arrays["units"]), torch.tensor(arrays["weight"]))
+
+
+def unit_rows(units: Tensor, rows_per_unit: int) -> Tensor:
+    """Indices of the rows (or columns) that belong to these units."""
+    return (units[:, None] * rows_per_unit + torch.arange(rows_per_unit)).flatten()
+
+
+def slice_layer(tensors: Mapping[str, Tensor], groups: Iterable[UnitGroup], cuts: Mapping[str, Cut]) -> dict[str, Tensor]:
+    """One layer's tensors without the pruned units; tensors no cut touches pass through.
+
+    Producers lose rows (and bias entries), the consumer gets the corrected weight in its own type and keeps its bias.
+    Names are those inside the layer, weights (out, in).
+    """
+    result = dict(tensors)
+    for group in groups:
+        if group.name not in cuts:
+            continue
+        cut = cuts[group.name]
+        for producer in group.producers:
+            rows = unit_rows(cut.units, producer.rows)
+            for name in (f"{producer.module}.weight", f"{producer.module}.bias"):
+                if name in result:
+                    result[name] = result[name][rows]
+        consumer = f"{group.consumer}.weight"
+        result[consumer] = cut.weight_DK.to(result[consumer].dtype)
+    return {name: tensor.contiguous() for name, tensor in result.items()}

@@ -1,0 +1,168 @@
+"""Calibration shards on their way through the layers: forward only, each weight used once, on the already pruned path.
+
+Per layer and coupled group: run to the consumer's input, add it to a statistic, stop. Once the cut is decided, the
+block's output is the corrected projection of the kept units; the layer is entered again behind it. Every step is a pure
+function of (layer, cuts below, tokens): what a `Sweep` holds is a cache, rebuilt from saved hidden states or the tokens.
+Letters: S samples, T tokens, B windows of a micro-batch, D hidden, F width of a consumer's input.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from specs.errors import ModelError
+from workers import layers
+from workers.families import UnitGroup, layer_prefix
+from workers.files import read_manifest, write_tensors
+from workers.layers import MicroBatch, StreamedModel
+from workers.layout import LAYER_FILE, layer_task, task_folder
+from workers.shards import Node, owned_nodes, reduce_tree
+from workers.slicing import Cut
+from workers.statistics import State, Statistic
+
+Parts = dict[Node, State]
+
+
+def micro_batches(tokens_ST: Tensor, size: int) -> list[Tensor]:
+    """Windows in groups of `size`, in order; the last group may be smaller."""
+    return list(tokens_ST.split(size))
+
+
+def embed_all(model: StreamedModel, batches: Sequence[Tensor]) -> list[MicroBatch]:
+    """Embeddings of micro-batches; the layers' arguments are recorded once per shape."""
+    embedded: dict[torch.Size, MicroBatch] = {}
+    result = []
+    for tokens_BT in batches:
+        batch = model.embed(tokens_BT, embedded.get(tokens_BT.shape))
+        embedded.setdefault(tokens_BT.shape, batch)
+        result.append(batch)
+    return result
+
+
+@dataclass
+class Shard:
+    """One logical shard: its micro-batches stand before `layer`."""
+
+    layer: int
+    batches: list[MicroBatch]
+
+
+class Sweep:
+    """The shards one worker has been asked for, and the layer it has loaded."""
+
+    def __init__(
+        self,
+        model: StreamedModel,
+        groups: Sequence[UnitGroup],
+        statistic: type[Statistic],
+        shards: Sequence[Sequence[Tensor]],
+        run_folder: Path,
+        checkpoint_layers: int,
+        keep_inputs: bool,
+    ) -> None:
+        self._model, self._statistic, self._tokens, self._folder = model, statistic, shards, run_folder
+        self._groups = {group.name: group for group in groups}
+        self._checkpoint_layers, self._keep_inputs = checkpoint_layers, keep_inputs
+        self._shards: dict[int, Shard] = {}
+        self._loaded: tuple[int, nn.Module] | None = None
+
+    def collect(self, layer: int, name: str, owned: range, cuts: Mapping[str, Cut], roots: Sequence[Node]) -> Parts:
+        """Statistics of a consumer's input over some shards, one per largest tree node they cover.
+
+        `cuts` are those of this layer's earlier groups.
+
+        Raises:
+            ModelError: an activation is not finite.
+        """
+        self._bring_to(layer, owned)
+        module = self._layer(layer)
+
+        def of_node(node: Node) -> Statistic:
+            leaves = {(shard, shard + 1): self._shard_statistic(module, layer, shard, name, cuts) for shard in range(*node)}
+            return reduce_tree(node, leaves, lambda left, right: left.merge(right))
+
+        return {node: of_node(node).state() for root in roots for node in owned_nodes(root, owned)}
+
+    def _shard_statistic(self, module: nn.Module, layer: int, shard: int, name: str, cuts: Mapping[str, Cut]) -> Statistic:
+        statistic = self._statistic.empty(self._groups[name].width, self._model.device)
+        for batch in self._shards[shard].batches:
+            self._apply(module, layer, batch, cuts)
+            z_BTF = layers.consumer_input(module, layer, batch, self._groups, name)
+            statistic.update(z_BTF.flatten(0, -2))
+            if not self._keep_inputs:
+                batch.inputs.clear()
+        if not statistic.is_finite():
+            raise ModelError(
+                f"layer {layer}, {name}: the input of {self._groups[name].consumer} is not finite in shard {shard}; try model.dtype: float32"
+            )
+        return statistic
+
+    def _apply(self, module: nn.Module, layer: int, batch: MicroBatch, cuts: Mapping[str, Cut]) -> None:
+        for name, cut in cuts.items():
+            if self._groups[name].block not in batch.outputs:
+                layers.apply_cut(module, layer, batch, self._groups, name, cut)
+
+    def _layer(self, index: int) -> nn.Module:
+        if self._loaded is None or self._loaded[0] != index:
+            self._loaded = None  # free the old layer before the new one is read
+            self._loaded = (index, self._model.load_layer(index))
+        return self._loaded[1]
+
+    def _bring_to(self, layer: int, owned: range) -> None:
+        """Have the owned shards stand before `layer`, replaying finished layers where the cache is behind."""
+        for shard in owned:
+            if shard not in self._shards or self._shards[shard].layer > layer:
+                self._shards[shard] = self._restored(shard, layer)
+        while (behind := min(self._shards[shard].layer for shard in owned)) < layer:
+            module, cuts = self._layer(behind), read_cuts(self._folder, behind, self._groups.values())
+            for index in (index for index in owned if self._shards[index].layer == behind):
+                shard = self._shards[index]
+                for batch in shard.batches:
+                    self._apply(module, behind, batch, cuts)
+                    layers.finish_layer(module, behind, batch, self._groups)
+                shard.layer += 1
+                self._save(index, shard)
+
+    def _hidden_path(self, shard: int, layer: int) -> Path | None:
+        """Where a shard's hidden states before `layer` are saved; the name holds what they depend on."""
+        manifest = read_manifest(task_folder(self._folder, layer_task(layer - 1)))
+        return manifest and self._folder / "cache" / f"shard-{shard:04d}" / f"layer-{layer:04d}-{manifest.fingerprint[:16]}.safetensors"
+
+    def _save(self, index: int, shard: Shard) -> None:
+        if not self._checkpoint_layers or shard.layer % self._checkpoint_layers:
+            return
+        if path := self._hidden_path(index, shard.layer):
+            write_tensors(path, {f"{number:05d}": batch.hidden_BTD.contiguous() for number, batch in enumerate(shard.batches)})
+            for old in path.parent.glob("layer-*.safetensors"):
+                if old != path:
+                    old.unlink(missing_ok=True)
+
+    def _restored(self, index: int, layer: int) -> Shard:
+        batches = embed_all(self._model, self._tokens[index])
+        for saved in range(layer, 0, -1):
+            path = self._hidden_path(index, saved)
+            if path and path.is_file():
+                for batch, (_, hidden_BTD) in zip(batches, sorted(load_file(path).items()), strict=True):
+                    batch.hidden_BTD = hidden_BTD.clone().to(self._model.device)
+                return Shard(saved, batches)
+        return Shard(0, batches)
+
+
+def read_cuts(run_folder: Path, layer: int, groups: Iterable[UnitGroup]) -> dict[str, Cut]:
+    """The cuts of a finished layer, from its file and manifest."""
+    folder = task_folder(run_folder, layer_task(layer))
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise RuntimeError(f"layer {layer} is not finished")
+    kept = manifest.info["kept"]
+    assert isinstance(kept, dict)
+    tensors = load_file(folder / LAYER_FILE)
+    return {
+        group.name: Cut(group.name, torch.tensor(kept[group.name]), tensors[f"{layer_prefix(layer)}{group.consumer}.weight"].clone())
+        for group in groups
+        if group.name in kept
+    }

@@ -1,0 +1,260 @@
+"""One worker: a plain class whose methods are the steps the driver asks for. Ray wraps it; nothing here knows of Ray.
+
+Every method returns `(receipt, payload)`: the receipt is small JSON for the driver, the payload (arrays or None) goes
+from worker to worker.
+"""
+
+import resource
+import time
+from collections.abc import Callable
+from functools import cached_property, wraps
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec
+
+import torch
+from safetensors.torch import load_file
+from threadpoolctl import threadpool_limits
+from torch import Tensor
+
+from specs.errors import ResourceError
+from specs.job import JobSpec
+from workers import layers
+from workers.calibration import calibration_windows, evaluation_windows, load_tokenizer
+from workers.checkpoint import Checkpoint, open_checkpoint
+from workers.config_patch import needs_output_bias
+from workers.correction import Correction, correct
+from workers.evaluate import window_losses
+from workers.export import check_loads
+from workers.families import layer_prefix, unit_groups
+from workers.files import commit, write_tensors
+from workers.layers import MicroBatch, StreamedModel, read_tensors
+from workers.layout import (
+    CALIBRATION_TASK,
+    EVALUATION_TASK,
+    LAYER_FILE,
+    OUTER_FILE,
+    OUTER_TASK,
+    TOKENS_FILE,
+    layer_task,
+    model_folder,
+    task_folder,
+)
+from workers.linalg import WIDE
+from workers.methods import SELECTORS
+from workers.shards import Node, even_parts, owned_nodes, reduce_tree, roots
+from workers.slicing import Cut, CutArrays, slice_layer, unit_rows
+from workers.statistics import STATISTICS, Statistic
+from workers.sweep import Parts, Sweep, embed_all, micro_batches
+
+Receipt = dict[str, Any]
+P = ParamSpec("P")
+
+
+def step(method: "Callable[Concatenate[Worker, P], tuple[Receipt, Any]]") -> "Callable[Concatenate[Worker, P], tuple[Receipt, Any]]":
+    """Add the seconds a step took and the worker's peak memory (bytes) to its receipt."""
+
+    @wraps(method)
+    def timed(worker: "Worker", *args: P.args, **kwargs: P.kwargs) -> tuple[Receipt, Any]:
+        start = time.perf_counter()
+        try:
+            receipt, payload = method(worker, *args, **kwargs)
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise ResourceError(
+                f"{method.__name__}: out of memory ({error}): lower parallel.micro_batch, raise parallel.workers or set memory.worker"
+            ) from None
+        peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return receipt | {"seconds": time.perf_counter() - start, "peak_memory_bytes": peak_bytes}, payload
+
+    return timed
+
+
+class Worker:
+    """The steps of a job. What it keeps between calls is a cache that can be rebuilt from the run folder."""
+
+    def __init__(self, job: JobSpec, run_folder: str, device: str, keep_inputs: bool) -> None:
+        self.job, self.run_folder = job, Path(run_folder)
+        self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        self._keep_inputs = keep_inputs
+        torch.set_num_threads(job.parallel.threads_per_worker)
+        threadpool_limits(job.parallel.threads_per_worker)
+        torch.backends.cuda.matmul.allow_tf32 = False
+        self._probe: dict[tuple[int, int], tuple[int, list[MicroBatch]]] = {}
+
+    @cached_property
+    def _checkpoint(self) -> Checkpoint:
+        return open_checkpoint(Path(self.job.model.path))
+
+    @cached_property
+    def _groups(self) -> dict[str, Any]:
+        return {group.name: group for group in unit_groups(self._checkpoint.config)}
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        name = self.job.model.dtype
+        if name == "auto":
+            on_disk = str(self._checkpoint.config.get("dtype") or self._checkpoint.config.get("torch_dtype") or "float32")
+            name = "float32" if self.device.type == "cpu" else on_disk  # type: ignore[assignment]
+        return _torch_dtype(name)
+
+    @cached_property
+    def _model(self) -> StreamedModel:
+        return StreamedModel(self._checkpoint, self._dtype, self.device)
+
+    def _tokens(self, task: str) -> Tensor:
+        return load_file(task_folder(self.run_folder, task) / TOKENS_FILE)["tokens"].clone()
+
+    @property
+    def _statistic(self) -> Any:
+        return STATISTICS[self.job.method.factorization]
+
+    @cached_property
+    def _sweep(self) -> Sweep:
+        windows_ST, options = self._tokens(CALIBRATION_TASK), self.job.calibration
+        shards = [
+            micro_batches(windows_ST[part.start : part.stop], self.job.parallel.micro_batch)
+            for part in even_parts(options.samples, options.shards)
+        ]
+        return Sweep(
+            self._model,
+            list(self._groups.values()),
+            self._statistic,
+            shards,
+            self.run_folder,
+            self.job.memory.checkpoint_layers,
+            self._keep_inputs,
+        )
+
+    @step
+    def tokenize(self, task: str, task_fingerprint: str) -> tuple[Receipt, None]:
+        """Tokenise the calibration or evaluation text once; every worker reads the resulting file."""
+        tokenizer, spec, evaluation = load_tokenizer(Path(self.job.model.path)), self.job.calibration, self.job.evaluation
+        if task == CALIBRATION_TASK:
+            tokens = calibration_windows(spec, tokenizer, spec.samples, spec.sequence_length)
+        else:
+            assert evaluation is not None
+            tokens = evaluation_windows(
+                evaluation, tokenizer, evaluation.window, evaluation.stride or evaluation.window, evaluation.max_windows
+            )
+        folder = task_folder(self.run_folder, task)
+        write_tensors(folder / TOKENS_FILE, {"tokens": tokens})
+        commit(folder, task, task_fingerprint, [TOKENS_FILE], {"shape": list(tokens.shape)})
+        return {}, None
+
+    @step
+    def probe(self, layer: int, owned: tuple[int, int], num_held_out: int) -> tuple[Receipt, dict[str, Parts]]:
+        """Statistics of every group of a layer on the dense path, over some of the probe's windows."""
+        count = self.job.budget.probe_samples
+        if owned not in self._probe:
+            picked = [part.start for part in even_parts(self.job.calibration.samples, count)]
+            windows_ST = self._tokens(CALIBRATION_TASK)
+            self._probe[owned] = (0, embed_all(self._model, [windows_ST[picked[i]][None] for i in range(*owned)]))
+        at, batches = self._probe[owned]
+        inputs: list[dict[str, Tensor]] = []
+        for index in range(at, layer + 1):
+            module = self._model.load_layer(index)
+            inputs = [layers.dense_pass(module, index, batch, self._groups) for batch in batches]
+        self._probe[owned] = (layer + 1, batches)
+        return {}, {name: self._probe_parts(name, [seen[name] for seen in inputs], owned, num_held_out) for name in self._groups}
+
+    def _probe_parts(self, name: str, inputs: list[Tensor], owned: tuple[int, int], num_held_out: int) -> Parts:
+        leaves: dict[Node, Statistic] = {}
+        for number, z_1TF in enumerate(inputs, owned[0]):
+            leaves[(number, number + 1)] = self._statistic.empty(self._groups[name].width, self.device)
+            leaves[(number, number + 1)].update(z_1TF[0])
+        nodes = [node for root in roots(self.job.budget.probe_samples, num_held_out) for node in owned_nodes(root, range(*owned))]
+        return {node: reduce_tree(node, leaves, lambda left, right: left.merge(right)).state() for node in nodes}
+
+    @step
+    def predict(self, layer: int, group: str, num_kept: int, num_held_out: int, *parts: dict[str, Parts]) -> tuple[Receipt, None]:
+        """Relative held-out output error if so many units of a group stayed, from the probe's statistics."""
+        trees = roots(self.job.budget.probe_samples, num_held_out)
+        _, correction = self._decide(layer, group, num_kept, trees, [part[group] for part in parts])
+        return {"held_out_error": correction.held_out_error}, None
+
+    @step
+    def collect(self, layer: int, group: str, owned: tuple[int, int], *cuts: CutArrays) -> tuple[Receipt, Parts]:
+        """Statistics of a group's consumer input over some calibration shards; `cuts` are this layer's earlier ones."""
+        known = {arrays["group"]: Cut.from_arrays(arrays) for arrays in cuts}
+        trees = roots(self.job.calibration.shards, self.job.calibration.held_out_shards)
+        return {}, self._sweep.collect(layer, group, range(*owned), known, trees)
+
+    @step
+    def decide(self, layer: int, group: str, num_kept: int, *parts: Parts) -> tuple[Receipt, CutArrays]:
+        """Select the units of a group that stay and correct the consumer's weight."""
+        trees = roots(self.job.calibration.shards, self.job.calibration.held_out_shards)
+        cut, correction = self._decide(layer, group, num_kept, trees, parts)
+        receipt = {
+            "kept": num_kept,
+            "of": self._groups[group].num_units,
+            "damping": correction.damping,
+            "training_error": correction.training_error,
+            "held_out_error": correction.held_out_error,
+        }
+        return receipt, cut.arrays()
+
+    @torch.inference_mode()
+    def _decide(self, layer: int, name: str, num_kept: int, trees: tuple[Node, Node], parts: Any) -> tuple[Cut, Correction]:
+        group = self._groups[name]
+        merged: Parts = {node: state for part in parts for node, state in part.items()}
+        rebuilt = {node: self._statistic.from_state(state, self.device) for node, state in merged.items()}
+        training, held_out = (reduce_tree(tree, rebuilt, lambda left, right: left.merge(right)) for tree in trees)
+        weight = f"{group.consumer}.weight"
+        info = self._checkpoint.layer_tensors(layer)
+        weight_DF = read_tensors(self._checkpoint, {weight: info[weight]}, layer_prefix(layer))[weight]
+        wide_DF = weight_DF.to(self.device, WIDE)
+        units = SELECTORS[self.job.method.name](training, wide_DF, group.columns, num_kept).cpu()
+        columns_K = unit_rows(units, group.columns).to(self.device)
+        correction = correct(training, held_out, wide_DF, columns_K, self.job.correction)
+        return Cut(name, units, correction.weight_DK.to("cpu", self._disk_dtype(weight_DF))), correction
+
+    def _disk_dtype(self, tensor: Tensor) -> torch.dtype:
+        return tensor.dtype if self.job.export.dtype == "auto" else _torch_dtype(self.job.export.dtype)
+
+    @step
+    def write_layer(
+        self, layer: int, task_fingerprint: str, patched_config: dict[str, object], info: Receipt, *cuts: CutArrays
+    ) -> tuple[Receipt, None]:
+        """Write a pruned layer's tensors under their final names, then the manifest: the layer is finished."""
+        known = {arrays["group"]: Cut.from_arrays(arrays) for arrays in cuts}
+        prefix = layer_prefix(layer)
+        tensors = read_tensors(self._checkpoint, self._checkpoint.layer_tensors(layer), prefix)
+        sliced = slice_layer(tensors, self._groups.values(), known)
+        if needs_output_bias(self._checkpoint.config, patched_config):
+            weight_DK = sliced["self_attn.o_proj.weight"]
+            sliced["self_attn.o_proj.bias"] = weight_DK.new_zeros(len(weight_DK))
+        folder = task_folder(self.run_folder, layer_task(layer))
+        write_tensors(folder / LAYER_FILE, {prefix + name: tensor.to(self._disk_dtype(tensor)) for name, tensor in sliced.items()})
+        kept = {name: cut.units.tolist() for name, cut in known.items()}
+        manifest = commit(folder, layer_task(layer), task_fingerprint, [LAYER_FILE], info | {"kept": kept})
+        return {"digest": manifest.digest}, None
+
+    @step
+    def write_outer(self, task_fingerprint: str) -> tuple[Receipt, None]:
+        """Write the embeddings, the last norm and the head (unless tied), unchanged but for the type."""
+        tensors = read_tensors(self._checkpoint, self._checkpoint.outer_tensors)
+        folder = task_folder(self.run_folder, OUTER_TASK)
+        write_tensors(folder / OUTER_FILE, {name: tensor.to(self._disk_dtype(tensor)) for name, tensor in tensors.items()})
+        commit(folder, OUTER_TASK, task_fingerprint, [OUTER_FILE], {})
+        return {}, None
+
+    @step
+    def evaluate(self, model_path: str, owned: tuple[int, int]) -> tuple[Receipt, None]:
+        """Negative log-likelihoods (nats) of some evaluation windows under the model of a folder."""
+        assert self.job.evaluation is not None
+        stride = self.job.evaluation.stride or self.job.evaluation.window
+        windows_NT = self._tokens(EVALUATION_TASK)[slice(*owned)]
+        if len(windows_NT) == 0:
+            return {"losses": []}, None
+        return {"losses": window_losses(Path(model_path), windows_NT, owned[0], stride, self._dtype, self.device)}, None
+
+    @step
+    def check_export(self, expected_parameters: int) -> tuple[Receipt, None]:
+        """The load gate on the exported folder."""
+        check_loads(model_folder(self.run_folder), expected_parameters)
+        return {}, None
+
+
+def _torch_dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
