@@ -84,8 +84,10 @@ class RunFolder:
         spec = self.job.result_part() if part is None else part
         return fingerprint({"task": task, "spec": spec, "environment": environment(), "inputs": list(inputs)})
 
-    def finished(self, task: str, expected: str) -> Manifest | None:
+    def finished(self, task: str, expected: str, redo_stale: bool = False) -> Manifest | None:
         """The manifest of a task that is done; None when it has to be done (again, if its files are damaged).
+
+        With `redo_stale` a task that was done from other inputs has to be done again; otherwise that is an error.
 
         Raises:
             VerificationError: the task was done from other inputs or by other software.
@@ -93,6 +95,8 @@ class RunFolder:
         folder = task_folder(self.path, task)
         manifest = read_manifest(folder)
         if manifest is None or damaged_files(folder, manifest):
+            return None
+        if manifest.fingerprint != expected and redo_stale:
             return None
         if manifest.fingerprint != expected:
             raise VerificationError(

@@ -19,19 +19,14 @@ def tokenize(context: Context) -> Manifest:
         return _tokens(context, CALIBRATION_TASK, part, Path(context.job.calibration.path))
 
 
-def _tokens(context: Context, task: str, part: dict[str, Any], text: Path) -> Manifest:
+def _tokens(context: Context, task: str, part: dict[str, Any], text: Path, redo_stale: bool = False) -> Manifest:
     """Tokenise one text, once; depends on the text, the tokenizer and the cutting, not on the rest of the job."""
     tokenizer = [record_of(file).sha256 for file in sorted(context.checkpoint.path.glob("tokenizer*"))]
     digest = record_of(text).sha256 if text.is_file() else ""  # the worker reports a missing text, naming its field
     expected = context.folder.fingerprint(task, *tokenizer, digest, part=part)
-    return _done_once(context, task, expected, lambda: context.executor.wait([context.executor.submit(0, "tokenize", task, expected)]))
-
-
-def _done_once(context: Context, task: str, expected: str, work: Any) -> Manifest:
-    """The task's manifest, after doing its work unless that is done already."""
-    done = context.folder.finished(task, expected)
+    done = context.folder.finished(task, expected, redo_stale)
     if done is None:
-        context.attempt(task, work)
+        context.attempt(task, lambda: context.executor.wait([context.executor.submit(0, "tokenize", task, expected)]))
         done = context.folder.finished(task, expected)
         assert done is not None, f"{task} left no manifest"
     return done
@@ -82,7 +77,7 @@ def evaluate(context: Context, exported: Manifest) -> dict[str, dict[str, float]
         return None
     with context.stage("evaluate", 2):
         text_part = spec.model_dump(mode="json")
-        tokens = _tokens(context, EVALUATION_TASK, text_part, Path(spec.path))
+        tokens = _tokens(context, EVALUATION_TASK, text_part, Path(spec.path), redo_stale=True)
         models = {
             "before": (context.checkpoint.path, context.checkpoint.identity),
             "after": (model_folder(context.folder.path), exported.digest),
@@ -92,7 +87,7 @@ def evaluate(context: Context, exported: Manifest) -> dict[str, dict[str, float]
             task = f"evaluate-{name}"
             part = text_part | {"dtype": context.job.model.dtype, "device": context.job.parallel.device}
             expected = context.folder.fingerprint(task, identity, tokens.digest, part=part)
-            done = context.folder.finished(task, expected)
+            done = context.folder.finished(task, expected, redo_stale=True)
             results[name] = done.info["result"] if done else _perplexity(context, task, path, expected, tokens)  # type: ignore[assignment]
             context.emit("step-finished", stage="evaluate", model=name, **results[name])
     return results

@@ -72,6 +72,8 @@ class CalibrationSpec(TextSpec):
     """Length of one window, in tokens."""
     shards: int = Field(default=8, ge=2, le=4096)
     """Number of logical shards the windows are split into, in order; at most one worker per shard. Part of the result."""
+    token_weight: Literal["none", "residual"] = "none"
+    """`residual`: a token counts by the inverse of its residual-stream norm, the scale at which the next norm layer sees an error."""
     held_out_shards: int = Field(default=1, ge=1)
     """How many of the last shards are held out while the damping is chosen (the final fit uses all of them)."""
 
@@ -95,7 +97,7 @@ class BudgetSpec(Section):
     """KV groups that stay in every layer; `auto`: chosen against the FFN width by predicted output error."""
     probe_samples: int = Field(default=4, ge=2, le=4096)
     """Calibration windows used to predict output errors when `kv_groups` is `auto`."""
-    probe_layers: int = Field(default=8, ge=1, le=4096)
+    probe_layers: int = Field(default=5, ge=1, le=4096)
     """Layers, evenly spaced, at which output errors are predicted when `kv_groups` is `auto`."""
 
 
@@ -179,7 +181,7 @@ class JobSpec(Section):
     model: ModelSpec
     calibration: CalibrationSpec
     budget: BudgetSpec = BudgetSpec()
-    method: MethodSpec = StatOptions(name="stat")
+    method: MethodSpec = StatOptions()
     correction: CorrectionSpec = CorrectionSpec()
     parallel: ParallelSpec = ParallelSpec()
     memory: MemorySpec = MemorySpec()
@@ -189,7 +191,7 @@ class JobSpec(Section):
 
     @model_validator(mode="after")
     def _probe_fits(self) -> Self:
-        if self.budget.probe_samples > self.calibration.samples:
+        if self.budget.kv_groups == "auto" and self.budget.probe_samples > self.calibration.samples:
             raise ValueError(
                 f"budget.probe_samples ({self.budget.probe_samples}) must not exceed calibration.samples ({self.calibration.samples})"
             )

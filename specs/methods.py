@@ -10,9 +10,9 @@ class StatOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    name: Literal["stat"]
+    name: Literal["stat"] = "stat"
     factorization: Literal["gram", "qr"] = "gram"
-    """`gram`: pivoted Cholesky of the Gram matrix (fast); `qr`: tall-skinny QR, then column-pivoted QR of R (exact, works on the square root of the condition number)."""
+    """`gram`: pivoted Cholesky of the Gram matrix (fast); `qr`: tall-skinny QR, then column-pivoted QR of R (exact)."""
 
 
 MethodSpec = StatOptions  # becomes a union, discriminated on `name`, with the second method

@@ -38,7 +38,7 @@ def correct(training: Statistic, held_out: Statistic, weight_DF: Tensor, kept_K:
     candidates = options.candidates if options.damping == "held-out" else (options.damping,)
     trials = []
     for damping in sorted(candidates, reverse=True):
-        change_KD = fit.solve(damping * training.mean_energy)
+        change_KD = fit.solve(_ridge(damping, training))
         trials.append((check.error(change_KD), damping, change_KD))
     held_out_error, damping, change_KD = min(trials, key=lambda trial: trial[0])
     errors = (
@@ -46,8 +46,12 @@ def correct(training: Statistic, held_out: Statistic, weight_DF: Tensor, kept_K:
         _relative(held_out_error, held_out.output_energy(weight_DF)),
     )
     everything = training.merge(held_out)
-    change_KD = everything.refit(weight_DF, kept_K).solve(damping * everything.mean_energy)
+    change_KD = everything.refit(weight_DF, kept_K).solve(_ridge(damping, everything))
     return Correction(weight_DF[:, kept_K] + change_KD.T, damping, *errors)
+
+
+def _ridge(damping: float, statistic: Statistic) -> float:
+    return damping * (statistic.mean_energy or 1.0)  # without any energy every ridge gives no change, but none would be singular
 
 
 def _relative(error: float, energy: float) -> float:

@@ -114,14 +114,15 @@ def solve_gram(gram_KK: Tensor, cross_KD: Tensor, ridge: float) -> Tensor:
     """(G + ridge I)^-1 C by Cholesky.
 
     Raises:
-        ModelError: the damped matrix is not positive definite in fp64.
+        ModelError: the damped matrix is not positive definite in fp64, its smallest pivot being no more than rounding.
     """
     damped = gram_KK.clone()
     torch.diagonal(damped).add_(ridge)
     factor, info = torch.linalg.cholesky_ex(damped)
-    if int(info):
+    pivots = torch.diagonal(factor).square()
+    if int(info) or bool(pivots.min() <= pivots.max() * len(gram_KK) * torch.finfo(WIDE).eps):
         raise ModelError(
-            f"the Gram matrix of the kept columns is singular (leading minor {int(info)} of {len(gram_KK)}, ridge {ridge:g}): "
+            f"the Gram matrix of the {len(gram_KK)} kept columns is singular (ridge {ridge:g}): "
             "raise correction.damping, or take more calibration tokens"
         )
     return torch.cholesky_solve(cross_KD, factor)

@@ -43,6 +43,15 @@ def embed_all(model: StreamedModel, batches: Sequence[Tensor]) -> list[MicroBatc
     return result
 
 
+def token_rows(z_BTF: Tensor, hidden_BTD: Tensor, token_weight: str) -> Tensor:
+    """A consumer's input as rows (B T, F), each weighted as the job says (`CalibrationSpec.token_weight`), at least fp32."""
+    z_TF = z_BTF.flatten(0, -2)
+    if token_weight == "none":
+        return z_TF
+    norm_T1 = torch.linalg.vector_norm(hidden_BTD.flatten(0, -2), dim=-1, keepdim=True, dtype=torch.float32)
+    return z_TF.float() / norm_T1.clamp(min=torch.finfo(torch.float32).tiny)
+
+
 @dataclass
 class Shard:
     """One logical shard: its micro-batches stand before `layer`."""
@@ -63,10 +72,11 @@ class Sweep:
         run_folder: Path,
         checkpoint_layers: int,
         keep_inputs: bool,
+        token_weight: str,
     ) -> None:
         self._model, self._statistic, self._tokens, self._folder = model, statistic, shards, run_folder
         self._groups = {group.name: group for group in groups}
-        self._checkpoint_layers, self._keep_inputs = checkpoint_layers, keep_inputs
+        self._checkpoint_layers, self._keep_inputs, self._token_weight = checkpoint_layers, keep_inputs, token_weight
         self._shards: dict[int, Shard] = {}
         self._loaded: tuple[int, nn.Module] | None = None
 
@@ -92,7 +102,7 @@ class Sweep:
         for batch in self._shards[shard].batches:
             self._apply(module, layer, batch, cuts)
             z_BTF = layers.consumer_input(module, layer, batch, self._groups, name)
-            statistic.update(z_BTF.flatten(0, -2))
+            statistic.update(token_rows(z_BTF, batch.hidden_BTD, self._token_weight))
             if not self._keep_inputs:
                 batch.inputs.clear()
         if not statistic.is_finite():

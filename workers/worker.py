@@ -122,6 +122,7 @@ class Worker:
             self.run_folder,
             self.job.memory.checkpoint_layers,
             self._keep_inputs,
+            options.token_weight,
         )
 
     @step

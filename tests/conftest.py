@@ -1,0 +1,116 @@
+"""Small models built from configs in milliseconds, a tokenizer without a network, and jobs over both."""
+
+import json
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
+
+import pytest
+import torch
+import yaml
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+torch.set_num_threads(1)
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 260,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+MakeModel = Callable[..., Path]
+MakeJob = Callable[..., Path]
+
+
+def build_model(folder: Path, model_type: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
+    """Write a tiny random model of a family with a byte-level tokenizer; activations are made unlike by random norm weights."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(model_type, **(SIZES | changes))
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.rand_like(parameter) + 0.5 if "norm" in name else torch.randn_like(parameter) * 0.15)
+    model.save_pretrained(folder)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={symbol: number + 3 for number, symbol in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def make_model(tmp_path: Path) -> MakeModel:
+    """Build a tiny model under the test's folder."""
+
+    def make(model_type: str = "llama", name: str = "dense", **changes: Any) -> Path:
+        return build_model(tmp_path / name, model_type, **changes)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """English text that every Python brings."""
+    from pydoc_data.topics import topics
+
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("\n\n".join(topics[key] for key in sorted(topics))[:60_000], encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def make_job(tmp_path: Path, text_file: Path) -> MakeJob:
+    """Write a job file over a model folder; keyword arguments replace or extend whole sections."""
+
+    def make(model: Path, name: str = "job.yaml", **sections: Any) -> Path:
+        document: dict[str, Any] = {
+            "model": {"path": str(model)},
+            "calibration": {"path": str(text_file), "samples": 16, "sequence_length": 64, "shards": 4},
+            "budget": {"sparsity": 0.25, "round_to": 4},
+            "parallel": {"workers": 1, "micro_batch": 2},
+            "cluster": {"executor": "in-process"},
+        }
+        for section, values in sections.items():
+            document[section] = document.get(section, {}) | values if values is not None else None
+        path = tmp_path / name
+        path.write_text(yaml.safe_dump(document))
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """One private Ray for all tests that need it; jobs with `cluster.address: local` use it as they find it."""
+    import ray
+
+    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, object_store_memory=200 * 2**20)
+    yield
+    ray.shutdown()
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    """Change keys of a JSON file; None removes a key."""
+    value = {key: entry for key, entry in (json.loads(path.read_text()) | changes).items() if entry is not None}
+    path.write_text(json.dumps(value))
+
+
+def folder_bytes(folder: Path) -> dict[str, bytes]:
+    """Content of every file below a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

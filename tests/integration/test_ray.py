@@ -1,0 +1,92 @@
+"""The same job on real Ray actors: same bytes from every executor and worker count, errors as in process."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from orchestrator.cli import main
+from orchestrator.run import run_job
+
+from specs.errors import ModelError, ResourceError
+from specs.loader import load_job
+from tests.conftest import MakeJob, MakeModel, folder_bytes
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
+TOKEN = os.environ["RAY_AUTH_TOKEN"].encode()
+
+
+def quiet(event: dict[str, Any]) -> None:
+    """Show nothing."""
+
+
+def workers_alive() -> list[int]:
+    """Process ids of the actors of this test session's Ray, told apart by its token."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if (process / "cmdline").read_bytes().startswith(b"ray::Worker") and TOKEN in (process / "environ").read_bytes():
+                found.append(int(process.name))
+        except OSError:
+            continue
+    return found
+
+
+def test_same_bytes_from_every_executor(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
+    job = make_job(make_model(), budget={"kv_groups": 1}, calibration={"samples": 22, "shards": 5, "held_out_shards": 2})
+    run_job(load_job(job), tmp_path / "in-process", quiet)
+    expected = folder_bytes(tmp_path / "in-process" / "model")
+    for workers in (1, 2, 4):
+        out = tmp_path / f"ray-{workers}"
+        run_job(load_job(job, ["cluster.executor=ray", f"parallel.workers={workers}"]), out, quiet)
+        assert folder_bytes(out / "model") == expected
+
+
+def test_killed_worker_is_replaced(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
+    """SIGKILL in mid-sweep: the driver starts another worker, repeats no finished layer, and the bytes are the same."""
+    job = make_job(make_model(num_hidden_layers=6), budget={"kv_groups": 1}, memory={"checkpoint_layers": 2}, parallel={"workers": 2})
+    run_job(load_job(job), tmp_path / "calm", quiet)
+    events: list[dict[str, Any]] = []
+
+    def kill_after_layer_3(event: dict[str, Any]) -> None:
+        events.append(event)
+        if event["event"] == "step-finished" and event.get("layer") == 3 and not any(e["event"] == "worker-failed" for e in events):
+            os.kill(workers_alive()[0], signal.SIGKILL)
+
+    run_job(load_job(job, ["cluster.executor=ray"]), tmp_path / "killed", kill_after_layer_3)
+    assert [event["task"] for event in events if event["event"] == "worker-failed"] == ["layer-0004"]
+    assert [event["layer"] for event in events if event["event"] == "step-finished" and event["stage"] == "sweep"] == list(range(6))
+    assert folder_bytes(tmp_path / "killed" / "model") == folder_bytes(tmp_path / "calm" / "model")
+
+
+def test_no_retries_stops_with_advice(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
+    job = make_job(make_model(), cluster={"executor": "ray"}, parallel={"retries": 0})
+
+    def kill_first(event: dict[str, Any]) -> None:
+        if event.get("layer") == 0 and event["event"] == "step-finished" and event["stage"] == "sweep":
+            os.kill(workers_alive()[0], signal.SIGKILL)
+
+    with pytest.raises(ResourceError, match="layer-0001.*run the same command again"):
+        run_job(load_job(job), tmp_path / "run", kill_first)
+    run_job(load_job(job), tmp_path / "run", quiet)
+
+
+def test_a_steps_own_error_is_not_retried(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    dense = make_model()
+    tensors = load_file(dense / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = torch.nan
+    save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
+    events: list[dict[str, Any]] = []
+    with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds NaN"):
+        run_job(load_job(make_job(dense, cluster={"executor": "ray"}, budget={"kv_groups": 2})), tmp_path / "run", events.append)
+    assert not any(event["event"] == "worker-failed" for event in events)
+
+
+def test_missing_gpus_are_refused_before_any_work(make_model: MakeModel, make_job: MakeJob, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = make_job(make_model(), cluster={"executor": "ray"}, parallel={"device": "cuda", "workers": 3})
+    assert main(["run", str(job), "--out", str(tmp_path / "run")]) == 4
+    assert "3 workers need as many GPUs, the cluster has 0" in capsys.readouterr().err

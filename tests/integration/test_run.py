@@ -1,0 +1,166 @@
+"""A job from YAML to a folder that plain transformers loads, for every family and both routes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from orchestrator.cli import main
+from transformers import AutoModelForCausalLM
+
+from tests.conftest import MakeJob, MakeModel, folder_bytes
+from workers.checkpoint import open_checkpoint
+
+
+def run(job: Path, out: Path, *overrides: str) -> dict[str, Any]:
+    """Run a job through the command line; the report."""
+    words = [word for override in overrides for word in ("--set", override)]
+    assert main(["run", str(job), "--out", str(out), *words]) == 0
+    return json.loads((out / "report.json").read_text())
+
+
+def load(folder: Path) -> Any:
+    """Load as a user would; nothing may be missing or left over."""
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    return model.eval()
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "smollm3"])
+@pytest.mark.parametrize("kv_groups", [2, 1])
+def test_every_family_loads_and_generates(model_type: str, kv_groups: int, make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
+    dense = make_model(model_type)
+    report = run(make_job(dense, budget={"kv_groups": kv_groups}), tmp_path / "run")
+    model = load(tmp_path / "run" / "model")
+    assert sum(p.numel() for p in model.parameters()) == report["parameters"]["after"]
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert plan["remaining_parameters"] == report["parameters"]["after"]
+    assert report["decoder_parameters"]["after"] <= 0.75 * report["decoder_parameters"]["before"]
+    tokens = torch.randint(3, 259, (2, 12), generator=torch.Generator().manual_seed(0))
+    cached, plain = (model.generate(tokens, max_new_tokens=8, do_sample=False, use_cache=use) for use in (True, False))
+    assert torch.equal(cached, plain)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tied_and_untied_embeddings(tied: bool, make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
+    dense = make_model(tie_word_embeddings=tied)
+    report = run(make_job(dense), tmp_path / "run")
+    names = open_checkpoint(tmp_path / "run" / "model").tensors
+    assert ("lm_head.weight" in names) is not tied
+    embedding = 260 * 32
+    assert report["parameters"]["before"] - report["decoder_parameters"]["before"] == embedding * (1 if tied else 2) + 32
+
+
+def test_uneven_heads_of_llama_are_written_as_mistral(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
+    """Six heads in three groups to four heads of a hidden size of 30 (30 % 4 != 0), which LlamaConfig refuses."""
+    dense = make_model(hidden_size=30, num_attention_heads=6, num_key_value_heads=3)
+    run(make_job(dense, budget={"kv_groups": 2, "sparsity": 0.2}), tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+    assert (config["model_type"], config["sliding_window"], config["head_dim"]) == ("mistral", None, 8)
+    load(tmp_path / "run" / "model")
+
+
+def test_qwen2_for_vllm_is_written_as_llama(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
+    dense = make_model("qwen2")
+    job = make_job(dense, budget={"kv_groups": 1})
+    plain, vllm = run(job, tmp_path / "plain"), run(job, tmp_path / "vllm", "export.target=vllm")
+    models = [load(tmp_path / name / "model") for name in ("plain", "vllm")]
+    assert models[1].config.model_type == "llama"
+    tokens = torch.arange(3, 40)[None]
+    assert torch.equal(models[0](tokens).logits, models[1](tokens).logits)
+    assert vllm["parameters"]["after"] - plain["parameters"]["after"] == 3 * 32
+
+
+def test_biases_follow_their_rows(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
+    dense = make_model(attention_bias=True, mlp_bias=True)
+    run(make_job(dense, budget={"kv_groups": 1}), tmp_path / "run")
+    load(tmp_path / "run" / "model")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_checkpoints_keep_their_type(dtype: str, make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
+    dense = make_model(dtype=getattr(torch, dtype))
+    run(make_job(dense), tmp_path / "run")
+    assert {info.dtype for info in open_checkpoint(tmp_path / "run" / "model").tensors.values()} == {{"bfloat16": "BF16", "float16": "F16"}[dtype]}
+    assert load(tmp_path / "run" / "model").dtype == getattr(torch, dtype)
+
+
+def test_gram_and_qr_route_agree(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
+    job = make_job(make_model(), budget={"kv_groups": 1})
+    run(job, tmp_path / "gram")
+    run(job, tmp_path / "qr", "method.factorization=qr")
+    gram, qr = (load(tmp_path / name / "model").state_dict() for name in ("gram", "qr"))
+    for name, tensor in gram.items():
+        torch.testing.assert_close(qr[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_recomputed_inputs_give_the_same_bytes(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
+    from workers.worker import Worker
+
+    job = make_job(make_model(), budget={"kv_groups": 1})
+    run(job, tmp_path / "kept")
+    original = Worker.__init__
+    try:
+        Worker.__init__ = lambda self, job, run_folder, device, keep_inputs: original(self, job, run_folder, device, False)  # type: ignore[method-assign]
+        run(job, tmp_path / "recomputed")
+    finally:
+        Worker.__init__ = original  # type: ignore[method-assign]
+    assert folder_bytes(tmp_path / "kept" / "model") == folder_bytes(tmp_path / "recomputed" / "model")
+
+
+def test_report_and_evaluation(make_model: MakeModel, make_job: MakeJob, text_file: Path, tmp_path: Path) -> None:
+    dense = make_model()
+    report = run(make_job(dense, evaluation={"path": str(text_file), "window": 32, "stride": 16, "max_windows": 4}), tmp_path / "run")
+    assert {"parameters", "decoder_parameters", "bytes_on_disk", "perplexity", "seconds", "peak_memory_bytes", "layers"} <= report.keys()
+    for name, folder in (("before", dense), ("after", tmp_path / "run" / "model")):
+        assert report["perplexity"][name] == pytest.approx(_perplexity(folder, text_file), rel=1e-5)
+    assert report["evaluation"]["scored_tokens"] == 31 + 3 * 16
+    for layer in report["layers"]:
+        assert {"kept", "of", "damping", "training_error", "held_out_error"} <= layer["groups"]["neurons"].keys()
+    assert {"driver", "worker-0"} <= report["peak_memory_bytes"].keys()
+    assert report["bytes_on_disk"]["after"] < report["bytes_on_disk"]["before"]
+
+
+def _perplexity(folder: Path, text_file: Path) -> float:
+    """By whole-model forward passes."""
+    from transformers import AutoTokenizer
+
+    tokens = torch.tensor(AutoTokenizer.from_pretrained(folder)(text_file.read_text())["input_ids"][: 3 * 16 + 32])
+    model, losses = AutoModelForCausalLM.from_pretrained(folder), []
+    for number in range(4):
+        window = tokens[number * 16 : number * 16 + 32]
+        loss = torch.nn.functional.cross_entropy(model(window[None]).logits[0, :-1], window[1:], reduction="none")
+        losses.append(loss if number == 0 else loss[-16:])
+    return float(torch.cat(losses).detach().mean().exp())
+
+
+def test_verify_and_report_commands(make_model: MakeModel, make_job: MakeJob, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    run(make_job(make_model()), out)
+    assert main(["verify", str(out)]) == 0
+    assert main(["report", str(out)]) == 0
+    assert "decoder_parameters" in capsys.readouterr().out
+    shard = out / "model" / "model-00002-of-00004.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-3] ^= 1
+    shard.unlink()
+    shard.write_bytes(data)
+    assert main(["verify", str(out)]) == 5
+    assert "model-00002" in capsys.readouterr().err
+
+
+def test_original_config_is_patched_not_resaved(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
+    from tests.conftest import edit_json
+
+    dense = make_model()
+    edit_json(dense / "config.json", rope_theta=77777.0, torch_dtype="float32", an_unknown_key={"kept": [1]})
+    (dense / "modeling_evil.py").write_text("raise SystemExit")
+    (dense / "LICENSE").write_text("a licence")
+    run(make_job(dense), tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+    assert config["rope_theta"] == 77777.0
+    assert config["an_unknown_key"] == {"kept": [1]}
+    names = {path.name for path in (tmp_path / "run" / "model").iterdir()}
+    assert {"LICENSE", "tokenizer.json", "generation_config.json"} <= names
+    assert "modeling_evil.py" not in names

@@ -1,0 +1,187 @@
+"""The correction against closed forms and against brute force on the activations themselves.
+
+Letters: T tokens, F width, D hidden, K kept columns, P pruned columns. Weights are (D, F), outputs Z W'.
+"""
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from torch import Tensor
+
+from specs.job import CorrectionSpec
+from workers import linalg
+from workers.correction import Correction, correct
+from workers.statistics import GramStatistic, RStatistic, Statistic, complement
+
+ROUTES = ["gram", "qr"]
+TRAINING = 150
+
+
+def data(tokens: int = 200, width: int = 20, hidden: int = 6, rank: int | None = None, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Correlated activations Z (of some rank) and a weight, fp64."""
+    generator = torch.Generator().manual_seed(seed)
+    base = torch.randn(tokens, rank or width, generator=generator, dtype=torch.float64)
+    mixing = torch.randn(rank or width, width, generator=generator, dtype=torch.float64)
+    if rank is None:
+        mixing = torch.eye(width, dtype=torch.float64) + 0.3 * mixing
+    return base @ mixing, torch.randn(hidden, width, generator=generator, dtype=torch.float64)
+
+
+def statistic(route: str, z_TF: Tensor) -> Statistic:
+    return GramStatistic(z_TF.T @ z_TF) if route == "gram" else RStatistic(linalg.stack_r(None, z_TF), z_TF.shape[1])
+
+
+def pivots(route: str, z_TF: Tensor, weight_DF: Tensor, count: int) -> Tensor:
+    return statistic(route, z_TF).order(torch.linalg.vector_norm(weight_DF, dim=0), 1, count).sort().values
+
+
+def corrected(
+    route: str, z_TF: Tensor, weight_DF: Tensor, kept_K: Tensor, damping: float | str = 0.0, training: int = TRAINING, **options: object
+) -> Correction:
+    spec = CorrectionSpec.model_validate({"damping": damping} | options)
+    return correct(statistic(route, z_TF[:training]), statistic(route, z_TF[training:]), weight_DF, kept_K, spec)
+
+
+def closed_form(z_TF: Tensor, weight_DF: Tensor, kept_K: Tensor, damping: float) -> Tensor:
+    """(S_KK + gI)^-1 (S_K: W + g W_K), g a multiple of the mean column energy; as (D, K)."""
+    gram, ridge = z_TF.T @ z_TF, damping * float(z_TF.square().sum()) / z_TF.shape[1]
+    left = gram[kept_K][:, kept_K] + ridge * torch.eye(len(kept_K), dtype=torch.float64)
+    return torch.linalg.solve(left, gram[kept_K] @ weight_DF.T + ridge * weight_DF[:, kept_K].T).T
+
+
+def relative_error(z_TF: Tensor, weight_DF: Tensor, kept_K: Tensor, weight_DK: Tensor) -> float:
+    output_TD = z_TF @ weight_DF.T
+    return float((z_TF[:, kept_K] @ weight_DK.T - output_TD).norm() / output_TD.norm())
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("rank", [1, 6, 19])
+def test_exact_rank_activations_prune_without_loss(route: str, rank: int) -> None:
+    z_TF, weight_DF = data(rank=rank)
+    kept_K = pivots(route, z_TF, weight_DF, rank)
+    result = corrected(route, z_TF, weight_DF, kept_K)
+    assert relative_error(z_TF, weight_DF, kept_K, result.weight_DK) < 1e-9
+    assert max(result.training_error, result.held_out_error) < (1e-9 if route == "qr" else 1e-6)  # a Gram error is a difference of squares
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("num_kept", [1, 7, 19, 20])
+def test_fold_is_least_squares_and_the_interpolative_fold(route: str, num_kept: int) -> None:
+    z_TF, weight_DF = data()
+    kept_K = pivots(route, z_TF, weight_DF, num_kept)
+    weight_DK = corrected(route, z_TF, weight_DF, kept_K).weight_DK
+    least_squares = torch.linalg.lstsq(z_TF[:, kept_K], z_TF @ weight_DF.T).solution.T
+    torch.testing.assert_close(weight_DK, least_squares, rtol=1e-10, atol=1e-10)
+
+    scale_F = torch.linalg.vector_norm(weight_DF, dim=0)
+    r, order = scipy.linalg.qr((z_TF * scale_F).numpy(), mode="r", pivoting=True)
+    kept, pruned = order[:num_kept], order[num_kept:]
+    t_KP = torch.from_numpy(np.linalg.solve(r[:num_kept, :num_kept], r[:num_kept, num_kept:]))
+    t_KP = t_KP * scale_F[kept][:, None] / scale_F[pruned]  # Z_P ~ Z_K T for the unscaled columns
+    fold_DK = weight_DF[:, kept] + weight_DF[:, pruned] @ t_KP.T
+    assert sorted(kept) == kept_K.tolist()
+    torch.testing.assert_close(weight_DK, fold_DK[:, np.argsort(kept)], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("damping", [1e-6, 1e-2, 1.0, 30.0])
+def test_damped_correction_is_its_closed_form(route: str, damping: float) -> None:
+    z_TF, weight_DF = data(seed=3)
+    kept_K = pivots(route, z_TF, weight_DF, 9)
+    result = corrected(route, z_TF, weight_DF, kept_K, damping)
+    assert result.damping == damping
+    torch.testing.assert_close(result.weight_DK, closed_form(z_TF, weight_DF, kept_K, damping), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_held_out_damping_is_the_best_candidate_and_errors_are_those_of_the_data(route: str) -> None:
+    candidates, chosen = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0), set()
+    for seed in range(12):
+        z_TF, weight_DF = data(tokens=60, width=20, seed=seed)
+        training, held_out = z_TF[:24], z_TF[24:]
+        kept_K = pivots(route, training, weight_DF, 14)
+        result = corrected(route, z_TF, weight_DF, kept_K, "held-out", training=24, candidates=candidates)
+        fits = {damping: closed_form(training, weight_DF, kept_K, damping) for damping in candidates}
+        errors = {damping: relative_error(held_out, weight_DF, kept_K, fit) for damping, fit in fits.items()}
+        assert result.damping == min(errors, key=errors.__getitem__)
+        assert result.held_out_error == pytest.approx(errors[result.damping], rel=1e-9)
+        assert result.training_error == pytest.approx(relative_error(training, weight_DF, kept_K, fits[result.damping]), rel=1e-9)
+        torch.testing.assert_close(result.weight_DK, closed_form(z_TF, weight_DF, kept_K, result.damping), rtol=1e-10, atol=1e-10)
+        chosen.add(result.damping)
+    assert len(chosen) >= 3
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_equal_held_out_errors_go_to_the_larger_damping(route: str) -> None:
+    z_TF, weight_DF = data()
+    assert corrected(route, z_TF, weight_DF, torch.arange(20), "held-out").damping == 0.3  # nothing is pruned: all errors are zero
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("damping", [0.0, 0.03, "held-out"])
+def test_both_routes_keep_the_same_and_correct_alike(seed: int, damping: float | str) -> None:
+    z_TF, weight_DF = data(seed=seed)
+    kept = {route: pivots(route, z_TF, weight_DF, 12) for route in ROUTES}
+    assert torch.equal(kept["gram"], kept["qr"])
+    gram, qr = (corrected(route, z_TF, weight_DF, kept[route], damping) for route in ROUTES)
+    assert gram.damping == qr.damping
+    torch.testing.assert_close(gram.weight_DK, qr.weight_DK, rtol=1e-10, atol=1e-10)
+    assert gram.held_out_error == pytest.approx(qr.held_out_error, rel=1e-9)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("seed", range(3))
+def test_pruning_commutes_with_permuting_neurons(route: str, seed: int) -> None:
+    z_TF, weight_DF = data(seed=seed)
+    moved = torch.randperm(20, generator=torch.Generator().manual_seed(seed))
+    kept_K, kept_of_moved_K = pivots(route, z_TF, weight_DF, 9), pivots(route, z_TF[:, moved], weight_DF[:, moved], 9)
+    assert torch.equal(moved[kept_of_moved_K].sort().values, kept_K)
+    plain = corrected(route, z_TF, weight_DF, kept_K, 0.01)
+    permuted = corrected(route, z_TF[:, moved], weight_DF[:, moved], kept_of_moved_K, 0.01)
+    back = moved[kept_of_moved_K].argsort()
+    torch.testing.assert_close(permuted.weight_DK[:, back], plain.weight_DK, rtol=1e-10, atol=1e-10)
+    assert permuted.held_out_error == pytest.approx(plain.held_out_error, rel=1e-9)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_large_damping_leaves_the_weight_alone(route: str) -> None:
+    z_TF, weight_DF = data()
+    kept_K = pivots(route, z_TF, weight_DF, 9)
+    changes = [
+        float((corrected(route, z_TF, weight_DF, kept_K, damping).weight_DK - weight_DF[:, kept_K]).norm()) for damping in (1e2, 1e4, 1e6)
+    ]
+    assert changes[0] > changes[1] > changes[2]
+    assert changes[2] < 1e-5
+    pruned_P = complement(kept_K, 20)
+    cross_KD = z_TF[:, kept_K].T @ (z_TF[:, pruned_P] @ weight_DF[:, pruned_P].T)
+    ridge = 1e6 * float(z_TF.square().sum()) / 20
+    assert changes[2] == pytest.approx(float(cross_KD.norm()) / ridge, rel=1e-4)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("damping", [1e-3, "held-out"])
+def test_activations_without_energy_leave_the_weight_alone(route: str, damping: float | str) -> None:
+    _, weight_DF = data()
+    kept_K = torch.arange(5)
+    result = corrected(route, torch.zeros(200, 20, dtype=torch.float64), weight_DF, kept_K, damping)
+    assert torch.equal(result.weight_DK, weight_DF[:, kept_K])
+    assert result.training_error == result.held_out_error == 0.0
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_dead_kept_columns_are_no_obstacle_with_damping(route: str) -> None:
+    z_TF, weight_DF = data()
+    z_TF[:, :3] = 0
+    result = corrected(route, z_TF, weight_DF, torch.arange(8), 0.01)
+    torch.testing.assert_close(result.weight_DK, closed_form(z_TF, weight_DF, torch.arange(8), 0.01), rtol=1e-10, atol=1e-10)
+    assert torch.equal(result.weight_DK[:, :3], weight_DF[:, :3])
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_fewer_tokens_than_columns(route: str) -> None:
+    z_TF, weight_DF = data(tokens=12)
+    result = corrected(route, z_TF, weight_DF, torch.arange(15), 0.1, training=9)
+    torch.testing.assert_close(result.weight_DK, closed_form(z_TF, weight_DF, torch.arange(15), 0.1), rtol=1e-10, atol=1e-10)
+    fit = closed_form(z_TF[:9], weight_DF, torch.arange(15), 0.1)
+    assert result.held_out_error == pytest.approx(relative_error(z_TF[9:], weight_DF, torch.arange(15), fit), rel=1e-9)

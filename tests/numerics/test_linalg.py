@@ -1,0 +1,202 @@
+"""Gram matrices, tall-skinny QR, pivoting and solvers, against numpy, LAPACK on Z itself, and explicit projections."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from torch import Tensor
+
+from specs.errors import ModelError
+from workers import linalg
+
+PivotBlocks = Callable[[Tensor, Tensor, int, int], Tensor]
+
+
+def activations(tokens: int, width: int, seed: int = 0) -> Tensor:
+    """Correlated columns of unlike size, fp64, well conditioned."""
+    generator = torch.Generator().manual_seed(seed)
+    base = torch.randn(tokens, width, generator=generator, dtype=torch.float64)
+    mixing = torch.eye(width, dtype=torch.float64) + 0.3 * torch.randn(width, width, generator=generator, dtype=torch.float64)
+    return base @ mixing * (torch.rand(width, generator=generator, dtype=torch.float64) + 0.5)
+
+
+def scales(width: int, seed: int = 1) -> Tensor:
+    return torch.rand(width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.25
+
+
+def r_of(z_TF: Tensor) -> Tensor:
+    return linalg.stack_r(None, z_TF)
+
+
+def by_gram(z_TF: Tensor, scale_F: Tensor) -> list[int]:
+    return linalg.pivot_gram(z_TF.T @ z_TF, scale_F).tolist()
+
+
+def by_r(z_TF: Tensor, scale_F: Tensor) -> list[int]:
+    return linalg.pivot_r(r_of(z_TF), scale_F).tolist()
+
+
+def blocks_by_gram(z_TF: Tensor, scale_F: Tensor, block: int, count: int) -> list[int]:
+    return linalg.pivot_blocks_gram(z_TF.T @ z_TF, scale_F, block, count).tolist()
+
+
+def blocks_by_r(z_TF: Tensor, scale_F: Tensor, block: int, count: int) -> list[int]:
+    return linalg.pivot_blocks_r(r_of(z_TF), scale_F, block, count).tolist()
+
+
+def greedy_blocks(z_TF: Tensor, scale_F: Tensor, block: int, count: int) -> list[int]:
+    """Each time the block with the most energy left after projecting on all columns taken so far, by least squares on Z."""
+    scaled = (z_TF * scale_F).numpy()
+    taken: list[int] = []
+    for _ in range(count):
+        columns = [unit * block + offset for unit in taken for offset in range(block)]
+        rest = scaled - scaled[:, columns] @ np.linalg.lstsq(scaled[:, columns], scaled, rcond=None)[0] if taken else scaled
+        energies = [(rest[:, unit * block : (unit + 1) * block] ** 2).sum() for unit in range(scaled.shape[1] // block)]
+        taken.append(max((unit for unit in range(len(energies)) if unit not in taken), key=lambda unit: (energies[unit], -unit)))
+    return taken
+
+
+@pytest.mark.parametrize("width", [1, 5, 512, 513, 700])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gram_equals_the_product_in_fp64(width: int, dtype: torch.dtype) -> None:
+    batches = [activations(tokens, 8, seed).repeat(1, 88)[:, :width].to(dtype) for seed, tokens in enumerate((9, 1, 16))]
+    gram = torch.zeros(width, width, dtype=torch.float64)
+    for z_TF in batches:
+        linalg.add_gram_(gram, z_TF)
+    assert linalg.mirror_(gram) is gram
+    z_TF = torch.cat(batches).double()
+    assert torch.equal(gram, gram.T)
+    assert bool(((gram - z_TF.T @ z_TF).abs() <= 16 * 2**-24 * (z_TF.abs().T @ z_TF.abs())).all())
+
+
+def test_gram_is_summed_in_fp64() -> None:
+    gram = torch.zeros(1, 1, dtype=torch.float64)
+    for value in (2.0**15, 2.0**-10):
+        linalg.add_gram_(gram, torch.tensor([[value]]))
+    assert gram.item() == 2.0**30 + 2.0**-20
+
+
+@pytest.mark.parametrize("chunks", [[60], [1] * 60, [7, 7, 46], [46, 14], [12, 24, 24], [59, 1]])
+def test_stacked_r_does_not_depend_on_chunking(chunks: list[int]) -> None:
+    z_TF = activations(60, 12)
+    r_FF: Tensor | None = None
+    for rows in z_TF.split(chunks):
+        r_FF = linalg.stack_r(r_FF, rows)
+    assert r_FF is not None
+    gram = z_TF.T @ z_TF
+    assert float((r_FF.T @ r_FF - gram).norm() / gram.norm()) < 1e-12
+    assert float((r_FF - r_of(z_TF)).norm() / r_FF.norm()) < 1e-12
+    assert bool((torch.diagonal(r_FF) >= 0).all())
+    assert torch.equal(r_FF, torch.triu(r_FF))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_stacked_r_of_fewer_tokens_than_columns(dtype: torch.dtype) -> None:
+    z_TF = activations(5, 12).to(dtype)
+    r_TF = linalg.stack_r(r_of(z_TF[:3]), z_TF[3:])
+    assert r_TF.shape == (5, 12)
+    torch.testing.assert_close(r_TF.T @ r_TF, z_TF.double().T @ z_TF.double(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_pivots_equal_column_pivoted_qr(seed: int) -> None:
+    z_TF, scale_F = activations(120, 24, seed), scales(24, seed + 100)
+    pivots = scipy.linalg.qr((z_TF * scale_F).numpy(), mode="r", pivoting=True)[1].tolist()
+    assert by_gram(z_TF, scale_F) == pivots
+    assert by_r(z_TF, scale_F) == pivots
+
+
+def test_qr_route_pivots_an_ill_conditioned_input_as_qr_of_z_does() -> None:
+    """Column sizes over ten decades, which a Gram matrix cannot hold."""
+    z_TF, scale_F = torch.linalg.qr(activations(80, 10)).Q, torch.logspace(0, -10, 10, dtype=torch.float64).flip(0)
+    assert by_r(z_TF, scale_F) == scipy.linalg.qr((z_TF * scale_F).numpy(), mode="r", pivoting=True)[1].tolist() == list(range(9, -1, -1))
+
+
+@pytest.mark.parametrize("pivot", [by_gram, by_r])
+@pytest.mark.parametrize("seed", range(4))
+def test_dead_and_dependent_columns_come_last_in_index_order(pivot: Callable[[Tensor, Tensor], list[int]], seed: int) -> None:
+    z_TF = activations(50, 8, seed)
+    z_TF[:, [0, 2]] = 0
+    z_TF[:, 5] = 0.1 * (z_TF[:, 1] - z_TF[:, 3])
+    z_TF[:, 7] = 0.5 * z_TF[:, 4]
+    order = pivot(z_TF, torch.ones(8, dtype=torch.float64))
+    assert set(order[:4]) == {1, 3, 4, 6}
+    assert order[4:] == [0, 2, 5, 7]
+
+
+@pytest.mark.parametrize("pivot", [by_gram, by_r])
+def test_columns_without_any_energy_stay_in_index_order(pivot: Callable[[Tensor, Tensor], list[int]]) -> None:
+    assert pivot(torch.zeros(4, 6, dtype=torch.float64), torch.ones(6, dtype=torch.float64)) == list(range(6))
+
+
+@pytest.mark.parametrize("pivot", [blocks_by_gram, blocks_by_r])
+@pytest.mark.parametrize(("units", "block"), [(6, 4), (8, 1), (3, 7), (5, 2)])
+@pytest.mark.parametrize("seed", range(3))
+def test_block_pivots_equal_explicit_projection(pivot: Callable[..., list[int]], units: int, block: int, seed: int) -> None:
+    z_TF, scale_F = activations(90, units * block, seed), scales(units * block, seed)
+    for count in range(1, units + 1):
+        taken = pivot(z_TF, scale_F, block, count)
+        assert taken == greedy_blocks(z_TF, scale_F, block, count)
+        assert len(set(taken)) == count
+
+
+def test_blocks_of_one_column_are_column_pivoting() -> None:
+    z_TF, scale_F = activations(90, 12), scales(12)
+    assert blocks_by_gram(z_TF, scale_F, 1, 12) == blocks_by_r(z_TF, scale_F, 1, 12) == by_r(z_TF, scale_F)
+
+
+@pytest.mark.parametrize("pivot", [blocks_by_gram, blocks_by_r])
+def test_dependent_blocks_are_taken_last(pivot: Callable[..., list[int]]) -> None:
+    """Blocks 1 and 3 lie in the span of 0 and 2, block 2 has a dependent column, block 4 is dead."""
+    z_TF = activations(60, 15)
+    z_TF[:, 8] = z_TF[:, 6] - z_TF[:, 7]
+    z_TF[:, 3:6] = 0.3 * z_TF[:, 0:3]
+    z_TF[:, 9:12] = 0.1 * (z_TF[:, 0:3] + z_TF[:, 6:9])
+    z_TF[:, 12:] = 0
+    taken = pivot(z_TF, torch.ones(15, dtype=torch.float64), 3, 5)
+    assert set(taken[:2]) == {0, 2}
+    assert sorted(taken) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("pivot", [blocks_by_gram, blocks_by_r])
+@pytest.mark.parametrize(("sizes", "expected"), [([1, 1, 1, 1], [0, 1, 2, 3]), ([1, 2, 1, 2], [1, 3, 0, 2]), ([0, 0, 0, 1], [3, 0, 1, 2])])
+def test_ties_between_blocks_go_to_the_lower_index(pivot: Callable[..., list[int]], sizes: list[int], expected: list[int]) -> None:
+    columns = torch.tensor(sizes, dtype=torch.float64).repeat_interleave(3)
+    assert pivot(torch.eye(12, dtype=torch.float64), columns, 3, 4) == expected
+
+
+@pytest.mark.parametrize("ridge", [0.0, 1e-3, 2.5, 1e6])
+def test_both_solvers_agree_with_the_normal_equations(ridge: float) -> None:
+    z_TF, target_TD = activations(60, 10), activations(60, 4, seed=7)
+    r_FF = r_of(torch.cat([z_TF, target_TD], dim=1))
+    gram, cross = z_TF.T @ z_TF, z_TF.T @ target_TD
+    expected = torch.linalg.solve(gram + ridge * torch.eye(10, dtype=torch.float64), cross)
+    torch.testing.assert_close(linalg.solve_gram(gram, cross, ridge), expected, rtol=1e-10, atol=1e-13)
+    torch.testing.assert_close(linalg.solve_r(r_FF[:, :10], r_FF[:, 10:], ridge), expected, rtol=1e-10, atol=1e-13)
+
+
+def dead(z_TF: Tensor) -> None:
+    z_TF[:, 2] = 0
+
+
+def twins(z_TF: Tensor) -> None:
+    z_TF[:, 2] = z_TF[:, 5]
+
+
+def combination(z_TF: Tensor) -> None:
+    z_TF[:, 2] = z_TF[:, [0, 1, 3, 4, 5]] @ torch.tensor([0.3, -0.7, 1.1, 0.2, -0.5], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("spoil", [dead, twins, combination])
+@pytest.mark.parametrize("seed", range(6))
+def test_singular_systems_are_refused_with_advice_unless_damped(spoil: Callable[[Tensor], None], seed: int) -> None:
+    z_TF = activations(40, 6, seed)
+    spoil(z_TF)
+    gram, cross, r_FF = z_TF.T @ z_TF, z_TF.T @ z_TF[:, :2], r_of(z_TF)
+    with pytest.raises(ModelError, match=r"raise correction\.damping"):
+        linalg.solve_gram(gram, cross, 0.0)
+    with pytest.raises(ModelError, match=r"raise correction\.damping"):
+        linalg.solve_r(r_FF, r_FF[:, :2], 0.0)
+    torch.testing.assert_close(linalg.solve_gram(gram, cross, 0.1), linalg.solve_r(r_FF, r_FF[:, :2], 0.1), rtol=1e-10, atol=1e-12)
