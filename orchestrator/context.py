@@ -13,6 +13,7 @@ from orchestrator.plan import Plan
 from orchestrator.run_folder import RunFolder
 from specs.job import JobSpec
 from workers.checkpoint import Checkpoint
+from workers.files import Manifest
 
 T = TypeVar("T")
 
@@ -45,6 +46,21 @@ class Context:
     def peak_memory_bytes(self) -> dict[str, int]:
         """Peak resident memory of the driver and of every worker that has answered, in bytes."""
         return {"driver": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024} | self.executor.peak_memory_bytes
+
+    def once(self, task: str, expected: str, work: Callable[[], object], redo_stale: bool = False) -> Manifest:
+        """The manifest of a task, after doing its work unless it is done already.
+
+        Raises:
+            VerificationError: it was done from other inputs (and `redo_stale` does not say to do it again).
+            ResourceError: the failure policy says stop.
+        """
+        if done := self.folder.finished(task, expected, redo_stale):
+            self.emit("task-found", task=task)
+            return done
+        self.attempt(task, work)
+        done = self.folder.finished(task, expected)
+        assert done is not None, f"{task} left no manifest"
+        return done
 
     def attempt(self, task: str, work: Callable[[], T]) -> T:
         """Do a task's work, again after a lost worker, as often as the failure policy says.

@@ -38,19 +38,16 @@ def export_model(context: Context, layers: Sequence[Manifest]) -> Manifest:
     folder, executor = context.folder, context.executor
     with context.stage("export", 1):
         outer = folder.fingerprint(OUTER_TASK, context.checkpoint.identity)
-        if folder.finished(OUTER_TASK, outer) is None:
-            context.attempt(OUTER_TASK, lambda: executor.wait([executor.submit(0, "write_outer", outer)]))
-        outer_done = folder.finished(OUTER_TASK, outer)
-        assert outer_done is not None
+        outer_done = context.once(OUTER_TASK, outer, lambda: executor.wait([executor.submit(0, "write_outer", outer)]))
         expected = folder.fingerprint(EXPORT_TASK, outer_done.digest, *(manifest.digest for manifest in layers))
-        done = folder.finished(EXPORT_TASK, expected)
-        if done:
-            return done
-        _assemble(context)
-        parameters = context.plan.shape.parameters
-        context.attempt(EXPORT_TASK, lambda: executor.wait([executor.submit(0, "check_export", parameters)]))
-        model = model_folder(folder.path)
-        return commit(model, EXPORT_TASK, expected, [file.name for file in model.iterdir()], {"parameters": parameters})
+        return context.once(EXPORT_TASK, expected, lambda: _assemble_and_check(context, expected))
+
+
+def _assemble_and_check(context: Context, expected: str) -> None:
+    _assemble(context)
+    parameters, model = context.plan.shape.parameters, model_folder(context.folder.path)
+    context.executor.wait([context.executor.submit(0, "check_export", parameters)])
+    commit(model, EXPORT_TASK, expected, [file.name for file in model.iterdir()], {"parameters": parameters})
 
 
 def _assemble(context: Context) -> None:

@@ -77,8 +77,10 @@ class Plan:
 
     def document(self) -> dict[str, Any]:
         """As written to plan.json; the parameters that remain stand there once the shape is decided."""
-        decided = {"remaining_parameters": self.shape.parameters, "remaining_decoder_parameters": self.shape.decoder_parameters}
-        return asdict(self) | (decided if len(self.shapes) == 1 else {})
+        if len(self.shapes) > 1:
+            return asdict(self)
+        remaining = {"remaining_parameters": self.shape.parameters, "remaining_decoder_parameters": self.shape.decoder_parameters}
+        return asdict(self) | remaining
 
 
 def make_plan(job: JobSpec, checkpoint: Checkpoint) -> Plan:
@@ -151,7 +153,8 @@ def _shape(job: JobSpec, checkpoint: Checkpoint, heads: UnitGroup, neurons: Unit
         width = (neurons.num_units - math.ceil((target - by_heads) / per_neuron)) // round_to * round_to
     if width < 1:
         raise SpecError(
-            f"with {num_heads} KV groups no FFN width of at least budget.round_to ({round_to}) is left; lower budget.sparsity, budget.round_to or budget.kv_groups"
+            f"with {num_heads} KV groups no FFN width of at least budget.round_to ({round_to}) is left; "
+            "lower budget.sparsity, budget.round_to or budget.kv_groups"
         )
     removed = by_heads + (neurons.num_units - width) * per_neuron
     patched = patched_config(checkpoint.config, {"heads": num_heads, "neurons": width}, job.export.target, job.export.dtype)
@@ -212,9 +215,8 @@ def print_plan(plan: Plan) -> None:
     print_table(title, ["KV groups", "FFN width", "decoder parameters remaining", "parameters remaining", "decoder removed"], rows)
     print(f"tasks: {len(plan.tasks)}: {', '.join(plan.tasks[:3])}, ..., {', '.join(plan.tasks[-3:])}")
     kept = "kept in memory" if plan.keep_inputs else "recomputed"
-    print(
-        f"workers: {plan.workers}, about {plan.worker_memory_bytes / 2**30:.2f} GiB each, consumer inputs {kept}; output at most {plan.output_bytes / 2**20:,.0f} MiB"
-    )
+    print(f"workers: {plan.workers}, about {plan.worker_memory_bytes / 2**30:.2f} GiB each, consumer inputs {kept}")
+    print(f"output: at most {plan.output_bytes / 2**20:,.0f} MiB")
     print(
         f"calibration: {plan.calibration_tokens:,} tokens, {plan.tokens_per_neuron:.1f} per FFN channel"
         + ("" if plan.tokens_per_neuron >= 10 else " (fewer than 10: corrections will overfit)")

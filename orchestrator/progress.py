@@ -47,7 +47,7 @@ class ProgressView:
         match event["event"]:
             case "stage-started":
                 self._task = self._progress.add_task(event["stage"], total=event.get("steps"), note="")
-            case "step-finished" if self._task is not None:
+            case "step-finished" | "task-found" if self._task is not None:
                 self._progress.update(self._task, advance=1, note=_note(event))
             case "stage-finished" if self._task is not None:
                 self._progress.update(
@@ -59,14 +59,15 @@ class ProgressView:
 
 def plain_line(event: dict[str, Any]) -> str:
     """One event as one line."""
-    rest = {key: value for key, value in event.items() if key not in ("event", "peak_memory_bytes", "groups")}
+    rest = {key: value for key, value in event.items() if key not in ("event", "peak_memory_bytes", "groups", "candidates")}
     words = [f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in rest.items()]
     return " ".join([event["event"], *words, *([note] if (note := _note(event)) else [])])
 
 
 def _note(event: dict[str, Any]) -> str:
-    """Kept units and held-out error of a layer, and the largest worker's memory."""
-    parts = [f"{name} {info['kept']}/{info['of']} error {info['held_out_error']:.3f}" for name, info in event.get("groups", {}).items()]
+    """Pace, kept units and held-out error of a layer, and the largest worker's memory."""
+    parts = [f"{event['seconds']:.1f} s/layer"] if "layer" in event and "seconds" in event else []
+    parts += [f"{name} {info['kept']}/{info['of']} error {info['held_out_error']:.3f}" for name, info in event.get("groups", {}).items()]
     if memory := event.get("peak_memory_bytes"):
         parts.append(f"memory {max(memory.values()) / 2**30:.2f} GiB")
     return ", ".join(parts)

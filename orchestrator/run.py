@@ -37,6 +37,7 @@ def run_job(job: JobSpec, out: Path, show: Show) -> dict[str, Any]:
         context = Context(job, checkpoint, plan, folder, executor, show)
         context.emit("run-started", job=str(folder.path), workers=executor.num_workers, executor=job.cluster.executor)
         _check_disk(folder.path, plan)
+        write_json(folder.path / PLAN_FILE, plan.document())
         tokens = stages.tokenize(context)
         context.plan = plan.chosen(stages.choose_shape(context, tokens))
         write_json(folder.path / PLAN_FILE, context.plan.document())

@@ -100,7 +100,8 @@ class RunFolder:
             return None
         if manifest.fingerprint != expected:
             raise VerificationError(
-                f"{folder}: was made from other inputs (model, text) or by other package versions ({_versions()} now); choose another --out, or delete {folder}"
+                f"{folder}: was made from other inputs (model, text) or by other package versions (now {_versions()}); "
+                f"choose another --out, or delete {folder}"
             )
         return manifest
 

@@ -24,12 +24,8 @@ def _tokens(context: Context, task: str, part: dict[str, Any], text: Path, redo_
     tokenizer = [record_of(file).sha256 for file in sorted(context.checkpoint.path.glob("tokenizer*"))]
     digest = record_of(text).sha256 if text.is_file() else ""  # the worker reports a missing text, naming its field
     expected = context.folder.fingerprint(task, *tokenizer, digest, part=part)
-    done = context.folder.finished(task, expected, redo_stale)
-    if done is None:
-        context.attempt(task, lambda: context.executor.wait([context.executor.submit(0, "tokenize", task, expected)]))
-        done = context.folder.finished(task, expected)
-        assert done is not None, f"{task} left no manifest"
-    return done
+    submit = context.executor.submit
+    return context.once(task, expected, lambda: context.executor.wait([submit(0, "tokenize", task, expected)]), redo_stale)
 
 
 def choose_shape(context: Context, tokens: Manifest) -> Shape:
@@ -38,21 +34,24 @@ def choose_shape(context: Context, tokens: Manifest) -> Shape:
     The dense model is run on a few calibration windows; errors are those of the method's own selection and correction,
     on held-out windows.
     """
-    shapes = context.plan.shapes
+    if len(context.plan.shapes) == 1:
+        return context.plan.shape
     expected = context.folder.fingerprint(SHAPE_TASK, context.checkpoint.identity, tokens.digest)
-    if len(shapes) > 1 and (done := context.folder.finished(SHAPE_TASK, expected)):
-        return Shape(**done.info["result"])  # type: ignore[arg-type]
-    if len(shapes) == 1:
-        return shapes[0]
-    probed = [part.start for part in even_parts(context.plan.num_layers, min(context.job.budget.probe_layers, context.plan.num_layers))]
+    done = context.once(SHAPE_TASK, expected, lambda: _probe(context, expected))
+    return Shape(**done.info["result"])  # type: ignore[arg-type]
+
+
+def _probe(context: Context, expected: str) -> None:
+    """Predict the errors of all open shapes and record the best."""
+    plan = context.plan
+    probed = [part.start for part in even_parts(plan.num_layers, min(context.job.budget.probe_layers, plan.num_layers))]
     with context.stage("probe", len(probed)):
-        predicted = context.attempt(SHAPE_TASK, lambda: [_probe_layer(context, layer) for layer in probed])
-    errors = [sum(layer[index] for layer in predicted) / len(predicted) for index in range(len(shapes))]
-    best = shapes[min(range(len(shapes)), key=errors.__getitem__)]
-    candidates = [asdict(shape) | {"predicted_error": error} for shape, error in zip(shapes, errors, strict=True)]
+        predicted = [_probe_layer(context, layer) for layer in probed]
+    errors = [sum(layer[index] for layer in predicted) / len(predicted) for index in range(len(plan.shapes))]
+    best = plan.shapes[min(range(len(errors)), key=errors.__getitem__)]
+    candidates = [asdict(shape) | {"predicted_error": error} for shape, error in zip(plan.shapes, errors, strict=True)]
     commit(task_folder(context.folder.path, SHAPE_TASK), SHAPE_TASK, expected, [], {"result": asdict(best), "candidates": candidates})
     context.emit("shape-chosen", **asdict(best), candidates=candidates)
-    return best
 
 
 def _probe_layer(context: Context, layer: int) -> list[float]:
@@ -76,35 +75,33 @@ def evaluate(context: Context, exported: Manifest) -> dict[str, dict[str, float]
     if spec is None:
         return None
     with context.stage("evaluate", 2):
-        text_part = spec.model_dump(mode="json")
-        tokens = _tokens(context, EVALUATION_TASK, text_part, Path(spec.path), redo_stale=True)
+        tokens = _tokens(context, EVALUATION_TASK, spec.model_dump(mode="json"), Path(spec.path), redo_stale=True)
         models = {
             "before": (context.checkpoint.path, context.checkpoint.identity),
             "after": (model_folder(context.folder.path), exported.digest),
         }
         results: dict[str, dict[str, float]] = {}
         for name, (path, identity) in models.items():
-            task = f"evaluate-{name}"
-            part = text_part | {"dtype": context.job.model.dtype, "device": context.job.parallel.device}
-            expected = context.folder.fingerprint(task, identity, tokens.digest, part=part)
-            done = context.folder.finished(task, expected, redo_stale=True)
-            results[name] = done.info["result"] if done else _perplexity(context, task, path, expected, tokens)  # type: ignore[assignment]
+            results[name] = _perplexity(context, f"evaluate-{name}", path, identity, tokens)
             context.emit("step-finished", stage="evaluate", model=name, **results[name])
     return results
 
 
-def _perplexity(context: Context, task: str, model: Path, expected: str, tokens: Manifest) -> dict[str, float]:
+def _perplexity(context: Context, task: str, model: Path, identity: str, tokens: Manifest) -> dict[str, float]:
     spec, executor = context.job.evaluation, context.executor
     assert spec is not None
-    num_windows, window = tokens.info["shape"]  # type: ignore[misc]
-    parts = even_parts(num_windows, executor.num_workers)
+    shape: Any = tokens.info["shape"]
+    num_windows, window = shape
+    stride = spec.stride or window
+    part = {"stride": stride, "dtype": context.job.model.dtype, "device": context.job.parallel.device}
+    expected = context.folder.fingerprint(task, identity, tokens.digest, part=part)
 
-    def work() -> list[float]:
-        calls = [executor.submit(worker, "evaluate", str(model), (part.start, part.stop)) for worker, part in enumerate(parts)]
-        return [loss for receipt in executor.wait(calls) for loss in receipt["losses"]]
+    def work() -> None:
+        parts = enumerate(even_parts(num_windows, executor.num_workers))
+        calls = [executor.submit(worker, "evaluate", str(model), (part.start, part.stop)) for worker, part in parts]
+        losses = [loss for receipt in executor.wait(calls) for loss in receipt["losses"]]
+        scored = (window - 1) + (num_windows - 1) * min(stride, window - 1)
+        result = {"perplexity": math.exp(math.fsum(losses) / scored), "scored_tokens": scored, "windows": num_windows}
+        commit(task_folder(context.folder.path, task), task, expected, [], {"result": result})
 
-    losses = context.attempt(task, work)
-    scored = (window - 1) + (num_windows - 1) * min(spec.stride or window, window - 1)
-    result = {"perplexity": math.exp(math.fsum(losses) / scored), "scored_tokens": scored, "windows": num_windows}
-    commit(task_folder(context.folder.path, task), task, expected, [], {"result": result})
-    return result
+    return context.once(task, expected, work, redo_stale=True).info["result"]  # type: ignore[return-value]

@@ -4,6 +4,7 @@ Names and numbers pass through here; statistics and cuts go from worker to worke
 """
 
 import time
+from functools import partial
 from typing import Any
 
 from orchestrator.context import Context
@@ -26,15 +27,8 @@ def prune_layers(context: Context, tokens: Manifest) -> list[Manifest]:
     with context.stage("sweep", plan.num_layers):
         for layer in range(plan.num_layers):
             expected = context.folder.fingerprint(layer_task(layer), *below)
-            done = context.folder.finished(layer_task(layer), expected)
-            if done is None:
-                context.attempt(layer_task(layer), lambda layer=layer, expected=expected: _prune_layer(context, layer, expected))  # type: ignore[misc]
-                done = context.folder.finished(layer_task(layer), expected)
-                assert done is not None, f"layer {layer} left no manifest"
-            else:
-                context.emit("step-finished", stage="sweep", layer=layer, resumed=True)
-            manifests.append(done)
-            below = [done.digest]
+            manifests.append(context.once(layer_task(layer), expected, partial(_prune_layer, context, layer, expected)))
+            below = [manifests[-1].digest]
     return manifests
 
 

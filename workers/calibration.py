@@ -43,12 +43,14 @@ def _documents(spec: TextSpec) -> Iterator[str]:
 def _text_field(line: str, spec: TextSpec, where: str) -> str:
     try:
         value = json.loads(line)[spec.field]
-    except ValueError:
+    except (ValueError, RecursionError):
         raise SpecError(f"{where}: no JSON; set format: text for plain text") from None
     except (KeyError, TypeError):
         raise SpecError(f"{where}: no key {spec.field!r}; set field to the key that holds the text") from None
     if not isinstance(value, str):
         raise SpecError(f"{where}: {spec.field!r} holds no text")
+    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+        raise SpecError(f"{where}: {spec.field!r} holds half a surrogate pair, which is no text")
     return value
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from specs.errors import VerificationError
 
@@ -16,6 +17,7 @@ def check_loads(folder: Path, expected_parameters: int) -> None:
         VerificationError: it does not load, a tensor is missing, unexpected or of another shape, the parameters differ
             from the plan, or the logits are not finite. (transformers by itself only logs a missing tensor.)
     """
+    disable_progress_bar()
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, output_loading_info=True, trust_remote_code=False, use_safetensors=True, local_files_only=True

@@ -118,9 +118,10 @@ def unit_groups(config: Mapping[str, object]) -> tuple[UnitGroup, UnitGroup]:
 
 def expected_shapes(config: Mapping[str, object]) -> dict[str, tuple[int, int]]:
     """Shapes (out, in) of a layer's coupled matrices, as the config implies them."""
+    groups = unit_groups(config)  # first, so that an unsupported model is refused as such
     hidden = config_int(config, "hidden_size")
-    shapes = {}
-    for group in unit_groups(config):
+    shapes: dict[str, tuple[int, int]] = {}
+    for group in groups:
         shapes |= {f"{p.module}.weight": (p.rows * group.num_units, hidden) for p in group.producers}
         shapes[f"{group.consumer}.weight"] = (hidden, group.width)
     return shapes

@@ -223,7 +223,7 @@ def apply_cut(layer: nn.Module, index: int, batch: MicroBatch, groups: Mapping[s
     z_BTF = consumer_input(layer, index, batch, groups, name)
     columns = unit_rows(cut.units, group.columns).to(z_BTF.device)
     weight_DK = cut.weight_DK.to(z_BTF.device, z_BTF.dtype)
-    bias = layer.get_submodule(group.consumer).bias
+    bias = layer.get_submodule(group.consumer)._parameters["bias"]
     batch.outputs[group.block] = nn.functional.linear(z_BTF[..., columns], weight_DK, bias)
     del batch.inputs[name]
 

@@ -41,7 +41,7 @@ def stack_r(r_FF: Tensor | None, rows_TF: Tensor) -> Tensor:
     Cost: 2 (T + F) F^2 flops.
     """
     rows = rows_TF.to(WIDE) if r_FF is None else torch.cat([r_FF, rows_TF.to(WIDE)])
-    r = torch.linalg.qr(rows, mode="r").R
+    r: Tensor = torch.linalg.qr(rows, mode="r").R
     return r * torch.where(torch.diagonal(r) < 0, -1.0, 1.0).to(WIDE)[:, None]
 
 
@@ -114,13 +114,13 @@ def solve_gram(gram_KK: Tensor, cross_KD: Tensor, ridge: float) -> Tensor:
     """(G + ridge I)^-1 C by Cholesky.
 
     Raises:
-        ModelError: the damped matrix is not positive definite in fp64, its smallest pivot being no more than rounding.
+        ModelError: the damped matrix is singular in fp64.
     """
     damped = gram_KK.clone()
     torch.diagonal(damped).add_(ridge)
     factor, info = torch.linalg.cholesky_ex(damped)
-    pivots = torch.diagonal(factor).square()
-    if int(info) or bool(pivots.min() <= pivots.max() * len(gram_KK) * torch.finfo(WIDE).eps):
+    rounding = float(torch.diagonal(damped).max()) * len(damped) * torch.finfo(WIDE).eps
+    if int(info) or (ridge <= rounding and _is_singular(damped, torch.cholesky_inverse(factor))):
         raise ModelError(
             f"the Gram matrix of the {len(gram_KK)} kept columns is singular (ridge {ridge:g}): "
             "raise correction.damping, or take more calibration tokens"
@@ -137,7 +137,13 @@ def solve_r(r_FK: Tensor, target_FD: Tensor, ridge: float) -> Tensor:
     kept = r_FK.shape[1]
     rows = torch.cat([r_FK, torch.eye(kept, dtype=WIDE, device=r_FK.device) * ridge**0.5])
     q, r = torch.linalg.qr(rows)
-    diagonal = torch.diagonal(r).abs()
-    if bool(diagonal.min() <= diagonal.max() * kept * torch.finfo(WIDE).eps):
+    if _is_singular(r, torch.linalg.solve_triangular(r, torch.eye(kept, dtype=WIDE, device=r.device), upper=True)):
         raise ModelError("the kept columns are linearly dependent: raise correction.damping, or take more calibration tokens")
-    return torch.linalg.solve_triangular(r, q[: len(r_FK)].T @ target_FD, upper=True)
+    solution: Tensor = torch.linalg.solve_triangular(r, q[: len(r_FK)].T @ target_FD, upper=True)
+    return solution
+
+
+def _is_singular(matrix_KK: Tensor, inverse_KK: Tensor) -> bool:
+    """Whether the condition number (1-norm) leaves no digit in fp64. Pivots alone do not tell: rounding can leave all of them positive."""
+    condition = float(torch.linalg.matrix_norm(matrix_KK, 1) * torch.linalg.matrix_norm(inverse_KK, 1))
+    return not condition * len(matrix_KK) * torch.finfo(WIDE).eps < 1  # also where the inverse is not finite

@@ -32,6 +32,16 @@ class Refit(Protocol):
 class Statistic(Protocol):
     """A sum over calibration tokens from which units are selected and corrections solved."""
 
+    @classmethod
+    def empty(cls, width: int, device: torch.device) -> Self:
+        """The statistic of no tokens."""
+        ...
+
+    @classmethod
+    def from_state(cls, state: State, device: torch.device) -> Self:
+        """Rebuild what `state` wrote, in memory of its own."""
+        ...
+
     def update(self, z_TF: Tensor) -> None:
         """Add one micro-batch of the consumer's input."""
         ...
@@ -73,12 +83,12 @@ class GramStatistic:
     gram_FF: Tensor
 
     @classmethod
-    def empty(cls, width: int, device: torch.device) -> "GramStatistic":
+    def empty(cls, width: int, device: torch.device) -> Self:
         """The statistic of no tokens."""
         return cls(torch.zeros(width, width, dtype=linalg.WIDE, device=device))
 
     @classmethod
-    def from_state(cls, state: State, device: torch.device) -> "GramStatistic":
+    def from_state(cls, state: State, device: torch.device) -> Self:
         """Rebuild what `state` wrote, in memory of its own."""
         return cls(torch.tensor(state["gram"], device=device))
 
@@ -147,13 +157,13 @@ class RStatistic:
     width: int
 
     @classmethod
-    def empty(cls, width: int, device: torch.device) -> "RStatistic":
+    def empty(cls, width: int, device: torch.device) -> Self:
         """The statistic of no tokens."""
         del device
         return cls(None, width)
 
     @classmethod
-    def from_state(cls, state: State, device: torch.device) -> "RStatistic":
+    def from_state(cls, state: State, device: torch.device) -> Self:
         """Rebuild what `state` wrote, in memory of its own."""
         r_FF = torch.tensor(state["r"], device=device)
         return cls(r_FF, r_FF.shape[1])
@@ -216,7 +226,7 @@ class _RRefit:
         return float((self._kept_FK @ change_KD - self._removed_FD).square().sum())
 
 
-STATISTICS: dict[str, type[GramStatistic] | type[RStatistic]] = {"gram": GramStatistic, "qr": RStatistic}
+STATISTICS: dict[str, type[Statistic]] = {"gram": GramStatistic, "qr": RStatistic}
 """The statistic behind each value of `method.factorization`."""
 
 

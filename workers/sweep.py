@@ -48,7 +48,7 @@ def token_rows(z_BTF: Tensor, hidden_BTD: Tensor, token_weight: str) -> Tensor:
     z_TF = z_BTF.flatten(0, -2)
     if token_weight == "none":
         return z_TF
-    norm_T1 = torch.linalg.vector_norm(hidden_BTD.flatten(0, -2), dim=-1, keepdim=True, dtype=torch.float32)
+    norm_T1: Tensor = torch.linalg.vector_norm(hidden_BTD.flatten(0, -2), dim=-1, keepdim=True, dtype=torch.float32)
     return z_TF.float() / norm_T1.clamp(min=torch.finfo(torch.float32).tiny)
 
 
@@ -100,6 +100,7 @@ class Sweep:
     def _shard_statistic(self, module: nn.Module, layer: int, shard: int, name: str, cuts: Mapping[str, Cut]) -> Statistic:
         statistic = self._statistic.empty(self._groups[name].width, self._model.device)
         for batch in self._shards[shard].batches:
+            self._forget_from(batch, name)
             self._apply(module, layer, batch, cuts)
             z_BTF = layers.consumer_input(module, layer, batch, self._groups, name)
             statistic.update(token_rows(z_BTF, batch.hidden_BTD, self._token_weight))
@@ -107,9 +108,16 @@ class Sweep:
                 batch.inputs.clear()
         if not statistic.is_finite():
             raise ModelError(
-                f"layer {layer}, {name}: the input of {self._groups[name].consumer} is not finite in shard {shard}; try model.dtype: float32"
+                f"layer {layer}, {name}: input of {self._groups[name].consumer} is not finite (shard {shard}); set model.dtype: float32"
             )
         return statistic
+
+    def _forget_from(self, batch: MicroBatch, name: str) -> None:
+        """Drop what an earlier attempt at this layer has left of this group and those behind it."""
+        names = list(self._groups)
+        for later in names[names.index(name) :]:
+            batch.outputs.pop(self._groups[later].block, None)
+            batch.inputs.pop(later, None)
 
     def _apply(self, module: nn.Module, layer: int, batch: MicroBatch, cuts: Mapping[str, Cut]) -> None:
         for name, cut in cuts.items():
@@ -129,20 +137,25 @@ class Sweep:
                 self._shards[shard] = self._restored(shard, layer)
         while (behind := min(self._shards[shard].layer for shard in owned)) < layer:
             module, cuts = self._layer(behind), read_cuts(self._folder, behind, self._groups.values())
-            for index in (index for index in owned if self._shards[index].layer == behind):
-                shard = self._shards[index]
-                for batch in shard.batches:
-                    self._apply(module, behind, batch, cuts)
-                    layers.finish_layer(module, behind, batch, self._groups)
-                shard.layer += 1
-                self._save(index, shard)
+            for number in (number for number in owned if self._shards[number].layer == behind):
+                self._advance(module, self._shards[number], cuts)
+                self._save(number)
 
     def _hidden_path(self, shard: int, layer: int) -> Path | None:
         """Where a shard's hidden states before `layer` are saved; the name holds what they depend on."""
         manifest = read_manifest(task_folder(self._folder, layer_task(layer - 1)))
-        return manifest and self._folder / "cache" / f"shard-{shard:04d}" / f"layer-{layer:04d}-{manifest.fingerprint[:16]}.safetensors"
+        if manifest is None:
+            return None
+        return self._folder / "cache" / f"shard-{shard:04d}" / f"layer-{layer:04d}-{manifest.fingerprint[:16]}.safetensors"
 
-    def _save(self, index: int, shard: Shard) -> None:
+    def _advance(self, module: nn.Module, shard: Shard, cuts: Mapping[str, Cut]) -> None:
+        for batch in shard.batches:
+            self._apply(module, shard.layer, batch, cuts)
+            layers.finish_layer(module, shard.layer, batch, self._groups)
+        shard.layer += 1
+
+    def _save(self, index: int) -> None:
+        shard = self._shards[index]
         if not self._checkpoint_layers or shard.layer % self._checkpoint_layers:
             return
         if path := self._hidden_path(index, shard.layer):

@@ -25,7 +25,7 @@ from workers.config_patch import needs_output_bias
 from workers.correction import Correction, correct
 from workers.evaluate import window_losses
 from workers.export import check_loads
-from workers.families import layer_prefix, unit_groups
+from workers.families import UnitGroup, layer_prefix, unit_groups
 from workers.files import commit, write_tensors
 from workers.layers import MicroBatch, StreamedModel, read_tensors
 from workers.layout import (
@@ -54,7 +54,7 @@ def step(method: "Callable[Concatenate[Worker, P], tuple[Receipt, Any]]") -> "Ca
     """Add the seconds a step took and the worker's peak memory (bytes) to its receipt."""
 
     @wraps(method)
-    def timed(worker: "Worker", *args: P.args, **kwargs: P.kwargs) -> tuple[Receipt, Any]:
+    def timed(worker: "Worker", /, *args: P.args, **kwargs: P.kwargs) -> tuple[Receipt, Any]:
         start = time.perf_counter()
         try:
             receipt, payload = method(worker, *args, **kwargs)
@@ -85,7 +85,7 @@ class Worker:
         return open_checkpoint(Path(self.job.model.path))
 
     @cached_property
-    def _groups(self) -> dict[str, Any]:
+    def _groups(self) -> dict[str, UnitGroup]:
         return {group.name: group for group in unit_groups(self._checkpoint.config)}
 
     @property
@@ -104,7 +104,7 @@ class Worker:
         return load_file(task_folder(self.run_folder, task) / TOKENS_FILE)["tokens"].clone()
 
     @property
-    def _statistic(self) -> Any:
+    def _statistic(self) -> type[Statistic]:
         return STATISTICS[self.job.method.factorization]
 
     @cached_property

@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from orchestrator.cli import main
 
+from orchestrator.cli import main
 from tests.conftest import MakeJob, MakeModel, folder_bytes
 
 CRASH = """

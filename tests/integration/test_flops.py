@@ -4,18 +4,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from orchestrator.cli import main
 from torch.utils.flop_counter import FlopCounterMode
-
-from tests.conftest import MakeJob, MakeModel
-import workers.worker
-from workers import statistics
-from workers.calibration import calibration_windows, load_tokenizer
-from specs.loader import load_job
 from transformers import AutoModelForCausalLM
 
-import pytest
+import workers.worker
+from orchestrator.cli import main
+from specs.loader import load_job
+from tests.conftest import MakeJob, MakeModel
+from workers import statistics
+from workers.calibration import calibration_windows, load_tokenizer
 
 MATRIX_PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm)
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from orchestrator.cli import main
 from orchestrator.run import run_job
-
 from specs.errors import ModelError, ResourceError
 from specs.loader import load_job
 from tests.conftest import MakeJob, MakeModel, folder_bytes
@@ -67,7 +67,7 @@ def test_no_retries_stops_with_advice(make_model: MakeModel, make_job: MakeJob, 
         if event.get("layer") == 0 and event["event"] == "step-finished" and event["stage"] == "sweep":
             os.kill(workers_alive()[0], signal.SIGKILL)
 
-    with pytest.raises(ResourceError, match="layer-0001.*run the same command again"):
+    with pytest.raises(ResourceError, match=r"layer-0001.*run the same command again"):
         run_job(load_job(job), tmp_path / "run", kill_first)
     run_job(load_job(job), tmp_path / "run", quiet)
 
@@ -86,7 +86,9 @@ def test_a_steps_own_error_is_not_retried(make_model: MakeModel, make_job: MakeJ
     assert not any(event["event"] == "worker-failed" for event in events)
 
 
-def test_missing_gpus_are_refused_before_any_work(make_model: MakeModel, make_job: MakeJob, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_gpus_are_refused_before_any_work(
+    make_model: MakeModel, make_job: MakeJob, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     job = make_job(make_model(), cluster={"executor": "ray"}, parallel={"device": "cuda", "workers": 3})
     assert main(["run", str(job), "--out", str(tmp_path / "run")]) == 4
     assert "3 workers need as many GPUs, the cluster has 0" in capsys.readouterr().err

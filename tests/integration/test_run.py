@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from orchestrator.cli import main
 from transformers import AutoModelForCausalLM
 
+from orchestrator.cli import main
 from tests.conftest import MakeJob, MakeModel, folder_bytes
 from workers.checkpoint import open_checkpoint
 
@@ -29,7 +29,9 @@ def load(folder: Path) -> Any:
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "smollm3"])
 @pytest.mark.parametrize("kv_groups", [2, 1])
-def test_every_family_loads_and_generates(model_type: str, kv_groups: int, make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
+def test_every_family_loads_and_generates(
+    model_type: str, kv_groups: int, make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+) -> None:
     dense = make_model(model_type)
     report = run(make_job(dense, budget={"kv_groups": kv_groups}), tmp_path / "run")
     model = load(tmp_path / "run" / "model")
@@ -82,7 +84,9 @@ def test_biases_follow_their_rows(make_model: MakeModel, make_job: MakeJob, tmp_
 def test_half_precision_checkpoints_keep_their_type(dtype: str, make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
     dense = make_model(dtype=getattr(torch, dtype))
     run(make_job(dense), tmp_path / "run")
-    assert {info.dtype for info in open_checkpoint(tmp_path / "run" / "model").tensors.values()} == {{"bfloat16": "BF16", "float16": "F16"}[dtype]}
+    assert {info.dtype for info in open_checkpoint(tmp_path / "run" / "model").tensors.values()} == {
+        {"bfloat16": "BF16", "float16": "F16"}[dtype]
+    }
     assert load(tmp_path / "run" / "model").dtype == getattr(torch, dtype)
 
 

@@ -79,7 +79,14 @@ def test_selection_leaves_the_statistic_as_it_was(route: str, seed: int) -> None
 
 def test_kv_groups_are_never_split_and_query_heads_follow() -> None:
     heads, _ = unit_groups(
-        {"model_type": "llama", "hidden_size": 36, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 6, "intermediate_size": 8}
+        {
+            "model_type": "llama",
+            "hidden_size": 36,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 3,
+            "head_dim": 6,
+            "intermediate_size": 8,
+        }
     )
     z_TF, weight_DF = data(36, 0)
     for route in ROUTES:

@@ -1,0 +1,139 @@
+"""Bad input: a clear error on stderr that says what and where, the right exit code, nothing half-done."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from orchestrator.cli import main
+from tests.conftest import MakeJob, MakeModel
+
+Capture = pytest.CaptureFixture[str]
+
+
+def fails(arguments: list[str], code: int, capsys: Capture) -> str:
+    """Run a command that must fail with this exit code; what it printed on stderr."""
+    capsys.readouterr()
+    assert main(arguments) == code
+    message = capsys.readouterr().err
+    assert "Traceback" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("budget.sparsty=0.2", ["budget.sparsty", "unknown field", "sparsity"]),
+        ("method.name=stta", ["method.name", 'did you mean "stat"']),
+        ("budget.sparsity=1.5", ["budget.sparsity", "less than 1", "1.5"]),
+        ("cluster.executor=rey", ["cluster.executor", 'did you mean "ray"']),
+        ("memory.worker=8Gib2", ["memory.worker", "is not a size"]),
+        ("parallel.workers=99", ["parallel.workers", "calibration.shards"]),
+        ("budget.kv_groups=3", ["budget.kv_groups", "more than the model's 2"]),
+        ("budget.sparsity=0.99", ["budget", "lower budget.sparsity"]),
+        ("calibration.samples=5000", ["too short", "320000", "calibration.samples"]),
+        ("calibration.path=/nowhere.txt", ["/nowhere.txt", "cannot be read"]),
+    ],
+)
+def test_bad_option(override: str, words: list[str], make_model: MakeModel, make_job: MakeJob, tmp_path: Path, capsys: Capture) -> None:
+    message = fails(["run", str(make_job(make_model())), "--out", str(tmp_path / "run"), "--set", override], 2, capsys)
+    assert all(word in message for word in words), message
+
+
+def test_exponent_notation_is_a_number(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
+    job = make_job(make_model())
+    job.write_text(job.read_text() + "correction:\n  damping: 1e-3\n")
+    assert main(["run", str(job), "--out", str(tmp_path / "run")]) == 0
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert {layer["groups"]["neurons"]["damping"] for layer in report["layers"]} == {1e-3}
+
+
+def _remove(model: Path) -> None:
+    model.rename(model.with_name("elsewhere"))
+
+
+def _pickle(model: Path) -> None:
+    torch.save(load_file(model / "model.safetensors"), model / "pytorch_model.bin")
+    (model / "model.safetensors").unlink()
+
+
+def _truncate(model: Path) -> None:
+    data = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(data[: len(data) // 2])
+
+
+def _point_outside(model: Path) -> None:
+    (model / "model.safetensors").rename(model.parent / "outside.safetensors")
+    index = {"weight_map": {"model.norm.weight": "../outside.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _poison(model: Path) -> None:
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.2.self_attn.q_proj.weight"][0, 0] = torch.nan
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+
+
+def _drop_tokenizer(model: Path) -> None:
+    for file in model.glob("tokenizer*"):
+        file.unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (_remove, ["no such model folder", "model.path"]),
+        (_pickle, ["pytorch_model.bin", "a pickle", "safetensors"]),
+        (_truncate, ["model.safetensors", "not a whole safetensors file"]),
+        (_point_outside, ["../outside.safetensors", "only safetensors files of this folder"]),
+        (_poison, ["model.layers.2.self_attn.q_proj.weight", "NaN"]),
+        (_drop_tokenizer, ["no usable tokenizer"]),
+    ],
+)
+def test_bad_model(
+    damage: Callable[[Path], None], words: list[str], make_model: MakeModel, make_job: MakeJob, tmp_path: Path, capsys: Capture
+) -> None:
+    model = make_model()
+    damage(model)
+    message = fails(["run", str(make_job(model, budget={"kv_groups": 2})), "--out", str(tmp_path / "run")], 3, capsys)
+    assert all(word in message for word in words), message
+
+
+def test_poisoned_layer_keeps_the_finished_ones(make_model: MakeModel, make_job: MakeJob, tmp_path: Path, capsys: Capture) -> None:
+    model = make_model()
+    _poison(model)
+    fails(["run", str(make_job(model, budget={"kv_groups": 2})), "--out", str(tmp_path / "run")], 3, capsys)
+    assert [path.parent.name for path in sorted((tmp_path / "run").rglob("layer-*/manifest.json"))] == ["layer-0000", "layer-0001"]
+
+
+def test_run_folder_of_another_job(make_model: MakeModel, make_job: MakeJob, tmp_path: Path, capsys: Capture) -> None:
+    arguments = ["run", str(make_job(make_model())), "--out", str(tmp_path / "run")]
+    assert main(arguments) == 0
+    message = fails([*arguments, "--set", "budget.sparsity=0.3"], 2, capsys)
+    assert "belongs to another job" in message
+    assert "budget.sparsity: 0.25 -> 0.3" in message
+    assert main([*arguments, "--set", "parallel.retries=5"]) == 0
+
+
+def test_folder_that_is_no_run(make_model: MakeModel, make_job: MakeJob, tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.tex").write_text("words")
+    message = fails(["run", str(make_job(make_model())), "--out", str(tmp_path / "thesis")], 2, capsys)
+    assert "is not empty" in message
+
+
+def test_changed_model_under_an_old_run(make_model: MakeModel, make_job: MakeJob, tmp_path: Path, capsys: Capture) -> None:
+    job = make_job(make_model())
+    arguments = ["run", str(job), "--out", str(tmp_path / "run"), "--set", "budget.kv_groups=2"]
+    assert main(arguments) == 0
+    make_model(num_hidden_layers=4)
+    assert "made from other inputs" in fails(arguments, 5, capsys)
+
+
+def test_too_little_memory(make_model: MakeModel, make_job: MakeJob, tmp_path: Path, capsys: Capture) -> None:
+    message = fails(["run", str(make_job(make_model())), "--out", str(tmp_path / "run"), "--set", "memory.worker=100MB"], 4, capsys)
+    assert "memory.worker" in message
+    assert "needs about" in message

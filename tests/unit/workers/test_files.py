@@ -1,0 +1,166 @@
+"""Atomic writes, manifests, digests."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from workers.files import (
+    MANIFEST_NAME,
+    commit,
+    copy_file,
+    damaged_files,
+    fingerprint,
+    link_file,
+    read_manifest,
+    record_of,
+    write_json,
+    write_tensors,
+    write_text,
+)
+
+SHARED = torch.zeros(4)
+FAILING: dict[str, Callable[[Path], None]] = {
+    "text": lambda path: write_text(path, "x" * 100_000 + "\ud800"),
+    "json": lambda path: write_json(path, {"x": float("nan")}),
+    "tensors": lambda path: write_tensors(path, {"a": SHARED, "b": SHARED}),
+    "copy": lambda path: copy_file(path.with_name("absent"), path),
+    "link": lambda path: link_file(path.with_name("absent"), path),
+}
+WRITERS: dict[str, Callable[[Path], None]] = {
+    "text": lambda path: write_text(path, "new"),
+    "json": lambda path: write_json(path, {"x": [1, "é"]}),
+    "tensors": lambda path: write_tensors(path, {"a": torch.ones(2)}),
+    "copy": lambda path: copy_file(Path(__file__), path),
+    "link": lambda path: link_file(path.parents[1] / "source", path),
+}
+
+
+@pytest.mark.parametrize("kind", FAILING)
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises((ValueError, RuntimeError, OSError)):
+        FAILING[kind](path)
+    assert [item.name for item in tmp_path.iterdir()] == ["file"]
+    assert path.read_text() == "old"
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_write_replaces_the_old_file_and_makes_folders(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "source").write_text("source")
+    path = tmp_path / "folder" / "file"
+    for _ in range(2):
+        WRITERS[kind](path)
+        assert [item.name for item in path.parent.iterdir()] == ["file"]
+    assert path.stat().st_size > 0
+
+
+def test_a_link_shares_the_content_and_replacing_it_leaves_the_source(tmp_path: Path) -> None:
+    write_text(tmp_path / "a", "one")
+    link_file(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "a").samefile(tmp_path / "b")
+    write_text(tmp_path / "b", "two")
+    assert (tmp_path / "a").read_text() == "one"
+
+
+def test_manifest_round_trip(tmp_path: Path) -> None:
+    write_text(tmp_path / "a", "one")
+    write_text(tmp_path / "b", "")
+    written = commit(tmp_path, "layer-0001", "f" * 64, ["b", "a"], {"kept": {"heads": [0, 2]}, "result": 1.5})
+    assert read_manifest(tmp_path) == written
+    assert list(written.files) == ["a", "b"]
+    assert (written.files["a"].bytes, written.files["b"].bytes) == (3, 0)
+    assert damaged_files(tmp_path, written) == []
+
+
+def test_digest_covers_files_and_result_alone(tmp_path: Path) -> None:
+    write_text(tmp_path / "a", "one")
+    base = commit(tmp_path, "t", "f", ["a"], {"result": 1, "seconds": 3})
+    assert commit(tmp_path, "other", "g", ["a"], {"result": 1, "seconds": 4}).digest == base.digest
+    assert commit(tmp_path, "t", "f", ["a"], {"result": 2}).digest != base.digest
+    assert commit(tmp_path, "t", "f", [], {"result": 1}).digest != base.digest
+    write_text(tmp_path / "a", "two")
+    assert commit(tmp_path, "t", "f", ["a"], {"result": 1}).digest != base.digest
+
+
+@pytest.mark.parametrize(
+    "torn",
+    [
+        None,
+        b"",
+        b"null",
+        b"[]",
+        b"{}",
+        b'"text"',
+        b"\xff\xfe",
+        b'{"task": "t", "fingerprint": "f", "info": {}}',
+        b'{"task": "t", "fingerprint": "f", "files": [], "info": {}}',
+        b'{"task": "t", "fingerprint": "f", "files": {"a": 3}, "info": {}}',
+        b'{"task": "t", "fingerprint": "f", "files": {"a": {"bytes": 3}}, "info": {}}',
+        b'{"task": "t", "fingerprint": "f", "files": {"a": {"bytes": 3, "sha256": "", "more": 1}}, "info": {}}',
+    ],
+)
+def test_a_missing_or_torn_manifest_is_none(torn: bytes | None, tmp_path: Path) -> None:
+    if torn is not None:
+        (tmp_path / MANIFEST_NAME).write_bytes(torn)
+    assert read_manifest(tmp_path) is None
+
+
+def test_a_manifest_cut_anywhere_is_none(tmp_path: Path) -> None:
+    write_text(tmp_path / "a", "one")
+    commit(tmp_path, "t", "f", ["a"], {})
+    whole = (tmp_path / MANIFEST_NAME).read_bytes().rstrip()
+    for length in range(len(whole)):
+        (tmp_path / MANIFEST_NAME).write_bytes(whole[:length])
+        assert read_manifest(tmp_path) is None
+    assert read_manifest(tmp_path / "absent") is None
+
+
+def test_damaged_files_are_named(tmp_path: Path) -> None:
+    for name in "abcd":
+        write_text(tmp_path / name, "content")
+    manifest = commit(tmp_path, "t", "f", "abcd", {})
+    data = bytearray((tmp_path / "b").read_bytes())
+    data[3] ^= 1
+    (tmp_path / "b").write_bytes(data)
+    (tmp_path / "c").unlink()
+    (tmp_path / "d").write_text("content and more")
+    assert damaged_files(tmp_path, manifest) == ["b", "c", "d"]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o027, 0o640)])
+def test_tensor_files_honour_the_umask(umask: int, mode: int, tmp_path: Path) -> None:
+    old = os.umask(umask)
+    try:
+        write_tensors(tmp_path / "t.safetensors", {"a": torch.ones(2)})
+        assert os.umask(umask) == umask
+    finally:
+        os.umask(old)
+    assert (tmp_path / "t.safetensors").stat().st_mode & 0o777 == mode
+
+
+def test_tensor_bytes_depend_on_the_tensors_alone(tmp_path: Path) -> None:
+    tensors = {name: torch.full((3, 2), float(number), dtype=dtype) for number, (name, dtype) in enumerate(
+        [("model.b", torch.float32), ("model.a", torch.bfloat16), ("lm_head", torch.float16), ("a", torch.float64)]
+    )}  # fmt: skip
+    for name, order in (("one", list(tensors)), ("two", sorted(tensors, reverse=True)), ("three", sorted(tensors))):
+        write_tensors(tmp_path / name, {key: tensors[key].clone() for key in order})
+    assert len({record_of(tmp_path / name) for name in ("one", "two", "three")}) == 1
+
+
+def test_fingerprint_is_canonical() -> None:
+    value = {"b": [1, 2.5, None, True], "a": {"y": "é", "x": ""}}
+    assert fingerprint(value) == fingerprint({"a": {"x": "", "y": "é"}, "b": (1, 2.5, None, True)})
+    assert fingerprint(value) == fingerprint(json.loads(json.dumps(value)))
+    different = [{}, [], None, 0, False, "", "0", 1, 1.5, [1], ["1"], [[1]], {"a": 1}, {"a": "1"}, {"b": 1}, [1, 2], [2, 1]]
+    assert len({fingerprint(item) for item in different}) == len(different)
+
+
+@pytest.mark.parametrize(("value", "error"), [({1, 2}, TypeError), (Path("x"), TypeError), (float("nan"), ValueError)])
+def test_what_has_no_json_form_has_no_fingerprint(value: object, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        fingerprint(value)

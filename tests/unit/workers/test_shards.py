@@ -1,0 +1,56 @@
+"""The fixed tree: every way to spread shards over workers builds the same expression."""
+
+import pytest
+
+from workers.shards import Node, even_parts, owned_nodes, reduce_tree, roots
+
+
+def merged(left: str, right: str) -> str:
+    return f"({left}+{right})"
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 16, 100])
+@pytest.mark.parametrize("parts", [1, 2, 3, 16, 23])
+def test_even_parts_cover_everything_once_and_evenly(count: int, parts: int) -> None:
+    ranges = even_parts(count, parts)
+    assert len(ranges) == parts
+    assert [item for part in ranges for item in part] == list(range(count))
+    assert max(map(len, ranges)) - min(map(len, ranges)) <= 1
+
+
+@pytest.mark.parametrize("num_shards", range(2, 18))
+def test_the_expression_does_not_depend_on_the_workers(num_shards: int) -> None:
+    for num_held_out in range(1, num_shards):
+        trees = roots(num_shards, num_held_out)
+        assert trees == ((0, num_shards - num_held_out), (num_shards - num_held_out, num_shards))
+        leaves = {(shard, shard + 1): str(shard) for shard in range(num_shards)}
+        expected = [reduce_tree(tree, leaves, merged) for tree in trees]
+        in_order = "+".join(expected).translate(str.maketrans("()+", "   ")).split()
+        assert in_order == [str(shard) for shard in range(num_shards)]
+        for workers in range(1, num_shards + 1):
+            parts: dict[Node, str] = {}
+            for owned in even_parts(num_shards, workers):
+                own = {(shard, shard + 1): str(shard) for shard in owned}
+                nodes = [node for tree in trees for node in owned_nodes(tree, owned)]
+                assert [shard for node in nodes for shard in range(*node)] == list(owned)
+                parts |= {node: reduce_tree(node, own, merged) for node in nodes}
+            assert [reduce_tree(tree, parts, merged) for tree in trees] == expected
+
+
+def test_the_tree_is_balanced() -> None:
+    leaves = {(shard, shard + 1): str(shard) for shard in range(5)}
+    assert reduce_tree((0, 4), leaves, merged) == "((0+1)+(2+3))"
+    assert reduce_tree((0, 5), leaves, merged) == "(((0+1)+2)+(3+4))"
+
+
+def test_nothing_owned() -> None:
+    assert owned_nodes((0, 8), range(3, 3)) == []
+    assert owned_nodes((0, 8), range(8, 12)) == []
+    assert owned_nodes((4, 4), range(0, 8)) == []
+
+
+@pytest.mark.parametrize("missing", range(6))
+def test_a_missing_shard_is_named(missing: int) -> None:
+    leaves = {(shard, shard + 1): str(shard) for shard in range(6) if shard != missing}
+    with pytest.raises(KeyError, match=f"no part covers shard {missing}"):
+        reduce_tree((0, 6), leaves, merged)

@@ -1,0 +1,45 @@
+"""The sweep's cache never changes its numbers: steps may be repeated, replayed and restored in any order."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from orchestrator.cli import main
+from specs.loader import load_job
+from tests.conftest import MakeJob, MakeModel
+from workers.worker import Worker
+
+
+@pytest.fixture
+def finished(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> tuple[Any, Path]:
+    """A finished run of both groups with hidden states saved at every second layer, and its job."""
+    job = make_job(make_model(), budget={"kv_groups": 1}, memory={"checkpoint_layers": 2})
+    assert main(["run", str(job), "--out", str(tmp_path / "run")]) == 0
+    return load_job(job), tmp_path / "run"
+
+
+def grams(parts: dict[Any, dict[str, np.ndarray]]) -> dict[Any, bytes]:
+    """Statistics as bytes."""
+    return {node: state["gram"].tobytes() for node, state in parts.items()}
+
+
+def test_a_layer_can_be_collected_again_after_it_was_decided(finished: tuple[Any, Path]) -> None:
+    worker = Worker(finished[0], str(finished[1]), "cpu", True)
+    _, first = worker.collect(1, "heads", (0, 4))
+    _, cut = worker.decide(1, "heads", 1, first)
+    _, second = worker.collect(1, "neurons", (0, 4), cut)
+    _, first_again = worker.collect(1, "heads", (0, 4))
+    _, second_again = worker.collect(1, "neurons", (0, 4), cut)
+    assert grams(first) == grams(first_again)
+    assert grams(second) == grams(second_again)
+
+
+@pytest.mark.parametrize("keep_inputs", [True, False])
+def test_replay_restore_and_going_back_give_the_same_bits(finished: tuple[Any, Path], keep_inputs: bool) -> None:
+    live, fresh = (Worker(finished[0], str(finished[1]), "cpu", keep_inputs) for _ in range(2))
+    expected = {layer: grams(live.collect(layer, "heads", (0, 4))[1]) for layer in range(3)}
+    assert list((finished[1] / "cache").rglob("layer-0002-*.safetensors"))
+    for layer in (2, 0, 1):
+        assert grams(fresh.collect(layer, "heads", (0, 4))[1]) == expected[layer]
