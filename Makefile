@@ -29,7 +29,7 @@ demo: install ## prune SmolLM2-135M and print the report
 
 test: install ## run all tests
 	.venv/bin/python examples/smollm2/prepare.py
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile
 
 check: install ## lint, types and the fast tests
 	.venv/bin/ruff check

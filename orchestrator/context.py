@@ -71,6 +71,8 @@ class Context:
         failed = 0
         while True:
             try:
+                if failed:
+                    self.executor.replace_lost()
                 return work()
             except WorkerFailure as error:
                 failed += 1
@@ -78,10 +80,3 @@ class Context:
                 self.emit("worker-failed", task=task, detail=str(error), decision=decision.value)
                 if decision is Decision.STOP:
                     raise stopping_error(error, task, failed) from None
-                self._replace_lost(task)
-
-    def _replace_lost(self, task: str) -> None:
-        try:
-            self.executor.replace_lost()
-        except WorkerFailure as error:
-            raise stopping_error(error, task, 1) from None

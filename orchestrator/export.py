@@ -3,29 +3,21 @@
 The folder loads with plain `AutoModelForCausalLM.from_pretrained`; the load gate proves it before the task is finished.
 """
 
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from orchestrator.context import Context
+from orchestrator.run_folder import PLAN_FILE
 from specs.errors import VerificationError
 from workers.checkpoint import INDEX_NAME, read_header
 from workers.config_patch import patched_config
 from workers.files import Manifest, commit, copy_file, damaged_files, link_file, read_manifest, write_json
 from workers.layout import EXPORT_TASK, LAYER_FILE, OUTER_FILE, OUTER_TASK, layer_task, model_folder, task_folder
 
-COPIED = (
-    "tokenizer*",
-    "*.jinja",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "generation_config.json",
-    "LICENSE*",
-    "NOTICE*",
-)
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.jinja")
+COPIED = (*TOKENIZER_FILES, "generation_config.json", "LICENSE*", "NOTICE*")
 NEVER_COPIED = (".py", ".bin", ".pt", ".pth", ".pkl")
 
 
@@ -61,16 +53,16 @@ def _assemble(context: Context) -> None:
     names = [f"model-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1)]
     for file, name in zip(finished, names, strict=True):
         link_file(file, model / name)
-    for file in _side_files(source.path):
+    for file in side_files(source.path, COPIED):
         copy_file(file, model / file.name)
     config = patched_config(source.config, context.plan.shape.kept, context.job.export.target, context.job.export.dtype)
     write_json(model / "config.json", config)
     _write_index(model, names)
 
 
-def _side_files(source: Path) -> list[Path]:
-    """Tokenizer, chat template, generation config and licence; never code, never pickles."""
-    found = {file for pattern in COPIED for file in source.glob(pattern)}
+def side_files(source: Path, patterns: Sequence[str]) -> list[Path]:
+    """Files of a model folder that match; never code, never pickles."""
+    found = {file for pattern in patterns for file in source.glob(pattern)}
     return sorted(file for file in found if file.is_file() and file.suffix not in NEVER_COPIED)
 
 
@@ -83,6 +75,14 @@ def _write_index(model: Path, names: Sequence[str]) -> None:
     write_json(model / INDEX_NAME, {"metadata": metadata, "weight_map": {name: tensors[name].file for name in sorted(tensors)}})
 
 
+def _planned_tasks(run: Path) -> list[str]:
+    try:
+        tasks: list[str] = json.loads((run / PLAN_FILE).read_text(encoding="utf-8"))["tasks"]
+    except (OSError, ValueError, KeyError):
+        raise VerificationError(f"{run / PLAN_FILE}: missing or damaged; run the job again") from None
+    return tasks
+
+
 def verify_run(run: Path) -> list[str]:
     """Compare every recorded file of a finished run with its record; the names of the tasks that were checked.
 
@@ -91,7 +91,7 @@ def verify_run(run: Path) -> list[str]:
     """
     if read_manifest(model_folder(run)) is None:
         raise VerificationError(f"{run}: no exported model here; run the job to its end first")
-    tasks = [EXPORT_TASK, *sorted(path.name for path in (run / "tasks").iterdir())]
+    tasks = _planned_tasks(run)
     for task in tasks:
         manifest = read_manifest(task_folder(run, task))
         if manifest is None:

@@ -92,7 +92,8 @@ def make_plan(job: JobSpec, checkpoint: Checkpoint) -> Plan:
     """
     groups = unit_groups(checkpoint.config)
     shapes = open_shapes(job, checkpoint)
-    keep_inputs, memory_bytes = _worker_memory(job, checkpoint, groups)
+    output_bytes = _output_bytes(job, checkpoint, max(shapes, key=lambda shape: shape.parameters))
+    keep_inputs, memory_bytes = _worker_memory(job, checkpoint, groups, output_bytes)
     layers = tuple(layer_task(layer) for layer in range(checkpoint.num_layers))
     evaluation = (EVALUATION_TASK, "evaluate-before", "evaluate-after") if job.evaluation else ()
     tokens = job.calibration.samples * job.calibration.sequence_length
@@ -105,11 +106,11 @@ def make_plan(job: JobSpec, checkpoint: Checkpoint) -> Plan:
         decoder_parameters=checkpoint.decoder_parameters,
         bytes_on_disk=checkpoint.bytes_on_disk,
         shapes=shapes,
-        tasks=(CALIBRATION_TASK, SHAPE_TASK, *layers, OUTER_TASK, EXPORT_TASK, *evaluation),
+        tasks=(CALIBRATION_TASK, *((SHAPE_TASK,) if len(shapes) > 1 else ()), *layers, OUTER_TASK, EXPORT_TASK, *evaluation),
         workers=job.parallel.workers,
         keep_inputs=keep_inputs,
         worker_memory_bytes=memory_bytes,
-        output_bytes=_output_bytes(job, checkpoint, max(shapes, key=lambda shape: shape.parameters)),
+        output_bytes=output_bytes,
         calibration_tokens=tokens,
         tokens_per_neuron=tokens / groups[1].num_units,
     )
@@ -163,28 +164,27 @@ def _shape(job: JobSpec, checkpoint: Checkpoint, heads: UnitGroup, neurons: Unit
     return Shape(num_heads, width, checkpoint.decoder_parameters - removed, checkpoint.parameters - removed)
 
 
-def _worker_memory(job: JobSpec, checkpoint: Checkpoint, groups: tuple[UnitGroup, UnitGroup]) -> tuple[bool, int]:
-    """Whether consumer inputs are kept between steps, and the peak of one worker in bytes."""
+def _worker_memory(job: JobSpec, checkpoint: Checkpoint, groups: tuple[UnitGroup, UnitGroup], output_bytes: int) -> tuple[bool, int]:
+    """Whether consumer inputs are kept between steps, and the peak of one worker in bytes: the sweep's, or the load gate's."""
     element = {"float32": 4, "auto": 4}.get(job.model.dtype, 2)
     outer = sum(info.num_parameters for info in checkpoint.outer_tensors.values())
     layer = checkpoint.decoder_parameters // checkpoint.num_layers
-    tokens = math.ceil(job.calibration.shards / job.parallel.workers) * math.ceil(job.calibration.samples / job.calibration.shards)
-    tokens *= job.calibration.sequence_length
-    hidden = config_int(checkpoint.config, "hidden_size")
+    calibration = job.calibration
+    tokens = math.ceil(calibration.shards / job.parallel.workers) * math.ceil(calibration.samples / calibration.shards) * calibration.sequence_length
     widest = max(group.width for group in groups)
-    batch_tokens = job.parallel.micro_batch * job.calibration.sequence_length
-    statistics = 6 * widest**2 * 8  # training, held-out, their copies as they arrive, and the factorisation
-    streamed = (
-        RUNTIME_BYTES + (outer + 2 * layer) * element + tokens * 2 * hidden * element + batch_tokens * 4 * widest * element + statistics
-    )
+    batch = 4 * job.parallel.micro_batch * calibration.sequence_length * widest * element
+    statistics = 8 * widest**2 * 8  # as they arrive, rebuilt, their blocks and the factor, all fp64
+    hidden = 2 * tokens * config_int(checkpoint.config, "hidden_size") * element  # hidden states and attention outputs
+    gate = RUNTIME_BYTES + output_bytes
+    streamed = RUNTIME_BYTES + (outer + 2 * layer) * element + hidden + batch + statistics
     kept = streamed + tokens * widest * element
     budget = job.memory.worker
-    if budget is None or kept <= budget:
-        return True, kept
-    if streamed <= budget:
-        return False, streamed
+    if budget is None or max(kept, gate) <= budget:
+        return True, max(kept, gate)
+    if max(streamed, gate) <= budget:
+        return False, max(streamed, gate)
     raise ResourceError(
-        f"memory.worker: a worker needs about {streamed / 2**30:.1f} GiB, it may use {budget / 2**30:.1f} GiB; "
+        f"memory.worker: a worker needs about {max(streamed, gate) / 2**30:.2f} GiB, it may use {budget / 2**30:.2f} GiB; "
         "raise memory.worker or parallel.workers, or lower calibration.samples or parallel.micro_batch"
     )
 

@@ -1,4 +1,4 @@
-"""The one module that knows Ray: one actor per worker, Ray's own retries off, every wait bounded.
+"""The one module that knows Ray: one actor per worker, Ray's own retries off, waits polled so that signals get through.
 
 Ray's retries stay off because with them on it re-runs an actor's calls in another order, silently. The driver retries.
 """
@@ -29,18 +29,20 @@ _LOST = (
     ray_errors.LocalRayletDiedError,
     ray_errors.RaySystemError,
     ray_errors.OwnerDiedError,
+    ray_errors.GetTimeoutError,
 )
 
 
 def classify(error: BaseException) -> Failure | None:
     """The failure behind an exception, or None when it is the step's own error (a task error is a RayError too)."""
     if isinstance(error, ray_errors.RayTaskError):
-        return None
+        cause = getattr(error, "cause", None)  # a lost argument is found out inside the step that needs it
+        return Failure.PROCESS_LOST if isinstance(cause, _LOST) else None
     if isinstance(error, ray_errors.OutOfMemoryError):
         return Failure.OUT_OF_MEMORY
     if isinstance(error, _LOST):
         return Failure.PROCESS_LOST
-    if isinstance(error, (ray_errors.ActorUnschedulableError, ray_errors.TaskUnschedulableError, ray_errors.GetTimeoutError)):
+    if isinstance(error, (ray_errors.ActorUnschedulableError, ray_errors.TaskUnschedulableError)):
         return Failure.UNSCHEDULABLE
     return None
 
@@ -107,6 +109,9 @@ class RayExecutor(Executor):
     def _ready(self, actors: Sequence[Any]) -> None:
         try:
             ray.get([actor.__ray_ready__.remote() for actor in actors], timeout=START_SECONDS)
+        except ray_errors.GetTimeoutError:
+            detail = f"no answer within {START_SECONDS:.0f} s; the cluster has {ray.cluster_resources()}"
+            raise WorkerFailure(Failure.UNSCHEDULABLE, detail) from None
         except ray_errors.RayError as error:
             raise self._translated(error) from None
 

@@ -43,6 +43,7 @@ def run_job(job: JobSpec, out: Path, show: Show) -> dict[str, Any]:
         write_json(folder.path / PLAN_FILE, context.plan.document())
         layers = sweep.prune_layers(context, tokens)
         exported = export.export_model(context, layers)
+        shutil.rmtree(folder.path / "cache", ignore_errors=True)  # hidden states only serve an unfinished sweep
         losses = stages.evaluate(context, exported)
         context.emit("run-finished")
         return write_report(context, layers, losses)

@@ -8,6 +8,7 @@ import json
 import platform
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
@@ -54,11 +55,10 @@ class RunFolder:
             raise SpecError(f"{self.path}: another run is writing here; wait for it, or choose another --out") from None
         except OSError as error:
             raise SpecError(f"{self.path}: cannot be used as the run folder: {error}") from None
-        try:
+        with ExitStack() as stack:
+            stack.callback(self._lock.release)
             self._bind()
-        except BaseException:
-            self._lock.release()
-            raise
+            stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.context import Context
+from orchestrator.export import TOKENIZER_FILES, side_files
 from orchestrator.plan import Shape
 from workers.files import Manifest, commit, record_of
 from workers.layout import CALIBRATION_TASK, EVALUATION_TASK, SHAPE_TASK, model_folder, task_folder
@@ -21,7 +22,7 @@ def tokenize(context: Context) -> Manifest:
 
 def _tokens(context: Context, task: str, part: dict[str, Any], text: Path, redo_stale: bool = False) -> Manifest:
     """Tokenise one text, once; depends on the text, the tokenizer and the cutting, not on the rest of the job."""
-    tokenizer = [record_of(file).sha256 for file in sorted(context.checkpoint.path.glob("tokenizer*"))]
+    tokenizer = [record_of(file).sha256 for file in side_files(context.checkpoint.path, TOKENIZER_FILES)]
     digest = record_of(text).sha256 if text.is_file() else ""  # the worker reports a missing text, naming its field
     expected = context.folder.fingerprint(task, *tokenizer, digest, part=part)
     submit = context.executor.submit

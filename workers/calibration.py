@@ -49,8 +49,10 @@ def _text_field(line: str, spec: TextSpec, where: str) -> str:
         raise SpecError(f"{where}: no key {spec.field!r}; set field to the key that holds the text") from None
     if not isinstance(value, str):
         raise SpecError(f"{where}: {spec.field!r} holds no text")
-    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
-        raise SpecError(f"{where}: {spec.field!r} holds half a surrogate pair, which is no text")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise SpecError(f"{where}: {spec.field!r} holds half a surrogate pair, which is no text") from None
     return value
 
 
@@ -67,7 +69,7 @@ def _read(spec: TextSpec, max_characters: int | None) -> tuple[str, bool]:
     except OSError as error:
         raise SpecError(f"{spec.path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise SpecError(f"{spec.path}: not UTF-8 ({error.reason} at byte {error.start})") from None
+        raise SpecError(f"{spec.path}: not UTF-8 ({error.reason}); convert it first") from None
     return "".join(parts), True
 
 

@@ -19,6 +19,8 @@ from workers.families import LAYER_PREFIX, config_int, expected_shapes, layer_pr
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+RECOMPUTED = ".rotary_emb.inv_freq"
+"""Ending of buffers in old checkpoints, which transformers computes itself."""
 MAX_JSON_BYTES = 64 * 2**20
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
@@ -128,7 +130,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         headers = _header_of(path, file)
         if names is not None and (missing := names - headers.keys()):
             raise ModelError(f"{path / file}: lacks {sorted(missing)[0]}, which {INDEX_NAME} places there")
-        tensors |= {name: info for name, info in headers.items() if names is None or name in names}
+        tensors |= {name: info for name, info in headers.items() if (names is None or name in names) and not name.endswith(RECOMPUTED)}
         digest.update(_header_digest(path / file))
     checkpoint = Checkpoint(path, config, tensors, digest.hexdigest())
     _check_layers(checkpoint)

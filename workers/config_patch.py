@@ -46,6 +46,8 @@ def _model_type_for(config: Mapping[str, object], heads: int, target: str) -> di
     family, model_type = family_of(config), str(config["model_type"])
     uneven = config_int(config, "hidden_size") % heads != 0
     if target == "vllm" and family.vllm_written_as == "llama":
+        if config.get("use_sliding_window"):
+            raise SpecError(f"{model_type} with a sliding window cannot be written for vLLM with fewer heads: Llama has none")
         if uneven:
             raise SpecError(
                 f"{model_type} with {heads} heads cannot be written for vLLM: Llama wants hidden_size to be a multiple of the heads"

@@ -97,26 +97,26 @@ def copy_file(source: Path, path: Path) -> None:
 def link_file(source: Path, path: Path) -> None:
     """Give a finished file a second name, or copy it where the file system has no hard links."""
 
-    def link(temporary: Path) -> None:
+    def _link(temporary: Path) -> None:
         try:
             os.link(source, temporary)
         except OSError:
             temporary.write_bytes(source.read_bytes())
 
-    _write(path, link)
+    _write(path, _link)
 
 
 def write_tensors(path: Path, tensors: "Mapping[str, Tensor]") -> None:
     """Write a safetensors file atomically, with bytes that depend on the tensors alone, readable as the umask allows."""
     from safetensors.torch import save_file
 
-    def save(temporary: Path) -> None:
+    def _save(temporary: Path) -> None:
         save_file(dict(sorted(tensors.items())), temporary, metadata={"format": "pt"})
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)  # save_file leaves 0600, which other users cannot read
 
-    _write(path, save)
+    _write(path, _save)
 
 
 def commit(folder: Path, task: str, task_fingerprint: str, files: Iterable[str], info: Mapping[str, object]) -> Manifest:

@@ -52,6 +52,7 @@ class _Recorder(nn.Module):
         return getattr(self.__dict__["wrapped"], name)
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Note the arguments."""
         self.arguments = (args, kwargs)
         return hidden if self.returns is None else self.returns
 
@@ -63,6 +64,7 @@ class _CaughtInput(Exception):  # noqa: N818 - not an error: it ends a forward p
 
 class _Catch(nn.Module):
     def forward(self, value: Tensor) -> Tensor:
+        """End the pass with the value that arrived."""
         raise _CaughtInput(value)
 
 
@@ -74,6 +76,7 @@ class _Constant(nn.Module):
         self.output, self.as_tuple = output, as_tuple
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The known output, whatever comes in."""
         del args, kwargs
         return (self.output, None) if self.as_tuple else self.output
 
@@ -119,11 +122,18 @@ class StreamedModel:
         self._layers = list(self._model.model.layers)
         self._model.model.layers = nn.ModuleList()
         outer = {name: tensor.to(device, dtype) for name, tensor in read_tensors(checkpoint, checkpoint.outer_tensors).items()}
-        self._model.load_state_dict(outer, strict=False, assign=True)
+        unknown = self._model.load_state_dict(outer, strict=False, assign=True).unexpected_keys
+        if unknown:
+            raise ModelError(f"{checkpoint.path}: holds {unknown[0]}, which {type(self._model).__name__} does not know")
         self._model.tie_weights()
-        self._model.to(device)
         if missing := [name for name, tensor in self._model.named_parameters() if tensor.is_meta]:
             raise ModelError(f"{checkpoint.path}: lacks {missing[0]}")
+        self._model.to(device)
+
+    @property
+    def computed_on(self) -> str:
+        """Device kind and floating-point type of the forward passes, which decide their roundings."""
+        return f"{self.device.type} in {str(self.dtype).removeprefix('torch.')}"
 
     def load_layer(self, index: int) -> nn.Module:
         """One decoder layer with its weights, in the type and on the device of the forward passes.

@@ -29,6 +29,14 @@ def owned_nodes(root: Node, owned: range) -> list[Node]:
     return owned_nodes(left, owned) + owned_nodes(right, owned)
 
 
+def grow_tree(node: Node, leaf: Callable[[int], T], merge: Callable[[T, T], T]) -> T:
+    """The sum over a node's shards, each made by `leaf` when its turn comes; at most one per level of the tree is held."""
+    if node[1] - node[0] == 1:
+        return leaf(node[0])
+    left, right = _children(node)
+    return merge(grow_tree(left, leaf, merge), grow_tree(right, leaf, merge))
+
+
 def reduce_tree(root: Node, parts: Mapping[Node, T], merge: Callable[[T, T], T]) -> T:
     """Merge parts up to `root`, always in the order of the tree.
 

@@ -6,7 +6,7 @@ function of (layer, cuts below, tokens): what a `Sweep` holds is a cache, rebuil
 Letters: S samples, T tokens, B windows of a micro-batch, D hidden, F width of a consumer's input.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from specs.errors import ModelError
+from specs.errors import ModelError, SpecError
 from workers import layers
 from workers.families import UnitGroup, layer_prefix
-from workers.files import read_manifest, write_tensors
+from workers.files import Manifest, read_manifest, write_tensors
 from workers.layers import MicroBatch, StreamedModel
 from workers.layout import LAYER_FILE, layer_task, task_folder
-from workers.shards import Node, owned_nodes, reduce_tree
+from workers.shards import Node, grow_tree, owned_nodes
 from workers.slicing import Cut
 from workers.statistics import State, Statistic
 
@@ -52,6 +52,12 @@ def token_rows(z_BTF: Tensor, hidden_BTD: Tensor, token_weight: str) -> Tensor:
     return z_TF.float() / norm_T1.clamp(min=torch.finfo(torch.float32).tiny)
 
 
+def grow_states(trees: Sequence[Node], owned: tuple[int, int], leaf: Callable[[int], Statistic]) -> Parts:
+    """The states of the largest tree nodes that the owned shards cover."""
+    nodes = [node for root in trees for node in owned_nodes(root, range(*owned))]
+    return {node: grow_tree(node, leaf, lambda left, right: left.merge(right)).state() for node in nodes}
+
+
 @dataclass
 class Shard:
     """One logical shard: its micro-batches stand before `layer`."""
@@ -80,22 +86,17 @@ class Sweep:
         self._shards: dict[int, Shard] = {}
         self._loaded: tuple[int, nn.Module] | None = None
 
-    def collect(self, layer: int, name: str, owned: range, cuts: Mapping[str, Cut], roots: Sequence[Node]) -> Parts:
-        """Statistics of a consumer's input over some shards, one per largest tree node they cover.
+    def collect(self, layer: int, name: str, owned: tuple[int, int], cuts: Mapping[str, Cut], trees: Sequence[Node]) -> Parts:
+        """Statistics of a consumer's input over the shards `owned[0] ... owned[1] - 1`, one per largest tree node they cover.
 
         `cuts` are those of this layer's earlier groups.
 
         Raises:
             ModelError: an activation is not finite.
         """
-        self._bring_to(layer, owned)
+        self._bring_to(layer, range(*owned))
         module = self._layer(layer)
-
-        def of_node(node: Node) -> Statistic:
-            leaves = {(shard, shard + 1): self._shard_statistic(module, layer, shard, name, cuts) for shard in range(*node)}
-            return reduce_tree(node, leaves, lambda left, right: left.merge(right))
-
-        return {node: of_node(node).state() for root in roots for node in owned_nodes(root, owned)}
+        return grow_states(trees, owned, lambda shard: self._shard_statistic(module, layer, shard, name, cuts))
 
     def _shard_statistic(self, module: nn.Module, layer: int, shard: int, name: str, cuts: Mapping[str, Cut]) -> Statistic:
         statistic = self._statistic.empty(self._groups[name].width, self._model.device)
@@ -136,7 +137,7 @@ class Sweep:
             if shard not in self._shards or self._shards[shard].layer > layer:
                 self._shards[shard] = self._restored(shard, layer)
         while (behind := min(self._shards[shard].layer for shard in owned)) < layer:
-            module, cuts = self._layer(behind), read_cuts(self._folder, behind, self._groups.values())
+            module, cuts = self._layer(behind), self._finished_cuts(behind)
             for number in (number for number in owned if self._shards[number].layer == behind):
                 self._advance(module, self._shards[number], cuts)
                 self._save(number)
@@ -147,6 +148,22 @@ class Sweep:
         if manifest is None:
             return None
         return self._folder / "cache" / f"shard-{shard:04d}" / f"layer-{layer:04d}-{manifest.fingerprint[:16]}.safetensors"
+
+    def _finished_cuts(self, layer: int) -> dict[str, Cut]:
+        """The cuts of a finished layer.
+
+        Raises:
+            SpecError: it was computed on another kind of device or in another type; mixing them would mix roundings.
+        """
+        folder = task_folder(self._folder, layer_task(layer))
+        manifest = read_manifest(folder)
+        assert manifest is not None, f"layer {layer} is not finished"
+        if manifest.info["computed_on"] != self._model.computed_on:
+            raise SpecError(
+                f"{folder}: was computed on {manifest.info['computed_on']}, this worker computes on {self._model.computed_on}; "
+                "set parallel.device and model.dtype as they were, or choose another --out"
+            )
+        return read_cuts(folder / LAYER_FILE, layer, manifest, self._groups.values())
 
     def _advance(self, module: nn.Module, shard: Shard, cuts: Mapping[str, Cut]) -> None:
         for batch in shard.batches:
@@ -175,15 +192,11 @@ class Sweep:
         return Shard(0, batches)
 
 
-def read_cuts(run_folder: Path, layer: int, groups: Iterable[UnitGroup]) -> dict[str, Cut]:
+def read_cuts(file: Path, layer: int, manifest: Manifest, groups: Iterable[UnitGroup]) -> dict[str, Cut]:
     """The cuts of a finished layer, from its file and manifest."""
-    folder = task_folder(run_folder, layer_task(layer))
-    manifest = read_manifest(folder)
-    if manifest is None:
-        raise RuntimeError(f"layer {layer} is not finished")
     kept = manifest.info["kept"]
     assert isinstance(kept, dict)
-    tensors = load_file(folder / LAYER_FILE)
+    tensors = load_file(file)
     return {
         group.name: Cut(group.name, torch.tensor(kept[group.name]), tensors[f"{layer_prefix(layer)}{group.consumer}.weight"].clone())
         for group in groups

@@ -7,7 +7,7 @@ from worker to worker.
 import resource
 import time
 from collections.abc import Callable
-from functools import cached_property, wraps
+from functools import cached_property, partial, wraps
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec
 
@@ -41,10 +41,10 @@ from workers.layout import (
 )
 from workers.linalg import WIDE
 from workers.methods import SELECTORS
-from workers.shards import Node, even_parts, owned_nodes, reduce_tree, roots
+from workers.shards import Node, even_parts, reduce_tree, roots
 from workers.slicing import Cut, CutArrays, slice_layer, unit_rows
 from workers.statistics import STATISTICS, Statistic
-from workers.sweep import Parts, Sweep, embed_all, micro_batches
+from workers.sweep import Parts, Sweep, embed_all, grow_states, micro_batches, token_rows
 
 Receipt = dict[str, Any]
 P = ParamSpec("P")
@@ -73,6 +73,8 @@ class Worker:
 
     def __init__(self, job: JobSpec, run_folder: str, device: str, keep_inputs: bool) -> None:
         self.job, self.run_folder = job, Path(run_folder)
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ResourceError("parallel.device: cuda, but torch finds no GPU here; set parallel.device: auto or cpu")
         self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         self._keep_inputs = keep_inputs
         torch.set_num_threads(job.parallel.threads_per_worker)
@@ -145,25 +147,29 @@ class Worker:
     def probe(self, layer: int, owned: tuple[int, int], num_held_out: int) -> tuple[Receipt, dict[str, Parts]]:
         """Statistics of every group of a layer on the dense path, over some of the probe's windows."""
         count = self.job.budget.probe_samples
-        if owned not in self._probe:
+        if self._probe.get(owned, (layer + 1, []))[0] > layer:  # first call, or an earlier attempt went further
             picked = [part.start for part in even_parts(self.job.calibration.samples, count)]
             windows_ST = self._tokens(CALIBRATION_TASK)
             self._probe[owned] = (0, embed_all(self._model, [windows_ST[picked[i]][None] for i in range(*owned)]))
         at, batches = self._probe[owned]
-        inputs: list[dict[str, Tensor]] = []
+        rows: list[dict[str, Tensor]] = []
         for index in range(at, layer + 1):
             module = self._model.load_layer(index)
-            inputs = [layers.dense_pass(module, index, batch, self._groups) for batch in batches]
+            rows = [self._probe_rows(module, index, batch) for batch in batches]
         self._probe[owned] = (layer + 1, batches)
-        return {}, {name: self._probe_parts(name, [seen[name] for seen in inputs], owned, num_held_out) for name in self._groups}
+        trees = roots(self.job.budget.probe_samples, num_held_out)
 
-    def _probe_parts(self, name: str, inputs: list[Tensor], owned: tuple[int, int], num_held_out: int) -> Parts:
-        leaves: dict[Node, Statistic] = {}
-        for number, z_1TF in enumerate(inputs, owned[0]):
-            leaves[(number, number + 1)] = self._statistic.empty(self._groups[name].width, self.device)
-            leaves[(number, number + 1)].update(z_1TF[0])
-        nodes = [node for root in roots(self.job.budget.probe_samples, num_held_out) for node in owned_nodes(root, range(*owned))]
-        return {node: reduce_tree(node, leaves, lambda left, right: left.merge(right)).state() for node in nodes}
+        def leaf(name: str, window: int) -> Statistic:
+            statistic = self._statistic.empty(self._groups[name].width, self.device)
+            statistic.update(rows[window - owned[0]][name])
+            return statistic
+
+        return {}, {name: grow_states(trees, owned, partial(leaf, name)) for name in self._groups}
+
+    def _probe_rows(self, module: torch.nn.Module, index: int, batch: MicroBatch) -> dict[str, Tensor]:
+        hidden_BTD = batch.hidden_BTD
+        inputs = layers.dense_pass(module, index, batch, self._groups)
+        return {name: token_rows(z_BTF, hidden_BTD, self.job.calibration.token_weight) for name, z_BTF in inputs.items()}
 
     @step
     def predict(self, layer: int, group: str, num_kept: int, num_held_out: int, *parts: dict[str, Parts]) -> tuple[Receipt, None]:
@@ -175,9 +181,10 @@ class Worker:
     @step
     def collect(self, layer: int, group: str, owned: tuple[int, int], *cuts: CutArrays) -> tuple[Receipt, Parts]:
         """Statistics of a group's consumer input over some calibration shards; `cuts` are this layer's earlier ones."""
+        self._probe.clear()
         known = {arrays["group"]: Cut.from_arrays(arrays) for arrays in cuts}
         trees = roots(self.job.calibration.shards, self.job.calibration.held_out_shards)
-        return {}, self._sweep.collect(layer, group, range(*owned), known, trees)
+        return {}, self._sweep.collect(layer, group, owned, known, trees)
 
     @step
     def decide(self, layer: int, group: str, num_kept: int, *parts: Parts) -> tuple[Receipt, CutArrays]:
@@ -226,7 +233,9 @@ class Worker:
         folder = task_folder(self.run_folder, layer_task(layer))
         write_tensors(folder / LAYER_FILE, {prefix + name: tensor.to(self._disk_dtype(tensor)) for name, tensor in sliced.items()})
         kept = {name: cut.units.tolist() for name, cut in known.items()}
-        manifest = commit(folder, layer_task(layer), task_fingerprint, [LAYER_FILE], info | {"kept": kept})
+        manifest = commit(
+            folder, layer_task(layer), task_fingerprint, [LAYER_FILE], info | {"kept": kept, "computed_on": self._model.computed_on}
+        )
         return {"digest": manifest.digest}, None
 
     @step

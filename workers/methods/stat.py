@@ -2,13 +2,14 @@
 
 Column-pivoted QR of the consumer's input Z picks what stays; what goes is written as a combination of what stays,
 Z_P ~ Z_K T, and T is folded into the consumer's weight. The fold is the least-squares refit of `workers.correction`:
-W_K + T W_P = (Z_K'Z_K)^-1 Z_K'Z W.
+W_K + T W_P = (Z_K'Z_K)^-1 Z_K'Z W, with W (in, out) as in the paper; stored weights are its transpose, `weight_DF`.
 
 Letters: F width of the consumer's input, D hidden, K kept.
 
 Deviations, each on purpose: columns are scaled by the norm of the consumer's columns for heads too (the paper's code
 compares heads without the output weight); the unit of attention is a KV group with all its query heads, so that
-grouped-query attention stays valid; coefficients come from all tokens, never from a sketch; the refit is damped.
+grouped-query attention stays valid; coefficients come from all tokens, never from a sketch; the refit is damped; activations come from the already pruned
+layers below; all layers get one width, and heads and neurons share the budget as a probe predicts (`orchestrator.stages`).
 """
 
 import torch

@@ -129,7 +129,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 }  # fmt: skip
 
 INDEX_DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "parent": (lambda f: point(f, "../x.safetensors"), r"model\.norm\.weight points to '\.\./x\.safetensors'; only safetensors files of this"),
+    "parent": (lambda f: point(f, "../x.safetensors"), r"norm\.weight points to '\.\./x\.safetensors'; only safetensors files"),
     "absolute": (lambda f: point(f, "/x.safetensors"), r"points to '/x\.safetensors'"),
     "subfolder": (lambda f: point(f, f"a/{FIRST}"), "points to 'a/model-00001"),
     "backslash": (lambda f: point(f, "..\\x.safetensors"), "only safetensors files of this folder are read"),

@@ -1,0 +1,160 @@
+"""Validation errors in the user's words: which line or override, what was found, what is wanted, and what was probably meant."""
+
+import difflib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from specs.core_yaml import CORE_SCHEMA, NUMBER_TAGS
+from specs.job import JobSpec
+
+KeyPath: TypeAlias = tuple[str | int, ...]
+
+# What a value must be, by pydantic's error type. The braces are filled from the error's context.
+_EXPECTATIONS = {
+    "int_type": "an integer",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "string_type": "a text",
+    "bool_type": "true or false",
+    "tuple_type": "a list",
+    "model_type": "a section of fields",
+    "greater_than": "greater than {gt:.15g}",
+    "greater_than_equal": "at least {ge:.15g}",
+    "less_than": "less than {lt:.15g}",
+    "less_than_equal": "at most {le:.15g}",
+    "string_too_short": "a text of at least {min_length} character(s)",
+    "too_short": "a list of at least {min_length} value(s)",
+    "too_long": "a list of at most {max_length} value(s)",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """A value, the place to name in an error, and the folder its relative paths start from."""
+
+    value: Any
+    where: str
+    folder: str
+
+    def child(self, key: str | int) -> "Located | None":
+        """The value under a key, or None."""
+        if isinstance(self.value, list):
+            return self.value[key] if isinstance(key, int) and key < len(self.value) else None
+        return self.value.get(key) if isinstance(self.value, dict) else None
+
+    def plain(self) -> Any:
+        """The value without the places."""
+        if isinstance(self.value, dict):
+            return {key: item.plain() for key, item in self.value.items()}
+        return [item.plain() for item in self.value] if isinstance(self.value, list) else self.value
+
+
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """What an error is about: the key path, its declared type, the place to name and the section that holds it."""
+
+    path: KeyPath
+    annotation: Any
+    where: str
+    section: Any
+
+
+def _target(loc: KeyPath, root: Located) -> _Target:
+    """Follow an error's location, leaving out the names pydantic gives to the branches of a union."""
+    target, node = _Target((), JobSpec, root.where, None), root
+    for key in loc:
+        declared = [model.model_fields[key].annotation for model in models(target.annotation) if key in model.model_fields]
+        child = node.child(key)
+        if not declared and child is None:
+            continue
+        annotation = target.annotation if isinstance(key, int) else next(iter(declared), None)
+        where = child.where if child else target.where
+        target = _Target((*target.path, key), annotation, where, target.annotation)
+        node = child or replace(node, value=None)
+    return target
+
+
+def explain(error: ValidationError, root: Located) -> list[str]:
+    """One line per wrong field; the errors of a union's branches become one."""
+    targets: dict[KeyPath, _Target] = {}
+    details: dict[KeyPath, list[ErrorDetails]] = {}
+    for detail in error.errors(include_url=False):
+        target = _target(detail["loc"], root)
+        targets[target.path] = target
+        details.setdefault(target.path, []).append(detail)
+    # pydantic calls a list too short when only its values are wrong: then the values alone are reported.
+    faulty_lists = {path[:-1] for path in details if path and isinstance(path[-1], int)}
+    return [_line(targets[path], details[path]) for path in details if path not in faulty_lists]
+
+
+def _line(target: _Target, details: Sequence[ErrorDetails]) -> str:
+    name = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in target.path).removeprefix(".")
+    return ": ".join(filter(None, (target.where, name, _problem(target, details))))
+
+
+def _problem(target: _Target, details: Sequence[ErrorDetails]) -> str:
+    detail = details[0]
+    if detail["type"] == "missing":
+        return "is required; add it"
+    if detail["type"] == "extra_forbidden":
+        known = [name for model in models(target.section) for name in model.model_fields]
+        return f"unknown field; {_suggestion(target.path[-1], known) or 'known fields: ' + ', '.join(known)}"
+    if detail["type"] == "value_error":
+        return str(detail["ctx"]["error"])
+    expected = ", or ".join(dict.fromkeys(_expectation(item, target) for item in details))
+    hints = (f"must be {expected} (got {shown(detail['input'])})", _hint(target, details))
+    return "; ".join(filter(None, hints))
+
+
+def _expectation(detail: ErrorDetails, target: _Target) -> str:
+    if detail["type"] == "literal_error":
+        allowed = [shown(value) for value in _literals(target.annotation)]
+        return f"one of {', '.join(allowed)}" if len(allowed) > 1 else allowed[0]
+    template = _EXPECTATIONS.get(detail["type"])
+    return template.format(**detail.get("ctx", {})) if template else f"valid ({detail['msg']})"
+
+
+def _hint(target: _Target, details: Sequence[ErrorDetails]) -> str:
+    """What to do about a value of the wrong kind, where that can be guessed."""
+    value, types = details[0]["input"], {detail["type"] for detail in details}
+    if types & {"int_type", "float_type"} and isinstance(value, str) and any(CORE_SCHEMA[tag].match(value) for tag in NUMBER_TAGS):
+        return "remove the quotes"
+    if "string_type" in types and isinstance(value, (bool, int, float)):
+        return "put it in quotes"
+    if "model_type" in types and value is None:
+        return "add fields to it, or remove it"
+    return _suggestion(value, _literals(target.annotation)) if "literal_error" in types else ""
+
+
+def _literals(annotation: Any) -> list[Any]:
+    return [value for part in parts(annotation) if get_origin(part) is Literal for value in get_args(part)]
+
+
+def _suggestion(given: object, known: Iterable[object]) -> str:
+    names = [name for name in known if isinstance(name, str)]
+    near = difflib.get_close_matches(given, names, n=1) if isinstance(given, str) else []
+    return f"did you mean {shown(near[0])}?" if near else ""
+
+
+def shown(value: object) -> str:
+    """A value as YAML would have it on one line, shortened."""
+    text = json.dumps(value, ensure_ascii=isinstance(value, str) and not value.isprintable())
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def parts(annotation: Any) -> Iterator[Any]:
+    """The types and metadata an annotation is composed of, itself included."""
+    yield annotation
+    if get_origin(annotation) is not Literal:
+        for argument in get_args(annotation):
+            yield from parts(argument)
+
+
+def models(annotation: Any) -> list[type[BaseModel]]:
+    """The pydantic models an annotation mentions."""
+    return [part for part in parts(annotation) if isinstance(part, type) and issubclass(part, BaseModel)]

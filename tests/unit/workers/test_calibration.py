@@ -1,0 +1,159 @@
+"""Text to windows: what is read, in which order, and what is said about texts that do not serve."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from specs.errors import ModelError, SpecError
+from specs.job import TextSpec
+from tests.conftest import build_model
+from workers.calibration import calibration_windows, evaluation_windows, load_tokenizer, tokenize
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
+    """One token per byte."""
+    return load_tokenizer(build_model(tmp_path_factory.mktemp("models") / "dense"))
+
+
+@pytest.fixture(scope="module")
+def long_words() -> PreTrainedTokenizerBase:
+    """One token per word, so that a cut text ends in another token."""
+    words = {f"word{number:020d}": number for number in range(500)}
+    words_only = Tokenizer(models.WordLevel(words | {"?": 500}, unk_token="?"))
+    words_only.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words_only, unk_token="?")
+
+
+def write(path: Path, content: bytes | str) -> TextSpec:
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return TextSpec(path=str(path))
+
+
+def all_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text)["input_ids"]
+    return ids
+
+
+@pytest.mark.parametrize("count", [1, 100, 5000, 59_999])
+def test_first_tokens_are_those_of_the_whole_text(count: int, tokenizer: PreTrainedTokenizerBase, text_file: Path) -> None:
+    tokens = tokenize(TextSpec(path=str(text_file)), tokenizer, count)
+    assert tokens.dtype == torch.int64
+    assert tokens.tolist() == all_tokens(tokenizer, text_file.read_text())[:count]
+
+
+@pytest.mark.parametrize("count", [1, 3, 50, 499, 500, 501, None])
+def test_long_tokens_have_more_of_the_text_read(count: int | None, long_words: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    text = " ".join(f"word{number:020d}" for number in range(500))
+    assert tokenize(write(tmp_path / "words.txt", text), long_words, count).tolist() == list(range(500))[:count]
+
+
+def test_special_tokens_are_added_once(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    text = "One document.\n\nAnother, with é and 漢字.\r\n"
+    assert tokenize(write(tmp_path / "a.txt", text), tokenizer, None).tolist() == all_tokens(tokenizer, text.replace("\r\n", "\n"))
+
+
+@pytest.mark.parametrize(("name", "form"), [("a.jsonl", "auto"), ("a.txt", "jsonl")])
+@pytest.mark.parametrize("count", [10, 40, None])
+def test_documents_are_joined_by_blank_lines(
+    name: str, form: str, count: int | None, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    documents = ["First.", "Second: é\u2028x", "Third\nline."] * 20
+    lines = "\n\n".join(json.dumps({"body": text, "id": 1}, ensure_ascii=False) for text in documents)  # blank lines are skipped
+    spec = write(tmp_path / name, lines + "\n").model_copy(update={"format": form, "field": "body"})
+    expected = all_tokens(tokenizer, "".join(text + "\n\n" for text in documents))
+    assert tokenize(spec, tokenizer, count).tolist() == expected[:count]
+
+
+def test_json_lines_can_be_read_as_plain_text(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    spec = write(tmp_path / "a.jsonl", '{"text": 1}').model_copy(update={"format": "text"})
+    assert tokenize(spec, tokenizer, None).tolist() == all_tokens(tokenizer, '{"text": 1}')
+
+
+GOOD = '{"text": "fine"}\n\n'
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", r"a\.jsonl:3: no JSON; set format: text"),
+        ("plain words", r"a\.jsonl:3: no JSON"),
+        ("[" * 100_000, r"a\.jsonl:3: no JSON"),
+        ('{"body": "x"}', r"a\.jsonl:3: no key 'text'; set field"),
+        ("[1]", r"a\.jsonl:3: no key 'text'"),
+        ("3", r"a\.jsonl:3: no key 'text'"),
+        ('{"text": 3}', r"a\.jsonl:3: 'text' holds no text"),
+        ('{"text": null}', r"a\.jsonl:3: 'text' holds no text"),
+        ('{"text": "\\ud800"}', r"a\.jsonl:3: 'text' holds half a surrogate pair"),
+    ],
+)
+def test_bad_lines_are_named(line: str, message: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=message):
+        tokenize(write(tmp_path / "a.jsonl", GOOD + line), tokenizer, 10_000)
+
+
+def test_lines_behind_the_needed_tokens_are_not_read(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    spec = write(tmp_path / "a.jsonl", json.dumps({"text": "x" * 2000}) + "\n{")
+    assert len(tokenize(spec, tokenizer, 100)) == 100
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_other_encodings_are_refused(name: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"a\.\w+: not UTF-8 \(invalid"):
+        tokenize(write(tmp_path / name, b'{"text": "caf\xe9"}'), tokenizer, None)
+
+
+@pytest.mark.parametrize(("name", "reason"), [("absent.txt", "No such file"), (".", "directory")])
+def test_unreadable_texts_are_named(name: str, reason: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=f"cannot be read: .*{reason}"):
+        tokenize(TextSpec(path=str(tmp_path / name)), tokenizer, 8)
+
+
+def test_windows_are_the_first_ones_without_overlap(tokenizer: PreTrainedTokenizerBase, text_file: Path) -> None:
+    windows = calibration_windows(TextSpec(path=str(text_file)), tokenizer, 5, 16)
+    assert windows.shape == (5, 16)
+    assert windows.flatten().tolist() == all_tokens(tokenizer, text_file.read_text())[:80]
+
+
+@pytest.mark.parametrize("length", [0, 1, 39, 40])
+def test_short_texts_are_refused_with_need_and_have(length: int, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    spec = write(tmp_path / "a.txt", "x" * length)
+    if length == 40:
+        assert calibration_windows(spec, tokenizer, 5, 8).shape == (5, 8)
+        return
+    with pytest.raises(SpecError, match=rf"5 samples of 8 tokens need 40 tokens, the text has {length}; .*lower calibration\.samples"):
+        calibration_windows(spec, tokenizer, 5, 8)
+
+
+@pytest.mark.parametrize(
+    ("stride", "max_windows", "starts"),
+    [(8, None, range(0, 93, 8)), (8, 3, [0, 8, 16]), (3, 4, [0, 3, 6, 9]), (3, None, range(0, 93, 3)), (8, 1000, range(0, 93, 8))],
+)
+def test_evaluation_windows(
+    stride: int, max_windows: int | None, starts: range | list[int], tokenizer: PreTrainedTokenizerBase, text_file: Path, tmp_path: Path
+) -> None:
+    """A text of 100 tokens in windows of 8; an incomplete last one is dropped."""
+    spec = write(tmp_path / "a.txt", text_file.read_text()[:100])
+    tokens = torch.tensor(all_tokens(tokenizer, text_file.read_text()[:100]))
+    assert len(tokens) == 100
+    windows = evaluation_windows(spec, tokenizer, 8, stride, max_windows)
+    assert torch.equal(windows, torch.stack([tokens[start : start + 8] for start in starts]))
+
+
+def test_a_text_without_a_whole_window_is_refused(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"one window needs 8 tokens, the text has 7; lower evaluation\.window"):
+        evaluation_windows(write(tmp_path / "a.txt", "x" * 7), tokenizer, 8, 8, None)
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"version": "1.0", "model": {"type": "Nonsense"}}'])
+def test_unusable_tokenizers_are_refused(content: str | None, tmp_path: Path) -> None:
+    folder = build_model(tmp_path / "dense")
+    (folder / "tokenizer.json").unlink()
+    if content is not None:
+        (folder / "tokenizer.json").write_text(content)
+    with pytest.raises(ModelError, match="no usable tokenizer"):
+        load_tokenizer(folder)

@@ -1,0 +1,99 @@
+"""The exported config, as a table."""
+
+from typing import Any
+
+import pytest
+
+from specs.errors import SpecError
+from workers.config_patch import kept_heads, needs_output_bias, patched_config
+
+BASE: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "intermediate_size": 48,
+    "rope_theta": 5e5,
+    "unknown": {"kept": [1]},
+    "auto_map": {"AutoModel": "evil.py"},
+    "_name_or_path": "/home/someone",
+}
+
+
+def config(model_type: str, **changes: Any) -> dict[str, Any]:
+    return {"model_type": model_type, "architectures": [f"{model_type.title()}ForCausalLM"]} | BASE | changes
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "smollm3"])
+@pytest.mark.parametrize("target", ["transformers", "vllm"])
+def test_unpruned_heads_change_no_model_type(model_type: str, target: str) -> None:
+    original = config(model_type)
+    patched = patched_config(original, {"heads": 4, "neurons": 20}, target, "auto")
+    expected = {key: value for key, value in original.items() if key not in ("auto_map", "_name_or_path")}
+    assert patched == expected | {"head_dim": 4, "intermediate_size": 20}
+    assert not needs_output_bias(original, patched)
+    assert "auto_map" in original
+
+
+LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "attention_bias": True, "mlp_bias": False}
+MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
+
+
+@pytest.mark.parametrize(
+    ("original", "kept", "target", "changes"),
+    [
+        (config("llama"), 2, "transformers", {}),
+        (config("llama"), 3, "transformers", MISTRAL),
+        (config("llama"), 3, "vllm", MISTRAL),
+        (config("llama", head_dim=16), 3, "transformers", MISTRAL),
+        (config("llama", attention_bias=True), 2, "transformers", {}),
+        (config("mistral"), 3, "transformers", {}),
+        (config("mistral", sliding_window=4096), 3, "vllm", {}),
+        (config("qwen2"), 3, "transformers", {}),
+        (config("qwen2"), 2, "vllm", LLAMA),
+        (config("qwen3"), 3, "vllm", {}),
+        (config("gemma"), 3, "transformers", {}),
+        (config("gemma2"), 2, "transformers", {}),
+        (config("smollm3"), 3, "transformers", {}),
+    ],
+)
+def test_pruned_heads(original: dict[str, Any], kept: int, target: str, changes: dict[str, Any]) -> None:
+    patched = patched_config(original, {"heads": kept, "neurons": 48}, target, "auto")
+    expected = {key: value for key, value in original.items() if key not in ("auto_map", "_name_or_path")}
+    sizes = {"num_attention_heads": 2 * kept, "num_key_value_heads": kept, "head_dim": original.get("head_dim", 4)}
+    assert patched == expected | sizes | changes
+    assert needs_output_bias(original, patched) is (changes is LLAMA)
+
+
+@pytest.mark.parametrize(
+    ("original", "kept", "target", "message"),
+    [
+        (config("llama", attention_bias=True), 3, "transformers", "llama cannot be written with 6 heads.*hidden_size to be a multiple"),
+        (config("llama", mlp_bias=True), 3, "transformers", "llama cannot be written with 6 heads"),
+        (config("gemma2"), 3, "transformers", "gemma2 cannot be written with 6 heads.*hidden_size to be a multiple of the heads"),
+        (config("qwen2"), 3, "vllm", "qwen2 with 6 heads cannot be written for vLLM.*hidden_size to be a multiple of the heads"),
+    ],
+)
+def test_head_counts_no_class_accepts(original: dict[str, Any], kept: int, target: str, message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        patched_config(original, {"heads": kept, "neurons": 48}, target, "auto")
+
+
+@pytest.mark.parametrize(
+    ("keys", "dtype", "expected"),
+    [
+        ({"torch_dtype": "float32"}, "auto", {"torch_dtype": "float32"}),
+        ({"torch_dtype": "float32"}, "bfloat16", {"torch_dtype": "bfloat16"}),
+        ({"dtype": "float32"}, "float16", {"dtype": "float16"}),
+        ({"dtype": "float32", "torch_dtype": "float32"}, "bfloat16", {"dtype": "bfloat16", "torch_dtype": "bfloat16"}),
+        ({}, "bfloat16", {"dtype": "bfloat16"}),
+        ({}, "auto", {}),
+    ],
+)
+def test_type_on_disk(keys: dict[str, str], dtype: str, expected: dict[str, str]) -> None:
+    patched = patched_config(config("llama", **keys), {"heads": 4, "neurons": 8}, "transformers", dtype)
+    assert {key: patched[key] for key in ("dtype", "torch_dtype") if key in patched} == expected
+
+
+@pytest.mark.parametrize(("heads", "groups", "kept", "expected"), [(8, 4, 3, 6), (8, 8, 3, 3), (8, 1, 1, 8), (8, None, 5, 5)])
+def test_kept_query_heads(heads: int, groups: int | None, kept: int, expected: int) -> None:
+    assert kept_heads({"num_attention_heads": heads, "num_key_value_heads": groups}, kept) == expected

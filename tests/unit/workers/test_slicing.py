@@ -1,0 +1,119 @@
+"""Slicing against the definition: a pruned layer computes what the dense one does without the pruned units."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig
+
+from tests.conftest import MakeModel
+from workers.checkpoint import Checkpoint, open_checkpoint
+from workers.config_patch import patched_config
+from workers.families import FAMILIES, UnitGroup, layer_prefix, unit_groups
+from workers.layers import StreamedModel, read_tensors
+from workers.slicing import Cut, slice_layer, unit_rows
+
+LAYER = 1
+BIASED = {"attention_bias": True, "mlp_bias": True}
+
+
+def masked(layer: nn.Module, group: UnitGroup, cut: Cut) -> None:
+    """Make the dense layer's consumer read the kept units alone, through the corrected weight."""
+    consumer = layer.get_submodule(group.consumer)
+    weight_DF = torch.zeros_like(consumer.weight)
+    weight_DF[:, unit_rows(cut.units, group.columns)] = cut.weight_DK
+    consumer.weight = nn.Parameter(weight_DF)
+
+
+def random_cuts(checkpoint: Checkpoint, kept: dict[str, list[int]]) -> dict[str, Cut]:
+    generator, hidden = torch.Generator().manual_seed(5), int(str(checkpoint.config["hidden_size"]))
+    groups = {group.name: group for group in unit_groups(checkpoint.config)}
+    return {
+        name: Cut(name, torch.tensor(units), torch.randn(hidden, len(units) * groups[name].columns, generator=generator) * 0.2)
+        for name, units in kept.items()
+    }
+
+
+@torch.inference_mode()
+def outputs(folder: Path, kept: dict[str, list[int]]) -> tuple[Tensor, Tensor]:
+    """Of the masked dense layer, and of a layer of the pruned config with the sliced tensors."""
+    checkpoint = open_checkpoint(folder)
+    groups, cuts = unit_groups(checkpoint.config), random_cuts(checkpoint, kept)
+    model = StreamedModel(checkpoint, torch.float32, torch.device("cpu"))
+    batch = model.embed(torch.arange(3, 27).reshape(2, 12))
+    args, kwargs = batch.arguments[LAYER]
+    dense: Any = model.load_layer(LAYER)
+    for group in groups:
+        if group.name in cuts:
+            masked(dense, group, cuts[group.name])
+    tensors = read_tensors(checkpoint, checkpoint.layer_tensors(LAYER), layer_prefix(LAYER))
+    units = {group.name: len(kept.get(group.name, range(group.num_units))) for group in groups}
+    patched = patched_config(checkpoint.config, units, "transformers", "auto")
+    config = AutoConfig.for_model(**{**patched, "architectures": None, "transformers_version": None})
+    config._attn_implementation = dense.self_attn.config._attn_implementation
+    pruned = type(dense)(config, LAYER).eval()
+    pruned.load_state_dict(slice_layer(tensors, groups, cuts))
+    return dense(batch.hidden_BTD, *args, **kwargs), pruned(batch.hidden_BTD, *args, **kwargs)
+
+
+def relative_difference(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("kept", [{"heads": [1], "neurons": [0, 3, 4, 17, 40, 47]}, {"heads": [0]}, {"neurons": list(range(1, 48, 2))}])
+def test_pruned_layer_equals_masked_dense_layer(model_type: str, kept: dict[str, list[int]], make_model: MakeModel) -> None:
+    expected, found = outputs(make_model(model_type), kept)
+    assert relative_difference(found, expected) < 1e-6
+
+
+@pytest.mark.parametrize(("model_type", "biases"), [("llama", BIASED), ("qwen3", {"attention_bias": True}), ("smollm3", BIASED)])
+def test_biases_follow_their_rows(model_type: str, biases: dict[str, bool], make_model: MakeModel) -> None:
+    expected, found = outputs(make_model(model_type, **biases), {"heads": [1], "neurons": [2, 5, 30]})
+    assert relative_difference(found, expected) < 1e-6
+
+
+def test_three_groups_keep_their_own_query_heads(make_model: MakeModel) -> None:
+    folder = make_model("qwen3", num_attention_heads=6, num_key_value_heads=3)
+    for units in ([0, 2], [1], [0, 1, 2]):
+        expected, found = outputs(folder, {"heads": units})
+        assert relative_difference(found, expected) < 1e-6
+
+
+def test_rows_of_units() -> None:
+    assert unit_rows(torch.tensor([0, 3]), 2).tolist() == [0, 1, 6, 7]
+    assert unit_rows(torch.tensor([4]), 1).tolist() == [4]
+    assert unit_rows(torch.tensor([], dtype=torch.int64), 3).tolist() == []
+
+
+def test_tensors_without_a_cut_pass_through_and_results_stand_alone(make_model: MakeModel) -> None:
+    checkpoint = open_checkpoint(make_model(dtype=torch.bfloat16))
+    tensors = read_tensors(checkpoint, checkpoint.layer_tensors(0), layer_prefix(0))
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    cuts = random_cuts(checkpoint, {"neurons": [1, 2, 40]})
+    sliced = slice_layer(tensors, unit_groups(checkpoint.config), cuts)
+    assert sliced.keys() == tensors.keys()
+    touched = {f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
+    for name, tensor in sliced.items():
+        assert tensor.is_contiguous()
+        assert tensor.dtype == torch.bfloat16
+        assert torch.equal(tensors[name], before[name])
+        assert (tensor.shape == before[name].shape) is (name not in touched)
+    assert torch.equal(sliced["mlp.up_proj.weight"], before["mlp.up_proj.weight"][[1, 2, 40]])
+    assert torch.equal(sliced["mlp.down_proj.weight"], cuts["neurons"].weight_DK.bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_cuts_travel_without_loss(dtype: torch.dtype) -> None:
+    cut = Cut("heads", torch.tensor([0, 2, 5]), torch.randn(4, 6, generator=torch.Generator().manual_seed(0)).to(dtype))
+    arrays = cut.arrays()
+    for array in (arrays["units"], arrays["weight"]):
+        array.setflags(write=False)  # as the object store hands them out
+    back = Cut.from_arrays(arrays)
+    assert back.group == "heads"
+    assert torch.equal(back.units, cut.units)
+    assert torch.equal(back.weight_DK.to(dtype), cut.weight_DK)
+    assert not np.shares_memory(back.weight_DK.numpy(), arrays["weight"])
