@@ -71,12 +71,13 @@ def _load(options: argparse.Namespace) -> JobSpec:
 
 def _run(options: argparse.Namespace) -> None:
     from orchestrator.progress import ProgressView
-    from orchestrator.report import print_report
+    from orchestrator.report import print_summary
     from orchestrator.run import run_job
 
     with ProgressView() as view:
         report = run_job(_load(options), options.out, view.show)
-    print_report(report)
+    print_summary(report)
+    print(f"model: {options.out / 'model'}")
 
 
 def _plan(options: argparse.Namespace) -> None:
@@ -93,9 +94,11 @@ def _validate(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from orchestrator.report import print_report, read_report
+    from orchestrator.report import print_layers, print_summary, read_report
 
-    print_report(read_report(options.run))
+    report = read_report(options.run)
+    print_layers(report)
+    print_summary(report)
 
 
 def _verify(options: argparse.Namespace) -> None:

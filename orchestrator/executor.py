@@ -38,12 +38,16 @@ class Executor(ABC):
         self.close()
 
     @abstractmethod
-    def submit(self, worker: int, method: str, *args: Any) -> Call:
-        """Start a step on a worker; payload handles among `args` are resolved where the step runs.
+    def start(self) -> None:
+        """Start the workers, unless they run; the first step does it too.
 
         Raises:
-            WorkerFailure: workers cannot be started.
+            WorkerFailure: they cannot be started.
         """
+
+    @abstractmethod
+    def submit(self, worker: int, method: str, *args: Any) -> Call:
+        """Start a step on a worker; payload handles among `args` are resolved where the step runs."""
 
     @abstractmethod
     def _receipts(self, calls: Sequence[Call]) -> list[Receipt]:
@@ -79,12 +83,16 @@ class InProcessExecutor(Executor):
         self.num_workers = 1
         self._worker: Any = None
 
-    def submit(self, worker: int, method: str, *args: Any) -> Call:
-        """Run the step now."""
+    def start(self) -> None:
+        """Import torch and make the worker."""
         if self._worker is None:
-            from workers.worker import Worker  # brings torch: only when there is work
+            from workers.worker import Worker
 
             self._worker = Worker(self.job, str(self.run_folder), self.job.parallel.device, self.keep_inputs)
+
+    def submit(self, worker: int, method: str, *args: Any) -> Call:
+        """Run the step now."""
+        self.start()
         return Call(worker, *getattr(self._worker, method)(*args))
 
     def _receipts(self, calls: Sequence[Call]) -> list[Receipt]:

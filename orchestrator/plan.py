@@ -148,6 +148,9 @@ def _shape(job: JobSpec, checkpoint: Checkpoint, heads: UnitGroup, neurons: Unit
     layers, round_to = checkpoint.num_layers, job.budget.round_to
     target = math.ceil(job.budget.sparsity * checkpoint.decoder_parameters - 1e-6)
     by_heads = layers * (heads.num_units - num_heads) * unit_parameters(names, heads)
+    patched = patched_config(checkpoint.config, {"heads": num_heads, "neurons": neurons.num_units}, job.export.target, job.export.dtype)
+    if needs_output_bias(checkpoint.config, patched):
+        by_heads -= layers * names["self_attn.o_proj.weight"][0]
     per_neuron = layers * unit_parameters(names, neurons)
     width = neurons.num_units
     if by_heads < target:
@@ -158,9 +161,6 @@ def _shape(job: JobSpec, checkpoint: Checkpoint, heads: UnitGroup, neurons: Unit
             "lower budget.sparsity, budget.round_to or budget.kv_groups"
         )
     removed = by_heads + (neurons.num_units - width) * per_neuron
-    patched = patched_config(checkpoint.config, {"heads": num_heads, "neurons": width}, job.export.target, job.export.dtype)
-    if needs_output_bias(checkpoint.config, patched):
-        removed -= layers * names["self_attn.o_proj.weight"][0]
     return Shape(num_heads, width, checkpoint.decoder_parameters - removed, checkpoint.parameters - removed)
 
 
@@ -170,7 +170,11 @@ def _worker_memory(job: JobSpec, checkpoint: Checkpoint, groups: tuple[UnitGroup
     outer = sum(info.num_parameters for info in checkpoint.outer_tensors.values())
     layer = checkpoint.decoder_parameters // checkpoint.num_layers
     calibration = job.calibration
-    tokens = math.ceil(calibration.shards / job.parallel.workers) * math.ceil(calibration.samples / calibration.shards) * calibration.sequence_length
+    tokens = (
+        math.ceil(calibration.shards / job.parallel.workers)
+        * math.ceil(calibration.samples / calibration.shards)
+        * calibration.sequence_length
+    )
     widest = max(group.width for group in groups)
     batch = 4 * job.parallel.micro_batch * calibration.sequence_length * widest * element
     statistics = 8 * widest**2 * 8  # as they arrive, rebuilt, their blocks and the factor, all fp64

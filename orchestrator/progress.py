@@ -35,7 +35,8 @@ class ProgressView:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+        if self._live:
+            self._progress.stop()
 
     def show(self, event: dict[str, Any]) -> None:
         """Show one event."""
@@ -48,7 +49,7 @@ class ProgressView:
             case "stage-started":
                 self._task = self._progress.add_task(event["stage"], total=event.get("steps"), note="")
             case "step-finished" | "task-found" if self._task is not None:
-                self._progress.update(self._task, advance=1, note=_note(event))
+                self._progress.update(self._task, advance=1, note=f"{event.get('seconds', 0):.1f} s/step, {_note(event)}")
             case "stage-finished" if self._task is not None:
                 self._progress.update(
                     self._task, total=event.get("steps", 1), completed=event.get("steps", 1), note=f"{event['seconds']:.1f} s"
@@ -65,9 +66,8 @@ def plain_line(event: dict[str, Any]) -> str:
 
 
 def _note(event: dict[str, Any]) -> str:
-    """Pace, kept units and held-out error of a layer, and the largest worker's memory."""
-    parts = [f"{event['seconds']:.1f} s/layer"] if "layer" in event and "seconds" in event else []
-    parts += [f"{name} {info['kept']}/{info['of']} error {info['held_out_error']:.3f}" for name, info in event.get("groups", {}).items()]
+    """Kept units and held-out error of a layer, and the largest worker's memory."""
+    parts = [f"{name} {info['kept']}/{info['of']} error {info['held_out_error']:.3f}" for name, info in event.get("groups", {}).items()]
     if memory := event.get("peak_memory_bytes"):
         parts.append(f"memory {max(memory.values()) / 2**30:.2f} GiB")
     return ", ".join(parts)

@@ -56,7 +56,10 @@ class RayExecutor(Executor):
         self._device = "cpu"
         self._connected_here = False
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        """Connect and start one actor per worker."""
+        if self._actors:
+            return
         self._connect()
         self._device = self._choose_device()
         self._actors = [self._new_actor() for _ in range(self.num_workers)]
@@ -124,8 +127,7 @@ class RayExecutor(Executor):
 
     def submit(self, worker: int, method: str, *args: Any) -> Call:
         """Queue the step on its actor."""
-        if not self._actors:
-            self._start()
+        self.start()
         receipt, payload = getattr(self._actors[worker], method).options(num_returns=2).remote(*args)
         return Call(worker, receipt, payload)
 

@@ -73,21 +73,23 @@ def read_report(run: Path) -> dict[str, Any]:
     return report
 
 
-def print_report(report: dict[str, Any]) -> None:
-    """Show a report as tables."""
+def print_summary(report: dict[str, Any]) -> None:
+    """Show what a run has achieved and cost."""
     rows = [_change(name, report[name], "{:,.0f}") for name in ("parameters", "decoder_parameters", "bytes_on_disk")]
     if report["perplexity"]:
         rows.append(_change("perplexity", report["perplexity"], "{:.3f}"))
     print_table("result", ["", "before", "after", "after / before"], rows)
     if protocol := report["evaluation"]:
-        print(
-            f"perplexity: {protocol['path']}, window {protocol['window']}, stride {protocol['stride']}, "
-            f"{protocol['windows']} windows, {protocol['scored_tokens']} scored tokens"
-        )
-    columns = ["layer", "group", "kept", "damping", "training error", "held-out error"]
-    print_table("layers", columns, [row for layer in report["layers"] for row in _layer_rows(layer)])
+        print(f"perplexity of {protocol['path']}: window {protocol['window']}, stride {protocol['stride']}, ", end="")
+        print(f"{protocol['windows']} windows, {protocol['scored_tokens']} scored tokens")
     print("seconds: " + ", ".join(f"{stage} {value:.1f}" for stage, value in report["seconds"].items()))
     print("peak memory: " + ", ".join(f"{name} {value / 2**30:.2f} GiB" for name, value in report["peak_memory_bytes"].items()))
+
+
+def print_layers(report: dict[str, Any]) -> None:
+    """Show what was kept in every layer, and how well the correction reproduces what was cut."""
+    columns = ["layer", "group", "kept", "damping", "training error", "held-out error"]
+    print_table("layers", columns, [row for layer in report["layers"] for row in _layer_rows(layer)])
 
 
 def _change(name: str, values: dict[str, float], form: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""The story of a job: plan, tokenise, choose the shape, sweep, export, evaluate, report."""
+"""The story of a job: plan, start, tokenise, choose the shape, sweep, export, evaluate, report."""
 
 import os
 import secrets
@@ -38,6 +38,7 @@ def run_job(job: JobSpec, out: Path, show: Show) -> dict[str, Any]:
         context.emit("run-started", job=str(folder.path), workers=executor.num_workers, executor=job.cluster.executor)
         _check_disk(folder.path, plan)
         write_json(folder.path / PLAN_FILE, plan.document())
+        stages.start(context)
         tokens = stages.tokenize(context)
         context.plan = plan.chosen(stages.choose_shape(context, tokens))
         write_json(folder.path / PLAN_FILE, context.plan.document())

@@ -69,6 +69,10 @@ class RunFolder:
         if path.exists() and (changes := differing_fields(load_job(path), self.job)):
             raise SpecError(f"{self.path}: belongs to another job; choose another --out, or take back: " + "; ".join(changes))
         write_text(path, dump_job(self.job))
+        events = self.path / EVENTS_FILE
+        if events.exists() and not events.read_bytes().endswith(b"\n"):
+            with events.open("ab") as handle:
+                handle.write(b"\n")  # end a line that a crash has torn, so that it does not swallow the next one
 
     def emit(self, event: dict[str, Any]) -> None:
         """Append an event to events.jsonl."""

@@ -8,9 +8,17 @@ from typing import Any
 from orchestrator.context import Context
 from orchestrator.export import TOKENIZER_FILES, side_files
 from orchestrator.plan import Shape
+from orchestrator.run_folder import REPORT_FILE
 from workers.files import Manifest, commit, record_of
 from workers.layout import CALIBRATION_TASK, EVALUATION_TASK, SHAPE_TASK, model_folder, task_folder
 from workers.shards import even_parts
+
+
+def start(context: Context) -> None:
+    """Start the workers, so that no other stage's time holds it; not when a report shows that all may be done."""
+    if not (context.folder.path / REPORT_FILE).exists():
+        with context.stage("start", 1):
+            context.attempt("start", context.executor.start)
 
 
 def tokenize(context: Context) -> Manifest:

@@ -6,10 +6,12 @@ W_K + T W_P = (Z_K'Z_K)^-1 Z_K'Z W, with W (in, out) as in the paper; stored wei
 
 Letters: F width of the consumer's input, D hidden, K kept.
 
-Deviations, each on purpose: columns are scaled by the norm of the consumer's columns for heads too (the paper's code
-compares heads without the output weight); the unit of attention is a KV group with all its query heads, so that
-grouped-query attention stays valid; coefficients come from all tokens, never from a sketch; the refit is damped; activations come from the already pruned
-layers below; all layers get one width, and heads and neurons share the budget as a probe predicts (`orchestrator.stages`).
+Deviations, each on purpose:
+- columns are scaled by the norm of the consumer's columns for heads too (the paper's code leaves the output weight out);
+- the unit of attention is a KV group with all its query heads, so that grouped-query attention stays valid;
+- coefficients come from all tokens, never from a sketch, and the refit is damped;
+- tokens are weighted (`calibration.token_weight`), and come from the already pruned layers below;
+- all layers get one width, and heads and neurons share the budget as a probe predicts (`orchestrator.stages`).
 """
 
 import torch

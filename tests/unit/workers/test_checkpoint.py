@@ -230,6 +230,15 @@ def test_a_stored_copy_of_a_tied_head_is_not_counted(make_model: MakeModel) -> N
     assert open_checkpoint(folder).parameters == before
 
 
+def test_rotary_buffers_of_old_checkpoints_are_no_parameters(folder: Path) -> None:
+    before = open_checkpoint(folder)
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    change_tensors(folder, lambda t: t.update({name: torch.ones(4)}))
+    after = open_checkpoint(folder)
+    assert (after.parameters, after.decoder_parameters) == (before.parameters, before.decoder_parameters)
+    assert name not in after.tensors
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_headers_of_floating_point_types(dtype: torch.dtype, tmp_path: Path) -> None:
     save_file({"a": torch.zeros(3, 5, dtype=dtype)}, tmp_path / "x.safetensors")

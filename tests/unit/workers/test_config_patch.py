@@ -50,6 +50,7 @@ MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sl
         (config("mistral", sliding_window=4096), 3, "vllm", {}),
         (config("qwen2"), 3, "transformers", {}),
         (config("qwen2"), 2, "vllm", LLAMA),
+        (config("qwen2", use_sliding_window=True), 2, "transformers", {}),
         (config("qwen3"), 3, "vllm", {}),
         (config("gemma"), 3, "transformers", {}),
         (config("gemma2"), 2, "transformers", {}),
@@ -70,6 +71,7 @@ def test_pruned_heads(original: dict[str, Any], kept: int, target: str, changes:
         (config("llama", attention_bias=True), 3, "transformers", "llama cannot be written with 6 heads.*hidden_size to be a multiple"),
         (config("llama", mlp_bias=True), 3, "transformers", "llama cannot be written with 6 heads"),
         (config("gemma2"), 3, "transformers", "gemma2 cannot be written with 6 heads.*hidden_size to be a multiple of the heads"),
+        (config("qwen2", use_sliding_window=True), 2, "vllm", "qwen2 with a sliding window cannot be written for vLLM"),
         (config("qwen2"), 3, "vllm", "qwen2 with 6 heads cannot be written for vLLM.*hidden_size to be a multiple of the heads"),
     ],
 )

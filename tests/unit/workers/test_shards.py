@@ -2,7 +2,7 @@
 
 import pytest
 
-from workers.shards import Node, even_parts, owned_nodes, reduce_tree, roots
+from workers.shards import Node, even_parts, grow_tree, owned_nodes, reduce_tree, roots
 
 
 def merged(left: str, right: str) -> str:
@@ -54,3 +54,23 @@ def test_a_missing_shard_is_named(missing: int) -> None:
     leaves = {(shard, shard + 1): str(shard) for shard in range(6) if shard != missing}
     with pytest.raises(KeyError, match=f"no part covers shard {missing}"):
         reduce_tree((0, 6), leaves, merged)
+
+
+@pytest.mark.parametrize("node", [(0, 1), (3, 4), (0, 7), (2, 13)])
+def test_growing_a_tree_is_reducing_it_and_holds_one_part_per_level(node: Node) -> None:
+    held, most = 0, 0
+
+    def leaf(shard: int) -> str:
+        nonlocal held, most
+        held += 1
+        most = max(most, held)
+        return str(shard)
+
+    def merge(left: str, right: str) -> str:
+        nonlocal held
+        held -= 1
+        return merged(left, right)
+
+    leaves = {(shard, shard + 1): str(shard) for shard in range(*node)}
+    assert grow_tree(node, leaf, merge) == reduce_tree(node, leaves, merged)
+    assert most <= (node[1] - node[0] - 1).bit_length() + 1

@@ -1,0 +1,212 @@
+"""Plans against models that transformers builds at the planned sizes."""
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from orchestrator.plan import MAX_OPEN_SHAPES, Plan, Shape, make_plan, print_plan
+from specs.errors import ResourceError, SpecError
+from specs.job import JobSpec
+from specs.loader import load_job
+from tests.conftest import MakeJob, MakeModel
+from workers.checkpoint import Checkpoint, open_checkpoint
+from workers.config_patch import patched_config
+from workers.families import FAMILIES, unit_groups, unit_parameters
+
+BIASED = {"attention_bias": True, "mlp_bias": True}
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    *((name, {}) for name in FAMILIES),
+    ("llama", BIASED),
+    ("llama", {"tie_word_embeddings": True}),
+    ("qwen2", {"tie_word_embeddings": True}),
+    ("qwen3", {"attention_bias": True, "num_attention_heads": 6, "num_key_value_heads": 3}),
+    ("llama", {"hidden_size": 30, "num_attention_heads": 6, "num_key_value_heads": 3}),
+]
+
+
+def planned(model: Path, make_job: MakeJob, **sections: Any) -> tuple[Plan, JobSpec, Checkpoint]:
+    job, checkpoint = load_job(make_job(model, **sections)), open_checkpoint(model)
+    return make_plan(job, checkpoint), job, checkpoint
+
+
+def built(checkpoint: Checkpoint, shape: Shape, target: str) -> tuple[int, int]:
+    """Decoder parameters and all parameters of the model that transformers builds from the exported config."""
+    patched = patched_config(checkpoint.config, shape.kept, target, "auto")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**patched))
+    return sum(p.numel() for p in model.model.layers.parameters()), sum(p.numel() for p in model.parameters())
+
+
+def assert_minimal(plan: Plan, shape: Shape, sparsity: float, round_to: int, checkpoint: Checkpoint) -> None:
+    """The budget is met, and with `round_to` more channels it would not be."""
+    limit = (1 - sparsity) * plan.decoder_parameters + 1e-6
+    names = {name: info.shape for name, info in checkpoint.layer_tensors(0).items()}
+    step = round_to * plan.num_layers * unit_parameters(names, unit_groups(checkpoint.config)[1])
+    assert shape.decoder_parameters <= limit
+    if shape.neurons < plan.units["neurons"]:
+        assert shape.neurons % round_to == 0
+        assert shape.decoder_parameters + step > limit or shape.neurons + round_to > plan.units["neurons"]
+
+
+@pytest.mark.parametrize(("model_type", "changes"), VARIANTS)
+@pytest.mark.parametrize("target", ["transformers", "vllm"])
+def test_counts_are_those_of_the_model_that_results(
+    model_type: str, changes: dict[str, Any], target: str, make_model: MakeModel, make_job: MakeJob
+) -> None:
+    model = make_model(model_type, **changes)
+    for kv_groups in range(1, changes.get("num_key_value_heads", 2) + 1):
+        budget = {"kv_groups": kv_groups, "sparsity": 0.3, "round_to": 2}
+        try:
+            plan, _, checkpoint = planned(model, make_job, budget=budget, export={"target": target})
+        except SpecError as error:
+            assert "hidden_size to be a multiple of the heads" in str(error)  # noqa: PT017 - most shapes load
+            continue
+        assert (plan.shape.decoder_parameters, plan.shape.parameters) == built(checkpoint, plan.shape, target)
+        assert plan.shape.heads == kv_groups
+        assert_minimal(plan, plan.shape, 0.3, 2, checkpoint)
+        assert plan.document()["remaining_parameters"] == plan.shape.parameters
+
+
+@pytest.mark.parametrize("sparsity", [0.001, 0.1, 0.25, 0.5])
+@pytest.mark.parametrize("round_to", [1, 4, 7, 16])
+@pytest.mark.parametrize(("model_type", "target"), [("llama", "transformers"), ("qwen2", "vllm")])
+def test_the_budget_is_met_and_not_overdone(
+    sparsity: float, round_to: int, model_type: str, target: str, make_model: MakeModel, make_job: MakeJob
+) -> None:
+    model = make_model(model_type)
+    plan, _, checkpoint = planned(model, make_job, budget={"sparsity": sparsity, "round_to": round_to}, export={"target": target})
+    for shape in plan.shapes:
+        assert_minimal(plan, shape, sparsity, round_to, checkpoint)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 13, 40, 47])
+def test_an_exact_fraction_removes_exactly_so_many_channels(channels: int, make_model: MakeModel, make_job: MakeJob) -> None:
+    model = make_model()
+    decoder = open_checkpoint(model).decoder_parameters
+    budget = {"sparsity": channels * 3 * 3 * 32 / decoder, "round_to": 1, "kv_groups": 2}
+    assert planned(model, make_job, budget=budget)[0].shape.neurons == 48 - channels
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_groups", "candidates"), [(4, 2, [2, 1]), (8, 8, [8, 7, 6, 5]), (32, 16, [16, 14, 12, 10]), (4, 1, [1]), (6, 3, [3, 2, 1])]
+)
+def test_open_shapes(heads: int, kv_groups: int, candidates: list[int], make_model: MakeModel, make_job: MakeJob) -> None:
+    model = make_model("qwen3", num_attention_heads=heads, num_key_value_heads=kv_groups, intermediate_size=400)
+    plan, _, checkpoint = planned(model, make_job, budget={"sparsity": 0.3})
+    assert [shape.heads for shape in plan.shapes] == candidates
+    assert len(plan.shapes) <= MAX_OPEN_SHAPES
+    assert all(wide.neurons <= narrow.neurons for wide, narrow in pairwise(plan.shapes))
+    for shape in plan.shapes:
+        assert_minimal(plan, shape, 0.3, 4, checkpoint)
+    if len(candidates) > 1:
+        with pytest.raises(ValueError, match="shapes are open"):
+            _ = plan.shape
+        assert "remaining_parameters" not in plan.document()
+    chosen = plan.chosen(plan.shapes[-1])
+    assert chosen.shape == plan.shapes[-1]
+    assert chosen.document()["remaining_parameters"] == plan.shapes[-1].parameters
+
+
+def test_groups_that_lose_nothing_are_not_pruned(make_model: MakeModel, make_job: MakeJob) -> None:
+    model = make_model()
+    heads_alone = planned(model, make_job, budget={"sparsity": 0.1, "kv_groups": 1})[0]
+    assert heads_alone.shape.kept == {"heads": 1, "neurons": 48}
+    assert heads_alone.pruned_groups() == ["heads"]
+    assert planned(model, make_job, budget={"kv_groups": 2})[0].pruned_groups() == ["neurons"]
+    assert planned(model, make_job, budget={"kv_groups": 1, "sparsity": 0.4})[0].pruned_groups() == ["heads", "neurons"]
+
+
+def test_one_group_fewer_needs_fewer_channels_gone_where_only_some_shapes_fit(make_model: MakeModel, make_job: MakeJob) -> None:
+    """Of the candidates those that cannot meet the budget are left out."""
+    model = make_model(intermediate_size=8)
+    plan = planned(model, make_job, budget={"sparsity": 0.4, "round_to": 2})[0]
+    assert [shape.heads for shape in plan.shapes] == [1]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "budget", "message"),
+    [
+        ("llama", {}, {"kv_groups": 3}, r"budget\.kv_groups: 3 is more than the model's 2"),
+        ("llama", {}, {"sparsity": 0.99}, r"no shape removes 99\.0% of the decoder.*lower budget\.sparsity"),
+        ("llama", {}, {"sparsity": 0.2, "round_to": 64, "kv_groups": 2}, r"at least budget\.round_to \(64\) is left; lower"),
+        (
+            "gemma2",
+            {"hidden_size": 30, "num_attention_heads": 6, "num_key_value_heads": 3},
+            {"kv_groups": 2},
+            "gemma2 cannot be written with 4 heads: its config wants hidden_size to be a multiple of the heads",
+        ),
+        (
+            "llama",
+            {"hidden_size": 30, "num_attention_heads": 6, "num_key_value_heads": 3, "attention_bias": True},
+            {"kv_groups": 2},
+            "llama cannot be written with 4 heads",
+        ),
+    ],
+)
+def test_budgets_that_cannot_be_met(
+    model_type: str, changes: dict[str, Any], budget: dict[str, Any], message: str, make_model: MakeModel, make_job: MakeJob
+) -> None:
+    with pytest.raises(SpecError, match=message):
+        planned(make_model(model_type, **changes), make_job, budget=budget)
+
+
+def test_shapes_that_do_not_load_are_no_candidates(make_model: MakeModel, make_job: MakeJob) -> None:
+    model = make_model("gemma2", hidden_size=30, num_attention_heads=6, num_key_value_heads=3)
+    assert [shape.heads for shape in planned(model, make_job)[0].shapes] == [3, 1]
+
+
+LONG = {"samples": 128, "sequence_length": 4096, "shards": 4}
+
+
+def test_memory_decides_what_is_kept(make_model: MakeModel, make_job: MakeJob) -> None:
+    model = make_model()
+
+    def plan(limit: int | None, **parallel: int) -> Plan:
+        return planned(model, make_job, calibration=LONG, memory={"worker": limit}, parallel=parallel)[0]
+
+    roomy = plan(None)
+    assert roomy.keep_inputs
+    assert plan(roomy.worker_memory_bytes).keep_inputs
+    tight = plan(roomy.worker_memory_bytes - 1)
+    assert not tight.keep_inputs
+    assert roomy.worker_memory_bytes - tight.worker_memory_bytes == 128 * 4096 * 48 * 4
+    assert plan(tight.worker_memory_bytes) == tight
+    with pytest.raises(ResourceError, match=r"memory\.worker: .*raise memory\.worker or parallel\.workers, or lower calibration\.samples"):
+        plan(tight.worker_memory_bytes - 1)
+    assert plan(None, workers=4).worker_memory_bytes < roomy.worker_memory_bytes
+    assert plan(tight.worker_memory_bytes - 1, workers=4).keep_inputs
+
+
+def test_tasks_are_listed_in_order(make_model: MakeModel, make_job: MakeJob, text_file: Path) -> None:
+    model = make_model()
+    short = planned(model, make_job, budget={"kv_groups": 2})[0].tasks
+    layers = ("layer-0000", "layer-0001", "layer-0002")
+    assert tuple(task for task in short if task.startswith("layer")) == layers
+    assert short[0] == "calibration-tokens"
+    assert short[-2:] == ("outer", "export")
+    full = planned(model, make_job, evaluation={"path": str(text_file), "window": 32})[0].tasks
+    assert full[:2] == ("calibration-tokens", "shape")
+    assert full[-3:] == ("evaluation-tokens", "evaluate-before", "evaluate-after")
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("auto", 2), ("float32", 4), ("bfloat16", 2), ("float16", 2)])
+def test_size_of_the_output(dtype: str, size: int, make_model: MakeModel, make_job: MakeJob) -> None:
+    model = make_model(dtype=torch.bfloat16)
+    plan = planned(model, make_job, export={"dtype": dtype}, budget={"kv_groups": 2})[0]
+    assert plan.output_bytes == plan.shape.parameters * size
+
+
+def test_printed_plans_show_every_shape(make_model: MakeModel, make_job: MakeJob, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = planned(make_model(), make_job)[0]
+    print_plan(plan)
+    shown = capsys.readouterr().out
+    for shape in plan.shapes:
+        assert f"{shape.neurons}/48" in shown
+    assert f"{plan.parameters:,}" in shown
+    assert "fewer than 10" not in shown
+    print_plan(plan.chosen(plan.shapes[0]))
+    assert "picks one" not in capsys.readouterr().out
