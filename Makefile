@@ -35,7 +35,7 @@ check: install ## lint, types and the fast tests
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -m "not slow and not model and not gpu"
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 --dist loadfile -m "not slow and not model and not gpu"
 
 format: install ## sort imports and format
 	.venv/bin/ruff check --fix

@@ -77,7 +77,7 @@ def _run(options: argparse.Namespace) -> None:
     with ProgressView() as view:
         report = run_job(_load(options), options.out, view.show)
     print_summary(report)
-    print(f"model: {options.out / 'model'}")
+    print(f"model: {options.out / 'model'}, report: {options.out / 'report.html'}")
 
 
 def _plan(options: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""report.json: what was removed, what it cost, how good the result is; and the same as tables."""
+"""report.json and report.html: what was removed, what it cost, how good the result is; and the same as tables."""
 
 import json
 from collections.abc import Sequence
@@ -7,18 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.context import Context
+from orchestrator.html_report import html_report
 from orchestrator.progress import print_table
 from orchestrator.run_folder import REPORT_FILE, environment, seconds_per_stage
 from specs.errors import SpecError
 from workers.checkpoint import open_checkpoint
-from workers.files import Manifest, write_json
+from workers.files import Manifest, write_json, write_text
 from workers.layout import model_folder
 
+PAGE_FILE = "report.html"
 Losses = dict[str, dict[str, float]] | None
 
 
 def write_report(context: Context, layers: Sequence[Manifest], losses: Losses) -> dict[str, Any]:
-    """Write report.json; sizes are read off the exported folder, not the plan. Returns the report."""
+    """Write report.html, then report.json; sizes are read off the exported folder, not the plan. Returns the report."""
     before, after = context.checkpoint, open_checkpoint(model_folder(context.folder.path))
     events = context.folder.events()
     seconds = seconds_per_stage(events)
@@ -38,6 +40,7 @@ def write_report(context: Context, layers: Sequence[Manifest], losses: Losses) -
         "peak_memory_bytes": _peaks(events),
         "layers": [{"layer": number} | {"groups": manifest.info["groups"]} for number, manifest in enumerate(layers)],
     }
+    write_text(context.folder.path / PAGE_FILE, html_report(report))
     write_json(context.folder.path / REPORT_FILE, report)
     return report
 

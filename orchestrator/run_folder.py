@@ -47,7 +47,9 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            foreign = not (self.path / JOB_FILE).exists() and any(item.name != LOCK_FILE for item in self.path.iterdir())
+            foreign = not (self.path / JOB_FILE).exists() and any(
+                item.name != LOCK_FILE and item.suffix != ".tmp" for item in self.path.iterdir()
+            )
             if foreign:
                 raise SpecError(f"{self.path}: is not empty and holds no {JOB_FILE}; --out must name a new folder or an earlier run")
             self._lock.acquire()

@@ -72,8 +72,6 @@ class CalibrationSpec(TextSpec):
     """Length of one window, in tokens."""
     shards: int = Field(default=8, ge=2, le=4096)
     """Number of logical shards the windows are split into, in order; at most one worker per shard. Part of the result."""
-    token_weight: Literal["none", "residual"] = "residual"
-    """`residual`: a token counts by the inverse of its residual-stream norm, the scale at which the next norm layer sees an error."""
     held_out_shards: int = Field(default=1, ge=1)
     """How many of the last shards are held out while the damping is chosen (the final fit uses all of them)."""
 

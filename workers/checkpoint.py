@@ -213,6 +213,7 @@ def _check_layers(checkpoint: Checkpoint) -> None:
             if found.get(name) != shape:
                 has = "is missing" if name not in found else f"has shape {found[name]}"
                 raise ModelError(f"{checkpoint.path}: {layer_prefix(layer)}{name} {has}, config.json implies {shape}")
-    beyond = layer_prefix(checkpoint.num_layers)
-    if any(name.startswith(beyond) for name in checkpoint.tensors):
-        raise ModelError(f"{checkpoint.path}: holds {beyond}*, but config.json says num_hidden_layers {checkpoint.num_layers}")
+    layers = tuple(layer_prefix(layer) for layer in range(checkpoint.num_layers))
+    beyond = [name for name in checkpoint.tensors if name.startswith(LAYER_PREFIX) and not name.startswith(layers)]
+    if beyond:
+        raise ModelError(f"{checkpoint.path}: holds {beyond[0]}, but config.json says num_hidden_layers {checkpoint.num_layers}")

@@ -73,19 +73,20 @@ def pivot_r(r_FF: Tensor, scale_F: Tensor) -> Tensor:
 def pivot_blocks_gram(gram_FF: Tensor, scale_F: Tensor, block: int, count: int) -> Tensor:
     """Greedy block pivoting: the block of columns of Z diag(s) with the most energy left is taken whole, and projected out.
 
-    The block form of column-pivoted QR: STAT's pivoting with a KV group as the unit (papers' text has heads only).
+    The block form of column-pivoted QR: STAT's pivoting with a KV group as the unit (the paper's text has heads only).
     A block that is numerically dependent is projected out by its numerical rank. Cost: 2 F^2 per column taken.
 
     Returns:
         The first `count` block indices, in the order taken; ties go to the lower index.
     """
     residual = gram_FF * scale_F[:, None] * scale_F
+    rounding = float(torch.diagonal(residual).max()) * len(residual) * torch.finfo(WIDE).eps
     taken: list[int] = []
     for _ in range(count):
         taken.append(_heaviest(torch.diagonal(residual), block, taken))
         columns = slice(taken[-1] * block, (taken[-1] + 1) * block)
         values, vectors = torch.linalg.eigh(residual[columns, columns])
-        solid = values > values[-1].clamp(min=0) * block * torch.finfo(WIDE).eps
+        solid = values > rounding
         basis = residual[:, columns] @ (vectors[:, solid] / values[solid].sqrt())
         residual -= basis @ basis.T
     return torch.tensor(taken, dtype=torch.int64)
@@ -94,12 +95,13 @@ def pivot_blocks_gram(gram_FF: Tensor, scale_F: Tensor, block: int, count: int) 
 def pivot_blocks_r(r_FF: Tensor, scale_F: Tensor, block: int, count: int) -> Tensor:
     """`pivot_blocks_gram` on the R factor: the same greedy order without squaring the condition number."""
     residual = r_FF * scale_F
+    rounding = float(torch.linalg.vector_norm(residual, dim=0).max()) * residual.shape[1] * torch.finfo(WIDE).eps
     taken: list[int] = []
     for _ in range(count):
         taken.append(_heaviest(residual.square().sum(0), block, taken))
         columns = slice(taken[-1] * block, (taken[-1] + 1) * block)
         basis, values, _ = torch.linalg.svd(residual[:, columns], full_matrices=False)
-        basis = basis[:, values > values[0] * residual.shape[0] * torch.finfo(WIDE).eps]
+        basis = basis[:, values > rounding]
         residual -= basis @ (basis.T @ residual)
     return torch.tensor(taken, dtype=torch.int64)
 

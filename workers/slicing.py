@@ -34,8 +34,9 @@ class Cut:
     weight_DK: Tensor
 
     def arrays(self) -> CutArrays:
-        """As it travels between workers: fp32 holds every 16-bit type exactly."""
-        return {"group": self.group, "units": self.units.numpy(), "weight": self.weight_DK.to("cpu", torch.float32).numpy()}
+        """As it travels between workers: numpy has no bfloat16, and fp32 holds every 16-bit type exactly."""
+        dtype = torch.promote_types(self.weight_DK.dtype, torch.float32)
+        return {"group": self.group, "units": self.units.numpy(), "weight": self.weight_DK.to("cpu", dtype).numpy()}
 
     @classmethod
     def from_arrays(cls, arrays: CutArrays) -> "Cut":

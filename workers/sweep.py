@@ -43,15 +43,6 @@ def embed_all(model: StreamedModel, batches: Sequence[Tensor]) -> list[MicroBatc
     return result
 
 
-def token_rows(z_BTF: Tensor, hidden_BTD: Tensor, token_weight: str) -> Tensor:
-    """A consumer's input as rows (B T, F), each weighted as the job says (`CalibrationSpec.token_weight`), at least fp32."""
-    z_TF = z_BTF.flatten(0, -2)
-    if token_weight == "none":
-        return z_TF
-    norm_T1: Tensor = torch.linalg.vector_norm(hidden_BTD.flatten(0, -2), dim=-1, keepdim=True, dtype=torch.float32)
-    return z_TF.float() / norm_T1.clamp(min=torch.finfo(torch.float32).tiny)
-
-
 def grow_states(trees: Sequence[Node], owned: tuple[int, int], leaf: Callable[[int], Statistic]) -> Parts:
     """The states of the largest tree nodes that the owned shards cover."""
     nodes = [node for root in trees for node in owned_nodes(root, range(*owned))]
@@ -78,11 +69,10 @@ class Sweep:
         run_folder: Path,
         checkpoint_layers: int,
         keep_inputs: bool,
-        token_weight: str,
     ) -> None:
         self._model, self._statistic, self._tokens, self._folder = model, statistic, shards, run_folder
         self._groups = {group.name: group for group in groups}
-        self._checkpoint_layers, self._keep_inputs, self._token_weight = checkpoint_layers, keep_inputs, token_weight
+        self._checkpoint_layers, self._keep_inputs = checkpoint_layers, keep_inputs
         self._shards: dict[int, Shard] = {}
         self._loaded: tuple[int, nn.Module] | None = None
 
@@ -104,7 +94,7 @@ class Sweep:
             self._forget_from(batch, name)
             self._apply(module, layer, batch, cuts)
             z_BTF = layers.consumer_input(module, layer, batch, self._groups, name)
-            statistic.update(token_rows(z_BTF, batch.hidden_BTD, self._token_weight))
+            statistic.update(z_BTF.flatten(0, -2))
             if not self._keep_inputs:
                 batch.inputs.clear()
         if not statistic.is_finite():

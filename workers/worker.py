@@ -44,7 +44,7 @@ from workers.methods import SELECTORS
 from workers.shards import Node, even_parts, reduce_tree, roots
 from workers.slicing import Cut, CutArrays, slice_layer, unit_rows
 from workers.statistics import STATISTICS, Statistic
-from workers.sweep import Parts, Sweep, embed_all, grow_states, micro_batches, token_rows
+from workers.sweep import Parts, Sweep, embed_all, grow_states, micro_batches
 
 Receipt = dict[str, Any]
 P = ParamSpec("P")
@@ -124,7 +124,6 @@ class Worker:
             self.run_folder,
             self.job.memory.checkpoint_layers,
             self._keep_inputs,
-            options.token_weight,
         )
 
     @step
@@ -152,24 +151,19 @@ class Worker:
             windows_ST = self._tokens(CALIBRATION_TASK)
             self._probe[owned] = (0, embed_all(self._model, [windows_ST[picked[i]][None] for i in range(*owned)]))
         at, batches = self._probe[owned]
-        rows: list[dict[str, Tensor]] = []
+        inputs: list[dict[str, Tensor]] = []
         for index in range(at, layer + 1):
             module = self._model.load_layer(index)
-            rows = [self._probe_rows(module, index, batch) for batch in batches]
+            inputs = [layers.dense_pass(module, index, batch, self._groups) for batch in batches]
         self._probe[owned] = (layer + 1, batches)
         trees = roots(self.job.budget.probe_samples, num_held_out)
 
         def leaf(name: str, window: int) -> Statistic:
             statistic = self._statistic.empty(self._groups[name].width, self.device)
-            statistic.update(rows[window - owned[0]][name])
+            statistic.update(inputs[window - owned[0]][name].flatten(0, -2))
             return statistic
 
         return {}, {name: grow_states(trees, owned, partial(leaf, name)) for name in self._groups}
-
-    def _probe_rows(self, module: torch.nn.Module, index: int, batch: MicroBatch) -> dict[str, Tensor]:
-        hidden_BTD = batch.hidden_BTD
-        inputs = layers.dense_pass(module, index, batch, self._groups)
-        return {name: token_rows(z_BTF, hidden_BTD, self.job.calibration.token_weight) for name, z_BTF in inputs.items()}
 
     @step
     def predict(self, layer: int, group: str, num_kept: int, num_held_out: int, *parts: dict[str, Parts]) -> tuple[Receipt, None]:

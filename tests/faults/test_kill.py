@@ -35,6 +35,7 @@ sys.exit(main(sys.argv[4:]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("function", "target", "when"),
     [

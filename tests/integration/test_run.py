@@ -70,7 +70,7 @@ def test_qwen2_for_vllm_is_written_as_llama(make_model: MakeModel, make_job: Mak
     models = [load(tmp_path / name / "model") for name in ("plain", "vllm")]
     assert models[1].config.model_type == "llama"
     tokens = torch.arange(3, 40)[None]
-    assert torch.equal(models[0](tokens).logits, models[1](tokens).logits)
+    torch.testing.assert_close(models[0](tokens).logits, models[1](tokens).logits, rtol=0, atol=1e-5)  # a zero bias, another kernel
     assert vllm["parameters"]["after"] - plain["parameters"]["after"] == 3 * 32
 
 

@@ -10,7 +10,7 @@ Deviations, each on purpose:
 - columns are scaled by the norm of the consumer's columns for heads too (the paper's code leaves the output weight out);
 - the unit of attention is a KV group with all its query heads, so that grouped-query attention stays valid;
 - coefficients come from all tokens, never from a sketch, and the refit is damped;
-- tokens are weighted (`calibration.token_weight`), and come from the already pruned layers below;
+- activations come from the already pruned layers below;
 - all layers get one width, and heads and neurons share the budget as a probe predicts (`orchestrator.stages`).
 """
 

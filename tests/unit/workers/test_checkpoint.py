@@ -107,7 +107,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "fewer layers in the config": (
         lambda f: edit_json(f / "config.json", num_hidden_layers=2),
-        r"holds model\.layers\.2\.\*, but config\.json says num_hidden_layers 2",
+        r"holds model\.layers\.2\..*, but config\.json says num_hidden_layers 2",
     ),
     "more layers in the config": (lambda f: edit_json(f / "config.json", num_hidden_layers=4), r"model\.layers\.3\.\S+ is missing"),
     "another architecture": (
