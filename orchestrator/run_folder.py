@@ -47,10 +47,8 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            foreign = not (self.path / JOB_FILE).exists() and any(
-                item.name != LOCK_FILE and item.suffix != ".tmp" for item in self.path.iterdir()
-            )
-            if foreign:
+            strange = [item for item in self.path.iterdir() if item.name != LOCK_FILE and item.suffix != ".tmp"]
+            if strange and not (self.path / JOB_FILE).exists():
                 raise SpecError(f"{self.path}: is not empty and holds no {JOB_FILE}; --out must name a new folder or an earlier run")
             self._lock.acquire()
         except Timeout:

@@ -65,7 +65,7 @@ def test_uneven_heads_of_llama_are_written_as_mistral(make_model: MakeModel, mak
 
 def test_qwen2_for_vllm_is_written_as_llama(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
     dense = make_model("qwen2")
-    job = make_job(dense, budget={"kv_groups": 1})
+    job = make_job(dense, budget={"kv_groups": 1, "sparsity": 0.3})
     plain, vllm = run(job, tmp_path / "plain"), run(job, tmp_path / "vllm", "export.target=vllm")
     models = [load(tmp_path / name / "model") for name in ("plain", "vllm")]
     assert models[1].config.model_type == "llama"
