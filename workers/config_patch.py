@@ -58,5 +58,6 @@ def _model_type_for(config: Mapping[str, object], heads: int, target: str) -> di
     if family.written_as == "mistral" and not config.get("attention_bias") and not config.get("mlp_bias"):
         return {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
     raise SpecError(
-        f"{model_type} cannot be written with {heads} heads: its config wants hidden_size to be a multiple of the heads; set budget.kv_groups"
+        f"{model_type} cannot be written with {heads} heads: its config wants hidden_size to be a multiple of the heads; "
+        "set budget.kv_groups"
     )
