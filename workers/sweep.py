@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -186,9 +187,11 @@ def read_cuts(file: Path, layer: int, manifest: Manifest, groups: Iterable[UnitG
     """The cuts of a finished layer, from its file and manifest."""
     kept = manifest.info["kept"]
     assert isinstance(kept, dict)
-    tensors = load_file(file)
-    return {
-        group.name: Cut(group.name, torch.tensor(kept[group.name]), tensors[f"{layer_prefix(layer)}{group.consumer}.weight"].clone())
-        for group in groups
-        if group.name in kept
-    }
+    with safe_open(file, framework="pt") as handle:
+        return {
+            group.name: Cut(
+                group.name, torch.tensor(kept[group.name]), handle.get_tensor(f"{layer_prefix(layer)}{group.consumer}.weight").clone()
+            )
+            for group in groups
+            if group.name in kept
+        }
