@@ -1,0 +1,36 @@
+"""Which Ray errors are failures of the machinery, and which are a step's own."""
+
+import pytest
+from ray import exceptions as ray_errors
+
+from orchestrator.failures import Failure
+from orchestrator.ray_executor import classify
+from specs.errors import ModelError
+
+
+def task_error(cause: Exception) -> ray_errors.RayTaskError:
+    """What Ray raises when a step raised `cause`."""
+    return ray_errors.RayTaskError("step", "traceback", cause)
+
+
+@pytest.mark.parametrize(
+    ("error", "failure"),
+    [
+        (ray_errors.ActorDiedError(), Failure.PROCESS_LOST),
+        (ray_errors.ActorUnavailableError("gone", None), Failure.PROCESS_LOST),
+        (ray_errors.NodeDiedError("node"), Failure.PROCESS_LOST),
+        (ray_errors.ObjectLostError("00" * 28, None, ""), Failure.PROCESS_LOST),
+        (ray_errors.OwnerDiedError("00" * 28, None, ""), Failure.PROCESS_LOST),
+        (ray_errors.WorkerCrashedError(), Failure.PROCESS_LOST),
+        (ray_errors.GetTimeoutError(), Failure.PROCESS_LOST),
+        (task_error(ray_errors.ObjectLostError("00" * 28, None, "")), Failure.PROCESS_LOST),
+        (ray_errors.OutOfMemoryError("memory"), Failure.OUT_OF_MEMORY),
+        (ray_errors.ActorUnschedulableError("no node"), Failure.UNSCHEDULABLE),
+        (task_error(ValueError("a bug")), None),
+        (task_error(ModelError("a bad model")), None),
+        (ValueError("not from Ray"), None),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else None,
+)
+def test_classify(error: Exception, failure: Failure | None) -> None:
+    assert classify(error) is failure
