@@ -50,8 +50,7 @@ def _evaluation(context: Context, losses: Losses) -> dict[str, Any] | None:
     if context.job.evaluation is None or losses is None:
         return None
     counts = {key: losses["before"][key] for key in ("windows", "scored_tokens")}
-    stride = context.job.evaluation.stride or context.job.evaluation.window
-    return context.job.evaluation.model_dump(mode="json") | {"stride": stride} | counts
+    return context.job.evaluation.model_dump(mode="json") | {"stride": context.job.evaluation.effective_stride} | counts
 
 
 def _peaks(events: Sequence[dict[str, Any]]) -> dict[str, int]:

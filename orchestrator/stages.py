@@ -100,17 +100,15 @@ def _perplexity(context: Context, task: str, model: Path, identity: str, tokens:
     spec, executor = context.job.evaluation, context.executor
     assert spec is not None
     shape: Any = tokens.info["shape"]
-    num_windows, window = shape
-    stride = spec.stride or window
-    part = {"stride": stride, "dtype": context.job.model.dtype, "device": context.job.parallel.device}
+    part = {"stride": spec.effective_stride, "dtype": context.job.model.dtype, "device": context.job.parallel.device}
     expected = context.folder.fingerprint(task, identity, tokens.digest, part=part)
 
     def work() -> None:
-        parts = enumerate(even_parts(num_windows, executor.num_workers))
+        parts = enumerate(even_parts(shape[0], executor.num_workers))
         calls = [executor.submit(worker, "evaluate", str(model), (part.start, part.stop)) for worker, part in parts]
         losses = [loss for receipt in executor.wait(calls) for loss in receipt["losses"]]
-        scored = (window - 1) + (num_windows - 1) * min(stride, window - 1)
-        result = {"perplexity": math.exp(math.fsum(losses) / scored), "scored_tokens": scored, "windows": num_windows}
+        scored = sum(count for _, count in losses)
+        result = {"perplexity": math.exp(math.fsum(loss for loss, _ in losses) / scored), "scored_tokens": scored, "windows": shape[0]}
         commit(task_folder(context.folder.path, task), task, expected, [], {"result": result})
 
     return context.once(task, expected, work, redo_stale=True).info["result"]  # type: ignore[return-value]

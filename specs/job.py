@@ -155,6 +155,11 @@ class EvaluationSpec(TextSpec):
     max_windows: int | None = Field(default=None, ge=1)
     """Only the first so many windows; null: all. An incomplete last window is dropped."""
 
+    @property
+    def effective_stride(self) -> int:
+        """Tokens between the starts of two windows."""
+        return self.stride or self.window
+
     @model_validator(mode="after")
     def _stride_within_window(self) -> Self:
         if self.stride is not None and self.stride > self.window:

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from specs.errors import ModelError, SpecError
-from specs.job import TextSpec
+from specs.job import EvaluationSpec, TextSpec
 
 _CHARACTERS_PER_TOKEN = 8
 
@@ -106,13 +106,16 @@ def calibration_windows(spec: TextSpec, tokenizer: PreTrainedTokenizerBase, samp
     return tokens.reshape(samples, sequence_length)
 
 
-def evaluation_windows(spec: TextSpec, tokenizer: PreTrainedTokenizerBase, window: int, stride: int, max_windows: int | None) -> Tensor:
+def evaluation_windows(spec: EvaluationSpec, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """Windows of the text, shape (windows, window), int64; an incomplete last one is dropped.
 
     Raises:
         SpecError: not one whole window.
     """
-    tokens = tokenize(spec, tokenizer, None if max_windows is None else (max_windows - 1) * stride + window)
-    if len(tokens) < window:
-        raise SpecError(f"{spec.path}: too short: one window needs {window} tokens, the text has {len(tokens)}; lower evaluation.window")
-    return tokens.unfold(0, window, stride).contiguous()
+    stride = spec.effective_stride
+    tokens = tokenize(spec, tokenizer, None if spec.max_windows is None else (spec.max_windows - 1) * stride + spec.window)
+    if len(tokens) < spec.window:
+        raise SpecError(
+            f"{spec.path}: too short: one window needs {spec.window} tokens, the text has {len(tokens)}; lower evaluation.window"
+        )
+    return tokens.unfold(0, spec.window, stride).contiguous()

@@ -16,16 +16,11 @@ from workers.layers import StreamedModel
 from workers.sweep import embed_all
 
 
-def scored_tokens(window: int, stride: int, index: int) -> int:
-    """How many of a window's tokens are counted: all that are predicted, or with overlap the last `stride`."""
-    return window - 1 if index == 0 else min(stride, window - 1)
-
-
 @torch.inference_mode()
 def window_losses(
     model_path: Path, windows_NT: Tensor, first_index: int, stride: int, dtype: torch.dtype, device: torch.device
-) -> list[float]:
-    """Sum of negative log-likelihoods (nats) of each window.
+) -> list[tuple[float, int]]:
+    """For each window the sum of negative log-likelihoods (nats) and the number of tokens in it.
 
     `first_index` is the number of the first of these windows in the whole text.
     """
@@ -38,7 +33,9 @@ def window_losses(
             layers.finish_layer(layer, index, batch, {})
     losses = []
     for number, (batch, tokens_1T) in enumerate(zip(batches, windows_NT.split(1), strict=True)):
-        count = scored_tokens(windows_NT.shape[1], stride, first_index + number)
+        predicted = windows_NT.shape[1] - 1
+        count = predicted if first_index + number == 0 else min(stride, predicted)
         logits = model.logits(tokens_1T, batch.hidden_BTD)[0, -count - 1 : -1].float()
-        losses.append(float(torch.nn.functional.cross_entropy(logits, tokens_1T[0, -count:].to(device), reduction="sum")))
+        loss = torch.nn.functional.cross_entropy(logits, tokens_1T[0, -count:].to(device), reduction="sum")
+        losses.append((float(loss), count))
     return losses

@@ -134,9 +134,7 @@ class Worker:
             tokens = calibration_windows(spec, tokenizer, spec.samples, spec.sequence_length)
         else:
             assert evaluation is not None
-            tokens = evaluation_windows(
-                evaluation, tokenizer, evaluation.window, evaluation.stride or evaluation.window, evaluation.max_windows
-            )
+            tokens = evaluation_windows(evaluation, tokenizer)
         folder = task_folder(self.run_folder, task)
         write_tensors(folder / TOKENS_FILE, {"tokens": tokens})
         commit(folder, task, task_fingerprint, [TOKENS_FILE], {"shape": list(tokens.shape)})
@@ -245,7 +243,7 @@ class Worker:
     def evaluate(self, model_path: str, owned: tuple[int, int]) -> tuple[Receipt, None]:
         """Negative log-likelihoods (nats) of some evaluation windows under the model of a folder."""
         assert self.job.evaluation is not None
-        stride = self.job.evaluation.stride or self.job.evaluation.window
+        stride = self.job.evaluation.effective_stride
         windows_NT = self._tokens(EVALUATION_TASK)[slice(*owned)]
         if len(windows_NT) == 0:
             return {"losses": []}, None

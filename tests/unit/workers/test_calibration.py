@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from specs.errors import ModelError, SpecError
-from specs.job import TextSpec
+from specs.job import EvaluationSpec, TextSpec
 from tests.conftest import build_model
 from workers.calibration import calibration_windows, evaluation_windows, load_tokenizer, tokenize
 
@@ -137,16 +137,16 @@ def test_evaluation_windows(
     stride: int, max_windows: int | None, starts: range | list[int], tokenizer: PreTrainedTokenizerBase, text_file: Path, tmp_path: Path
 ) -> None:
     """A text of 100 tokens in windows of 8; an incomplete last one is dropped."""
-    spec = write(tmp_path / "a.txt", text_file.read_text()[:100])
+    path = write(tmp_path / "a.txt", text_file.read_text()[:100]).path
     tokens = torch.tensor(all_tokens(tokenizer, text_file.read_text()[:100]))
     assert len(tokens) == 100
-    windows = evaluation_windows(spec, tokenizer, 8, stride, max_windows)
+    windows = evaluation_windows(EvaluationSpec(path=path, window=8, stride=stride, max_windows=max_windows), tokenizer)
     assert torch.equal(windows, torch.stack([tokens[start : start + 8] for start in starts]))
 
 
 def test_a_text_without_a_whole_window_is_refused(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"one window needs 8 tokens, the text has 7; lower evaluation\.window"):
-        evaluation_windows(write(tmp_path / "a.txt", "x" * 7), tokenizer, 8, 8, None)
+        evaluation_windows(EvaluationSpec(path=write(tmp_path / "a.txt", "x" * 7).path, window=8), tokenizer)
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", '{"version": "1.0", "model": {"type": "Nonsense"}}'])
