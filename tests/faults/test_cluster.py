@@ -1,0 +1,50 @@
+"""A real multi-node Ray cluster on this machine: a node is killed in mid-sweep, the job finishes with the same bytes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from orchestrator.cli import main
+from tests.conftest import MakeJob, MakeModel, folder_bytes
+
+SCRIPT = """
+import sys
+from pathlib import Path
+
+from ray.cluster_utils import Cluster
+
+from orchestrator.run import run_job
+from specs.loader import load_job
+
+checks = {"health_check_initial_delay_ms": 500, "health_check_period_ms": 500, "health_check_timeout_ms": 500, "health_check_failure_threshold": 3}
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, "_system_config": checks})
+nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+
+
+def kill_a_node(event):
+    if event["event"] == "step-finished" and event.get("layer") == 2 and len(nodes) == 2:
+        cluster.remove_node(nodes[0], allow_graceful=False)
+        nodes.append(cluster.add_node(num_cpus=1))
+
+
+settings = ["cluster.executor=ray", f"cluster.address={cluster.address}", "parallel.workers=2"]
+run_job(load_job(Path(sys.argv[1]), settings), Path(sys.argv[2]), kill_a_node)
+cluster.shutdown()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_killed_node(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
+    job = make_job(make_model(num_hidden_layers=5), budget={"kv_groups": 1})
+    assert main(["run", str(job), "--out", str(tmp_path / "calm")]) == 0
+    finished = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(job), str(tmp_path / "cluster")], capture_output=True, timeout=200, text=True
+    )
+    assert finished.returncode == 0, finished.stderr
+    events = [json.loads(line) for line in (tmp_path / "cluster" / "events.jsonl").read_text().splitlines()]
+    assert [event["task"] for event in events if event["event"] == "worker-failed"] == ["layer-0003"]
+    assert folder_bytes(tmp_path / "cluster" / "model") == folder_bytes(tmp_path / "calm" / "model")
