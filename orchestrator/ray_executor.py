@@ -6,6 +6,7 @@ Ray's retries stay off because with them on it re-runs an actor's calls in anoth
 import logging
 import os
 import signal
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from specs.errors import ResourceError
 from specs.job import JobSpec
 
 START_SECONDS = 300.0
+CONNECT_SECONDS = 10.0
 PING_SECONDS = 20.0
 POLL_SECONDS = 5.0
 _LOST = (
@@ -45,6 +47,21 @@ def classify(error: BaseException) -> Failure | None:
     if isinstance(error, (ray_errors.ActorUnschedulableError, ray_errors.TaskUnschedulableError)):
         return Failure.UNSCHEDULABLE
     return None
+
+
+def _check_reachable(address: str) -> None:
+    """Fail within seconds where nobody listens; Ray itself would wait for minutes.
+
+    Raises:
+        ResourceError: the address is HOST:PORT and nothing answers there.
+    """
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdigit()):
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+    except OSError as error:
+        raise ResourceError(f"cluster.address {address!r}: cannot connect: {error}; is the head node up, and this its GCS port?") from None
 
 
 class RayExecutor(Executor):
@@ -74,6 +91,7 @@ class RayExecutor(Executor):
             slots = max(os.cpu_count() or 1, self.num_workers * self.job.parallel.threads_per_worker)
             ray.init(address="local", num_cpus=slots, include_dashboard=False, **quiet)
         else:
+            _check_reachable(self.job.cluster.address)
             try:
                 ray.init(address=self.job.cluster.address, **quiet)
             except (ConnectionError, ValueError, RuntimeError, ray_errors.RayError) as error:

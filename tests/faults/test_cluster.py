@@ -19,7 +19,8 @@ from ray.cluster_utils import Cluster
 from orchestrator.run import run_job
 from specs.loader import load_job
 
-checks = {"health_check_initial_delay_ms": 500, "health_check_period_ms": 500, "health_check_timeout_ms": 500, "health_check_failure_threshold": 3}
+names = ("initial_delay_ms", "period_ms", "timeout_ms")
+checks = {f"health_check_{name}": 500 for name in names} | {"health_check_failure_threshold": 3}
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, "_system_config": checks})
 nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
 

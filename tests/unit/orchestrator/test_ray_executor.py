@@ -1,11 +1,16 @@
 """Which Ray errors are failures of the machinery, and which are a step's own."""
 
+import time
+from pathlib import Path
+
 import pytest
 from ray import exceptions as ray_errors
 
 from orchestrator.failures import Failure
-from orchestrator.ray_executor import classify
-from specs.errors import ModelError
+from orchestrator.ray_executor import RayExecutor, classify
+from specs.errors import ModelError, ResourceError
+from specs.loader import load_job
+from tests.conftest import MakeJob, MakeModel
 
 
 def task_error(cause: Exception) -> ray_errors.RayTaskError:
@@ -34,3 +39,15 @@ def task_error(cause: Exception) -> ray_errors.RayTaskError:
 )
 def test_classify(error: Exception, failure: Failure | None) -> None:
     assert classify(error) is failure
+
+
+def test_an_address_where_nobody_listens(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
+    import ray
+
+    if ray.is_initialized():
+        pytest.skip("this process has a Ray already, which executors then use")
+    job = load_job(make_job(make_model()), ["cluster.executor=ray", "cluster.address=127.0.0.1:1"])
+    start = time.monotonic()
+    with pytest.raises(ResourceError, match=r"cluster\.address '127\.0\.0\.1:1': cannot connect"):
+        RayExecutor(job, tmp_path, True).start()
+    assert time.monotonic() - start < 20
