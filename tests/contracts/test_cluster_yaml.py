@@ -21,9 +21,9 @@ def test_ray_accepts_the_file(cluster: dict[str, Any]) -> None:
     validate_config(cluster)
 
 
-def test_gpu_workers_scale_from_zero_to_eight(cluster: dict[str, Any]) -> None:
+def test_gpu_workers_are_two_to_eight(cluster: dict[str, Any]) -> None:
     worker = cluster["available_node_types"]["gpu_worker"]
-    assert (worker["min_workers"], worker["max_workers"], cluster["max_workers"]) == (0, 8, 8)
+    assert (worker["min_workers"], worker["max_workers"], cluster["max_workers"]) == (2, 8, 8)
 
 
 @pytest.mark.parametrize("key", ["head_start_ray_commands", "worker_start_ray_commands"])

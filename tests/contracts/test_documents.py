@@ -1,0 +1,30 @@
+"""The documents keep up with the code: every option is listed, every link leads somewhere."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from specs.explain import models
+from specs.job import JobSpec
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")])
+
+
+def option_names() -> list[str]:
+    """Every field of every section."""
+    sections = {section for field in JobSpec.model_fields.values() for section in models(field.annotation)}
+    return sorted({name for section in sections for name in section.model_fields})
+
+
+@pytest.mark.parametrize("name", option_names())
+def test_every_option_is_documented(name: str) -> None:
+    assert f"`{name}`" in (ROOT / "docs" / "job.md").read_text()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(document: Path) -> None:
+    targets = re.findall(r"\]\(([^)#\s]+)", document.read_text())
+    missing = [target for target in targets if "://" not in target and not (document.parent / target).exists()]
+    assert not missing
