@@ -152,16 +152,15 @@ class StreamedModel:
 
     @torch.inference_mode()
     def embed(self, tokens_BT: Tensor, reuse: MicroBatch | None = None) -> MicroBatch:
-        """Embeddings of some windows, with the arguments of every layer; `reuse` shares those of a batch of the same shape."""
+        """Embeddings of some windows, with the arguments of every layer: recorded, or those of `reuse`, a batch of the same shape."""
         recorders = [_Recorder(layer) for layer in self._layers]
         self._model.model.layers = nn.ModuleList(recorders[:1] if reuse else recorders)
         caught: list[Tensor] = []
         handle = self._model.model.layers[0].register_forward_pre_hook(lambda _, args: caught.append(args[0]))
         self._model.model(input_ids=tokens_BT.to(self.device), use_cache=False)
         handle.remove()
-        if reuse is not None and reuse.hidden_BTD.shape == caught[0].shape:
-            return MicroBatch(caught[0], reuse.arguments)
-        return MicroBatch(caught[0], [recorder.arguments for recorder in recorders if recorder.arguments is not None])
+        recorded = [recorder.arguments for recorder in recorders if recorder.arguments is not None]
+        return MicroBatch(caught[0], reuse.arguments if reuse else recorded)
 
     @torch.inference_mode()
     def logits(self, tokens_BT: Tensor, hidden_BTD: Tensor) -> Tensor:

@@ -243,6 +243,7 @@ class Worker:
     def evaluate(self, model_path: str, owned: tuple[int, int]) -> tuple[Receipt, None]:
         """Negative log-likelihoods (nats) of some evaluation windows under the model of a folder."""
         assert self.job.evaluation is not None
+        self.__dict__.pop("_sweep", None)  # its hidden states are not needed any more
         stride = self.job.evaluation.effective_stride
         windows_NT = self._tokens(EVALUATION_TASK)[slice(*owned)]
         if len(windows_NT) == 0:
