@@ -22,7 +22,7 @@ def load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
     """
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # a damaged file is met with KeyError, TypeError, even plain Exception
+    except Exception as error:  # from a foreign library: a damaged file is met with KeyError, TypeError, even plain Exception
         raise ModelError(f"{model}: no usable tokenizer ({error}); copy the tokenizer's files into the model folder") from None
     return tokenizer
 
