@@ -6,6 +6,7 @@ No torch at import. A task is done when its manifest exists, carries the planned
 import hashlib
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -91,7 +92,7 @@ def write_json(path: Path, value: object) -> None:
 
 def copy_file(source: Path, path: Path) -> None:
     """Copy a file's content atomically."""
-    _write(path, lambda temporary: _ignore(temporary.write_bytes(source.read_bytes())))
+    _write(path, lambda temporary: _ignore(shutil.copyfile(source, temporary)))
 
 
 def link_file(source: Path, path: Path) -> None:
@@ -101,7 +102,7 @@ def link_file(source: Path, path: Path) -> None:
         try:
             os.link(source, temporary)
         except OSError:
-            temporary.write_bytes(source.read_bytes())
+            shutil.copyfile(source, temporary)
 
     _write(path, _link)
 

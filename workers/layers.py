@@ -6,7 +6,7 @@ replaced by one that returns given hidden states.
 Letters: B windows of a micro-batch, T tokens, D hidden, F width of a consumer's input.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -185,26 +185,19 @@ def _known_blocks(groups: Mapping[str, UnitGroup], batch: MicroBatch) -> dict[st
 def _outputs_noted(layer: nn.Module, groups: Mapping[str, UnitGroup], batch: MicroBatch) -> Iterator[None]:
     """Note the output of every block that runs for real, so that it runs once."""
 
-    def note(group: UnitGroup) -> Any:
-        return lambda module, args, output: batch.outputs.setdefault(group.block, output[0] if group.block_returns_tuple else output)
+    def noting(group: UnitGroup) -> Callable[[nn.Module, Any, Any], None]:
+        def _note(module: nn.Module, args: Any, output: Any) -> None:
+            batch.outputs[group.block] = output[0] if group.block_returns_tuple else output
 
-    handles = [
-        layer.get_submodule(g.block).register_forward_hook(_returning_none(note(g)))
-        for g in groups.values()
-        if g.block not in batch.outputs
-    ]
+        return _note
+
+    unknown = [group for group in groups.values() if group.block not in batch.outputs]
+    handles = [layer.get_submodule(group.block).register_forward_hook(noting(group)) for group in unknown]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _returning_none(note: Any) -> Any:
-    def hook(module: nn.Module, args: Any, output: Any) -> None:
-        note(module, args, output)
-
-    return hook
 
 
 @torch.inference_mode()
