@@ -115,8 +115,9 @@ class ParallelSpec(Section):
 
     workers: int = Field(default=1, ge=1, le=4096)
     """Number of worker processes."""
-    placement: Literal["shards"] = "shards"
-    """`shards`: the calibration shards are split over the workers and every layer visits all of them."""
+    placement: Literal["shards", "layers"] = "shards"
+    """`shards`: the calibration shards are split over the workers and every layer visits all of them; `layers`: every worker holds
+    some of the layers and the text flows from worker to worker."""
     threads_per_worker: int = Field(default=1, ge=1, le=1024)
     """CPU threads of one worker. Part of the result: factorisations round differently with other thread counts."""
     micro_batch: int = Field(default=4, ge=1, le=4096)

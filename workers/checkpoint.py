@@ -1,5 +1,6 @@
 """A model folder, inspected from `config.json` and safetensors headers alone: no torch, no weights read.
 
+For a plan the config is enough (`planned_checkpoint`): shapes then come from `workers.shapes`.
 The folder is untrusted input: only safetensors is read, shards must lie where the model's files lie, headers must fit
 their files.
 """
@@ -15,7 +16,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from specs.errors import ModelError
-from workers.families import LAYER_PREFIX, config_int, expected_shapes, layer_prefix
+from workers.families import LAYER_PREFIX, config_int, expected_shapes, layer_prefix, ties_embeddings, why_not_pruned
+from workers.shapes import alike_layers, layer_shapes, outer_shapes
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -23,6 +25,11 @@ RECOMPUTED = ".rotary_emb.inv_freq"
 """Ending of buffers in old checkpoints, which transformers computes itself."""
 MAX_JSON_BYTES = 64 * 2**20
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+FP8 = "F8_E4M3"
+PLANNED_BYTES = DTYPE_BYTES | {FP8: 1}
+"""Bytes per element of what can be planned; only `DTYPE_BYTES` can be pruned."""
+DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+"""Names of types in a config, and in safetensors headers."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,7 @@ class TensorInfo:
     @property
     def num_bytes(self) -> int:
         """Size of the data, in bytes."""
-        return self.num_parameters * DTYPE_BYTES[self.dtype]
+        return self.num_parameters * PLANNED_BYTES[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,8 @@ class Checkpoint:
     tensors: Mapping[str, TensorInfo]
     identity: str
     """SHA-256 over the config and every shard's header and size: changes when names, shapes or layout change."""
+    has_weights: bool = True
+    """Whether there are weight files, or shapes are what the config implies."""
 
     @property
     def num_layers(self) -> int:
@@ -62,7 +71,7 @@ class Checkpoint:
     @property
     def tied_embeddings(self) -> bool:
         """Whether the output head shares the embedding matrix."""
-        return bool(self.config.get("tie_word_embeddings", False))
+        return ties_embeddings(self.config)
 
     @cached_property
     def outer_tensors(self) -> dict[str, TensorInfo]:
@@ -74,8 +83,16 @@ class Checkpoint:
 
     def layer_tensors(self, layer: int) -> dict[str, TensorInfo]:
         """One decoder layer's tensors, by their names inside the layer."""
-        prefix = layer_prefix(layer)
-        return {name.removeprefix(prefix): info for name, info in self.tensors.items() if name.startswith(prefix)}
+        return self._by_layer.get(layer, {})
+
+    @cached_property
+    def _by_layer(self) -> dict[int, dict[str, TensorInfo]]:
+        layers: dict[int, dict[str, TensorInfo]] = {}
+        for name, info in self.tensors.items():
+            number, _, rest = name.removeprefix(LAYER_PREFIX).partition(".")
+            if name.startswith(LAYER_PREFIX) and number.isdecimal():
+                layers.setdefault(int(number), {})[rest] = info
+        return layers
 
     @cached_property
     def decoder_parameters(self) -> int:
@@ -89,7 +106,9 @@ class Checkpoint:
 
     @cached_property
     def bytes_on_disk(self) -> int:
-        """Size of all weight files, in bytes."""
+        """Size of all weight files, in bytes; without weights, of the tensors they would hold."""
+        if not self.has_weights:
+            return sum(info.num_bytes for info in self.tensors.values())
         return sum((self.path / name).stat().st_size for name in {info.file for info in self.tensors.values()})
 
 
@@ -135,6 +154,54 @@ def open_checkpoint(path: Path) -> Checkpoint:
     checkpoint = Checkpoint(path, config, tensors, digest.hexdigest())
     _check_layers(checkpoint)
     return checkpoint
+
+
+def planned_checkpoint(path: Path) -> Checkpoint:
+    """A model folder as the plan needs it: from the headers where there are weights that can be pruned, else from the config.
+
+    Raises:
+        ModelError: no such folder, an unknown model type or quantisation, a missing size, or what `open_checkpoint` refuses.
+    """
+    config = read_json(path / "config.json")
+    if _has_shards(path) and why_not_pruned(config) is None:
+        return open_checkpoint(path)
+    infos = {name: TensorInfo("", _planned_dtype(config, name, shape), shape) for name, shape in _planned_shapes(config).items()}
+    return Checkpoint(path, config, infos, hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(), has_weights=False)
+
+
+def _has_shards(path: Path) -> bool:
+    return (path / INDEX_NAME).exists() or (path / SINGLE_NAME).exists()
+
+
+def _planned_shapes(config: Mapping[str, object]) -> dict[str, tuple[int, ...]]:
+    shapes = outer_shapes(config)
+    for layers in alike_layers(config):
+        inside = layer_shapes(config, layers.start)
+        shapes |= {layer_prefix(layer) + name: shape for layer in layers for name, shape in inside.items()}
+    return shapes
+
+
+def _planned_dtype(config: Mapping[str, object], name: str, shape: tuple[int, ...]) -> str:
+    """The type of a tensor on disk. fp8 checkpoints hold the projections of the layers in fp8, routers and the rest as the config says."""
+    quantisation = config.get("quantization_config")
+    if quantisation is not None and not (isinstance(quantisation, dict) and quantisation.get("quant_method") == "fp8"):
+        raise ModelError("config.json: quantised weights cannot be pruned; of quantised models only fp8 can be planned")
+    router = name.endswith(("mlp.gate.weight", "block_sparse_moe.gate.weight"))
+    if quantisation is not None and name.startswith(LAYER_PREFIX) and len(shape) == 2 and not router:
+        return FP8
+    return config_dtype(config)
+
+
+def config_dtype(config: Mapping[str, object]) -> str:
+    """The type the config names, as safetensors calls it; float32 where it names none.
+
+    Raises:
+        ModelError: it is no floating-point type.
+    """
+    name = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+    if name not in DTYPES:
+        raise ModelError(f"config.json: dtype {name!r} is not supported; supported are {', '.join(DTYPES)}")
+    return DTYPES[name]
 
 
 def _shards(path: Path) -> dict[str, set[str] | None]:

@@ -50,17 +50,38 @@ class Family:
     """Model type with the same computation that lifts that demand; it knows no attention or MLP biases."""
     vllm_written_as: str | None = None
     """Model type that vLLM needs when the head count changes."""
+    norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
+    """Norms over the hidden size."""
+    head_norms: tuple[str, ...] = ()
+    """Norms over one head."""
+    biased: tuple[str, ...] = ()
+    """Matrices that always have a bias."""
+    bias_keys: tuple[str, ...] = ()
+    """Which of the config's `attention_bias` and `mlp_bias` the model heeds."""
+    tied: bool = False
+    """Whether the head shares the embeddings where the config does not say."""
 
 
 FAMILIES: Mapping[str, Family] = {
-    "llama": Family(heads_divide_hidden=True, written_as="mistral"),
+    "llama": Family(heads_divide_hidden=True, written_as="mistral", bias_keys=("attention_bias", "mlp_bias")),
     "mistral": Family(),
-    "qwen2": Family(vllm_written_as="llama"),
-    "qwen3": Family(),
-    "gemma": Family(),
-    "gemma2": Family(heads_divide_hidden=True),
-    "smollm3": Family(),
+    "qwen2": Family(vllm_written_as="llama", biased=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+    "qwen3": Family(head_norms=("q_norm", "k_norm"), bias_keys=("attention_bias",)),
+    "gemma": Family(bias_keys=("attention_bias",), tied=True),
+    "gemma2": Family(
+        heads_divide_hidden=True,
+        norms=("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+        bias_keys=("attention_bias",),
+        tied=True,
+    ),
+    "smollm3": Family(bias_keys=("attention_bias", "mlp_bias"), tied=True),
 }
+
+PLANNED: Mapping[str, str] = {
+    "mixtral": "its FFN is a mixture of experts: no statistic per expert is collected and no expert is cut yet",
+    "deepseek_v3": "its attention is latent (MLA) and its FFN a mixture of experts: neither is cut yet",
+}
+"""Model types that can be planned but not pruned, and why."""
 
 LAYER_PREFIX = "model.layers."
 
@@ -77,9 +98,25 @@ def family_of(config: Mapping[str, object]) -> Family:
         ModelError: the model type is not supported.
     """
     model_type = str(config.get("model_type"))
+    if model_type in PLANNED:
+        raise ModelError(f"model_type {model_type!r} can be planned but not pruned: {PLANNED[model_type]}; supported are {', '.join(FAMILIES)}")
     if model_type not in FAMILIES:
         raise ModelError(f"model_type {model_type!r} is not supported; supported are {', '.join(FAMILIES)}")
     return FAMILIES[model_type]
+
+
+def ties_embeddings(config: Mapping[str, object]) -> bool:
+    """Whether the output head shares the embedding matrix."""
+    family = FAMILIES.get(str(config.get("model_type")), Family())
+    return bool(config.get("tie_word_embeddings", family.tied))
+
+
+def why_not_pruned(config: Mapping[str, object]) -> str | None:
+    """Why `run` refuses a model that can be planned; None: it prunes it."""
+    reasons = [PLANNED[name]] if (name := str(config.get("model_type"))) in PLANNED else []
+    if "quantization_config" in config:
+        reasons.append("its weights on disk are quantised: save the model in a floating-point type first")
+    return "; ".join(reasons) or None
 
 
 def config_int(config: Mapping[str, object], key: str, default: int | None = None) -> int:
