@@ -11,6 +11,7 @@ from typing import Any
 from specs.errors import RaypruneError
 from specs.job import JobSpec
 from specs.loader import load_job
+from specs.machine import PROFILES, load_profile, profile_text
 from specs.schema import job_schema_text
 
 INTERRUPTED = 130
@@ -43,7 +44,10 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     run = _job_command(commands, "run", _run, "run a job, or go on where an earlier attempt stopped")
     run.add_argument("--out", type=Path, required=True, help="run folder: tasks, model/ and report.json")
-    _job_command(commands, "plan", _plan, "show what a job will do, from the model's headers alone")
+    plan = _job_command(commands, "plan", _plan, "show what a job will do and what it takes, from the model's config or headers alone")
+    plan.add_argument("--profile", metavar="NAME|FILE", help="machine the times are for: " + ", ".join(PROFILES) + ", or a YAML file")
+    profile = commands.add_parser("profile", help="measure this machine; prints a profile for `plan --profile`")
+    profile.set_defaults(command=_profile)
     _job_command(commands, "validate", _validate, "check a job file")
     schema = commands.add_parser("schema", help="print the JSON schema of job files")
     schema.set_defaults(command=lambda _: print(job_schema_text(), end=""))
@@ -81,11 +85,20 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from orchestrator.plan import make_plan, print_plan
-    from workers.checkpoint import open_checkpoint
+    from orchestrator.plan import make_plan
+    from orchestrator.plan_view import print_plan
+    from workers.checkpoint import planned_checkpoint
 
     job = _load(options)
-    print_plan(make_plan(job, open_checkpoint(Path(job.model.path))))
+    machine = load_profile(options.profile) if options.profile else None
+    print_plan(make_plan(job, planned_checkpoint(Path(job.model.path)), machine))
+
+
+def _profile(options: argparse.Namespace) -> None:
+    from workers.profile import measure
+
+    del options
+    print(profile_text(measure()), end="")
 
 
 def _validate(options: argparse.Namespace) -> None:

@@ -1,24 +1,28 @@
-"""From a job and a model's headers to a plan: shapes with exact parameter counts, tasks, memory. No weights are read.
+"""From a job and a model's headers, or its config alone, to a plan: shapes with exact parameter counts, tasks, costs. No weights are read.
 
 Only the split between KV groups and neurons may stay open: the plan then lists every shape that meets the budget, each
-with the parameters that will remain, and a probe of the calibration text picks one before the sweep.
+with the parameters that will remain, and a probe of the calibration text picks one before the sweep. Memory, arithmetic,
+messages and time are computed in `orchestrator.resources`.
 """
 
 import math
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from orchestrator.progress import print_table
-from specs.errors import ResourceError, SpecError
+from orchestrator import resources
+from orchestrator.resources import Kinds, LayerCost, Stage, Workload
+from specs.errors import SpecError
 from specs.job import JobSpec
-from workers.checkpoint import DTYPE_BYTES, Checkpoint
+from specs.machine import MachineProfile
+from specs.memory import MemoryPlan
+from workers.checkpoint import PLANNED_BYTES, Checkpoint, config_dtype
 from workers.config_patch import needs_output_bias, patched_config
-from workers.families import UnitGroup, config_int, unit_groups, unit_parameters
+from workers.families import UnitGroup, config_int, unit_groups, unit_parameters, why_not_pruned
 from workers.layout import CALIBRATION_TASK, EVALUATION_TASK, EXPORT_TASK, OUTER_TASK, SHAPE_TASK, layer_task
+from workers.shapes import LayerKind, alike_layers, attention_width, coupled_groups
 
 MAX_OPEN_SHAPES = 4
-RUNTIME_BYTES = 700 * 2**20
-"""Resident memory of a worker that has imported torch and transformers and done nothing, measured on Linux x86-64."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +33,13 @@ class Shape:
     neurons: int
     decoder_parameters: int
     parameters: int
+    others: dict[str, int] = field(default_factory=dict)
+    """Units of further groups, such as the experts' channels where some layers have none."""
 
     @property
     def kept(self) -> dict[str, int]:
         """Units per coupled group."""
-        return {"heads": self.heads, "neurons": self.neurons}
+        return {"heads": self.heads, "neurons": self.neurons} | self.others
 
 
 @dataclass(frozen=True)
@@ -42,16 +48,34 @@ class Plan:
 
     model_identity: str
     model_type: str
+    not_pruned: str | None
+    has_weights: bool
     num_layers: int
     units: dict[str, int]
     parameters: int
+    active_parameters: int
     decoder_parameters: int
     bytes_on_disk: int
     shapes: tuple[Shape, ...]
     tasks: tuple[str, ...]
     workers: int
-    keep_inputs: bool
+    placement: str
+    device: str
+    memory: MemoryPlan
+    memory_limit_bytes: int | None
+    memory_by_step: dict[str, Kinds]
     worker_memory_bytes: int
+    host_memory_bytes: int
+    fewest_workers: int | None
+    fewest_workers_keeping_all: int | None
+    layers: tuple[LayerCost, ...]
+    stages: tuple[Stage, ...]
+    machine: str | None
+    seconds: float | None
+    num_messages: int
+    message_bytes: int
+    read_bytes: int
+    checkpoint_bytes: int
     output_bytes: int
     calibration_tokens: int
     tokens_per_neuron: float
@@ -72,7 +96,7 @@ class Plan:
         return [name for name, kept in self.shape.kept.items() if kept < self.units[name]]
 
     def chosen(self, shape: Shape) -> "Plan":
-        """The plan with its shape decided."""
+        """The plan with its shape decided; costs stay those of the dearest shape."""
         return replace(self, shapes=(shape,))
 
     def document(self) -> dict[str, Any]:
@@ -83,37 +107,163 @@ class Plan:
         return asdict(self) | remaining
 
 
-def make_plan(job: JobSpec, checkpoint: Checkpoint) -> Plan:
-    """Plan a job from its model's config and headers.
+def make_plan(job: JobSpec, checkpoint: Checkpoint, machine: MachineProfile | None = None) -> Plan:
+    """Plan a job from its model's config and headers; times and GPU memory need a machine profile.
 
     Raises:
-        SpecError: the budget cannot be met, or no loader accepts the result.
-        ResourceError: a worker needs more than `memory.worker`.
+        SpecError: the budget cannot be met, no loader accepts the result, or the profile is of another kind of device.
+        ResourceError: a worker needs more than it may use.
     """
-    groups = unit_groups(checkpoint.config)
-    shapes = open_shapes(job, checkpoint)
-    output_bytes = _output_bytes(job, checkpoint, max(shapes, key=lambda shape: shape.parameters))
-    keep_inputs, memory_bytes = _worker_memory(job, checkpoint, groups, output_bytes)
-    layers = tuple(layer_task(layer) for layer in range(checkpoint.num_layers))
-    evaluation = (EVALUATION_TASK, "evaluate-before", "evaluate-after") if job.evaluation else ()
-    tokens = job.calibration.samples * job.calibration.sequence_length
+    kinds = layer_kinds(checkpoint)
+    not_pruned = why_not_pruned(checkpoint.config)
+    shapes = (_planned_shape(job, checkpoint, kinds),) if not_pruned else open_shapes(job, checkpoint)
+    load = workload(job, checkpoint, kinds, shapes, _on_gpu(job, machine))
+    limit = job.memory.worker or (machine.memory_bytes if machine else None)
+    memory = resources.choose_memory(load, limit, "memory.worker" if job.memory.worker or not machine else f"profile {machine.name}")
+    table = resources.memory_by_step(load, memory)
+    costs = resources.layer_costs(load, memory)
+    stages = resources.stages(load, costs, machine)
     return Plan(
         model_identity=checkpoint.identity,
         model_type=str(checkpoint.config["model_type"]),
+        not_pruned=not_pruned,
+        has_weights=checkpoint.has_weights,
         num_layers=checkpoint.num_layers,
-        units={group.name: group.num_units for group in groups},
+        units={group.name: group.num_units for kind in kinds for group in kind.groups},
         parameters=checkpoint.parameters,
+        active_parameters=_over_layers(costs, "active_parameters") + load.outer_parameters,
         decoder_parameters=checkpoint.decoder_parameters,
         bytes_on_disk=checkpoint.bytes_on_disk,
         shapes=shapes,
-        tasks=(CALIBRATION_TASK, *((SHAPE_TASK,) if len(shapes) > 1 else ()), *layers, OUTER_TASK, EXPORT_TASK, *evaluation),
+        tasks=_tasks(job, checkpoint.num_layers, len(shapes)),
         workers=job.parallel.workers,
-        keep_inputs=keep_inputs,
-        worker_memory_bytes=memory_bytes,
-        output_bytes=output_bytes,
-        calibration_tokens=tokens,
-        tokens_per_neuron=tokens / groups[1].num_units,
+        placement=load.placement,
+        device="cuda" if load.on_gpu else "cpu",
+        memory=memory,
+        memory_limit_bytes=limit,
+        memory_by_step=table,
+        worker_memory_bytes=max(map(resources.total, table.values())),
+        host_memory_bytes=resources.host_bytes(load),
+        fewest_workers=resources.fewest_workers(load, limit) if limit else None,
+        fewest_workers_keeping_all=resources.fewest_workers(load, limit, keep_all=True) if limit else None,
+        layers=costs,
+        stages=stages,
+        machine=machine.name if machine else None,
+        seconds=sum(stage.seconds or 0.0 for stage in stages) if machine else None,
+        num_messages=_over_layers(costs, "num_messages"),
+        message_bytes=_over_layers(costs, "message_bytes"),
+        read_bytes=_over_layers(costs, "read_bytes"),
+        checkpoint_bytes=resources.checkpoint_bytes(load, memory),
+        output_bytes=load.output_bytes,
+        calibration_tokens=load.tokens,
+        tokens_per_neuron=min(resources.block_tokens(load, g) / g.num_units for kind in kinds for g in kind.groups if g.name != "heads"),
     )
+
+
+def _over_layers(costs: Iterable[LayerCost], name: str) -> int:
+    return sum(int(getattr(cost, name)) * cost.num_layers for cost in costs)
+
+
+def _tasks(job: JobSpec, num_layers: int, num_shapes: int) -> tuple[str, ...]:
+    layers = tuple(layer_task(layer) for layer in range(num_layers))
+    evaluation = (EVALUATION_TASK, "evaluate-before", "evaluate-after") if job.evaluation else ()
+    return (CALIBRATION_TASK, *((SHAPE_TASK,) if num_shapes > 1 else ()), *layers, OUTER_TASK, EXPORT_TASK, *evaluation)
+
+
+def layer_kinds(checkpoint: Checkpoint) -> tuple[LayerKind, ...]:
+    """The decoder layers, alike ones together, with their coupled groups counted from the tensors."""
+    return tuple(_layer_kind(checkpoint, layers) for layers in alike_layers(checkpoint.config))
+
+
+def _layer_kind(checkpoint: Checkpoint, layers: range) -> LayerKind:
+    infos = checkpoint.layer_tensors(layers.start)
+    groups = coupled_groups(checkpoint.config, layers.start, {name: info.shape for name, info in infos.items()})
+    parameters, num_bytes = (sum(getattr(info, name) for info in infos.values()) for name in ("num_parameters", "num_bytes"))
+    return LayerKind(layers.start, len(layers), groups, parameters, num_bytes, attention_width(checkpoint.config))
+
+
+def _on_gpu(job: JobSpec, machine: MachineProfile | None) -> bool:
+    """Where workers will compute; `auto` follows the profile, and means the CPU without one."""
+    device = job.parallel.device
+    if machine and device not in ("auto", machine.device):
+        raise SpecError(f"--profile {machine.name} computes on {machine.device}, but parallel.device is {device}; change one of them")
+    return (machine.device if machine and device == "auto" else device) == "cuda"
+
+
+def workload(job: JobSpec, checkpoint: Checkpoint, kinds: tuple[LayerKind, ...], shapes: tuple[Shape, ...], on_gpu: bool) -> Workload:
+    """What the cost formulas need. Of several open shapes, each group counts with most units; it is pruned if any shape prunes it."""
+    config, calibration, evaluation = checkpoint.config, job.calibration, job.evaluation
+    outer = sum(info.num_parameters for info in checkpoint.outer_tensors.values())
+    return Workload(
+        kinds=kinds,
+        kept=_most_kept(kinds, shapes),
+        hidden=config_int(config, "hidden_size"),
+        vocabulary=config_int(config, "vocab_size"),
+        outer_parameters=outer,
+        bytes_on_disk=checkpoint.bytes_on_disk,
+        output_bytes=max(shape.parameters for shape in shapes) * _written_element_bytes(job, checkpoint),
+        samples=calibration.samples,
+        sequence_length=calibration.sequence_length,
+        shards=calibration.shards,
+        held_out_shards=calibration.held_out_shards,
+        micro_batch=job.parallel.micro_batch,
+        workers=job.parallel.workers,
+        on_gpu=on_gpu,
+        element_bytes=_element_bytes(job, checkpoint, on_gpu),
+        written_element_bytes=_written_element_bytes(job, checkpoint),
+        num_candidates=len(job.correction.candidates) if job.correction.damping == "held-out" else 1,
+        checkpoint_layers=job.memory.checkpoint_layers,
+        evaluation_tokens=(evaluation.max_windows or calibration.samples) * evaluation.window if evaluation else 0,
+        evaluation_window=evaluation.window if evaluation else 1,
+        placement=job.parallel.placement,
+        propagation="pruned" if job.parallel.placement == "shards" else "dense",
+    )
+
+
+def _most_kept(kinds: tuple[LayerKind, ...], shapes: tuple[Shape, ...]) -> dict[str, int]:
+    units = {group.name: group.num_units for kind in kinds for group in kind.groups}
+    fewer = {name: [shape.kept[name] for shape in shapes if shape.kept[name] < units[name]] for name in units}
+    return {name: max(kept) for name, kept in fewer.items() if kept}
+
+
+def _element_bytes(job: JobSpec, checkpoint: Checkpoint, on_gpu: bool) -> int:
+    """Bytes per element of the forward passes."""
+    if job.model.dtype == "auto":
+        return PLANNED_BYTES[config_dtype(checkpoint.config)] if on_gpu else 4
+    return 4 if job.model.dtype == "float32" else 2
+
+
+def _written_element_bytes(job: JobSpec, checkpoint: Checkpoint) -> int:
+    """Bytes per element of the pruned model on disk, the widest where they differ."""
+    widest = max(PLANNED_BYTES[info.dtype] for info in checkpoint.tensors.values())
+    return {"auto": widest, "float32": 4}.get(job.export.dtype, 2)
+
+
+def _planned_shape(job: JobSpec, checkpoint: Checkpoint, kinds: tuple[LayerKind, ...]) -> Shape:
+    """For a model that is only planned: KV groups as asked for, and the same fraction of every FFN and expert.
+
+    Raises:
+        SpecError: no such fraction meets the budget.
+    """
+    units = {group.name: group.num_units for kind in kinds for group in kind.groups}
+    heads = units["heads"] if job.budget.kv_groups == "auto" else min(job.budget.kv_groups, units["heads"])
+    steps = max(units.values()) // job.budget.round_to
+    for step in range(steps, 0, -1):
+        kept = {name: _part(count, step / steps, job.budget.round_to) for name, count in units.items()} | {"heads": heads}
+        removed = sum(kind.num_layers * _removed(kind, kept) for kind in kinds)
+        if removed >= job.budget.sparsity * checkpoint.decoder_parameters - 1e-6:
+            others = {name: count for name, count in kept.items() if name not in ("heads", "neurons")}
+            return Shape(heads, kept["neurons"], checkpoint.decoder_parameters - removed, checkpoint.parameters - removed, others)
+    raise SpecError(f"budget: no shape removes {job.budget.sparsity:.1%} of the decoder; lower budget.sparsity or budget.round_to")
+
+
+def _part(count: int, fraction: float, round_to: int) -> int:
+    """A fraction of so many units, rounded down to a multiple, all of them where nothing is lost."""
+    return count if fraction == 1 else max(min(round_to, count), int(count * fraction) // round_to * round_to)
+
+
+def _removed(kind: LayerKind, kept: dict[str, int]) -> int:
+    return sum((group.num_units - kept[group.name]) * group.count * group.unit_parameters for group in kind.groups)
 
 
 def open_shapes(job: JobSpec, checkpoint: Checkpoint) -> tuple[Shape, ...]:
@@ -162,66 +312,3 @@ def _shape(job: JobSpec, checkpoint: Checkpoint, heads: UnitGroup, neurons: Unit
         )
     removed = by_heads + (neurons.num_units - width) * per_neuron
     return Shape(num_heads, width, checkpoint.decoder_parameters - removed, checkpoint.parameters - removed)
-
-
-def _worker_memory(job: JobSpec, checkpoint: Checkpoint, groups: tuple[UnitGroup, UnitGroup], output_bytes: int) -> tuple[bool, int]:
-    """Whether consumer inputs are kept between steps, and the peak of one worker in bytes: the sweep's, or the load gate's."""
-    element = {"float32": 4, "auto": 4}.get(job.model.dtype, 2)
-    outer = sum(info.num_parameters for info in checkpoint.outer_tensors.values())
-    layer = checkpoint.decoder_parameters // checkpoint.num_layers
-    calibration = job.calibration
-    tokens = (
-        math.ceil(calibration.shards / job.parallel.workers)
-        * math.ceil(calibration.samples / calibration.shards)
-        * calibration.sequence_length
-    )
-    widest = max(group.width for group in groups)
-    batch = 4 * job.parallel.micro_batch * calibration.sequence_length * widest * element
-    statistics = 8 * widest**2 * 8  # as they arrive, rebuilt, their blocks and the factor, all fp64
-    hidden = 2 * tokens * config_int(checkpoint.config, "hidden_size") * element  # hidden states and attention outputs
-    gate = RUNTIME_BYTES + output_bytes
-    streamed = RUNTIME_BYTES + (outer + 2 * layer) * element + hidden + batch + statistics
-    kept = streamed + tokens * widest * element
-    budget = job.memory.worker
-    if budget is None or max(kept, gate) <= budget:
-        return True, max(kept, gate)
-    if max(streamed, gate) <= budget:
-        return False, max(streamed, gate)
-    raise ResourceError(
-        f"memory.worker: a worker needs about {max(streamed, gate) / 2**30:.2f} GiB, it may use {budget / 2**30:.2f} GiB; "
-        "raise memory.worker or parallel.workers, or lower calibration.samples or parallel.micro_batch"
-    )
-
-
-def _output_bytes(job: JobSpec, checkpoint: Checkpoint, shape: Shape) -> int:
-    """Disk the pruned model takes, in bytes."""
-    widest = max(DTYPE_BYTES[info.dtype] for info in checkpoint.tensors.values())
-    return shape.parameters * {"auto": widest, "float32": 4}.get(job.export.dtype, 2)
-
-
-def print_plan(plan: Plan) -> None:
-    """Show a plan as tables."""
-    before = (
-        f"{plan.model_type}, {plan.num_layers} layers, {plan.parameters:,} parameters, {plan.decoder_parameters:,} of them in the decoder"
-    )
-    print(f"model: {before}, {plan.bytes_on_disk / 2**20:,.0f} MiB on disk")
-    rows = [
-        [
-            f"{s.heads}/{plan.units['heads']}",
-            f"{s.neurons}/{plan.units['neurons']}",
-            f"{s.decoder_parameters:,}",
-            f"{s.parameters:,}",
-            f"{1 - s.decoder_parameters / plan.decoder_parameters:.2%}",
-        ]
-        for s in plan.shapes
-    ]
-    title = "shape" if len(plan.shapes) == 1 else "shapes that meet the budget; a probe of the calibration text picks one"
-    print_table(title, ["KV groups", "FFN width", "decoder parameters remaining", "parameters remaining", "decoder removed"], rows)
-    print(f"tasks: {len(plan.tasks)}: {', '.join(plan.tasks[:3])}, ..., {', '.join(plan.tasks[-3:])}")
-    kept = "kept in memory" if plan.keep_inputs else "recomputed"
-    print(f"workers: {plan.workers}, about {plan.worker_memory_bytes / 2**30:.2f} GiB each, consumer inputs {kept}")
-    print(f"output: at most {plan.output_bytes / 2**20:,.0f} MiB")
-    print(
-        f"calibration: {plan.calibration_tokens:,} tokens, {plan.tokens_per_neuron:.1f} per FFN channel"
-        + ("" if plan.tokens_per_neuron >= 10 else " (fewer than 10: corrections will overfit)")
-    )

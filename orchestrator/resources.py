@@ -162,11 +162,18 @@ def memory_by_step(load: Workload, choice: MemoryPlan) -> dict[str, Kinds]:
             steps["collect"].append(standing | _activations(load) | {"statistics": _collected(load, choice, kind, group)})
             held = {"statistics": _decided(load, choice, kind, group), "factorisation": factorisation_bytes(load, group)}
             steps["decide"].append(standing | held)
-        steps["write"].append(standing | _left_while_writing(load, choice) | {"output": 2 * _written_layer_bytes(load, kind)})
+        output = {} if load.on_gpu else {"output": 2 * _written_layer_bytes(load, kind)}
+        steps["write"].append(standing | _left_while_writing(load, choice) | output)
     table = {step: max(rows, key=total) for step, rows in steps.items() if rows}
     if load.evaluation_tokens:
         table["evaluate"] = _evaluation(load)
     return table if load.on_gpu else table | {"load check": {"runtime": RUNTIME_BYTES, "output": load.output_bytes}}
+
+
+def host_bytes(load: Workload) -> int:
+    """Memory of the machine that a GPU worker needs: two copies of a layer while it writes, the whole pruned model while it is checked."""
+    layer = 2 * max(_written_layer_bytes(load, kind) for kind in load.kinds)
+    return RUNTIME_BYTES + max(layer, load.output_bytes) if load.on_gpu else 0
 
 
 def total(kinds: Kinds) -> int:
@@ -182,7 +189,12 @@ def peak_bytes(load: Workload, choice: MemoryPlan) -> int:
 def _standing(load: Workload, choice: MemoryPlan) -> Kinds:
     """What is held through all of a layer's steps."""
     weights = _weights_bytes(load, choice.layers_per_chunk)
-    return {"runtime": RUNTIME_BYTES, "weights": weights, "hidden states": _hidden_bytes(load, choice), "inputs": _inputs_bytes(load, choice)}
+    return {
+        "runtime": RUNTIME_BYTES,
+        "weights": weights,
+        "hidden states": _hidden_bytes(load, choice),
+        "inputs": _inputs_bytes(load, choice),
+    }
 
 
 def _weights_bytes(load: Workload, layers_per_chunk: int) -> int:
@@ -219,12 +231,12 @@ def _collected(load: Workload, choice: MemoryPlan, kind: LayerKind, group: Coupl
 
 def _decided(load: Workload, choice: MemoryPlan, kind: LayerKind, group: CoupledGroup) -> int:
     if choice.spill_statistics:
-        return 2 * _spilled(load, group)
+        return 0  # read block by block into the factorisation's own matrices
     return statistics_bytes(load, group) if load.placement == "shards" else _chunk_statistics(load, choice, kind)
 
 
 def _spilled(load: Workload, group: CoupledGroup) -> int:
-    """Statistics in files: a GPU still holds one block's; pages of a file are no private memory of a process on the CPU."""
+    """Statistics in files while they grow: a GPU holds one block's; pages of a file are no private memory of a process on the CPU."""
     return math.ceil(statistics_bytes(load, group) / 2 / group.count) if load.on_gpu else 0
 
 
@@ -251,7 +263,8 @@ def _evaluation(load: Workload) -> Kinds:
         "runtime": RUNTIME_BYTES,
         "weights": _weights_bytes(load, 1),
         "hidden states": share * load.hidden * load.element_bytes,
-        "activations": load.evaluation_window * max(load.vocabulary * (load.element_bytes + 8), ACTIVATIONS * load.active_width * load.element_bytes),
+        "activations": load.evaluation_window
+        * max(load.vocabulary * (load.element_bytes + 8), ACTIVATIONS * load.active_width * load.element_bytes),
     }
 
 

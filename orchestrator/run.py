@@ -53,12 +53,12 @@ def run_job(job: JobSpec, out: Path, show: Show) -> dict[str, Any]:
 def make_executor(job: JobSpec, run_folder: Path, plan: Plan) -> Executor:
     """The executor a job asks for; Ray is imported only when it is used."""
     if job.cluster.executor == "in-process":
-        return InProcessExecutor(job, run_folder, plan.keep_inputs)
+        return InProcessExecutor(job, run_folder, plan.memory.keep_inputs)
     if job.cluster.address == "local":
         _secure_local_ray()
     from orchestrator.ray_executor import RayExecutor
 
-    return RayExecutor(job, run_folder, plan.keep_inputs)
+    return RayExecutor(job, run_folder, plan.memory.keep_inputs)
 
 
 def _secure_local_ray() -> None:

@@ -99,7 +99,9 @@ def family_of(config: Mapping[str, object]) -> Family:
     """
     model_type = str(config.get("model_type"))
     if model_type in PLANNED:
-        raise ModelError(f"model_type {model_type!r} can be planned but not pruned: {PLANNED[model_type]}; supported are {', '.join(FAMILIES)}")
+        raise ModelError(
+            f"model_type {model_type!r} can be planned but not pruned: {PLANNED[model_type]}; supported are {', '.join(FAMILIES)}"
+        )
     if model_type not in FAMILIES:
         raise ModelError(f"model_type {model_type!r} is not supported; supported are {', '.join(FAMILIES)}")
     return FAMILIES[model_type]

@@ -22,7 +22,15 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FIL
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 ONLY_IN = {"ray": {"orchestrator.ray_executor"}, "rich": {"orchestrator.progress"}}
 TORCH = {"torch", "transformers", "accelerate"}
-WITHOUT_TORCH = {"workers.families", "workers.checkpoint", "workers.files", "workers.shards", "workers.config_patch", "workers.layout"}
+WITHOUT_TORCH = {
+    "workers.families",
+    "workers.checkpoint",
+    "workers.files",
+    "workers.shards",
+    "workers.config_patch",
+    "workers.layout",
+    "workers.shapes",
+}
 
 
 def is_type_checking(node: ast.AST) -> bool:

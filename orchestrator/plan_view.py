@@ -1,0 +1,130 @@
+"""A plan as tables for people."""
+
+from orchestrator.plan import Plan
+from orchestrator.progress import print_table
+from orchestrator.resources import gib, total
+
+LAYER_BYTES = {
+    "weights": "weight_bytes",
+    "hidden states": "hidden_bytes",
+    "consumer inputs": "input_bytes",
+    "statistics": "statistics_bytes",
+    "one factorisation": "factorisation_bytes",
+    "moved in messages": "message_bytes",
+    "read from disk": "read_bytes",
+    "written to disk": "written_bytes",
+}
+LAYER_FLOPS = {f"FLOPs, {name}": f"{name}_flops" for name in ("forward", "statistics", "selection", "correction")}
+KINDS = ("runtime", "weights", "hidden states", "inputs", "activations", "statistics", "factorisation", "output")
+
+
+def print_plan(plan: Plan) -> None:
+    """Show a plan: the model, its shapes, memory by step, work and time by stage, totals."""
+    _print_model(plan)
+    _print_shapes(plan)
+    _print_memory(plan)
+    _print_layers(plan)
+    _print_stages(plan)
+    _print_totals(plan)
+
+
+def _print_model(plan: Plan) -> None:
+    if plan.not_pruned:
+        print(f"{plan.model_type}: `rayprune run` does not prune this model yet: {plan.not_pruned}. What follows is what it would take.")
+    if not plan.has_weights:
+        print("no weights were looked at: shapes and types are what config.json implies")
+    active = f" ({plan.active_parameters:,} per token)" if plan.active_parameters != plan.parameters else ""
+    print(
+        f"model: {plan.model_type}, {plan.num_layers} layers, {plan.parameters:,} parameters{active}, "
+        f"{plan.decoder_parameters:,} of them in the decoder, {_mib(plan.bytes_on_disk)} on disk"
+    )
+
+
+def _print_shapes(plan: Plan) -> None:
+    others = [name for name in plan.units if name not in ("heads", "neurons")]
+    title = "shape" if len(plan.shapes) == 1 else "shapes that meet the budget; a probe of the calibration text picks one"
+    rows = [
+        [
+            *(f"{shape.kept[name]}/{plan.units[name]}" for name in ("heads", "neurons", *others)),
+            f"{shape.decoder_parameters:,}",
+            f"{shape.parameters:,}",
+            f"{1 - shape.decoder_parameters / plan.decoder_parameters:.2%}",
+        ]
+        for shape in plan.shapes
+    ]
+    columns = ["KV groups", "FFN width", *(f"{name} width" for name in others)]
+    print_table(title, [*columns, "decoder parameters remaining", "parameters remaining", "decoder removed"], rows)
+
+
+def _print_memory(plan: Plan) -> None:
+    steps = plan.memory_by_step
+    rows = [[kind, *(_mib(sizes[kind]) if kind in sizes else "" for sizes in steps.values())] for kind in KINDS if _needed(plan, kind)]
+    rows.append(["together", *(_mib(total(sizes)) for sizes in steps.values())])
+    where = "GPU memory" if plan.device == "cuda" else "memory"
+    print_table(f"{where} of a worker, by step", ["", *steps], rows)
+    limit = f" of {gib(plan.memory_limit_bytes)}" if plan.memory_limit_bytes else ""
+    print(f"workers: {plan.workers} ({plan.placement}, {plan.device}), about {gib(plan.worker_memory_bytes)}{limit} each; {_choice(plan)}")
+    if plan.device == "cuda":
+        print(f"host memory: {gib(plan.host_memory_bytes)} in the worker that checks the written model")
+    if plan.fewest_workers:
+        keeping = plan.fewest_workers_keeping_all
+        more = f"with {keeping} nothing is recomputed or in files" if keeping else "more do not make everything fit in memory"
+        print(f"fewest workers: {plan.fewest_workers} fit; {more}")
+
+
+def _needed(plan: Plan, kind: str) -> bool:
+    return any(sizes.get(kind) for sizes in plan.memory_by_step.values())
+
+
+def _choice(plan: Plan) -> str:
+    hidden = "in files" if plan.memory.spill_hidden else "in memory"
+    statistics = "in files" if plan.memory.spill_statistics else "in memory"
+    if plan.placement == "layers":
+        return f"{plan.memory.layers_per_chunk} layers at a time, statistics {statistics}"
+    inputs = "kept in memory" if plan.memory.keep_inputs else "recomputed"
+    return f"consumer inputs {inputs}, hidden states {hidden}, statistics {statistics}"
+
+
+def _print_layers(plan: Plan) -> None:
+    columns = ["", *(f"{cost.first}-{cost.first + cost.num_layers - 1}" for cost in plan.layers)]
+    numbers = {"parameters": "parameters", "parameters per token": "active_parameters", "messages": "num_messages"}
+    rows = [[name, *(f"{getattr(cost, key):,}" for cost in plan.layers)] for name, key in numbers.items()]
+    rows += [[name, *(_mib(getattr(cost, key)) for cost in plan.layers)] for name, key in LAYER_BYTES.items()]
+    rows += [[name, *(f"{getattr(cost, key):.3g}" for cost in plan.layers)] for name, key in LAYER_FLOPS.items()]
+    print_table("one layer task, over all workers; columns are layers", columns, rows)
+
+
+def _print_stages(plan: Plan) -> None:
+    timed = plan.machine is not None
+    rows = [
+        [stage.name, f"{stage.flops:.3g}" if stage.flops else "", *([_duration(stage.seconds), stage.bound_by] if timed else [])]
+        for stage in plan.stages
+    ]
+    title = f"work, and time on {plan.machine}" if timed else "work"
+    print_table(title, ["stage", "FLOPs", *(["time", "bound by"] if timed else [])], rows)
+    if timed:
+        print(f"expected time: {_duration(plan.seconds)}, without start, tokenisation, probe, export and load check")
+    else:
+        print("expected time: give --profile NAME, or a YAML file that `rayprune profile` has written")
+
+
+def _print_totals(plan: Plan) -> None:
+    print(f"tasks: {len(plan.tasks)}: {', '.join(plan.tasks[:3])}, ..., {', '.join(plan.tasks[-3:])}")
+    print(f"messages: {plan.num_messages:,} between workers, {gib(plan.message_bytes)}")
+    print(f"disk: {gib(plan.read_bytes)} of layer weights read, {gib(plan.checkpoint_bytes)} of hidden states written")
+    print(f"output: at most {_mib(plan.output_bytes)}")
+    few = "" if plan.tokens_per_neuron >= 10 else " (fewer than 10: corrections will overfit)"
+    print(f"calibration: {plan.calibration_tokens:,} tokens, {plan.tokens_per_neuron:.1f} per FFN channel{few}")
+
+
+def _mib(num_bytes: int) -> str:
+    """MiB below 10 GiB, GiB above."""
+    return f"{num_bytes / 2**20:,.0f} MiB" if num_bytes < 10 * 2**30 else f"{num_bytes / 2**30:,.1f} GiB"
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
