@@ -43,17 +43,12 @@ def _print_model(plan: Plan) -> None:
 def _print_shapes(plan: Plan) -> None:
     others = [name for name in plan.units if name not in ("heads", "neurons")]
     title = "shape" if len(plan.shapes) == 1 else "shapes that meet the budget; a probe of the calibration text picks one"
-    rows = [
-        [
-            *(f"{shape.kept[name]}/{plan.units[name]}" for name in ("heads", "neurons", *others)),
-            f"{shape.decoder_parameters:,}",
-            f"{shape.parameters:,}",
-            f"{1 - shape.decoder_parameters / plan.decoder_parameters:.2%}",
-        ]
-        for shape in plan.shapes
-    ]
-    columns = ["KV groups", "FFN width", *(f"{name} width" for name in others)]
-    print_table(title, [*columns, "decoder parameters remaining", "parameters remaining", "decoder removed"], rows)
+    names = {"KV groups": "heads", "FFN width": "neurons"} | {f"{name} width": name for name in others}
+    rows = [[label, *(f"{shape.kept[name]}/{plan.units[name]}" for shape in plan.shapes)] for label, name in names.items()]
+    rows.append(["decoder parameters remaining", *(f"{shape.decoder_parameters:,}" for shape in plan.shapes)])
+    rows.append(["parameters remaining", *(f"{shape.parameters:,}" for shape in plan.shapes)])
+    rows.append(["decoder removed", *(f"{1 - shape.decoder_parameters / plan.decoder_parameters:.2%}" for shape in plan.shapes)])
+    print_table(title, ["", *(str(number + 1) for number in range(len(plan.shapes)))], rows)
 
 
 def _print_memory(plan: Plan) -> None:

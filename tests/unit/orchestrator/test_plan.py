@@ -169,17 +169,21 @@ def test_memory_decides_what_is_kept(make_model: MakeModel, make_job: MakeJob) -
     def plan(limit: int | None, **parallel: int) -> Plan:
         return planned(model, make_job, calibration=LONG, memory={"worker": limit}, parallel=parallel)[0]
 
-    roomy = plan(None)
-    assert roomy.memory.keep_inputs
-    assert plan(roomy.worker_memory_bytes).memory.keep_inputs
-    tight = plan(roomy.worker_memory_bytes - 1)
-    assert not tight.memory.keep_inputs
-    assert roomy.worker_memory_bytes - tight.worker_memory_bytes == 128 * 4096 * 48 * 4
-    assert plan(tight.worker_memory_bytes) == tight
-    with pytest.raises(ResourceError, match=r"memory\.worker: .*raise memory\.worker or parallel\.workers, or lower calibration\.samples"):
-        plan(tight.worker_memory_bytes - 1)
-    assert plan(None, workers=4).worker_memory_bytes < roomy.worker_memory_bytes
-    assert plan(tight.worker_memory_bytes - 1, workers=4).memory.keep_inputs
+    plans = [plan(None)]
+    for _ in range(3):
+        plans.append(plan(plans[-1].worker_memory_bytes - 1))
+    memories = [each.memory for each in plans]
+    assert [memory.keep_inputs for memory in memories] == [True, False, False, False]
+    assert [memory.spill_hidden for memory in memories] == [False, False, True, True]
+    assert [memory.spill_statistics for memory in memories] == [False, False, False, True]
+    sizes = [each.worker_memory_bytes for each in plans]
+    assert sizes[0] - sizes[1] == 128 * 4096 * 48 * 4
+    assert sizes[1] - sizes[2] == 2 * (128 - 2) * 4096 * 32 * 4
+    with pytest.raises(ResourceError, match=r"memory\.worker: a worker needs at least .* it may use .*; raise memory\.worker to"):
+        plan(sizes[3] - 1)
+    assert plan(sizes[1]).memory == memories[1]
+    assert plan(None, workers=4).worker_memory_bytes < sizes[0]
+    assert plan(sizes[1] - 1, workers=4).memory.keep_inputs
 
 
 def test_tasks_are_listed_in_order(make_model: MakeModel, make_job: MakeJob, text_file: Path) -> None:

@@ -57,7 +57,7 @@ def test_wrong_sizes_are_refused(text: str) -> None:
         ("correction", "candidates", [(1.0,), (1.0,) * 32], [(), (1.0,) * 33, (0.0,), (2e6,)]),
         ("parallel", "workers", [1, 8], [0, 9]),
         ("parallel", "retries", [0, 100], [-1, 101]),
-        ("parallel", "placement", ["shards"], ["layers"]),
+        ("parallel", "placement", ["shards", "layers"], ["rows"]),
         ("memory", "worker", [None, 1, "1GiB"], [0, "-1GiB", "much"]),
         ("memory", "checkpoint_layers", [0, 10_000], [-1]),
         ("export", "target", ["transformers", "vllm"], ["gguf"]),

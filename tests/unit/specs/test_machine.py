@@ -1,0 +1,34 @@
+"""Machine profiles: built-in, written, read, refused."""
+
+from pathlib import Path
+
+import pytest
+
+from specs.errors import SpecError
+from specs.machine import PROFILES, load_profile, profile_text
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_profiles_survive_a_file(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "machine.yaml"
+    path.write_text(profile_text(PROFILES[name]))
+    assert load_profile(str(path)) == PROFILES[name] == load_profile(name)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "no such file, and not one of h200-141gb, h100-80gb"),
+        ("name: x", "machine.yaml: device: Field required"),
+        ("[1]", "machine.yaml: file: "),
+        ("{", "machine.yaml: not valid YAML"),
+        (profile_text(PROFILES["l40s"]) + "speed: 3\n", "machine.yaml: speed: Extra inputs"),
+        (profile_text(PROFILES["l40s"]).replace("device: cuda", "device: tpu"), "machine.yaml: device: "),
+    ],
+)
+def test_unusable_profiles_are_refused(text: str | None, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "machine.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(SpecError, match=message):
+        load_profile(str(path))
