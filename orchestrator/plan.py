@@ -76,6 +76,7 @@ class Plan:
     message_bytes: int
     read_bytes: int
     checkpoint_bytes: int
+    spilled_bytes: int
     output_bytes: int
     calibration_tokens: int
     tokens_per_neuron: float
@@ -122,7 +123,7 @@ def make_plan(job: JobSpec, checkpoint: Checkpoint, machine: MachineProfile | No
     memory = resources.choose_memory(load, limit, "memory.worker" if job.memory.worker or not machine else f"profile {machine.name}")
     table = resources.memory_by_step(load, memory)
     costs = resources.layer_costs(load, memory)
-    stages = resources.stages(load, costs, machine)
+    stages = resources.stages(load, memory, machine)
     return Plan(
         model_identity=checkpoint.identity,
         model_type=str(checkpoint.config["model_type"]),
@@ -154,6 +155,7 @@ def make_plan(job: JobSpec, checkpoint: Checkpoint, machine: MachineProfile | No
         message_bytes=_over_layers(costs, "message_bytes"),
         read_bytes=_over_layers(costs, "read_bytes"),
         checkpoint_bytes=resources.checkpoint_bytes(load, memory),
+        spilled_bytes=resources.spilled_statistics_bytes(load, memory) + resources.spilled_hidden_bytes(load, memory),
         output_bytes=load.output_bytes,
         calibration_tokens=load.tokens,
         tokens_per_neuron=min(resources.block_tokens(load, g) / g.num_units for kind in kinds for g in kind.groups if g.name != "heads"),

@@ -86,7 +86,7 @@ def _print_layers(plan: Plan) -> None:
     rows = [[name, *(f"{getattr(cost, key):,}" for cost in plan.layers)] for name, key in numbers.items()]
     rows += [[name, *(_mib(getattr(cost, key)) for cost in plan.layers)] for name, key in LAYER_BYTES.items()]
     rows += [[name, *(f"{getattr(cost, key):.3g}" for cost in plan.layers)] for name, key in LAYER_FLOPS.items()]
-    print_table("one layer task, over all workers; columns are layers", columns, rows)
+    print_table("one layer task", columns, rows)
 
 
 def _print_stages(plan: Plan) -> None:
@@ -94,6 +94,7 @@ def _print_stages(plan: Plan) -> None:
     rows = [
         [stage.name, f"{stage.flops:.3g}" if stage.flops else "", *([_duration(stage.seconds), stage.bound_by] if timed else [])]
         for stage in plan.stages
+        if stage.flops or stage.seconds
     ]
     title = f"work, and time on {plan.machine}" if timed else "work"
     print_table(title, ["stage", "FLOPs", *(["time", "bound by"] if timed else [])], rows)
@@ -107,6 +108,8 @@ def _print_totals(plan: Plan) -> None:
     print(f"tasks: {len(plan.tasks)}: {', '.join(plan.tasks[:3])}, ..., {', '.join(plan.tasks[-3:])}")
     print(f"messages: {plan.num_messages:,} between workers, {gib(plan.message_bytes)}")
     print(f"disk: {gib(plan.read_bytes)} of layer weights read, {gib(plan.checkpoint_bytes)} of hidden states written")
+    if plan.spilled_bytes:
+        print(f"files instead of memory: {gib(plan.spilled_bytes)} written and read")
     print(f"output: at most {_mib(plan.output_bytes)}")
     few = "" if plan.tokens_per_neuron >= 10 else " (fewer than 10: corrections will overfit)"
     print(f"calibration: {plan.calibration_tokens:,} tokens, {plan.tokens_per_neuron:.1f} per FFN channel{few}")

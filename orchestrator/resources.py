@@ -453,6 +453,17 @@ def checkpoint_bytes(load: Workload, choice: MemoryPlan) -> int:
     return times * load.tokens * load.hidden * load.element_bytes
 
 
+def spilled_statistics_bytes(load: Workload, choice: MemoryPlan) -> int:
+    """Statistics that go through files on the critical path of a sweep: written once and read once."""
+    sizes = (kind.num_layers * statistics_bytes(load, group) for kind in load.kinds for group in load.pruned(kind))
+    return 2 * sum(sizes) if choice.spill_statistics else 0
+
+
+def spilled_hidden_bytes(load: Workload, choice: MemoryPlan) -> int:
+    """Hidden states of all workers that go through files in a sweep: read and written once for each layer."""
+    return 2 * load.num_layers * load.tokens * load.hidden * load.element_bytes if choice.spill_hidden else 0
+
+
 @dataclass(frozen=True)
 class Stage:
     """One kind of work of a sweep: totals over the cluster, and what bounds it on the critical path."""
@@ -463,19 +474,20 @@ class Stage:
     bound_by: str = ""
 
 
-def stages(load: Workload, costs: tuple[LayerCost, ...], machine: MachineProfile | None) -> tuple[Stage, ...]:
+def stages(load: Workload, choice: MemoryPlan, machine: MachineProfile | None) -> tuple[Stage, ...]:
     """Arithmetic by stage, and with a profile its seconds: the largest of arithmetic, memory, disk and network time.
 
     Stages of a layer follow one another. `shards`: forward passes and statistics are split over the workers, one worker
     decides and writes while the others wait. `layers`: every worker does all of it for its own layers, after the first
     micro-batch has reached it.
     """
+    costs = layer_costs(load, choice)
     work = [(name, sum(getattr(cost, f"{name}_flops") * cost.num_layers for cost in costs)) for name in _STAGES]
     if machine is None:
         return tuple(Stage(name, flops) for name, flops in work)
-    seconds = _bounds(load, costs, machine)
+    seconds = _bounds(load, costs, machine) | {"files": {"disk": _spill_seconds(load, choice, machine)}}
     timed = [Stage(name, flops, *_slowest(seconds[name])) for name, flops in work]
-    moved = [Stage(name, 0, *_slowest(seconds[name])) for name in ("messages", "write")]
+    moved = [Stage(name, 0, *_slowest(seconds[name])) for name in ("messages", "files", "write")]
     return (*timed, *moved, *_evaluation_stage(load, machine))
 
 
@@ -516,6 +528,12 @@ def _bounds(load: Workload, costs: tuple[LayerCost, ...], machine: MachineProfil
         "messages": {"network": moved / (1 if load.placement == "shards" else load.workers) / machine.network_bandwidth},
         "write": {"disk": written / deciders / machine.disk_bandwidth},
     }
+
+
+def _spill_seconds(load: Workload, choice: MemoryPlan, machine: MachineProfile) -> float:
+    """Files count as disk, though the pages of a machine with much memory may never get there."""
+    spread, deciders = _parallel(load)
+    return (spilled_statistics_bytes(load, choice) / deciders + spilled_hidden_bytes(load, choice) / spread) / machine.disk_bandwidth
 
 
 def _parallel(load: Workload) -> tuple[float, float]:

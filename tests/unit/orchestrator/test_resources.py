@@ -188,9 +188,8 @@ def test_fewest_workers() -> None:
 
 
 def test_times_need_a_machine() -> None:
-    costs = resources.layer_costs(BIG, MemoryPlan())
-    assert all(stage.seconds is None for stage in resources.stages(BIG, costs, None))
-    timed = resources.stages(BIG, costs, PROFILES["cpu-core"])
+    assert all(stage.seconds is None for stage in resources.stages(BIG, MemoryPlan(), None))
+    timed = resources.stages(BIG, MemoryPlan(), PROFILES["cpu-core"])
     assert all(stage.seconds is not None and stage.seconds >= 0 for stage in timed)
     seconds = {stage.name: stage for stage in timed}
     selection = 6 * (2**14) ** 3 // 3
@@ -199,10 +198,19 @@ def test_times_need_a_machine() -> None:
     assert seconds["selection"].bound_by == "arithmetic"
 
 
+def test_files_take_disk_time() -> None:
+    spilled = MemoryPlan(keep_inputs=False, spill_hidden=True, spill_statistics=True)
+    assert resources.spilled_statistics_bytes(LOAD, spilled) == 2 * 6 * 1600
+    assert resources.spilled_hidden_bytes(LOAD, spilled) == 2 * 6 * 128 * 4 * 4
+    seconds = {stage.name: stage.seconds for stage in resources.stages(LOAD, spilled, PROFILES["cpu-core"])}
+    assert seconds["files"] == pytest.approx((2 * 6 * 1600 + 6 * 128 * 4 * 4) / 0.5e9)  # hidden states are spread over two workers
+    assert next(stage.seconds for stage in resources.stages(LOAD, MemoryPlan(), PROFILES["cpu-core"]) if stage.name == "files") == 0
+
+
 def test_decisions_run_at_the_same_time_where_workers_own_layers() -> None:
     def seconds(load: Workload) -> dict[str, float | None]:
         choice = resources.choose_memory(load, None)
-        return {stage.name: stage.seconds for stage in resources.stages(load, resources.layer_costs(load, choice), PROFILES["h100-80gb"])}
+        return {stage.name: stage.seconds for stage in resources.stages(load, choice, PROFILES["h100-80gb"])}
 
     shards, layers = seconds(replace(BIG, workers=6)), seconds(replace(BIG, workers=6, placement="layers"))
     assert shards["selection"] == pytest.approx(6 * layers["selection"])  # type: ignore[operator]
