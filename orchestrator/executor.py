@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from specs.job import JobSpec
+from specs.memory import MemoryPlan
 
 Receipt = dict[str, Any]
 
@@ -26,8 +27,8 @@ class Call:
 class Executor(ABC):
     """Interchangeable workers behind one interface; results do not depend on which one is used."""
 
-    def __init__(self, job: JobSpec, run_folder: Path, keep_inputs: bool) -> None:
-        self.job, self.run_folder, self.keep_inputs = job, run_folder, keep_inputs
+    def __init__(self, job: JobSpec, run_folder: Path, memory: MemoryPlan) -> None:
+        self.job, self.run_folder, self.memory = job, run_folder, memory
         self.num_workers = job.parallel.workers
         self.peak_memory_bytes: dict[str, int] = {}
 
@@ -78,8 +79,8 @@ class Executor(ABC):
 class InProcessExecutor(Executor):
     """One worker in the driver's own process; steps run as they are submitted."""
 
-    def __init__(self, job: JobSpec, run_folder: Path, keep_inputs: bool) -> None:
-        super().__init__(job, run_folder, keep_inputs)
+    def __init__(self, job: JobSpec, run_folder: Path, memory: MemoryPlan) -> None:
+        super().__init__(job, run_folder, memory)
         self.num_workers = 1
         self._worker: Any = None
 
@@ -88,7 +89,7 @@ class InProcessExecutor(Executor):
         if self._worker is None:
             from workers.worker import Worker
 
-            self._worker = Worker(self.job, str(self.run_folder), self.job.parallel.device, self.keep_inputs)
+            self._worker = Worker(self.job, str(self.run_folder), self.job.parallel.device, self.memory)
 
     def submit(self, worker: int, method: str, *args: Any) -> Call:
         """Run the step now."""

@@ -11,6 +11,7 @@ from typing import Any
 from orchestrator.progress import print_table
 from specs.errors import ResourceError, SpecError
 from specs.job import JobSpec
+from specs.memory import MemoryPlan
 from workers.checkpoint import DTYPE_BYTES, Checkpoint
 from workers.config_patch import needs_output_bias, patched_config
 from workers.families import UnitGroup, config_int, unit_groups, unit_parameters
@@ -50,7 +51,7 @@ class Plan:
     shapes: tuple[Shape, ...]
     tasks: tuple[str, ...]
     workers: int
-    keep_inputs: bool
+    memory: MemoryPlan
     worker_memory_bytes: int
     output_bytes: int
     calibration_tokens: int
@@ -108,7 +109,7 @@ def make_plan(job: JobSpec, checkpoint: Checkpoint) -> Plan:
         shapes=shapes,
         tasks=(CALIBRATION_TASK, *((SHAPE_TASK,) if len(shapes) > 1 else ()), *layers, OUTER_TASK, EXPORT_TASK, *evaluation),
         workers=job.parallel.workers,
-        keep_inputs=keep_inputs,
+        memory=MemoryPlan(keep_inputs=keep_inputs, layers_per_chunk=math.ceil(checkpoint.num_layers / job.parallel.workers)),
         worker_memory_bytes=memory_bytes,
         output_bytes=output_bytes,
         calibration_tokens=tokens,
@@ -218,7 +219,7 @@ def print_plan(plan: Plan) -> None:
     title = "shape" if len(plan.shapes) == 1 else "shapes that meet the budget; a probe of the calibration text picks one"
     print_table(title, ["KV groups", "FFN width", "decoder parameters remaining", "parameters remaining", "decoder removed"], rows)
     print(f"tasks: {len(plan.tasks)}: {', '.join(plan.tasks[:3])}, ..., {', '.join(plan.tasks[-3:])}")
-    kept = "kept in memory" if plan.keep_inputs else "recomputed"
+    kept = "kept in memory" if plan.memory.keep_inputs else "recomputed"
     print(f"workers: {plan.workers}, about {plan.worker_memory_bytes / 2**30:.2f} GiB each, consumer inputs {kept}")
     print(f"output: at most {plan.output_bytes / 2**20:,.0f} MiB")
     print(

@@ -18,6 +18,7 @@ from orchestrator.executor import Call, Executor, Receipt
 from orchestrator.failures import Failure, WorkerFailure
 from specs.errors import ResourceError
 from specs.job import JobSpec
+from specs.memory import MemoryPlan
 
 START_SECONDS = 300.0
 CONNECT_SECONDS = 10.0
@@ -67,8 +68,8 @@ def _check_reachable(address: str) -> None:
 class RayExecutor(Executor):
     """One actor per worker, on a private Ray of this machine or on a cluster."""
 
-    def __init__(self, job: JobSpec, run_folder: Path, keep_inputs: bool) -> None:
-        super().__init__(job, run_folder, keep_inputs)
+    def __init__(self, job: JobSpec, run_folder: Path, memory: MemoryPlan) -> None:
+        super().__init__(job, run_folder, memory)
         self._actors: list[Any] = []
         self._device = "cpu"
         self._connected_here = False
@@ -125,7 +126,7 @@ class RayExecutor(Executor):
             max_task_retries=0,
             scheduling_strategy="SPREAD",
         )
-        return actor.remote(self.job, str(self.run_folder), self._device, self.keep_inputs)
+        return actor.remote(self.job, str(self.run_folder), self._device, self.memory)
 
     def _ready(self, actors: Sequence[Any]) -> None:
         try:

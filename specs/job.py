@@ -115,8 +115,12 @@ class ParallelSpec(Section):
 
     workers: int = Field(default=1, ge=1, le=4096)
     """Number of worker processes."""
-    placement: Literal["shards"] = "shards"
-    """`shards`: the calibration shards are split over the workers and every layer visits all of them."""
+    placement: Literal["shards", "layers"] = "shards"
+    """`shards`: the calibration shards are split over the workers and every layer visits all of them; `layers`: every worker has
+    layers of its own, micro-batches flow from one to the next, and all decide at the same time. Part of the result."""
+    propagation: Literal["auto", "pruned", "dense", "refit"] = "auto"
+    """Where activations come from; `pruned`: the pruned layers below; `dense`: the dense model; `refit`: selections from the dense model,
+    then corrections on the pruned path; `auto`: `pruned` for `shards`, `dense` for `layers`. Part of the result."""
     threads_per_worker: int = Field(default=1, ge=1, le=1024)
     """CPU threads of one worker. Part of the result: factorisations round differently with other thread counts."""
     micro_batch: int = Field(default=4, ge=1, le=4096)
@@ -125,6 +129,18 @@ class ParallelSpec(Section):
     """Where workers compute; `auto`: one GPU per worker when there are enough, else the CPU."""
     retries: int = Field(default=2, ge=0, le=100)
     """How often a layer is tried again after a worker was lost."""
+
+    @property
+    def effective_propagation(self) -> str:
+        """`propagation` with `auto` resolved."""
+        return {"shards": "pruned", "layers": "dense"}[self.placement] if self.propagation == "auto" else self.propagation
+
+    @model_validator(mode="after")
+    def _propagation_fits(self) -> Self:
+        if (self.placement == "shards") != (self.effective_propagation == "pruned"):
+            needed = "layers" if self.placement == "shards" else "shards"
+            raise ValueError(f"propagation {self.propagation!r} needs placement: {needed}")
+        return self
 
 
 class MemorySpec(Section):
@@ -198,7 +214,7 @@ class JobSpec(Section):
             raise ValueError(
                 f"budget.probe_samples ({self.budget.probe_samples}) must not exceed calibration.samples ({self.calibration.samples})"
             )
-        if self.parallel.workers > self.calibration.shards:
+        if self.parallel.placement == "shards" and self.parallel.workers > self.calibration.shards:
             raise ValueError(
                 f"parallel.workers ({self.parallel.workers}) must not exceed calibration.shards ({self.calibration.shards}): "
                 "a shard is the unit of work; raise calibration.shards"

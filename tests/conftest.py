@@ -4,6 +4,7 @@ import json
 import os
 import secrets
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,23 @@ def make_job(tmp_path: Path, text_file: Path) -> MakeJob:
         return path
 
     return make
+
+
+@pytest.fixture
+def force_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Make plans keep things where the test says, not where the budget does."""
+    from orchestrator import run
+
+    planned = run.make_plan
+
+    def force(**memory: Any) -> None:
+        def plan(job: Any, checkpoint: Any) -> Any:
+            made = planned(job, checkpoint)
+            return replace(made, memory=replace(made.memory, **memory))
+
+        monkeypatch.setattr(run, "make_plan", plan)
+
+    return force
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,11 @@ def even_parts(count: int, parts: int) -> list[range]:
     return [range(start, stop) for start, stop in pairwise(bounds)]
 
 
+def num_micro_batches(samples: int, shards: int, micro_batch: int, first_shards: int) -> int:
+    """Micro-batches in the first so many shards; a micro-batch never spans two shards."""
+    return sum(-(-len(part) // micro_batch) for part in even_parts(samples, shards)[:first_shards])
+
+
 def owned_nodes(root: Node, owned: range) -> list[Node]:
     """The largest nodes under `root` whose shards all lie in the contiguous range `owned`, from left to right."""
     start, stop = root

@@ -169,16 +169,16 @@ def test_memory_decides_what_is_kept(make_model: MakeModel, make_job: MakeJob) -
         return planned(model, make_job, calibration=LONG, memory={"worker": limit}, parallel=parallel)[0]
 
     roomy = plan(None)
-    assert roomy.keep_inputs
-    assert plan(roomy.worker_memory_bytes).keep_inputs
+    assert roomy.memory.keep_inputs
+    assert plan(roomy.worker_memory_bytes).memory.keep_inputs
     tight = plan(roomy.worker_memory_bytes - 1)
-    assert not tight.keep_inputs
+    assert not tight.memory.keep_inputs
     assert roomy.worker_memory_bytes - tight.worker_memory_bytes == 128 * 4096 * 48 * 4
     assert plan(tight.worker_memory_bytes) == tight
     with pytest.raises(ResourceError, match=r"memory\.worker: .*raise memory\.worker or parallel\.workers, or lower calibration\.samples"):
         plan(tight.worker_memory_bytes - 1)
     assert plan(None, workers=4).worker_memory_bytes < roomy.worker_memory_bytes
-    assert plan(tight.worker_memory_bytes - 1, workers=4).keep_inputs
+    assert plan(tight.worker_memory_bytes - 1, workers=4).memory.keep_inputs
 
 
 def test_tasks_are_listed_in_order(make_model: MakeModel, make_job: MakeJob, text_file: Path) -> None:
