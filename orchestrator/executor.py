@@ -20,6 +20,7 @@ class Call:
     """A step under way: its receipt and its payload, as handles of the executor."""
 
     worker: int
+    method: str
     receipt: Any
     payload: Any
 
@@ -31,6 +32,7 @@ class Executor(ABC):
         self.job, self.run_folder, self.memory = job, run_folder, memory
         self.num_workers = job.parallel.workers
         self.peak_memory_bytes: dict[str, int] = {}
+        self.step_seconds: dict[str, float] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -63,8 +65,10 @@ class Executor(ABC):
         """
         receipts = self._receipts(calls)
         for call, receipt in zip(calls, receipts, strict=True):
-            name = f"worker-{call.worker}"
-            self.peak_memory_bytes[name] = max(self.peak_memory_bytes.get(name, 0), receipt["peak_memory_bytes"])
+            for kind, peak in receipt["peak_memory_bytes"].items():
+                name = f"worker-{call.worker}{kind}"
+                self.peak_memory_bytes[name] = max(self.peak_memory_bytes.get(name, 0), peak)
+            self.step_seconds[call.method] = self.step_seconds.get(call.method, 0.0) + receipt["seconds"]
         return receipts
 
     @abstractmethod
@@ -94,7 +98,7 @@ class InProcessExecutor(Executor):
     def submit(self, worker: int, method: str, *args: Any) -> Call:
         """Run the step now."""
         self.start()
-        return Call(worker, *getattr(self._worker, method)(*args))
+        return Call(worker, method, *getattr(self._worker, method)(*args))
 
     def _receipts(self, calls: Sequence[Call]) -> list[Receipt]:
         return [call.receipt for call in calls]

@@ -148,7 +148,7 @@ class RayExecutor(Executor):
         """Queue the step on its actor."""
         self.start()
         receipt, payload = getattr(self._actors[worker], method).options(num_returns=2).remote(*args)
-        return Call(worker, receipt, payload)
+        return Call(worker, method, receipt, payload)
 
     def _receipts(self, calls: Sequence[Call]) -> list[Receipt]:
         pending = [call.receipt for call in calls]

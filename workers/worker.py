@@ -57,7 +57,7 @@ P = ParamSpec("P")
 
 
 def step(method: "Callable[Concatenate[Worker, P], tuple[Receipt, Any]]") -> "Callable[Concatenate[Worker, P], tuple[Receipt, Any]]":
-    """Add the seconds a step took and the worker's peak memory (bytes) to its receipt."""
+    """Add the seconds a step took and the worker's peak memory (bytes, per kind) to its receipt."""
 
     @wraps(method)
     def timed(worker: "Worker", /, *args: P.args, **kwargs: P.kwargs) -> tuple[Receipt, Any]:
@@ -68,7 +68,7 @@ def step(method: "Callable[Concatenate[Worker, P], tuple[Receipt, Any]]") -> "Ca
             raise ResourceError(
                 f"{method.__name__}: out of memory ({error}): lower parallel.micro_batch, raise parallel.workers or set memory.worker"
             ) from None
-        return receipt | {"seconds": time.perf_counter() - start, "peak_memory_bytes": worker._peak.bytes}, payload
+        return receipt | {"seconds": time.perf_counter() - start, "peak_memory_bytes": worker.peak_memory_bytes()}, payload
 
     return timed
 
@@ -86,6 +86,11 @@ class Worker:
         threadpool_limits(job.parallel.threads_per_worker)
         torch.backends.cuda.matmul.allow_tf32 = False
         self._probe: dict[tuple[int, int], tuple[int, list[MicroBatch]]] = {}
+
+    def peak_memory_bytes(self) -> dict[str, int]:
+        """Highest memory so far: private memory of the process, and what was allocated on its GPU."""
+        gpu = {" GPU": torch.cuda.max_memory_allocated(self.device)} if self.device.type == "cuda" else {}
+        return {"": self._peak.bytes} | gpu
 
     @cached_property
     def _checkpoint(self) -> Checkpoint:
@@ -311,7 +316,8 @@ class Worker:
         windows_NT = self._tokens(EVALUATION_TASK)[slice(*owned)]
         if len(windows_NT) == 0:
             return {"losses": []}, None
-        return {"losses": window_losses(Path(model_path), windows_NT, owned[0], stride, self._dtype, self.device)}, None
+        store = self._spill(self._memory.spill_hidden).store
+        return {"losses": window_losses(Path(model_path), windows_NT, owned[0], stride, self._dtype, self.device, store)}, None
 
     @step
     def check_export(self, expected_parameters: int) -> tuple[Receipt, None]:
