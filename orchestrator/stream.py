@@ -9,6 +9,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from orchestrator.context import Context
@@ -37,14 +38,13 @@ def stream_layers(context: Context, stage: str, expected: Sequence[tuple[str, st
         RaypruneError: from the first layer that fails; the finished ones stay.
     """
     with context.stage(stage, len(expected)):
-        missing = _unfinished(context, expected)
-        for task, _ in expected:
-            if not missing or task < expected[missing[0]][0]:
-                context.emit("task-found", task=task)
+        missing = _unfinished(context, expected, range(len(expected)))
+        for layer in sorted(set(range(len(expected))) - set(missing)):
+            context.emit("task-found", task=expected[layer][0])
         layers = range(_first_layer(context, missing[0]), len(expected)) if missing else range(0)
         for wave in waves(layers, context.executor.num_workers, context.plan.memory.layers_per_chunk):
             name = f"layers {wave[0].start} to {wave[-1].stop - 1}"
-            context.attempt(name, lambda wave=wave: _run_wave(context, stage, wave, expected))  # type: ignore[misc]
+            context.attempt(name, partial(_run_wave, context, stage, wave, expected))
     return [_finished(context, *task) for task in expected]
 
 
@@ -54,8 +54,8 @@ def _finished(context: Context, task: str, fingerprint: str) -> Manifest:
     return done
 
 
-def _unfinished(context: Context, expected: Sequence[tuple[str, str]]) -> list[int]:
-    return [layer for layer, task in enumerate(expected) if context.folder.finished(*task) is None]
+def _unfinished(context: Context, expected: Sequence[tuple[str, str]], layers: range) -> list[int]:
+    return [layer for layer in layers if context.folder.finished(*expected[layer]) is None]
 
 
 def _num_batches(context: Context) -> int:
@@ -73,7 +73,7 @@ def _first_layer(context: Context, missing: int) -> int:
 def _run_wave(context: Context, stage: str, wave: Wave, expected: Sequence[tuple[str, str]]) -> None:
     """Statistics of the wave's unfinished layers, then their decisions."""
     start = time.monotonic()
-    wanted = [layer for layer in _unfinished(context, expected) if wave[0].start <= layer < wave[-1].stop]
+    wanted = _unfinished(context, expected, range(wave[0].start, wave[-1].stop))
     _flow(context, wave, wanted)
     submit, kept = context.executor.submit, context.plan.shape.kept
     settled = [(i, submit(place, "settle", i, expected[i][1], kept)) for place, chunk in enumerate(wave) for i in chunk if i in wanted]
