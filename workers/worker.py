@@ -39,11 +39,11 @@ from workers.layout import (
     model_folder,
     task_folder,
 )
-from workers.linalg import WIDE
 from workers.methods import SELECTORS
-from workers.shards import Node, even_parts, reduce_tree, roots
+from workers.scratch import Scratch
+from workers.shards import Node, even_parts, merge_siblings, roots
 from workers.slicing import Cut, CutArrays, slice_layer, unit_rows
-from workers.statistics import STATISTICS, Statistic
+from workers.statistics import Statistic, restored, statistic_type
 from workers.sweep import Parts, Sweep, embed_all, grow_states, micro_batches
 
 Receipt = dict[str, Any]
@@ -105,9 +105,14 @@ class Worker:
     def _tokens(self, task: str) -> Tensor:
         return load_file(task_folder(self.run_folder, task) / TOKENS_FILE)["tokens"].clone()
 
-    @property
-    def _statistic(self) -> type[Statistic]:
-        return STATISTICS[self.job.method.factorization]
+    @cached_property
+    def _scratch(self) -> Scratch:
+        return Scratch(self.device, None)
+
+    def _statistic(self, num_windows: int, width: int) -> Statistic:
+        """The statistic of no tokens, of the kind for so many windows."""
+        num_tokens = num_windows * self.job.calibration.sequence_length
+        return statistic_type(self.job.method.factorization, num_tokens, width).empty(width, self._scratch)
 
     @cached_property
     def _sweep(self) -> Sweep:
@@ -119,7 +124,7 @@ class Worker:
         return Sweep(
             self._model,
             list(self._groups.values()),
-            self._statistic,
+            partial(self._statistic, options.samples),
             shards,
             self.run_folder,
             self.job.memory.checkpoint_layers,
@@ -157,7 +162,7 @@ class Worker:
         trees = roots(self.job.budget.probe_samples, num_held_out)
 
         def leaf(name: str, window: int) -> Statistic:
-            statistic = self._statistic.empty(self._groups[name].width, self.device)
+            statistic = self._statistic(count, self._groups[name].width)
             statistic.update(inputs[window - owned[0]][name].flatten(0, -2))
             return statistic
 
@@ -196,16 +201,15 @@ class Worker:
     def _decide(self, layer: int, name: str, num_kept: int, trees: tuple[Node, Node], parts: Any) -> tuple[Cut, Correction]:
         group = self._groups[name]
         merged: Parts = {node: state for part in parts for node, state in part.items()}
-        rebuilt = {node: self._statistic.from_state(state, self.device) for node, state in merged.items()}
-        training, held_out = (reduce_tree(tree, rebuilt, lambda left, right: left.merge(right)) for tree in trees)
+        rebuilt = {node: restored(state, self._scratch) for node, state in merged.items()}
+        training, held_out = (merge_siblings(tree, rebuilt, lambda left, right: left.merge(right))[tree] for tree in trees)
         weight = f"{group.consumer}.weight"
         info = self._checkpoint.layer_tensors(layer)
         weight_DF = read_tensors(self._checkpoint, {weight: info[weight]}, layer_prefix(layer))[weight]
-        wide_DF = weight_DF.to(self.device, WIDE)
-        units = SELECTORS[self.job.method.name](training, wide_DF, group.columns, num_kept).cpu()
+        units = SELECTORS[self.job.method.name](training, weight_DF, group.columns, num_kept).cpu()
         columns_K = unit_rows(units, group.columns).to(self.device)
-        correction = correct(training, held_out, wide_DF, columns_K, self.job.correction)
-        return Cut(name, units, correction.weight_DK.to("cpu", self._disk_dtype(weight_DF))), correction
+        correction = correct(training, held_out, weight_DF, columns_K, self.job.correction, self._disk_dtype(weight_DF))
+        return Cut(name, units, correction.weight_DK), correction
 
     def _disk_dtype(self, tensor: Tensor) -> torch.dtype:
         return tensor.dtype if self.job.export.dtype == "auto" else _torch_dtype(self.job.export.dtype)
