@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 from orchestrator.context import Context
+from orchestrator.executor import Call, Executor
 from orchestrator.stream import stream_layers
 from workers.files import Manifest
 from workers.layout import layer_task, selection_task
@@ -61,10 +62,19 @@ def _prune_layer(context: Context, layer: int, fingerprint: str) -> None:
     for name in context.plan.pruned_groups():
         collected = [executor.submit(worker, "collect", layer, name, (part.start, part.stop), *cuts) for worker, part in enumerate(parts)]
         executor.wait(collected)
-        decision = executor.submit(writer, "decide", layer, name, kept[name], *(call.payload for call in collected))
+        decision = executor.submit(writer, "decide", layer, name, kept[name], *_reduced(executor, collected))
         (receipt,) = executor.wait([decision])
         groups[name] = receipt["group"]
         cuts.append(decision.payload)
     executor.wait([executor.submit(writer, "write_layer", layer, fingerprint, kept, groups, *cuts)])
     seconds = time.monotonic() - start
     context.emit("step-finished", stage="sweep", layer=layer, seconds=seconds, groups=groups, peak_memory_bytes=context.peak_memory_bytes())
+
+
+def _reduced(executor: Executor, calls: Sequence[Call]) -> list[Any]:
+    """The statistics of all workers, merged in pairs from worker to worker until two payloads are left."""
+    while len(calls) > 2:
+        pairs = [calls[start : start + 2] for start in range(0, len(calls), 2)]
+        calls = [executor.submit(p[0].worker, "reduce", *(call.payload for call in p)) if len(p) == 2 else p[0] for p in pairs]
+        executor.wait(calls)
+    return [call.payload for call in calls]

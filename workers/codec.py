@@ -1,4 +1,4 @@
-"""Tensors as numpy arrays without a copy, as they travel between workers. numpy has no bfloat16: it travels as int16."""
+"""Tensors as numpy arrays and back, without a copy and without loss."""
 
 import warnings
 
@@ -6,16 +6,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_READ_ONLY = "The given NumPy array is not writable"
+
 
 def to_array(tensor: Tensor) -> np.ndarray:
-    """The tensor's memory (copied only from a GPU, or where it is not contiguous)."""
-    tensor = tensor.detach().cpu().contiguous()
+    """The tensor's memory as an array, if it lies in host memory; numpy has no bfloat16, so its bits travel as int16."""
+    tensor = tensor.detach().cpu()
     return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 def from_array(array: np.ndarray, dtype: torch.dtype) -> Tensor:
-    """What `to_array` was given, in the array's own memory, which may belong to other readers too: it must not be written to."""
+    """The tensor `to_array` was given, in the array's memory. The array may be read-only, so the tensor must not be written to."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # a read-only array is what is expected
+        warnings.filterwarnings("ignore", message=_READ_ONLY)
         tensor = torch.from_numpy(array)
-    return tensor.view(dtype) if dtype == torch.bfloat16 else tensor
+    return tensor.view(dtype)

@@ -33,12 +33,12 @@ class Stream:
         self,
         model: StreamedModel,
         groups: Sequence[UnitGroup],
-        empty: Callable[[UnitGroup, bool], Statistic],
+        empty: Callable[[int], Statistic],
         batches: Sequence[Tensor],
         num_training: int,
         run_folder: Path,
     ) -> None:
-        """`empty(group, held_out)` makes a statistic; the first `num_training` micro-batches are for training."""
+        """`empty(width)` makes a statistic; the first `num_training` micro-batches are for training."""
         self._model, self._empty, self._batches, self._num_training, self._folder = model, empty, batches, num_training, run_folder
         self._groups = {group.name: group for group in groups}
         self._modules: dict[int, nn.Module] = {}
@@ -72,7 +72,7 @@ class Stream:
         self._modules = {index: self._model.load_layer(index, prefetch=index + 1 < chunk.stop) for index in chunk}
         groups = self._groups.items()
         self._fits = {
-            (i, name): (self._empty(group, False), self._empty(group, True)) for i in wanted if i in chunk for name, group in groups
+            (i, name): (self._empty(group.width), self._empty(group.width)) for i in wanted if i in chunk for name, group in groups
         }
 
     def _entering(self, layer: int, number: int, before: np.ndarray | None) -> MicroBatch:
@@ -103,4 +103,5 @@ class Stream:
         if not all(statistic.is_finite() for statistic in fits):
             consumer = self._groups[name].consumer
             raise ModelError(f"layer {layer}, {name}: input of {consumer} is not finite; set model.dtype: float32")
-        return fits
+        training, held_out = fits
+        return training.finished(), held_out.finished()

@@ -65,7 +65,7 @@ class Sweep:
         self,
         model: StreamedModel,
         groups: Sequence[UnitGroup],
-        statistic: type[Statistic],
+        statistic: Callable[[int], Statistic],
         shards: Sequence[Sequence[Tensor]],
         run_folder: Path,
         checkpoint_layers: int,
@@ -90,7 +90,7 @@ class Sweep:
         return grow_states(trees, owned, lambda shard: self._shard_statistic(module, layer, shard, name, cuts))
 
     def _shard_statistic(self, module: nn.Module, layer: int, shard: int, name: str, cuts: Mapping[str, Cut]) -> Statistic:
-        statistic = self._statistic.empty(self._groups[name].width, self._model.device)
+        statistic = self._statistic(self._groups[name].width)
         for batch in self._shards[shard].batches:
             self._forget_from(batch, name)
             self._apply(module, layer, batch, cuts)

@@ -42,13 +42,12 @@ from workers.layout import (
     selection_task,
     task_folder,
 )
-from workers.linalg import WIDE
 from workers.memory import PeakMemory
 from workers.methods import SELECTORS
 from workers.scratch import Scratch
-from workers.shards import Node, even_parts, reduce_tree, roots
+from workers.shards import Node, even_parts, merge_siblings, roots
 from workers.slicing import Cut, CutArrays, slice_layer, unit_rows
-from workers.statistics import STATISTICS, Statistic
+from workers.statistics import Statistic, restored, statistic_type
 from workers.stream import Fits, Stream
 from workers.sweep import Parts, Sweep, embed_all, grow_states, micro_batches
 
@@ -118,16 +117,21 @@ class Worker:
     def _tokens(self, task: str) -> Tensor:
         return load_file(task_folder(self.run_folder, task) / TOKENS_FILE)["tokens"].clone()
 
-    @property
-    def _statistic(self) -> type[Statistic]:
-        return STATISTICS[self.job.method.factorization]
+    @cached_property
+    def _scratch(self) -> Scratch:
+        return self._spill(self._memory.spill_statistics)
+
+    def _statistic(self, num_windows: int, width: int) -> Statistic:
+        """The statistic of no tokens, of the kind for so many windows."""
+        num_tokens = num_windows * self.job.calibration.sequence_length
+        return statistic_type(self.job.method.factorization, num_tokens, width).empty(width, self._scratch)
 
     @cached_property
     def _sweep(self) -> Sweep:
         return Sweep(
             self._model,
             list(self._groups.values()),
-            self._statistic,
+            partial(self._statistic, self.job.calibration.samples),
             self._shards(),
             self.run_folder,
             self.job.memory.checkpoint_layers,
@@ -147,7 +151,7 @@ class Worker:
         return Stream(
             self._model,
             list(self._groups.values()),
-            lambda group, _: self._statistic.empty(group.width, self.device),
+            partial(self._statistic, self.job.calibration.samples),
             batches,
             sum(len(shard) for shard in shards[:-held_out]),
             self.run_folder,
@@ -184,7 +188,7 @@ class Worker:
         trees = roots(self.job.budget.probe_samples, num_held_out)
 
         def leaf(name: str, window: int) -> Statistic:
-            statistic = self._statistic.empty(self._groups[name].width, self.device)
+            statistic = self._statistic(count, self._groups[name].width)
             statistic.update(inputs[window - owned[0]][name].flatten(0, -2))
             return statistic
 
@@ -215,10 +219,18 @@ class Worker:
         return {"group": self._summary(group, num_kept, correction)}, cut.arrays()
 
     def _merged(self, trees: tuple[Node, Node], parts: Sequence[Parts]) -> Fits:
-        merged: Parts = {node: state for part in parts for node, state in part.items()}
-        rebuilt = {node: self._statistic.from_state(state, self.device) for node, state in merged.items()}
-        training, held_out = (reduce_tree(tree, rebuilt, lambda left, right: left.merge(right)) for tree in trees)
+        training, held_out = (self._siblings(tree, parts)[tree] for tree in trees)
         return training, held_out
+
+    def _siblings(self, tree: Node, parts: Sequence[Parts]) -> dict[Node, Statistic]:
+        rebuilt = {node: restored(state, self._scratch) for part in parts for node, state in part.items()}
+        return {node: fit.finished() for node, fit in merge_siblings(tree, rebuilt, lambda left, right: left.merge(right)).items()}
+
+    @step
+    def reduce(self, *parts: Parts) -> tuple[Receipt, Parts]:
+        """Merge statistics of several workers as far as the tree over the shards allows."""
+        trees = roots(self.job.calibration.shards, self.job.calibration.held_out_shards)
+        return {}, {node: fit.state() for tree in trees for node, fit in self._siblings(tree, parts).items()}
 
     def _summary(self, group: str, num_kept: int, correction: Correction) -> Receipt:
         return {
@@ -234,7 +246,7 @@ class Worker:
         return read_tensors(self._checkpoint, {name: self._checkpoint.layer_tensors(layer)[name]}, layer_prefix(layer))[name]
 
     def _select(self, layer: int, name: str, num_kept: int, training: Statistic) -> Tensor:
-        weight_DF = self._consumer_weight(layer, self._groups[name]).to(self.device, WIDE)
+        weight_DF = self._consumer_weight(layer, self._groups[name])
         return SELECTORS[self.job.method.name](training, weight_DF, self._groups[name].columns, num_kept).cpu()
 
     def _selected(self, layer: int, name: str) -> Tensor:
@@ -248,8 +260,8 @@ class Worker:
         units = self._select(layer, name, num_kept, fits[0]) if units is None else units
         weight_DF = self._consumer_weight(layer, self._groups[name])
         columns_K = unit_rows(units, self._groups[name].columns).to(self.device)
-        correction = correct(*fits, weight_DF.to(self.device, WIDE), columns_K, self.job.correction)
-        return Cut(name, units, correction.weight_DK.to("cpu", self._disk_dtype(weight_DF))), correction
+        correction = correct(*fits, weight_DF, columns_K, self.job.correction, self._disk_dtype(weight_DF))
+        return Cut(name, units, correction.weight_DK), correction
 
     def _disk_dtype(self, tensor: Tensor) -> torch.dtype:
         return tensor.dtype if self.job.export.dtype == "auto" else _torch_dtype(self.job.export.dtype)
