@@ -7,10 +7,7 @@ Calibrates on the first windows of TEXT (64 x 512 tokens unless overridden) and 
 """
 
 import argparse
-import datetime
 import json
-import os
-import platform
 import shlex
 import subprocess
 import sys
@@ -18,15 +15,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from benchmarks.result_file import record
+
 HERE = Path(__file__).parent
 JOB = HERE.parent / "examples" / "smollm2" / "job.yaml"
 HELD_OUT_FRACTION = 0.2
-
-
-def processor() -> str:
-    """The processor's name, as Linux gives it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def prune(text: Path, overrides: list[str], folder: Path) -> dict[str, Any]:
@@ -43,14 +36,9 @@ def prune(text: Path, overrides: list[str], folder: Path) -> dict[str, Any]:
     return report
 
 
-def page(report: dict[str, Any], command: str) -> str:
-    """The result as Markdown."""
-    lines = [f"# Demo model, {datetime.date.today()}", "", f"`{command}`", ""]
-    lines += [
-        f"Machine: {processor()}, {os.cpu_count()} cores. " + ", ".join(f"{k} {v}" for k, v in report["environment"].items()) + ".",
-        "",
-    ]
-    lines += ["| | before | after | after / before |", "|---|--:|--:|--:|"]
+def body(report: dict[str, Any]) -> list[str]:
+    """The result as lines of Markdown."""
+    lines = ["| | before | after | after / before |", "|---|--:|--:|--:|"]
     for name in ("parameters", "decoder_parameters", "bytes_on_disk", "perplexity"):
         before, after = report[name]["before"], report[name]["after"]
         form = "{:.3f}" if name == "perplexity" else "{:,}"
@@ -62,9 +50,8 @@ def page(report: dict[str, Any], command: str) -> str:
     lines += [
         "",
         "Peak memory: " + ", ".join(f"{name} {value / 2**30:.2f} GiB" for name, value in report["peak_memory_bytes"].items()) + ".",
-        "",
     ]
-    return "\n".join(lines)
+    return lines
 
 
 def main() -> None:
@@ -76,10 +63,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         report = prune(options.text.absolute(), options.overrides, Path(folder))
     words = [options.text.name, *(word for setting in options.overrides for word in ("--set", setting))]
-    result = page(report, "python -m benchmarks.demo_model " + shlex.join(words))
-    file = HERE / "results" / f"demo-model_cpu_{datetime.date.today()}.md"
-    file.write_text(result, encoding="utf-8")
-    print(f"{result}\nwritten to {file}")
+    command = "python -m benchmarks.demo_model " + shlex.join(words)
+    record("demo-model_cpu", "Demo model", command, report["environment"], body(report))
 
 
 if __name__ == "__main__":
