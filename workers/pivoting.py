@@ -121,7 +121,7 @@ def pivot_rows(rows_NF: Tensor, scale_F: Tensor, count: int, scratch: Scratch) -
     LAPACK geqp3, about 4 N^2 F flops where N < F, half of them BLAS-2; one fp64 copy of the rows, in `scratch`.
     """
     scaled_FN = torch.mul(rows_NF.T, scale_F[:, None], out=scratch.empty(*rows_NF.T.shape, dtype=WIDE))
-    energy_F = scaled_FN.square().sum(1)
+    energy_F = torch.linalg.vector_norm(scaled_FN, dim=1).square()
     if not len(rows_NF):
         return by_energy(torch.empty(0, dtype=torch.int64, device=energy_F.device), energy_F, count)
     factor, pivots, _, _, info = lapack.dgeqp3(scaled_FN.cpu().numpy().T, overwrite_a=1)
