@@ -72,7 +72,7 @@ def gather_(out: Tensor, matrix: Tensor, rows: Tensor, columns: Tensor) -> Tenso
 
 
 def gram_energy(gram_FF: Tensor, rows_BF: Tensor) -> float:
-    """|Z M'|^2 = tr(M G M') from the lower triangle of G = Z'Z. Accurate to about 1e-16 |Z|^2 |M|^2. Cost: B F^2 flops."""
+    """|Z M'|^2 = tr(M G M') from the lower block triangle of G = Z'Z. Accurate to about 1e-16 |Z|^2 |M|^2. Cost: B F^2 flops."""
     total = torch.zeros((), dtype=WIDE, device=rows_BF.device)
     for block in row_slices(len(gram_FF)):
         own, below = rows_BF[:, block], rows_BF[:, block.stop :]

@@ -6,8 +6,8 @@ states) are not part of it.
 
 import resource
 import threading
-import time
 from pathlib import Path
+from typing import Self
 
 SAMPLE_SECONDS = 0.02
 _STATUS = Path("/proc/self/status")
@@ -25,16 +25,26 @@ class PeakMemory:
     """The highest private memory since the start, sampled by a thread of its own."""
 
     def __init__(self) -> None:
-        self._peak = private_bytes()
+        self._peak, self._done = private_bytes(), threading.Event()
         threading.Thread(target=self._watch, daemon=True, name="peak-memory").start()
 
     def _watch(self) -> None:
-        while True:
-            self._peak = max(self._peak, private_bytes())
-            time.sleep(SAMPLE_SECONDS)
+        while not self._done.wait(SAMPLE_SECONDS):
+            self._note()
+
+    def _note(self) -> None:
+        self._peak = max(self._peak, private_bytes())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._note()
+        self._done.set()
 
     @property
     def bytes(self) -> int:
-        """The peak so far, in bytes."""
-        self._peak = max(self._peak, private_bytes())
+        """The peak so far, in bytes; after a `with` block, that of the block."""
+        if not self._done.is_set():
+            self._note()
         return self._peak

@@ -50,12 +50,11 @@ class _Residual:
     energy_M: Tensor
     index_M: Tensor
 
-    def column(self, at: Tensor) -> Tensor:
-        """The column at a position known to the device only."""
-        position_M, stride = torch.arange(len(self.index_M), device=at.device), self.matrix_MM.stride(0)
+    def column(self, at: Tensor, position_M: Tensor) -> Tensor:
+        """The column at a position known to the device only; `position_M` counts from 0."""
+        stride = self.matrix_MM.stride(0)
         places_M = torch.add(position_M.minimum(at), position_M.maximum(at), alpha=stride)
-        flat = self.matrix_MM.as_strided((stride * len(self.index_M),), (1,))
-        return flat.index_select(0, places_M)
+        return self.matrix_MM.as_strided((stride * len(position_M),), (1,)).index_select(0, places_M)
 
     def subtract_(self, panel_BM: Tensor) -> None:
         """Take the panel's outer product away, below the diagonal."""
@@ -102,12 +101,12 @@ def _panel(residual: _Residual, size: int, floor: Tensor) -> tuple[Tensor, Tenso
     Takes their energy away from `residual`, but leaves its matrix as it is. Cost: 2 B^2 M flops.
     """
     panel_BM = residual.energy_M.new_empty(size, len(residual.energy_M))
-    picked_B = residual.index_M.new_empty(size)
+    position_M, picked_B = torch.arange(len(residual.index_M), device=floor.device), residual.index_M.new_empty(size)
     solid_B = torch.empty(size, dtype=torch.bool, device=floor.device)
     for step in range(size):
         at = torch.argmax(residual.energy_M, dim=0, keepdim=True)
         energy = residual.energy_M[at]
-        column_M = residual.column(at).addmv_(panel_BM[:step].T, panel_BM[:step].index_select(1, at).flatten(), alpha=-1)
+        column_M = residual.column(at, position_M).addmv_(panel_BM[:step].T, panel_BM[:step].index_select(1, at).flatten(), alpha=-1)
         is_solid = energy > floor
         torch.mul(column_M, torch.where(is_solid, energy.rsqrt(), 0.0), out=panel_BM[step])
         residual.energy_M.addcmul_(panel_BM[step], panel_BM[step], value=-1)
@@ -122,7 +121,7 @@ def pivot_rows(rows_NF: Tensor, scale_F: Tensor, count: int, scratch: Scratch) -
     LAPACK geqp3, about 4 N^2 F flops where N < F, half of them BLAS-2; one fp64 copy of the rows, in `scratch`.
     """
     scaled_FN = torch.mul(rows_NF.T, scale_F[:, None], out=scratch.empty(*rows_NF.T.shape, dtype=WIDE))
-    energy_F = scaled_FN.square().sum(1)
+    energy_F = torch.linalg.vector_norm(scaled_FN, dim=1).square()
     if not len(rows_NF):
         return by_energy(torch.empty(0, dtype=torch.int64, device=energy_F.device), energy_F, count)
     factor, pivots, _, _, info = lapack.dgeqp3(scaled_FN.cpu().numpy().T, overwrite_a=1)

@@ -215,3 +215,58 @@ def test_singular_systems_are_refused_with_advice_unless_damped(spoil: Callable[
         linalg.least_squares_solver(r_FF, 0.0)
     by_gram, by_rows = linalg.cholesky_solver(gram, 0.1)(cross.T), linalg.least_squares_solver(r_FF, 0.1)(r_FF[:, :2].T)
     torch.testing.assert_close(by_gram, by_rows, rtol=1e-10, atol=1e-12)
+
+
+def lapack_pivots(gram_FF: Tensor) -> list[int]:
+    _, pivots, rank, _ = scipy.linalg.lapack.dpstrf(gram_FF.numpy().copy(order="F"), lower=1)
+    return [int(pivot) - 1 for pivot in pivots[:rank]]
+
+
+@pytest.mark.parametrize("count", [1, 127, 128, 129, 300, 399, 400])
+@pytest.mark.parametrize("seed", range(2))
+def test_panels_take_the_pivots_of_lapack_and_stop(count: int, seed: int) -> None:
+    z_TF = activations(500, 400, seed)
+    gram_FF = z_TF.T @ z_TF
+    lower_FF = gram_FF.tril() + torch.full_like(gram_FF, torch.nan).triu(1)
+    assert pivoting.cholesky_pivots_(lower_FF, count).tolist() == lapack_pivots(gram_FF)[:count]
+
+
+@pytest.mark.parametrize("rank", [1, 128, 150, 390])
+def test_panels_stop_at_the_rank(rank: int) -> None:
+    z_TF = activations(500, 400)
+    z_TF[:, torch.randperm(400, generator=torch.Generator().manual_seed(0))[rank:]] = 0
+    gram_FF = z_TF.T @ z_TF
+    expected = lapack_pivots(gram_FF)
+    assert len(expected) == rank
+    assert pivoting.cholesky_pivots_(gram_FF, 400).tolist() == expected
+
+
+def test_panels_stop_at_the_rank_of_dependent_columns() -> None:
+    z_TF = activations(500, 150)
+    z_TF = torch.cat([z_TF, 0.1 * z_TF @ torch.rand(150, 60, generator=torch.Generator().manual_seed(0), dtype=torch.float64) / 150], dim=1)
+    assert sorted(pivoting.cholesky_pivots_(z_TF.T @ z_TF, 210).tolist()) == list(range(150))
+
+
+@pytest.mark.parametrize("pivot", [blocks_by_gram, blocks_by_r])
+def test_dependent_blocks_follow_by_energy(pivot: Callable[..., list[int]]) -> None:
+    z_TF = activations(60, 10)
+    z_TF[:, 2:4] = 0
+    z_TF[:, 6:8] = 0.1 * z_TF[:, 0:2]
+    z_TF[:, 8:] = 0.2 * z_TF[:, 4:6]
+    taken = pivot(z_TF, torch.ones(10, dtype=torch.float64), 2, 5)
+    assert set(taken[:2]) == {0, 2}
+    energies = z_TF.square().sum(0).reshape(5, 2).sum(1)
+    assert taken[2:] == sorted([1, 3, 4], key=lambda block: -float(energies[block]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_column_norms_of_blocks(dtype: torch.dtype) -> None:
+    weight_DF = activations(1100, 7).to(dtype)
+    torch.testing.assert_close(linalg.column_norms(weight_DF), weight_DF.double().norm(dim=0), rtol=1e-13, atol=0)
+
+
+def test_energy_reads_the_lower_block_triangle_alone() -> None:
+    z_TF, rows_BF = activations(40, 1030), activations(3, 1030, seed=5)
+    gram_FF = z_TF.T @ z_TF
+    gram_FF[:512, 512:], gram_FF[:1024, 1024:] = torch.nan, torch.nan
+    assert linalg.gram_energy(gram_FF, rows_BF) == pytest.approx(float((z_TF @ rows_BF.T).square().sum()), rel=1e-12)
