@@ -4,7 +4,7 @@ A step's payload stays where it was made, behind a handle that can be given to a
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -12,6 +12,12 @@ from typing import Any, Self
 from specs.job import JobSpec
 
 Receipt = dict[str, Any]
+Notify = Callable[..., None]
+"""Takes the name of an event and its fields."""
+
+
+def unheard(event: str, **fields: Any) -> None:
+    """Where events go that nobody listens to."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +44,8 @@ class Executor(ABC):
         self.close()
 
     @abstractmethod
-    def start(self) -> None:
-        """Start the workers, unless they run; the first step does it too.
+    def start(self, notify: Notify = unheard) -> None:
+        """Start the workers, unless they run; the first step does it too. What is waited for goes to `notify`.
 
         Raises:
             WorkerFailure: they cannot be started.
@@ -83,7 +89,7 @@ class InProcessExecutor(Executor):
         self.num_workers = 1
         self._worker: Any = None
 
-    def start(self) -> None:
+    def start(self, notify: Notify = unheard) -> None:
         """Import torch and make the worker."""
         if self._worker is None:
             from workers.worker import Worker

@@ -26,7 +26,7 @@ from workers.correction import Correction, correct
 from workers.evaluate import window_losses
 from workers.export import check_loads
 from workers.families import UnitGroup, layer_prefix, unit_groups
-from workers.files import commit, write_tensors
+from workers.files import FileRecord, commit, write_tensors
 from workers.layers import MicroBatch, StreamedModel, read_tensors
 from workers.layout import (
     CALIBRATION_TASK,
@@ -44,6 +44,7 @@ from workers.methods import SELECTORS
 from workers.shards import Node, even_parts, reduce_tree, roots
 from workers.slicing import Cut, CutArrays, slice_layer, unit_rows
 from workers.statistics import STATISTICS, Statistic
+from workers.storage import check_same_files
 from workers.sweep import Parts, Sweep, embed_all, grow_states, micro_batches
 
 Receipt = dict[str, Any]
@@ -125,6 +126,12 @@ class Worker:
             self.job.memory.checkpoint_layers,
             self._keep_inputs,
         )
+
+    @step
+    def check_storage(self, expected: dict[str, FileRecord]) -> tuple[Receipt, None]:
+        """Check that this node sees the driver's files."""
+        check_same_files(expected)
+        return {}, None
 
     @step
     def tokenize(self, task: str, task_fingerprint: str) -> tuple[Receipt, None]:
