@@ -1,4 +1,4 @@
-"""The one module that knows Ray: one actor per worker, Ray's own retries off, waits polled so that signals get through.
+"""The one module that knows Ray's actors: one actor per worker, Ray's own retries off, waits polled so that signals get through.
 
 Ray's retries stay off because with them on it re-runs an actor's calls in another order, silently. The driver retries.
 """
