@@ -4,7 +4,7 @@ A step's payload stays where it was made, behind a handle that can be given to a
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -13,6 +13,12 @@ from specs.job import JobSpec
 from specs.memory import MemoryPlan
 
 Receipt = dict[str, Any]
+Notify = Callable[..., None]
+"""Takes the name of an event and its fields."""
+
+
+def unheard(event: str, **fields: Any) -> None:
+    """Where events go that nobody listens to."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +47,8 @@ class Executor(ABC):
         self.close()
 
     @abstractmethod
-    def start(self) -> None:
-        """Start the workers, unless they run; the first step does it too.
+    def start(self, notify: Notify = unheard) -> None:
+        """Start the workers, unless they run; the first step does it too. What is waited for goes to `notify`.
 
         Raises:
             WorkerFailure: they cannot be started.
@@ -88,7 +94,7 @@ class InProcessExecutor(Executor):
         self.num_workers = 1
         self._worker: Any = None
 
-    def start(self) -> None:
+    def start(self, notify: Notify = unheard) -> None:
         """Import torch and make the worker."""
         if self._worker is None:
             from workers.worker import Worker

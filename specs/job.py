@@ -190,6 +190,8 @@ class ClusterSpec(Section):
     """`ray`: one Ray actor per worker; `in-process`: all work in the driver's process."""
     address: str = Field(default="local", min_length=1)
     """`local`: a private Ray on this machine; else the address of a Ray cluster, or `auto` for the one this runs in."""
+    wait_seconds: int = Field(default=0, ge=0, le=86_400)
+    """How long a run waits, in seconds, for an autoscaler to bring missing CPUs and GPUs; 0: it stops at once."""
 
 
 class JobSpec(Section):

@@ -27,7 +27,7 @@ from workers.correction import Correction, correct
 from workers.evaluate import window_losses
 from workers.export import check_loads
 from workers.families import UnitGroup, layer_prefix, unit_groups
-from workers.files import commit, read_manifest, write_tensors
+from workers.files import FileRecord, commit, read_manifest, write_tensors
 from workers.layers import MicroBatch, StreamedModel, read_tensors
 from workers.layout import (
     CACHE,
@@ -48,6 +48,7 @@ from workers.scratch import Scratch
 from workers.shards import Node, even_parts, merge_siblings, roots
 from workers.slicing import Cut, CutArrays, slice_layer, unit_rows
 from workers.statistics import Statistic, restored, statistic_type
+from workers.storage import check_same_files
 from workers.stream import Fits, Stream
 from workers.sweep import Parts, Sweep, embed_all, grow_states, micro_batches
 
@@ -156,6 +157,12 @@ class Worker:
             sum(len(shard) for shard in shards[:-held_out]),
             self.run_folder,
         )
+
+    @step
+    def check_storage(self, expected: dict[str, FileRecord]) -> tuple[Receipt, None]:
+        """Check that this node sees the driver's files."""
+        check_same_files(expected)
+        return {}, None
 
     @step
     def tokenize(self, task: str, task_fingerprint: str) -> tuple[Receipt, None]:

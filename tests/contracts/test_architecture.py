@@ -20,9 +20,17 @@ FILES = {
 }
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
-ONLY_IN = {"ray": {"orchestrator.ray_executor"}, "rich": {"orchestrator.progress"}}
+ONLY_IN = {"ray": {"orchestrator.ray_executor", "orchestrator.submit"}, "rich": {"orchestrator.progress"}}
 TORCH = {"torch", "transformers", "accelerate"}
-WITHOUT_TORCH = {"workers.families", "workers.checkpoint", "workers.files", "workers.shards", "workers.config_patch", "workers.layout"}
+WITHOUT_TORCH = {
+    "workers.families",
+    "workers.checkpoint",
+    "workers.files",
+    "workers.shards",
+    "workers.config_patch",
+    "workers.layout",
+    "workers.storage",
+}
 
 
 def is_type_checking(node: ast.AST) -> bool:
@@ -151,6 +159,7 @@ def run(*words):
 
 job = sys.argv[1]
 run("--help")
+run("submit", "--help")
 run("schema")
 run("validate", job)
 run("plan", job)

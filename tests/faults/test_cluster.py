@@ -1,4 +1,4 @@
-"""A real multi-node Ray cluster on this machine: a node is killed in mid-sweep, the job finishes with the same bytes."""
+"""A real multi-node Ray cluster on this machine: a node is killed in mid-sweep, or comes late; the job ends with the same bytes."""
 
 import json
 import subprocess
@@ -51,3 +51,54 @@ def test_killed_node(placement: str, interrupted: str, make_model: MakeModel, ma
     events = [json.loads(line) for line in (tmp_path / "cluster" / "events.jsonl").read_text().splitlines()]
     assert [event["task"] for event in events if event["event"] == "worker-failed"] == [interrupted]
     assert folder_bytes(tmp_path / "cluster" / "model") == folder_bytes(tmp_path / "calm" / "model")
+
+
+LATE = """
+import sys
+from pathlib import Path
+
+from ray.cluster_utils import Cluster
+
+from orchestrator.run import run_job
+from specs.errors import ResourceError
+from specs.loader import load_job
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+nodes = [cluster.add_node(num_cpus=1)]
+settings = ["cluster.executor=ray", f"cluster.address={cluster.address}", "parallel.workers=2"]
+
+
+def run(wait, show):
+    run_job(load_job(Path(sys.argv[1]), [*settings, f"cluster.wait_seconds={wait}"]), Path(sys.argv[2]), show)
+
+
+def add_a_node(event):
+    if event["event"] == "waiting-for-nodes" and len(nodes) == 1:
+        nodes.append(cluster.add_node(num_cpus=1))
+
+
+try:
+    run(2, lambda event: None)
+    sys.exit("it should have stopped")
+except ResourceError as error:
+    print(error)
+run(60, add_a_node)
+cluster.shutdown()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_late_node(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
+    """The first run waits two seconds in vain; the second gets its node while it waits."""
+    job, out = make_job(make_model(), budget={"kv_groups": 1}), tmp_path / "late"
+    assert main(["run", str(job), "--out", str(tmp_path / "calm")]) == 0
+    finished = subprocess.run([sys.executable, "-c", LATE, str(job), str(out)], capture_output=True, timeout=200, text=True)
+    assert finished.returncode == 0, finished.stderr
+    assert "2 workers need 2 CPUs, the cluster has 1 CPUs" in finished.stdout
+    events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
+    waited = [event for event in events if event["event"] == "waiting-for-nodes"]
+    assert [event["wait_seconds"] for event in waited] == [2, 60]
+    assert waited[0]["have"] == {"CPU": 1.0}
+    assert waited[0]["need"] == {"CPU": 2.0}
+    assert folder_bytes(out / "model") == folder_bytes(tmp_path / "calm" / "model")
