@@ -7,64 +7,48 @@ Calibrates on the first windows of TEXT (64 x 512 tokens unless overridden) and 
 """
 
 import argparse
-import datetime
 import json
-import os
-import platform
-import shlex
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from benchmarks.results import record, table
+
 HERE = Path(__file__).parent
 JOB = HERE.parent / "examples" / "smollm2" / "job.yaml"
 HELD_OUT_FRACTION = 0.2
 
 
-def processor() -> str:
-    """The processor's name, as Linux gives it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-
-
-def prune(text: Path, overrides: list[str], folder: Path) -> dict[str, Any]:
-    """Run the job in a process of its own; the report."""
-    content = text.read_text(encoding="utf-8")
-    held_out = folder / "held_out.txt"
-    held_out.write_text(content[int(len(content) * (1 - HELD_OUT_FRACTION)) :], encoding="utf-8")
-    settings = [f"calibration.path={text}", f"evaluation.path={held_out}", "evaluation.max_windows=null", *overrides]
+def run(settings: list[str], out: Path) -> dict[str, Any]:
+    """Run the demo's job with other settings in a process of its own; the report."""
     words = [word for setting in settings for word in ("--set", setting)]
-    subprocess.run(
-        [sys.executable, "-m", "orchestrator.cli", "run", str(JOB), "--out", str(folder / "run"), *words], check=True, cwd=HERE.parent
-    )
-    report: dict[str, Any] = json.loads((folder / "run" / "report.json").read_text())
+    subprocess.run([sys.executable, "-m", "orchestrator.cli", "run", str(JOB), "--out", str(out), *words], check=True, cwd=HERE.parent)
+    report: dict[str, Any] = json.loads((out / "report.json").read_text())
     return report
 
 
-def page(report: dict[str, Any], command: str) -> str:
+def held_out(text: Path, folder: Path) -> Path:
+    """The last fifth of a text, in a file of its own."""
+    content, part = text.read_text(encoding="utf-8"), folder / "held_out.txt"
+    part.write_text(content[int(len(content) * (1 - HELD_OUT_FRACTION)) :], encoding="utf-8")
+    return part
+
+
+def page(report: dict[str, Any]) -> str:
     """The result as Markdown."""
-    lines = [f"# Demo model, {datetime.date.today()}", "", f"`{command}`", ""]
-    lines += [
-        f"Machine: {processor()}, {os.cpu_count()} cores. " + ", ".join(f"{k} {v}" for k, v in report["environment"].items()) + ".",
-        "",
-    ]
-    lines += ["| | before | after | after / before |", "|---|--:|--:|--:|"]
+    rows = []
     for name in ("parameters", "decoder_parameters", "bytes_on_disk", "perplexity"):
         before, after = report[name]["before"], report[name]["after"]
         form = "{:.3f}" if name == "perplexity" else "{:,}"
-        lines.append(f"| {name} | {form.format(before)} | {form.format(after)} | {after / before:.4f} |")
+        rows.append([name, form.format(before), form.format(after), f"{after / before:.4f}"])
     protocol = report["evaluation"]
-    lines += ["", f"Perplexity: last fifth of the text, {protocol['windows']} windows of {protocol['window']} tokens, "]
-    lines[-1] += f"{protocol['scored_tokens']} scored tokens. Shape: {report['shape']}."
-    lines += ["", "Seconds: " + ", ".join(f"{stage} {value:.1f}" for stage, value in report["seconds"].items()) + "."]
-    lines += [
-        "",
-        "Peak memory: " + ", ".join(f"{name} {value / 2**30:.2f} GiB" for name, value in report["peak_memory_bytes"].items()) + ".",
-        "",
-    ]
-    return "\n".join(lines)
+    evaluated = f"Perplexity: last fifth of the text, {protocol['windows']} windows of {protocol['window']} tokens, "
+    evaluated += f"{protocol['scored_tokens']} scored tokens. Shape: {report['shape']}."
+    seconds = "Seconds: " + ", ".join(f"{stage} {value:.1f}" for stage, value in report["seconds"].items()) + "."
+    memory = ", ".join(f"{name} {value / 2**30:.2f} GiB" for name, value in report["peak_memory_bytes"].items())
+    return "\n\n".join([table(["", "before", "after", "after / before"], rows), evaluated, seconds, f"Peak private memory: {memory}."])
 
 
 def main() -> None:
@@ -74,12 +58,10 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="a.b=c")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        report = prune(options.text.absolute(), options.overrides, Path(folder))
-    words = [options.text.name, *(word for setting in options.overrides for word in ("--set", setting))]
-    result = page(report, "python -m benchmarks.demo_model " + shlex.join(words))
-    file = HERE / "results" / f"demo-model_cpu_{datetime.date.today()}.md"
-    file.write_text(result, encoding="utf-8")
-    print(f"{result}\nwritten to {file}")
+        text, part = options.text.absolute(), held_out(options.text, Path(folder))
+        settings = [f"calibration.path={text}", f"evaluation.path={part}", "evaluation.max_windows=null", *options.overrides]
+        report = run(settings, Path(folder) / "run")
+    record("demo-model", page(report))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        options.command(options)
+        return options.command(options) or 0
     except RaypruneError as error:
         print(f"rayprune: {error}", file=sys.stderr)
         return error.exit_code
@@ -32,7 +32,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception:  # the process boundary: a bug, shown in full
         traceback.print_exc()
         return 1
-    return 0
 
 
 def _interrupt(*_: object) -> None:
@@ -44,6 +43,10 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     run = _job_command(commands, "run", _run, "run a job, or go on where an earlier attempt stopped")
     run.add_argument("--out", type=Path, required=True, help="run folder: tasks, model/ and report.json")
+    submit = _job_command(commands, "submit", _submit, "run a job on a Ray cluster, from outside it")
+    submit.add_argument("--out", type=Path, required=True, help="run folder, an absolute path that every node of the cluster sees")
+    submit.add_argument("--address", required=True, metavar="http://HOST:8265", help="the cluster's dashboard")
+    submit.add_argument("--no-wait", action="store_true", help="return as soon as the cluster has the job")
     plan = _job_command(commands, "plan", _plan, "show what a job will do and what it takes, from the model's config or headers alone")
     plan.add_argument("--profile", metavar="NAME|FILE", help="machine the times are for: " + ", ".join(PROFILES) + ", or a YAML file")
     profile = commands.add_parser("profile", help="measure this machine; prints a profile for `plan --profile`")
@@ -77,11 +80,20 @@ def _run(options: argparse.Namespace) -> None:
     from orchestrator.progress import ProgressView
     from orchestrator.report import print_summary
     from orchestrator.run import run_job
+    from orchestrator.submit import refuse_lost_paths
 
+    job = _load(options)
+    refuse_lost_paths(job, options.out)
     with ProgressView() as view:
-        report = run_job(_load(options), options.out, view.show)
+        report = run_job(job, options.out, view.show)
     print_summary(report)
     print(f"model: {options.out / 'model'}, report: {options.out / 'report.html'}")
+
+
+def _submit(options: argparse.Namespace) -> int:
+    from orchestrator.submit import submit
+
+    return submit(_load(options), options.out, options.address, not options.no_wait)
 
 
 def _plan(options: argparse.Namespace) -> None:

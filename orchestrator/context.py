@@ -1,10 +1,9 @@
 """What every stage of a job is given."""
 
-import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from orchestrator.executor import Executor
@@ -14,6 +13,7 @@ from orchestrator.run_folder import RunFolder
 from specs.job import JobSpec
 from workers.checkpoint import Checkpoint
 from workers.files import Manifest
+from workers.memory import PeakMemory
 
 T = TypeVar("T")
 
@@ -28,6 +28,7 @@ class Context:
     folder: RunFolder
     executor: Executor
     show: Callable[[dict[str, Any]], None]
+    memory: PeakMemory = field(default_factory=PeakMemory)
 
     def emit(self, event: str, **fields: Any) -> None:
         """Record an event and show it."""
@@ -44,8 +45,8 @@ class Context:
         self.emit("stage-finished", stage=name, steps=steps, seconds=time.monotonic() - start, peak_memory_bytes=self.peak_memory_bytes())
 
     def peak_memory_bytes(self) -> dict[str, int]:
-        """Peak resident memory of the driver and of every worker that has answered, in bytes."""
-        return {"driver": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024} | self.executor.peak_memory_bytes
+        """Peak private memory of the driver and of every worker that has answered, in bytes."""
+        return {"driver": self.memory.bytes} | self.executor.peak_memory_bytes
 
     def once(self, task: str, expected: str, work: Callable[[], object], redo_stale: bool = False) -> Manifest:
         """The manifest of a task, after doing its work unless it is done already.

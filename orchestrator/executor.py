@@ -4,14 +4,21 @@ A step's payload stays where it was made, behind a handle that can be given to a
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from specs.job import JobSpec
+from specs.memory import MemoryPlan
 
 Receipt = dict[str, Any]
+Notify = Callable[..., None]
+"""Takes the name of an event and its fields."""
+
+
+def unheard(event: str, **fields: Any) -> None:
+    """Where events go that nobody listens to."""
 
 
 @dataclass(frozen=True)
@@ -19,6 +26,7 @@ class Call:
     """A step under way: its receipt and its payload, as handles of the executor."""
 
     worker: int
+    method: str
     receipt: Any
     payload: Any
 
@@ -26,10 +34,11 @@ class Call:
 class Executor(ABC):
     """Interchangeable workers behind one interface; results do not depend on which one is used."""
 
-    def __init__(self, job: JobSpec, run_folder: Path, keep_inputs: bool) -> None:
-        self.job, self.run_folder, self.keep_inputs = job, run_folder, keep_inputs
+    def __init__(self, job: JobSpec, run_folder: Path, memory: MemoryPlan) -> None:
+        self.job, self.run_folder, self.memory = job, run_folder, memory
         self.num_workers = job.parallel.workers
         self.peak_memory_bytes: dict[str, int] = {}
+        self.step_seconds: dict[str, float] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -38,8 +47,8 @@ class Executor(ABC):
         self.close()
 
     @abstractmethod
-    def start(self) -> None:
-        """Start the workers, unless they run; the first step does it too.
+    def start(self, notify: Notify = unheard) -> None:
+        """Start the workers, unless they run; the first step does it too. What is waited for goes to `notify`.
 
         Raises:
             WorkerFailure: they cannot be started.
@@ -62,8 +71,10 @@ class Executor(ABC):
         """
         receipts = self._receipts(calls)
         for call, receipt in zip(calls, receipts, strict=True):
-            name = f"worker-{call.worker}"
-            self.peak_memory_bytes[name] = max(self.peak_memory_bytes.get(name, 0), receipt["peak_memory_bytes"])
+            for kind, peak in receipt["peak_memory_bytes"].items():
+                name = f"worker-{call.worker}{kind}"
+                self.peak_memory_bytes[name] = max(self.peak_memory_bytes.get(name, 0), peak)
+            self.step_seconds[call.method] = self.step_seconds.get(call.method, 0.0) + receipt["seconds"]
         return receipts
 
     @abstractmethod
@@ -78,22 +89,22 @@ class Executor(ABC):
 class InProcessExecutor(Executor):
     """One worker in the driver's own process; steps run as they are submitted."""
 
-    def __init__(self, job: JobSpec, run_folder: Path, keep_inputs: bool) -> None:
-        super().__init__(job, run_folder, keep_inputs)
+    def __init__(self, job: JobSpec, run_folder: Path, memory: MemoryPlan) -> None:
+        super().__init__(job, run_folder, memory)
         self.num_workers = 1
         self._worker: Any = None
 
-    def start(self) -> None:
+    def start(self, notify: Notify = unheard) -> None:
         """Import torch and make the worker."""
         if self._worker is None:
             from workers.worker import Worker
 
-            self._worker = Worker(self.job, str(self.run_folder), self.job.parallel.device, self.keep_inputs)
+            self._worker = Worker(self.job, str(self.run_folder), self.job.parallel.device, self.memory)
 
     def submit(self, worker: int, method: str, *args: Any) -> Call:
         """Run the step now."""
         self.start()
-        return Call(worker, *getattr(self._worker, method)(*args))
+        return Call(worker, method, *getattr(self._worker, method)(*args))
 
     def _receipts(self, calls: Sequence[Call]) -> list[Receipt]:
         return [call.receipt for call in calls]

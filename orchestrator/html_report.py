@@ -48,7 +48,7 @@ def html_report(report: Mapping[str, Any]) -> str:
         f"<header><h1>{title}</h1><p>Kept in every layer: {' · '.join(facts)}</p></header>{_figures(report)}",
         f"<h2>Output error per layer</h2>{_errors(report['layers'])}",
         f"<h2>Time per stage</h2>{_stages(report['seconds'])}",
-        f"<h2>Peak memory</h2>{_table('Peak memory', 'names', ['Process', 'GiB resident'], memory)}",
+        f"<h2>Peak memory</h2>{_table('Peak memory', 'names', ['Process', 'GiB private'], memory)}",
         f"<h2>Layers</h2>{_layers(report['layers'])}",
         f"<h2>Environment</h2>{_table('Environment', 'names text', ['Name', 'Version'], versions.items())}",
     ]

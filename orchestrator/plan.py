@@ -19,7 +19,7 @@ from specs.memory import MemoryPlan
 from workers.checkpoint import PLANNED_BYTES, Checkpoint, config_dtype
 from workers.config_patch import needs_output_bias, patched_config
 from workers.families import UnitGroup, config_int, unit_groups, unit_parameters, why_not_pruned
-from workers.layout import CALIBRATION_TASK, EVALUATION_TASK, EXPORT_TASK, OUTER_TASK, SHAPE_TASK, layer_task
+from workers.layout import CALIBRATION_TASK, EVALUATION_TASK, EXPORT_TASK, OUTER_TASK, SHAPE_TASK, layer_task, selection_task
 from workers.shapes import LayerKind, alike_layers, attention_width, coupled_groups
 
 MAX_OPEN_SHAPES = 4
@@ -60,6 +60,7 @@ class Plan:
     tasks: tuple[str, ...]
     workers: int
     placement: str
+    propagation: str
     device: str
     memory: MemoryPlan
     memory_limit_bytes: int | None
@@ -139,6 +140,7 @@ def make_plan(job: JobSpec, checkpoint: Checkpoint, machine: MachineProfile | No
         tasks=_tasks(job, checkpoint.num_layers, len(shapes)),
         workers=job.parallel.workers,
         placement=load.placement,
+        propagation=load.propagation,
         device="cuda" if load.on_gpu else "cpu",
         memory=memory,
         memory_limit_bytes=limit,
@@ -155,7 +157,7 @@ def make_plan(job: JobSpec, checkpoint: Checkpoint, machine: MachineProfile | No
         message_bytes=_over_layers(costs, "message_bytes"),
         read_bytes=_over_layers(costs, "read_bytes"),
         checkpoint_bytes=resources.checkpoint_bytes(load, memory),
-        spilled_bytes=resources.spilled_statistics_bytes(load, memory) + resources.spilled_hidden_bytes(load, memory),
+        spilled_bytes=resources.spilled_bytes(load, memory),
         output_bytes=load.output_bytes,
         calibration_tokens=load.tokens,
         tokens_per_neuron=min(resources.block_tokens(load, g) / g.num_units for kind in kinds for g in kind.groups if g.name != "heads"),
@@ -167,7 +169,8 @@ def _over_layers(costs: Iterable[LayerCost], name: str) -> int:
 
 
 def _tasks(job: JobSpec, num_layers: int, num_shapes: int) -> tuple[str, ...]:
-    layers = tuple(layer_task(layer) for layer in range(num_layers))
+    names = (selection_task, layer_task) if job.parallel.effective_propagation == "refit" else (layer_task,)
+    layers = tuple(name(layer) for name in names for layer in range(num_layers))
     evaluation = (EVALUATION_TASK, "evaluate-before", "evaluate-after") if job.evaluation else ()
     return (CALIBRATION_TASK, *((SHAPE_TASK,) if num_shapes > 1 else ()), *layers, OUTER_TASK, EXPORT_TASK, *evaluation)
 
@@ -217,8 +220,9 @@ def workload(job: JobSpec, checkpoint: Checkpoint, kinds: tuple[LayerKind, ...],
         checkpoint_layers=job.memory.checkpoint_layers,
         evaluation_tokens=(evaluation.max_windows or calibration.samples) * evaluation.window if evaluation else 0,
         evaluation_window=evaluation.window if evaluation else 1,
+        exact=job.method.factorization == "qr",
         placement=job.parallel.placement,
-        propagation="pruned" if job.parallel.placement == "shards" else "dense",
+        propagation=job.parallel.effective_propagation,
     )
 
 

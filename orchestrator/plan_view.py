@@ -9,13 +9,13 @@ LAYER_BYTES = {
     "hidden states": "hidden_bytes",
     "consumer inputs": "input_bytes",
     "statistics": "statistics_bytes",
-    "one factorisation": "factorisation_bytes",
+    "one decision": "decision_bytes",
     "moved in messages": "message_bytes",
     "read from disk": "read_bytes",
     "written to disk": "written_bytes",
 }
 LAYER_FLOPS = {f"FLOPs, {name}": f"{name}_flops" for name in ("forward", "statistics", "selection", "correction")}
-KINDS = ("runtime", "weights", "hidden states", "inputs", "activations", "statistics", "factorisation", "output")
+KINDS = ("runtime", "weights", "hidden states", "inputs", "activations", "statistics", "decision", "output")
 
 
 def print_plan(plan: Plan) -> None:
@@ -58,9 +58,10 @@ def _print_memory(plan: Plan) -> None:
     where = "GPU memory" if plan.device == "cuda" else "memory"
     print_table(f"{where} of a worker, by step", ["", *steps], rows)
     limit = f" of {gib(plan.memory_limit_bytes)}" if plan.memory_limit_bytes else ""
-    print(f"workers: {plan.workers} ({plan.placement}, {plan.device}), about {gib(plan.worker_memory_bytes)}{limit} each; {_choice(plan)}")
+    print(f"workers: {plan.workers} ({plan.placement}, {plan.propagation}, {plan.device}), {_choice(plan)}")
+    print(f"memory: about {gib(plan.worker_memory_bytes)}{limit} each")
     if plan.device == "cuda":
-        print(f"host memory: {gib(plan.host_memory_bytes)} in the worker that checks the written model")
+        print(f"host memory: {gib(plan.host_memory_bytes)} for each worker, while it writes")
     if plan.fewest_workers:
         keeping = plan.fewest_workers_keeping_all
         more = f"with {keeping} nothing is recomputed or in files" if keeping else "more do not make everything fit in memory"
@@ -74,10 +75,10 @@ def _needed(plan: Plan, kind: str) -> bool:
 def _choice(plan: Plan) -> str:
     hidden = "in files" if plan.memory.spill_hidden else "in memory"
     statistics = "in files" if plan.memory.spill_statistics else "in memory"
-    if plan.placement == "layers":
-        return f"{plan.memory.layers_per_chunk} layers at a time, statistics {statistics}"
     inputs = "kept in memory" if plan.memory.keep_inputs else "recomputed"
-    return f"consumer inputs {inputs}, hidden states {hidden}, statistics {statistics}"
+    chunk = [f"{plan.memory.layers_per_chunk} layers at a time"] if plan.propagation != "pruned" else []
+    share = [f"consumer inputs {inputs}, hidden states {hidden}"] if plan.propagation != "dense" else []
+    return ", ".join([*chunk, *share, f"statistics {statistics}"])
 
 
 def _print_layers(plan: Plan) -> None:

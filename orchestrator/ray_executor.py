@@ -1,4 +1,4 @@
-"""The one module that knows Ray: one actor per worker, Ray's own retries off, waits polled so that signals get through.
+"""The one module that knows Ray's actors: one actor per worker, Ray's own retries off, waits polled so that signals get through.
 
 Ray's retries stay off because with them on it re-runs an actor's calls in another order, silently. The driver retries.
 """
@@ -7,22 +7,25 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray import exceptions as ray_errors
 
-from orchestrator.executor import Call, Executor, Receipt
+from orchestrator.executor import Call, Executor, Notify, Receipt, unheard
 from orchestrator.failures import Failure, WorkerFailure
 from specs.errors import ResourceError
 from specs.job import JobSpec
+from specs.memory import MemoryPlan
 
 START_SECONDS = 300.0
 CONNECT_SECONDS = 10.0
 PING_SECONDS = 20.0
 POLL_SECONDS = 5.0
+WAIT_POLL_SECONDS = 1.0
 _LOST = (
     ray_errors.RayActorError,
     ray_errors.NodeDiedError,
@@ -49,37 +52,47 @@ def classify(error: BaseException) -> Failure | None:
     return None
 
 
-def _check_reachable(address: str) -> None:
+def check_reachable(host: str, port: int, problem: str) -> None:
     """Fail within seconds where nobody listens; Ray itself would wait for minutes.
 
     Raises:
-        ResourceError: the address is HOST:PORT and nothing answers there.
+        ResourceError: nothing answers there; it begins with `problem`.
     """
-    host, _, port = address.rpartition(":")
-    if not (host and port.isdigit()):
-        return
     try:
-        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+        socket.create_connection((host, port), timeout=CONNECT_SECONDS).close()
     except OSError as error:
-        raise ResourceError(f"cluster.address {address!r}: cannot connect: {error}; is the head node up, and this its GCS port?") from None
+        raise ResourceError(f"{problem}: cannot connect: {error}; is the head node up, and this its port?") from None
+
+
+def _cluster_has(names: Iterable[str]) -> dict[str, float]:
+    total = ray.cluster_resources()
+    return {name: float(total.get(name, 0)) for name in names}
+
+
+def _listed(amounts: Mapping[str, float]) -> str:
+    return " and ".join(f"{amount:g} {name}s" for name, amount in amounts.items())
 
 
 class RayExecutor(Executor):
     """One actor per worker, on a private Ray of this machine or on a cluster."""
 
-    def __init__(self, job: JobSpec, run_folder: Path, keep_inputs: bool) -> None:
-        super().__init__(job, run_folder, keep_inputs)
+    def __init__(self, job: JobSpec, run_folder: Path, memory: MemoryPlan) -> None:
+        super().__init__(job, run_folder, memory)
         self._actors: list[Any] = []
         self._device = "cpu"
         self._connected_here = False
 
-    def start(self) -> None:
-        """Connect and start one actor per worker."""
+    def start(self, notify: Notify = unheard) -> None:
+        """Connect and start one actor per worker; waits for their nodes as long as the job allows.
+
+        An autoscaler sees the actors that wait. They go with the driver, however it ends, so nothing keeps nodes up afterwards.
+        """
         if self._actors:
             return
         self._connect()
         self._device = self._choose_device()
         self._actors = [self._new_actor() for _ in range(self.num_workers)]
+        self._await_nodes(notify)
         self._ready(self._actors)
 
     def _connect(self) -> None:
@@ -91,7 +104,9 @@ class RayExecutor(Executor):
             slots = max(os.cpu_count() or 1, self.num_workers * self.job.parallel.threads_per_worker)
             ray.init(address="local", num_cpus=slots, include_dashboard=False, **quiet)
         else:
-            _check_reachable(self.job.cluster.address)
+            host, _, port = self.job.cluster.address.rpartition(":")
+            if host and port.isdigit():
+                check_reachable(host, int(port), f"cluster.address {self.job.cluster.address!r}")
             try:
                 ray.init(address=self.job.cluster.address, **quiet)
             except (ConnectionError, ValueError, RuntimeError, ray_errors.RayError) as error:
@@ -100,20 +115,28 @@ class RayExecutor(Executor):
         self._connected_here = True
 
     def _choose_device(self) -> str:
-        total = ray.cluster_resources()
-        gpus, wanted = int(total.get("GPU", 0)), self.job.parallel.device
-        if wanted == "cuda" and gpus < self.num_workers:
-            raise ResourceError(
-                f"parallel.workers: {self.num_workers} workers need as many GPUs, the cluster has {gpus}; lower it or add nodes"
-            )
-        device = "cuda" if wanted != "cpu" and gpus >= self.num_workers else "cpu"
-        need = self.num_workers * self.job.parallel.threads_per_worker
-        if need > total.get("CPU", 0):
-            raise ResourceError(
-                f"parallel: {self.num_workers} workers of {self.job.parallel.threads_per_worker} threads need {need} CPUs, "
-                f"the cluster has {total.get('CPU', 0):g}; lower parallel.workers or parallel.threads_per_worker"
-            )
-        return device
+        wanted = self.job.parallel.device
+        enough = ray.cluster_resources().get("GPU", 0) >= self.num_workers
+        return "cuda" if wanted == "cuda" or (wanted == "auto" and enough) else "cpu"
+
+    def _need(self) -> dict[str, float]:
+        cpus = {"CPU": float(self.num_workers * self.job.parallel.threads_per_worker)}
+        return cpus | {"GPU": float(self.num_workers)} if self._device == "cuda" else cpus
+
+    def _await_nodes(self, notify: Notify) -> None:
+        """Wait until the nodes together have what the workers need, within the job's limit."""
+        need, shown = self._need(), None
+        deadline = time.monotonic() + self.job.cluster.wait_seconds
+        while any((have := _cluster_has(need))[name] < amount for name, amount in need.items()):
+            if time.monotonic() >= deadline:
+                raise ResourceError(
+                    f"parallel: {self.num_workers} workers need {_listed(need)}, the cluster has {_listed(have)}; lower parallel.workers "
+                    "or parallel.threads_per_worker, add nodes, or set cluster.wait_seconds where an autoscaler adds them"
+                )
+            if have != shown:
+                notify("waiting-for-nodes", have=have, need=need, wait_seconds=self.job.cluster.wait_seconds)
+            shown = have
+            time.sleep(WAIT_POLL_SECONDS)
 
     def _new_actor(self) -> Any:
         from workers.worker import Worker
@@ -125,13 +148,14 @@ class RayExecutor(Executor):
             max_task_retries=0,
             scheduling_strategy="SPREAD",
         )
-        return actor.remote(self.job, str(self.run_folder), self._device, self.keep_inputs)
+        return actor.remote(self.job, str(self.run_folder), self._device, self.memory)
 
     def _ready(self, actors: Sequence[Any]) -> None:
+        limit = START_SECONDS + self.job.cluster.wait_seconds
         try:
-            ray.get([actor.__ray_ready__.remote() for actor in actors], timeout=START_SECONDS)
+            ray.get([actor.__ray_ready__.remote() for actor in actors], timeout=limit)
         except ray_errors.GetTimeoutError:
-            detail = f"no answer within {START_SECONDS:.0f} s; the cluster has {ray.cluster_resources()}"
+            detail = f"no answer within {limit:.0f} s; the cluster has {ray.cluster_resources()}"
             raise WorkerFailure(Failure.UNSCHEDULABLE, detail) from None
         except ray_errors.RayError as error:
             raise self._translated(error) from None
@@ -147,7 +171,7 @@ class RayExecutor(Executor):
         """Queue the step on its actor."""
         self.start()
         receipt, payload = getattr(self._actors[worker], method).options(num_returns=2).remote(*args)
-        return Call(worker, receipt, payload)
+        return Call(worker, method, receipt, payload)
 
     def _receipts(self, calls: Sequence[Call]) -> list[Receipt]:
         pending = [call.receipt for call in calls]

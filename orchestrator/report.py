@@ -37,6 +37,7 @@ def write_report(context: Context, layers: Sequence[Manifest], losses: Losses) -
         "evaluation": _evaluation(context, losses),
         "calibration": context.job.calibration.model_dump(mode="json"),
         "seconds": seconds | {"total": sum(seconds.values())},
+        "step_seconds": context.executor.step_seconds,
         "peak_memory_bytes": _peaks(events),
         "layers": [{"layer": number} | {"groups": manifest.info["groups"]} for number, manifest in enumerate(layers)],
     }
@@ -54,7 +55,7 @@ def _evaluation(context: Context, losses: Losses) -> dict[str, Any] | None:
 
 
 def _peaks(events: Sequence[dict[str, Any]]) -> dict[str, int]:
-    """Peak resident memory over all attempts, in bytes."""
+    """Peak private memory over all attempts, in bytes."""
     peaks: dict[str, int] = {}
     for event in events:
         for name, value in event.get("peak_memory_bytes", {}).items():

@@ -1,13 +1,13 @@
 """What a sweep costs: memory of a worker by step, arithmetic, messages, disk, time. Pure numbers; docs/plan.md lists the formulas.
 
-Letters: T tokens, t tokens of a micro-batch, D hidden, F width of a consumer's input, K kept columns, N workers, L layers,
-e bytes per element of the forward type, w bytes per element on disk, n tokens that reach one block of a group.
+Letters: T tokens, t tokens of a micro-batch, D hidden, F width of a consumer's input, K kept columns, P pruned columns,
+N workers, L layers, e bytes per element of the forward type, w bytes per element on disk, n tokens that reach one block
+of a group, M the smaller of n and K.
 """
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from specs.errors import ResourceError
@@ -24,17 +24,17 @@ Kinds = dict[str, int]
 RUNTIME_BYTES = 700 * 2**20
 """Private memory of a worker that has imported torch and transformers and done nothing, measured on Linux x86-64."""
 CONVERSION_BYTES = 64 * 2**20
-"""CPU: the block in which weights are converted from the mapped file."""
-BLOCK_BYTES = 256 * 2**20
-"""At most so much of one block of output rows in a correction; three are held."""
+"""CPU: the part of a matrix that is converted from the mapped file at a time."""
+BLOCK_ROWS = 512
+"""Rows of the blocks in which corrections are computed."""
+BLOCKS = 3
+"""Blocks of output rows that are held at once: the weight, its change, a product."""
 WINDOW = 4
 """Placement `layers`: micro-batches in flight at one worker."""
 ACTIVATIONS = 4
 """Tensors of a consumer's width that a forward pass holds at once: gate, up, their product, one temporary."""
-PANEL = 64
+PANEL = 128
 """Columns that pivoting takes before it updates the matrix: what its memory traffic is divided by."""
-FORWARD_PASSES: Mapping[str, int] = {"pruned": 1, "dense": 1, "refit": 2}
-"""Forward passes of a sweep: `refit` walks the dense and the pruned path."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,12 @@ class Workload:
     checkpoint_layers: int
     evaluation_tokens: int
     evaluation_window: int
+    exact: bool = False
+    """Whether rows or their R factor are kept instead of a Gram matrix, however many tokens there are (`method.factorization: qr`)."""
     placement: Placement = "shards"
     propagation: Propagation = "pruned"
+    selects: bool = True
+    corrects: bool = True
 
     @property
     def num_layers(self) -> int:
@@ -94,6 +98,10 @@ class Workload:
         """Groups of a layer that lose units."""
         return [group for group in kind.groups if group.name in self.kept]
 
+    def watched(self, kind: LayerKind) -> list[CoupledGroup]:
+        """Groups of a layer whose statistics are collected: on the dense path all of them."""
+        return self.pruned(kind) if self.placement == "shards" else list(kind.groups)
+
     def columns(self, group: CoupledGroup) -> int:
         """K: columns of a consumer's input that stay."""
         return self.kept.get(group.name, group.num_units) * group.columns
@@ -103,15 +111,22 @@ class Workload:
         lost = [(group.num_units - self.kept[group.name]) * group.count * group.unit_parameters for group in self.pruned(kind)]
         return kind.parameters - sum(lost)
 
-    @cached_property
+    @property
     def layer_parameters(self) -> int:
         """Parameters of the largest layer."""
         return max(kind.parameters for kind in self.kinds)
 
-    @cached_property
+    @property
     def active_width(self) -> int:
         """Numbers of the widest consumer input that one token has, over the blocks it passes through."""
         return max(group.active * group.width for kind in self.kinds for group in kind.groups)
+
+    def phases(self) -> dict[str, "Workload"]:
+        """The passes over the model: one, or with `refit` one on the dense path that selects and one on the pruned path that corrects."""
+        if self.propagation != "refit":
+            return {"": self}
+        dense = replace(self, placement="layers", propagation="dense", corrects=False)
+        return {"": dense, "refit, ": replace(self, placement="shards", propagation="pruned", selects=False)}
 
 
 def block_tokens(load: Workload, group: CoupledGroup) -> int:
@@ -120,8 +135,8 @@ def block_tokens(load: Workload, group: CoupledGroup) -> int:
 
 
 def in_rows(load: Workload, group: CoupledGroup) -> bool:
-    """Whether fewer tokens than columns reach a consumer: then the rows themselves are kept instead of a Gram matrix."""
-    return block_tokens(load, group) < group.width
+    """Whether rows are kept instead of a Gram matrix: asked for, or fewer tokens than columns reach a consumer."""
+    return load.exact or block_tokens(load, group) < group.width
 
 
 def gram_bytes(group: CoupledGroup) -> int:
@@ -130,8 +145,8 @@ def gram_bytes(group: CoupledGroup) -> int:
 
 
 def statistics_bytes(load: Workload, group: CoupledGroup) -> int:
-    """Training and held-out statistic of a group: two Gram matrices for every block, or its rows once."""
-    if in_rows(load, group):
+    """Training and held-out statistic: two Gram matrices (or R factors) for every block; rows, of which each is in one, once."""
+    if in_rows(load, group) and block_tokens(load, group) < group.width:
         return group.count * block_tokens(load, group) * group.width * load.element_bytes
     return 2 * gram_bytes(group)
 
@@ -139,41 +154,92 @@ def statistics_bytes(load: Workload, group: CoupledGroup) -> int:
 def partial_bytes(load: Workload, group: CoupledGroup) -> int:
     """Statistics of one worker while it collects its shards: a sum for every level of their merge tree, or its share of the rows."""
     if in_rows(load, group):
-        return math.ceil(statistics_bytes(load, group) * load.share_tokens / load.tokens)
+        return min(math.ceil(statistics_bytes(load, group) * load.share_tokens / load.tokens), 2 * gram_bytes(group))
     return gram_bytes(group) * (1 + math.ceil(math.log2(math.ceil(load.shards / load.workers))))
 
 
+@dataclass(frozen=True)
+class Decision:
+    """Memory of one decision, in bytes: what can lie in files, and what cannot."""
+
+    spillable: int
+    plain: int
+
+
+def decision_bytes(load: Workload, group: CoupledGroup) -> Decision:
+    """The larger of selecting and correcting; the corrected weight D K w lies beside the original, on the host."""
+    moments = ([_selection_bytes(load, group)] if load.selects else []) + (_correction_bytes(load, group) if load.corrects else [])
+    largest = max(moments, key=lambda moment: moment.spillable + moment.plain)
+    result = load.hidden * load.columns(group) * load.written_element_bytes if load.corrects and not load.on_gpu else 0
+    return Decision(largest.spillable, max(moment.plain for moment in moments) + result)
+
+
+def _selection_bytes(load: Workload, group: CoupledGroup) -> Decision:
+    """Pivoting destroys a scaled copy: F^2 8, or of rows n F 8."""
+    return Decision(8 * group.width * _rows(load, group), 0)
+
+
+def _rows(load: Workload, group: CoupledGroup) -> int:
+    """Rows of the matrix that is factorised: F, or n where that is less and rows are kept."""
+    return min(block_tokens(load, group), group.width) if in_rows(load, group) else group.width
+
+
+def _correction_bytes(load: Workload, group: CoupledGroup) -> list[Decision]:
+    """Moments of a correction.
+
+    Gram: targets D K 8 with the pruned part P K 8, then with the factor K^2 8 (twice on a GPU). Rows: Z_K and its QR,
+    3 n K 8; then the targets D M 8 with Q (n K 8), and Z_P (n P 8) or the damped factor, 6 M^2 8. Besides, blocks of rows.
+    """
+    kept, rows = load.columns(group), _rows(load, group)
+    blocks = BLOCKS * 8 * min(BLOCK_ROWS, load.hidden) * group.width
+    if not in_rows(load, group):
+        factor = kept**2 * (2 if load.on_gpu else 1)
+        return [Decision(8 * (load.hidden * kept + max((group.width - kept) * kept, factor)), blocks)]
+    small = min(rows, kept)
+    pruned = Decision(8 * (load.hidden * small + rows * (group.width - kept)), 8 * (rows * kept + small**2) + blocks)
+    return [
+        Decision(8 * rows * kept, 16 * rows * kept),
+        pruned,
+        Decision(8 * load.hidden * small, 8 * (rows * kept + 7 * small**2) + blocks),
+    ]
+
+
 def factorisation_bytes(load: Workload, group: CoupledGroup) -> int:
-    """One decision: the scaled copy for pivoting, then the kept parts, their factor and blocks of output rows; and the result."""
-    kept, blocks = load.columns(group), 3 * min(BLOCK_BYTES, 8 * load.hidden * load.columns(group))
-    result = load.hidden * kept * load.written_element_bytes
-    if in_rows(load, group):
-        tokens = block_tokens(load, group)
-        return max(8 * tokens * group.width, 2 * 8 * tokens * kept + blocks) + result
-    return max(8 * group.width**2, 3 * 8 * kept**2 + blocks) + result
+    """One decision, all of it in memory."""
+    decision = decision_bytes(load, group)
+    return decision.spillable + decision.plain
 
 
 def memory_by_step(load: Workload, choice: MemoryPlan) -> dict[str, Kinds]:
     """Bytes a worker needs, by step and by kind; of layers and groups that differ, those that need most."""
-    steps: dict[str, list[Kinds]] = {"collect": [], "decide": [], "write": []}
+    table: dict[str, Kinds] = {}
+    for name, phase in load.phases().items():
+        table |= {name + step: max(rows, key=total) for step, rows in _steps(phase, choice).items() if rows}
+    if not load.on_gpu:
+        table["write outer"] = {"runtime": RUNTIME_BYTES, "output": load.outer_parameters * load.written_element_bytes}
+    return table | ({"evaluate": _evaluation(load, choice)} if load.evaluation_tokens else {})
+
+
+def _steps(load: Workload, choice: MemoryPlan) -> dict[str, list[Kinds]]:
+    """For each step what it may need, over all kinds of layers and groups."""
     standing = _standing(load, choice)
+    steps: dict[str, list[Kinds]] = {"collect": [], "decide": [], "write": []}
     for kind in load.kinds:
-        for group in load.pruned(kind):
+        for group in load.watched(kind):
             steps["collect"].append(standing | _activations(load) | {"statistics": _collected(load, choice, kind, group)})
-            held = {"statistics": _decided(load, choice, kind, group), "factorisation": factorisation_bytes(load, group)}
-            steps["decide"].append(standing | held)
-        output = {} if load.on_gpu else {"output": 2 * _written_layer_bytes(load, kind)}
-        steps["write"].append(standing | _left_while_writing(load, choice) | output)
-    table = {step: max(rows, key=total) for step, rows in steps.items() if rows}
-    if load.evaluation_tokens:
-        table["evaluate"] = _evaluation(load)
-    return table if load.on_gpu else table | {"load check": {"runtime": RUNTIME_BYTES, "output": load.output_bytes}}
+        for group in load.pruned(kind):
+            steps["decide"].append(
+                standing | {"statistics": _decided(load, choice, kind, group), "decision": _deciding(load, choice, group)}
+            )
+        if load.corrects and not load.on_gpu:
+            steps["write"].append(standing | _left_while_writing(load, choice) | {"output": 2 * _written_layer_bytes(load, kind)})
+    return steps
 
 
 def host_bytes(load: Workload) -> int:
-    """Memory of the machine that a GPU worker needs: two copies of a layer while it writes, the whole pruned model while it is checked."""
+    """Memory of the machine that a GPU worker needs: two copies of a layer, or one of embeddings and head, while it writes."""
     layer = 2 * max(_written_layer_bytes(load, kind) for kind in load.kinds)
-    return RUNTIME_BYTES + max(layer, load.output_bytes) if load.on_gpu else 0
+    return RUNTIME_BYTES + max(layer, load.outer_parameters * load.written_element_bytes) if load.on_gpu else 0
 
 
 def total(kinds: Kinds) -> int:
@@ -188,17 +254,16 @@ def peak_bytes(load: Workload, choice: MemoryPlan) -> int:
 
 def _standing(load: Workload, choice: MemoryPlan) -> Kinds:
     """What is held through all of a layer's steps."""
-    weights = _weights_bytes(load, choice.layers_per_chunk)
     return {
         "runtime": RUNTIME_BYTES,
-        "weights": weights,
+        "weights": _weights_bytes(load, choice.layers_per_chunk),
         "hidden states": _hidden_bytes(load, choice),
         "inputs": _inputs_bytes(load, choice),
     }
 
 
 def _weights_bytes(load: Workload, layers_per_chunk: int) -> int:
-    """GPU: embeddings and head, and the layer with its successor, or the chunk. CPU: mapped from the file, but for one block."""
+    """GPU: embeddings and head, and the layer with its successor, or the chunk. CPU: mapped from the file, but for a part."""
     if not load.on_gpu:
         return CONVERSION_BYTES
     layers = 2 if load.placement == "shards" else layers_per_chunk
@@ -224,25 +289,26 @@ def _activations(load: Workload) -> Kinds:
 
 
 def _collected(load: Workload, choice: MemoryPlan, kind: LayerKind, group: CoupledGroup) -> int:
-    if choice.spill_statistics:
-        return _spilled(load, group)
-    return partial_bytes(load, group) if load.placement == "shards" else _chunk_statistics(load, choice, kind)
+    if load.placement == "layers":
+        return _chunk_statistics(load, choice, kind)
+    return 0 if choice.spill_statistics else partial_bytes(load, group)
 
 
 def _decided(load: Workload, choice: MemoryPlan, kind: LayerKind, group: CoupledGroup) -> int:
-    if choice.spill_statistics:
-        return 0  # read block by block into the factorisation's own matrices
-    return statistics_bytes(load, group) if load.placement == "shards" else _chunk_statistics(load, choice, kind)
+    if load.placement == "layers":
+        return _chunk_statistics(load, choice, kind)
+    return 0 if choice.spill_statistics else statistics_bytes(load, group)
 
 
-def _spilled(load: Workload, group: CoupledGroup) -> int:
-    """Statistics in files while they grow: a GPU holds one block's; pages of a file are no private memory of a process on the CPU."""
-    return math.ceil(statistics_bytes(load, group) / 2 / group.count) if load.on_gpu else 0
+def _deciding(load: Workload, choice: MemoryPlan, group: CoupledGroup) -> int:
+    decision = decision_bytes(load, group)
+    return decision.plain + (0 if choice.spill_statistics else decision.spillable)
 
 
 def _chunk_statistics(load: Workload, choice: MemoryPlan, kind: LayerKind) -> int:
-    """Statistics of all groups of all layers of a chunk."""
-    return choice.layers_per_chunk * sum(statistics_bytes(load, group) for group in load.pruned(kind))
+    """Statistics of all groups of all layers of a chunk; pages of files are no private memory."""
+    layers = 0 if choice.spill_statistics else choice.layers_per_chunk
+    return layers * sum(statistics_bytes(load, group) for group in load.watched(kind))
 
 
 def _left_while_writing(load: Workload, choice: MemoryPlan) -> Kinds:
@@ -256,28 +322,30 @@ def _written_layer_bytes(load: Workload, kind: LayerKind) -> int:
     return load.kept_parameters(kind) * load.written_element_bytes
 
 
-def _evaluation(load: Workload) -> Kinds:
+def _evaluation(load: Workload, choice: MemoryPlan) -> Kinds:
     """Hidden states of a worker's windows, and the scores of one window: as computed, in fp32, and their logarithms."""
-    share = math.ceil(load.evaluation_tokens / load.evaluation_window / load.workers) * load.evaluation_window
+    window = load.evaluation_window
+    windows = 1 if choice.spill_hidden else math.ceil(load.evaluation_tokens / window / load.workers)
+    scores = load.vocabulary * (load.element_bytes + 8)
     return {
         "runtime": RUNTIME_BYTES,
-        "weights": _weights_bytes(load, 1),
-        "hidden states": share * load.hidden * load.element_bytes,
-        "activations": load.evaluation_window
-        * max(load.vocabulary * (load.element_bytes + 8), ACTIVATIONS * load.active_width * load.element_bytes),
+        "weights": _weights_bytes(replace(load, placement="shards"), 1),
+        "hidden states": windows * window * load.hidden * load.element_bytes,
+        "activations": window * max(scores, ACTIVATIONS * load.active_width * load.element_bytes),
     }
 
 
 def choices(load: Workload) -> Iterator[MemoryPlan]:
-    """Ways to use memory, the fastest first."""
-    if load.placement == "shards":
-        yield MemoryPlan()
-        yield MemoryPlan(keep_inputs=False)
-        yield MemoryPlan(keep_inputs=False, spill_hidden=True)
-        yield MemoryPlan(keep_inputs=False, spill_hidden=True, spill_statistics=True)
-        return
-    for spill in (False, True):
-        yield from (MemoryPlan(spill_statistics=spill, layers_per_chunk=count) for count in range(load.layers_per_worker, 0, -1))
+    """Ways to use memory, the fastest first; of chunks, the longest first. A GPU does not compute on statistics in files."""
+    kept = MemoryPlan()
+    without_inputs = replace(kept, keep_inputs=False)
+    hidden_in_files = replace(without_inputs, spill_hidden=True)
+    by_phase = {"pruned": (kept, without_inputs, hidden_in_files), "dense": (kept,), "refit": (kept, without_inputs, hidden_in_files)}
+    in_memory = by_phase[load.propagation]
+    chunks = range(1, 0, -1) if load.propagation == "pruned" else range(load.layers_per_worker, 0, -1)
+    in_files = () if load.on_gpu else (replace(in_memory[-1], spill_statistics=True),)
+    for choice in (*in_memory, *in_files):
+        yield from (replace(choice, layers_per_chunk=count) for count in chunks)
 
 
 def fitting(load: Workload, limit_bytes: int | None) -> MemoryPlan | None:
@@ -312,7 +380,7 @@ def _remedies(load: Workload, limit_bytes: int, least: MemoryPlan) -> str:
         found.append("lower parallel.micro_batch to 1")
     if samples := _fewer_samples(load, limit_bytes):
         found.append(f"lower calibration.samples to {samples}")
-    if load.placement == "shards" and fitting(replace(load, placement="layers"), limit_bytes):
+    if load.propagation == "pruned" and fitting(replace(load, placement="layers", propagation="dense"), limit_bytes):
         found.append("set parallel.placement: layers")
     return ", or ".join(found)
 
@@ -323,7 +391,7 @@ def _fewer_samples(load: Workload, limit_bytes: int) -> int | None:
 
 
 def fewest_workers(load: Workload, limit_bytes: int, keep_all: bool = False) -> int | None:
-    """The smallest number of workers with which the job fits; with `keep_all`, with nothing recomputed or in files."""
+    """The smallest number of workers with which the job fits; with `keep_all`, with nothing recomputed or in files and in one wave."""
     bound = load.shards if load.placement == "shards" else load.num_layers
 
     def fits(workers: int) -> bool:
@@ -340,7 +408,7 @@ def gib(num_bytes: int) -> str:
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One layer task, summed over all workers."""
+    """One layer task, summed over all workers and phases."""
 
     first: int
     num_layers: int
@@ -350,7 +418,7 @@ class LayerCost:
     hidden_bytes: int
     input_bytes: int
     statistics_bytes: int
-    factorisation_bytes: int
+    decision_bytes: int
     forward_flops: int
     statistics_flops: int
     selection_flops: int
@@ -361,13 +429,32 @@ class LayerCost:
     written_bytes: int
 
 
+_ADDED = (
+    "forward_flops",
+    "statistics_flops",
+    "selection_flops",
+    "correction_flops",
+    "num_messages",
+    "message_bytes",
+    "read_bytes",
+    "written_bytes",
+)
+"""What phases add up; of the rest the largest counts."""
+
+
 def layer_costs(load: Workload, choice: MemoryPlan) -> tuple[LayerCost, ...]:
     """The layer tasks, one entry for each kind of layer."""
-    return tuple(_layer_cost(load, choice, kind) for kind in load.kinds)
+    phases = [[_layer_cost(phase, choice, kind) for kind in load.kinds] for phase in load.phases().values()]
+    return tuple(_together(costs) for costs in zip(*phases, strict=True))
+
+
+def _together(costs: tuple[LayerCost, ...]) -> LayerCost:
+    names = [field.name for field in fields(LayerCost)]
+    return LayerCost(**{name: (sum if name in _ADDED else max)(getattr(cost, name) for cost in costs) for name in names})
 
 
 def _layer_cost(load: Workload, choice: MemoryPlan, kind: LayerKind) -> LayerCost:
-    groups = load.pruned(kind)
+    groups, watched = load.pruned(kind), load.watched(kind)
     messages = [_messages(load, group) for group in groups] if load.placement == "shards" else [_handover(load, choice)]
     readers = load.workers if load.placement == "shards" else 1
     return LayerCost(
@@ -377,23 +464,23 @@ def _layer_cost(load: Workload, choice: MemoryPlan, kind: LayerKind) -> LayerCos
         active_parameters=kind.active_parameters,
         weight_bytes=kind.num_bytes,
         hidden_bytes=load.tokens * load.hidden * load.element_bytes,
-        input_bytes=sum(load.tokens * group.active * group.width * load.element_bytes for group in groups),
-        statistics_bytes=sum(statistics_bytes(load, group) for group in groups),
-        factorisation_bytes=max((factorisation_bytes(load, group) for group in groups), default=0),
-        forward_flops=_passes(load, choice) * forward_flops(load, kind),
-        statistics_flops=sum(statistics_flops(load, group) for group in groups),
-        selection_flops=sum(selection_flops(load, group) for group in groups),
-        correction_flops=sum(correction_flops(load, group) for group in groups),
+        input_bytes=sum(load.tokens * group.active * group.width * load.element_bytes for group in watched),
+        statistics_bytes=sum(statistics_bytes(load, group) for group in watched),
+        decision_bytes=max((factorisation_bytes(load, group) for group in groups), default=0),
+        forward_flops=_forward_passes(load, choice) * forward_flops(load, kind),
+        statistics_flops=sum(statistics_flops(load, group) for group in watched),
+        selection_flops=sum(selection_flops(load, group) for group in groups) if load.selects else 0,
+        correction_flops=sum(correction_flops(load, group) for group in groups) if load.corrects else 0,
         num_messages=math.ceil(sum(count for count, _ in messages)),
         message_bytes=math.ceil(sum(size for _, size in messages)),
         read_bytes=readers * kind.num_bytes,
-        written_bytes=_written_layer_bytes(load, kind),
+        written_bytes=_written_layer_bytes(load, kind) if load.corrects else 0,
     )
 
 
-def _passes(load: Workload, choice: MemoryPlan) -> int:
-    """Forward passes; Z that is not kept is computed a second time."""
-    return FORWARD_PASSES[load.propagation] + (load.placement == "shards" and not choice.keep_inputs)
+def _forward_passes(load: Workload, choice: MemoryPlan) -> int:
+    """One, and another where Z is computed again."""
+    return 1 + (load.placement == "shards" and not choice.keep_inputs)
 
 
 def forward_flops(load: Workload, kind: LayerKind) -> int:
@@ -402,71 +489,106 @@ def forward_flops(load: Workload, kind: LayerKind) -> int:
 
 
 def statistics_flops(load: Workload, group: CoupledGroup) -> int:
-    """T F^2, half of the product, for the blocks a token passes through; rows cost nothing."""
-    once = 0 if in_rows(load, group) else load.tokens * group.active * group.width**2
-    return once * FORWARD_PASSES[load.propagation]
+    """T F^2, half of the product, for the blocks a token passes through; rows cost nothing, their R factor 2 T F^2."""
+    if not in_rows(load, group):
+        return load.tokens * group.active * group.width**2
+    return 0 if block_tokens(load, group) < group.width else 2 * load.tokens * group.active * group.width**2
 
 
 def selection_flops(load: Workload, group: CoupledGroup) -> int:
-    """Pivoting: F^3/3 on a Gram matrix, 2 n F min(n, K) on rows, for every block."""
+    """Pivoting, for every block: F^3/3 on a Gram matrix, 4 n^2 F on rows."""
     if in_rows(load, group):
-        tokens = block_tokens(load, group)
-        return group.count * 2 * tokens * group.width * min(tokens, load.columns(group))
+        return group.count * 4 * _rows(load, group) ** 2 * group.width
     return group.count * group.width**3 // 3
 
 
 def correction_flops(load: Workload, group: CoupledGroup) -> int:
-    """K^3/3 + 4 K^2 D for every candidate and the final fit; on rows 2 n^2 K for the factor and 4 n K D for each."""
-    kept, fits, tokens = load.columns(group), load.num_candidates + 1, block_tokens(load, group)
-    if in_rows(load, group):
-        return group.count * (2 * tokens * kept * min(tokens, kept) + fits * 4 * tokens * kept * load.hidden)
-    return group.count * fits * (kept**3 // 3 + 4 * kept**2 * load.hidden)
+    """For every candidate, and three times for the rest: K^3/3 + 2 K^2 D + F^2 D; on rows 6 M^3 + 3 M^2 D + 2 n (F + K) D, and one QR."""
+    kept, fits, rows = load.columns(group), load.num_candidates + 3, _rows(load, group)
+    if not in_rows(load, group):
+        return group.count * fits * (kept**3 // 3 + 2 * kept**2 * load.hidden + group.width**2 * load.hidden)
+    small, large = sorted((rows, kept))
+    each = 6 * small**3 + 3 * small**2 * load.hidden + 2 * rows * (group.width + kept) * load.hidden
+    return group.count * (4 * large * small**2 + fits * each)
 
 
 def _messages(load: Workload, group: CoupledGroup) -> tuple[float, float]:
-    """Placement `shards`: tree nodes that go to the worker that decides, and the cut that goes to all others."""
-    others = (load.workers - 1) / load.workers
-    parts = even_parts(load.shards, load.workers)
-    nodes = sum(len(owned_nodes(root, part)) for root in roots(load.shards, load.held_out_shards) for part in parts)
-    size = statistics_bytes(load, group) if in_rows(load, group) else nodes * gram_bytes(group)
-    cut = group.count * load.hidden * load.columns(group) * load.written_element_bytes
-    return nodes * others + load.workers - 1, size * others + cut * (load.workers - 1)
+    """Placement `shards`: what goes up the reduction, and the cut that goes to all other workers."""
+    levels = reduction_levels(load)
+    moved = sum(_payload_bytes(load, group, part) for level in levels for part in level)
+    return sum(map(len, levels)) + load.workers - 1, moved + (load.workers - 1) * _cut_bytes(load, group)
+
+
+def _cut_bytes(load: Workload, group: CoupledGroup) -> int:
+    return group.count * load.hidden * load.columns(group) * load.written_element_bytes
+
+
+def _payload_bytes(load: Workload, group: CoupledGroup, part: range) -> int:
+    """Statistics of a range of shards: a Gram matrix for each of the largest tree nodes it covers, or its rows."""
+    if in_rows(load, group):
+        return math.ceil(statistics_bytes(load, group) * len(part) / load.shards)
+    return gram_bytes(group) * sum(len(owned_nodes(root, part)) for root in roots(load.shards, load.held_out_shards))
+
+
+def reduction_levels(load: Workload) -> list[list[range]]:
+    """Placement `shards`: the shard ranges whose statistics move, level by level; merged in pairs until two are left for the decider.
+
+    Of those two, one is taken as its own.
+    """
+    parts, levels = [part for part in even_parts(load.shards, load.workers) if part], []
+    while len(parts) > 2:
+        levels.append(parts[1::2])
+        parts = [range(pair[0].start, pair[-1].stop) for pair in (parts[start : start + 2] for start in range(0, len(parts), 2))]
+    return [*levels, parts[1:]] if len(parts) > 1 else levels
 
 
 def _handover(load: Workload, choice: MemoryPlan) -> tuple[float, float]:
-    """Placement `layers`: hidden states from chunk to chunk, spread over the layers."""
-    boundaries = (num_chunks(load, choice) - 1) / load.num_layers
+    """Placement `layers`: hidden states from chunk to chunk within a wave, spread over the layers."""
+    boundaries = (num_chunks(load, choice) - num_waves(load, choice)) / load.num_layers
     return boundaries * math.ceil(load.tokens / load.batch_tokens), boundaries * load.tokens * load.hidden * load.element_bytes
 
 
 def num_chunks(load: Workload, choice: MemoryPlan) -> int:
-    """Placement `layers`: chunks the layers are cut into; workers take them in turn."""
-    return math.ceil(load.num_layers / choice.layers_per_chunk)
+    """Placement `layers`: chunks the layers are cut into."""
+    return min(load.num_layers, max(math.ceil(load.num_layers / choice.layers_per_chunk), num_waves(load, choice) * load.workers))
+
+
+def num_waves(load: Workload, choice: MemoryPlan) -> int:
+    """Placement `layers`: how often all workers take a chunk."""
+    return math.ceil(load.num_layers / (load.workers * choice.layers_per_chunk))
 
 
 def checkpoint_bytes(load: Workload, choice: MemoryPlan) -> int:
-    """Hidden states written to disk in a sweep: every `memory.checkpoint_layers` layers, or whenever all workers have had a chunk."""
-    if load.placement == "layers":
-        times = math.ceil(num_chunks(load, choice) / load.workers) - 1
-    else:
-        times = (load.num_layers - 1) // load.checkpoint_layers if load.checkpoint_layers else 0
+    """Hidden states written to disk in a sweep: every `memory.checkpoint_layers` layers, or behind every wave but the last."""
+    times = 0
+    for phase in load.phases().values():
+        if phase.placement == "layers":
+            times += num_waves(phase, choice) - 1
+        elif phase.checkpoint_layers:
+            times += (phase.num_layers - 1) // phase.checkpoint_layers
     return times * load.tokens * load.hidden * load.element_bytes
 
 
-def spilled_statistics_bytes(load: Workload, choice: MemoryPlan) -> int:
-    """Statistics that go through files on the critical path of a sweep: written once and read once."""
-    sizes = (kind.num_layers * statistics_bytes(load, group) for kind in load.kinds for group in load.pruned(kind))
+def spilled_bytes(load: Workload, choice: MemoryPlan) -> int:
+    """What goes through files instead of memory in a sweep, over all workers, written and read."""
+    return sum(_spilled_statistics(phase, choice) + _spilled_hidden(phase, choice) for phase in load.phases().values())
+
+
+def _spilled_statistics(load: Workload, choice: MemoryPlan) -> int:
+    """Statistics, written once and read once."""
+    sizes = (kind.num_layers * statistics_bytes(load, group) for kind in load.kinds for group in load.watched(kind))
     return 2 * sum(sizes) if choice.spill_statistics else 0
 
 
-def spilled_hidden_bytes(load: Workload, choice: MemoryPlan) -> int:
-    """Hidden states of all workers that go through files in a sweep: read and written once for each layer."""
-    return 2 * load.num_layers * load.tokens * load.hidden * load.element_bytes if choice.spill_hidden else 0
+def _spilled_hidden(load: Workload, choice: MemoryPlan) -> int:
+    """Hidden states, read and written once for each layer."""
+    is_spilled = choice.spill_hidden and load.placement == "shards"
+    return 2 * load.num_layers * load.tokens * load.hidden * load.element_bytes if is_spilled else 0
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One kind of work of a sweep: totals over the cluster, and what bounds it on the critical path."""
+    """One kind of work of a sweep: its arithmetic over the cluster, and what bounds it on the critical path."""
 
     name: str
     flops: int
@@ -474,66 +596,60 @@ class Stage:
     bound_by: str = ""
 
 
+Bounds = dict[str, float]
+"""Seconds by what takes them."""
+STAGES = ("forward", "statistics", "selection", "correction", "messages", "files", "write")
+
+
 def stages(load: Workload, choice: MemoryPlan, machine: MachineProfile | None) -> tuple[Stage, ...]:
     """Arithmetic by stage, and with a profile its seconds: the largest of arithmetic, memory, disk and network time.
 
     Stages of a layer follow one another. `shards`: forward passes and statistics are split over the workers, one worker
     decides and writes while the others wait. `layers`: every worker does all of it for its own layers, after the first
-    micro-batch has reached it.
+    micro-batch has reached it. `refit` is one after the other.
     """
     costs = layer_costs(load, choice)
-    work = [(name, sum(getattr(cost, f"{name}_flops") * cost.num_layers for cost in costs)) for name in _STAGES]
+    flops = {name: sum(getattr(cost, f"{name}_flops", 0) * cost.num_layers for cost in costs) for name in STAGES}
     if machine is None:
-        return tuple(Stage(name, flops) for name, flops in work)
-    seconds = _bounds(load, costs, machine) | {"files": {"disk": _spill_seconds(load, choice, machine)}}
-    timed = [Stage(name, flops, *_slowest(seconds[name])) for name, flops in work]
-    moved = [Stage(name, 0, *_slowest(seconds[name])) for name in ("messages", "files", "write")]
-    return (*timed, *moved, *_evaluation_stage(load, machine))
+        return tuple(Stage(name, flops[name]) for name in STAGES[:4])
+    timed = [_timed(name, flops[name], [_bounds(phase, choice, machine)[name] for phase in load.phases().values()]) for name in STAGES]
+    return (*timed, *_evaluation_stage(load, machine))
 
 
-_STAGES = ("forward", "statistics", "selection", "correction")
+def _timed(name: str, flops: int, phases: list[Bounds]) -> Stage:
+    """A stage over all phases; it is bound by what bounds the longest of them."""
+    slowest = [max(bounds, key=lambda key: bounds[key]) for bounds in phases]
+    seconds = [bounds[key] for bounds, key in zip(phases, slowest, strict=True)]
+    return Stage(name, flops, sum(seconds), slowest[seconds.index(max(seconds))])
 
 
-def _slowest(bounds: Mapping[str, float]) -> tuple[float, str]:
-    name = max(bounds, key=lambda key: bounds[key])
-    return bounds[name], name
-
-
-def _bounds(load: Workload, costs: tuple[LayerCost, ...], machine: MachineProfile) -> dict[str, dict[str, float]]:
-    """Seconds on the critical path by stage and by what bounds it."""
-    flops = {name: sum(getattr(cost, f"{name}_flops") * cost.num_layers for cost in costs) for name in _STAGES}
+def _bounds(load: Workload, choice: MemoryPlan, machine: MachineProfile) -> dict[str, Bounds]:
+    """Seconds on the critical path of one phase, by stage and by what takes them."""
+    costs = [_layer_cost(load, choice, kind) for kind in load.kinds]
+    work = {name: sum(getattr(cost, name) * cost.num_layers for cost in costs) for name in ("parameters", *_ADDED)}
     spread, deciders = _parallel(load)
     batches = math.ceil(load.tokens / load.batch_tokens)
-    parameters = sum(cost.parameters * cost.num_layers for cost in costs)
-    filling = 1 + (load.workers - 1) / batches if load.placement == "layers" else 1.0
-    read = sum(cost.read_bytes * cost.num_layers for cost in costs) / (load.workers if load.placement == "shards" else deciders)
-    written = sum(cost.written_bytes * cost.num_layers for cost in costs)
-    moved = sum(cost.message_bytes * cost.num_layers for cost in costs)
+    readers = load.workers if load.placement == "shards" else deciders
     gram_rate = machine.forward_flops if load.on_gpu and load.element_bytes == 2 else machine.fp32_flops
     return {
         "forward": {
-            "arithmetic": flops["forward"] / spread / machine.forward_flops * filling,
-            "memory": batches * parameters * load.element_bytes / spread / machine.memory_bandwidth,
-            "disk": read / machine.disk_bandwidth,
+            "arithmetic": work["forward_flops"] / spread / machine.forward_flops * _filling(load, batches, choice),
+            "memory": batches * work["parameters"] * load.element_bytes / spread / machine.memory_bandwidth,
+            "disk": work["read_bytes"] / readers / machine.disk_bandwidth,
         },
         "statistics": {
-            "arithmetic": flops["statistics"] / spread / gram_rate,
+            "arithmetic": work["statistics_flops"] / spread / gram_rate,
             "memory": batches * _gram_traffic(load) / spread / machine.memory_bandwidth,
         },
         "selection": {
-            "arithmetic": flops["selection"] / deciders / machine.fp64_flops,
-            "memory": flops["selection"] * 8 / PANEL / deciders / machine.memory_bandwidth,
+            "arithmetic": work["selection_flops"] / deciders / machine.fp64_flops,
+            "memory": work["selection_flops"] * 8 / PANEL / deciders / machine.memory_bandwidth,
         },
-        "correction": {"arithmetic": flops["correction"] / deciders / machine.fp64_flops},
-        "messages": {"network": moved / (1 if load.placement == "shards" else load.workers) / machine.network_bandwidth},
-        "write": {"disk": written / deciders / machine.disk_bandwidth},
+        "correction": {"arithmetic": work["correction_flops"] / deciders / machine.fp64_flops},
+        "messages": {"network": _message_path(load, work["message_bytes"]) / machine.network_bandwidth},
+        "files": {"disk": (_spilled_statistics(load, choice) / deciders + _spilled_hidden(load, choice) / spread) / machine.disk_bandwidth},
+        "write": {"disk": work["written_bytes"] / deciders / machine.disk_bandwidth},
     }
-
-
-def _spill_seconds(load: Workload, choice: MemoryPlan, machine: MachineProfile) -> float:
-    """Files count as disk, though the pages of a machine with much memory may never get there."""
-    spread, deciders = _parallel(load)
-    return (spilled_statistics_bytes(load, choice) / deciders + spilled_hidden_bytes(load, choice) / spread) / machine.disk_bandwidth
 
 
 def _parallel(load: Workload) -> tuple[float, float]:
@@ -543,9 +659,27 @@ def _parallel(load: Workload) -> tuple[float, float]:
     return load.num_layers / load.layers_per_worker, load.num_layers / load.layers_per_worker
 
 
+def _filling(load: Workload, batches: int, choice: MemoryPlan) -> float:
+    """Placement `layers`: a wave takes as many steps as there are micro-batches, and one less than workers to fill."""
+    workers = min(load.workers, num_chunks(load, choice))
+    return (batches + workers - 1) / batches if load.placement == "layers" else 1.0
+
+
+def _message_path(load: Workload, all_bytes: int) -> float:
+    """Bytes on the critical path. `shards`: the largest payload of each level, and the cuts from one worker; `layers`: spread evenly."""
+    if load.placement == "layers":
+        return all_bytes / load.workers
+    levels, path = reduction_levels(load), 0
+    for kind in load.kinds:
+        for group in load.pruned(kind):
+            reduction = sum(max(_payload_bytes(load, group, part) for part in level) for level in levels)
+            path += kind.num_layers * (reduction + (load.workers - 1) * _cut_bytes(load, group))
+    return path
+
+
 def _gram_traffic(load: Workload) -> int:
     """Memory traffic of adding one micro-batch to the Gram matrices of all layers: half of fp64 read and written, fp32 twice."""
-    groups = [(kind, group) for kind in load.kinds for group in load.pruned(kind) if not in_rows(load, group)]
+    groups = [(kind, group) for kind in load.kinds for group in load.watched(kind) if not in_rows(load, group)]
     return sum(kind.num_layers * group.count * group.width**2 * 12 for kind, group in groups)
 
 
@@ -559,4 +693,4 @@ def _evaluation_stage(load: Workload, machine: MachineProfile) -> tuple[Stage, .
         "arithmetic": flops / load.workers / machine.forward_flops,
         "disk": (load.bytes_on_disk + load.output_bytes) / machine.disk_bandwidth,
     }
-    return (Stage("evaluate", flops, *_slowest(bounds)),)
+    return (_timed("evaluate", flops, [bounds]),)

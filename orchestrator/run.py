@@ -19,6 +19,7 @@ from specs.errors import ResourceError
 from specs.job import JobSpec
 from workers.checkpoint import open_checkpoint
 from workers.files import write_json
+from workers.layout import CACHE
 
 Show = Callable[[dict[str, Any]], None]
 
@@ -44,7 +45,7 @@ def run_job(job: JobSpec, out: Path, show: Show) -> dict[str, Any]:
         write_json(folder.path / PLAN_FILE, context.plan.document())
         layers = sweep.prune_layers(context, tokens)
         exported = export.export_model(context, layers)
-        shutil.rmtree(folder.path / "cache", ignore_errors=True)  # hidden states only serve an unfinished sweep
+        shutil.rmtree(folder.path / CACHE, ignore_errors=True)  # hidden states only serve an unfinished sweep
         losses = stages.evaluate(context, exported)
         context.emit("run-finished")
         return write_report(context, layers, losses)
@@ -53,12 +54,12 @@ def run_job(job: JobSpec, out: Path, show: Show) -> dict[str, Any]:
 def make_executor(job: JobSpec, run_folder: Path, plan: Plan) -> Executor:
     """The executor a job asks for; Ray is imported only when it is used."""
     if job.cluster.executor == "in-process":
-        return InProcessExecutor(job, run_folder, plan.memory.keep_inputs)
+        return InProcessExecutor(job, run_folder, plan.memory)
     if job.cluster.address == "local":
         _secure_local_ray()
     from orchestrator.ray_executor import RayExecutor
 
-    return RayExecutor(job, run_folder, plan.memory.keep_inputs)
+    return RayExecutor(job, run_folder, plan.memory)
 
 
 def _secure_local_ray() -> None:

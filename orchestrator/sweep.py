@@ -1,32 +1,52 @@
-"""The sweep from the driver's side: per layer and coupled group collect, decide; then write the layer.
+"""The sweep from the driver's side. Names and numbers pass through here; statistics and cuts go from worker to worker.
 
-Names and numbers pass through here; statistics and cuts go from worker to worker behind handles.
+On the pruned path, per layer and coupled group: collect, reduce, decide; then write the layer. On the dense path all
+layers at once (`orchestrator.stream`); with `propagation: refit` that pass only selects, and a second one on the pruned
+path corrects.
 """
 
 import time
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 from orchestrator.context import Context
-from workers.config_patch import patched_config
+from orchestrator.executor import Call, Executor
+from orchestrator.stream import stream_layers
 from workers.files import Manifest
-from workers.layout import layer_task
+from workers.layout import layer_task, selection_task
 from workers.shards import even_parts
 
 
 def prune_layers(context: Context, tokens: Manifest) -> list[Manifest]:
-    """Prune every layer that is not finished, in order; the manifests of all of them.
-
-    A layer's fingerprint holds the digest of the layer below: it saw activations from there.
+    """Prune every layer that is not finished; the manifests of all of them.
 
     Raises:
         RaypruneError: from the first layer that fails; the finished ones stay.
     """
-    plan, below = context.plan, [tokens.digest, context.checkpoint.identity, str(sorted(context.plan.shape.kept.items()))]
+    inputs = [tokens.digest, context.checkpoint.identity, str(sorted(context.plan.shape.kept.items()))]
+    match context.job.parallel.effective_propagation:
+        case "dense":
+            return stream_layers(context, "sweep", _tasks(context, layer_task, inputs))
+        case "refit":
+            selections = stream_layers(context, "select", _tasks(context, selection_task, inputs))
+            return _pruned_path(context, [[*inputs, selection.digest] for selection in selections])
+        case _:
+            return _pruned_path(context, [inputs] * context.plan.num_layers)
+
+
+def _tasks(context: Context, name: Any, inputs: Sequence[str]) -> list[tuple[str, str]]:
+    tasks = map(name, range(context.plan.num_layers))
+    return [(task, context.folder.fingerprint(task, *inputs)) for task in tasks]
+
+
+def _pruned_path(context: Context, inputs: Sequence[Sequence[str]]) -> list[Manifest]:
+    """One layer after the other; a layer's fingerprint holds the digest of the layer below: it saw activations from there."""
+    below: list[str] = []
     manifests: list[Manifest] = []
-    with context.stage("sweep", plan.num_layers):
-        for layer in range(plan.num_layers):
-            expected = context.folder.fingerprint(layer_task(layer), *below)
+    with context.stage("sweep", context.plan.num_layers):
+        for layer in range(context.plan.num_layers):
+            expected = context.folder.fingerprint(layer_task(layer), *inputs[layer], *below)
             manifests.append(context.once(layer_task(layer), expected, partial(_prune_layer, context, layer, expected)))
             below = [manifests[-1].digest]
     return manifests
@@ -42,11 +62,19 @@ def _prune_layer(context: Context, layer: int, fingerprint: str) -> None:
     for name in context.plan.pruned_groups():
         collected = [executor.submit(worker, "collect", layer, name, (part.start, part.stop), *cuts) for worker, part in enumerate(parts)]
         executor.wait(collected)
-        decision = executor.submit(writer, "decide", layer, name, kept[name], *(call.payload for call in collected))
+        decision = executor.submit(writer, "decide", layer, name, kept[name], *_reduced(executor, collected))
         (receipt,) = executor.wait([decision])
-        groups[name] = {key: value for key, value in receipt.items() if key not in ("seconds", "peak_memory_bytes")}
+        groups[name] = receipt["group"]
         cuts.append(decision.payload)
-    config = patched_config(context.checkpoint.config, kept, context.job.export.target, context.job.export.dtype)
-    executor.wait([executor.submit(writer, "write_layer", layer, fingerprint, config, {"groups": groups}, *cuts)])
+    executor.wait([executor.submit(writer, "write_layer", layer, fingerprint, kept, groups, *cuts)])
     seconds = time.monotonic() - start
     context.emit("step-finished", stage="sweep", layer=layer, seconds=seconds, groups=groups, peak_memory_bytes=context.peak_memory_bytes())
+
+
+def _reduced(executor: Executor, calls: Sequence[Call]) -> list[Any]:
+    """The statistics of all workers, merged in pairs from worker to worker until two payloads are left."""
+    while len(calls) > 2:
+        pairs = [calls[start : start + 2] for start in range(0, len(calls), 2)]
+        calls = [executor.submit(p[0].worker, "reduce", *(call.payload for call in p)) if len(p) == 2 else p[0] for p in pairs]
+        executor.wait(calls)
+    return [call.payload for call in calls]

@@ -116,8 +116,11 @@ class ParallelSpec(Section):
     workers: int = Field(default=1, ge=1, le=4096)
     """Number of worker processes."""
     placement: Literal["shards", "layers"] = "shards"
-    """`shards`: the calibration shards are split over the workers and every layer visits all of them; `layers`: every worker holds
-    some of the layers and the text flows from worker to worker."""
+    """`shards`: the calibration shards are split over the workers and every layer visits all of them; `layers`: every worker has
+    layers of its own, micro-batches flow from one to the next, and all decide at the same time. Part of the result."""
+    propagation: Literal["auto", "pruned", "dense", "refit"] = "auto"
+    """Where activations come from; `pruned`: the pruned layers below; `dense`: the dense model; `refit`: selections from the dense model,
+    then corrections on the pruned path; `auto`: `pruned` for `shards`, `dense` for `layers`. Part of the result."""
     threads_per_worker: int = Field(default=1, ge=1, le=1024)
     """CPU threads of one worker. Part of the result: factorisations round differently with other thread counts."""
     micro_batch: int = Field(default=4, ge=1, le=4096)
@@ -126,6 +129,20 @@ class ParallelSpec(Section):
     """Where workers compute; `auto`: one GPU per worker when there are enough, else the CPU."""
     retries: int = Field(default=2, ge=0, le=100)
     """How often a layer is tried again after a worker was lost."""
+
+    @property
+    def effective_propagation(self) -> Literal["pruned", "dense", "refit"]:
+        """`propagation` with `auto` resolved."""
+        if self.propagation == "auto":
+            return "pruned" if self.placement == "shards" else "dense"
+        return self.propagation
+
+    @model_validator(mode="after")
+    def _propagation_fits(self) -> Self:
+        if (self.placement == "shards") != (self.effective_propagation == "pruned"):
+            needed = "layers" if self.placement == "shards" else "shards"
+            raise ValueError(f"propagation {self.propagation!r} needs placement: {needed}")
+        return self
 
 
 class MemorySpec(Section):
@@ -175,6 +192,8 @@ class ClusterSpec(Section):
     """`ray`: one Ray actor per worker; `in-process`: all work in the driver's process."""
     address: str = Field(default="local", min_length=1)
     """`local`: a private Ray on this machine; else the address of a Ray cluster, or `auto` for the one this runs in."""
+    wait_seconds: int = Field(default=0, ge=0, le=86_400)
+    """How long a run waits, in seconds, for an autoscaler to bring missing CPUs and GPUs; 0: it stops at once."""
 
 
 class JobSpec(Section):
@@ -199,7 +218,7 @@ class JobSpec(Section):
             raise ValueError(
                 f"budget.probe_samples ({self.budget.probe_samples}) must not exceed calibration.samples ({self.calibration.samples})"
             )
-        if self.parallel.workers > self.calibration.shards:
+        if self.parallel.placement == "shards" and self.parallel.workers > self.calibration.shards:
             raise ValueError(
                 f"parallel.workers ({self.parallel.workers}) must not exceed calibration.shards ({self.calibration.shards}): "
                 "a shard is the unit of work; raise calibration.shards"

@@ -1,17 +1,17 @@
-"""What a worker keeps in memory: chosen by the plan, obeyed by the worker."""
+"""What a worker keeps and where: decided by the plan, obeyed by the workers."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Where a worker leaves what it will need again. The result does not depend on it."""
+    """How a worker stays within `memory.worker`. Results do not depend on it."""
 
     keep_inputs: bool = True
-    """Whether consumer inputs are kept until the cut is applied, or computed again."""
+    """Consumer inputs are kept from a statistic to the cut that follows, else computed again."""
     spill_hidden: bool = False
-    """Whether hidden states lie in a file instead of memory."""
+    """Hidden states lie in files that are mapped, else in memory."""
     spill_statistics: bool = False
-    """Whether statistics lie in a file instead of memory."""
+    """Statistics and factors lie in files that are mapped, else in memory."""
     layers_per_chunk: int = 1
-    """Placement `layers`: layers a worker holds at a time."""
+    """`layers` placement: consecutive layers a worker works on at the same time."""

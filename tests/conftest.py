@@ -4,6 +4,7 @@ import json
 import os
 import secrets
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)
 import pytest
 import torch
 import yaml
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from benchmarks.random_model import byte_tokenizer
 
 torch.set_num_threads(1)
 
@@ -46,11 +48,7 @@ def build_model(folder: Path, model_type: str = "llama", seed: int = 0, dtype: t
         for name, parameter in model.named_parameters():
             parameter.copy_(torch.rand_like(parameter) + 0.5 if "norm" in name else torch.randn_like(parameter) * 0.15)
     model.save_pretrained(folder)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={symbol: number + 3 for number, symbol in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
     return folder
 
 
@@ -93,6 +91,23 @@ def make_job(tmp_path: Path, text_file: Path) -> MakeJob:
         return path
 
     return make
+
+
+@pytest.fixture
+def force_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Make plans keep things where the test says, not where the budget does."""
+    from orchestrator import run
+
+    planned = run.make_plan
+
+    def force(**memory: Any) -> None:
+        def plan(job: Any, checkpoint: Any) -> Any:
+            made = planned(job, checkpoint)
+            return replace(made, memory=replace(made.memory, **memory))
+
+        monkeypatch.setattr(run, "make_plan", plan)
+
+    return force
 
 
 @pytest.fixture(scope="session")

@@ -2,15 +2,18 @@
 
 W_K' = (S_KK + gI)^-1 (S_K: W + g W_K) = W_K + (S_KK + gI)^-1 S_KP W_P, with S = Z'Z. For g = 0 this is STAT's
 interpolative fold, Numerical Pruning's compensation and the OBS refit alike.
-Letters: F width, D hidden, K kept columns.
+Letters: F width, D hidden, K kept columns, M size of a solver's targets, B block of output rows.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from specs.job import CorrectionSpec
-from workers.statistics import Statistic
+from workers.linalg import wide_blocks
+from workers.statistics import Refit, Statistic
 
 
 @dataclass(frozen=True)
@@ -27,31 +30,66 @@ class Correction:
     held_out_error: float
 
 
-def correct(training: Statistic, held_out: Statistic, weight_DF: Tensor, kept_K: Tensor, options: CorrectionSpec) -> Correction:
+def correct(
+    training: Statistic, held_out: Statistic, weight_DF: Tensor, kept_K: Tensor, options: CorrectionSpec, dtype: torch.dtype
+) -> Correction:
     """Correct a consumer's weight for the loss of all but the kept columns.
 
-    Shapes: `weight_DF` fp64; `kept_K` ascending column indices. Both statistics are consumed.
+    Shapes: `weight_DF` in any type, maybe in a file: it is read in blocks of rows. `kept_K` ascending column indices, on the
+    statistics' device. The result has `dtype` and lies beside `weight_DF`. Both statistics are consumed.
     Numerics: fp64. The damping is a multiple of the mean column energy; ties go to the larger one.
-    Cost: per damping candidate K^3/3 + 4 K^2 D flops.
+    Cost: with a Gram matrix K^3/3 + 2 K^2 D + F^2 D flops per damping candidate, and about three times that for the rest.
     """
-    fit, check = training.refit(weight_DF, kept_K), held_out.refit(weight_DF, kept_K)
+    fit = _Fit.of(training, weight_DF, kept_K)
     candidates = options.candidates if options.damping == "held-out" else (options.damping,)
-    trials = []
-    for damping in sorted(candidates, reverse=True):
-        change_KD = fit.solve(_ridge(damping, training))
-        trials.append((check.error(change_KD), damping, change_KD))
-    held_out_error, damping, change_KD = min(trials, key=lambda trial: trial[0])
-    errors = (
-        _relative(fit.error(change_KD), training.output_energy(weight_DF)),
-        _relative(held_out_error, held_out.output_energy(weight_DF)),
-    )
-    everything = training.merge(held_out)
-    change_KD = everything.refit(weight_DF, kept_K).solve(_ridge(damping, everything))
-    return Correction(weight_DF[:, kept_K] + change_KD.T, damping, *errors)
+    trials = {damping: fit.error(damping, held_out) for damping in sorted(candidates, reverse=True)}
+    damping = min(trials, key=trials.__getitem__)
+    training_error = _relative(fit.error(damping, training), _output_energy(training, weight_DF, kept_K.device))
+    held_out_error = _relative(trials[damping], _output_energy(held_out, weight_DF, kept_K.device))
+    del fit  # its memory
+    weight_DK = _Fit.of(training.merge(held_out), weight_DF, kept_K).weight(damping, dtype)
+    return Correction(weight_DK, damping, training_error, held_out_error)
 
 
-def _ridge(damping: float, statistic: Statistic) -> float:
-    return damping * (statistic.mean_energy or 1.0)  # without any energy every ridge gives no change, but none would be singular
+@dataclass(frozen=True)
+class _Fit:
+    """Corrections of one weight from one statistic, block by block: no more than one ridge's factor is held."""
+
+    statistic: Statistic
+    refit: Refit
+    weight_DF: Tensor
+    kept_K: Tensor
+    targets_DM: Tensor
+
+    @classmethod
+    def of(cls, statistic: Statistic, weight_DF: Tensor, kept_K: Tensor) -> "_Fit":
+        refit = statistic.refit(kept_K)
+        return cls(statistic, refit, weight_DF, kept_K, refit.targets(weight_DF))
+
+    def _changes(self, damping: float) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Per block its rows, the weight in fp64, and the change of its kept columns."""
+        energy = self.statistic.mean_energy or 1.0  # without any energy every ridge gives no change, but none would be singular
+        solve = self.refit.solver(damping * energy)
+        for rows, weight_BF in wide_blocks(self.weight_DF, self.kept_K.device):
+            yield rows, weight_BF, solve(self.targets_DM[rows])
+
+    def error(self, damping: float, judge: Statistic) -> float:
+        """|Z_K W_K' - Z W'|^2 on the judge's tokens."""
+        total = 0.0
+        for _, weight_BF, change_BK in self._changes(damping):
+            total += judge.energy(weight_BF.neg_().index_copy_(1, self.kept_K, change_BK))
+        return total
+
+    def weight(self, damping: float, dtype: torch.dtype) -> Tensor:
+        """W_K', rounded to `dtype`."""
+        result_DK = torch.empty(len(self.weight_DF), len(self.kept_K), dtype=dtype, device=self.weight_DF.device)
+        for rows, weight_BF, change_BK in self._changes(damping):
+            result_DK[rows] = weight_BF[:, self.kept_K].add_(change_BK).to(self.weight_DF.device, dtype)
+        return result_DK
+
+
+def _output_energy(statistic: Statistic, weight_DF: Tensor, device: torch.device) -> float:
+    return sum(statistic.energy(weight_BF) for _, weight_BF in wide_blocks(weight_DF, device))
 
 
 def _relative(error: float, energy: float) -> float:

@@ -12,20 +12,20 @@ from torch import Tensor
 
 from workers import layers
 from workers.checkpoint import open_checkpoint
-from workers.layers import StreamedModel
+from workers.layers import Store, StreamedModel
 from workers.sweep import embed_all
 
 
 @torch.inference_mode()
 def window_losses(
-    model_path: Path, windows_NT: Tensor, first_index: int, stride: int, dtype: torch.dtype, device: torch.device
+    model_path: Path, windows_NT: Tensor, first_index: int, stride: int, dtype: torch.dtype, device: torch.device, store: Store
 ) -> list[tuple[float, int]]:
     """For each window the sum of negative log-likelihoods (nats) and the number of tokens in it.
 
-    `first_index` is the number of the first of these windows in the whole text.
+    `first_index` is the number of the first of these windows in the whole text; hidden states wait where `store` puts them.
     """
     checkpoint = open_checkpoint(model_path)
-    model = StreamedModel(checkpoint, dtype, device)
+    model = StreamedModel(checkpoint, dtype, device, store)
     batches = embed_all(model, list(windows_NT.split(1)))
     for index in range(checkpoint.num_layers):
         layer = model.load_layer(index)

@@ -6,8 +6,11 @@ replaced by one that returns given hidden states.
 Letters: B windows of a micro-batch, T tokens, D hidden, F width of a consumer's input.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +25,10 @@ from workers.checkpoint import Checkpoint, TensorInfo
 from workers.families import UnitGroup, layer_prefix
 from workers.slicing import Cut, unit_rows
 
+Store = Callable[[Tensor], Tensor]
 LayerArguments = tuple[tuple[Any, ...], dict[str, Any]]
+CONVERTED_BYTES = 64 * 2**20
+"""Of a mapped weight matrix, so much at most is converted to the type of the forward passes at a time."""
 
 
 @dataclass
@@ -31,12 +37,14 @@ class MicroBatch:
 
     `hidden_BTD` is the input of the current layer, `arguments[i]` what layer i gets besides. Of the current layer:
     `inputs[group]` is a consumer's input (a cache), `outputs[block]` the output that stands in for a block.
+    `store` puts hidden states and outputs where they wait: it returns them, or their copy elsewhere.
     """
 
     hidden_BTD: Tensor
     arguments: list[LayerArguments]
     inputs: dict[str, Tensor] = field(default_factory=dict)
     outputs: dict[str, Tensor] = field(default_factory=dict)
+    store: Store = lambda tensor: tensor
 
 
 class _Recorder(nn.Module):
@@ -81,6 +89,55 @@ class _Constant(nn.Module):
         return (self.output, None) if self.as_tuple else self.output
 
 
+class _MappedLinear(nn.Module):
+    """A linear map whose weight stays in its mapped file, in its type on disk; some rows are converted at a time."""
+
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight, self._dtype = linear.weight, dtype
+        self.register_parameter("bias", linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The product with the converted weight, block by block of output features."""
+        out_features, in_features = self.weight.shape
+        result = x.new_empty(*x.shape[:-1], out_features)
+        step = max(1, CONVERTED_BYTES // (in_features * self._dtype.itemsize))
+        for start in range(0, out_features, step):
+            rows = slice(start, start + step)
+            bias = self._parameters["bias"]
+            result[..., rows] = nn.functional.linear(x, self.weight[rows].to(self._dtype), None if bias is None else bias[rows])
+        return result
+
+
+class _MappedEmbedding(nn.Module):
+    """An embedding whose table stays in its mapped file; the rows that are looked up are converted."""
+
+    def __init__(self, embedding: nn.Embedding, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight, self._dtype = embedding.weight, dtype
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """The tokens' rows."""
+        return nn.functional.embedding(tokens, self.weight).to(self._dtype)
+
+
+_MAPPED: dict[type, Callable[[Any, torch.dtype], nn.Module]] = {nn.Linear: _MappedLinear, nn.Embedding: _MappedEmbedding}
+
+
+def _placed(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The module ready for forward passes: moved to a GPU; on the CPU large weights stay in their mapped files."""
+    unmapped = {id(weight) for child in module.modules() if type(child) not in _MAPPED for weight in child.parameters(recurse=False)}
+    mapped: set[int] = set()
+    for name, child in list(module.named_modules()) if device.type == "cpu" else ():
+        if type(child) in _MAPPED and child.weight.dtype != dtype and id(child.weight) not in unmapped:
+            module.set_submodule(name, _MAPPED[type(child)](child, dtype))
+            mapped.add(id(child.weight))
+    for parameter in module.parameters():
+        if id(parameter) not in mapped:
+            parameter.data = parameter.data.to(device, dtype)
+    return module.to(device)
+
+
 @contextmanager
 def _swapped(layer: nn.Module, replacements: Mapping[str, nn.Module]) -> Iterator[None]:
     originals = {name: layer.get_submodule(name) for name in replacements}
@@ -94,7 +151,7 @@ def _swapped(layer: nn.Module, replacements: Mapping[str, nn.Module]) -> Iterato
 
 
 def read_tensors(checkpoint: Checkpoint, infos: Mapping[str, TensorInfo], prefix: str = "") -> dict[str, Tensor]:
-    """Copies (never views of the mapped file) of some tensors, in their type on disk; `prefix` completes the names.
+    """Views of the mapped files: some tensors in their type on disk; `prefix` completes the names.
 
     Raises:
         ModelError: a tensor holds NaN or infinity.
@@ -102,9 +159,9 @@ def read_tensors(checkpoint: Checkpoint, infos: Mapping[str, TensorInfo], prefix
     tensors: dict[str, Tensor] = {}
     for file in sorted({info.file for info in infos.values()}):
         with safe_open(checkpoint.path / file, framework="pt") as handle:
-            tensors |= {name: handle.get_tensor(prefix + name).clone() for name, info in infos.items() if info.file == file}
+            tensors |= {name: handle.get_tensor(prefix + name) for name, info in infos.items() if info.file == file}
     for name, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
+        if not math.isfinite(tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))):  # a sum takes no memory
             raise ModelError(
                 f"{checkpoint.path / infos[name].file}: {prefix}{name} holds NaN or infinity; the checkpoint is damaged, fetch it again"
             )
@@ -112,43 +169,53 @@ def read_tensors(checkpoint: Checkpoint, infos: Mapping[str, TensorInfo], prefix
 
 
 class StreamedModel:
-    """A causal language model of which only the embeddings, the last norm and the head stay in memory."""
+    """A causal language model of which only the embeddings, the last norm and the head stay at hand (on the CPU: mapped).
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
-        self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
+    Hidden states wait between layers where `store` puts them.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, store: Store = lambda tensor: tensor) -> None:
+        self.checkpoint, self.dtype, self.device, self._store = checkpoint, dtype, device, store
         config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
         with init_empty_weights(include_buffers=False):
             self._model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).eval()
         self._layers = list(self._model.model.layers)
         self._model.model.layers = nn.ModuleList()
-        outer = {name: tensor.to(device, dtype) for name, tensor in read_tensors(checkpoint, checkpoint.outer_tensors).items()}
+        outer = read_tensors(checkpoint, checkpoint.outer_tensors)
         unknown = self._model.load_state_dict(outer, strict=False, assign=True).unexpected_keys
         if unknown:
             raise ModelError(f"{checkpoint.path}: holds {unknown[0]}, which {type(self._model).__name__} does not know")
         self._model.tie_weights()
         if missing := [name for name, tensor in self._model.named_parameters() if tensor.is_meta]:
             raise ModelError(f"{checkpoint.path}: lacks {missing[0]}")
-        self._model.to(device)
+        _placed(self._model, device, dtype)
+        self._next: tuple[int, Future[nn.Module]] | None = None
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
 
     @property
     def computed_on(self) -> str:
         """Device kind and floating-point type of the forward passes, which decide their roundings."""
         return f"{self.device.type} in {str(self.dtype).removeprefix('torch.')}"
 
-    def load_layer(self, index: int) -> nn.Module:
-        """One decoder layer with its weights, in the type and on the device of the forward passes.
+    def load_layer(self, index: int, prefetch: bool = True) -> nn.Module:
+        """One decoder layer with its weights, ready for forward passes; with `prefetch` the next one is read meanwhile.
 
         Raises:
             ModelError: a tensor is missing, superfluous or not finite.
         """
+        layer = self._next[1].result() if self._next and self._next[0] == index else self._read_layer(index)
+        following = index + 1 if prefetch and index + 1 < len(self._layers) else None
+        self._next = (following, self._reader.submit(self._read_layer, following)) if following else None
+        return layer
+
+    def _read_layer(self, index: int) -> nn.Module:
         tensors = read_tensors(self.checkpoint, self.checkpoint.layer_tensors(index), layer_prefix(index))
-        with init_empty_weights(include_buffers=False):
-            layer = type(self._layers[index])(self._model.config, index).eval()
+        layer = deepcopy(self._layers[index])
         try:
-            layer.load_state_dict({name: tensor.to(self.device, self.dtype) for name, tensor in tensors.items()}, assign=True)
+            layer.load_state_dict(tensors, assign=True)
         except RuntimeError as error:
             raise ModelError(f"{self.checkpoint.path}: layer {index} does not fit {type(layer).__name__}: {error}") from None
-        return layer.to(self.device)  # type: ignore[no-any-return]
+        return _placed(layer, self.device, self.dtype)
 
     @torch.inference_mode()
     def embed(self, tokens_BT: Tensor, reuse: MicroBatch | None = None) -> MicroBatch:
@@ -160,7 +227,7 @@ class StreamedModel:
         self._model.model(input_ids=tokens_BT.to(self.device), use_cache=False)
         handle.remove()
         recorded = [recorder.arguments for recorder in recorders if recorder.arguments is not None]
-        return MicroBatch(caught[0], reuse.arguments if reuse else recorded)
+        return MicroBatch(self._store(caught[0]), reuse.arguments if reuse else recorded, store=self._store)
 
     @torch.inference_mode()
     def logits(self, tokens_BT: Tensor, hidden_BTD: Tensor) -> Tensor:
@@ -173,12 +240,17 @@ class StreamedModel:
 def _run(layer: nn.Module, index: int, batch: MicroBatch, swaps: Mapping[str, nn.Module]) -> Tensor:
     args, kwargs = batch.arguments[index]
     with _swapped(layer, swaps):
-        result: Tensor = layer(batch.hidden_BTD, *args, **kwargs)
+        result: Tensor = layer(batch.hidden_BTD.to(_device(layer)), *args, **kwargs)
     return result
 
 
-def _known_blocks(groups: Mapping[str, UnitGroup], batch: MicroBatch) -> dict[str, nn.Module]:
-    return {g.block: _Constant(batch.outputs[g.block], g.block_returns_tuple) for g in groups.values() if g.block in batch.outputs}
+def _device(layer: nn.Module) -> torch.device:
+    return next(layer.parameters()).device
+
+
+def _known_blocks(layer: nn.Module, groups: Mapping[str, UnitGroup], batch: MicroBatch) -> dict[str, nn.Module]:
+    known = [group for group in groups.values() if group.block in batch.outputs]
+    return {group.block: _Constant(batch.outputs[group.block].to(_device(layer)), group.block_returns_tuple) for group in known}
 
 
 @contextmanager
@@ -187,7 +259,7 @@ def _outputs_noted(layer: nn.Module, groups: Mapping[str, UnitGroup], batch: Mic
 
     def noting(group: UnitGroup) -> Callable[[nn.Module, Any, Any], None]:
         def _note(module: nn.Module, args: Any, output: Any) -> None:
-            batch.outputs[group.block] = output[0] if group.block_returns_tuple else output
+            batch.outputs[group.block] = batch.store(output[0] if group.block_returns_tuple else output)
 
         return _note
 
@@ -210,7 +282,7 @@ def consumer_input(layer: nn.Module, index: int, batch: MicroBatch, groups: Mapp
     if name not in batch.inputs:
         try:
             with _outputs_noted(layer, groups, batch):
-                _run(layer, index, batch, _known_blocks(groups, batch) | {groups[name].consumer: _Catch()})
+                _run(layer, index, batch, _known_blocks(layer, groups, batch) | {groups[name].consumer: _Catch()})
         except _CaughtInput as caught:
             batch.inputs[name] = caught.value
         else:
@@ -226,14 +298,14 @@ def apply_cut(layer: nn.Module, index: int, batch: MicroBatch, groups: Mapping[s
     columns = unit_rows(cut.units, group.columns).to(z_BTF.device)
     weight_DK = cut.weight_DK.to(z_BTF.device, z_BTF.dtype)
     bias = layer.get_submodule(group.consumer)._parameters["bias"]
-    batch.outputs[group.block] = nn.functional.linear(z_BTF[..., columns], weight_DK, bias)
+    batch.outputs[group.block] = batch.store(nn.functional.linear(z_BTF[..., columns], weight_DK, bias))
     del batch.inputs[name]
 
 
 @torch.inference_mode()
 def finish_layer(layer: nn.Module, index: int, batch: MicroBatch, groups: Mapping[str, UnitGroup]) -> None:
     """Move the hidden states past the layer; only what no block output stands for is computed."""
-    batch.hidden_BTD = _run(layer, index, batch, _known_blocks(groups, batch))
+    batch.hidden_BTD = batch.store(_run(layer, index, batch, _known_blocks(layer, groups, batch)))
     batch.inputs.clear()
     batch.outputs.clear()
 
@@ -247,7 +319,7 @@ def dense_pass(layer: nn.Module, index: int, batch: MicroBatch, groups: Mapping[
         return lambda module, args: inputs.update({name: args[0]})
 
     handles = [layer.get_submodule(g.consumer).register_forward_pre_hook(hook(g.name)) for g in groups.values()]
-    batch.hidden_BTD = _run(layer, index, batch, {})
+    batch.hidden_BTD = batch.store(_run(layer, index, batch, {}))
     for handle in handles:
         handle.remove()
     return inputs

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+CACHE = "cache"
 LAYER_FILE = "layer.safetensors"
 OUTER_TASK, OUTER_FILE = "outer", "outer.safetensors"
 CALIBRATION_TASK, EVALUATION_TASK, TOKENS_FILE = "calibration-tokens", "evaluation-tokens", "tokens.safetensors"
@@ -11,6 +12,16 @@ SHAPE_TASK, EXPORT_TASK = "shape", "export"
 def layer_task(layer: int) -> str:
     """Task id of a layer."""
     return f"layer-{layer:04d}"
+
+
+def selection_task(layer: int) -> str:
+    """Task id of a layer's selection, where selections come from a pass of their own."""
+    return f"selection-{layer:04d}"
+
+
+def boundary_file(run_folder: Path, layer: int, number: int) -> Path:
+    """A micro-batch's hidden states before a layer on the dense path, where a wave has ended."""
+    return run_folder / CACHE / f"dense-{layer:04d}" / f"{number:05d}.safetensors"
 
 
 def model_folder(run_folder: Path) -> Path:

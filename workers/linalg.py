@@ -1,10 +1,12 @@
 """Linear algebra on calibration statistics: the one module that chooses its dtypes.
 
-Letters: T tokens, F width of the consumer's input, D hidden, K kept columns, P pruned columns.
-Everything is fp64, except the fp32 products inside `add_gram_` (summed in fp64). Nothing falls back silently.
+Letters: T tokens, F width of the consumer's input, D hidden, K kept columns, P pruned columns, B block of output rows,
+N rows of a least-squares problem. Everything is fp64, except the fp32 products inside `add_gram_` (summed in fp64).
+Nothing falls back silently. Large matrices are worked on in place or in blocks of rows, so that they may lie in files.
 """
 
-import numpy as np
+from collections.abc import Callable, Iterator
+
 import torch
 from scipy.linalg import lapack
 from torch import Tensor
@@ -12,140 +14,159 @@ from torch import Tensor
 from specs.errors import ModelError
 
 WIDE = torch.float64
-_GRAM_BLOCK = 512
+BLOCK_ROWS = 512
+"""Rows of a block. 512 x 28672 numbers of fp64 are 112 MiB. Part of the result: sums over blocks round accordingly."""
+
+Solver = Callable[[Tensor], Tensor]
+"""Solutions for a block of right sides, which are the rows of its argument, as rows."""
+
+
+def row_slices(count: int) -> Iterator[slice]:
+    """`count` rows in blocks of `BLOCK_ROWS`."""
+    return (slice(start, min(start + BLOCK_ROWS, count)) for start in range(0, count, BLOCK_ROWS))
+
+
+def wide_blocks(matrix: Tensor, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
+    """Copies of blocks of rows, fp64, on `device`; the whole matrix, of any type and maybe in a file, is never converted at once."""
+    return ((rows, matrix[rows].to(device, WIDE, copy=True)) for rows in row_slices(len(matrix)))
+
+
+def column_norms(weight_DF: Tensor) -> Tensor:
+    """|W[:, j]| in fp64, from blocks of rows."""
+    energy_F = torch.zeros(weight_DF.shape[1], dtype=WIDE, device=weight_DF.device)
+    for _, weight_BF in wide_blocks(weight_DF, weight_DF.device):
+        energy_F += weight_BF.square().sum(0)
+    return energy_F.sqrt()
 
 
 def add_gram_(gram_FF: Tensor, z_TF: Tensor) -> None:
     """Add z'z to the lower block triangle of `gram_FF` (fp64), in place.
 
-    Products are fp32 (TF32 must be off), one micro-batch each, the sum over micro-batches is fp64.
+    Products are fp32 (TF32 must be off), one micro-batch each, the sum over micro-batches is fp64. On a GPU, bf16
+    activations stay bf16: a product of two is exact in fp32, and it is summed there.
     Cost: about T F^2 flops, half of a full product, since blocks above the diagonal are left alone (`mirror_` fills them).
     """
-    z_TF = z_TF.float()
-    width = z_TF.shape[1]
-    for start in range(0, width, _GRAM_BLOCK):
-        stop = min(start + _GRAM_BLOCK, width)
-        gram_FF[start:, start:stop] += z_TF[:, start:].T @ z_TF[:, start:stop]
+    z_TF = z_TF if z_TF.is_cuda and z_TF.dtype == torch.bfloat16 else z_TF.float()
+    for columns in row_slices(z_TF.shape[1]):
+        gram_FF[columns.start :, columns] += _fp32_product(z_TF[:, columns.start :].T, z_TF[:, columns])
+
+
+def _fp32_product(left: Tensor, right: Tensor) -> Tensor:
+    return left @ right if left.dtype == torch.float32 else torch.mm(left, right, out_dtype=torch.float32)
 
 
 def mirror_(gram_FF: Tensor) -> Tensor:
     """Copy the lower triangle onto the upper one, in place."""
-    gram_FF.copy_(torch.tril(gram_FF) + torch.tril(gram_FF, -1).T)
+    for rows in row_slices(len(gram_FF)):
+        corner = gram_FF[rows, rows]
+        corner.copy_(corner.tril() + corner.tril(-1).T)
+        gram_FF[rows, rows.stop :] = gram_FF[rows.stop :, rows].T
     return gram_FF
 
 
-def stack_r(r_FF: Tensor | None, rows_TF: Tensor) -> Tensor:
-    """One step of tall-skinny QR: the R factor of [R; rows], with a non-negative diagonal.
+def gather_(out: Tensor, matrix: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """matrix[rows][:, columns] into `out`, block by block."""
+    for block in row_slices(len(rows)):
+        torch.index_select(matrix[rows[block]], 1, columns, out=out[block])
+    return out
 
-    As backward stable as Householder QR of all rows at once (Demmel et al., communication-avoiding QR).
-    Cost: 2 (T + F) F^2 flops.
+
+def gram_energy(gram_FF: Tensor, rows_BF: Tensor) -> float:
+    """|Z M'|^2 = tr(M G M') from the lower block triangle of G = Z'Z. Accurate to about 1e-16 |Z|^2 |M|^2. Cost: B F^2 flops."""
+    total = torch.zeros((), dtype=WIDE, device=rows_BF.device)
+    for block in row_slices(len(gram_FF)):
+        own, below = rows_BF[:, block], rows_BF[:, block.stop :]
+        total += (own @ gram_FF[block, block]).mul_(own).sum() + 2 * (below @ gram_FF[block.stop :, block]).mul_(own).sum()
+    return max(0.0, float(total))
+
+
+def r_factor(rows_NF: Tensor) -> Tensor:
+    """The R factor of QR, with a non-negative diagonal. Householder QR, 2 N F^2 flops.
+
+    Of [R; rows] it is a step of tall-skinny QR, as backward stable as QR of all rows at once (Demmel et al.,
+    communication-avoiding QR).
     """
-    rows = rows_TF.to(WIDE) if r_FF is None else torch.cat([r_FF, rows_TF.to(WIDE)])
-    r: Tensor = torch.linalg.qr(rows, mode="r").R
+    r: Tensor = torch.linalg.qr(rows_NF.to(WIDE), mode="r").R
     return r * torch.where(torch.diagonal(r) < 0, -1.0, 1.0).to(WIDE)[:, None]
 
 
-def pivot_gram(gram_FF: Tensor, scale_F: Tensor) -> Tensor:
-    """Column order of pivoted Cholesky on diag(s) G diag(s): the pivots of column-pivoted QR of Z diag(s).
+def cholesky_solver(gram_KK: Tensor, ridge: float) -> Solver:
+    """Solves X (G + ridge I) = B for blocks B of rows. The lower triangle of `gram_KK` becomes the factor, in place.
 
-    Source: the Gram correspondence; LAPACK pstrf. Columns beyond the numerical rank follow in index order.
-    Resolves residual column norms down to about 1e-8 of the largest; below that use `pivot_r`. Cost: F^3/3 flops.
-    """
-    scaled = gram_FF * scale_F[:, None] * scale_F
-    _, pivots, rank, info = lapack.dpstrf(np.asfortranarray(scaled.cpu().numpy()), lower=1, overwrite_a=1)
-    if info < 0:
-        raise ValueError(f"pstrf: argument {-info} is illegal")
-    order = torch.from_numpy(pivots.astype(np.int64) - 1)
-    return torch.cat([order[:rank], order[rank:].sort().values])
-
-
-def pivot_r(r_FF: Tensor, scale_F: Tensor) -> Tensor:
-    """Column order of column-pivoted QR of R diag(s), which is that of Z diag(s). LAPACK geqp3, 4/3 F^3 flops, half of them BLAS-2."""
-    factor, pivots, _, _, info = lapack.dgeqp3(np.asfortranarray((r_FF * scale_F).cpu().numpy()), overwrite_a=1)
-    if info < 0:
-        raise ValueError(f"geqp3: argument {-info} is illegal")
-    diagonal = np.abs(np.diagonal(factor))
-    rank = int(np.count_nonzero(diagonal > diagonal[:1] * len(pivots) * np.finfo(np.float64).eps))
-    order = torch.from_numpy(pivots.astype(np.int64) - 1)
-    return torch.cat([order[:rank], order[rank:].sort().values])
-
-
-def pivot_blocks_gram(gram_FF: Tensor, scale_F: Tensor, block: int, count: int) -> Tensor:
-    """Greedy block pivoting: the block of columns of Z diag(s) with the most energy left is taken whole, and projected out.
-
-    The block form of column-pivoted QR: STAT's pivoting with a KV group as the unit (the paper's text has heads only).
-    A block that is numerically dependent is projected out by its numerical rank. Cost: 2 F^2 per column taken.
-
-    Returns:
-        The first `count` block indices, in the order taken; ties go to the lower index.
-    """
-    residual = gram_FF * scale_F[:, None] * scale_F
-    rounding = float(torch.diagonal(residual).max()) * len(residual) * torch.finfo(WIDE).eps
-    taken: list[int] = []
-    for _ in range(count):
-        taken.append(_heaviest(torch.diagonal(residual), block, taken))
-        columns = slice(taken[-1] * block, (taken[-1] + 1) * block)
-        values, vectors = torch.linalg.eigh(residual[columns, columns])
-        solid = values > rounding
-        basis = residual[:, columns] @ (vectors[:, solid] / values[solid].sqrt())
-        residual -= basis @ basis.T
-    return torch.tensor(taken, dtype=torch.int64)
-
-
-def pivot_blocks_r(r_FF: Tensor, scale_F: Tensor, block: int, count: int) -> Tensor:
-    """`pivot_blocks_gram` on the R factor: the same greedy order without squaring the condition number."""
-    residual = r_FF * scale_F
-    rounding = float(torch.linalg.vector_norm(residual, dim=0).max()) * residual.shape[1] * torch.finfo(WIDE).eps
-    taken: list[int] = []
-    for _ in range(count):
-        taken.append(_heaviest(residual.square().sum(0), block, taken))
-        columns = slice(taken[-1] * block, (taken[-1] + 1) * block)
-        basis, values, _ = torch.linalg.svd(residual[:, columns], full_matrices=False)
-        basis = basis[:, values > rounding]
-        residual -= basis @ (basis.T @ residual)
-    return torch.tensor(taken, dtype=torch.int64)
-
-
-def _heaviest(energy_F: Tensor, block: int, taken: list[int]) -> int:
-    energies = energy_F.reshape(-1, block).sum(1)
-    energies[taken] = -torch.inf
-    return int(torch.argmax(energies))
-
-
-def solve_gram(gram_KK: Tensor, cross_KD: Tensor, ridge: float) -> Tensor:
-    """(G + ridge I)^-1 C by Cholesky.
+    Cost: K^3/3 flops, 2 K^2 for each right side.
 
     Raises:
         ModelError: the damped matrix is singular in fp64.
     """
-    damped = gram_KK.clone()
-    torch.diagonal(damped).add_(ridge)
-    factor, info = torch.linalg.cholesky_ex(damped)
-    rounding = float(torch.diagonal(damped).max()) * len(damped) * torch.finfo(WIDE).eps
-    if int(info) or (ridge <= rounding and _is_singular(damped, torch.cholesky_inverse(factor))):
+    diagonal_K = torch.diagonal(gram_KK).add_(ridge)
+    rounding = float(diagonal_K.max()) * len(gram_KK) * torch.finfo(WIDE).eps
+    solve = _cholesky_on_gpu(gram_KK) if gram_KK.is_cuda else _cholesky_in_place(gram_KK)
+    if solve is None or (ridge <= rounding and not rounding * _inverse_norm(solve, diagonal_K) < 1):
         raise ModelError(
             f"the Gram matrix of the {len(gram_KK)} kept columns is singular (ridge {ridge:g}): "
             "raise correction.damping, or take more calibration tokens"
         )
-    return torch.cholesky_solve(cross_KD, factor)
+    return solve
 
 
-def solve_r(r_FK: Tensor, target_FD: Tensor, ridge: float) -> Tensor:
-    """argmin |R X - B|^2 + ridge |X|^2 by QR of [R; sqrt(ridge) I]: works on the square root of `solve_gram`'s condition number.
+def _cholesky_in_place(gram_KK: Tensor) -> Solver | None:
+    """LAPACK potrf and potrs. The transposed view has Fortran's order: its upper triangle is the lower one, and nothing is copied."""
+    factor, info = lapack.dpotrf(gram_KK.numpy().T, lower=0, overwrite_a=1, clean=0)
+
+    def solve(target_BK: Tensor) -> Tensor:
+        solution, _ = lapack.dpotrs(factor, target_BK.numpy().T, lower=0)
+        return torch.from_numpy(solution.T)
+
+    return None if info else solve
+
+
+def _cholesky_on_gpu(gram_KK: Tensor) -> Solver | None:
+    factor, info = torch.linalg.cholesky_ex(gram_KK)
+
+    def solve(target_BK: Tensor) -> Tensor:
+        solution: Tensor = torch.cholesky_solve(target_BK.T, factor)
+        return solution.T
+
+    return None if int(info) else solve
+
+
+def least_squares_solver(rows_MM: Tensor, ridge: float) -> Solver:
+    """Minimises |R x - b|^2 + ridge |x|^2 for every row b of a block, by QR of [R; sqrt(ridge) I].
+
+    Works on the square root of `cholesky_solver`'s condition number. Cost: about 6 M^3 flops, 3 M^2 for each right side.
 
     Raises:
         ModelError: R has dependent columns and there is no ridge.
     """
-    kept = r_FK.shape[1]
-    rows = torch.cat([r_FK, torch.eye(kept, dtype=WIDE, device=r_FK.device) * ridge**0.5])
-    q, r = torch.linalg.qr(rows)
-    if _is_singular(r, torch.linalg.solve_triangular(r, torch.eye(kept, dtype=WIDE, device=r.device), upper=True)):
+    size = len(rows_MM)
+    q, r = torch.linalg.qr(torch.cat([rows_MM, torch.eye(size, dtype=WIDE, device=rows_MM.device) * ridge**0.5]))
+    largest_M = torch.linalg.vector_norm(r, dim=0)
+
+    def back(columns_MB: Tensor) -> Tensor:
+        solution_MB: Tensor = torch.linalg.solve_triangular(r, columns_MB, upper=True)
+        return solution_MB.T
+
+    def normal(rows_BM: Tensor) -> Tensor:
+        return back(torch.linalg.solve_triangular(r.T, rows_BM.T, upper=False))
+
+    rounding = float(largest_M.max()) * size * torch.finfo(WIDE).eps if size else 0.0
+    if not rounding * _inverse_norm(normal, largest_M) ** 0.5 < 1:
         raise ModelError("the kept columns are linearly dependent: raise correction.damping, or take more calibration tokens")
-    solution: Tensor = torch.linalg.solve_triangular(r, q[: len(r_FK)].T @ target_FD, upper=True)
-    return solution
+    top_MM = q[:size]
+    return lambda target_BM: back((target_BM @ top_MM).T)
 
 
-def _is_singular(matrix_KK: Tensor, inverse_KK: Tensor) -> bool:
-    """Whether the condition number (1-norm) leaves no digit in fp64. Pivots alone do not tell: rounding can leave all of them positive."""
-    condition = float(torch.linalg.matrix_norm(matrix_KK, 1) * torch.linalg.matrix_norm(inverse_KK, 1))
-    return not condition * len(matrix_KK) * torch.finfo(WIDE).eps < 1  # also where the inverse is not finite
+def _inverse_norm(solve: Solver, like_K: Tensor) -> float:
+    """The 1-norm of the inverse of a symmetric matrix, estimated from below by a few solves (Hager; LAPACK's pocon).
+
+    Not finite where a solve is not. Pivots alone do not tell: rounding can leave all of them positive.
+    """
+    start_K, estimate = torch.full_like(like_K, 1 / max(1, len(like_K))), 0.0
+    for _ in range(5):
+        image_K = solve(start_K[None])[0]
+        slope_K = solve(torch.where(image_K < 0, -1.0, 1.0).to(WIDE)[None])[0]
+        estimate = max(estimate, float(image_K.abs().sum()))
+        if not slope_K.isfinite().all():
+            return float("inf")
+        start_K = torch.zeros_like(like_K).index_fill_(0, slope_K.abs().argmax(), 1.0)
+    return estimate

@@ -18,6 +18,11 @@ def even_parts(count: int, parts: int) -> list[range]:
     return [range(start, stop) for start, stop in pairwise(bounds)]
 
 
+def num_micro_batches(samples: int, shards: int, micro_batch: int, first_shards: int) -> int:
+    """Micro-batches in the first so many shards; a micro-batch never spans two shards."""
+    return sum(-(-len(part) // micro_batch) for part in even_parts(samples, shards)[:first_shards])
+
+
 def owned_nodes(root: Node, owned: range) -> list[Node]:
     """The largest nodes under `root` whose shards all lie in the contiguous range `owned`, from left to right."""
     start, stop = root
@@ -37,18 +42,18 @@ def grow_tree(node: Node, leaf: Callable[[int], T], merge: Callable[[T, T], T]) 
     return merge(grow_tree(left, leaf, merge), grow_tree(right, leaf, merge))
 
 
-def reduce_tree(root: Node, parts: Mapping[Node, T], merge: Callable[[T, T], T]) -> T:
-    """Merge parts up to `root`, always in the order of the tree.
+def merge_siblings(root: Node, parts: Mapping[Node, T], merge: Callable[[T, T], T]) -> dict[Node, T]:
+    """The parts under `root`, merged wherever both children of a node are there; only `root` is left once all are.
 
-    Raises:
-        KeyError: a shard under `root` is covered by no part.
+    Whoever merges what, and in however many rounds: the sums are those of the tree.
     """
     if root in parts:
-        return parts[root]
+        return {root: parts[root]}
     if root[1] - root[0] <= 1:
-        raise KeyError(f"no part covers shard {root[0]}")
-    left, right = _children(root)
-    return merge(reduce_tree(left, parts, merge), reduce_tree(right, parts, merge))
+        return {}
+    children = _children(root)
+    merged = {node: part for child in children for node, part in merge_siblings(child, parts, merge).items()}
+    return {root: merge(*(merged[child] for child in children))} if merged.keys() >= set(children) else merged
 
 
 def roots(num_shards: int, num_held_out: int) -> tuple[Node, Node]:

@@ -1,31 +1,42 @@
-"""What is remembered of the calibration activations: a Gram matrix or an R factor. Both answer the same questions.
+"""What is remembered of the calibration activations: a Gram matrix or rows. Both answer the same questions.
 
-Letters: T tokens, F width, D hidden, K kept columns, P pruned columns.
+Letters: T tokens, F width, D hidden, K kept columns, P pruned columns, B block of output rows, N rows.
 A statistic is additive: `update` per micro-batch, `merge` up the fixed tree (`workers.shards`).
 """
 
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Literal, Protocol, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from workers import linalg
+from specs.errors import ModelError
+from workers import linalg, pivoting
+from workers.codec import from_array, to_array
+from workers.linalg import WIDE, Solver
+from workers.scratch import Scratch
 
 State = dict[str, np.ndarray]
-"""A statistic as it travels between workers: plain fp64 arrays."""
+"""A statistic as it travels between workers."""
 
 
 class Refit(Protocol):
-    """The correction problem of one kept set: min over C of |Z_K (W_K + C) - Z W|^2 + ridge |C|^2."""
+    """The correction problem of one kept set: min over C of |Z_K C - Z_P W_P'|^2 + ridge |C|^2, C the change of W_K.
 
-    def solve(self, ridge: float) -> Tensor:
-        """The best change C_KD of the kept rows of W, shrunk towards no change by the ridge."""
+    `targets` is computed once; `solver` factors once for each ridge; then it solves for block after block of targets.
+    """
+
+    def targets(self, weight_DF: Tensor) -> Tensor:
+        """The right sides as rows, one for each output, fp64; `weight_DF` has any type and is read in blocks."""
         ...
 
-    def error(self, change_KD: Tensor) -> float:
-        """|Z_K (W_K + C) - Z W|^2."""
+    def solver(self, ridge: float) -> Solver:
+        """From a block of targets to the best change C_BK of the kept columns, shrunk towards no change by the ridge.
+
+        Raises:
+            ModelError: the problem is singular.
+        """
         ...
 
 
@@ -33,21 +44,25 @@ class Statistic(Protocol):
     """A sum over calibration tokens from which units are selected and corrections solved."""
 
     @classmethod
-    def empty(cls, width: int, device: torch.device) -> Self:
+    def empty(cls, width: int, scratch: Scratch) -> Self:
         """The statistic of no tokens."""
         ...
 
     @classmethod
-    def from_state(cls, state: State, device: torch.device) -> Self:
-        """Rebuild what `state` wrote, in memory of its own."""
+    def from_state(cls, state: State, scratch: Scratch) -> Self:
+        """Rebuild what `state` wrote; its arrays are only read."""
         ...
 
     def update(self, z_TF: Tensor) -> None:
-        """Add one micro-batch of the consumer's input."""
+        """Add one micro-batch of the consumer's input. It may be kept, so it must not be written to later."""
         ...
 
     def merge(self, other: Self) -> Self:
         """The statistic of both token sets; neither operand may be used again."""
+        ...
+
+    def finished(self) -> Self:
+        """This statistic, ready for the questions below: to be called after the last update or merge."""
         ...
 
     def state(self) -> State:
@@ -67,12 +82,12 @@ class Statistic(Protocol):
         """The first `count` units (of `unit` columns each) of greedy pivoting on Z diag(scale)."""
         ...
 
-    def refit(self, weight_DF: Tensor, kept_K: Tensor) -> Refit:
-        """The correction problem for these kept columns."""
+    def refit(self, kept_K: Tensor) -> Refit:
+        """The correction problem for these kept columns, which ascend."""
         ...
 
-    def output_energy(self, weight_DF: Tensor) -> float:
-        """|Z W|^2."""
+    def energy(self, rows_BF: Tensor) -> float:
+        """|Z M'|^2 for a block M of rows, fp64: the squared output of a weight, or of a change of one."""
         ...
 
 
@@ -81,16 +96,18 @@ class GramStatistic:
     """Gram matrix Z'Z: fp32 products, fp64 sum. The fast route; squares the condition number of Z."""
 
     gram_FF: Tensor
+    scratch: Scratch
 
     @classmethod
-    def empty(cls, width: int, device: torch.device) -> Self:
+    def empty(cls, width: int, scratch: Scratch) -> Self:
         """The statistic of no tokens."""
-        return cls(torch.zeros(width, width, dtype=linalg.WIDE, device=device))
+        return cls(scratch.zeros(width, width, dtype=WIDE), scratch)
 
     @classmethod
-    def from_state(cls, state: State, device: torch.device) -> Self:
-        """Rebuild what `state` wrote, in memory of its own."""
-        return cls(torch.tensor(state["gram"], device=device))
+    def from_state(cls, state: State, scratch: Scratch) -> Self:
+        """Rebuild what `state` wrote, in memory of its own, since sums are formed in place."""
+        gram_FF = from_array(state["gram"], WIDE)
+        return cls(scratch.empty(*gram_FF.shape, dtype=WIDE).copy_(gram_FF), scratch)
 
     def update(self, z_TF: Tensor) -> None:
         """Add one micro-batch. Cost: T F^2 flops."""
@@ -101,9 +118,14 @@ class GramStatistic:
         self.gram_FF += other.gram_FF
         return self
 
+    def finished(self) -> Self:
+        """Fill in the upper triangle."""
+        linalg.mirror_(self.gram_FF)
+        return self
+
     def state(self) -> State:
-        """The lower triangle, the upper one filled in."""
-        return {"gram": linalg.mirror_(self.gram_FF).cpu().numpy()}
+        """The whole matrix."""
+        return {"gram": to_array(self.finished().gram_FF)}
 
     @property
     def mean_energy(self) -> float:
@@ -116,118 +138,176 @@ class GramStatistic:
 
     def order(self, scale_F: Tensor, unit: int, count: int) -> Tensor:
         """Pivoted Cholesky; by blocks when a unit has more than one column."""
+        scale_F = scale_F.to(self.gram_FF.device)
         if unit == 1:
-            return linalg.pivot_gram(self.gram_FF, scale_F)[:count]
-        return linalg.pivot_blocks_gram(self.gram_FF, scale_F, unit, count)
+            return pivoting.pivot_gram(self.gram_FF, scale_F, count, self.scratch)
+        return pivoting.pivot_blocks_gram(self.gram_FF, scale_F, unit, count)
 
-    def refit(self, weight_DF: Tensor, kept_K: Tensor) -> Refit:
+    def refit(self, kept_K: Tensor) -> Refit:
         """Normal equations."""
-        return _GramRefit(self.gram_FF, weight_DF, kept_K)
+        return _GramRefit(self.gram_FF, kept_K, self.scratch)
 
-    def output_energy(self, weight_DF: Tensor) -> float:
-        """tr(W' G W)."""
-        return float(((weight_DF @ self.gram_FF) * weight_DF).sum())
+    def energy(self, rows_BF: Tensor) -> float:
+        """tr(M G M'). Cost: B F^2 flops."""
+        return linalg.gram_energy(self.gram_FF, rows_BF)
 
 
+@dataclass(frozen=True)
 class _GramRefit:
-    """error(C) = tr(C'G_KK C) - 2 tr(C'G_KP W_P) + tr(W_P'G_PP W_P), minimised by (G_KK + ridge I)^-1 G_KP W_P."""
+    """C (G_KK + ridge I) = W_P G_PK."""
 
-    def __init__(self, gram_FF: Tensor, weight_DF: Tensor, kept_K: Tensor) -> None:
-        pruned_P = complement(kept_K, len(gram_FF))
-        removed_PD = weight_DF[:, pruned_P].T
-        rows_KF = gram_FF[kept_K]
-        self._gram_KK = rows_KF[:, kept_K].contiguous()
-        self._cross_KD = rows_KF[:, pruned_P] @ removed_PD
-        self._removed = float(((gram_FF[pruned_P][:, pruned_P] @ removed_PD) * removed_PD).sum())
+    gram_FF: Tensor
+    kept_K: Tensor
+    scratch: Scratch
 
-    def solve(self, ridge: float) -> Tensor:
-        """See `Refit`."""
-        return linalg.solve_gram(self._gram_KK, self._cross_KD, ridge)
+    def targets(self, weight_DF: Tensor) -> Tensor:
+        """W_P G_PK, D x K. Cost: 2 D K P flops."""
+        pruned_P = complement(self.kept_K, len(self.gram_FF))
+        gram_PK = self._gathered(pruned_P)
+        targets_DK = self.scratch.empty(len(weight_DF), len(self.kept_K), dtype=WIDE)
+        for rows, weight_BF in linalg.wide_blocks(weight_DF, self.gram_FF.device):
+            torch.mm(weight_BF[:, pruned_P], gram_PK, out=targets_DK[rows])
+        return targets_DK
 
-    def error(self, change_KD: Tensor) -> float:
-        """See `Refit`. Accurate to about 1e-16 of the removed energy, since terms cancel."""
-        return max(0.0, self._removed + float(((self._gram_KK @ change_KD - 2 * self._cross_KD) * change_KD).sum()))
+    def solver(self, ridge: float) -> Solver:
+        """Cholesky of a copy of G_KK."""
+        return linalg.cholesky_solver(self._gathered(self.kept_K), ridge)
+
+    def _gathered(self, rows: Tensor) -> Tensor:
+        out = self.scratch.empty(len(rows), len(self.kept_K), dtype=WIDE)
+        return linalg.gather_(out, self.gram_FF, rows, self.kept_K)
 
 
 @dataclass
-class RStatistic:
-    """R factor of Z by tall-skinny QR, all in fp64. The exact route: works on the condition number of Z itself."""
+class RowsStatistic:
+    """The rows of Z as they came, or, once there are more of them than columns, the R factor of Z in fp64.
 
-    r_FF: Tensor | None
+    Exact either way: works on the condition number of Z itself, and costs little where tokens are few.
+    """
+
+    parts: list[Tensor]
     width: int
+    scratch: Scratch
 
     @classmethod
-    def empty(cls, width: int, device: torch.device) -> Self:
+    def empty(cls, width: int, scratch: Scratch) -> Self:
         """The statistic of no tokens."""
-        del device
-        return cls(None, width)
+        return cls([], width, scratch)
 
     @classmethod
-    def from_state(cls, state: State, device: torch.device) -> Self:
-        """Rebuild what `state` wrote, in memory of its own."""
-        r_FF = torch.tensor(state["r"], device=device)
-        return cls(r_FF, r_FF.shape[1])
+    def from_state(cls, state: State, scratch: Scratch) -> Self:
+        """Rebuild what `state` wrote; rows are never written to, so on the CPU they stay in the arrays."""
+        rows_NF = from_array(state["rows"], getattr(torch, str(state["dtype"])))
+        return cls([rows_NF.to(scratch.device)], rows_NF.shape[1], scratch)
 
     def update(self, z_TF: Tensor) -> None:
-        """Stack one micro-batch under R and factor again. Cost: 2 (T + F) F^2 flops."""
-        self.r_FF = linalg.stack_r(self.r_FF, z_TF)
+        """Keep the micro-batch. Cost: nothing, or 2 (T + F) F^2 flops once there are more rows than columns."""
+        self._append([z_TF.detach()])
 
     def merge(self, other: Self) -> Self:
-        """R of both R factors stacked."""
-        if other.r_FF is not None:
-            self.r_FF = linalg.stack_r(self.r_FF, other.r_FF)
+        """Both sets of rows, the other's behind."""
+        self._append(other.parts)
         return self
 
-    def _square(self) -> Tensor:
-        """R padded with zero rows to F x F, so that fewer tokens than columns need no special case."""
-        r_FF = torch.zeros(0, self.width, dtype=linalg.WIDE) if self.r_FF is None else self.r_FF
-        return torch.cat([r_FF, r_FF.new_zeros(max(0, self.width - len(r_FF)), self.width)])
+    def _append(self, parts: list[Tensor]) -> None:
+        """Add rows; more rows than columns become their R factor, by one step of tall-skinny QR."""
+        self.parts = [*self.parts, *parts]
+        if sum(map(len, self.parts)) > self.width:
+            wide = [part.to(WIDE) for part in self.parts]
+            self.parts = [linalg.r_factor(torch.cat(wide))]
+
+    @property
+    def _rows(self) -> Tensor:
+        if len(self.parts) == 1:
+            return self.parts[0]
+        return torch.cat(self.parts) if self.parts else torch.empty(0, self.width, dtype=WIDE, device=self.scratch.device)
+
+    def finished(self) -> Self:
+        """As it is."""
+        return self
 
     def state(self) -> State:
-        """The R factor."""
-        return {"r": self._square().cpu().numpy()}
+        """The rows, and the name of their type."""
+        rows_NF = self._rows
+        return {"rows": to_array(rows_NF), "dtype": np.array(str(rows_NF.dtype).removeprefix("torch."))}
 
     @property
     def mean_energy(self) -> float:
         """Mean squared column norm."""
-        return float(self._square().square().sum() / self.width)
+        return sum(float(torch.linalg.vector_norm(part, dtype=WIDE)) ** 2 for part in self.parts) / self.width
 
     def is_finite(self) -> bool:
-        """Whether R is finite."""
-        return bool(torch.isfinite(self._square()).all())
+        """Whether all rows are finite."""
+        return all(bool(torch.isfinite(part).all()) for part in self.parts)
 
     def order(self, scale_F: Tensor, unit: int, count: int) -> Tensor:
-        """Column-pivoted QR of R; by blocks when a unit has more than one column."""
+        """Column-pivoted QR of the rows; by blocks when a unit has more than one column."""
+        rows_NF = self._rows
+        scale_F = scale_F.to(rows_NF.device)
         if unit == 1:
-            return linalg.pivot_r(self._square(), scale_F)[:count]
-        return linalg.pivot_blocks_r(self._square(), scale_F, unit, count)
+            return pivoting.pivot_rows(rows_NF, scale_F, count, self.scratch)
+        return pivoting.pivot_blocks_rows(rows_NF, scale_F, unit, count)
 
-    def refit(self, weight_DF: Tensor, kept_K: Tensor) -> Refit:
-        """Least squares on R."""
-        return _RRefit(self._square(), weight_DF, kept_K)
+    def refit(self, kept_K: Tensor) -> Refit:
+        """Least squares on the rows."""
+        return _RowsRefit(self._rows, kept_K, self.scratch)
 
-    def output_energy(self, weight_DF: Tensor) -> float:
-        """|R W|^2."""
-        return float((self._square() @ weight_DF.T).square().sum())
-
-
-class _RRefit:
-    def __init__(self, r_FF: Tensor, weight_DF: Tensor, kept_K: Tensor) -> None:
-        pruned_P = complement(kept_K, r_FF.shape[1])
-        self._kept_FK = r_FF[:, kept_K]
-        self._removed_FD = r_FF[:, pruned_P] @ weight_DF[:, pruned_P].T
-
-    def solve(self, ridge: float) -> Tensor:
-        """See `Refit`."""
-        return linalg.solve_r(self._kept_FK, self._removed_FD, ridge)
-
-    def error(self, change_KD: Tensor) -> float:
-        """See `Refit`."""
-        return float((self._kept_FK @ change_KD - self._removed_FD).square().sum())
+    def energy(self, rows_BF: Tensor) -> float:
+        """|Z M'|^2. Cost: 2 B N F flops."""
+        return sum(float((rows_BF @ z_BF.T).square().sum()) for part in self.parts for _, z_BF in linalg.wide_blocks(part, rows_BF.device))
 
 
-STATISTICS: dict[str, type[Statistic]] = {"gram": GramStatistic, "qr": RStatistic}
-"""The statistic behind each value of `method.factorization`."""
+class _RowsRefit:
+    """Z_K = Q R for N >= K rows, Z_K = L Q' for fewer: either way a square problem of min(N, K), and no matrix of K x K for few rows.
+
+    Cost: 4 max(N, K) min(N, K)^2 flops once, then those of `linalg.least_squares_solver`.
+    """
+
+    def __init__(self, rows_NF: Tensor, kept_K: Tensor, scratch: Scratch) -> None:
+        self._rows_NF, self._kept_K, self._scratch = rows_NF, kept_K, scratch
+        self._is_short = len(rows_NF) < len(kept_K)
+        kept_NK = self._columns(kept_K)
+        self._q, r = torch.linalg.qr(kept_NK.T if self._is_short else kept_NK)
+        self._core = r.T if self._is_short else r
+
+    def _columns(self, columns: Tensor) -> Tensor:
+        out = self._scratch.empty(len(self._rows_NF), len(columns), dtype=WIDE)
+        for rows, z_BF in linalg.wide_blocks(self._rows_NF, columns.device):
+            torch.index_select(z_BF, 1, columns, out=out[rows])
+        return out
+
+    def targets(self, weight_DF: Tensor) -> Tensor:
+        """W_P Z_P', in the coordinates of the square problem: D x min(N, K). Cost: 2 D N P flops, and 2 D N K for N >= K."""
+        pruned_P = complement(self._kept_K, self._rows_NF.shape[1])
+        pruned_NP = self._columns(pruned_P)
+        targets = self._scratch.empty(len(weight_DF), len(self._core), dtype=WIDE)
+        for rows, weight_BF in linalg.wide_blocks(weight_DF, pruned_P.device):
+            target_BN = weight_BF[:, pruned_P] @ pruned_NP.T
+            targets[rows] = target_BN if self._is_short else target_BN @ self._q
+        return targets
+
+    def solver(self, ridge: float) -> Solver:
+        """QR of [R; sqrt(ridge) I], or of [L; sqrt(ridge) I]."""
+        if not self._is_short:
+            return linalg.least_squares_solver(self._core, ridge)
+        if ridge == 0:
+            raise ModelError(
+                f"{len(self._kept_K)} kept columns, but only {len(self._rows_NF)} tokens: raise correction.damping, "
+                "or take more calibration tokens"
+            )
+        solve = linalg.least_squares_solver(self._core, ridge)
+        return lambda target_BN: solve(target_BN) @ self._q.T
+
+
+def statistic_type(factorization: Literal["gram", "qr"], num_tokens: int, width: int) -> type[Statistic]:
+    """The Gram matrix where it is asked for and no larger than the activations themselves, rows otherwise."""
+    return GramStatistic if factorization == "gram" and num_tokens >= width else RowsStatistic
+
+
+def restored(state: State, scratch: Scratch) -> Statistic:
+    """The statistic that wrote a state."""
+    kind: type[Statistic] = GramStatistic if "gram" in state else RowsStatistic
+    return kind.from_state(state, scratch)
 
 
 def complement(kept_K: Tensor, width: int) -> Tensor:

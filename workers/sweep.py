@@ -20,7 +20,7 @@ from workers import layers
 from workers.families import UnitGroup, layer_prefix
 from workers.files import Manifest, read_manifest, write_tensors
 from workers.layers import MicroBatch, StreamedModel
-from workers.layout import LAYER_FILE, layer_task, task_folder
+from workers.layout import CACHE, LAYER_FILE, layer_task, task_folder
 from workers.shards import Node, grow_tree, owned_nodes
 from workers.slicing import Cut
 from workers.statistics import State, Statistic
@@ -65,7 +65,7 @@ class Sweep:
         self,
         model: StreamedModel,
         groups: Sequence[UnitGroup],
-        statistic: type[Statistic],
+        statistic: Callable[[int], Statistic],
         shards: Sequence[Sequence[Tensor]],
         run_folder: Path,
         checkpoint_layers: int,
@@ -90,7 +90,7 @@ class Sweep:
         return grow_states(trees, owned, lambda shard: self._shard_statistic(module, layer, shard, name, cuts))
 
     def _shard_statistic(self, module: nn.Module, layer: int, shard: int, name: str, cuts: Mapping[str, Cut]) -> Statistic:
-        statistic = self._statistic.empty(self._groups[name].width, self._model.device)
+        statistic = self._statistic(self._groups[name].width)
         for batch in self._shards[shard].batches:
             self._forget_from(batch, name)
             self._apply(module, layer, batch, cuts)
@@ -138,7 +138,7 @@ class Sweep:
         manifest = read_manifest(task_folder(self._folder, layer_task(layer - 1)))
         if manifest is None:
             return None
-        return self._folder / "cache" / f"shard-{shard:04d}" / f"layer-{layer:04d}-{manifest.fingerprint[:16]}.safetensors"
+        return self._folder / CACHE / f"shard-{shard:04d}" / f"layer-{layer:04d}-{manifest.fingerprint[:16]}.safetensors"
 
     def _finished_cuts(self, layer: int) -> dict[str, Cut]:
         """The cuts of a finished layer.
@@ -178,7 +178,7 @@ class Sweep:
             path = self._hidden_path(index, saved)
             if path and path.is_file():
                 for batch, (_, hidden_BTD) in zip(batches, sorted(load_file(path).items()), strict=True):
-                    batch.hidden_BTD = hidden_BTD.clone().to(self._model.device)
+                    batch.hidden_BTD = batch.store(hidden_BTD.to(self._model.device, copy=True))
                 return Shard(saved, batches)
         return Shard(0, batches)
 

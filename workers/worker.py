@@ -4,13 +4,13 @@ Every method returns `(receipt, payload)`: the receipt is small JSON for the dri
 from worker to worker.
 """
 
-import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial, wraps
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from threadpoolctl import threadpool_limits
@@ -18,17 +18,19 @@ from torch import Tensor
 
 from specs.errors import ResourceError
 from specs.job import JobSpec
+from specs.memory import MemoryPlan
 from workers import layers
 from workers.calibration import calibration_windows, evaluation_windows, load_tokenizer
 from workers.checkpoint import Checkpoint, open_checkpoint
-from workers.config_patch import needs_output_bias
+from workers.config_patch import needs_output_bias, patched_config
 from workers.correction import Correction, correct
 from workers.evaluate import window_losses
 from workers.export import check_loads
 from workers.families import UnitGroup, layer_prefix, unit_groups
-from workers.files import commit, write_tensors
+from workers.files import FileRecord, commit, read_manifest, write_tensors
 from workers.layers import MicroBatch, StreamedModel, read_tensors
 from workers.layout import (
+    CACHE,
     CALIBRATION_TASK,
     EVALUATION_TASK,
     LAYER_FILE,
@@ -37,13 +39,17 @@ from workers.layout import (
     TOKENS_FILE,
     layer_task,
     model_folder,
+    selection_task,
     task_folder,
 )
-from workers.linalg import WIDE
+from workers.memory import PeakMemory
 from workers.methods import SELECTORS
-from workers.shards import Node, even_parts, reduce_tree, roots
+from workers.scratch import Scratch
+from workers.shards import Node, even_parts, merge_siblings, roots
 from workers.slicing import Cut, CutArrays, slice_layer, unit_rows
-from workers.statistics import STATISTICS, Statistic
+from workers.statistics import Statistic, restored, statistic_type
+from workers.storage import check_same_files
+from workers.stream import Fits, Stream
 from workers.sweep import Parts, Sweep, embed_all, grow_states, micro_batches
 
 Receipt = dict[str, Any]
@@ -51,7 +57,7 @@ P = ParamSpec("P")
 
 
 def step(method: "Callable[Concatenate[Worker, P], tuple[Receipt, Any]]") -> "Callable[Concatenate[Worker, P], tuple[Receipt, Any]]":
-    """Add the seconds a step took and the worker's peak memory (bytes) to its receipt."""
+    """Add the seconds a step took and the worker's peak memory (bytes, per kind) to its receipt."""
 
     @wraps(method)
     def timed(worker: "Worker", /, *args: P.args, **kwargs: P.kwargs) -> tuple[Receipt, Any]:
@@ -62,8 +68,7 @@ def step(method: "Callable[Concatenate[Worker, P], tuple[Receipt, Any]]") -> "Ca
             raise ResourceError(
                 f"{method.__name__}: out of memory ({error}): lower parallel.micro_batch, raise parallel.workers or set memory.worker"
             ) from None
-        peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        return receipt | {"seconds": time.perf_counter() - start, "peak_memory_bytes": peak_bytes}, payload
+        return receipt | {"seconds": time.perf_counter() - start, "peak_memory_bytes": worker.peak_memory_bytes()}, payload
 
     return timed
 
@@ -71,16 +76,21 @@ def step(method: "Callable[Concatenate[Worker, P], tuple[Receipt, Any]]") -> "Ca
 class Worker:
     """The steps of a job. What it keeps between calls is a cache that can be rebuilt from the run folder."""
 
-    def __init__(self, job: JobSpec, run_folder: str, device: str, keep_inputs: bool) -> None:
+    def __init__(self, job: JobSpec, run_folder: str, device: str, memory: MemoryPlan) -> None:
         self.job, self.run_folder = job, Path(run_folder)
         if device == "cuda" and not torch.cuda.is_available():
             raise ResourceError("parallel.device: cuda, but torch finds no GPU here; set parallel.device: auto or cpu")
         self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-        self._keep_inputs = keep_inputs
+        self._memory, self._peak = memory, PeakMemory()
         torch.set_num_threads(job.parallel.threads_per_worker)
         threadpool_limits(job.parallel.threads_per_worker)
         torch.backends.cuda.matmul.allow_tf32 = False
         self._probe: dict[tuple[int, int], tuple[int, list[MicroBatch]]] = {}
+
+    def peak_memory_bytes(self) -> dict[str, int]:
+        """Highest memory so far: private memory of the process, and what was allocated on its GPU."""
+        gpu = {" GPU": torch.cuda.max_memory_allocated(self.device)} if self.device.type == "cuda" else {}
+        return {"": self._peak.bytes} | gpu
 
     @cached_property
     def _checkpoint(self) -> Checkpoint:
@@ -100,31 +110,59 @@ class Worker:
 
     @cached_property
     def _model(self) -> StreamedModel:
-        return StreamedModel(self._checkpoint, self._dtype, self.device)
+        return StreamedModel(self._checkpoint, self._dtype, self.device, self._spill(self._memory.spill_hidden).store)
+
+    def _spill(self, to_files: bool) -> Scratch:
+        return Scratch(self.device, self.run_folder / CACHE / "spill" if to_files else None)
 
     def _tokens(self, task: str) -> Tensor:
         return load_file(task_folder(self.run_folder, task) / TOKENS_FILE)["tokens"].clone()
 
-    @property
-    def _statistic(self) -> type[Statistic]:
-        return STATISTICS[self.job.method.factorization]
+    @cached_property
+    def _scratch(self) -> Scratch:
+        return self._spill(self._memory.spill_statistics)
+
+    def _statistic(self, num_windows: int, width: int) -> Statistic:
+        """The statistic of no tokens, of the kind for so many windows."""
+        num_tokens = num_windows * self.job.calibration.sequence_length
+        return statistic_type(self.job.method.factorization, num_tokens, width).empty(width, self._scratch)
 
     @cached_property
     def _sweep(self) -> Sweep:
-        windows_ST, options = self._tokens(CALIBRATION_TASK), self.job.calibration
-        shards = [
-            micro_batches(windows_ST[part.start : part.stop], self.job.parallel.micro_batch)
-            for part in even_parts(options.samples, options.shards)
-        ]
         return Sweep(
             self._model,
             list(self._groups.values()),
-            self._statistic,
-            shards,
+            partial(self._statistic, self.job.calibration.samples),
+            self._shards(),
             self.run_folder,
             self.job.memory.checkpoint_layers,
-            self._keep_inputs,
+            self._memory.keep_inputs,
         )
+
+    def _shards(self) -> list[list[Tensor]]:
+        """Micro-batches of every logical shard."""
+        windows_ST, options = self._tokens(CALIBRATION_TASK), self.job.calibration
+        parts = even_parts(options.samples, options.shards)
+        return [micro_batches(windows_ST[part.start : part.stop], self.job.parallel.micro_batch) for part in parts]
+
+    @cached_property
+    def _stream(self) -> Stream:
+        shards, held_out = self._shards(), self.job.calibration.held_out_shards
+        batches = [batch for shard in shards for batch in shard]
+        return Stream(
+            self._model,
+            list(self._groups.values()),
+            partial(self._statistic, self.job.calibration.samples),
+            batches,
+            sum(len(shard) for shard in shards[:-held_out]),
+            self.run_folder,
+        )
+
+    @step
+    def check_storage(self, expected: dict[str, FileRecord]) -> tuple[Receipt, None]:
+        """Check that this node sees the driver's files."""
+        check_same_files(expected)
+        return {}, None
 
     @step
     def tokenize(self, task: str, task_fingerprint: str) -> tuple[Receipt, None]:
@@ -157,7 +195,7 @@ class Worker:
         trees = roots(self.job.budget.probe_samples, num_held_out)
 
         def leaf(name: str, window: int) -> Statistic:
-            statistic = self._statistic.empty(self._groups[name].width, self.device)
+            statistic = self._statistic(count, self._groups[name].width)
             statistic.update(inputs[window - owned[0]][name].flatten(0, -2))
             return statistic
 
@@ -167,7 +205,7 @@ class Worker:
     def predict(self, layer: int, group: str, num_kept: int, num_held_out: int, *parts: dict[str, Parts]) -> tuple[Receipt, None]:
         """Relative held-out output error if so many units of a group stayed, from the probe's statistics."""
         trees = roots(self.job.budget.probe_samples, num_held_out)
-        _, correction = self._decide(layer, group, num_kept, trees, [part[group] for part in parts])
+        _, correction = self._cut(layer, group, num_kept, self._merged(trees, [part[group] for part in parts]))
         return {"held_out_error": correction.held_out_error}, None
 
     @step
@@ -180,55 +218,103 @@ class Worker:
 
     @step
     def decide(self, layer: int, group: str, num_kept: int, *parts: Parts) -> tuple[Receipt, CutArrays]:
-        """Select the units of a group that stay and correct the consumer's weight."""
+        """Select the units of a group that stay (or take those of the selection pass) and correct the consumer's weight."""
         trees = roots(self.job.calibration.shards, self.job.calibration.held_out_shards)
-        cut, correction = self._decide(layer, group, num_kept, trees, parts)
-        receipt = {
+        fits = self._merged(trees, parts)
+        units = self._selected(layer, group) if self.job.parallel.effective_propagation == "refit" else None
+        cut, correction = self._cut(layer, group, num_kept, fits, units)
+        return {"group": self._summary(group, num_kept, correction)}, cut.arrays()
+
+    def _merged(self, trees: tuple[Node, Node], parts: Sequence[Parts]) -> Fits:
+        training, held_out = (self._siblings(tree, parts)[tree] for tree in trees)
+        return training, held_out
+
+    def _siblings(self, tree: Node, parts: Sequence[Parts]) -> dict[Node, Statistic]:
+        rebuilt = {node: restored(state, self._scratch) for part in parts for node, state in part.items()}
+        return {node: fit.finished() for node, fit in merge_siblings(tree, rebuilt, lambda left, right: left.merge(right)).items()}
+
+    @step
+    def reduce(self, *parts: Parts) -> tuple[Receipt, Parts]:
+        """Merge statistics of several workers as far as the tree over the shards allows."""
+        trees = roots(self.job.calibration.shards, self.job.calibration.held_out_shards)
+        return {}, {node: fit.state() for tree in trees for node, fit in self._siblings(tree, parts).items()}
+
+    def _summary(self, group: str, num_kept: int, correction: Correction) -> Receipt:
+        return {
             "kept": num_kept,
             "of": self._groups[group].num_units,
             "damping": correction.damping,
             "training_error": correction.training_error,
             "held_out_error": correction.held_out_error,
         }
-        return receipt, cut.arrays()
+
+    def _consumer_weight(self, layer: int, group: UnitGroup) -> Tensor:
+        name = f"{group.consumer}.weight"
+        return read_tensors(self._checkpoint, {name: self._checkpoint.layer_tensors(layer)[name]}, layer_prefix(layer))[name]
+
+    def _select(self, layer: int, name: str, num_kept: int, training: Statistic) -> Tensor:
+        weight_DF = self._consumer_weight(layer, self._groups[name])
+        return SELECTORS[self.job.method.name](training, weight_DF, self._groups[name].columns, num_kept).cpu()
+
+    def _selected(self, layer: int, name: str) -> Tensor:
+        manifest = read_manifest(task_folder(self.run_folder, selection_task(layer)))
+        assert manifest is not None, f"layer {layer} has no selection"
+        kept: Any = manifest.info["result"]
+        return torch.tensor(kept[name])
 
     @torch.inference_mode()
-    def _decide(self, layer: int, name: str, num_kept: int, trees: tuple[Node, Node], parts: Any) -> tuple[Cut, Correction]:
-        group = self._groups[name]
-        merged: Parts = {node: state for part in parts for node, state in part.items()}
-        rebuilt = {node: self._statistic.from_state(state, self.device) for node, state in merged.items()}
-        training, held_out = (reduce_tree(tree, rebuilt, lambda left, right: left.merge(right)) for tree in trees)
-        weight = f"{group.consumer}.weight"
-        info = self._checkpoint.layer_tensors(layer)
-        weight_DF = read_tensors(self._checkpoint, {weight: info[weight]}, layer_prefix(layer))[weight]
-        wide_DF = weight_DF.to(self.device, WIDE)
-        units = SELECTORS[self.job.method.name](training, wide_DF, group.columns, num_kept).cpu()
-        columns_K = unit_rows(units, group.columns).to(self.device)
-        correction = correct(training, held_out, wide_DF, columns_K, self.job.correction)
-        return Cut(name, units, correction.weight_DK.to("cpu", self._disk_dtype(weight_DF))), correction
+    def _cut(self, layer: int, name: str, num_kept: int, fits: Fits, units: Tensor | None = None) -> tuple[Cut, Correction]:
+        units = self._select(layer, name, num_kept, fits[0]) if units is None else units
+        weight_DF = self._consumer_weight(layer, self._groups[name])
+        columns_K = unit_rows(units, self._groups[name].columns).to(self.device)
+        correction = correct(*fits, weight_DF, columns_K, self.job.correction, self._disk_dtype(weight_DF))
+        return Cut(name, units, correction.weight_DK), correction
 
     def _disk_dtype(self, tensor: Tensor) -> torch.dtype:
         return tensor.dtype if self.job.export.dtype == "auto" else _torch_dtype(self.job.export.dtype)
 
     @step
+    def flow(
+        self, chunk: tuple[int, int], number: int, wanted: Sequence[int], end_of_wave: bool, before: np.ndarray | None
+    ) -> tuple[Receipt, np.ndarray | None]:
+        """Take a micro-batch through a chunk of layers on the dense path; see `Stream.flow`."""
+        self._probe.clear()
+        return {}, self._stream.flow(range(*chunk), number, wanted, before, end_of_wave)
+
+    @step
+    def settle(self, layer: int, task_fingerprint: str, kept: Mapping[str, int]) -> tuple[Receipt, None]:
+        """Decide all groups of a layer from the statistics this worker has, and write the layer, or only the selection."""
+        fits = {name: self._stream.fit(layer, name) for name, count in kept.items() if count < self._groups[name].num_units}
+        if self.job.parallel.effective_propagation == "refit":
+            units = {name: self._select(layer, name, kept[name], training).tolist() for name, (training, _) in fits.items()}
+            folder = task_folder(self.run_folder, selection_task(layer))
+            commit(folder, selection_task(layer), task_fingerprint, [], {"result": units})
+            return {"groups": {}}, None
+        decided = {name: self._cut(layer, name, kept[name], fits.pop(name)) for name in list(fits)}
+        groups = {name: self._summary(name, kept[name], correction) for name, (_, correction) in decided.items()}
+        self._write_layer(layer, task_fingerprint, kept, groups, [cut for cut, _ in decided.values()])
+        return {"groups": groups}, None
+
+    @step
     def write_layer(
-        self, layer: int, task_fingerprint: str, patched_config: dict[str, object], info: Receipt, *cuts: CutArrays
+        self, layer: int, task_fingerprint: str, kept: Mapping[str, int], groups: Receipt, *cuts: CutArrays
     ) -> tuple[Receipt, None]:
         """Write a pruned layer's tensors under their final names, then the manifest: the layer is finished."""
-        known = {arrays["group"]: Cut.from_arrays(arrays) for arrays in cuts}
-        prefix = layer_prefix(layer)
+        self._write_layer(layer, task_fingerprint, kept, groups, [Cut.from_arrays(arrays) for arrays in cuts])
+        return {}, None
+
+    def _write_layer(self, layer: int, task_fingerprint: str, kept: Mapping[str, int], groups: Receipt, cuts: Sequence[Cut]) -> None:
+        prefix, export = layer_prefix(layer), self.job.export
         tensors = read_tensors(self._checkpoint, self._checkpoint.layer_tensors(layer), prefix)
-        sliced = slice_layer(tensors, self._groups.values(), known)
-        if needs_output_bias(self._checkpoint.config, patched_config):
+        sliced = slice_layer(tensors, self._groups.values(), {cut.group: cut for cut in cuts})
+        if needs_output_bias(self._checkpoint.config, patched_config(self._checkpoint.config, kept, export.target, export.dtype)):
             weight_DK = sliced["self_attn.o_proj.weight"]
             sliced["self_attn.o_proj.bias"] = weight_DK.new_zeros(len(weight_DK))
         folder = task_folder(self.run_folder, layer_task(layer))
         write_tensors(folder / LAYER_FILE, {prefix + name: tensor.to(self._disk_dtype(tensor)) for name, tensor in sliced.items()})
-        kept = {name: cut.units.tolist() for name, cut in known.items()}
-        manifest = commit(
-            folder, layer_task(layer), task_fingerprint, [LAYER_FILE], info | {"kept": kept, "computed_on": self._model.computed_on}
-        )
-        return {"digest": manifest.digest}, None
+        units = {cut.group: cut.units.tolist() for cut in cuts}
+        info = {"groups": groups, "kept": units, "computed_on": self._model.computed_on}
+        commit(folder, layer_task(layer), task_fingerprint, [LAYER_FILE], info)
 
     @step
     def write_outer(self, task_fingerprint: str) -> tuple[Receipt, None]:
@@ -243,12 +329,14 @@ class Worker:
     def evaluate(self, model_path: str, owned: tuple[int, int]) -> tuple[Receipt, None]:
         """Negative log-likelihoods (nats) of some evaluation windows under the model of a folder."""
         assert self.job.evaluation is not None
-        self.__dict__.pop("_sweep", None)  # its hidden states are not needed any more
+        for name in ("_sweep", "_stream"):
+            self.__dict__.pop(name, None)  # their hidden states and statistics are not needed any more
         stride = self.job.evaluation.effective_stride
         windows_NT = self._tokens(EVALUATION_TASK)[slice(*owned)]
         if len(windows_NT) == 0:
             return {"losses": []}, None
-        return {"losses": window_losses(Path(model_path), windows_NT, owned[0], stride, self._dtype, self.device)}, None
+        store = self._spill(self._memory.spill_hidden).store
+        return {"losses": window_losses(Path(model_path), windows_NT, owned[0], stride, self._dtype, self.device, store)}, None
 
     @step
     def check_export(self, expected_parameters: int) -> tuple[Receipt, None]:

@@ -20,7 +20,7 @@ FILES = {
 }
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
-ONLY_IN = {"ray": {"orchestrator.ray_executor"}, "rich": {"orchestrator.progress"}}
+ONLY_IN = {"ray": {"orchestrator.ray_executor", "orchestrator.submit"}, "rich": {"orchestrator.progress"}}
 TORCH = {"torch", "transformers", "accelerate"}
 WITHOUT_TORCH = {
     "workers.families",
@@ -30,6 +30,7 @@ WITHOUT_TORCH = {
     "workers.config_patch",
     "workers.layout",
     "workers.shapes",
+    "workers.storage",
 }
 
 
@@ -159,6 +160,7 @@ def run(*words):
 
 job = sys.argv[1]
 run("--help")
+run("submit", "--help")
 run("schema")
 run("validate", job)
 run("plan", job)

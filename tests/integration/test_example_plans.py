@@ -29,7 +29,7 @@ assert not {"torch", "ray", "transformers"} & sys.modules.keys()
 
 def planned(name: str, *overrides: str) -> Plan:
     job = load_job(PLANS / name / "job.yaml", overrides)
-    return make_plan(job, planned_checkpoint(Path(job.model.path)), PROFILES["h100-80gb"])
+    return make_plan(job, planned_checkpoint(Path(job.model.path)), PROFILES["h200-141gb"])
 
 
 def test_every_example_is_looked_at() -> None:
@@ -42,7 +42,7 @@ def test_parameters_are_the_published_ones(name: str) -> None:
     assert plan.parameters / 1e9 == pytest.approx(BILLIONS[name], abs=0.005)
     assert plan.active_parameters / 1e9 == pytest.approx(ACTIVE_BILLIONS.get(name, BILLIONS[name]), abs=0.005)
     assert 0.2 <= 1 - plan.shape.decoder_parameters / plan.decoder_parameters < 0.22
-    assert plan.worker_memory_bytes <= PROFILES["h100-80gb"].memory_bytes
+    assert plan.worker_memory_bytes <= PROFILES["h200-141gb"].memory_bytes
     assert plan.seconds is not None
     json.dumps(plan.document())
 
@@ -50,7 +50,7 @@ def test_parameters_are_the_published_ones(name: str) -> None:
 @pytest.mark.parametrize("name", BILLIONS)
 def test_a_plan_takes_less_than_two_seconds(name: str) -> None:
     start = time.perf_counter()
-    words = [sys.executable, "-c", COMMAND, "plan", str(PLANS / name / "job.yaml"), "--profile", "h100-80gb"]
+    words = [sys.executable, "-c", COMMAND, "plan", str(PLANS / name / "job.yaml"), "--profile", "h200-141gb"]
     done = subprocess.run(words, cwd=PLANS.parents[1], capture_output=True, text=True, timeout=30)
     seconds = time.perf_counter() - start
     assert done.returncode == 0, done.stderr

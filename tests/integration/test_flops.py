@@ -50,7 +50,7 @@ class FlopsWithoutStatistics:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.statistics = 0
-        for owner, name in ((statistics.GramStatistic, "update"), (workers.worker.Worker, "_decide")):
+        for owner, name in ((statistics.GramStatistic, "update"), (workers.worker.Worker, "_cut")):
             monkeypatch.setattr(owner, name, self._counted(getattr(owner, name)))
 
     def _counted(self, function: Callable[..., Any]) -> Callable[..., Any]:

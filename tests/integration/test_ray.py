@@ -2,16 +2,19 @@
 
 import os
 import signal
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from orchestrator.cli import main
+from orchestrator.ray_executor import RayExecutor
 from orchestrator.run import run_job
 from specs.errors import ModelError, ResourceError
 from specs.loader import load_job
 from tests.conftest import MakeJob, MakeModel, folder_bytes
+from workers.files import FileRecord
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 TOKEN = os.environ["RAY_AUTH_TOKEN"].encode()
@@ -86,9 +89,17 @@ def test_a_steps_own_error_is_not_retried(make_model: MakeModel, make_job: MakeJ
     assert not any(event["event"] == "worker-failed" for event in events)
 
 
+def test_a_worker_that_does_not_see_the_run_folder(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
+    """The worker's error reaches the driver as it is: its node, the path, what to do."""
+    executor = RayExecutor(load_job(make_job(make_model(), cluster={"executor": "ray"})), tmp_path, True)
+    missing = {str(tmp_path / "elsewhere" / "marker"): FileRecord(32, "00")}
+    with executor, pytest.raises(ResourceError, match=rf"node {socket.gethostname()}.*elsewhere/marker.*mount the storage"):
+        executor.wait([executor.submit(0, "check_storage", missing)])
+
+
 def test_missing_gpus_are_refused_before_any_work(
     make_model: MakeModel, make_job: MakeJob, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     job = make_job(make_model(), cluster={"executor": "ray"}, parallel={"device": "cuda", "workers": 3})
     assert main(["run", str(job), "--out", str(tmp_path / "run")]) == 4
-    assert "3 workers need as many GPUs, the cluster has 0" in capsys.readouterr().err
+    assert "3 workers need 3 CPUs and 3 GPUs, the cluster has 8 CPUs and 0 GPUs" in capsys.readouterr().err

@@ -99,18 +99,19 @@ def test_gram_and_qr_route_agree(make_model: MakeModel, make_job: MakeJob, tmp_p
         torch.testing.assert_close(qr[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
 
 
-def test_recomputed_inputs_give_the_same_bytes(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
-    from workers.worker import Worker
-
+@pytest.mark.parametrize(
+    "memory",
+    [{"keep_inputs": False}, {"spill_hidden": True}, {"spill_statistics": True, "spill_hidden": True, "keep_inputs": False}],
+    ids=str,
+)
+def test_what_memory_holds_never_changes_the_bytes(
+    memory: dict[str, bool], make_model: MakeModel, make_job: MakeJob, tmp_path: Path, force_memory: Any
+) -> None:
     job = make_job(make_model(), budget={"kv_groups": 1})
     run(job, tmp_path / "kept")
-    original = Worker.__init__
-    try:
-        Worker.__init__ = lambda self, job, run_folder, device, keep_inputs: original(self, job, run_folder, device, False)  # type: ignore[method-assign]
-        run(job, tmp_path / "recomputed")
-    finally:
-        Worker.__init__ = original  # type: ignore[method-assign]
-    assert folder_bytes(tmp_path / "kept" / "model") == folder_bytes(tmp_path / "recomputed" / "model")
+    force_memory(**memory)
+    run(job, tmp_path / "tight")
+    assert folder_bytes(tmp_path / "kept" / "model") == folder_bytes(tmp_path / "tight" / "model")
 
 
 def test_report_and_evaluation(make_model: MakeModel, make_job: MakeJob, text_file: Path, tmp_path: Path) -> None:

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from specs.job import CorrectionSpec
-from workers import linalg
 from workers.correction import Correction, correct
-from workers.statistics import GramStatistic, RStatistic, Statistic, complement
+from workers.scratch import Scratch
+from workers.statistics import GramStatistic, RowsStatistic, Statistic, complement
 
 ROUTES = ["gram", "qr"]
+SCRATCH = Scratch(torch.device("cpu"), None)
 TRAINING = 150
 
 
@@ -29,7 +30,11 @@ def data(tokens: int = 200, width: int = 20, hidden: int = 6, rank: int | None =
 
 
 def statistic(route: str, z_TF: Tensor) -> Statistic:
-    return GramStatistic(z_TF.T @ z_TF) if route == "gram" else RStatistic(linalg.stack_r(None, z_TF), z_TF.shape[1])
+    if route == "gram":
+        return GramStatistic(z_TF.T @ z_TF, SCRATCH)
+    rows = RowsStatistic.empty(z_TF.shape[1], SCRATCH)
+    rows.update(z_TF)
+    return rows
 
 
 def pivots(route: str, z_TF: Tensor, weight_DF: Tensor, count: int) -> Tensor:
@@ -40,7 +45,7 @@ def corrected(
     route: str, z_TF: Tensor, weight_DF: Tensor, kept_K: Tensor, damping: float | str = 0.0, training: int = TRAINING, **options: object
 ) -> Correction:
     spec = CorrectionSpec.model_validate({"damping": damping} | options)
-    return correct(statistic(route, z_TF[:training]), statistic(route, z_TF[training:]), weight_DF, kept_K, spec)
+    return correct(statistic(route, z_TF[:training]), statistic(route, z_TF[training:]), weight_DF, kept_K, spec, torch.float64)
 
 
 def closed_form(z_TF: Tensor, weight_DF: Tensor, kept_K: Tensor, damping: float) -> Tensor:

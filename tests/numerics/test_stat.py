@@ -5,14 +5,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from workers import linalg
 from workers.families import unit_groups
 from workers.methods import SELECTORS
 from workers.methods.stat import select
+from workers.scratch import Scratch
 from workers.slicing import unit_rows
-from workers.statistics import GramStatistic, RStatistic, Statistic
+from workers.statistics import GramStatistic, RowsStatistic, Statistic
 
 ROUTES = ["gram", "qr"]
+SCRATCH = Scratch(torch.device("cpu"), None)
 
 
 def data(width: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -24,7 +25,7 @@ def data(width: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def statistic(route: str, z_TF: Tensor) -> Statistic:
-    return GramStatistic(z_TF.T @ z_TF) if route == "gram" else RStatistic(linalg.stack_r(None, z_TF), z_TF.shape[1])
+    return GramStatistic(z_TF.T @ z_TF, SCRATCH) if route == "gram" else RowsStatistic([z_TF], z_TF.shape[1], SCRATCH)
 
 
 def greedy(z_TF: Tensor, weight_DF: Tensor, columns: int, count: int) -> list[int]:

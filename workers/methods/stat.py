@@ -14,20 +14,19 @@ Deviations, each on purpose:
 - all layers get one width, and heads and neurons share the budget as a probe predicts (`orchestrator.stages`).
 """
 
-import torch
 from torch import Tensor
 
+from workers.linalg import column_norms
 from workers.statistics import Statistic
 
 
 def select(statistic: Statistic, weight_DF: Tensor, unit_columns: int, num_kept: int) -> Tensor:
     """Units that stay: the first pivots of Z diag(s), s_j = |W[:, j]|.
 
-    Shapes: `weight_DF` fp64, the consumer's weight; F = units * unit_columns.
+    Shapes: `weight_DF` in any type, the consumer's weight; F = units * unit_columns.
     Source: arXiv 2406.00061 and its released code (FFN: column-pivoted QR of the scaled activations).
 
     Returns:
         `num_kept` unit indices, ascending.
     """
-    scale_F = torch.linalg.vector_norm(weight_DF, dim=0)
-    return statistic.order(scale_F, unit_columns, num_kept).sort().values
+    return statistic.order(column_norms(weight_DF), unit_columns, num_kept).sort().values

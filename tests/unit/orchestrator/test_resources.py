@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from orchestrator import resources
-from orchestrator.resources import CONVERSION_BYTES, RUNTIME_BYTES, Workload
+from orchestrator.resources import CONVERSION_BYTES, RUNTIME_BYTES, Decision, Workload
 from specs.errors import ResourceError
 from specs.machine import PROFILES
 from specs.memory import MemoryPlan
@@ -57,19 +57,19 @@ def test_memory_of_a_dense_layer_on_a_cpu() -> None:
     table = resources.memory_by_step(LOAD, MemoryPlan())
     standing = {"runtime": RUNTIME_BYTES, "weights": CONVERSION_BYTES, "hidden states": 2 * 64 * 4 * 4, "inputs": 64 * 10 * 4}
     assert table["collect"] == standing | {"activations": 4 * 32 * 10 * 4, "statistics": 2 * 10 * 10 * 8}  # two shards, two levels
-    blocks = 3 * 8 * 4 * 7
-    assert table["decide"] == standing | {"statistics": 2 * 800, "factorisation": max(800, 3 * 8 * 7 * 7 + blocks) + 4 * 7 * 2}
+    assert table["decide"] == standing | {"statistics": 2 * 800, "decision": 8 * (4 * 7 + 7 * 7) + 3 * 8 * 4 * 10 + 4 * 7 * 2}
     assert table["write"] == standing | {"output": 2 * (300 - 3 * 12) * 2}
-    assert table["load check"] == {"runtime": RUNTIME_BYTES, "output": 4768}
-    assert list(table) == ["collect", "decide", "write", "load check"]
+    assert table["write outer"] == {"runtime": RUNTIME_BYTES, "output": 800 * 2}
+    assert list(table) == ["collect", "decide", "write", "write outer"]
 
 
 def test_memory_on_a_gpu() -> None:
     table = resources.memory_by_step(GPU, MemoryPlan())
     assert table["collect"]["weights"] == (800 + 2 * 300) * 2
-    assert "output" not in table["write"]
-    assert resources.host_bytes(GPU) == RUNTIME_BYTES + 4768
-    in_chunks = resources.memory_by_step(replace(GPU, placement="layers"), MemoryPlan(layers_per_chunk=3))
+    assert list(table) == ["collect", "decide"]
+    assert resources.decision_bytes(GPU, NEURONS) == Decision(max(800, 8 * (4 * 7 + 2 * 7 * 7)), 3 * 8 * 4 * 10)
+    assert resources.host_bytes(GPU) == RUNTIME_BYTES + 800 * 2
+    in_chunks = resources.memory_by_step(replace(GPU, placement="layers", propagation="dense"), MemoryPlan(layers_per_chunk=3))
     assert in_chunks["collect"]["weights"] == (800 + 3 * 300) * 2
 
 
@@ -79,9 +79,16 @@ def test_rows_stand_for_a_gram_matrix_where_tokens_are_few() -> None:
     assert not resources.in_rows(few, HEADS)
     assert resources.statistics_bytes(few, NEURONS) == 8 * 10 * 4
     assert resources.partial_bytes(few, NEURONS) == 4 * 10 * 4
-    assert resources.factorisation_bytes(few, NEURONS) == max(8 * 8 * 10, 2 * 8 * 8 * 7 + 3 * 8 * 4 * 7) + 4 * 7 * 2
+    blocks, result = 3 * 8 * 4 * 10, 4 * 7 * 2
+    assert resources.decision_bytes(few, NEURONS) == Decision(8 * 4 * 7, 8 * (8 * 7 + 7 * 7 * 7) + blocks + result)
     assert resources.statistics_flops(few, NEURONS) == 0
-    assert resources.selection_flops(few, NEURONS) == 2 * 8 * 10 * 7
+    assert resources.selection_flops(few, NEURONS) == 4 * 8 * 8 * 10
+
+
+def test_an_r_factor_stands_for_many_rows() -> None:
+    exact = replace(LOAD, exact=True)
+    assert resources.statistics_bytes(exact, NEURONS) == 2 * 800
+    assert resources.statistics_flops(exact, NEURONS) == 2 * 128 * 100
 
 
 def test_experts_see_their_part_of_the_tokens() -> None:
@@ -95,12 +102,13 @@ def test_experts_see_their_part_of_the_tokens() -> None:
 
 
 def test_layers_placement_holds_the_statistics_of_its_chunk() -> None:
-    load = replace(LOAD, placement="layers")
+    load = replace(LOAD, placement="layers", propagation="dense")
     table = resources.memory_by_step(load, MemoryPlan(layers_per_chunk=3))
-    assert table["collect"]["statistics"] == 3 * 1600
+    both = 2 * 8 * (6 * 6 + 10 * 10)  # the heads lose nothing, but the dense path watches them too
+    assert table["collect"]["statistics"] == 3 * both
     assert table["collect"]["hidden states"] == resources.WINDOW * 32 * 4 * 4
     assert table["collect"]["inputs"] == 0
-    assert table["write"]["statistics"] == 3 * 1600
+    assert table["write"]["statistics"] == 3 * both
 
 
 def test_files_take_what_does_not_fit() -> None:
@@ -108,32 +116,53 @@ def test_files_take_what_does_not_fit() -> None:
     table = resources.memory_by_step(LOAD, spilled)
     assert table["collect"]["hidden states"] == 2 * 32 * 4 * 4
     assert (table["collect"]["inputs"], table["collect"]["statistics"], table["decide"]["statistics"]) == (0, 0, 0)
-    assert resources.memory_by_step(GPU, spilled)["collect"]["statistics"] == 800
+    assert table["decide"]["decision"] == 3 * 8 * 4 * 10 + 4 * 7 * 2
+    assert not any(choice.spill_statistics for choice in resources.choices(GPU))
 
 
 def test_arithmetic() -> None:
     assert resources.forward_flops(LOAD, DENSE) == 128 * (2 * 300 + 16 * 12)
     assert resources.statistics_flops(LOAD, NEURONS) == 128 * 100
     assert resources.selection_flops(LOAD, NEURONS) == 1000 // 3
-    assert resources.correction_flops(LOAD, NEURONS) == 6 * (343 // 3 + 4 * 49 * 4)
+    assert resources.correction_flops(LOAD, NEURONS) == 8 * (343 // 3 + 2 * 49 * 4 + 100 * 4)
     (cost,) = resources.layer_costs(LOAD, MemoryPlan(keep_inputs=False))
     assert cost.forward_flops == 2 * resources.forward_flops(LOAD, DENSE)
-    (refit,) = resources.layer_costs(replace(LOAD, propagation="refit"), MemoryPlan())
-    assert refit.forward_flops == 2 * resources.forward_flops(LOAD, DENSE)
+
+
+def test_refit_is_a_dense_and_a_pruned_pass() -> None:
+    load = replace(LOAD, placement="layers", propagation="refit")
+    (cost,) = resources.layer_costs(load, MemoryPlan())
+    assert cost.forward_flops == 2 * resources.forward_flops(LOAD, DENSE)
+    assert cost.statistics_flops == 128 * (36 + 2 * 100)
+    assert (cost.selection_flops, cost.correction_flops) == (333, resources.correction_flops(LOAD, NEURONS))
+    assert cost.written_bytes == (300 - 3 * 12) * 2
+    assert cost.read_bytes == 3 * 600
+    table = resources.memory_by_step(load, MemoryPlan())
+    assert list(table) == ["collect", "decide", "refit, collect", "refit, decide", "refit, write", "write outer"]
+    assert [choice.layers_per_chunk for choice in resources.choices(load)] == [3, 2, 1] * 4
+    stages = resources.stages(load, MemoryPlan(), PROFILES["cpu-core"])
+    assert [stage.name for stage in stages] == list(resources.STAGES)
 
 
 def test_messages_of_shards() -> None:
-    """Training shards 0-2, held-out shard 3. Worker 0 sends node 0-1, worker 1 nodes 2 and 3: half of them to itself."""
+    """Training shards 0-2, held-out shard 3. The decider has shards 0-1; nodes 2 and 3 come from the other worker."""
     (cost,) = resources.layer_costs(LOAD, MemoryPlan())
-    assert cost.message_bytes == 3 * 800 / 2 + 4 * 7 * 2
-    assert cost.num_messages == 3  # 1.5 statistics and a cut, rounded up
+    assert cost.message_bytes == 2 * 800 + 4 * 7 * 2
+    assert cost.num_messages == 2
     assert cost.read_bytes == 2 * 600
     (alone,) = resources.layer_costs(replace(LOAD, workers=1), MemoryPlan())
     assert (alone.num_messages, alone.message_bytes) == (0, 0)
 
 
+def test_statistics_are_merged_in_pairs() -> None:
+    load = replace(LOAD, shards=8, workers=8)
+    assert resources.reduction_levels(load) == [[range(n, n + 1) for n in (1, 3, 5, 7)], [range(2, 4), range(6, 8)], [range(4, 8)]]
+    assert resources.reduction_levels(replace(load, workers=3)) == [[range(2, 5)], [range(5, 8)]]
+    assert resources.reduction_levels(replace(load, workers=1)) == []
+
+
 def test_messages_of_layers() -> None:
-    load = replace(LOAD, placement="layers")
+    load = replace(LOAD, placement="layers", propagation="dense")
     (cost,) = resources.layer_costs(load, MemoryPlan(layers_per_chunk=3))
     assert cost.message_bytes == -(-128 * 4 * 4 // 6)  # one boundary, spread over six layers
     assert cost.read_bytes == 600
@@ -143,10 +172,14 @@ def test_messages_of_layers() -> None:
     assert resources.checkpoint_bytes(replace(LOAD, checkpoint_layers=0), MemoryPlan()) == 0
 
 
-@pytest.mark.parametrize("placement", ["shards", "layers"])
+PATHS = [("shards", "pruned"), ("layers", "dense"), ("layers", "refit")]
+
+
+@pytest.mark.parametrize(("placement", "propagation"), PATHS)
 @pytest.mark.parametrize("on_gpu", [True, False])
-def test_more_tokens_never_need_less_memory(placement: Any, on_gpu: bool) -> None:
-    loads = [replace(BIG, samples=samples, placement=placement, on_gpu=on_gpu) for samples in range(8, 200, 7)]
+def test_more_tokens_never_need_less_memory(placement: Any, propagation: Any, on_gpu: bool) -> None:
+    changes: dict[str, Any] = {"placement": placement, "propagation": propagation, "on_gpu": on_gpu}
+    loads = [replace(BIG, samples=samples, **changes) for samples in range(8, 200, 7)]
     sizes = [resources.peak_bytes(load, MemoryPlan()) for load in loads]
     assert all(less <= more for less, more in pairwise(sizes))
 
@@ -161,7 +194,7 @@ def test_choices_are_taken_in_order() -> None:
     assert all(more >= less for more, less in pairwise(peaks))
     for choice, peak in zip(resources.choices(BIG), peaks, strict=True):
         assert resources.choose_memory(BIG, peak) == choice
-    chunked = replace(BIG, placement="layers")
+    chunked = replace(BIG, placement="layers", propagation="dense")
     assert resources.choose_memory(chunked, None).layers_per_chunk == 3
     two = resources.peak_bytes(chunked, MemoryPlan(layers_per_chunk=2))
     assert resources.choose_memory(chunked, two) == MemoryPlan(layers_per_chunk=2)
@@ -200,8 +233,7 @@ def test_times_need_a_machine() -> None:
 
 def test_files_take_disk_time() -> None:
     spilled = MemoryPlan(keep_inputs=False, spill_hidden=True, spill_statistics=True)
-    assert resources.spilled_statistics_bytes(LOAD, spilled) == 2 * 6 * 1600
-    assert resources.spilled_hidden_bytes(LOAD, spilled) == 2 * 6 * 128 * 4 * 4
+    assert resources.spilled_bytes(LOAD, spilled) == 2 * 6 * 1600 + 2 * 6 * 128 * 4 * 4
     seconds = {stage.name: stage.seconds for stage in resources.stages(LOAD, spilled, PROFILES["cpu-core"])}
     assert seconds["files"] == pytest.approx((2 * 6 * 1600 + 6 * 128 * 4 * 4) / 0.5e9)  # hidden states are spread over two workers
     assert next(stage.seconds for stage in resources.stages(LOAD, MemoryPlan(), PROFILES["cpu-core"]) if stage.name == "files") == 0
@@ -212,5 +244,5 @@ def test_decisions_run_at_the_same_time_where_workers_own_layers() -> None:
         choice = resources.choose_memory(load, None)
         return {stage.name: stage.seconds for stage in resources.stages(load, choice, PROFILES["h100-80gb"])}
 
-    shards, layers = seconds(replace(BIG, workers=6)), seconds(replace(BIG, workers=6, placement="layers"))
+    shards, layers = seconds(replace(BIG, workers=6)), seconds(replace(BIG, workers=6, placement="layers", propagation="dense"))
     assert shards["selection"] == pytest.approx(6 * layers["selection"])  # type: ignore[operator]

@@ -11,7 +11,7 @@ from specs.loader import load_job
 from specs.schema import job_schema_text
 
 SPECS = Path(specs.__path__[0])
-EXAMPLES = sorted((SPECS.parent / "examples").glob("**/*.yaml"))
+EXAMPLES = sorted((SPECS.parent / "examples").glob("**/job.yaml"))
 
 
 def test_shipped_schema_is_current() -> None:

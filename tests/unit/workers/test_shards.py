@@ -1,8 +1,14 @@
 """The fixed tree: every way to spread shards over workers builds the same expression."""
 
+import random
+
 import pytest
 
-from workers.shards import Node, even_parts, grow_tree, owned_nodes, reduce_tree, roots
+from workers.shards import Node, even_parts, grow_tree, merge_siblings, owned_nodes, roots
+
+
+def reduced(root: Node, parts: dict[Node, str]) -> str:
+    return merge_siblings(root, parts, merged)[root]
 
 
 def merged(left: str, right: str) -> str:
@@ -24,7 +30,7 @@ def test_the_expression_does_not_depend_on_the_workers(num_shards: int) -> None:
         trees = roots(num_shards, num_held_out)
         assert trees == ((0, num_shards - num_held_out), (num_shards - num_held_out, num_shards))
         leaves = {(shard, shard + 1): str(shard) for shard in range(num_shards)}
-        expected = [reduce_tree(tree, leaves, merged) for tree in trees]
+        expected = [reduced(tree, leaves) for tree in trees]
         in_order = "+".join(expected).translate(str.maketrans("()+", "   ")).split()
         assert in_order == [str(shard) for shard in range(num_shards)]
         for workers in range(1, num_shards + 1):
@@ -33,14 +39,14 @@ def test_the_expression_does_not_depend_on_the_workers(num_shards: int) -> None:
                 own = {(shard, shard + 1): str(shard) for shard in owned}
                 nodes = [node for tree in trees for node in owned_nodes(tree, owned)]
                 assert [shard for node in nodes for shard in range(*node)] == list(owned)
-                parts |= {node: reduce_tree(node, own, merged) for node in nodes}
-            assert [reduce_tree(tree, parts, merged) for tree in trees] == expected
+                parts |= {node: reduced(node, own) for node in nodes}
+            assert [reduced(tree, parts) for tree in trees] == expected
 
 
 def test_the_tree_is_balanced() -> None:
     leaves = {(shard, shard + 1): str(shard) for shard in range(5)}
-    assert reduce_tree((0, 4), leaves, merged) == "((0+1)+(2+3))"
-    assert reduce_tree((0, 5), leaves, merged) == "(((0+1)+2)+(3+4))"
+    assert reduced((0, 4), leaves) == "((0+1)+(2+3))"
+    assert reduced((0, 5), leaves) == "(((0+1)+2)+(3+4))"
 
 
 def test_nothing_owned() -> None:
@@ -49,11 +55,32 @@ def test_nothing_owned() -> None:
     assert owned_nodes((4, 4), range(0, 8)) == []
 
 
+def recursively(node: Node) -> str:
+    """The expression of a tree, written out once more."""
+    middle = (node[0] + node[1] + 1) // 2
+    return str(node[0]) if node[1] - node[0] == 1 else merged(recursively((node[0], middle)), recursively((middle, node[1])))
+
+
+@pytest.mark.parametrize("num_shards", [2, 5, 16, 23])
+@pytest.mark.parametrize("seed", range(5))
+def test_siblings_merged_in_any_rounds_give_the_tree(num_shards: int, seed: int) -> None:
+    """Random workers get random parts, merge what they can, and pass the rest on."""
+    root, chance = (0, num_shards), random.Random(seed)
+    parts = {(shard, shard + 1): str(shard) for shard in range(num_shards)}
+    while len(parts) > 1:
+        nodes = chance.sample(sorted(parts), len(parts))
+        cut = chance.randint(1, len(nodes))
+        halves = [{node: parts[node] for node in nodes[:cut]}, {node: parts[node] for node in nodes[cut:]}]
+        parts = merge_siblings(root, halves[0], merged) | merge_siblings(root, halves[1], merged)
+    assert parts == {root: recursively(root)}
+
+
 @pytest.mark.parametrize("missing", range(6))
-def test_a_missing_shard_is_named(missing: int) -> None:
+def test_a_missing_shard_leaves_its_ancestors_open(missing: int) -> None:
     leaves = {(shard, shard + 1): str(shard) for shard in range(6) if shard != missing}
-    with pytest.raises(KeyError, match=f"no part covers shard {missing}"):
-        reduce_tree((0, 6), leaves, merged)
+    left = merge_siblings((0, 6), leaves, merged)
+    assert set(left) == {*owned_nodes((0, 6), range(missing)), *owned_nodes((0, 6), range(missing + 1, 6))}
+    assert merge_siblings((0, 6), {}, merged) == {}
 
 
 @pytest.mark.parametrize("node", [(0, 1), (3, 4), (0, 7), (2, 13)])
@@ -72,5 +99,5 @@ def test_growing_a_tree_is_reducing_it_and_holds_one_part_per_level(node: Node) 
         return merged(left, right)
 
     leaves = {(shard, shard + 1): str(shard) for shard in range(*node)}
-    assert grow_tree(node, leaf, merge) == reduce_tree(node, leaves, merged)
+    assert grow_tree(node, leaf, merge) == reduced(node, leaves)
     assert most <= (node[1] - node[0] - 1).bit_length() + 1

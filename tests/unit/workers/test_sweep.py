@@ -8,6 +8,7 @@ import pytest
 
 from orchestrator.cli import main
 from specs.loader import load_job
+from specs.memory import MemoryPlan
 from tests.conftest import MakeJob, MakeModel
 from workers.worker import Worker
 
@@ -26,7 +27,7 @@ def grams(parts: dict[Any, dict[str, np.ndarray]]) -> dict[Any, bytes]:
 
 
 def test_a_layer_can_be_collected_again_after_it_was_decided(finished: tuple[Any, Path]) -> None:
-    worker = Worker(finished[0], str(finished[1]), "cpu", True)
+    worker = Worker(finished[0], str(finished[1]), "cpu", MemoryPlan())
     _, first = worker.collect(1, "heads", (0, 4))
     _, cut = worker.decide(1, "heads", 1, first)
     _, second = worker.collect(1, "neurons", (0, 4), cut)
@@ -38,7 +39,7 @@ def test_a_layer_can_be_collected_again_after_it_was_decided(finished: tuple[Any
 
 @pytest.mark.parametrize("keep_inputs", [True, False])
 def test_replay_restore_and_going_back_give_the_same_bits(finished: tuple[Any, Path], keep_inputs: bool) -> None:
-    live, fresh = (Worker(finished[0], str(finished[1]), "cpu", keep_inputs) for _ in range(2))
+    live, fresh = (Worker(finished[0], str(finished[1]), "cpu", MemoryPlan(keep_inputs=keep_inputs)) for _ in range(2))
     expected = {layer: grams(live.collect(layer, "heads", (0, 4))[1]) for layer in range(3)}
     assert list((finished[1] / "cache").rglob("layer-0002-*.safetensors"))
     for layer in (2, 0, 1):

@@ -1,0 +1,90 @@
+"""Large shapes on a small machine: is the memory budget kept, is the plan's peak right, does time per layer grow?
+
+    python -m benchmarks.memory llama-2-7b --models /data/models --runs /data/runs
+    python -m benchmarks.memory llama-3-70b --layers 2 --models /data/models --runs /data/runs
+
+Random weights (`benchmarks.random_model`), 4 x 512 calibration tokens, 20%, two Ray workers of 5 GiB and one thread each.
+A run that was interrupted goes on.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.random_model import SHAPES, write_model
+from benchmarks.results import record, table
+from orchestrator.run_folder import read_events
+from specs.job import parse_bytes
+
+HERE = Path(__file__).parent
+
+
+def job(model: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """The job document."""
+    text = Path(__file__).parent.parent / "README.md"
+    return {
+        "model": {"path": str(model)},
+        "calibration": {"path": str(text), "samples": 4, "sequence_length": 512, "shards": 4},
+        "budget": {"sparsity": 0.2, "kv_groups": options.kv_groups or "auto"},
+        "parallel": {"workers": 2, "placement": options.placement, "micro_batch": 1},
+        "memory": {"worker": options.budget},
+    }
+
+
+def layer_seconds(events: list[dict[str, Any]]) -> list[float]:
+    """Seconds of every layer of the sweep, in layer order."""
+    steps = {e["layer"]: e["seconds"] for e in events if e["event"] == "step-finished" and e.get("stage") == "sweep"}
+    return [steps[layer] for layer in sorted(steps)]
+
+
+def page(report: dict[str, Any], plan: dict[str, Any], seconds: list[float], budget: str) -> str:
+    """The result as Markdown."""
+    allowed, planned = int(str(parse_bytes(budget))), plan["worker_memory_bytes"]
+    rows = []
+    for name, peak in report["peak_memory_bytes"].items():
+        is_worker = name != "driver"
+        limit, plans = (f"{allowed / 2**30:.2f}", f"{planned / peak:.2f}") if is_worker else ("1.00", "")
+        rows.append([name, f"{peak / 2**30:.2f}", limit, plans])
+    half = len(seconds) // 2
+    parts = [table(["process", "peak private memory, GiB", "limit, GiB", "plan / measured"], rows)]
+    parts.append("Seconds: " + ", ".join(f"{stage} {value:.0f}" for stage, value in report["seconds"].items()) + ".")
+    if half:
+        medians = [statistics.median(part) for part in (seconds[:half], seconds[half:])]
+        parts.append(f"Seconds to a finished layer, median of the first and the second half: {medians[0]:.1f}, {medians[1]:.1f}.")
+    before, after = (report["decoder_parameters"][key] for key in ("before", "after"))
+    parts.append(f"Decoder parameters {before:,} to {after:,}; shape {report['shape']}; `rayprune verify` accepts the result.")
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    """Write the model if it is missing, run the job, verify it, print and record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("--layers", type=int, help="only so many layers")
+    parser.add_argument("--models", type=Path, required=True, help="folder for the model")
+    parser.add_argument("--runs", type=Path, required=True, help="folder for the run")
+    parser.add_argument("--budget", default="5GiB", help="private memory of one worker")
+    parser.add_argument("--placement", choices=["layers", "shards"], default="layers")
+    parser.add_argument("--kv-groups", type=int, help="KV groups that stay; default: found by the probe")
+    options = parser.parse_args()
+    name = f"{options.shape}-{options.layers or SHAPES[options.shape]['num_hidden_layers']}-layers"
+    model, run = options.models.absolute() / name, options.runs.absolute() / f"{name}-{options.placement}"
+    if not (model / "config.json").exists():
+        write_model(options.shape, model, options.layers)
+    run.parent.mkdir(parents=True, exist_ok=True)
+    path = run.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(job(model, options)))
+    for words in (["run", str(path), "--out", str(run)], ["verify", str(run)]):
+        subprocess.run([sys.executable, "-m", "orchestrator.cli", *words], check=True, cwd=HERE.parent)
+    report, plan = (json.loads((run / file).read_text()) for file in ("report.json", "plan.json"))
+    record(f"memory-{name}-{options.placement}", page(report, plan, layer_seconds(read_events(run)), options.budget))
+
+
+if __name__ == "__main__":
+    main()

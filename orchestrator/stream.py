@@ -1,0 +1,110 @@
+"""`placement: layers`: chunks of consecutive layers on all workers at once, micro-batches flowing from chunk to chunk.
+
+A wave is one chunk per worker. Within a wave hidden states go from worker to worker, at most WINDOW micro-batches ahead
+of the slowest; where a wave ends they are written to files, from which a restart goes on. Once a wave's micro-batches
+are through, all its layers are decided at the same time, each by the worker that has its statistics.
+"""
+
+import math
+import time
+from collections import deque
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from orchestrator.context import Context
+from orchestrator.executor import Call
+from workers.files import Manifest
+from workers.layout import boundary_file
+from workers.shards import even_parts, num_micro_batches
+
+WINDOW = 4
+"""Steps that may be under way at the same time: the back-pressure between chunks."""
+
+Wave = list[range]
+
+
+def waves(layers: range, num_workers: int, layers_per_chunk: int) -> list[Wave]:
+    """Layers as waves of at most `num_workers` chunks of at most `layers_per_chunk` layers, as even as can be."""
+    count = math.ceil(len(layers) / (num_workers * layers_per_chunk))
+    parts = [layers[part.start : part.stop] for part in even_parts(len(layers), count)] if layers else []
+    return [[part[chunk.start : chunk.stop] for chunk in even_parts(len(part), num_workers) if chunk] for part in parts]
+
+
+def stream_layers(context: Context, stage: str, expected: Sequence[tuple[str, str]]) -> list[Manifest]:
+    """Decide every layer from activations of the dense model; `expected` are task id and fingerprint of each layer.
+
+    Raises:
+        RaypruneError: from the first layer that fails; the finished ones stay.
+    """
+    with context.stage(stage, len(expected)):
+        missing = _unfinished(context, expected, range(len(expected)))
+        for layer in sorted(set(range(len(expected))) - set(missing)):
+            context.emit("task-found", task=expected[layer][0])
+        layers = range(_first_layer(context, missing[0]), len(expected)) if missing else range(0)
+        for wave in waves(layers, context.executor.num_workers, context.plan.memory.layers_per_chunk):
+            name = f"layers {wave[0].start} to {wave[-1].stop - 1}"
+            context.attempt(name, partial(_run_wave, context, stage, wave, expected))
+    return [_finished(context, *task) for task in expected]
+
+
+def _finished(context: Context, task: str, fingerprint: str) -> Manifest:
+    done = context.folder.finished(task, fingerprint)
+    assert done is not None, f"{task} left no manifest"
+    return done
+
+
+def _unfinished(context: Context, expected: Sequence[tuple[str, str]], layers: range) -> list[int]:
+    return [layer for layer in layers if context.folder.finished(*expected[layer]) is None]
+
+
+def _num_batches(context: Context) -> int:
+    calibration = context.job.calibration
+    return num_micro_batches(calibration.samples, calibration.shards, context.job.parallel.micro_batch, calibration.shards)
+
+
+def _first_layer(context: Context, missing: int) -> int:
+    """The last layer, at most `missing`, before which all hidden states are at hand."""
+    numbers = range(_num_batches(context))
+    boundaries = (layer for layer in range(missing, 0, -1) if all(boundary_file(context.folder.path, layer, n).exists() for n in numbers))
+    return next(boundaries, 0)
+
+
+def _run_wave(context: Context, stage: str, wave: Wave, expected: Sequence[tuple[str, str]]) -> None:
+    """Statistics of the wave's unfinished layers, then their decisions."""
+    start = time.monotonic()
+    wanted = _unfinished(context, expected, range(wave[0].start, wave[-1].stop))
+    _flow(context, wave, wanted)
+    submit, kept = context.executor.submit, context.plan.shape.kept
+    settled = [(i, submit(place, "settle", i, expected[i][1], kept)) for place, chunk in enumerate(wave) for i in chunk if i in wanted]
+    for layer, call in sorted(settled, key=lambda item: item[0] - wave[item[1].worker].start):  # in the order in which they end
+        (receipt,) = context.executor.wait([call])
+        seconds, memory = time.monotonic() - start, context.peak_memory_bytes()
+        context.emit("step-finished", stage=stage, layer=layer, seconds=seconds, groups=receipt["groups"], peak_memory_bytes=memory)
+
+
+def _flow(context: Context, wave: Wave, wanted: list[int]) -> None:
+    """Send all micro-batches through the wave: at each step every chunk works on the one its predecessor has just left."""
+    executor, count = context.executor, _num_batches(context)
+    handed: list[Any] = [None] * len(wave)
+    under_way: deque[list[Call]] = deque()
+    for step in range(count + len(wave) - 1):
+        calls = []
+        for place in reversed(range(len(wave))):
+            if 0 <= (number := step - place) < count:
+                chunk, last = wave[place], place == len(wave) - 1
+                before = handed[place - 1] if place else None
+                calls.append(executor.submit(place, "flow", (chunk.start, chunk.stop), number, wanted, last, before))
+                handed[place] = calls[-1].payload
+        under_way.append(calls)
+        if len(under_way) > WINDOW:
+            executor.wait(under_way.popleft())
+            _report(context, step - WINDOW, count)
+    for calls in under_way:
+        executor.wait(calls)
+
+
+def _report(context: Context, number: int, count: int) -> None:
+    """An event at every tenth of the way."""
+    if (number + 1) * 10 // count > number * 10 // count and number < count:
+        context.emit("micro-batches", done=number + 1, of=count)

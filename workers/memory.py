@@ -1,0 +1,50 @@
+"""How much memory a process takes for itself. No torch at import.
+
+Private memory is what the kernel cannot take back without swapping: anonymous pages. Mapped files (weights, spilled
+states) are not part of it.
+"""
+
+import resource
+import threading
+from pathlib import Path
+from typing import Self
+
+SAMPLE_SECONDS = 0.02
+_STATUS = Path("/proc/self/status")
+
+
+def private_bytes() -> int:
+    """Anonymous resident memory of this process, in bytes; where the system does not tell, its peak resident memory."""
+    if not _STATUS.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
+
+
+class PeakMemory:
+    """The highest private memory since the start, sampled by a thread of its own."""
+
+    def __init__(self) -> None:
+        self._peak, self._done = private_bytes(), threading.Event()
+        threading.Thread(target=self._watch, daemon=True, name="peak-memory").start()
+
+    def _watch(self) -> None:
+        while not self._done.wait(SAMPLE_SECONDS):
+            self._note()
+
+    def _note(self) -> None:
+        self._peak = max(self._peak, private_bytes())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._note()
+        self._done.set()
+
+    @property
+    def bytes(self) -> int:
+        """The peak so far, in bytes; after a `with` block, that of the block."""
+        if not self._done.is_set():
+            self._note()
+        return self._peak
