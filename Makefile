@@ -7,7 +7,7 @@ STAMP := .venv/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format clean
+.PHONY: help install demo test check bench format clean
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1	\2/' | expand -t 18
@@ -36,6 +36,13 @@ check: install ## lint, types and the fast tests
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 --dist loadfile -m "not slow and not model and not gpu"
+
+TEXT ?= $(CURDIR)/examples/smollm2/calibration.txt
+bench: install ## scaling and linear algebra on this machine (about an hour); TEXT=/path/to/text
+	.venv/bin/python examples/smollm2/prepare.py
+	OMP_NUM_THREADS=1 .venv/bin/python -m benchmarks.scaling $(TEXT)
+	OMP_NUM_THREADS=1 .venv/bin/python -m benchmarks.linear_algebra
+	OMP_NUM_THREADS=1 .venv/bin/python -m benchmarks.propagation $(TEXT)
 
 format: install ## sort imports and format
 	.venv/bin/ruff check --fix
