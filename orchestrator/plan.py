@@ -221,6 +221,7 @@ def workload(job: JobSpec, checkpoint: Checkpoint, kinds: tuple[LayerKind, ...],
         evaluation_tokens=(evaluation.max_windows or calibration.samples) * evaluation.window if evaluation else 0,
         evaluation_window=evaluation.window if evaluation else 1,
         exact=job.method.factorization == "qr",
+        in_process=job.cluster.executor == "in-process",
         placement=job.parallel.placement,
         propagation=job.parallel.effective_propagation,
     )

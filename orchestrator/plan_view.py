@@ -15,7 +15,7 @@ LAYER_BYTES = {
     "written to disk": "written_bytes",
 }
 LAYER_FLOPS = {f"FLOPs, {name}": f"{name}_flops" for name in ("forward", "statistics", "selection", "correction")}
-KINDS = ("runtime", "weights", "hidden states", "inputs", "activations", "statistics", "decision", "output")
+KINDS = ("runtime", "weights", "hidden states", "inputs", "activations", "payloads", "statistics", "decision", "output")
 
 
 def print_plan(plan: Plan) -> None:

@@ -64,6 +64,8 @@ class Workload:
     evaluation_window: int
     exact: bool = False
     """Whether rows or their R factor are kept instead of a Gram matrix, however many tokens there are (`method.factorization: qr`)."""
+    in_process: bool = False
+    """Whether payloads between steps lie in the worker's own memory instead of Ray's object store."""
     placement: Placement = "shards"
     propagation: Propagation = "pruned"
     selects: bool = True
@@ -228,9 +230,8 @@ def _steps(load: Workload, choice: MemoryPlan) -> dict[str, list[Kinds]]:
         for group in load.watched(kind):
             steps["collect"].append(standing | _activations(load) | {"statistics": _collected(load, choice, kind, group)})
         for group in load.pruned(kind):
-            steps["decide"].append(
-                standing | {"statistics": _decided(load, choice, kind, group), "decision": _deciding(load, choice, group)}
-            )
+            deciding = {"statistics": _decided(load, choice, kind, group), "decision": _deciding(load, choice, group)}
+            steps["decide"].append(standing | _payloads(load, group) | deciding)
         if load.corrects and not load.on_gpu:
             steps["write"].append(standing | _left_while_writing(load, choice) | {"output": 2 * _written_layer_bytes(load, kind)})
     return steps
@@ -300,6 +301,12 @@ def _decided(load: Workload, choice: MemoryPlan, kind: LayerKind, group: Coupled
     return 0 if choice.spill_statistics else statistics_bytes(load, group)
 
 
+def _payloads(load: Workload, group: CoupledGroup) -> Kinds:
+    """One process, placement `shards`: Gram matrices as they were handed over, of which the decision makes copies; rows are not copied."""
+    copied = load.in_process and load.placement == "shards" and not in_rows(load, group)
+    return {"payloads": statistics_bytes(load, group)} if copied else {}
+
+
 def _deciding(load: Workload, choice: MemoryPlan, group: CoupledGroup) -> int:
     decision = decision_bytes(load, group)
     return decision.plain + (0 if choice.spill_statistics else decision.spillable)
@@ -362,18 +369,20 @@ def choose_memory(load: Workload, limit_bytes: int | None, limit_name: str = "me
     if choice := fitting(load, limit_bytes):
         return choice
     assert limit_bytes is not None
+    grow = "raise memory.worker" if limit_name == "memory.worker" else "take machines with more memory, up"
     table = memory_by_step(load, least := list(choices(load))[-1])
     step = max(table, key=lambda name: total(table[name]))
     parts = sorted(table[step].items(), key=lambda item: -item[1])[:3]
+    need, largest = gib(peak_bytes(load, least)), ", ".join(f"{name} {gib(size)}" for name, size in parts)
     raise ResourceError(
-        f"{limit_name}: a worker needs at least {gib(peak_bytes(load, least))} (step {step}: "
-        f"{', '.join(f'{name} {gib(size)}' for name, size in parts)}), it may use {gib(limit_bytes)}; {_remedies(load, limit_bytes, least)}"
+        f"{limit_name}: a worker needs at least {need} (step {step}: {largest}), it may use {gib(limit_bytes)}; "
+        f"{grow} to {need}{_remedies(load, limit_bytes)}"
     )
 
 
-def _remedies(load: Workload, limit_bytes: int, least: MemoryPlan) -> str:
+def _remedies(load: Workload, limit_bytes: int) -> str:
     """Fields that would help, by trying them."""
-    found = [f"raise memory.worker to {gib(peak_bytes(load, least))}"]
+    found = [""]
     if workers := fewest_workers(load, limit_bytes):
         found.append(f"raise parallel.workers to {workers}")
     if load.micro_batch > 1 and fitting(replace(load, micro_batch=1), limit_bytes):

@@ -136,4 +136,4 @@ def test_changed_model_under_an_old_run(make_model: MakeModel, make_job: MakeJob
 def test_too_little_memory(make_model: MakeModel, make_job: MakeJob, tmp_path: Path, capsys: Capture) -> None:
     message = fails(["run", str(make_job(make_model())), "--out", str(tmp_path / "run"), "--set", "memory.worker=100MB"], 4, capsys)
     assert "memory.worker" in message
-    assert "needs about" in message
+    assert "needs at least" in message
