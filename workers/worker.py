@@ -230,7 +230,8 @@ class Worker:
         return training, held_out
 
     def _siblings(self, tree: Node, parts: Sequence[Parts]) -> dict[Node, Statistic]:
-        rebuilt = {node: restored(state, self._scratch) for part in parts for node, state in part.items()}
+        under = ((node, state) for part in parts for node, state in part.items() if tree[0] <= node[0] and node[1] <= tree[1])
+        rebuilt = {node: restored(state, self._scratch) for node, state in under}
         return {node: fit.finished() for node, fit in merge_siblings(tree, rebuilt, lambda left, right: left.merge(right)).items()}
 
     @step
