@@ -100,10 +100,6 @@ class Workload:
         """Groups of a layer that lose units."""
         return [group for group in kind.groups if group.name in self.kept]
 
-    def watched(self, kind: LayerKind) -> list[CoupledGroup]:
-        """Groups of a layer whose statistics are collected: on the dense path all of them."""
-        return self.pruned(kind) if self.placement == "shards" else list(kind.groups)
-
     def columns(self, group: CoupledGroup) -> int:
         """K: columns of a consumer's input that stay."""
         return self.kept.get(group.name, group.num_units) * group.columns
@@ -227,7 +223,7 @@ def _steps(load: Workload, choice: MemoryPlan) -> dict[str, list[Kinds]]:
     standing = _standing(load, choice)
     steps: dict[str, list[Kinds]] = {"collect": [], "decide": [], "write": []}
     for kind in load.kinds:
-        for group in load.watched(kind):
+        for group in load.pruned(kind):
             steps["collect"].append(standing | _activations(load) | {"statistics": _collected(load, choice, kind, group)})
         for group in load.pruned(kind):
             deciding = {"statistics": _decided(load, choice, kind, group), "decision": _deciding(load, choice, group)}
@@ -315,7 +311,7 @@ def _deciding(load: Workload, choice: MemoryPlan, group: CoupledGroup) -> int:
 def _chunk_statistics(load: Workload, choice: MemoryPlan, kind: LayerKind) -> int:
     """Statistics of all groups of all layers of a chunk; pages of files are no private memory."""
     layers = 0 if choice.spill_statistics else choice.layers_per_chunk
-    return layers * sum(statistics_bytes(load, group) for group in load.watched(kind))
+    return layers * sum(statistics_bytes(load, group) for group in load.pruned(kind))
 
 
 def _left_while_writing(load: Workload, choice: MemoryPlan) -> Kinds:
@@ -463,7 +459,7 @@ def _together(costs: tuple[LayerCost, ...]) -> LayerCost:
 
 
 def _layer_cost(load: Workload, choice: MemoryPlan, kind: LayerKind) -> LayerCost:
-    groups, watched = load.pruned(kind), load.watched(kind)
+    groups = load.pruned(kind)
     messages = [_messages(load, group) for group in groups] if load.placement == "shards" else [_handover(load, choice)]
     readers = load.workers if load.placement == "shards" else 1
     return LayerCost(
@@ -473,11 +469,11 @@ def _layer_cost(load: Workload, choice: MemoryPlan, kind: LayerKind) -> LayerCos
         active_parameters=kind.active_parameters,
         weight_bytes=kind.num_bytes,
         hidden_bytes=load.tokens * load.hidden * load.element_bytes,
-        input_bytes=sum(load.tokens * group.active * group.width * load.element_bytes for group in watched),
-        statistics_bytes=sum(statistics_bytes(load, group) for group in watched),
+        input_bytes=sum(load.tokens * group.active * group.width * load.element_bytes for group in groups),
+        statistics_bytes=sum(statistics_bytes(load, group) for group in groups),
         decision_bytes=max((factorisation_bytes(load, group) for group in groups), default=0),
         forward_flops=_forward_passes(load, choice) * forward_flops(load, kind),
-        statistics_flops=sum(statistics_flops(load, group) for group in watched),
+        statistics_flops=sum(statistics_flops(load, group) for group in groups),
         selection_flops=sum(selection_flops(load, group) for group in groups) if load.selects else 0,
         correction_flops=sum(correction_flops(load, group) for group in groups) if load.corrects else 0,
         num_messages=math.ceil(sum(count for count, _ in messages)),
@@ -585,7 +581,7 @@ def spilled_bytes(load: Workload, choice: MemoryPlan) -> int:
 
 def _spilled_statistics(load: Workload, choice: MemoryPlan) -> int:
     """Statistics, written once and read once."""
-    sizes = (kind.num_layers * statistics_bytes(load, group) for kind in load.kinds for group in load.watched(kind))
+    sizes = (kind.num_layers * statistics_bytes(load, group) for kind in load.kinds for group in load.pruned(kind))
     return 2 * sum(sizes) if choice.spill_statistics else 0
 
 
@@ -688,7 +684,7 @@ def _message_path(load: Workload, all_bytes: int) -> float:
 
 def _gram_traffic(load: Workload) -> int:
     """Memory traffic of adding one micro-batch to the Gram matrices of all layers: half of fp64 read and written, fp32 twice."""
-    groups = [(kind, group) for kind in load.kinds for group in load.watched(kind) if not in_rows(load, group)]
+    groups = [(kind, group) for kind in load.kinds for group in load.pruned(kind) if not in_rows(load, group)]
     return sum(kind.num_layers * group.count * group.width**2 * 12 for kind, group in groups)
 
 

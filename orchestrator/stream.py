@@ -73,22 +73,27 @@ def _first_layer(context: Context, missing: int) -> int:
 def _run_wave(context: Context, stage: str, wave: Wave, expected: Sequence[tuple[str, str]]) -> None:
     """Statistics of the wave's unfinished layers, then their decisions."""
     start = time.monotonic()
-    wanted = _unfinished(context, expected, range(wave[0].start, wave[-1].stop))
+    missing = _unfinished(context, expected, range(wave[0].start, wave[-1].stop))
+    wanted = dict.fromkeys(missing, context.plan.pruned_groups())
     _flow(context, wave, wanted)
     submit, kept = context.executor.submit, context.plan.shape.kept
-    settled = [(i, submit(place, "settle", i, expected[i][1], kept)) for place, chunk in enumerate(wave) for i in chunk if i in wanted]
+    places = [(place, layer) for place, chunk in enumerate(wave) for layer in chunk if layer in wanted]
+    settled = [(layer, submit(place, "settle", layer, expected[layer][1], kept)) for place, layer in places]
     for layer, call in sorted(settled, key=lambda item: item[0] - wave[item[1].worker].start):  # in the order in which they end
         (receipt,) = context.executor.wait([call])
         seconds, memory = time.monotonic() - start, context.peak_memory_bytes()
         context.emit("step-finished", stage=stage, layer=layer, seconds=seconds, groups=receipt["groups"], peak_memory_bytes=memory)
 
 
-def _flow(context: Context, wave: Wave, wanted: list[int]) -> None:
+def _flow(context: Context, wave: Wave, wanted: dict[int, list[str]]) -> None:
     """Send all micro-batches through the wave: at each step every chunk works on the one its predecessor has just left."""
     executor, count = context.executor, _num_batches(context)
     handed: list[Any] = [None] * len(wave)
     under_way: deque[list[Call]] = deque()
-    for step in range(count + len(wave) - 1):
+    for step in range(count + len(wave) - 1 + WINDOW):
+        if step >= WINDOW:
+            executor.wait(under_way.popleft())
+            _report(context, step - WINDOW - len(wave) + 1, count)
         calls = []
         for place in reversed(range(len(wave))):
             if 0 <= (number := step - place) < count:
@@ -97,14 +102,9 @@ def _flow(context: Context, wave: Wave, wanted: list[int]) -> None:
                 calls.append(executor.submit(place, "flow", (chunk.start, chunk.stop), number, wanted, last, before))
                 handed[place] = calls[-1].payload
         under_way.append(calls)
-        if len(under_way) > WINDOW:
-            executor.wait(under_way.popleft())
-            _report(context, step - WINDOW, count)
-    for calls in under_way:
-        executor.wait(calls)
 
 
 def _report(context: Context, number: int, count: int) -> None:
-    """An event at every tenth of the way."""
-    if (number + 1) * 10 // count > number * 10 // count and number < count:
+    """An event at every tenth of the way: this micro-batch has left the wave."""
+    if number >= 0 and (number + 1) * 10 // count > number * 10 // count:
         context.emit("micro-batches", done=number + 1, of=count)

@@ -5,7 +5,7 @@ sums have the same bits wherever a chunk begins or ends. Hidden states come from
 files where a wave of chunks has ended.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +17,16 @@ from specs.errors import ModelError
 from workers import layers
 from workers.codec import from_array, to_array
 from workers.families import UnitGroup
-from workers.files import write_tensors
+from workers.files import read_manifest, write_tensors
 from workers.layers import MicroBatch, StreamedModel
-from workers.layout import boundary_file
+from workers.layout import boundary_file, layer_task, selection_task, task_folder
 from workers.statistics import Statistic
+from workers.sweep import check_computed_on
 
 Fits = tuple[Statistic, Statistic]
 """The statistics of the training and of the held-out windows."""
+Wanted = Mapping[int, Collection[str]]
+"""The layers, and of each the groups, whose statistics are collected."""
 
 
 class Stream:
@@ -45,35 +48,39 @@ class Stream:
         self._arguments: dict[torch.Size, MicroBatch] = {}
         self._fits: dict[tuple[int, str], Fits] = {}
 
-    def flow(self, chunk: range, number: int, wanted: Collection[int], before: np.ndarray | None, end_of_wave: bool) -> np.ndarray | None:
-        """Take one micro-batch through the chunk and add it to the statistics of the wanted layers.
+    def flow(self, chunk: range, number: int, wanted: Wanted, before: np.ndarray | None, end_of_wave: bool) -> np.ndarray | None:
+        """Take one micro-batch through the chunk and add it to the wanted statistics.
 
         `before` holds its hidden states from the chunk before (None: embeddings, or the file of the wave before); those
         behind the chunk are returned, or at the end of a wave written to a file.
 
         Raises:
-            ModelError: an activation is not finite.
+            SpecError: an earlier attempt computed on another kind of device or in another type.
         """
         if number == 0:
             self._begin(chunk, wanted)
         batch = self._entering(chunk.start, number, before)
         for index in chunk:
-            inputs = layers.dense_pass(self._modules[index], index, batch, self._groups)
-            if index in wanted:
-                self._note(index, number, inputs)
+            watched = {name: self._groups[name] for name in wanted.get(index, ())}
+            self._note(index, number, layers.dense_pass(self._modules[index], index, batch, watched))
         if not end_of_wave:
             return to_array(batch.hidden_BTD)
         if chunk.stop < len(batch.arguments):
             write_tensors(boundary_file(self._folder, chunk.stop, number), {"hidden": batch.hidden_BTD.contiguous()})
         return None
 
-    def _begin(self, chunk: range, wanted: Collection[int]) -> None:
+    def _begin(self, chunk: range, wanted: Wanted) -> None:
+        for layer in range(self._model.checkpoint.num_layers):
+            for task in (selection_task(layer), layer_task(layer)):
+                if finished := read_manifest(task_folder(self._folder, task)):
+                    check_computed_on(task_folder(self._folder, task), finished, self._model.computed_on)
         self._modules = {}  # freed before the new ones are read
         self._modules = {index: self._model.load_layer(index, prefetch=index + 1 < chunk.stop) for index in chunk}
-        groups = self._groups.items()
-        self._fits = {
-            (i, name): (self._empty(group.width), self._empty(group.width)) for i in wanted if i in chunk for name, group in groups
-        }
+        self._fits = {(layer, name): self._empty_fits(name) for layer in chunk for name in wanted.get(layer, ())}
+
+    def _empty_fits(self, name: str) -> Fits:
+        width = self._groups[name].width
+        return self._empty(width), self._empty(width)
 
     def _entering(self, layer: int, number: int, before: np.ndarray | None) -> MicroBatch:
         """The micro-batch before a layer; the layers' arguments are recorded once per shape."""

@@ -141,19 +141,11 @@ class Sweep:
         return self._folder / CACHE / f"shard-{shard:04d}" / f"layer-{layer:04d}-{manifest.fingerprint[:16]}.safetensors"
 
     def _finished_cuts(self, layer: int) -> dict[str, Cut]:
-        """The cuts of a finished layer.
-
-        Raises:
-            SpecError: it was computed on another kind of device or in another type; mixing them would mix roundings.
-        """
+        """The cuts of a finished layer, if it was computed as this worker computes."""
         folder = task_folder(self._folder, layer_task(layer))
         manifest = read_manifest(folder)
         assert manifest is not None, f"layer {layer} is not finished"
-        if manifest.info["computed_on"] != self._model.computed_on:
-            raise SpecError(
-                f"{folder}: was computed on {manifest.info['computed_on']}, this worker computes on {self._model.computed_on}; "
-                "set parallel.device and model.dtype as they were, or choose another --out"
-            )
+        check_computed_on(folder, manifest, self._model.computed_on)
         return read_cuts(folder / LAYER_FILE, layer, manifest, self._groups.values())
 
     def _advance(self, module: nn.Module, shard: Shard, cuts: Mapping[str, Cut]) -> None:
@@ -181,6 +173,19 @@ class Sweep:
                     batch.hidden_BTD = batch.store(hidden_BTD.to(self._model.device, copy=True))
                 return Shard(saved, batches)
         return Shard(0, batches)
+
+
+def check_computed_on(folder: Path, manifest: Manifest, computed_on: str) -> None:
+    """Check that a finished task was computed as this worker computes.
+
+    Raises:
+        SpecError: it was on another kind of device or in another type; mixing them would mix roundings.
+    """
+    if manifest.info["computed_on"] != computed_on:
+        raise SpecError(
+            f"{folder}: was computed on {manifest.info['computed_on']}, this worker computes on {computed_on}; "
+            "set parallel.device and model.dtype as they were, or choose another --out"
+        )
 
 
 def read_cuts(file: Path, layer: int, manifest: Manifest, groups: Iterable[UnitGroup]) -> dict[str, Cut]:

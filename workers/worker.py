@@ -49,7 +49,7 @@ from workers.shards import Node, even_parts, merge_siblings, roots
 from workers.slicing import Cut, CutArrays, slice_layer, unit_rows
 from workers.statistics import Statistic, restored, statistic_type
 from workers.storage import check_same_files
-from workers.stream import Fits, Stream
+from workers.stream import Fits, Stream, Wanted
 from workers.sweep import Parts, Sweep, embed_all, grow_states, micro_batches
 
 Receipt = dict[str, Any]
@@ -276,7 +276,7 @@ class Worker:
 
     @step
     def flow(
-        self, chunk: tuple[int, int], number: int, wanted: Sequence[int], end_of_wave: bool, before: np.ndarray | None
+        self, chunk: tuple[int, int], number: int, wanted: Wanted, end_of_wave: bool, before: np.ndarray | None
     ) -> tuple[Receipt, np.ndarray | None]:
         """Take a micro-batch through a chunk of layers on the dense path; see `Stream.flow`."""
         self._probe.clear()
@@ -289,7 +289,7 @@ class Worker:
         if self.job.parallel.effective_propagation == "refit":
             units = {name: self._select(layer, name, kept[name], training).tolist() for name, (training, _) in fits.items()}
             folder = task_folder(self.run_folder, selection_task(layer))
-            commit(folder, selection_task(layer), task_fingerprint, [], {"result": units})
+            commit(folder, selection_task(layer), task_fingerprint, [], {"result": units, "computed_on": self._model.computed_on})
             return {"groups": {}}, None
         decided = {name: self._cut(layer, name, kept[name], fits.pop(name)) for name in list(fits)}
         groups = {name: self._summary(name, kept[name], correction) for name, (_, correction) in decided.items()}

@@ -9,8 +9,13 @@ from transformers import AutoModelForCausalLM
 from orchestrator import stream
 from orchestrator.cli import main
 from orchestrator.run import run_job
+from specs.errors import SpecError
 from specs.loader import load_job
 from tests.conftest import MakeJob, MakeModel, folder_bytes
+from workers.files import MANIFEST_NAME
+from workers.stream import Stream
+
+_empty_fits = Stream._empty_fits
 
 
 def quiet(event: dict[str, Any]) -> None:
@@ -69,6 +74,29 @@ def test_a_restart_goes_on_behind_the_last_wave(stop_after: int, job: Path, expe
     assert finished
     assert min(finished) > stop_after, "a finished layer is not decided again"
     assert folder_bytes(tmp_path / "run" / "model") == expected
+
+
+@pytest.mark.parametrize(("propagation", "task"), [("dense", "layer-0001"), ("refit", "selection-0001")])
+def test_a_restart_on_another_kind_of_device_is_refused(propagation: str, task: str, job: Path, tmp_path: Path, force_memory: Any) -> None:
+    def stop(event: dict[str, Any]) -> None:
+        if event["event"] == "step-finished" and event.get("layer") == 1:
+            raise KeyboardInterrupt
+
+    force_memory(layers_per_chunk=2)
+    settings = [f"parallel.propagation={propagation}"]
+    with pytest.raises(KeyboardInterrupt):
+        run_job(load_job(job, settings), tmp_path / "run", stop)
+    manifest = tmp_path / "run" / "tasks" / task / MANIFEST_NAME
+    manifest.write_text(manifest.read_text().replace("cpu in float32", "cuda in bfloat16"))
+    with pytest.raises(SpecError, match=f"{task}: was computed on cuda in bfloat16, this worker computes on cpu in float32"):
+        run_job(load_job(job, settings), tmp_path / "run", quiet)
+
+
+def test_statistics_of_a_group_that_loses_nothing_are_not_collected(job: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    watched: list[str] = []
+    monkeypatch.setattr(Stream, "_empty_fits", lambda stream, name: watched.append(name) or _empty_fits(stream, name))
+    run_job(load_job(job, ["budget.kv_groups=2"]), tmp_path / "run", quiet)
+    assert set(watched) == {"neurons"}
 
 
 @pytest.mark.parametrize("propagation", ["dense", "refit"])

@@ -109,7 +109,9 @@ def test_experts_see_their_part_of_the_tokens() -> None:
 def test_layers_placement_holds_the_statistics_of_its_chunk() -> None:
     load = replace(LOAD, placement="layers", propagation="dense")
     table = resources.memory_by_step(load, MemoryPlan(layers_per_chunk=3))
-    both = 2 * 8 * (6 * 6 + 10 * 10)  # the heads lose nothing, but the dense path watches them too
+    assert table["collect"]["statistics"] == 3 * 2 * 8 * 10 * 10  # the heads lose nothing: nobody watches them
+    both = 2 * 8 * (6 * 6 + 10 * 10)
+    table = resources.memory_by_step(replace(load, kept={"heads": 1, "neurons": 7}), MemoryPlan(layers_per_chunk=3))
     assert table["collect"]["statistics"] == 3 * both
     assert table["collect"]["hidden states"] == resources.WINDOW * 32 * 4 * 4
     assert table["collect"]["inputs"] == 0
@@ -138,7 +140,7 @@ def test_refit_is_a_dense_and_a_pruned_pass() -> None:
     load = replace(LOAD, placement="layers", propagation="refit")
     (cost,) = resources.layer_costs(load, MemoryPlan())
     assert cost.forward_flops == 2 * resources.forward_flops(LOAD, DENSE)
-    assert cost.statistics_flops == 128 * (36 + 2 * 100)
+    assert cost.statistics_flops == 128 * 2 * 100
     assert (cost.selection_flops, cost.correction_flops) == (333, resources.correction_flops(LOAD, NEURONS))
     assert cost.written_bytes == (300 - 3 * 12) * 2
     assert cost.read_bytes == 3 * 600
