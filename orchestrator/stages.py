@@ -7,8 +7,8 @@ from typing import Any
 
 from orchestrator.context import Context
 from orchestrator.export import TOKENIZER_FILES, side_files
-from orchestrator.plan import Shape
 from orchestrator.run_folder import REPORT_FILE
+from orchestrator.shapes import Shape
 from workers.files import Manifest, commit, record_of
 from workers.layout import CALIBRATION_TASK, EVALUATION_TASK, SHAPE_TASK, model_folder, task_folder
 from workers.shards import even_parts

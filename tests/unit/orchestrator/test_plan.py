@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from orchestrator.plan import MAX_OPEN_SHAPES, Plan, Shape, make_plan
+from orchestrator.plan import Plan, make_plan
 from orchestrator.plan_view import print_plan
+from orchestrator.shapes import MAX_OPEN_SHAPES, Shape
 from specs.errors import ResourceError, SpecError
 from specs.job import JobSpec
 from specs.loader import load_job
