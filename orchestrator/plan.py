@@ -1,16 +1,18 @@
 """From a job and a model's headers, or its config alone, to a plan: shapes with exact parameter counts, tasks, costs. No weights are read.
 
 Where several shapes meet the budget the plan lists them all, and a probe of the calibration text picks one before the
-sweep. Memory, arithmetic, messages and time are computed in `orchestrator.resources`.
+sweep. Numbers come from `orchestrator.memory_choice`, `costs` and `timing`.
 """
 
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from orchestrator import resources
-from orchestrator.resources import Kinds, LayerCost, Stage, Workload
+from orchestrator.costs import LayerCost, checkpoint_bytes, layer_costs, over_layers, spilled_bytes
+from orchestrator.memory_choice import choose_memory, fewest_workers
 from orchestrator.shapes import Shape, open_shapes, planned_shape
+from orchestrator.timing import Stage, stages
+from orchestrator.worker_memory import Kinds, host_bytes, memory_by_step, total
+from orchestrator.workload import Workload, block_tokens
 from specs.errors import SpecError
 from specs.job import JobSpec
 from specs.machine import MachineProfile
@@ -100,10 +102,10 @@ def make_plan(job: JobSpec, checkpoint: Checkpoint, machine: MachineProfile | No
     shapes = (planned_shape(job, checkpoint, kinds),) if not_pruned else open_shapes(job, checkpoint)
     load = workload(job, checkpoint, kinds, shapes, _on_gpu(job, machine))
     limit = job.memory.worker or (machine.memory_bytes if machine else None)
-    memory = resources.choose_memory(load, limit, "memory.worker" if job.memory.worker or not machine else f"profile {machine.name}")
-    table = resources.memory_by_step(load, memory)
-    costs = resources.layer_costs(load, memory)
-    stages = resources.stages(load, memory, machine)
+    memory = choose_memory(load, limit, "memory.worker" if job.memory.worker or not machine else f"profile {machine.name}")
+    table = memory_by_step(load, memory)
+    costs = layer_costs(load, memory)
+    timed = stages(load, memory, machine)
     return Plan(
         model_identity=checkpoint.identity,
         model_type=str(checkpoint.config["model_type"]),
@@ -112,7 +114,7 @@ def make_plan(job: JobSpec, checkpoint: Checkpoint, machine: MachineProfile | No
         num_layers=checkpoint.num_layers,
         units={group.name: group.num_units for kind in kinds for group in kind.groups},
         parameters=checkpoint.parameters,
-        active_parameters=_over_layers(costs, "active_parameters") + load.outer_parameters,
+        active_parameters=over_layers(costs, "active_parameters") + load.outer_parameters,
         decoder_parameters=checkpoint.decoder_parameters,
         bytes_on_disk=checkpoint.bytes_on_disk,
         shapes=shapes,
@@ -124,27 +126,23 @@ def make_plan(job: JobSpec, checkpoint: Checkpoint, machine: MachineProfile | No
         memory=memory,
         memory_limit_bytes=limit,
         memory_by_step=table,
-        worker_memory_bytes=max(map(resources.total, table.values())),
-        host_memory_bytes=resources.host_bytes(load),
-        fewest_workers=resources.fewest_workers(load, limit) if limit else None,
-        fewest_workers_keeping_all=resources.fewest_workers(load, limit, keep_all=True) if limit else None,
+        worker_memory_bytes=max(map(total, table.values())),
+        host_memory_bytes=host_bytes(load),
+        fewest_workers=fewest_workers(load, limit) if limit else None,
+        fewest_workers_keeping_all=fewest_workers(load, limit, keep_all=True) if limit else None,
         layers=costs,
-        stages=stages,
+        stages=timed,
         machine=machine.name if machine else None,
-        seconds=sum(stage.seconds or 0.0 for stage in stages) if machine else None,
-        num_messages=_over_layers(costs, "num_messages"),
-        message_bytes=_over_layers(costs, "message_bytes"),
-        read_bytes=_over_layers(costs, "read_bytes"),
-        checkpoint_bytes=resources.checkpoint_bytes(load, memory),
-        spilled_bytes=resources.spilled_bytes(load, memory),
+        seconds=sum(stage.seconds or 0.0 for stage in timed) if machine else None,
+        num_messages=over_layers(costs, "num_messages"),
+        message_bytes=over_layers(costs, "message_bytes"),
+        read_bytes=over_layers(costs, "read_bytes"),
+        checkpoint_bytes=checkpoint_bytes(load, memory),
+        spilled_bytes=spilled_bytes(load, memory),
         output_bytes=load.output_bytes,
         calibration_tokens=load.tokens,
-        tokens_per_neuron=min(resources.block_tokens(load, g) / g.num_units for kind in kinds for g in kind.groups if g.name != "heads"),
+        tokens_per_neuron=min(block_tokens(load, g) / g.num_units for kind in kinds for g in kind.groups if g.name != "heads"),
     )
-
-
-def _over_layers(costs: Iterable[LayerCost], name: str) -> int:
-    return sum(int(getattr(cost, name)) * cost.num_layers for cost in costs)
 
 
 def _tasks(job: JobSpec, num_layers: int, num_shapes: int) -> tuple[str, ...]:

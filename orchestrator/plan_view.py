@@ -2,7 +2,7 @@
 
 from orchestrator.plan import Plan
 from orchestrator.progress import print_table
-from orchestrator.resources import gib, total
+from orchestrator.worker_memory import gib, total
 
 LAYER_BYTES = {
     "weights": "weight_bytes",

@@ -1,0 +1,158 @@
+"""What a sweep does: arithmetic of its layer tasks, and what they read, send and write.
+
+Letters: T tokens, D hidden, Z a consumer's input, F its width, K kept columns, n tokens that reach one block of a group,
+M the smaller of n and K.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+
+from orchestrator.group_memory import factorisation_bytes, statistics_bytes
+from orchestrator.messages import layer_messages
+from orchestrator.workload import Workload, block_tokens, factorised_rows, in_rows, num_waves
+from specs.memory import MemoryPlan
+from workers.shapes import CoupledGroup, LayerKind
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """One layer task, summed over all workers and phases."""
+
+    first: int
+    num_layers: int
+    parameters: int
+    active_parameters: int
+    weight_bytes: int
+    hidden_bytes: int
+    input_bytes: int
+    statistics_bytes: int
+    decision_bytes: int
+    forward_flops: int
+    statistics_flops: int
+    selection_flops: int
+    correction_flops: int
+    num_messages: int
+    message_bytes: int
+    read_bytes: int
+    written_bytes: int
+
+
+_ADDED = (
+    "forward_flops",
+    "statistics_flops",
+    "selection_flops",
+    "correction_flops",
+    "num_messages",
+    "message_bytes",
+    "read_bytes",
+    "written_bytes",
+)
+"""What phases add up; of the rest the largest counts."""
+
+
+def layer_costs(load: Workload, choice: MemoryPlan) -> tuple[LayerCost, ...]:
+    """The layer tasks, one entry for each kind of layer."""
+    phases = [phase_costs(phase, choice) for phase in load.phases().values()]
+    return tuple(_together(costs) for costs in zip(*phases, strict=True))
+
+
+def phase_costs(load: Workload, choice: MemoryPlan) -> tuple[LayerCost, ...]:
+    """The layer tasks of one pass over the model."""
+    return tuple(_layer_cost(load, choice, kind) for kind in load.kinds)
+
+
+def over_layers(costs: Iterable[LayerCost], name: str) -> int:
+    """One number of the layer tasks, summed over all layers."""
+    return sum(int(getattr(cost, name)) * cost.num_layers for cost in costs)
+
+
+def _together(costs: tuple[LayerCost, ...]) -> LayerCost:
+    names = [field.name for field in fields(LayerCost)]
+    return LayerCost(**{name: (sum if name in _ADDED else max)(getattr(cost, name) for cost in costs) for name in names})
+
+
+def _layer_cost(load: Workload, choice: MemoryPlan, kind: LayerKind) -> LayerCost:
+    groups = load.pruned(kind)
+    num_messages, message_bytes = layer_messages(load, choice, kind)
+    readers = load.workers if load.placement == "shards" else 1
+    return LayerCost(
+        first=kind.first,
+        num_layers=kind.num_layers,
+        parameters=kind.parameters,
+        active_parameters=kind.active_parameters,
+        weight_bytes=kind.num_bytes,
+        hidden_bytes=load.tokens * load.hidden * load.element_bytes,
+        input_bytes=sum(load.tokens * group.active * group.width * load.element_bytes for group in groups),
+        statistics_bytes=sum(statistics_bytes(load, group) for group in groups),
+        decision_bytes=max((factorisation_bytes(load, group) for group in groups), default=0),
+        forward_flops=_forward_passes(load, choice) * forward_flops(load, kind),
+        statistics_flops=sum(statistics_flops(load, group) for group in groups),
+        selection_flops=sum(selection_flops(load, group) for group in groups) if load.selects else 0,
+        correction_flops=sum(correction_flops(load, group) for group in groups) if load.corrects else 0,
+        num_messages=num_messages,
+        message_bytes=message_bytes,
+        read_bytes=readers * kind.num_bytes,
+        written_bytes=load.written_layer_bytes(kind) if load.corrects else 0,
+    )
+
+
+def _forward_passes(load: Workload, choice: MemoryPlan) -> int:
+    """One, and another where Z is computed again."""
+    return 1 + (load.placement == "shards" and not choice.keep_inputs)
+
+
+def forward_flops(load: Workload, kind: LayerKind) -> int:
+    """2 T per active parameter, and T (sequence length) of causal attention for every number a query meets."""
+    return load.tokens * (2 * kind.active_parameters + load.sequence_length * kind.attention_width)
+
+
+def statistics_flops(load: Workload, group: CoupledGroup) -> int:
+    """T F^2, half of the product, for the blocks a token passes through; rows cost nothing, their R factor 2 T F^2."""
+    if not in_rows(load, group):
+        return load.tokens * group.active * group.width**2
+    return 0 if block_tokens(load, group) < group.width else 2 * load.tokens * group.active * group.width**2
+
+
+def selection_flops(load: Workload, group: CoupledGroup) -> int:
+    """Pivoting, for every block: F^3/3 on a Gram matrix, 4 n^2 F on rows."""
+    if in_rows(load, group):
+        return group.count * 4 * factorised_rows(load, group) ** 2 * group.width
+    return group.count * group.width**3 // 3
+
+
+def correction_flops(load: Workload, group: CoupledGroup) -> int:
+    """For every candidate, and three times for the rest: K^3/3 + 2 K^2 D + F^2 D; on rows 6 M^3 + 3 M^2 D + 2 n (F + K) D, and one QR."""
+    kept, fits, rows = load.columns(group), load.num_candidates + 3, factorised_rows(load, group)
+    if not in_rows(load, group):
+        return group.count * fits * (kept**3 // 3 + 2 * kept**2 * load.hidden + group.width**2 * load.hidden)
+    small, large = sorted((rows, kept))
+    each = 6 * small**3 + 3 * small**2 * load.hidden + 2 * rows * (group.width + kept) * load.hidden
+    return group.count * (4 * large * small**2 + fits * each)
+
+
+def checkpoint_bytes(load: Workload, choice: MemoryPlan) -> int:
+    """Hidden states written to disk in a sweep: every `memory.checkpoint_layers` layers, or behind every wave but the last."""
+    times = 0
+    for phase in load.phases().values():
+        if phase.placement == "layers":
+            times += num_waves(phase, choice) - 1
+        elif phase.checkpoint_layers:
+            times += (phase.num_layers - 1) // phase.checkpoint_layers
+    return times * load.tokens * load.hidden * load.element_bytes
+
+
+def spilled_bytes(load: Workload, choice: MemoryPlan) -> int:
+    """What goes through files instead of memory in a sweep, over all workers, written and read."""
+    return sum(spilled_statistics_bytes(phase, choice) + spilled_hidden_bytes(phase, choice) for phase in load.phases().values())
+
+
+def spilled_statistics_bytes(load: Workload, choice: MemoryPlan) -> int:
+    """Statistics in files, written once and read once."""
+    sizes = (kind.num_layers * statistics_bytes(load, group) for kind in load.kinds for group in load.pruned(kind))
+    return 2 * sum(sizes) if choice.spill_statistics else 0
+
+
+def spilled_hidden_bytes(load: Workload, choice: MemoryPlan) -> int:
+    """Hidden states in files, read and written once for each layer."""
+    is_spilled = choice.spill_hidden and load.placement == "shards"
+    return 2 * load.num_layers * load.tokens * load.hidden * load.element_bytes if is_spilled else 0

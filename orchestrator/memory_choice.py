@@ -1,0 +1,77 @@
+"""What a worker keeps and where: the first of the ways to use memory that fits, or what would have to change."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from orchestrator.worker_memory import gib, memory_by_step, peak_bytes, total
+from orchestrator.workload import Workload
+from specs.errors import ResourceError
+from specs.memory import MemoryPlan
+
+
+def choices(load: Workload) -> Iterator[MemoryPlan]:
+    """Ways to use memory, the fastest first; of chunks, the longest first. A GPU does not compute on statistics in files."""
+    kept = MemoryPlan()
+    without_inputs = replace(kept, keep_inputs=False)
+    hidden_in_files = replace(without_inputs, spill_hidden=True)
+    by_phase = {"pruned": (kept, without_inputs, hidden_in_files), "dense": (kept,), "refit": (kept, without_inputs, hidden_in_files)}
+    in_memory = by_phase[load.propagation]
+    chunks = range(1, 0, -1) if load.propagation == "pruned" else range(load.layers_per_worker, 0, -1)
+    in_files = () if load.on_gpu else (replace(in_memory[-1], spill_statistics=True),)
+    for choice in (*in_memory, *in_files):
+        yield from (replace(choice, layers_per_chunk=count) for count in chunks)
+
+
+def fitting(load: Workload, limit_bytes: int | None) -> MemoryPlan | None:
+    """The first choice whose peak is within the limit; None: there is none."""
+    return next((choice for choice in choices(load) if limit_bytes is None or peak_bytes(load, choice) <= limit_bytes), None)
+
+
+def choose_memory(load: Workload, limit_bytes: int | None, limit_name: str = "memory.worker") -> MemoryPlan:
+    """The first choice that fits.
+
+    Raises:
+        ResourceError: none does; it names what is needed, what there is, and what to change.
+    """
+    if choice := fitting(load, limit_bytes):
+        return choice
+    assert limit_bytes is not None
+    grow = "raise memory.worker" if limit_name == "memory.worker" else "take machines with more memory, up"
+    table = memory_by_step(load, least := list(choices(load))[-1])
+    step = max(table, key=lambda name: total(table[name]))
+    parts = sorted(table[step].items(), key=lambda item: -item[1])[:3]
+    need, largest = gib(peak_bytes(load, least)), ", ".join(f"{name} {gib(size)}" for name, size in parts)
+    raise ResourceError(
+        f"{limit_name}: a worker needs at least {need} (step {step}: {largest}), it may use {gib(limit_bytes)}; "
+        f"{grow} to {need}{_remedies(load, limit_bytes)}"
+    )
+
+
+def _remedies(load: Workload, limit_bytes: int) -> str:
+    """Fields that would help, by trying them."""
+    found = [""]
+    if workers := fewest_workers(load, limit_bytes):
+        found.append(f"raise parallel.workers to {workers}")
+    if load.micro_batch > 1 and fitting(replace(load, micro_batch=1), limit_bytes):
+        found.append("lower parallel.micro_batch to 1")
+    if samples := _fewer_samples(load, limit_bytes):
+        found.append(f"lower calibration.samples to {samples}")
+    if load.propagation == "pruned" and fitting(replace(load, placement="layers", propagation="dense"), limit_bytes):
+        found.append("set parallel.placement: layers")
+    return ", or ".join(found)
+
+
+def _fewer_samples(load: Workload, limit_bytes: int) -> int | None:
+    fewer = [load.samples >> shift for shift in range(1, load.samples.bit_length())]
+    return next((count for count in fewer if count >= load.shards and fitting(replace(load, samples=count), limit_bytes)), None)
+
+
+def fewest_workers(load: Workload, limit_bytes: int, keep_all: bool = False) -> int | None:
+    """The smallest number of workers with which the job fits; with `keep_all`, with nothing recomputed or in files and in one wave."""
+    bound = load.shards if load.placement == "shards" else load.num_layers
+
+    def fits(workers: int) -> bool:
+        attempt = replace(load, workers=workers)
+        return peak_bytes(attempt, next(choices(attempt))) <= limit_bytes if keep_all else fitting(attempt, limit_bytes) is not None
+
+    return next((workers for workers in range(1, bound + 1) if fits(workers)), None)

@@ -1,0 +1,155 @@
+"""Bytes that a worker needs at once, by step and by kind.
+
+Letters: Z a consumer's input.
+"""
+
+import math
+from dataclasses import replace
+
+from orchestrator.group_memory import decision_bytes, partial_bytes, statistics_bytes
+from orchestrator.workload import Workload, in_rows
+from specs.memory import MemoryPlan
+from workers.shapes import CoupledGroup, LayerKind
+
+Kinds = dict[str, int]
+"""Bytes by kind."""
+
+RUNTIME_BYTES = 700 * 2**20
+"""Private memory of a worker that has imported torch and transformers and done nothing, measured on Linux x86-64."""
+CONVERSION_BYTES = 64 * 2**20
+"""CPU: the part of a matrix that is converted from the mapped file at a time."""
+WINDOW = 4
+"""Placement `layers`: micro-batches in flight at one worker."""
+ACTIVATIONS = 4
+"""Tensors of a consumer's width that a forward pass holds at once: gate, up, their product, one temporary."""
+
+
+def memory_by_step(load: Workload, choice: MemoryPlan) -> dict[str, Kinds]:
+    """Bytes a worker needs, by step and by kind; of layers and groups that differ, those that need most."""
+    table: dict[str, Kinds] = {}
+    for name, phase in load.phases().items():
+        table |= {name + step: max(rows, key=total) for step, rows in _steps(phase, choice).items() if rows}
+    if not load.on_gpu:
+        table["write outer"] = {"runtime": RUNTIME_BYTES, "output": load.outer_parameters * load.written_element_bytes}
+    return table | ({"evaluate": _evaluation(load, choice)} if load.evaluation_tokens else {})
+
+
+def _steps(load: Workload, choice: MemoryPlan) -> dict[str, list[Kinds]]:
+    """For each step what it may need, over all kinds of layers and groups."""
+    standing = _standing(load, choice)
+    steps: dict[str, list[Kinds]] = {"collect": [], "decide": [], "write": []}
+    for kind in load.kinds:
+        for group in load.pruned(kind):
+            steps["collect"].append(standing | _activations(load) | {"statistics": _collected(load, choice, kind, group)})
+        for group in load.pruned(kind):
+            deciding = {"statistics": _decided(load, choice, kind, group), "decision": _deciding(load, choice, group)}
+            steps["decide"].append(standing | _payloads(load, group) | deciding)
+        if load.corrects and not load.on_gpu:
+            steps["write"].append(standing | _left_while_writing(load, choice) | {"output": 2 * load.written_layer_bytes(kind)})
+    return steps
+
+
+def host_bytes(load: Workload) -> int:
+    """Memory of the machine that a GPU worker needs: two copies of a layer, or one of embeddings and head, while it writes."""
+    layer = 2 * max(load.written_layer_bytes(kind) for kind in load.kinds)
+    return RUNTIME_BYTES + max(layer, load.outer_parameters * load.written_element_bytes) if load.on_gpu else 0
+
+
+def total(kinds: Kinds) -> int:
+    """Bytes of all kinds together."""
+    return sum(kinds.values())
+
+
+def peak_bytes(load: Workload, choice: MemoryPlan) -> int:
+    """The most a worker needs at once."""
+    return max(map(total, memory_by_step(load, choice).values()))
+
+
+def _standing(load: Workload, choice: MemoryPlan) -> Kinds:
+    """What is held through all of a layer's steps."""
+    return {
+        "runtime": RUNTIME_BYTES,
+        "weights": _weights_bytes(load, choice.layers_per_chunk),
+        "hidden states": _hidden_bytes(load, choice),
+        "inputs": _inputs_bytes(load, choice),
+    }
+
+
+def _weights_bytes(load: Workload, layers_per_chunk: int) -> int:
+    """GPU: embeddings and head, and the layer with its successor, or the chunk. CPU: mapped from the file, but for a part."""
+    if not load.on_gpu:
+        return CONVERSION_BYTES
+    layers = 2 if load.placement == "shards" else layers_per_chunk
+    return (load.outer_parameters + layers * load.layer_parameters) * load.element_bytes
+
+
+def _hidden_bytes(load: Workload, choice: MemoryPlan) -> int:
+    """Hidden states, and attention outputs of the same size: the share, the window in flight, or in a file but for a micro-batch."""
+    if load.placement == "layers":
+        return WINDOW * load.batch_tokens * load.hidden * load.element_bytes
+    return 2 * (load.batch_tokens if choice.spill_hidden else load.share_tokens) * load.hidden * load.element_bytes
+
+
+def _inputs_bytes(load: Workload, choice: MemoryPlan) -> int:
+    """Z of the widest group for the whole share, where it is kept; a micro-batch's is among the activations."""
+    if load.placement == "layers" or not choice.keep_inputs:
+        return 0
+    return load.share_tokens * load.active_width * load.element_bytes
+
+
+def _activations(load: Workload) -> Kinds:
+    return {"activations": ACTIVATIONS * load.batch_tokens * load.active_width * load.element_bytes}
+
+
+def _collected(load: Workload, choice: MemoryPlan, kind: LayerKind, group: CoupledGroup) -> int:
+    if load.placement == "layers":
+        return _chunk_statistics(load, choice, kind)
+    return 0 if choice.spill_statistics else partial_bytes(load, group)
+
+
+def _decided(load: Workload, choice: MemoryPlan, kind: LayerKind, group: CoupledGroup) -> int:
+    if load.placement == "layers":
+        return _chunk_statistics(load, choice, kind)
+    return 0 if choice.spill_statistics else statistics_bytes(load, group)
+
+
+def _payloads(load: Workload, group: CoupledGroup) -> Kinds:
+    """One process, placement `shards`: Gram matrices as they were handed over, of which the decision makes copies; rows are not copied."""
+    copied = load.in_process and load.placement == "shards" and not in_rows(load, group)
+    return {"payloads": statistics_bytes(load, group)} if copied else {}
+
+
+def _deciding(load: Workload, choice: MemoryPlan, group: CoupledGroup) -> int:
+    decision = decision_bytes(load, group)
+    return decision.plain + (0 if choice.spill_statistics else decision.spillable)
+
+
+def _chunk_statistics(load: Workload, choice: MemoryPlan, kind: LayerKind) -> int:
+    """Statistics of all groups of all layers of a chunk; pages of files are no private memory."""
+    layers = 0 if choice.spill_statistics else choice.layers_per_chunk
+    return layers * sum(statistics_bytes(load, group) for group in load.pruned(kind))
+
+
+def _left_while_writing(load: Workload, choice: MemoryPlan) -> Kinds:
+    """Placement `layers`: the statistics of the chunk's other layers are still there."""
+    if load.placement == "shards" or choice.spill_statistics:
+        return {}
+    return {"statistics": max(_chunk_statistics(load, choice, kind) for kind in load.kinds)}
+
+
+def _evaluation(load: Workload, choice: MemoryPlan) -> Kinds:
+    """Hidden states of a worker's windows, and the scores of one window: as computed, in fp32, and their logarithms."""
+    window = load.evaluation_window
+    windows = 1 if choice.spill_hidden else math.ceil(load.evaluation_tokens / window / load.workers)
+    scores = load.vocabulary * (load.element_bytes + 8)
+    return {
+        "runtime": RUNTIME_BYTES,
+        "weights": _weights_bytes(replace(load, placement="shards"), 1),
+        "hidden states": windows * window * load.hidden * load.element_bytes,
+        "activations": window * max(scores, ACTIVATIONS * load.active_width * load.element_bytes),
+    }
+
+
+def gib(num_bytes: int) -> str:
+    """Bytes in GiB, for people."""
+    return f"{num_bytes / 2**30:,.2f} GiB"

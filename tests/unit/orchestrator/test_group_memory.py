@@ -1,0 +1,23 @@
+"""Bytes of statistics and of decisions, on a case small enough for a pencil."""
+
+from orchestrator.group_memory import Decision, decision_bytes, partial_bytes, statistics_bytes
+from tests.unit.orchestrator.workloads import EXACT, EXPERTS, FEW, GPU, MIXTURE, NEURONS
+
+
+def test_a_decision_on_a_gpu() -> None:
+    assert decision_bytes(GPU, NEURONS) == Decision(max(800, 8 * (4 * 7 + 2 * 7 * 7)), 3 * 8 * 4 * 10)
+
+
+def test_rows_stand_for_a_gram_matrix_where_tokens_are_few() -> None:
+    assert statistics_bytes(FEW, NEURONS) == 8 * 10 * 4
+    assert partial_bytes(FEW, NEURONS) == 4 * 10 * 4
+    blocks, result = 3 * 8 * 4 * 10, 4 * 7 * 2
+    assert decision_bytes(FEW, NEURONS) == Decision(8 * 4 * 7, 8 * (8 * 7 + 7 * 7 * 7) + blocks + result)
+
+
+def test_an_r_factor_stands_for_many_rows() -> None:
+    assert statistics_bytes(EXACT, NEURONS) == 2 * 800
+
+
+def test_every_expert_has_statistics() -> None:
+    assert statistics_bytes(MIXTURE, EXPERTS) == 2 * 4 * 800

@@ -1,0 +1,51 @@
+"""Which way to use memory is taken, and what a refusal says."""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+
+from orchestrator.memory_choice import choices, choose_memory, fewest_workers
+from orchestrator.worker_memory import RUNTIME_BYTES, gib, peak_bytes
+from specs.errors import ResourceError
+from specs.memory import MemoryPlan
+from tests.unit.orchestrator.workloads import BIG, GPU, REFIT
+
+
+def test_a_gpu_does_not_compute_on_statistics_in_files() -> None:
+    assert not any(choice.spill_statistics for choice in choices(GPU))
+
+
+def test_every_choice_comes_with_all_lengths_of_chunks() -> None:
+    assert [choice.layers_per_chunk for choice in choices(REFIT)] == [3, 2, 1] * 4
+
+
+def test_choices_are_taken_in_order() -> None:
+    peaks = [peak_bytes(BIG, choice) for choice in choices(BIG)]
+    assert all(more >= less for more, less in pairwise(peaks))
+    for choice, peak in zip(choices(BIG), peaks, strict=True):
+        assert choose_memory(BIG, peak) == choice
+    chunked = replace(BIG, placement="layers", propagation="dense")
+    assert choose_memory(chunked, None).layers_per_chunk == 3
+    two = peak_bytes(chunked, MemoryPlan(layers_per_chunk=2))
+    assert choose_memory(chunked, two) == MemoryPlan(layers_per_chunk=2)
+
+
+def test_refusals_say_need_have_and_what_would_help() -> None:
+    least = peak_bytes(BIG, list(choices(BIG))[-1])
+    with pytest.raises(ResourceError) as caught:
+        choose_memory(BIG, least - 1)
+    message = str(caught.value)
+    assert f"needs at least {gib(least)} (step " in message
+    assert f"it may use {gib(least - 1)}; raise memory.worker to {gib(least)}" in message
+    attention_bound = replace(BIG, workers=1, micro_batch=32)
+    limit = peak_bytes(replace(attention_bound, micro_batch=1), list(choices(BIG))[-1])
+    with pytest.raises(ResourceError, match=r"lower parallel\.micro_batch to 1"):
+        choose_memory(attention_bound, limit)
+
+
+def test_fewest_workers() -> None:
+    two = peak_bytes(replace(BIG, workers=2), MemoryPlan())
+    assert fewest_workers(replace(BIG, workers=8), two, keep_all=True) == 2
+    assert fewest_workers(BIG, two) == 1
+    assert fewest_workers(BIG, RUNTIME_BYTES) is None

@@ -1,0 +1,43 @@
+"""Times of the stages, against what one bound gives."""
+
+from dataclasses import replace
+
+import pytest
+
+from orchestrator.memory_choice import choose_memory
+from orchestrator.timing import STAGES, stages
+from orchestrator.workload import Workload
+from specs.machine import PROFILES
+from specs.memory import MemoryPlan
+from tests.unit.orchestrator.workloads import BIG, LOAD, REFIT
+
+
+def test_times_need_a_machine() -> None:
+    assert all(stage.seconds is None for stage in stages(BIG, MemoryPlan(), None))
+    timed = stages(BIG, MemoryPlan(), PROFILES["cpu-core"])
+    assert all(stage.seconds is not None and stage.seconds >= 0 for stage in timed)
+    seconds = {stage.name: stage for stage in timed}
+    selection = 6 * (2**14) ** 3 // 3
+    assert seconds["selection"].flops == pytest.approx(selection)
+    assert seconds["selection"].seconds == pytest.approx(selection / 25e9, rel=1e-6)
+    assert seconds["selection"].bound_by == "arithmetic"
+
+
+def test_refit_has_the_same_stages() -> None:
+    assert [stage.name for stage in stages(REFIT, MemoryPlan(), PROFILES["cpu-core"])] == list(STAGES)
+
+
+def test_files_take_disk_time() -> None:
+    spilled = MemoryPlan(keep_inputs=False, spill_hidden=True, spill_statistics=True)
+    seconds = {stage.name: stage.seconds for stage in stages(LOAD, spilled, PROFILES["cpu-core"])}
+    assert seconds["files"] == pytest.approx((2 * 6 * 1600 + 6 * 128 * 4 * 4) / 0.5e9)  # hidden states are spread over two workers
+    assert next(stage.seconds for stage in stages(LOAD, MemoryPlan(), PROFILES["cpu-core"]) if stage.name == "files") == 0
+
+
+def test_decisions_run_at_the_same_time_where_workers_own_layers() -> None:
+    def seconds(load: Workload) -> dict[str, float | None]:
+        choice = choose_memory(load, None)
+        return {stage.name: stage.seconds for stage in stages(load, choice, PROFILES["h100-80gb"])}
+
+    shards, layers = seconds(replace(BIG, workers=6)), seconds(replace(BIG, workers=6, placement="layers", propagation="dense"))
+    assert shards["selection"] == pytest.approx(6 * layers["selection"])  # type: ignore[operator]

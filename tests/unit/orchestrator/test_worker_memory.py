@@ -1,0 +1,79 @@
+"""Memory of a worker by step, on a case small enough for a pencil."""
+
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from orchestrator.worker_memory import CONVERSION_BYTES, RUNTIME_BYTES, WINDOW, host_bytes, memory_by_step, peak_bytes
+from specs.memory import MemoryPlan
+from tests.unit.orchestrator.workloads import BIG, GPU, LAYERS, LOAD, MIXTURE, REFIT
+
+
+def test_memory_of_a_dense_layer_on_a_cpu() -> None:
+    table = memory_by_step(LOAD, MemoryPlan())
+    standing = {"runtime": RUNTIME_BYTES, "weights": CONVERSION_BYTES, "hidden states": 2 * 64 * 4 * 4, "inputs": 64 * 10 * 4}
+    assert table["collect"] == standing | {"activations": 4 * 32 * 10 * 4, "statistics": 2 * 10 * 10 * 8}  # two shards, two levels
+    assert table["decide"] == standing | {"statistics": 2 * 800, "decision": 8 * (4 * 7 + 7 * 7) + 3 * 8 * 4 * 10 + 4 * 7 * 2}
+    assert table["write"] == standing | {"output": 2 * (300 - 3 * 12) * 2}
+    assert table["write outer"] == {"runtime": RUNTIME_BYTES, "output": 800 * 2}
+    assert list(table) == ["collect", "decide", "write", "write outer"]
+
+
+def test_one_process_also_holds_what_ray_would() -> None:
+    table = memory_by_step(replace(LOAD, in_process=True), MemoryPlan())
+    assert table["decide"]["payloads"] == 2 * 800
+
+
+def test_memory_on_a_gpu() -> None:
+    table = memory_by_step(GPU, MemoryPlan())
+    assert table["collect"]["weights"] == (800 + 2 * 300) * 2
+    assert list(table) == ["collect", "decide"]
+    assert host_bytes(GPU) == RUNTIME_BYTES + 800 * 2
+    in_chunks = memory_by_step(replace(GPU, placement="layers", propagation="dense"), MemoryPlan(layers_per_chunk=3))
+    assert in_chunks["collect"]["weights"] == (800 + 3 * 300) * 2
+
+
+def test_a_token_has_inputs_in_the_experts_it_passes_through() -> None:
+    assert memory_by_step(MIXTURE, MemoryPlan())["collect"]["inputs"] == 64 * 2 * 10 * 4
+
+
+def test_layers_placement_holds_the_statistics_of_its_chunk() -> None:
+    table = memory_by_step(LAYERS, MemoryPlan(layers_per_chunk=3))
+    assert table["collect"]["statistics"] == 3 * 2 * 8 * 10 * 10  # the heads lose nothing: nobody watches them
+    both = 2 * 8 * (6 * 6 + 10 * 10)
+    table = memory_by_step(replace(LAYERS, kept={"heads": 1, "neurons": 7}), MemoryPlan(layers_per_chunk=3))
+    assert table["collect"]["statistics"] == 3 * both
+    assert table["collect"]["hidden states"] == WINDOW * 32 * 4 * 4
+    assert table["collect"]["inputs"] == 0
+    assert table["write"]["statistics"] == 3 * both
+
+
+def test_files_take_what_does_not_fit() -> None:
+    table = memory_by_step(LOAD, MemoryPlan(keep_inputs=False, spill_hidden=True, spill_statistics=True))
+    assert table["collect"]["hidden states"] == 2 * 32 * 4 * 4
+    assert (table["collect"]["inputs"], table["collect"]["statistics"], table["decide"]["statistics"]) == (0, 0, 0)
+    assert table["decide"]["decision"] == 3 * 8 * 4 * 10 + 4 * 7 * 2
+
+
+def test_refit_has_the_steps_of_both_passes() -> None:
+    table = memory_by_step(REFIT, MemoryPlan())
+    assert list(table) == ["collect", "decide", "refit, collect", "refit, decide", "refit, write", "write outer"]
+
+
+PATHS = [("shards", "pruned"), ("layers", "dense"), ("layers", "refit")]
+
+
+@pytest.mark.parametrize(("placement", "propagation"), PATHS)
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_more_tokens_never_need_less_memory(placement: Any, propagation: Any, on_gpu: bool) -> None:
+    changes: dict[str, Any] = {"placement": placement, "propagation": propagation, "on_gpu": on_gpu}
+    loads = [replace(BIG, samples=samples, **changes) for samples in range(8, 200, 7)]
+    sizes = [peak_bytes(load, MemoryPlan()) for load in loads]
+    assert all(less <= more for less, more in pairwise(sizes))
+
+
+def test_more_workers_never_need_more_memory() -> None:
+    sizes = [peak_bytes(replace(BIG, workers=workers), MemoryPlan()) for workers in range(1, 9)]
+    assert all(more <= less for less, more in pairwise(sizes))
