@@ -9,18 +9,17 @@ from typing import Any
 
 from orchestrator.costs import LayerCost, checkpoint_bytes, layer_costs, over_layers, spilled_bytes
 from orchestrator.memory_choice import choose_memory, fewest_workers
-from orchestrator.shapes import Shape, open_shapes, planned_shape
+from orchestrator.shapes import Shape, open_shapes, planned_shape, units_by_group
 from orchestrator.timing import Stage, stages
 from orchestrator.worker_memory import Kinds, host_bytes, memory_by_step, total
-from orchestrator.workload import Workload, block_tokens
+from orchestrator.workload import block_tokens, layer_kinds, workload_of
 from specs.errors import SpecError
 from specs.job import JobSpec
 from specs.machine import MachineProfile
 from specs.memory import MemoryPlan
-from workers.checkpoint import PLANNED_BYTES, Checkpoint, config_dtype
-from workers.families import config_int, why_not_pruned
+from workers.checkpoint import Checkpoint
+from workers.families import why_not_pruned
 from workers.layout import CALIBRATION_TASK, EVALUATION_TASK, EXPORT_TASK, OUTER_TASK, SHAPE_TASK, layer_task, selection_task
-from workers.shapes import LayerKind, alike_layers, attention_width, coupled_groups
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,7 @@ def make_plan(job: JobSpec, checkpoint: Checkpoint, machine: MachineProfile | No
     kinds = layer_kinds(checkpoint)
     not_pruned = why_not_pruned(checkpoint.config)
     shapes = (planned_shape(job, checkpoint, kinds),) if not_pruned else open_shapes(job, checkpoint)
-    load = workload(job, checkpoint, kinds, shapes, _on_gpu(job, machine))
+    load = workload_of(job, checkpoint, kinds, shapes, _on_gpu(job, machine))
     limit = job.memory.worker or (machine.memory_bytes if machine else None)
     memory = choose_memory(load, limit, "memory.worker" if job.memory.worker or not machine else f"profile {machine.name}")
     table = memory_by_step(load, memory)
@@ -112,7 +111,7 @@ def make_plan(job: JobSpec, checkpoint: Checkpoint, machine: MachineProfile | No
         not_pruned=not_pruned,
         has_weights=checkpoint.has_weights,
         num_layers=checkpoint.num_layers,
-        units={group.name: group.num_units for kind in kinds for group in kind.groups},
+        units=units_by_group(kinds),
         parameters=checkpoint.parameters,
         active_parameters=over_layers(costs, "active_parameters") + load.outer_parameters,
         decoder_parameters=checkpoint.decoder_parameters,
@@ -158,66 +157,3 @@ def _on_gpu(job: JobSpec, machine: MachineProfile | None) -> bool:
     if machine and device not in ("auto", machine.device):
         raise SpecError(f"--profile {machine.name} computes on {machine.device}, but parallel.device is {device}; change one of them")
     return (machine.device if machine and device == "auto" else device) == "cuda"
-
-
-def workload(job: JobSpec, checkpoint: Checkpoint, kinds: tuple[LayerKind, ...], shapes: tuple[Shape, ...], on_gpu: bool) -> Workload:
-    """What the cost formulas need. Of several open shapes, each group counts with most units; it is pruned if any shape prunes it."""
-    config, calibration, evaluation = checkpoint.config, job.calibration, job.evaluation
-    outer = sum(info.num_parameters for info in checkpoint.outer_tensors.values())
-    return Workload(
-        kinds=kinds,
-        kept=_most_kept(kinds, shapes),
-        hidden=config_int(config, "hidden_size"),
-        vocabulary=config_int(config, "vocab_size"),
-        outer_parameters=outer,
-        bytes_on_disk=checkpoint.bytes_on_disk,
-        output_bytes=max(shape.parameters for shape in shapes) * _written_element_bytes(job, checkpoint),
-        samples=calibration.samples,
-        sequence_length=calibration.sequence_length,
-        shards=calibration.shards,
-        held_out_shards=calibration.held_out_shards,
-        micro_batch=job.parallel.micro_batch,
-        workers=job.parallel.workers,
-        on_gpu=on_gpu,
-        element_bytes=_element_bytes(job, checkpoint, on_gpu),
-        written_element_bytes=_written_element_bytes(job, checkpoint),
-        num_candidates=len(job.correction.candidates) if job.correction.damping == "held-out" else 1,
-        checkpoint_layers=job.memory.checkpoint_layers,
-        evaluation_tokens=(evaluation.max_windows or calibration.samples) * evaluation.window if evaluation else 0,
-        evaluation_window=evaluation.window if evaluation else 1,
-        exact=job.method.factorization == "qr",
-        in_process=job.cluster.executor == "in-process",
-        placement=job.parallel.placement,
-        propagation=job.parallel.effective_propagation,
-    )
-
-
-def _most_kept(kinds: tuple[LayerKind, ...], shapes: tuple[Shape, ...]) -> dict[str, int]:
-    units = {group.name: group.num_units for kind in kinds for group in kind.groups}
-    fewer = {name: [shape.kept[name] for shape in shapes if shape.kept[name] < units[name]] for name in units}
-    return {name: max(kept) for name, kept in fewer.items() if kept}
-
-
-def _element_bytes(job: JobSpec, checkpoint: Checkpoint, on_gpu: bool) -> int:
-    """Bytes per element of the forward passes."""
-    if job.model.dtype == "auto":
-        return PLANNED_BYTES[config_dtype(checkpoint.config)] if on_gpu else 4
-    return 4 if job.model.dtype == "float32" else 2
-
-
-def _written_element_bytes(job: JobSpec, checkpoint: Checkpoint) -> int:
-    """Bytes per element of the pruned model on disk, the widest where they differ."""
-    widest = max(PLANNED_BYTES[info.dtype] for info in checkpoint.tensors.values())
-    return {"auto": widest, "float32": 4}.get(job.export.dtype, 2)
-
-
-def layer_kinds(checkpoint: Checkpoint) -> tuple[LayerKind, ...]:
-    """The decoder layers, alike ones together, with their coupled groups counted from the tensors."""
-    return tuple(_layer_kind(checkpoint, layers) for layers in alike_layers(checkpoint.config))
-
-
-def _layer_kind(checkpoint: Checkpoint, layers: range) -> LayerKind:
-    infos = checkpoint.layer_tensors(layers.start)
-    groups = coupled_groups(checkpoint.config, layers.start, {name: info.shape for name, info in infos.items()})
-    parameters, num_bytes = (sum(getattr(info, name) for info in infos.values()) for name in ("num_parameters", "num_bytes"))
-    return LayerKind(layers.start, len(layers), groups, parameters, num_bytes, attention_width(checkpoint.config))

@@ -34,6 +34,11 @@ class Shape:
         return {"heads": self.heads, "neurons": self.neurons} | self.others
 
 
+def units_by_group(kinds: tuple[LayerKind, ...]) -> dict[str, int]:
+    """Units of every coupled group that some layer has, in layer order."""
+    return {group.name: group.num_units for kind in kinds for group in kind.groups}
+
+
 def open_shapes(job: JobSpec, checkpoint: Checkpoint) -> tuple[Shape, ...]:
     """The shapes that meet the budget: for so many KV groups, the widest FFN.
 
@@ -88,7 +93,7 @@ def planned_shape(job: JobSpec, checkpoint: Checkpoint, kinds: tuple[LayerKind, 
     Raises:
         SpecError: no such fraction meets the budget.
     """
-    units = {group.name: group.num_units for kind in kinds for group in kind.groups}
+    units = units_by_group(kinds)
     heads = units["heads"] if job.budget.kv_groups == "auto" else min(job.budget.kv_groups, units["heads"])
     steps = max(units.values()) // job.budget.round_to
     for step in range(steps, 0, -1):

@@ -1,4 +1,4 @@
-"""A job and its model as the numbers that the cost formulas work on, and what follows from them alone.
+"""A job and its model as the numbers that the cost formulas work on, and what follows from these alone.
 
 Letters: T tokens, t tokens of a micro-batch, K kept columns, F width of a consumer's input, n tokens that reach one block
 of a group, L layers.
@@ -9,8 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from orchestrator.shapes import Shape, units_by_group
+from specs.job import JobSpec
 from specs.memory import MemoryPlan
-from workers.shapes import CoupledGroup, LayerKind
+from workers.checkpoint import PLANNED_BYTES, Checkpoint, config_dtype
+from workers.families import config_int
+from workers.shapes import CoupledGroup, LayerKind, alike_layers, attention_width, coupled_groups
 
 Placement = Literal["shards", "layers"]
 Propagation = Literal["pruned", "dense", "refit"]
@@ -133,3 +137,66 @@ def num_chunks(load: Workload, choice: MemoryPlan) -> int:
 def num_waves(load: Workload, choice: MemoryPlan) -> int:
     """Placement `layers`: how often all workers take a chunk."""
     return math.ceil(load.num_layers / (load.workers * choice.layers_per_chunk))
+
+
+def layer_kinds(checkpoint: Checkpoint) -> tuple[LayerKind, ...]:
+    """The decoder layers, alike ones together, with their coupled groups counted from the tensors."""
+    return tuple(_layer_kind(checkpoint, layers) for layers in alike_layers(checkpoint.config))
+
+
+def _layer_kind(checkpoint: Checkpoint, layers: range) -> LayerKind:
+    infos = checkpoint.layer_tensors(layers.start)
+    groups = coupled_groups(checkpoint.config, layers.start, {name: info.shape for name, info in infos.items()})
+    parameters, num_bytes = (sum(getattr(info, name) for info in infos.values()) for name in ("num_parameters", "num_bytes"))
+    return LayerKind(layers.start, len(layers), groups, parameters, num_bytes, attention_width(checkpoint.config))
+
+
+def workload_of(job: JobSpec, checkpoint: Checkpoint, kinds: tuple[LayerKind, ...], shapes: tuple[Shape, ...], on_gpu: bool) -> Workload:
+    """What the cost formulas need. Of several open shapes, each group counts with most units; it is pruned if any shape prunes it."""
+    config, calibration, evaluation = checkpoint.config, job.calibration, job.evaluation
+    outer = sum(info.num_parameters for info in checkpoint.outer_tensors.values())
+    return Workload(
+        kinds=kinds,
+        kept=_most_kept(kinds, shapes),
+        hidden=config_int(config, "hidden_size"),
+        vocabulary=config_int(config, "vocab_size"),
+        outer_parameters=outer,
+        bytes_on_disk=checkpoint.bytes_on_disk,
+        output_bytes=max(shape.parameters for shape in shapes) * _written_element_bytes(job, checkpoint),
+        samples=calibration.samples,
+        sequence_length=calibration.sequence_length,
+        shards=calibration.shards,
+        held_out_shards=calibration.held_out_shards,
+        micro_batch=job.parallel.micro_batch,
+        workers=job.parallel.workers,
+        on_gpu=on_gpu,
+        element_bytes=_element_bytes(job, checkpoint, on_gpu),
+        written_element_bytes=_written_element_bytes(job, checkpoint),
+        num_candidates=len(job.correction.candidates) if job.correction.damping == "held-out" else 1,
+        checkpoint_layers=job.memory.checkpoint_layers,
+        evaluation_tokens=(evaluation.max_windows or calibration.samples) * evaluation.window if evaluation else 0,
+        evaluation_window=evaluation.window if evaluation else 1,
+        exact=job.method.factorization == "qr",
+        in_process=job.cluster.executor == "in-process",
+        placement=job.parallel.placement,
+        propagation=job.parallel.effective_propagation,
+    )
+
+
+def _most_kept(kinds: tuple[LayerKind, ...], shapes: tuple[Shape, ...]) -> dict[str, int]:
+    units = units_by_group(kinds)
+    fewer = {name: [shape.kept[name] for shape in shapes if shape.kept[name] < units[name]] for name in units}
+    return {name: max(kept) for name, kept in fewer.items() if kept}
+
+
+def _element_bytes(job: JobSpec, checkpoint: Checkpoint, on_gpu: bool) -> int:
+    """Bytes per element of the forward passes."""
+    if job.model.dtype == "auto":
+        return PLANNED_BYTES[config_dtype(checkpoint.config)] if on_gpu else 4
+    return 4 if job.model.dtype == "float32" else 2
+
+
+def _written_element_bytes(job: JobSpec, checkpoint: Checkpoint) -> int:
+    """Bytes per element of the pruned model on disk, the widest where they differ."""
+    widest = max(PLANNED_BYTES[info.dtype] for info in checkpoint.tensors.values())
+    return {"auto": widest, "float32": 4}.get(job.export.dtype, 2)
