@@ -130,6 +130,29 @@ def correction_flops(load: Workload, group: CoupledGroup) -> int:
     return group.count * (4 * large * small**2 + fits * each)
 
 
+@dataclass(frozen=True)
+class Traffic:
+    """What a sweep sends, reads and writes, over all workers and layers."""
+
+    num_messages: int
+    message_bytes: int
+    read_bytes: int
+    checkpoint_bytes: int
+    spilled_bytes: int
+
+
+def traffic(load: Workload, choice: MemoryPlan) -> Traffic:
+    """Messages, weights that are read, hidden states that are saved, and what goes through files instead of memory."""
+    costs = layer_costs(load, choice)
+    return Traffic(
+        num_messages=over_layers(costs, "num_messages"),
+        message_bytes=over_layers(costs, "message_bytes"),
+        read_bytes=over_layers(costs, "read_bytes"),
+        checkpoint_bytes=checkpoint_bytes(load, choice),
+        spilled_bytes=spilled_bytes(load, choice),
+    )
+
+
 def checkpoint_bytes(load: Workload, choice: MemoryPlan) -> int:
     """Hidden states written to disk in a sweep: every `memory.checkpoint_layers` layers, or behind every wave but the last."""
     times = 0

@@ -1,9 +1,9 @@
-"""What a worker keeps and where: the first of the ways to use memory that fits, or what would have to change."""
+"""What a worker keeps and where: the first of the ways to use memory that fits, what it takes, or what would have to change."""
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from orchestrator.worker_memory import gib, memory_by_step, peak_bytes, total
+from orchestrator.worker_memory import Kinds, gib, host_bytes, memory_by_step, peak_bytes, total
 from orchestrator.workload import Workload
 from specs.errors import ResourceError
 from specs.memory import MemoryPlan
@@ -75,3 +75,27 @@ def fewest_workers(load: Workload, limit_bytes: int, keep_all: bool = False) -> 
         return peak_bytes(attempt, next(choices(attempt))) <= limit_bytes if keep_all else fitting(attempt, limit_bytes) is not None
 
     return next((workers for workers in range(1, bound + 1) if fits(workers)), None)
+
+
+@dataclass(frozen=True)
+class MemoryNeeds:
+    """What workers need with one choice, beside what each may use and how few of them would do."""
+
+    memory_limit_bytes: int | None
+    memory_by_step: dict[str, Kinds]
+    worker_memory_bytes: int
+    host_memory_bytes: int
+    fewest_workers: int | None
+    fewest_workers_keeping_all: int | None
+
+
+def memory_needs(load: Workload, choice: MemoryPlan, limit_bytes: int | None) -> MemoryNeeds:
+    """The needs of a choice; without a limit any number of workers would do, and none is named."""
+    return MemoryNeeds(
+        memory_limit_bytes=limit_bytes,
+        memory_by_step=memory_by_step(load, choice),
+        worker_memory_bytes=peak_bytes(load, choice),
+        host_memory_bytes=host_bytes(load),
+        fewest_workers=fewest_workers(load, limit_bytes) if limit_bytes else None,
+        fewest_workers_keeping_all=fewest_workers(load, limit_bytes, keep_all=True) if limit_bytes else None,
+    )

@@ -7,12 +7,11 @@ sweep. Numbers come from `orchestrator.memory_choice`, `costs` and `timing`.
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from orchestrator.costs import LayerCost, checkpoint_bytes, layer_costs, over_layers, spilled_bytes
-from orchestrator.memory_choice import choose_memory, fewest_workers
+from orchestrator.costs import LayerCost, Traffic, layer_costs, traffic
+from orchestrator.memory_choice import MemoryNeeds, choose_memory, memory_needs
 from orchestrator.shapes import Shape, open_shapes, planned_shape, units_by_group
 from orchestrator.timing import Stage, stages
-from orchestrator.worker_memory import Kinds, host_bytes, memory_by_step, total
-from orchestrator.workload import block_tokens, layer_kinds, workload_of
+from orchestrator.workload import Workload, layer_kinds, tokens_per_neuron, workload_of
 from specs.errors import SpecError
 from specs.job import JobSpec
 from specs.machine import MachineProfile
@@ -21,10 +20,13 @@ from workers.checkpoint import Checkpoint
 from workers.families import why_not_pruned
 from workers.layout import CALIBRATION_TASK, EVALUATION_TASK, EXPORT_TASK, OUTER_TASK, SHAPE_TASK, layer_task, selection_task
 
+FLAT_PARTS = ("model", "needs", "traffic")
+"""Parts of a plan whose fields stand side by side with the rest in plan.json."""
+
 
 @dataclass(frozen=True)
-class Plan:
-    """What a job will do, printable before anything is computed."""
+class PlannedModel:
+    """The model as it is, from its config and headers."""
 
     model_identity: str
     model_type: str
@@ -36,6 +38,13 @@ class Plan:
     active_parameters: int
     decoder_parameters: int
     bytes_on_disk: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a job will do, printable before anything is computed."""
+
+    model: PlannedModel
     shapes: tuple[Shape, ...]
     tasks: tuple[str, ...]
     workers: int
@@ -43,21 +52,12 @@ class Plan:
     propagation: str
     device: str
     memory: MemoryPlan
-    memory_limit_bytes: int | None
-    memory_by_step: dict[str, Kinds]
-    worker_memory_bytes: int
-    host_memory_bytes: int
-    fewest_workers: int | None
-    fewest_workers_keeping_all: int | None
+    needs: MemoryNeeds
     layers: tuple[LayerCost, ...]
     stages: tuple[Stage, ...]
     machine: str | None
     seconds: float | None
-    num_messages: int
-    message_bytes: int
-    read_bytes: int
-    checkpoint_bytes: int
-    spilled_bytes: int
+    traffic: Traffic
     output_bytes: int
     calibration_tokens: int
     tokens_per_neuron: float
@@ -75,18 +75,20 @@ class Plan:
 
     def pruned_groups(self) -> list[str]:
         """Groups that lose units, in layer order."""
-        return [name for name, kept in self.shape.kept.items() if kept < self.units[name]]
+        return [name for name, kept in self.shape.kept.items() if kept < self.model.units[name]]
 
     def chosen(self, shape: Shape) -> "Plan":
         """The plan with its shape decided; costs stay those of the dearest shape."""
         return replace(self, shapes=(shape,))
 
     def document(self) -> dict[str, Any]:
-        """As written to plan.json; the parameters that remain stand there once the shape is decided."""
+        """As written to plan.json, parts laid flat; the parameters that remain stand there once the shape is decided."""
+        flat: dict[str, Any] = {}
+        for name, value in asdict(self).items():
+            flat |= value if name in FLAT_PARTS else {name: value}
         if len(self.shapes) > 1:
-            return asdict(self)
-        remaining = {"remaining_parameters": self.shape.parameters, "remaining_decoder_parameters": self.shape.decoder_parameters}
-        return asdict(self) | remaining
+            return flat
+        return flat | {"remaining_parameters": self.shape.parameters, "remaining_decoder_parameters": self.shape.decoder_parameters}
 
 
 def make_plan(job: JobSpec, checkpoint: Checkpoint, machine: MachineProfile | None = None) -> Plan:
@@ -96,52 +98,53 @@ def make_plan(job: JobSpec, checkpoint: Checkpoint, machine: MachineProfile | No
         SpecError: the budget cannot be met, no loader accepts the result, or the profile is of another kind of device.
         ResourceError: a worker needs more than it may use.
     """
-    kinds = layer_kinds(checkpoint)
-    not_pruned = why_not_pruned(checkpoint.config)
+    kinds, not_pruned = layer_kinds(checkpoint), why_not_pruned(checkpoint.config)
     shapes = (planned_shape(job, checkpoint, kinds),) if not_pruned else open_shapes(job, checkpoint)
     load = workload_of(job, checkpoint, kinds, shapes, _on_gpu(job, machine))
-    limit = job.memory.worker or (machine.memory_bytes if machine else None)
-    memory = choose_memory(load, limit, "memory.worker" if job.memory.worker or not machine else f"profile {machine.name}")
-    table = memory_by_step(load, memory)
-    costs = layer_costs(load, memory)
+    limit, limit_name = _memory_limit(job, machine)
+    memory = choose_memory(load, limit, limit_name)
     timed = stages(load, memory, machine)
     return Plan(
+        model=_planned_model(checkpoint, load, not_pruned),
+        shapes=shapes,
+        tasks=_tasks(job, checkpoint.num_layers, len(shapes)),
+        workers=load.workers,
+        placement=load.placement,
+        propagation=load.propagation,
+        device="cuda" if load.on_gpu else "cpu",
+        memory=memory,
+        needs=memory_needs(load, memory, limit),
+        layers=layer_costs(load, memory),
+        stages=timed,
+        machine=machine.name if machine else None,
+        seconds=sum(stage.seconds or 0.0 for stage in timed) if machine else None,
+        traffic=traffic(load, memory),
+        output_bytes=load.output_bytes,
+        calibration_tokens=load.tokens,
+        tokens_per_neuron=tokens_per_neuron(load),
+    )
+
+
+def _planned_model(checkpoint: Checkpoint, load: Workload, not_pruned: str | None) -> PlannedModel:
+    return PlannedModel(
         model_identity=checkpoint.identity,
         model_type=str(checkpoint.config["model_type"]),
         not_pruned=not_pruned,
         has_weights=checkpoint.has_weights,
         num_layers=checkpoint.num_layers,
-        units=units_by_group(kinds),
+        units=units_by_group(load.kinds),
         parameters=checkpoint.parameters,
-        active_parameters=over_layers(costs, "active_parameters") + load.outer_parameters,
+        active_parameters=load.active_parameters + load.outer_parameters,
         decoder_parameters=checkpoint.decoder_parameters,
         bytes_on_disk=checkpoint.bytes_on_disk,
-        shapes=shapes,
-        tasks=_tasks(job, checkpoint.num_layers, len(shapes)),
-        workers=job.parallel.workers,
-        placement=load.placement,
-        propagation=load.propagation,
-        device="cuda" if load.on_gpu else "cpu",
-        memory=memory,
-        memory_limit_bytes=limit,
-        memory_by_step=table,
-        worker_memory_bytes=max(map(total, table.values())),
-        host_memory_bytes=host_bytes(load),
-        fewest_workers=fewest_workers(load, limit) if limit else None,
-        fewest_workers_keeping_all=fewest_workers(load, limit, keep_all=True) if limit else None,
-        layers=costs,
-        stages=timed,
-        machine=machine.name if machine else None,
-        seconds=sum(stage.seconds or 0.0 for stage in timed) if machine else None,
-        num_messages=over_layers(costs, "num_messages"),
-        message_bytes=over_layers(costs, "message_bytes"),
-        read_bytes=over_layers(costs, "read_bytes"),
-        checkpoint_bytes=checkpoint_bytes(load, memory),
-        spilled_bytes=spilled_bytes(load, memory),
-        output_bytes=load.output_bytes,
-        calibration_tokens=load.tokens,
-        tokens_per_neuron=min(block_tokens(load, g) / g.num_units for kind in kinds for g in kind.groups if g.name != "heads"),
     )
+
+
+def _memory_limit(job: JobSpec, machine: MachineProfile | None) -> tuple[int | None, str]:
+    """What a worker may use, and who says so: the job, or else the profile."""
+    if machine and not job.memory.worker:
+        return machine.memory_bytes, f"profile {machine.name}"
+    return job.memory.worker, "memory.worker"
 
 
 def _tasks(job: JobSpec, num_layers: int, num_shapes: int) -> tuple[str, ...]:

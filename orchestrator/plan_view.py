@@ -29,47 +29,48 @@ def print_plan(plan: Plan) -> None:
 
 
 def _print_model(plan: Plan) -> None:
-    if plan.not_pruned:
-        print(f"{plan.model_type}: `rayprune run` does not prune this model yet: {plan.not_pruned}. What follows is what it would take.")
-    if not plan.has_weights:
+    model = plan.model
+    if model.not_pruned:
+        print(f"{model.model_type}: `rayprune run` does not prune this model yet: {model.not_pruned}. What follows is what it would take.")
+    if not model.has_weights:
         print("no weights were looked at: shapes and types are what config.json implies")
-    active = f" ({plan.active_parameters:,} per token)" if plan.active_parameters != plan.parameters else ""
+    active = f" ({model.active_parameters:,} per token)" if model.active_parameters != model.parameters else ""
     print(
-        f"model: {plan.model_type}, {plan.num_layers} layers, {plan.parameters:,} parameters{active}, "
-        f"{plan.decoder_parameters:,} of them in the decoder, {_mib(plan.bytes_on_disk)} on disk"
+        f"model: {model.model_type}, {model.num_layers} layers, {model.parameters:,} parameters{active}, "
+        f"{model.decoder_parameters:,} of them in the decoder, {_mib(model.bytes_on_disk)} on disk"
     )
 
 
 def _print_shapes(plan: Plan) -> None:
-    others = [name for name in plan.units if name not in ("heads", "neurons")]
+    others = [name for name in plan.model.units if name not in ("heads", "neurons")]
     title = "shape" if len(plan.shapes) == 1 else "shapes that meet the budget; a probe of the calibration text picks one"
     names = {"KV groups": "heads", "FFN width": "neurons"} | {f"{name} width": name for name in others}
-    rows = [[label, *(f"{shape.kept[name]}/{plan.units[name]}" for shape in plan.shapes)] for label, name in names.items()]
+    rows = [[label, *(f"{shape.kept[name]}/{plan.model.units[name]}" for shape in plan.shapes)] for label, name in names.items()]
     rows.append(["decoder parameters remaining", *(f"{shape.decoder_parameters:,}" for shape in plan.shapes)])
     rows.append(["parameters remaining", *(f"{shape.parameters:,}" for shape in plan.shapes)])
-    rows.append(["decoder removed", *(f"{1 - shape.decoder_parameters / plan.decoder_parameters:.2%}" for shape in plan.shapes)])
+    rows.append(["decoder removed", *(f"{1 - shape.decoder_parameters / plan.model.decoder_parameters:.2%}" for shape in plan.shapes)])
     print_table(title, ["", *(str(number + 1) for number in range(len(plan.shapes)))], rows)
 
 
 def _print_memory(plan: Plan) -> None:
-    steps = plan.memory_by_step
+    needs, steps = plan.needs, plan.needs.memory_by_step
     rows = [[kind, *(_mib(sizes[kind]) if kind in sizes else "" for sizes in steps.values())] for kind in KINDS if _needed(plan, kind)]
     rows.append(["together", *(_mib(total(sizes)) for sizes in steps.values())])
     where = "GPU memory" if plan.device == "cuda" else "memory"
     print_table(f"{where} of a worker, by step", ["", *steps], rows)
-    limit = f" of {gib(plan.memory_limit_bytes)}" if plan.memory_limit_bytes else ""
+    limit = f" of {gib(needs.memory_limit_bytes)}" if needs.memory_limit_bytes else ""
     print(f"workers: {plan.workers} ({plan.placement}, {plan.propagation}, {plan.device}), {_choice(plan)}")
-    print(f"memory: about {gib(plan.worker_memory_bytes)}{limit} each")
+    print(f"memory: about {gib(needs.worker_memory_bytes)}{limit} each")
     if plan.device == "cuda":
-        print(f"host memory: {gib(plan.host_memory_bytes)} for each worker, while it writes")
-    if plan.fewest_workers:
-        keeping = plan.fewest_workers_keeping_all
+        print(f"host memory: {gib(needs.host_memory_bytes)} for each worker, while it writes")
+    if needs.fewest_workers:
+        keeping = needs.fewest_workers_keeping_all
         more = f"with {keeping} nothing is recomputed or in files" if keeping else "more do not make everything fit in memory"
-        print(f"fewest workers: {plan.fewest_workers} fit; {more}")
+        print(f"fewest workers: {needs.fewest_workers} fit; {more}")
 
 
 def _needed(plan: Plan, kind: str) -> bool:
-    return any(sizes.get(kind) for sizes in plan.memory_by_step.values())
+    return any(sizes.get(kind) for sizes in plan.needs.memory_by_step.values())
 
 
 def _choice(plan: Plan) -> str:
@@ -106,11 +107,12 @@ def _print_stages(plan: Plan) -> None:
 
 
 def _print_totals(plan: Plan) -> None:
+    traffic = plan.traffic
     print(f"tasks: {len(plan.tasks)}: {', '.join(plan.tasks[:3])}, ..., {', '.join(plan.tasks[-3:])}")
-    print(f"messages: {plan.num_messages:,} between workers, {gib(plan.message_bytes)}")
-    print(f"disk: {gib(plan.read_bytes)} of layer weights read, {gib(plan.checkpoint_bytes)} of hidden states written")
-    if plan.spilled_bytes:
-        print(f"files instead of memory: {gib(plan.spilled_bytes)} written and read")
+    print(f"messages: {traffic.num_messages:,} between workers, {gib(traffic.message_bytes)}")
+    print(f"disk: {gib(traffic.read_bytes)} of layer weights read, {gib(traffic.checkpoint_bytes)} of hidden states written")
+    if traffic.spilled_bytes:
+        print(f"files instead of memory: {gib(traffic.spilled_bytes)} written and read")
     print(f"output: at most {_mib(plan.output_bytes)}")
     few = "" if plan.tokens_per_neuron >= 10 else " (fewer than 10: corrections will overfit)"
     print(f"calibration: {plan.calibration_tokens:,} tokens, {plan.tokens_per_neuron:.1f} per FFN channel{few}")

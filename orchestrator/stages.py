@@ -62,8 +62,8 @@ def choose_shape(context: Context, tokens: Manifest) -> Shape:
 
 def _probe(context: Context, expected: str) -> None:
     """Predict the errors of all open shapes and record the best."""
-    plan = context.plan
-    probed = [part.start for part in even_parts(plan.num_layers, min(context.job.budget.probe_layers, plan.num_layers))]
+    plan, num_layers = context.plan, context.plan.model.num_layers
+    probed = [part.start for part in even_parts(num_layers, min(context.job.budget.probe_layers, num_layers))]
     with context.stage("probe", len(probed)):
         predicted = [_probe_layer(context, layer) for layer in probed]
     errors = [sum(layer[index] for layer in predicted) / len(predicted) for index in range(len(plan.shapes))]
@@ -80,7 +80,8 @@ def _probe_layer(context: Context, layer: int) -> list[float]:
     owned = [part for part in even_parts(samples, executor.num_workers) if part]
     collected = [executor.submit(worker, "probe", layer, (part.start, part.stop), held_out) for worker, part in enumerate(owned)]
     executor.wait(collected)
-    wanted = sorted({(name, kept) for shape in context.plan.shapes for name, kept in shape.kept.items() if kept < context.plan.units[name]})
+    units = context.plan.model.units
+    wanted = sorted({(name, kept) for shape in context.plan.shapes for name, kept in shape.kept.items() if kept < units[name]})
     payloads = [call.payload for call in collected]
     calls = [executor.submit(i % executor.num_workers, "predict", layer, *unit, held_out, *payloads) for i, unit in enumerate(wanted)]
     errors = dict(zip(wanted, (receipt["held_out_error"] ** 2 for receipt in executor.wait(calls)), strict=True))

@@ -32,11 +32,11 @@ def prune_layers(context: Context, tokens: Manifest) -> list[Manifest]:
             selections = stream_layers(context, "select", _tasks(context, selection_task, inputs))
             return _pruned_path(context, [[*inputs, selection.digest] for selection in selections])
         case _:
-            return _pruned_path(context, [inputs] * context.plan.num_layers)
+            return _pruned_path(context, [inputs] * context.plan.model.num_layers)
 
 
 def _tasks(context: Context, name: Any, inputs: Sequence[str]) -> list[tuple[str, str]]:
-    tasks = map(name, range(context.plan.num_layers))
+    tasks = map(name, range(context.plan.model.num_layers))
     return [(task, context.folder.fingerprint(task, *inputs)) for task in tasks]
 
 
@@ -44,8 +44,8 @@ def _pruned_path(context: Context, inputs: Sequence[Sequence[str]]) -> list[Mani
     """One layer after the other; a layer's fingerprint holds the digest of the layer below: it saw activations from there."""
     below: list[str] = []
     manifests: list[Manifest] = []
-    with context.stage("sweep", context.plan.num_layers):
-        for layer in range(context.plan.num_layers):
+    with context.stage("sweep", context.plan.model.num_layers):
+        for layer in range(context.plan.model.num_layers):
             expected = context.folder.fingerprint(layer_task(layer), *inputs[layer], *below)
             manifests.append(context.once(layer_task(layer), expected, partial(_prune_layer, context, layer, expected)))
             below = [manifests[-1].digest]

@@ -104,8 +104,7 @@ def _evaluation_stage(load: Workload, machine: MachineProfile) -> tuple[Stage, .
     """Perplexity of the dense and of the pruned model, each counted as dense."""
     if not load.evaluation_tokens:
         return ()
-    decoder = sum(kind.num_layers * kind.active_parameters for kind in load.kinds)
-    flops = 2 * load.evaluation_tokens * 2 * (decoder + load.vocabulary * load.hidden)
+    flops = 2 * load.evaluation_tokens * 2 * (load.active_parameters + load.vocabulary * load.hidden)
     bounds = {
         "arithmetic": flops / load.workers / machine.forward_flops,
         "disk": (load.bytes_on_disk + load.output_bytes) / machine.disk_bandwidth,

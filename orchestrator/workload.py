@@ -97,6 +97,11 @@ class Workload:
         return self.kept_parameters(kind) * self.written_element_bytes
 
     @property
+    def active_parameters(self) -> int:
+        """Parameters of all layers that one token passes through."""
+        return sum(kind.num_layers * kind.active_parameters for kind in self.kinds)
+
+    @property
     def layer_parameters(self) -> int:
         """Parameters of the largest layer."""
         return max(kind.parameters for kind in self.kinds)
@@ -127,6 +132,12 @@ def in_rows(load: Workload, group: CoupledGroup) -> bool:
 def factorised_rows(load: Workload, group: CoupledGroup) -> int:
     """Rows of the matrix that is factorised: F, or n where that is less and rows are kept."""
     return min(block_tokens(load, group), group.width) if in_rows(load, group) else group.width
+
+
+def tokens_per_neuron(load: Workload) -> float:
+    """Calibration tokens that reach a block, per channel of it; of FFN and experts, the least."""
+    groups = [group for kind in load.kinds for group in kind.groups if group.name != "heads"]
+    return min(block_tokens(load, group) / group.num_units for group in groups)
 
 
 def num_chunks(load: Workload, choice: MemoryPlan) -> int:

@@ -39,10 +39,10 @@ def test_every_example_is_looked_at() -> None:
 @pytest.mark.parametrize("name", BILLIONS)
 def test_parameters_are_the_published_ones(name: str) -> None:
     plan = planned(name)
-    assert plan.parameters / 1e9 == pytest.approx(BILLIONS[name], abs=0.005)
-    assert plan.active_parameters / 1e9 == pytest.approx(ACTIVE_BILLIONS.get(name, BILLIONS[name]), abs=0.005)
-    assert 0.2 <= 1 - plan.shape.decoder_parameters / plan.decoder_parameters < 0.22
-    assert plan.worker_memory_bytes <= PROFILES["h200-141gb"].memory_bytes
+    assert plan.model.parameters / 1e9 == pytest.approx(BILLIONS[name], abs=0.005)
+    assert plan.model.active_parameters / 1e9 == pytest.approx(ACTIVE_BILLIONS.get(name, BILLIONS[name]), abs=0.005)
+    assert 0.2 <= 1 - plan.shape.decoder_parameters / plan.model.decoder_parameters < 0.22
+    assert plan.needs.worker_memory_bytes <= PROFILES["h200-141gb"].memory_bytes
     assert plan.seconds is not None
     json.dumps(plan.document())
 
@@ -71,10 +71,10 @@ def test_a_run_without_weights_is_refused(name: str, tmp_path: Path) -> None:
 
 def test_fp8_weights_are_counted_as_such() -> None:
     """688 GB are published with the layer of multi-token prediction (11.5 B parameters), which is no part of the plan."""
-    assert planned("deepseek-v3").bytes_on_disk == pytest.approx(673e9, rel=0.005)
+    assert planned("deepseek-v3").model.bytes_on_disk == pytest.approx(673e9, rel=0.005)
 
 
 @pytest.mark.parametrize("name", BILLIONS)
 def test_both_placements_can_be_planned(name: str) -> None:
     plan = planned(name, "parallel.placement=layers")
-    assert 1 <= plan.memory.layers_per_chunk <= -(-plan.num_layers // plan.workers)
+    assert 1 <= plan.memory.layers_per_chunk <= -(-plan.model.num_layers // plan.workers)

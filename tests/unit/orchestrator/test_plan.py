@@ -1,5 +1,6 @@
 """Plans against models that transformers builds at the planned sizes."""
 
+from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -45,13 +46,13 @@ def built(checkpoint: Checkpoint, shape: Shape, target: str) -> tuple[int, int]:
 
 def assert_minimal(plan: Plan, shape: Shape, sparsity: float, round_to: int, checkpoint: Checkpoint) -> None:
     """The budget is met, and with `round_to` more channels it would not be."""
-    limit = (1 - sparsity) * plan.decoder_parameters + 1e-6
+    limit = (1 - sparsity) * plan.model.decoder_parameters + 1e-6
     names = {name: info.shape for name, info in checkpoint.layer_tensors(0).items()}
-    step = round_to * plan.num_layers * unit_parameters(names, unit_groups(checkpoint.config)[1])
+    step = round_to * plan.model.num_layers * unit_parameters(names, unit_groups(checkpoint.config)[1])
     assert shape.decoder_parameters <= limit
-    if shape.neurons < plan.units["neurons"]:
+    if shape.neurons < plan.model.units["neurons"]:
         assert shape.neurons % round_to == 0
-        assert shape.decoder_parameters + step > limit or shape.neurons + round_to > plan.units["neurons"]
+        assert shape.decoder_parameters + step > limit or shape.neurons + round_to > plan.model.units["neurons"]
 
 
 @pytest.mark.parametrize(("model_type", "changes"), VARIANTS)
@@ -172,18 +173,18 @@ def test_memory_decides_what_is_kept(make_model: MakeModel, make_job: MakeJob) -
 
     plans = [plan(None)]
     for _ in range(3):
-        plans.append(plan(plans[-1].worker_memory_bytes - 1))
+        plans.append(plan(plans[-1].needs.worker_memory_bytes - 1))
     memories = [each.memory for each in plans]
     assert [memory.keep_inputs for memory in memories] == [True, False, False, False]
     assert [memory.spill_hidden for memory in memories] == [False, False, True, True]
     assert [memory.spill_statistics for memory in memories] == [False, False, False, True]
-    sizes = [each.worker_memory_bytes for each in plans]
+    sizes = [each.needs.worker_memory_bytes for each in plans]
     assert sizes[0] - sizes[1] == 128 * 4096 * 48 * 4
     assert sizes[1] - sizes[2] == 2 * (128 - 2) * 4096 * 32 * 4
     with pytest.raises(ResourceError, match=r"memory\.worker: a worker needs at least .* it may use .*; raise memory\.worker to"):
         plan(sizes[3] - 1)
     assert plan(sizes[1]).memory == memories[1]
-    assert plan(None, workers=4).worker_memory_bytes < sizes[0]
+    assert plan(None, workers=4).needs.worker_memory_bytes < sizes[0]
     assert plan(sizes[1] - 1, workers=4).memory.keep_inputs
 
 
@@ -206,13 +207,23 @@ def test_size_of_the_output(dtype: str, size: int, make_model: MakeModel, make_j
     assert plan.output_bytes == plan.shape.parameters * size
 
 
+def test_the_document_lies_flat(make_model: MakeModel, make_job: MakeJob) -> None:
+    plan = planned(make_model(), make_job)[0]
+    document, parts = plan.document(), (plan.model, plan.needs, plan.traffic)
+    assert len(document) == len(fields(plan)) - len(parts) + sum(len(fields(part)) for part in parts)
+    assert list(document)[:2] == ["model_identity", "model_type"]
+    assert document["num_layers"] == 3
+    assert document["worker_memory_bytes"] == plan.needs.worker_memory_bytes
+    assert document["num_messages"] == plan.traffic.num_messages
+
+
 def test_printed_plans_show_every_shape(make_model: MakeModel, make_job: MakeJob, capsys: pytest.CaptureFixture[str]) -> None:
     plan = planned(make_model(), make_job)[0]
     print_plan(plan)
     shown = capsys.readouterr().out
     for shape in plan.shapes:
         assert f"{shape.neurons}/48" in shown
-    assert f"{plan.parameters:,}" in shown
+    assert f"{plan.model.parameters:,}" in shown
     assert "fewer than 10" not in shown
     print_plan(plan.chosen(plan.shapes[0]))
     assert "picks one" not in capsys.readouterr().out
