@@ -21,10 +21,11 @@ from torch import Tensor
 
 from benchmarks.results import record, table
 from specs.job import CorrectionSpec
+from specs.methods import StatOptions
 from workers.correction import correct
 from workers.linalg import WIDE, cholesky_solver, column_norms
 from workers.memory import PeakMemory
-from workers.methods.stat import select
+from workers.methods import select
 from workers.pivoting import pivot_gram
 from workers.scratch import Scratch
 from workers.statistics import GramStatistic
@@ -91,7 +92,7 @@ def row(width: int, scratch: Scratch, where: str) -> list[object]:
     kept: list[Tensor] = []
     options = CorrectionSpec(candidates=CANDIDATES)
     with PeakMemory() as peak:
-        selecting = seconds(lambda: kept.append(select(training, weight_DF, 1, num_kept)), device)
+        selecting = seconds(lambda: kept.append(select(StatOptions(), training, weight_DF, 1, num_kept)), device)
         correcting = seconds(lambda: correct(training, held_out, weight_DF, kept[0], options, torch.bfloat16), device)
     numbers = [plain, pivoted, pivoted / plain, solving, selecting, correcting, peak.bytes / 2**30]
     return [width, outputs, num_kept, where, *(f"{number:.2f}" for number in numbers)]

@@ -52,8 +52,15 @@ def decision_bytes(load: Workload, group: CoupledGroup) -> Decision:
 
 
 def _selection_bytes(load: Workload, group: CoupledGroup) -> Decision:
-    """Pivoting destroys a scaled copy: F^2 8, or of rows n F 8."""
-    return Decision(8 * group.width * factorised_rows(load, group), 0)
+    """What ranking the units takes beside the statistic, by method.
+
+    stat: pivoting destroys a scaled copy, F^2 8 or of rows n F 8. obs: the swept matrix and the weight, F (F + D) 8.
+    numerical: the Hessian, F^2 8. Those two need the Gram matrix where only rows are kept, F^2 8. Scores: nothing.
+    """
+    width = group.width
+    products = width if in_rows(load, group) else 0
+    numbers = {"stat": factorised_rows(load, group), "obs": products + width + load.hidden, "numerical": products + width}
+    return Decision(8 * width * numbers.get(load.method, 0), 0)
 
 
 def _correction_bytes(load: Workload, group: CoupledGroup) -> list[Decision]:

@@ -45,8 +45,9 @@ class Workload:
     checkpoint_layers: int
     evaluation_tokens: int
     evaluation_window: int
+    method: str = "stat"
     exact: bool = False
-    """Whether rows or their R factor are kept instead of a Gram matrix, however many tokens there are (`method.factorization: qr`)."""
+    """Whether rows or their R factor are kept instead of a Gram matrix, however many tokens there are (`MethodOptions.needs_rows`)."""
     in_process: bool = False
     """Whether payloads between steps lie in the worker's own memory instead of Ray's object store."""
     placement: Placement = "shards"
@@ -187,7 +188,8 @@ def workload_of(job: JobSpec, checkpoint: Checkpoint, kinds: tuple[LayerKind, ..
         checkpoint_layers=job.memory.checkpoint_layers,
         evaluation_tokens=(evaluation.max_windows or calibration.samples) * evaluation.window if evaluation else 0,
         evaluation_window=evaluation.window if evaluation else 1,
-        exact=job.method.factorization == "qr",
+        method=job.method.name,
+        exact=job.method.needs_rows,
         in_process=job.cluster.executor == "in-process",
         placement=job.parallel.placement,
         propagation=job.parallel.effective_propagation,

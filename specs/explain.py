@@ -71,8 +71,9 @@ def _target(loc: KeyPath, root: Located) -> _Target:
         declared = [model.model_fields[key].annotation for model in models(target.annotation) if key in model.model_fields]
         child = node.child(key)
         if not declared and child is None:
+            target = replace(target, annotation=_branch(target.annotation, key))
             continue
-        annotation = target.annotation if isinstance(key, int) else next(iter(declared), None)
+        annotation = target.annotation if isinstance(key, int) else tuple(declared)
         where = child.where if child else target.where
         target = _Target((*target.path, key), annotation, where, target.annotation)
         node = child or replace(node, value=None)
@@ -83,13 +84,26 @@ def explain(error: ValidationError, root: Located) -> list[str]:
     """One line per wrong field; the errors of a union's branches become one."""
     targets: dict[KeyPath, _Target] = {}
     details: dict[KeyPath, list[ErrorDetails]] = {}
-    for detail in error.errors(include_url=False):
+    for detail in map(_on_its_tag, error.errors(include_url=False)):
         target = _target(detail["loc"], root)
         targets[target.path] = target
         details.setdefault(target.path, []).append(detail)
     # pydantic calls a list too short when only its values are wrong: then the values alone are reported.
     faulty_lists = {path[:-1] for path in details if path and isinstance(path[-1], int)}
     return [_line(targets[path], details[path]) for path in details if path not in faulty_lists]
+
+
+def _branch(annotation: Any, name: object) -> Any:
+    """The model of a discriminated union with that name, or all of the annotation where a union has no names."""
+    named = [model for model in models(annotation) if "name" in model.model_fields and model.model_fields["name"].default == name]
+    return named[0] if named else annotation
+
+
+def _on_its_tag(detail: ErrorDetails) -> ErrorDetails:
+    """An unknown branch of a discriminated union is an unknown value of the field `name`."""
+    if detail["type"] != "union_tag_invalid":
+        return detail
+    return {**detail, "type": "literal_error", "loc": (*detail["loc"], "name"), "input": detail["ctx"]["tag"]}
 
 
 def _line(target: _Target, details: Sequence[ErrorDetails]) -> str:
@@ -148,10 +162,10 @@ def shown(value: object) -> str:
 
 
 def parts(annotation: Any) -> Iterator[Any]:
-    """The types and metadata an annotation is composed of, itself included."""
+    """The types and metadata an annotation is composed of, itself included; a tuple is several annotations."""
     yield annotation
     if get_origin(annotation) is not Literal:
-        for argument in get_args(annotation):
+        for argument in annotation if isinstance(annotation, tuple) else get_args(annotation):
             yield from parts(argument)
 
 

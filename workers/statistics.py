@@ -5,7 +5,7 @@ A statistic is additive: `update` per micro-batch, `merge` up the fixed tree (`w
 """
 
 from dataclasses import dataclass
-from typing import Literal, Protocol, Self
+from typing import Protocol, Self
 
 import numpy as np
 import torch
@@ -43,6 +43,11 @@ class Refit(Protocol):
 class Statistic(Protocol):
     """A sum over calibration tokens from which units are selected and corrections solved."""
 
+    @property
+    def scratch(self) -> Scratch:
+        """Where its large matrices lie."""
+        ...
+
     @classmethod
     def empty(cls, width: int, scratch: Scratch) -> Self:
         """The statistic of no tokens."""
@@ -74,6 +79,20 @@ class Statistic(Protocol):
         """Mean over the columns of |z_j|^2: the unit of the damping."""
         ...
 
+    @property
+    def column_energy(self) -> Tensor:
+        """|z_j|^2 of every column, fp64."""
+        ...
+
+    @property
+    def column_variance(self) -> Tensor:
+        """Variance of every column over the tokens, fp64."""
+        ...
+
+    def gram(self) -> Tensor:
+        """Z'Z, F x F, fp64, only to be read. Cost on rows: N F^2 flops, and the matrix in `Scratch`."""
+        ...
+
     def is_finite(self) -> bool:
         """Whether every number is finite."""
         ...
@@ -91,31 +110,69 @@ class Statistic(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Moments:
+    """Sums of the columns of Z over so many tokens, fp64: what Z'Z does not tell."""
+
+    sums_F: Tensor
+    num_tokens: int
+
+    @classmethod
+    def empty(cls, width: int, device: torch.device) -> Self:
+        """Of no tokens."""
+        return cls(torch.zeros(width, dtype=WIDE, device=device), 0)
+
+    @classmethod
+    def from_state(cls, state: State, device: torch.device) -> Self:
+        """Rebuild what `state` wrote."""
+        return cls(from_array(state["sums"], WIDE).to(device), int(state["num_tokens"]))
+
+    def plus(self, z_TF: Tensor) -> "Moments":
+        """With the tokens of one micro-batch."""
+        return Moments(self.sums_F + z_TF.sum(0, dtype=WIDE), self.num_tokens + len(z_TF))
+
+    def merge(self, other: "Moments") -> "Moments":
+        """With the tokens of another part."""
+        return Moments(self.sums_F + other.sums_F, self.num_tokens + other.num_tokens)
+
+    def variance(self, energy_F: Tensor) -> Tensor:
+        """|z_j|^2 / T - mean^2, not below zero."""
+        tokens = max(1, self.num_tokens)
+        return (energy_F / tokens - (self.sums_F / tokens).square()).clamp(min=0.0)
+
+    def state(self) -> State:
+        """As arrays."""
+        return {"sums": to_array(self.sums_F), "num_tokens": np.array(self.num_tokens)}
+
+
 @dataclass
 class GramStatistic:
     """Gram matrix Z'Z: fp32 products, fp64 sum. The fast route; squares the condition number of Z."""
 
     gram_FF: Tensor
+    moments: Moments
     scratch: Scratch
 
     @classmethod
     def empty(cls, width: int, scratch: Scratch) -> Self:
         """The statistic of no tokens."""
-        return cls(scratch.zeros(width, width, dtype=WIDE), scratch)
+        return cls(scratch.zeros(width, width, dtype=WIDE), Moments.empty(width, scratch.device), scratch)
 
     @classmethod
     def from_state(cls, state: State, scratch: Scratch) -> Self:
         """Rebuild what `state` wrote, in memory of its own, since sums are formed in place."""
         gram_FF = from_array(state["gram"], WIDE)
-        return cls(scratch.empty(*gram_FF.shape, dtype=WIDE).copy_(gram_FF), scratch)
+        return cls(scratch.empty(*gram_FF.shape, dtype=WIDE).copy_(gram_FF), Moments.from_state(state, scratch.device), scratch)
 
     def update(self, z_TF: Tensor) -> None:
         """Add one micro-batch. Cost: T F^2 flops."""
         linalg.add_gram_(self.gram_FF, z_TF)
+        self.moments = self.moments.plus(z_TF)
 
     def merge(self, other: Self) -> Self:
         """Add the other sum to this one."""
         self.gram_FF += other.gram_FF
+        self.moments = self.moments.merge(other.moments)
         return self
 
     def finished(self) -> Self:
@@ -124,17 +181,31 @@ class GramStatistic:
         return self
 
     def state(self) -> State:
-        """The whole matrix."""
-        return {"gram": to_array(self.finished().gram_FF)}
+        """The whole matrix, and the moments."""
+        return {"gram": to_array(self.finished().gram_FF)} | self.moments.state()
 
     @property
     def mean_energy(self) -> float:
         """Mean diagonal."""
-        return float(torch.diagonal(self.gram_FF).mean())
+        return float(self.column_energy.mean())
+
+    @property
+    def column_energy(self) -> Tensor:
+        """The diagonal."""
+        return torch.diagonal(self.gram_FF)
+
+    @property
+    def column_variance(self) -> Tensor:
+        """The diagonal over the tokens, less the squared mean."""
+        return self.moments.variance(self.column_energy)
+
+    def gram(self) -> Tensor:
+        """Itself."""
+        return self.gram_FF
 
     def is_finite(self) -> bool:
         """A non-finite activation makes its diagonal entry non-finite."""
-        return bool(torch.isfinite(torch.diagonal(self.gram_FF)).all())
+        return bool(torch.isfinite(self.column_energy).all())
 
     def order(self, scale_F: Tensor, unit: int, count: int) -> Tensor:
         """Pivoted Cholesky; by blocks when a unit has more than one column."""
@@ -186,27 +257,34 @@ class RowsStatistic:
     """
 
     parts: list[Tensor]
-    width: int
+    moments: Moments
     scratch: Scratch
 
     @classmethod
     def empty(cls, width: int, scratch: Scratch) -> Self:
         """The statistic of no tokens."""
-        return cls([], width, scratch)
+        return cls([], Moments.empty(width, scratch.device), scratch)
 
     @classmethod
     def from_state(cls, state: State, scratch: Scratch) -> Self:
         """Rebuild what `state` wrote; rows are never written to, so on the CPU they stay in the arrays."""
         rows_NF = from_array(state["rows"], getattr(torch, str(state["dtype"])))
-        return cls([rows_NF.to(scratch.device)], rows_NF.shape[1], scratch)
+        return cls([rows_NF.to(scratch.device)], Moments.from_state(state, scratch.device), scratch)
+
+    @property
+    def width(self) -> int:
+        """F."""
+        return len(self.moments.sums_F)
 
     def update(self, z_TF: Tensor) -> None:
         """Keep the micro-batch. Cost: nothing, or 2 (T + F) F^2 flops once there are more rows than columns."""
         self._append([z_TF.detach()])
+        self.moments = self.moments.plus(z_TF)
 
     def merge(self, other: Self) -> Self:
         """Both sets of rows, the other's behind."""
         self._append(other.parts)
+        self.moments = self.moments.merge(other.moments)
         return self
 
     def _append(self, parts: list[Tensor]) -> None:
@@ -227,14 +305,33 @@ class RowsStatistic:
         return self
 
     def state(self) -> State:
-        """The rows, and the name of their type."""
+        """The rows, the name of their type, and the moments."""
         rows_NF = self._rows
-        return {"rows": to_array(rows_NF), "dtype": np.array(str(rows_NF.dtype).removeprefix("torch."))}
+        return {"rows": to_array(rows_NF), "dtype": np.array(str(rows_NF.dtype).removeprefix("torch."))} | self.moments.state()
 
     @property
     def mean_energy(self) -> float:
         """Mean squared column norm."""
         return sum(float(torch.linalg.vector_norm(part, dtype=WIDE)) ** 2 for part in self.parts) / self.width
+
+    @property
+    def column_energy(self) -> Tensor:
+        """Squared column norms."""
+        norms = [torch.linalg.vector_norm(part, dim=0, dtype=WIDE) for part in self.parts]
+        return torch.stack([norm_F.square() for norm_F in norms]).sum(0) if norms else torch.zeros_like(self.moments.sums_F)
+
+    @property
+    def column_variance(self) -> Tensor:
+        """Squared column norms over the tokens, less the squared mean."""
+        return self.moments.variance(self.column_energy)
+
+    def gram(self) -> Tensor:
+        """The product of the rows with themselves, in blocks of rows."""
+        gram_FF = self.scratch.zeros(self.width, self.width, dtype=WIDE)
+        for part in self.parts:
+            for _, z_BF in linalg.wide_blocks(part, gram_FF.device):
+                gram_FF.addmm_(z_BF.T, z_BF)
+        return gram_FF
 
     def is_finite(self) -> bool:
         """Whether all rows are finite."""
@@ -299,9 +396,9 @@ class _RowsRefit:
         return lambda target_BN: solve(target_BN) @ self._q.T
 
 
-def statistic_type(factorization: Literal["gram", "qr"], num_tokens: int, width: int) -> type[Statistic]:
-    """The Gram matrix where it is asked for and no larger than the activations themselves, rows otherwise."""
-    return GramStatistic if factorization == "gram" and num_tokens >= width else RowsStatistic
+def statistic_type(needs_rows: bool, num_tokens: int, width: int) -> type[Statistic]:
+    """The Gram matrix, unless rows are asked for or the activations themselves are smaller."""
+    return RowsStatistic if needs_rows or num_tokens < width else GramStatistic
 
 
 def restored(state: State, scratch: Scratch) -> Statistic:

@@ -43,7 +43,7 @@ from workers.layout import (
     task_folder,
 )
 from workers.memory import PeakMemory
-from workers.methods import SELECTORS
+from workers.methods import select
 from workers.scratch import Scratch
 from workers.shards import Node, even_parts, merge_siblings, roots
 from workers.slicing import Cut, CutArrays, slice_layer, unit_rows
@@ -125,7 +125,7 @@ class Worker:
     def _statistic(self, num_windows: int, width: int) -> Statistic:
         """The statistic of no tokens, of the kind for so many windows."""
         num_tokens = num_windows * self.job.calibration.sequence_length
-        return statistic_type(self.job.method.factorization, num_tokens, width).empty(width, self._scratch)
+        return statistic_type(self.job.method.needs_rows, num_tokens, width).empty(width, self._scratch)
 
     @cached_property
     def _sweep(self) -> Sweep:
@@ -255,7 +255,7 @@ class Worker:
 
     def _select(self, layer: int, name: str, num_kept: int, training: Statistic) -> Tensor:
         weight_DF = self._consumer_weight(layer, self._groups[name])
-        return SELECTORS[self.job.method.name](training, weight_DF, self._groups[name].columns, num_kept).cpu()
+        return select(self.job.method, training, weight_DF, self._groups[name].columns, num_kept)
 
     def _selected(self, layer: int, name: str) -> Tensor:
         manifest = read_manifest(task_folder(self.run_folder, selection_task(layer)))

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from orchestrator.cli import main
 from tests.conftest import MakeJob, MakeModel, folder_bytes
 from workers.checkpoint import open_checkpoint
+from workers.methods import RANKINGS
 
 
 def run(job: Path, out: Path, *overrides: str) -> dict[str, Any]:
@@ -97,6 +98,19 @@ def test_gram_and_qr_route_agree(make_model: MakeModel, make_job: MakeJob, tmp_p
     gram, qr = (load(tmp_path / name / "model").state_dict() for name in ("gram", "qr"))
     for name, tensor in gram.items():
         torch.testing.assert_close(qr[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("method", RANKINGS)
+def test_every_method_gives_a_model_that_loads_from_memory_and_from_files(
+    method: str, make_model: MakeModel, make_job: MakeJob, tmp_path: Path, force_memory: Any
+) -> None:
+    job = make_job(make_model(), budget={"kv_groups": 1}, method={"name": method})
+    report = run(job, tmp_path / "kept")
+    load(tmp_path / "kept" / "model")
+    assert report["method"]["name"] == method
+    force_memory(spill_statistics=True)
+    run(job, tmp_path / "tight")
+    assert folder_bytes(tmp_path / "kept" / "model") == folder_bytes(tmp_path / "tight" / "model")
 
 
 @pytest.mark.parametrize(

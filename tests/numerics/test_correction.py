@@ -12,7 +12,7 @@ from torch import Tensor
 from specs.job import CorrectionSpec
 from workers.correction import Correction, correct
 from workers.scratch import Scratch
-from workers.statistics import GramStatistic, RowsStatistic, Statistic, complement
+from workers.statistics import GramStatistic, Moments, RowsStatistic, Statistic, complement
 
 ROUTES = ["gram", "qr"]
 SCRATCH = Scratch(torch.device("cpu"), None)
@@ -31,7 +31,7 @@ def data(tokens: int = 200, width: int = 20, hidden: int = 6, rank: int | None =
 
 def statistic(route: str, z_TF: Tensor) -> Statistic:
     if route == "gram":
-        return GramStatistic(z_TF.T @ z_TF, SCRATCH)
+        return GramStatistic(z_TF.T @ z_TF, Moments.empty(z_TF.shape[1], SCRATCH.device).plus(z_TF), SCRATCH)
     rows = RowsStatistic.empty(z_TF.shape[1], SCRATCH)
     rows.update(z_TF)
     return rows

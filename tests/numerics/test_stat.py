@@ -5,14 +5,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from specs.methods import StatOptions
 from workers.families import unit_groups
-from workers.methods import SELECTORS
-from workers.methods.stat import select
+from workers.methods import select
 from workers.scratch import Scratch
 from workers.slicing import unit_rows
-from workers.statistics import GramStatistic, RowsStatistic, Statistic
+from workers.statistics import GramStatistic, Moments, RowsStatistic, Statistic
 
 ROUTES = ["gram", "qr"]
+STAT = StatOptions()
 SCRATCH = Scratch(torch.device("cpu"), None)
 
 
@@ -25,7 +26,8 @@ def data(width: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def statistic(route: str, z_TF: Tensor) -> Statistic:
-    return GramStatistic(z_TF.T @ z_TF, SCRATCH) if route == "gram" else RowsStatistic([z_TF], z_TF.shape[1], SCRATCH)
+    moments = Moments.empty(z_TF.shape[1], SCRATCH.device).plus(z_TF)
+    return GramStatistic(z_TF.T @ z_TF, moments, SCRATCH) if route == "gram" else RowsStatistic([z_TF], moments, SCRATCH)
 
 
 def greedy(z_TF: Tensor, weight_DF: Tensor, columns: int, count: int) -> list[int]:
@@ -47,7 +49,7 @@ def greedy(z_TF: Tensor, weight_DF: Tensor, columns: int, count: int) -> list[in
 def test_selection_is_greedy_pivoting_on_scaled_columns(route: str, units: int, columns: int, seed: int) -> None:
     z_TF, weight_DF = data(units * columns, seed)
     for count in range(1, units):
-        kept = select(statistic(route, z_TF), weight_DF, columns, count)
+        kept = select(STAT, statistic(route, z_TF), weight_DF, columns, count)
         assert kept.dtype == torch.int64
         assert kept.tolist() == greedy(z_TF, weight_DF, columns, count)
 
@@ -56,14 +58,14 @@ def test_selection_is_greedy_pivoting_on_scaled_columns(route: str, units: int, 
 def test_the_consumer_weight_decides_between_columns_alike(route: str) -> None:
     z_TF = torch.eye(5, dtype=torch.float64)
     weight_DF = torch.tensor([[1.0, 5.0, 0.0, 3.0, 2.0]], dtype=torch.float64)
-    assert select(statistic(route, z_TF), weight_DF, 1, 3).tolist() == [1, 3, 4]
+    assert select(STAT, statistic(route, z_TF), weight_DF, 1, 3).tolist() == [1, 3, 4]
 
 
 @pytest.mark.parametrize("route", ROUTES)
 def test_a_copy_of_a_kept_column_goes(route: str) -> None:
     z_TF, weight_DF = data(4, 0)
     z_TF[:, 3] = 0.9 * z_TF[:, 1]
-    kept = select(statistic(route, z_TF), torch.ones_like(weight_DF), 1, 3).tolist()
+    kept = select(STAT, statistic(route, z_TF), torch.ones_like(weight_DF), 1, 3).tolist()
     assert kept == [0, 1, 2]
 
 
@@ -74,7 +76,7 @@ def test_selection_leaves_the_statistic_as_it_was(route: str, seed: int) -> None
     used, columns = statistic(route, z_TF), [1, 3]
     before = {name: array.copy() for name, array in used.state().items()}
     for width in columns:
-        select(used, weight_DF, width, 1)
+        select(STAT, used, weight_DF, width, 1)
     assert all(np.array_equal(before[name], array) for name, array in used.state().items())
 
 
@@ -91,7 +93,7 @@ def test_kv_groups_are_never_split_and_query_heads_follow() -> None:
     )
     z_TF, weight_DF = data(36, 0)
     for route in ROUTES:
-        units = SELECTORS["stat"](statistic(route, z_TF), weight_DF, heads.columns, 2)
+        units = select(STAT, statistic(route, z_TF), weight_DF, heads.columns, 2)
         assert units.tolist() == greedy(z_TF, weight_DF, 12, 2)
     units = torch.tensor([0, 2])
     assert unit_rows(units, heads.columns).tolist() == [*range(12), *range(24, 36)]

@@ -13,14 +13,16 @@ from torch import Tensor
 
 from specs.errors import ModelError
 from specs.job import CorrectionSpec
+from specs.methods import StatOptions
 from workers import linalg, scratch
 from workers.correction import Correction, correct
-from workers.methods.stat import select
+from workers.methods import select
 from workers.scratch import Scratch
-from workers.statistics import GramStatistic, RowsStatistic, Statistic, complement, restored, statistic_type
+from workers.statistics import GramStatistic, Moments, RowsStatistic, Statistic, complement, restored, statistic_type
 
 MEMORY = Scratch(torch.device("cpu"), None)
 WIDTH, HIDDEN = 24, 9
+STAT = StatOptions()
 Kind = Callable[..., Statistic]
 
 
@@ -42,7 +44,8 @@ def rows(*batches: Tensor, place: Scratch = MEMORY) -> RowsStatistic:
 
 
 def gram(z_TF: Tensor, place: Scratch = MEMORY) -> GramStatistic:
-    return GramStatistic.from_state({"gram": (z_TF.T @ z_TF).numpy()}, place)
+    moments = Moments.empty(WIDTH, place.device).plus(z_TF)
+    return GramStatistic.from_state({"gram": (z_TF.T @ z_TF).numpy()} | moments.state(), place)
 
 
 def corrected(
@@ -56,7 +59,8 @@ def corrected(
     [("gram", 23, RowsStatistic), ("gram", 24, GramStatistic), ("qr", 23, RowsStatistic), ("qr", 9999, RowsStatistic)],
 )
 def test_gram_only_where_it_is_no_larger_than_the_rows(factorization: str, tokens: int, expected: type[Statistic]) -> None:
-    assert statistic_type(factorization, tokens, WIDTH) is expected  # type: ignore[arg-type]
+    options = StatOptions(factorization=factorization)  # type: ignore[arg-type]
+    assert statistic_type(options.needs_rows, tokens, WIDTH) is expected
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 10, 24, 25, 60])
@@ -102,11 +106,22 @@ def test_gram_leaves_the_arrays_of_its_state_alone() -> None:
     assert np.array_equal(state["gram"], before)
 
 
+@pytest.mark.parametrize("tokens", [0, 7, 24, 60])
+@pytest.mark.parametrize("kind", [rows, gram])
+def test_moments_and_products_are_those_of_all_tokens(tokens: int, kind: Kind) -> None:
+    z_TF = activations(tokens) + 3.0
+    statistic = kind(z_TF[:5]).merge(restored(kind(z_TF[5:]).state(), MEMORY))
+    torch.testing.assert_close(statistic.gram(), z_TF.T @ z_TF, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(statistic.column_energy, z_TF.square().sum(0), rtol=1e-11, atol=1e-11)
+    expected = z_TF.var(0, correction=0) if tokens else torch.zeros(WIDTH, dtype=torch.float64)
+    torch.testing.assert_close(statistic.column_variance, expected, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("tokens", [18, 24, 90])
 @pytest.mark.parametrize("num_kept", [6, 17])
 def test_rows_and_gram_decide_alike(tokens: int, num_kept: int) -> None:
     training, held_out, weight_DF = activations(tokens, 1), activations(20, 2), weight()
-    kept = [select(statistic, weight_DF, 1, num_kept) for statistic in (gram(training), rows(training))]
+    kept = [select(STAT, statistic, weight_DF, 1, num_kept) for statistic in (gram(training), rows(training))]
     assert torch.equal(*kept)
     by_gram = corrected(gram(training), gram(held_out), weight_DF, kept[0])
     by_rows = corrected(rows(training), rows(held_out), weight_DF, kept[0])
@@ -153,7 +168,7 @@ def test_mapped_files_give_the_bits_of_memory(kind: Kind, tokens: int, tmp_path:
     results = []
     for place in (MEMORY, Scratch(torch.device("cpu"), tmp_path)):
         training, held_out = kind(activations(tokens, 1), place=place), kind(activations(9, 2), place=place)
-        kept_K = select(training, weight(), 1, 14)
+        kept_K = select(STAT, training, weight(), 1, 14)
         results.append((kept_K, corrected(training, held_out, weight(), kept_K)))
     assert torch.equal(results[0][0], results[1][0])
     assert torch.equal(results[0][1].weight_DK, results[1][1].weight_DK)
@@ -167,7 +182,7 @@ def test_blocks_are_the_whole(kind: Kind, tokens: int, monkeypatch: pytest.Monke
     for size in (4, 512):
         monkeypatch.setattr(linalg, "BLOCK_ROWS", size)
         training, held_out = kind(activations(tokens, 1)), kind(activations(9, 2))
-        kept_K = select(training, weight(), 1, 14)
+        kept_K = select(STAT, training, weight(), 1, 14)
         results.append(corrected(training, held_out, weight(), kept_K))
     assert results[0].damping == results[1].damping
     torch.testing.assert_close(results[0].weight_DK, results[1].weight_DK, rtol=1e-11, atol=1e-11)
@@ -180,7 +195,7 @@ def test_a_weight_in_its_type_on_disk_is_exact_and_left_alone(kind: Kind) -> Non
     before, results = weight_DF.clone(), []
     for given_DF in (weight_DF, weight_DF.double()):
         training, held_out = kind(activations(60, 1)), kind(activations(9, 2))
-        kept_K = select(training, given_DF, 1, 14)
+        kept_K = select(STAT, training, given_DF, 1, 14)
         results.append(corrected(training, held_out, given_DF, kept_K, torch.bfloat16).weight_DK)
     assert torch.equal(results[0], results[1])
     assert results[0].dtype == torch.bfloat16

@@ -1,14 +1,28 @@
 """The pruning methods: one module each, pure tensor functions.
 
-A selector answers which units stay: `select(statistic, weight_DF, unit_columns, num_kept)`.
+A method ranks the units of a coupled group: of `rank(statistic, weight_DF, unit_columns, counts, options)` the first k are the
+ones that stay, for every k in the range `counts`.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
-from workers.methods import stat
+from specs.methods import MethodOptions
+from workers.methods import flap, numerical, obs, stat, wanda
 from workers.statistics import Statistic
 
-Selector = Callable[[Statistic, Tensor, int, int], Tensor]
-SELECTORS: dict[str, Selector] = {"stat": stat.select}
+Rank = Callable[[Statistic, Tensor, int, range, Any], Tensor]
+RANKINGS: dict[str, Rank] = {"stat": stat.rank, "numerical": numerical.rank, "obs": obs.rank, "flap": flap.rank, "wanda": wanda.rank}
+
+
+def rank(options: MethodOptions, statistic: Statistic, weight_DF: Tensor, unit_columns: int, counts: range) -> Tensor:
+    """Units of a group, on the CPU; the first k are the ones that stay, for every k in `counts`."""
+    name: str = options.name  # type: ignore[attr-defined] # every option class has one
+    return RANKINGS[name](statistic, weight_DF, unit_columns, counts, options).cpu()
+
+
+def select(options: MethodOptions, statistic: Statistic, weight_DF: Tensor, unit_columns: int, num_kept: int) -> Tensor:
+    """The `num_kept` units that stay, ascending."""
+    return rank(options, statistic, weight_DF, unit_columns, range(num_kept, num_kept + 1))[:num_kept].sort().values

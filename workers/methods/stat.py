@@ -16,17 +16,15 @@ Deviations, each on purpose:
 
 from torch import Tensor
 
+from specs.methods import StatOptions
 from workers.linalg import column_norms
 from workers.statistics import Statistic
 
 
-def select(statistic: Statistic, weight_DF: Tensor, unit_columns: int, num_kept: int) -> Tensor:
-    """Units that stay: the first pivots of Z diag(s), s_j = |W[:, j]|.
+def rank(statistic: Statistic, weight_DF: Tensor, unit_columns: int, counts: range, options: StatOptions) -> Tensor:
+    """Units in the order of their pivots in Z diag(s), s_j = |W[:, j]|; those behind the largest of `counts` follow by energy.
 
     Shapes: `weight_DF` in any type, the consumer's weight; F = units * unit_columns.
     Source: arXiv 2406.00061 and its released code (FFN: column-pivoted QR of the scaled activations).
-
-    Returns:
-        `num_kept` unit indices, ascending.
     """
-    return statistic.order(column_norms(weight_DF), unit_columns, num_kept).sort().values
+    return statistic.order(column_norms(weight_DF), unit_columns, counts[-1])

@@ -11,6 +11,7 @@ from orchestrator.costs import (
     spilled_bytes,
     statistics_flops,
 )
+from orchestrator.workload import Workload
 from specs.memory import MemoryPlan
 from tests.unit.orchestrator.workloads import DENSE, EXACT, EXPERTS, FEW, LAYERS, LOAD, MIXTURE, NEURONS, REFIT
 
@@ -71,3 +72,14 @@ def test_hidden_states_are_saved_between_waves_or_every_so_many_layers() -> None
 def test_files_instead_of_memory_are_written_and_read() -> None:
     spilled = MemoryPlan(keep_inputs=False, spill_hidden=True, spill_statistics=True)
     assert spilled_bytes(LOAD, spilled) == 2 * 6 * 1600 + 2 * 6 * 128 * 4 * 4
+
+
+def test_ranking_costs_what_the_method_does() -> None:
+    def flops(method: str, load: Workload = LOAD) -> int:
+        return selection_flops(replace(load, method=method), NEURONS)
+
+    assert flops("stat") == 10**3 // 3
+    assert flops("obs") == 10**3 + 2 * 3 * 10 * (10 + 4)
+    assert flops("obs", FEW) == 2 * 8 * 10**2 + 10**3 + 2 * 3 * 10 * (10 + 4)  # rows become a Gram matrix
+    assert flops("numerical") == 2 * 4 * 10**2 + 10**3 // 3
+    assert flops("flap") == flops("wanda") == 0

@@ -1,7 +1,9 @@
 """Bytes of statistics and of decisions, on a case small enough for a pencil."""
 
+from dataclasses import replace
+
 from orchestrator.group_memory import Decision, decision_bytes, partial_bytes, statistics_bytes
-from tests.unit.orchestrator.workloads import EXACT, EXPERTS, FEW, GPU, MIXTURE, NEURONS
+from tests.unit.orchestrator.workloads import EXACT, EXPERTS, FEW, GPU, LOAD, MIXTURE, NEURONS
 
 
 def test_a_decision_on_a_gpu() -> None:
@@ -21,3 +23,10 @@ def test_an_r_factor_stands_for_many_rows() -> None:
 
 def test_every_expert_has_statistics() -> None:
     assert statistics_bytes(MIXTURE, EXPERTS) == 2 * 4 * 800
+
+
+def test_ranking_takes_what_the_method_does() -> None:
+    for method, numbers in {"stat": 10 * 10, "obs": 10 * (10 + 4), "numerical": 10 * 10, "flap": 0}.items():
+        assert decision_bytes(replace(LOAD, method=method, corrects=False), NEURONS) == Decision(8 * numbers, 0)
+    for method, numbers in {"stat": 8 * 10, "obs": 10 * (10 + 10 + 4), "numerical": 2 * 10 * 10, "wanda": 0}.items():
+        assert decision_bytes(replace(FEW, method=method, corrects=False), NEURONS) == Decision(8 * numbers, 0)

@@ -182,7 +182,16 @@ def test_missing_file_and_folder_are_refused(tmp_path: Path) -> None:
         ("correction:\n  candidates: []", "job.yaml:4: correction.candidates: must be a list of at least 1 value(s) (got [])"),
         ("correction:\n  candidates: 1", "job.yaml:4: correction.candidates: must be a list (got 1)"),
         ("correction:\n  candidates:\n  - 1\n  - x", 'job.yaml:6: correction.candidates[1]: must be a number (got "x")'),
-        ("method:\n  name: stta", 'job.yaml:4: method.name: must be "stat" (got "stta"); did you mean "stat"?'),
+        (
+            "method:\n  name: stta",
+            'job.yaml:4: method.name: must be one of "stat", "numerical", "obs", "flap", "wanda" (got "stta"); did you mean "stat"?',
+        ),
+        ("method:\n  name: obs\n  round: 3", 'job.yaml:5: method.round: unknown field; did you mean "rounds"?'),
+        (
+            "method:\n  name: obs\n  factorization: qr",
+            "job.yaml:5: method.factorization: unknown field; known fields: name, rounds, swaps, damping",
+        ),
+        ("method:\n  name: obs\n  rounds: 0", "job.yaml:5: method.rounds: must be at least 1 (got 0)"),
         ("method: stat", 'job.yaml:3: method: must be a section of fields (got "stat")'),
         ("cluster:\n  executor: rya", 'job.yaml:4: cluster.executor: must be one of "ray", "in-process" (got "rya"); did you mean "ray"?'),
         ("cluster:\n  executor: 7", 'job.yaml:4: cluster.executor: must be one of "ray", "in-process" (got 7)'),
