@@ -4,6 +4,7 @@ Letters: F width, N rows, B columns of a panel, M columns that remain. fp64. Col
 their energy |z_j s_j|^2, largest first; ties go to the lower index.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -115,14 +116,18 @@ def _panel(residual: _Residual, size: int, floor: Tensor) -> tuple[Tensor, Tenso
     return panel_BM, picked_B, solid_B
 
 
-def pivot_rows(rows_NF: Tensor, scale_F: Tensor, count: int, scratch: Scratch) -> Tensor:
-    """The first `count` columns of column-pivoted QR of Z diag(s), from rows of Z or from its R factor.
+def pivot_rows(parts: Sequence[Tensor], scale_F: Tensor, count: int, scratch: Scratch) -> Tensor:
+    """The first `count` columns of column-pivoted QR of Z diag(s), from rows of Z or from its R factor, in parts.
 
     LAPACK geqp3, about 4 N^2 F flops where N < F, half of them BLAS-2; one fp64 copy of the rows, in `scratch`.
     """
-    scaled_FN = torch.mul(rows_NF.T, scale_F[:, None], out=scratch.empty(*rows_NF.T.shape, dtype=WIDE))
+    scaled_FN = scratch.empty(len(scale_F), sum(map(len, parts)), dtype=WIDE)
+    rest_FN = scaled_FN
+    for part in parts:
+        torch.mul(part.T, scale_F[:, None], out=rest_FN[:, : len(part)])
+        rest_FN = rest_FN[:, len(part) :]
     energy_F = torch.linalg.vector_norm(scaled_FN, dim=1).square()
-    if not len(rows_NF):
+    if not scaled_FN.shape[1]:
         return by_energy(torch.empty(0, dtype=torch.int64, device=energy_F.device), energy_F, count)
     factor, pivots, _, _, info = lapack.dgeqp3(scaled_FN.cpu().numpy().T, overwrite_a=1)
     if info < 0:

@@ -4,6 +4,7 @@ Letters: T tokens, F width, D hidden, K kept columns, P pruned columns, B block 
 A statistic is additive: `update` per micro-batch, `merge` up the fixed tree (`workers.shards`).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self
 
@@ -278,7 +279,7 @@ class RowsStatistic:
 
     def update(self, z_TF: Tensor) -> None:
         """Keep the micro-batch. Cost: nothing, or 2 (T + F) F^2 flops once there are more rows than columns."""
-        self._append([z_TF.detach()])
+        self._append([self.scratch.store(z_TF.detach())])
         self.moments = self.moments.plus(z_TF)
 
     def merge(self, other: Self) -> Self:
@@ -339,15 +340,14 @@ class RowsStatistic:
 
     def order(self, scale_F: Tensor, unit: int, count: int) -> Tensor:
         """Column-pivoted QR of the rows; by blocks when a unit has more than one column."""
-        rows_NF = self._rows
-        scale_F = scale_F.to(rows_NF.device)
+        scale_F = scale_F.to(self.scratch.device)
         if unit == 1:
-            return pivoting.pivot_rows(rows_NF, scale_F, count, self.scratch)
-        return pivoting.pivot_blocks_rows(rows_NF, scale_F, unit, count)
+            return pivoting.pivot_rows(self.parts, scale_F, count, self.scratch)
+        return pivoting.pivot_blocks_rows(self._rows, scale_F, unit, count)
 
     def refit(self, kept_K: Tensor) -> Refit:
         """Least squares on the rows."""
-        return _RowsRefit(self._rows, kept_K, self.scratch)
+        return _RowsRefit(self.parts, self.width, kept_K, self.scratch)
 
     def energy(self, rows_BF: Tensor) -> float:
         """|Z M'|^2. Cost: 2 B N F flops."""
@@ -360,22 +360,25 @@ class _RowsRefit:
     Cost: 4 max(N, K) min(N, K)^2 flops once, then those of `linalg.least_squares_solver`.
     """
 
-    def __init__(self, rows_NF: Tensor, kept_K: Tensor, scratch: Scratch) -> None:
-        self._rows_NF, self._kept_K, self._scratch = rows_NF, kept_K, scratch
-        self._is_short = len(rows_NF) < len(kept_K)
+    def __init__(self, parts: Sequence[Tensor], width: int, kept_K: Tensor, scratch: Scratch) -> None:
+        self._parts, self._width, self._kept_K, self._scratch = parts, width, kept_K, scratch
+        self._is_short = sum(map(len, parts)) < len(kept_K)
         kept_NK = self._columns(kept_K)
         self._q, r = torch.linalg.qr(kept_NK.T if self._is_short else kept_NK)
         self._core = r.T if self._is_short else r
 
     def _columns(self, columns: Tensor) -> Tensor:
-        out = self._scratch.empty(len(self._rows_NF), len(columns), dtype=WIDE)
-        for rows, z_BF in linalg.wide_blocks(self._rows_NF, columns.device):
-            torch.index_select(z_BF, 1, columns, out=out[rows])
+        out = self._scratch.empty(sum(map(len, self._parts)), len(columns), dtype=WIDE)
+        below = out
+        for part in self._parts:
+            for rows, z_BF in linalg.wide_blocks(part, columns.device):
+                torch.index_select(z_BF, 1, columns, out=below[rows])
+            below = below[len(part) :]
         return out
 
     def targets(self, weight_DF: Tensor) -> Tensor:
         """W_P Z_P', in the coordinates of the square problem: D x min(N, K). Cost: 2 D N P flops, and 2 D N K for N >= K."""
-        pruned_P = complement(self._kept_K, self._rows_NF.shape[1])
+        pruned_P = complement(self._kept_K, self._width)
         pruned_NP = self._columns(pruned_P)
         targets = self._scratch.empty(len(weight_DF), len(self._core), dtype=WIDE)
         for rows, weight_BF in linalg.wide_blocks(weight_DF, pruned_P.device):
@@ -389,7 +392,7 @@ class _RowsRefit:
             return linalg.least_squares_solver(self._core, ridge)
         if ridge == 0:
             raise ModelError(
-                f"{len(self._kept_K)} kept columns, but only {len(self._rows_NF)} tokens: raise correction.damping, "
+                f"{len(self._kept_K)} kept columns, but only {sum(map(len, self._parts))} tokens: raise correction.damping, "
                 "or take more calibration tokens"
             )
         solve = linalg.least_squares_solver(self._core, ridge)

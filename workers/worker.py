@@ -42,7 +42,7 @@ from workers.layout import (
     selection_task,
     task_folder,
 )
-from workers.memory import PeakMemory
+from workers.memory import PeakMemory, give_back_free_memory
 from workers.methods import select
 from workers.scratch import Scratch
 from workers.shards import Node, even_parts, merge_siblings, roots
@@ -57,7 +57,7 @@ P = ParamSpec("P")
 
 
 def step(method: "Callable[Concatenate[Worker, P], tuple[Receipt, Any]]") -> "Callable[Concatenate[Worker, P], tuple[Receipt, Any]]":
-    """Add the seconds a step took and the worker's peak memory (bytes, per kind) to its receipt."""
+    """Add the seconds a step took and the worker's peak memory (bytes, per kind) to its receipt; keep no free memory behind it."""
 
     @wraps(method)
     def timed(worker: "Worker", /, *args: P.args, **kwargs: P.kwargs) -> tuple[Receipt, Any]:
@@ -68,6 +68,7 @@ def step(method: "Callable[Concatenate[Worker, P], tuple[Receipt, Any]]") -> "Ca
             raise ResourceError(
                 f"{method.__name__}: out of memory ({error}): lower parallel.micro_batch, raise parallel.workers or set memory.worker"
             ) from None
+        give_back_free_memory()
         return receipt | {"seconds": time.perf_counter() - start, "peak_memory_bytes": worker.peak_memory_bytes()}, payload
 
     return timed

@@ -43,11 +43,11 @@ def by_panels(z_TF: Tensor, scale_F: Tensor) -> list[int]:
 
 
 def by_r(z_TF: Tensor, scale_F: Tensor) -> list[int]:
-    return pivoting.pivot_rows(r_of(z_TF), scale_F, len(scale_F), SCRATCH).tolist()
+    return pivoting.pivot_rows([r_of(z_TF)], scale_F, len(scale_F), SCRATCH).tolist()
 
 
 def by_rows(z_TF: Tensor, scale_F: Tensor) -> list[int]:
-    return pivoting.pivot_rows(z_TF, scale_F, len(scale_F), SCRATCH).tolist()
+    return pivoting.pivot_rows([z_TF], scale_F, len(scale_F), SCRATCH).tolist()
 
 
 ALL = [by_gram, by_panels, by_r, by_rows]

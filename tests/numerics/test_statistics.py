@@ -106,6 +106,15 @@ def test_gram_leaves_the_arrays_of_its_state_alone() -> None:
     assert np.array_equal(state["gram"], before)
 
 
+def test_rows_lie_in_files_where_statistics_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scratch, "MAPPED_FROM_BYTES", 1)
+    place, z_TF = Scratch(MEMORY.device, tmp_path), activations(10)
+    statistic = rows(z_TF, place=place)
+    assert torch.equal(statistic.parts[0], z_TF)
+    assert statistic.parts[0].data_ptr() != z_TF.data_ptr()
+    assert rows(z_TF).parts[0].data_ptr() == z_TF.data_ptr()
+
+
 @pytest.mark.parametrize("tokens", [0, 7, 24, 60])
 @pytest.mark.parametrize("kind", [rows, gram])
 def test_moments_and_products_are_those_of_all_tokens(tokens: int, kind: Kind) -> None:
