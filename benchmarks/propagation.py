@@ -1,4 +1,4 @@
-"""Where activations come from: `pruned`, `dense` and `refit` at several sparsities on the demo model, quality and time in one table.
+"""Where activations come from, and how much of the drift is made up for, at several sparsities on the demo model: quality and time.
 
     python -m benchmarks.propagation TEXT [--sparsity 0.2 0.3 0.4] [--set a.b=c ...]
 
@@ -20,7 +20,12 @@ from specs.job import EvaluationSpec
 from workers.calibration import evaluation_windows, load_tokenizer
 from workers.evaluate import window_losses
 
-PLACEMENT = {"pruned": "shards", "dense": "layers", "refit": "layers"}
+VARIANTS = {
+    "dense": ["parallel.placement=layers"],
+    "refit": ["parallel.placement=layers", "parallel.propagation=refit"],
+    "pruned": [],
+    "pruned, drift 0.5": ["correction.drift=0.5"],
+}
 
 
 def perplexity(model: Path, text: Path) -> float:
@@ -30,18 +35,18 @@ def perplexity(model: Path, text: Path) -> float:
     return math.exp(math.fsum(loss for loss, _ in losses) / sum(count for _, count in losses))
 
 
-def row(text: Path, evaluated: Path, dense: float, sparsity: float, propagation: str, overrides: list[str]) -> list[Any]:
+def row(text: Path, evaluated: Path, dense: float, sparsity: float, variant: str, overrides: list[str]) -> list[Any]:
     """One run: what was asked, perplexity, seconds."""
     settings = [f"calibration.path={text}", "evaluation=null", f"budget.sparsity={sparsity}"]
-    settings += [f"parallel.placement={PLACEMENT[propagation]}", f"parallel.propagation={propagation}", *overrides]
+    settings += [*VARIANTS[variant], *overrides]
     with tempfile.TemporaryDirectory() as folder:
         report = run(settings, Path(folder))
         after = perplexity(Path(folder) / "model", evaluated)
     seconds = sum(report["seconds"].get(stage, 0.0) for stage in ("select", "sweep"))
     removed = 1 - report["decoder_parameters"]["after"] / report["decoder_parameters"]["before"]
     shape = f"{report['shape']['heads']} KV groups, {report['shape']['neurons']} neurons"
-    print(sparsity, propagation, after / dense, seconds, flush=True)
-    return [f"{sparsity:.0%}", propagation, shape, f"{removed:.2%}", f"{after:.3f}", f"{after / dense:.4f}", f"{seconds:.0f}"]
+    print(sparsity, variant, after / dense, seconds, flush=True)
+    return [f"{sparsity:.0%}", variant, shape, f"{removed:.2%}", f"{after:.3f}", f"{after / dense:.4f}", f"{seconds:.0f}"]
 
 
 def main() -> None:
@@ -56,8 +61,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         evaluated = held_out(text, Path(folder))
         dense = perplexity(JOB.parent / "model", evaluated)
-        rows = [row(text, evaluated, dense, s, p, options.overrides) for s in options.sparsity for p in PLACEMENT]
-    heads = ["sparsity", "propagation", "shape", "decoder removed", "perplexity", "ratio to dense", "seconds of sweep"]
+        rows = [row(text, evaluated, dense, s, v, options.overrides) for s in options.sparsity for v in VARIANTS]
+    heads = ["sparsity", "variant", "shape", "decoder removed", "perplexity", "ratio to dense", "seconds of sweep"]
     record("propagation", f"{table(heads, rows)}\n\nDense perplexity {dense:.3f}, last fifth of the text, windows of 1024 tokens.")
 
 

@@ -72,7 +72,7 @@ def _together(costs: tuple[LayerCost, ...]) -> LayerCost:
 
 
 def _layer_cost(load: Workload, choice: MemoryPlan, kind: LayerKind) -> LayerCost:
-    groups = load.pruned(kind)
+    groups = load.decided(kind)
     num_messages, message_bytes = layer_messages(load, choice, kind)
     readers = load.workers if load.placement == "shards" else 1
     return LayerCost(
@@ -87,7 +87,7 @@ def _layer_cost(load: Workload, choice: MemoryPlan, kind: LayerKind) -> LayerCos
         decision_bytes=max((factorisation_bytes(load, group) for group in groups), default=0),
         forward_flops=_forward_passes(load, choice) * forward_flops(load, kind),
         statistics_flops=sum(statistics_flops(load, group) for group in groups),
-        selection_flops=sum(selection_flops(load, group) for group in groups) if load.selects else 0,
+        selection_flops=sum(selection_flops(load, group) for group in load.pruned(kind)) if load.selects else 0,
         correction_flops=sum(correction_flops(load, group) for group in groups) if load.corrects else 0,
         num_messages=num_messages,
         message_bytes=message_bytes,
@@ -97,8 +97,8 @@ def _layer_cost(load: Workload, choice: MemoryPlan, kind: LayerKind) -> LayerCos
 
 
 def _forward_passes(load: Workload, choice: MemoryPlan) -> int:
-    """One, and another where Z is computed again."""
-    return 1 + (load.placement == "shards" and not choice.keep_inputs)
+    """One, another where Z is computed again, and one on the dense path beside the pruned one."""
+    return 1 + (load.placement == "shards" and not choice.keep_inputs) + load.corrects_drift
 
 
 def forward_flops(load: Workload, kind: LayerKind) -> int:
@@ -107,9 +107,13 @@ def forward_flops(load: Workload, kind: LayerKind) -> int:
 
 
 def statistics_flops(load: Workload, group: CoupledGroup) -> int:
-    """T F^2, half of the product, for the blocks a token passes through; rows cost nothing, their R factor 2 T F^2."""
+    """T F^2, half of the product, for the blocks a token passes through; rows cost nothing, their R factor 2 T F^2.
+
+    With drift, its product with Z and the uncut output: 4 T F D.
+    """
     if not in_rows(load, group):
-        return load.tokens * group.active * group.width**2
+        drift = 4 * group.width * load.hidden if load.corrects_drift else 0
+        return load.tokens * group.active * (group.width**2 + drift)
     return 0 if block_tokens(load, group) < group.width else 2 * load.tokens * group.active * group.width**2
 
 
@@ -180,7 +184,7 @@ def spilled_bytes(load: Workload, choice: MemoryPlan) -> int:
 
 def spilled_statistics_bytes(load: Workload, choice: MemoryPlan) -> int:
     """Statistics in files, written once and read once."""
-    sizes = (kind.num_layers * statistics_bytes(load, group) for kind in load.kinds for group in load.pruned(kind))
+    sizes = (kind.num_layers * statistics_bytes(load, group) for kind in load.kinds for group in load.decided(kind))
     return 2 * sum(sizes) if choice.spill_statistics else 0
 
 

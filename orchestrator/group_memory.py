@@ -16,23 +16,23 @@ BLOCKS = 3
 """Blocks of output rows that are held at once: the weight, its change, a product."""
 
 
-def gram_bytes(group: CoupledGroup) -> int:
-    """One Gram matrix for every block: count F^2 8."""
-    return group.count * group.width**2 * 8
+def gram_bytes(load: Workload, group: CoupledGroup) -> int:
+    """One Gram matrix for every block, count F^2 8; with drift its product with Z beside it, F D 8."""
+    return group.count * group.width * (group.width + (load.hidden if load.corrects_drift else 0)) * 8
 
 
 def statistics_bytes(load: Workload, group: CoupledGroup) -> int:
     """Training and held-out statistic: two Gram matrices (or R factors) for every block; rows, of which each is in one, once."""
     if in_rows(load, group) and block_tokens(load, group) < group.width:
         return group.count * block_tokens(load, group) * group.width * load.element_bytes
-    return 2 * gram_bytes(group)
+    return 2 * gram_bytes(load, group)
 
 
 def partial_bytes(load: Workload, group: CoupledGroup) -> int:
     """Statistics of one worker while it collects its shards: a sum for every level of their merge tree, or its share of the rows."""
     if in_rows(load, group):
-        return min(math.ceil(statistics_bytes(load, group) * load.share_tokens / load.tokens), 2 * gram_bytes(group))
-    return gram_bytes(group) * (1 + math.ceil(math.log2(math.ceil(load.shards / load.workers))))
+        return min(math.ceil(statistics_bytes(load, group) * load.share_tokens / load.tokens), 2 * gram_bytes(load, group))
+    return gram_bytes(load, group) * (1 + math.ceil(math.log2(math.ceil(load.shards / load.workers))))
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from workers.shards import even_parts, owned_nodes, roots
 
 def layer_messages(load: Workload, choice: MemoryPlan, kind: LayerKind) -> tuple[int, int]:
     """Messages of one layer task and their bytes, over all workers."""
-    messages = [_group_messages(load, group) for group in load.pruned(kind)] if load.placement == "shards" else [_handover(load, choice)]
+    messages = [_group_messages(load, group) for group in load.decided(kind)] if load.placement == "shards" else [_handover(load, choice)]
     return math.ceil(sum(count for count, _ in messages)), math.ceil(sum(size for _, size in messages))
 
 
@@ -30,7 +30,7 @@ def _payload_bytes(load: Workload, group: CoupledGroup, part: range) -> int:
     """Statistics of a range of shards: a Gram matrix for each of the largest tree nodes it covers, or its rows."""
     if in_rows(load, group):
         return math.ceil(statistics_bytes(load, group) * len(part) / load.shards)
-    return gram_bytes(group) * sum(len(owned_nodes(root, part)) for root in roots(load.shards, load.held_out_shards))
+    return gram_bytes(load, group) * sum(len(owned_nodes(root, part)) for root in roots(load.shards, load.held_out_shards))
 
 
 def reduction_levels(load: Workload) -> list[list[range]]:
@@ -57,7 +57,7 @@ def message_path_bytes(load: Workload, all_bytes: int) -> float:
         return all_bytes / load.workers
     levels, path = reduction_levels(load), 0
     for kind in load.kinds:
-        for group in load.pruned(kind):
+        for group in load.decided(kind):
             reduction = sum(max(_payload_bytes(load, group, part) for part in level) for level in levels)
             path += kind.num_layers * (reduction + (load.workers - 1) * _cut_bytes(load, group))
     return path

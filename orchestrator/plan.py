@@ -11,13 +11,13 @@ from orchestrator.costs import LayerCost, Traffic, layer_costs, traffic
 from orchestrator.memory_choice import MemoryNeeds, choose_memory, memory_needs
 from orchestrator.shapes import Shape, open_shapes, planned_shape, units_by_group
 from orchestrator.timing import Stage, stages
-from orchestrator.workload import Workload, layer_kinds, tokens_per_neuron, workload_of
+from orchestrator.workload import Workload, in_rows, layer_kinds, tokens_per_neuron, workload_of
 from specs.errors import SpecError
 from specs.job import JobSpec
 from specs.machine import MachineProfile
 from specs.memory import MemoryPlan
 from workers.checkpoint import Checkpoint
-from workers.families import why_not_pruned
+from workers.families import unit_groups, why_not_pruned
 from workers.layout import CALIBRATION_TASK, EVALUATION_TASK, EXPORT_TASK, OUTER_TASK, SHAPE_TASK, layer_task, selection_task
 
 FLAT_PARTS = ("model", "needs", "traffic")
@@ -61,6 +61,7 @@ class Plan:
     output_bytes: int
     calibration_tokens: int
     tokens_per_neuron: float
+    corrects_drift: bool
 
     @property
     def shape(self) -> Shape:
@@ -76,6 +77,10 @@ class Plan:
     def pruned_groups(self) -> list[str]:
         """Groups that lose units, in layer order."""
         return [name for name, kept in self.shape.kept.items() if kept < self.model.units[name]]
+
+    def decided_groups(self) -> list[str]:
+        """Groups whose consumer gets a correction in the sweep: those that lose units, with drift to make up for all of them."""
+        return list(self.shape.kept) if self.corrects_drift else self.pruned_groups()
 
     def chosen(self, shape: Shape) -> "Plan":
         """The plan with its shape decided; costs stay those of the dearest shape."""
@@ -101,6 +106,7 @@ def make_plan(job: JobSpec, checkpoint: Checkpoint, machine: MachineProfile | No
     kinds, not_pruned = layer_kinds(checkpoint), why_not_pruned(checkpoint.config)
     shapes = (planned_shape(job, checkpoint, kinds),) if not_pruned else open_shapes(job, checkpoint)
     load = workload_of(job, checkpoint, kinds, shapes, _on_gpu(job, machine))
+    _check_drift(job, checkpoint, load, not_pruned)
     limit, limit_name = _memory_limit(job, machine)
     memory = choose_memory(load, limit, limit_name)
     timed = stages(load, memory, machine)
@@ -122,7 +128,24 @@ def make_plan(job: JobSpec, checkpoint: Checkpoint, machine: MachineProfile | No
         output_bytes=load.output_bytes,
         calibration_tokens=load.tokens,
         tokens_per_neuron=tokens_per_neuron(load),
+        corrects_drift=load.corrects_drift,
     )
+
+
+def _check_drift(job: JobSpec, checkpoint: Checkpoint, load: Workload, not_pruned: str | None) -> None:
+    """Refuse to make up for drift where it is not known or not kept."""
+    if not load.corrects_drift:
+        return
+    if not_pruned or any(group.stream is None for group in unit_groups(checkpoint.config)):
+        raise SpecError(
+            f"correction.drift: model_type {checkpoint.config['model_type']} does not add its blocks' outputs to the stream as they are; "
+            "set it to 0"
+        )
+    if rows := [group for kind in load.kinds for group in kind.groups if in_rows(load, group)]:
+        raise SpecError(
+            f"correction.drift: needs Gram matrices, but the {load.tokens} calibration tokens for {rows[0].width} columns of the "
+            f"{rows[0].name} are kept as rows; take more tokens, a method that keeps Gram matrices, or set it to 0"
+        )
 
 
 def _planned_model(checkpoint: Checkpoint, load: Workload, not_pruned: str | None) -> PlannedModel:

@@ -59,7 +59,7 @@ def _prune_layer(context: Context, layer: int, fingerprint: str) -> None:
     writer = layer % executor.num_workers
     cuts: list[Any] = []
     groups: dict[str, dict[str, Any]] = {}
-    for name in context.plan.pruned_groups():
+    for name in context.plan.decided_groups():
         collected = [executor.submit(worker, "collect", layer, name, (part.start, part.stop), *cuts) for worker, part in enumerate(parts)]
         executor.wait(collected)
         decision = executor.submit(writer, "decide", layer, name, kept[name], *_reduced(executor, collected))

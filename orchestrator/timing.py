@@ -96,7 +96,7 @@ def _filling(load: Workload, batches: int, choice: MemoryPlan) -> float:
 
 def _gram_traffic(load: Workload) -> int:
     """Memory traffic of adding one micro-batch to the Gram matrices of all layers: half of fp64 read and written, fp32 twice."""
-    groups = [(kind, group) for kind in load.kinds for group in load.pruned(kind) if not in_rows(load, group)]
+    groups = [(kind, group) for kind in load.kinds for group in load.decided(kind) if not in_rows(load, group)]
     return sum(kind.num_layers * group.count * group.width**2 * 12 for kind, group in groups)
 
 

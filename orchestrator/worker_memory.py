@@ -39,9 +39,9 @@ def _steps(load: Workload, choice: MemoryPlan) -> dict[str, list[Kinds]]:
     standing = _standing(load, choice)
     steps: dict[str, list[Kinds]] = {"collect": [], "decide": [], "write": []}
     for kind in load.kinds:
-        for group in load.pruned(kind):
+        for group in load.decided(kind):
             steps["collect"].append(standing | _activations(load) | {"statistics": _collected(load, choice, kind, group)})
-        for group in load.pruned(kind):
+        for group in load.decided(kind):
             deciding = {"statistics": _decided(load, choice, kind, group), "decision": _deciding(load, choice, group)}
             steps["decide"].append(standing | _payloads(load, group) | deciding)
         if load.corrects and not load.on_gpu:
@@ -84,10 +84,14 @@ def _weights_bytes(load: Workload, layers_per_chunk: int) -> int:
 
 
 def _hidden_bytes(load: Workload, choice: MemoryPlan) -> int:
-    """Hidden states, and attention outputs of the same size: the share, the window in flight, or in a file but for a micro-batch."""
+    """Hidden states, and attention outputs of the same size: the share, the window in flight, or in a file but for a micro-batch.
+
+    With drift also the dense path's hidden states and its streams behind both blocks.
+    """
     if load.placement == "layers":
         return WINDOW * load.batch_tokens * load.hidden * load.element_bytes
-    return 2 * (load.batch_tokens if choice.spill_hidden else load.share_tokens) * load.hidden * load.element_bytes
+    streams = 5 if load.corrects_drift else 2
+    return streams * (load.batch_tokens if choice.spill_hidden else load.share_tokens) * load.hidden * load.element_bytes
 
 
 def _inputs_bytes(load: Workload, choice: MemoryPlan) -> int:
@@ -127,7 +131,7 @@ def _deciding(load: Workload, choice: MemoryPlan, group: CoupledGroup) -> int:
 def _chunk_statistics(load: Workload, choice: MemoryPlan, kind: LayerKind) -> int:
     """Statistics of all groups of all layers of a chunk; pages of files are no private memory."""
     layers = 0 if choice.spill_statistics else choice.layers_per_chunk
-    return layers * sum(statistics_bytes(load, group) for group in load.pruned(kind))
+    return layers * sum(statistics_bytes(load, group) for group in load.decided(kind))
 
 
 def _left_while_writing(load: Workload, choice: MemoryPlan) -> Kinds:

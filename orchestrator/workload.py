@@ -50,6 +50,8 @@ class Workload:
     """Whether rows or their R factor are kept instead of a Gram matrix, however many tokens there are (`MethodOptions.needs_rows`)."""
     in_process: bool = False
     """Whether payloads between steps lie in the worker's own memory instead of Ray's object store."""
+    drift: bool = False
+    """Whether the pruned path also makes up for its drift from the dense one, which then goes beside it."""
     placement: Placement = "shards"
     propagation: Propagation = "pruned"
     selects: bool = True
@@ -83,6 +85,15 @@ class Workload:
     def pruned(self, kind: LayerKind) -> list[CoupledGroup]:
         """Groups of a layer that lose units."""
         return [group for group in kind.groups if group.name in self.kept]
+
+    @property
+    def corrects_drift(self) -> bool:
+        """Whether this pass, or one of its phases, has a dense path beside the pruned one."""
+        return self.drift and self.corrects and self.propagation != "dense"
+
+    def decided(self, kind: LayerKind) -> list[CoupledGroup]:
+        """Groups of a layer that have statistics: those that lose units, with drift to make up for all of them."""
+        return list(kind.groups) if self.corrects_drift else self.pruned(kind)
 
     def columns(self, group: CoupledGroup) -> int:
         """K: columns of a consumer's input that stay."""
@@ -190,6 +201,7 @@ def workload_of(job: JobSpec, checkpoint: Checkpoint, kinds: tuple[LayerKind, ..
         evaluation_window=evaluation.window if evaluation else 1,
         method=job.method.name,
         exact=job.method.needs_rows,
+        drift=job.correction.drift > 0,
         in_process=job.cluster.executor == "in-process",
         placement=job.parallel.placement,
         propagation=job.parallel.effective_propagation,

@@ -108,6 +108,8 @@ class CorrectionSpec(Section):
         default=(1e-3, 1e-2, 3e-2, 1e-1, 3e-1), min_length=1, max_length=32
     )
     """Damping values tried when `damping` is `held-out`, as multiples of the mean diagonal."""
+    drift: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Fraction of what the residual stream has drifted from the dense model's that every block's correction also makes up for."""
 
 
 class ParallelSpec(Section):
@@ -218,6 +220,8 @@ class JobSpec(Section):
             raise ValueError(
                 f"budget.probe_samples ({self.budget.probe_samples}) must not exceed calibration.samples ({self.calibration.samples})"
             )
+        if self.correction.drift and self.parallel.effective_propagation == "dense":
+            raise ValueError("correction.drift: on the dense path nothing drifts; set it to 0, or parallel.propagation to pruned or refit")
         if self.parallel.placement == "shards" and self.parallel.workers > self.calibration.shards:
             raise ValueError(
                 f"parallel.workers ({self.parallel.workers}) must not exceed calibration.shards ({self.calibration.shards}): "

@@ -1,7 +1,8 @@
 """The one correction of all methods: least squares for the kept columns, damped towards the uncorrected weight.
 
 W_K' = (S_KK + gI)^-1 (S_K: W + g W_K) = W_K + (S_KK + gI)^-1 S_KP W_P, with S = Z'Z. For g = 0 this is STAT's
-interpolative fold, Numerical Pruning's compensation and the OBS refit alike.
+interpolative fold, Numerical Pruning's compensation and the OBS refit alike. Where the statistics know the drift E of the
+residual stream, the output is also to make up for it: + (S_KK + gI)^-1 Z_K'E.
 Letters: F width, D hidden, K kept columns, M size of a solver's targets, B block of output rows.
 """
 
@@ -20,7 +21,7 @@ from workers.statistics import Refit, Statistic
 class Correction:
     """A corrected weight, and how well it reproduces the output that was cut.
 
-    The errors are |Z_K W_K' - Z W| / |Z W| of the fit on the training shards alone, on those and on the held-out shards;
+    The errors are |Z_K W_K' - Z W - E| / |Z W| of the fit on the training shards alone, on those and on the held-out shards;
     the weight itself is fitted on all of them.
     """
 
@@ -74,10 +75,10 @@ class _Fit:
             yield rows, weight_BF, solve(self.targets_DM[rows])
 
     def error(self, damping: float, judge: Statistic) -> float:
-        """|Z_K W_K' - Z W'|^2 on the judge's tokens."""
+        """|Z_K W_K' - Z W' - E|^2 on the judge's tokens."""
         total = 0.0
-        for _, weight_BF, change_BK in self._changes(damping):
-            total += judge.energy(weight_BF.neg_().index_copy_(1, self.kept_K, change_BK))
+        for rows, weight_BF, change_BK in self._changes(damping):
+            total += judge.misfit(weight_BF.neg_().index_copy_(1, self.kept_K, change_BK), rows)
         return total
 
     def weight(self, damping: float, dtype: torch.dtype) -> Tensor:

@@ -33,6 +33,8 @@ class UnitGroup:
     columns: int
     block: str
     block_returns_tuple: bool
+    stream: str | None = None
+    """The norm that reads the residual stream to which the block's output is added; None: it is not added as it is."""
 
     @property
     def width(self) -> int:
@@ -149,9 +151,11 @@ def unit_groups(config: Mapping[str, object]) -> tuple[UnitGroup, UnitGroup]:
     queries = heads // kv_groups * head_size
     attention = tuple(Producer(f"self_attn.{name}_proj", rows) for name, rows in (("q", queries), ("k", head_size), ("v", head_size)))
     mlp = tuple(Producer(f"mlp.{name}_proj", 1) for name in ("gate", "up"))
+    norms = family_of(config).norms
+    before_attention, before_mlp = norms if len(norms) == 2 else (None, None)  # more norms: a block's output is normalised first
     return (
-        UnitGroup("heads", kv_groups, attention, "self_attn.o_proj", queries, "self_attn", True),
-        UnitGroup("neurons", config_int(config, "intermediate_size"), mlp, "mlp.down_proj", 1, "mlp", False),
+        UnitGroup("heads", kv_groups, attention, "self_attn.o_proj", queries, "self_attn", True, before_attention),
+        UnitGroup("neurons", config_int(config, "intermediate_size"), mlp, "mlp.down_proj", 1, "mlp", False, before_mlp),
     )
 
 

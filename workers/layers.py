@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -291,6 +292,38 @@ def consumer_input(layer: nn.Module, index: int, batch: MicroBatch, groups: Mapp
 
 
 @torch.inference_mode()
+def stream_before(layer: nn.Module, index: int, batch: MicroBatch, groups: Mapping[str, UnitGroup], name: str) -> Tensor:
+    """The residual stream (B, T, D) to which a group's block adds its output; earlier blocks' outputs must be known."""
+    norm = groups[name].stream
+    assert norm is not None, f"the output of {groups[name].block} is not added to the residual stream as it is"
+    try:
+        _run(layer, index, batch, _known_blocks(layer, groups, batch) | {norm: _Catch()})
+    except _CaughtInput as caught:
+        return caught.value
+    raise RuntimeError(f"layer {index} never called {norm}")
+
+
+@torch.inference_mode()
+def dense_streams(layer: nn.Module, index: int, batch: MicroBatch, groups: Mapping[str, UnitGroup]) -> dict[str, Tensor]:
+    """The residual stream (B, T, D) behind every group's block of the unchanged layer, by group, in one pass; stored."""
+    streams: dict[str, Tensor] = {}
+
+    def noting(name: str) -> Callable[[nn.Module, Any], None]:
+        def _note(module: nn.Module, args: Any) -> None:
+            streams[name] = batch.store(args[0])
+
+        return _note
+
+    # what a group's norm reads is the stream behind the group before it
+    norms = [(name, groups[following].stream) for name, following in pairwise(groups)]
+    handles = [layer.get_submodule(norm).register_forward_pre_hook(noting(name)) for name, norm in norms if norm]
+    output = batch.store(_run(layer, index, batch, {}))
+    for handle in handles:
+        handle.remove()
+    return streams | {list(groups)[-1]: output}
+
+
+@torch.inference_mode()
 def apply_cut(layer: nn.Module, index: int, batch: MicroBatch, groups: Mapping[str, UnitGroup], name: str, cut: Cut) -> None:
     """Set the block's output to the corrected projection of the kept units; afterwards the consumer's input is dropped."""
     group = groups[name]
@@ -300,6 +333,13 @@ def apply_cut(layer: nn.Module, index: int, batch: MicroBatch, groups: Mapping[s
     bias = layer.get_submodule(group.consumer)._parameters["bias"]
     batch.outputs[group.block] = batch.store(nn.functional.linear(z_BTF[..., columns], weight_DK, bias))
     del batch.inputs[name]
+
+
+@torch.inference_mode()
+def project(layer: nn.Module, group: UnitGroup, z_BTF: Tensor) -> Tensor:
+    """The uncut block's output (B, T, D) for an input of its consumer."""
+    output: Tensor = layer.get_submodule(group.consumer)(z_BTF)
+    return output
 
 
 @torch.inference_mode()

@@ -51,6 +51,13 @@ def add_gram_(gram_FF: Tensor, z_TF: Tensor) -> None:
         gram_FF[columns.start :, columns] += _fp32_product(z_TF[:, columns.start :].T, z_TF[:, columns])
 
 
+def add_cross_(cross_FD: Tensor, z_TF: Tensor, e_TD: Tensor) -> None:
+    """Add z'e to `cross_FD` (fp64), in place; fp32 products, as in `add_gram_`. Cost: 2 T F D flops."""
+    z_TF, e_TD = z_TF.float(), e_TD.float()
+    for columns in row_slices(z_TF.shape[1]):
+        cross_FD[columns] += z_TF[:, columns].T @ e_TD
+
+
 def _fp32_product(left: Tensor, right: Tensor) -> Tensor:
     return left @ right if left.dtype == torch.float32 else torch.mm(left, right, out_dtype=torch.float32)
 

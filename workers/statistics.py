@@ -50,8 +50,8 @@ class Statistic(Protocol):
         ...
 
     @classmethod
-    def empty(cls, width: int, scratch: Scratch) -> Self:
-        """The statistic of no tokens."""
+    def empty(cls, width: int, scratch: Scratch, drift_width: int = 0) -> Self:
+        """The statistic of no tokens; with a `drift_width` (D) of tokens whose drift is known."""
         ...
 
     @classmethod
@@ -59,8 +59,11 @@ class Statistic(Protocol):
         """Rebuild what `state` wrote; its arrays are only read."""
         ...
 
-    def update(self, z_TF: Tensor) -> None:
-        """Add one micro-batch of the consumer's input. It may be kept, so it must not be written to later."""
+    def update(self, z_TF: Tensor, drift_TD: Tensor | None = None) -> None:
+        """Add one micro-batch of the consumer's input. It may be kept, so it must not be written to later.
+
+        `drift_TD` is what the consumer's output should have besides, given exactly if the statistic has a drift width.
+        """
         ...
 
     def merge(self, other: Self) -> Self:
@@ -110,10 +113,50 @@ class Statistic(Protocol):
         """|Z M'|^2 for a block M of rows, fp64: the squared output of a weight, or of a change of one."""
         ...
 
+    def misfit(self, change_BF: Tensor, outputs: slice) -> float:
+        """|Z M' - E|^2 for a change M of some outputs' weights and their drift E, fp64; without drift, the energy."""
+        ...
+
+
+@dataclass
+class Drift:
+    """What the outputs of a consumer lack: Z'E and the energies of the columns of E (T x D), fp64."""
+
+    cross_FD: Tensor
+    energy_D: Tensor
+
+    @classmethod
+    def empty(cls, width: int, outputs: int, scratch: Scratch) -> Self:
+        """Of no tokens."""
+        return cls(scratch.zeros(width, outputs, dtype=WIDE), torch.zeros(outputs, dtype=WIDE, device=scratch.device))
+
+    @classmethod
+    def from_state(cls, state: State, scratch: Scratch) -> Self | None:
+        """Rebuild what `state` wrote, in memory of its own; None where it wrote nothing."""
+        if "cross" not in state:
+            return None
+        cross_FD = from_array(state["cross"], WIDE)
+        copy_FD = scratch.empty(*cross_FD.shape, dtype=WIDE).copy_(cross_FD)
+        return cls(copy_FD, from_array(state["drift_energy"], WIDE).to(scratch.device, copy=True))
+
+    def update(self, z_TF: Tensor, drift_TD: Tensor) -> None:
+        """Add one micro-batch. Cost: 2 T F D flops."""
+        linalg.add_cross_(self.cross_FD, z_TF, drift_TD)
+        self.energy_D += torch.linalg.vector_norm(drift_TD, dim=0, dtype=WIDE).square()
+
+    def merge_(self, other: Self) -> None:
+        """Add the other's sums."""
+        self.cross_FD += other.cross_FD
+        self.energy_D += other.energy_D
+
+    def state(self) -> State:
+        """As arrays."""
+        return {"cross": to_array(self.cross_FD), "drift_energy": to_array(self.energy_D)}
+
 
 @dataclass(frozen=True)
 class Moments:
-    """Sums of the columns of Z over so many tokens, fp64: what Z'Z does not tell."""
+    """Sums of the columns of Z over so many tokens: what Z'Z does not tell. fp32 in a micro-batch, fp64 over them."""
 
     sums_F: Tensor
     num_tokens: int
@@ -130,7 +173,8 @@ class Moments:
 
     def plus(self, z_TF: Tensor) -> "Moments":
         """With the tokens of one micro-batch."""
-        return Moments(self.sums_F + z_TF.sum(0, dtype=WIDE), self.num_tokens + len(z_TF))
+        sums_F = z_TF.sum(0, dtype=torch.promote_types(z_TF.dtype, torch.float32))
+        return Moments(self.sums_F + sums_F, self.num_tokens + len(z_TF))
 
     def merge(self, other: "Moments") -> "Moments":
         """With the tokens of another part."""
@@ -153,27 +197,34 @@ class GramStatistic:
     gram_FF: Tensor
     moments: Moments
     scratch: Scratch
+    drift: Drift | None = None
 
     @classmethod
-    def empty(cls, width: int, scratch: Scratch) -> Self:
+    def empty(cls, width: int, scratch: Scratch, drift_width: int = 0) -> Self:
         """The statistic of no tokens."""
-        return cls(scratch.zeros(width, width, dtype=WIDE), Moments.empty(width, scratch.device), scratch)
+        drift = Drift.empty(width, drift_width, scratch) if drift_width else None
+        return cls(scratch.zeros(width, width, dtype=WIDE), Moments.empty(width, scratch.device), scratch, drift)
 
     @classmethod
     def from_state(cls, state: State, scratch: Scratch) -> Self:
         """Rebuild what `state` wrote, in memory of its own, since sums are formed in place."""
         gram_FF = from_array(state["gram"], WIDE)
-        return cls(scratch.empty(*gram_FF.shape, dtype=WIDE).copy_(gram_FF), Moments.from_state(state, scratch.device), scratch)
+        copy_FF = scratch.empty(*gram_FF.shape, dtype=WIDE).copy_(gram_FF)
+        return cls(copy_FF, Moments.from_state(state, scratch.device), scratch, Drift.from_state(state, scratch))
 
-    def update(self, z_TF: Tensor) -> None:
-        """Add one micro-batch. Cost: T F^2 flops."""
+    def update(self, z_TF: Tensor, drift_TD: Tensor | None = None) -> None:
+        """Add one micro-batch. Cost: T F^2 flops, and with drift 2 T F D."""
         linalg.add_gram_(self.gram_FF, z_TF)
         self.moments = self.moments.plus(z_TF)
+        if self.drift is not None and drift_TD is not None:
+            self.drift.update(z_TF, drift_TD)
 
     def merge(self, other: Self) -> Self:
         """Add the other sum to this one."""
         self.gram_FF += other.gram_FF
         self.moments = self.moments.merge(other.moments)
+        if self.drift is not None and other.drift is not None:
+            self.drift.merge_(other.drift)
         return self
 
     def finished(self) -> Self:
@@ -182,8 +233,9 @@ class GramStatistic:
         return self
 
     def state(self) -> State:
-        """The whole matrix, and the moments."""
-        return {"gram": to_array(self.finished().gram_FF)} | self.moments.state()
+        """The whole matrix, the moments, and the drift."""
+        drift = self.drift.state() if self.drift else {}
+        return {"gram": to_array(self.finished().gram_FF)} | self.moments.state() | drift
 
     @property
     def mean_energy(self) -> float:
@@ -217,28 +269,39 @@ class GramStatistic:
 
     def refit(self, kept_K: Tensor) -> Refit:
         """Normal equations."""
-        return _GramRefit(self.gram_FF, kept_K, self.scratch)
+        return _GramRefit(self.gram_FF, kept_K, self.drift, self.scratch)
 
     def energy(self, rows_BF: Tensor) -> float:
         """tr(M G M'). Cost: B F^2 flops."""
         return linalg.gram_energy(self.gram_FF, rows_BF)
 
+    def misfit(self, change_BF: Tensor, outputs: slice) -> float:
+        """tr(M G M') - 2 tr(M Z'E) + |E|^2."""
+        energy = self.energy(change_BF)
+        if self.drift is None:
+            return energy
+        shared = float((change_BF * self.drift.cross_FD[:, outputs].T).sum())
+        return max(0.0, energy - 2 * shared + float(self.drift.energy_D[outputs].sum()))
+
 
 @dataclass(frozen=True)
 class _GramRefit:
-    """C (G_KK + ridge I) = W_P G_PK."""
+    """C (G_KK + ridge I) = W_P G_PK + E'Z_K."""
 
     gram_FF: Tensor
     kept_K: Tensor
+    drift: Drift | None
     scratch: Scratch
 
     def targets(self, weight_DF: Tensor) -> Tensor:
-        """W_P G_PK, D x K. Cost: 2 D K P flops."""
+        """W_P G_PK + E'Z_K, D x K. Cost: 2 D K P flops."""
         pruned_P = complement(self.kept_K, len(self.gram_FF))
         gram_PK = self._gathered(pruned_P)
         targets_DK = self.scratch.empty(len(weight_DF), len(self.kept_K), dtype=WIDE)
         for rows, weight_BF in linalg.wide_blocks(weight_DF, self.gram_FF.device):
             torch.mm(weight_BF[:, pruned_P], gram_PK, out=targets_DK[rows])
+            if self.drift is not None:
+                targets_DK[rows] += self.drift.cross_FD[:, rows].index_select(0, self.kept_K).T
         return targets_DK
 
     def solver(self, ridge: float) -> Solver:
@@ -262,8 +325,9 @@ class RowsStatistic:
     scratch: Scratch
 
     @classmethod
-    def empty(cls, width: int, scratch: Scratch) -> Self:
-        """The statistic of no tokens."""
+    def empty(cls, width: int, scratch: Scratch, drift_width: int = 0) -> Self:
+        """The statistic of no tokens; drift is not kept (a plan refuses it where rows are)."""
+        assert drift_width == 0, "rows keep no drift"
         return cls([], Moments.empty(width, scratch.device), scratch)
 
     @classmethod
@@ -277,7 +341,7 @@ class RowsStatistic:
         """F."""
         return len(self.moments.sums_F)
 
-    def update(self, z_TF: Tensor) -> None:
+    def update(self, z_TF: Tensor, drift_TD: Tensor | None = None) -> None:
         """Keep the micro-batch. Cost: nothing, or 2 (T + F) F^2 flops once there are more rows than columns."""
         self._append([self.scratch.store(z_TF.detach())])
         self.moments = self.moments.plus(z_TF)
@@ -352,6 +416,10 @@ class RowsStatistic:
     def energy(self, rows_BF: Tensor) -> float:
         """|Z M'|^2. Cost: 2 B N F flops."""
         return sum(float((rows_BF @ z_BF.T).square().sum()) for part in self.parts for _, z_BF in linalg.wide_blocks(part, rows_BF.device))
+
+    def misfit(self, change_BF: Tensor, outputs: slice) -> float:
+        """The energy: there is no drift."""
+        return self.energy(change_BF)
 
 
 class _RowsRefit:

@@ -52,10 +52,14 @@ def grow_states(trees: Sequence[Node], owned: tuple[int, int], leaf: Callable[[i
 
 @dataclass
 class Shard:
-    """One logical shard: its micro-batches stand before `layer`."""
+    """One logical shard: its micro-batches stand before `layer`, and beside them, where drift is made up for, dense ones.
+
+    Of a dense one `outputs[group]` is the residual stream behind that group's block of the layer.
+    """
 
     layer: int
     batches: list[MicroBatch]
+    dense: list[MicroBatch]
 
 
 class Sweep:
@@ -70,7 +74,10 @@ class Sweep:
         run_folder: Path,
         checkpoint_layers: int,
         keep_inputs: bool,
+        drift: float,
     ) -> None:
+        """`drift` is the fraction of the drift from the dense model that statistics hold as a target."""
+        self._drift = drift
         self._model, self._statistic, self._tokens, self._folder = model, statistic, shards, run_folder
         self._groups = {group.name: group for group in groups}
         self._checkpoint_layers, self._keep_inputs = checkpoint_layers, keep_inputs
@@ -91,11 +98,12 @@ class Sweep:
 
     def _shard_statistic(self, module: nn.Module, layer: int, shard: int, name: str, cuts: Mapping[str, Cut]) -> Statistic:
         statistic = self._statistic(self._groups[name].width)
-        for batch in self._shards[shard].batches:
+        for number, batch in enumerate(self._shards[shard].batches):
             self._forget_from(batch, name)
             self._apply(module, layer, batch, cuts)
             z_BTF = layers.consumer_input(module, layer, batch, self._groups, name)
-            statistic.update(z_BTF.flatten(0, -2))
+            drift_BTD = self._drift_of(module, shard, number, name, z_BTF) if self._drift else None
+            statistic.update(z_BTF.flatten(0, -2), drift_BTD)
             if not self._keep_inputs:
                 batch.inputs.clear()
         if not statistic.is_finite():
@@ -103,6 +111,19 @@ class Sweep:
                 f"layer {layer}, {name}: input of {self._groups[name].consumer} is not finite (shard {shard}); set model.dtype: float32"
             )
         return statistic
+
+    def _drift_of(self, module: nn.Module, shard: int, number: int, name: str, z_BTF: Tensor) -> Tensor:
+        """What the stream behind an uncut block would lack of the dense model's, as much of it as is to be made up for (tokens, D)."""
+        layer, batches, dense = self._shards[shard].layer, self._shards[shard].batches, self._shards[shard].dense
+        target_BTD = self._dense_streams(module, layer, dense[number])[name].to(z_BTF.device)
+        before_BTD = layers.stream_before(module, layer, batches[number], self._groups, name)
+        output_BTD = layers.project(module, self._groups[name], z_BTF)
+        return (self._drift * (target_BTD.float() - before_BTD.float() - output_BTD.float())).flatten(0, -2)
+
+    def _dense_streams(self, module: nn.Module, layer: int, dense: MicroBatch) -> dict[str, Tensor]:
+        if not dense.outputs:
+            dense.outputs = layers.dense_streams(module, layer, dense, self._groups)
+        return dense.outputs
 
     def _forget_from(self, batch: MicroBatch, name: str) -> None:
         """Drop what an earlier attempt at this layer has left of this group and those behind it."""
@@ -152,6 +173,9 @@ class Sweep:
         for batch in shard.batches:
             self._apply(module, shard.layer, batch, cuts)
             layers.finish_layer(module, shard.layer, batch, self._groups)
+        for dense in shard.dense:
+            *_, dense.hidden_BTD = self._dense_streams(module, shard.layer, dense).values()
+            dense.outputs = {}
         shard.layer += 1
 
     def _save(self, index: int) -> None:
@@ -159,20 +183,21 @@ class Sweep:
         if not self._checkpoint_layers or shard.layer % self._checkpoint_layers:
             return
         if path := self._hidden_path(index, shard.layer):
-            write_tensors(path, {f"{number:05d}": batch.hidden_BTD.contiguous() for number, batch in enumerate(shard.batches)})
+            batches = [*shard.batches, *shard.dense]
+            write_tensors(path, {f"{number:05d}": batch.hidden_BTD.contiguous() for number, batch in enumerate(batches)})
             for old in path.parent.glob("layer-*.safetensors"):
                 if old != path:
                     old.unlink(missing_ok=True)
 
     def _restored(self, index: int, layer: int) -> Shard:
-        batches = embed_all(self._model, self._tokens[index])
+        batches, dense = (embed_all(self._model, self._tokens[index]) if wanted else [] for wanted in (True, self._drift > 0))
         for saved in range(layer, 0, -1):
             path = self._hidden_path(index, saved)
             if path and path.is_file():
-                for batch, (_, hidden_BTD) in zip(batches, sorted(load_file(path).items()), strict=True):
+                for batch, (_, hidden_BTD) in zip([*batches, *dense], sorted(load_file(path).items()), strict=True):
                     batch.hidden_BTD = batch.store(hidden_BTD.to(self._model.device, copy=True))
-                return Shard(saved, batches)
-        return Shard(0, batches)
+                return Shard(saved, batches, dense)
+        return Shard(0, batches, dense)
 
 
 def check_computed_on(folder: Path, manifest: Manifest, computed_on: str) -> None:

@@ -26,7 +26,7 @@ from workers.config_patch import needs_output_bias, patched_config
 from workers.correction import Correction, correct
 from workers.evaluate import window_losses
 from workers.export import check_loads
-from workers.families import UnitGroup, layer_prefix, unit_groups
+from workers.families import UnitGroup, config_int, layer_prefix, unit_groups
 from workers.files import FileRecord, commit, read_manifest, write_tensors
 from workers.layers import MicroBatch, StreamedModel, read_tensors
 from workers.layout import (
@@ -123,21 +123,24 @@ class Worker:
     def _scratch(self) -> Scratch:
         return self._spill(self._memory.spill_statistics)
 
-    def _statistic(self, num_windows: int, width: int) -> Statistic:
+    def _statistic(self, num_windows: int, width: int, drift_width: int = 0) -> Statistic:
         """The statistic of no tokens, of the kind for so many windows."""
         num_tokens = num_windows * self.job.calibration.sequence_length
-        return statistic_type(self.job.method.needs_rows, num_tokens, width).empty(width, self._scratch)
+        return statistic_type(self.job.method.needs_rows, num_tokens, width).empty(width, self._scratch, drift_width)
 
     @cached_property
     def _sweep(self) -> Sweep:
+        drift = self.job.correction.drift
+        drift_width = config_int(self._checkpoint.config, "hidden_size") if drift else 0
         return Sweep(
             self._model,
             list(self._groups.values()),
-            partial(self._statistic, self.job.calibration.samples),
+            partial(self._statistic, self.job.calibration.samples, drift_width=drift_width),
             self._shards(),
             self.run_folder,
             self.job.memory.checkpoint_layers,
             self._memory.keep_inputs,
+            drift,
         )
 
     def _shards(self) -> list[list[Tensor]]:
@@ -222,7 +225,8 @@ class Worker:
         """Select the units of a group that stay (or take those of the selection pass) and correct the consumer's weight."""
         trees = roots(self.job.calibration.shards, self.job.calibration.held_out_shards)
         fits = self._merged(trees, parts)
-        units = self._selected(layer, group) if self.job.parallel.effective_propagation == "refit" else None
+        is_cut = num_kept < self._groups[group].num_units
+        units = self._selected(layer, group) if is_cut and self.job.parallel.effective_propagation == "refit" else None
         cut, correction = self._cut(layer, group, num_kept, fits, units)
         return {"group": self._summary(group, num_kept, correction)}, cut.arrays()
 
@@ -255,6 +259,8 @@ class Worker:
         return read_tensors(self._checkpoint, {name: self._checkpoint.layer_tensors(layer)[name]}, layer_prefix(layer))[name]
 
     def _select(self, layer: int, name: str, num_kept: int, training: Statistic) -> Tensor:
+        if num_kept == self._groups[name].num_units:
+            return torch.arange(num_kept)
         weight_DF = self._consumer_weight(layer, self._groups[name])
         return select(self.job.method, training, weight_DF, self._groups[name].columns, num_kept)
 

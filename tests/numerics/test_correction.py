@@ -190,3 +190,46 @@ def test_fewer_tokens_than_columns(route: str) -> None:
     torch.testing.assert_close(result.weight_DK, closed_form(z_TF, weight_DF, torch.arange(15), 0.1), rtol=1e-10, atol=1e-10)
     fit = closed_form(z_TF[:9], weight_DF, torch.arange(15), 0.1)
     assert result.held_out_error == pytest.approx(relative_error(z_TF[9:], weight_DF, torch.arange(15), fit), rel=1e-9)
+
+
+def with_drift(z_TF: Tensor, drift_TD: Tensor) -> GramStatistic:
+    """In two micro-batches and two merged parts, through the state that travels."""
+    parts = []
+    for rows in (slice(None, 40), slice(40, None)):
+        part = GramStatistic.empty(z_TF.shape[1], SCRATCH, drift_TD.shape[1])
+        for z, drift in zip(z_TF[rows].split(25), drift_TD[rows].split(25), strict=True):
+            part.update(z, drift)
+        parts.append(GramStatistic.from_state(part.state(), SCRATCH))
+    return parts[0].merge(parts[1]).finished()
+
+
+@pytest.mark.parametrize("num_kept", [7, 13, 20])
+@pytest.mark.parametrize("damping", [1e-6, 0.1])
+def test_with_drift_the_kept_columns_make_up_for_it_too(num_kept: int, damping: float) -> None:
+    """W_K + argmin over C of |Z_K C - Z_P W_P' - E|^2 + ridge |C|^2, by least squares on the stacked rows."""
+    z_TF, weight_DF = data()
+    drift_TD = 0.3 * z_TF @ data(seed=5)[1].T + 0.1 * torch.randn(200, 6, generator=torch.Generator().manual_seed(1)).double()
+    kept_K = torch.arange(20)[-num_kept:]
+    spec = CorrectionSpec(damping=damping)
+    result = correct(
+        with_drift(z_TF[:TRAINING], drift_TD[:TRAINING]),
+        with_drift(z_TF[TRAINING:], drift_TD[TRAINING:]),
+        weight_DF,
+        kept_K,
+        spec,
+        z_TF.dtype,
+    )
+
+    def change(rows: slice) -> Tensor:
+        pruned_P = complement(kept_K, 20)
+        target_TD = z_TF[rows][:, pruned_P] @ weight_DF[:, pruned_P].T + drift_TD[rows]
+        ridge = damping * float(z_TF[rows].square().sum()) / 20
+        stacked = torch.cat([z_TF[rows][:, kept_K], ridge**0.5 * torch.eye(num_kept, dtype=torch.float64)])
+        return torch.linalg.lstsq(stacked, torch.cat([target_TD, torch.zeros(num_kept, 6, dtype=torch.float64)])).solution.T
+
+    torch.testing.assert_close(result.weight_DK, weight_DF[:, kept_K] + change(slice(None)), rtol=1e-5, atol=1e-5)
+    fitted_DK = weight_DF[:, kept_K] + change(slice(None, TRAINING))
+    for rows, error in ((slice(None, TRAINING), result.training_error), (slice(TRAINING, None), result.held_out_error)):
+        output_TD = z_TF[rows] @ weight_DF.T
+        misfit = (z_TF[rows][:, kept_K] @ fitted_DK.T - output_TD - drift_TD[rows]).norm() / output_TD.norm()
+        assert error == pytest.approx(float(misfit), rel=1e-4)

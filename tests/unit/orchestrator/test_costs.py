@@ -83,3 +83,13 @@ def test_ranking_costs_what_the_method_does() -> None:
     assert flops("obs", FEW) == 2 * 8 * 10**2 + 10**3 + 2 * 3 * 10 * (10 + 4)  # rows become a Gram matrix
     assert flops("numerical") == 2 * 4 * 10**2 + 10**3 // 3
     assert flops("flap") == flops("wanda") == 0
+
+
+def test_drift_has_a_dense_path_beside_the_pruned_one_and_corrects_every_group() -> None:
+    (cost,), (plain,) = layer_costs(replace(LOAD, drift=True), MemoryPlan()), layer_costs(LOAD, MemoryPlan())
+    assert cost.forward_flops == 2 * plain.forward_flops
+    assert cost.statistics_flops == 128 * (6 * (6 + 4 * 4) + 10 * (10 + 4 * 4))
+    assert cost.statistics_bytes == 2 * 8 * (6 * (6 + 4) + 10 * (10 + 4))
+    assert cost.selection_flops == plain.selection_flops
+    assert cost.correction_flops > plain.correction_flops
+    assert layer_costs(replace(LAYERS, drift=True), MemoryPlan()) == layer_costs(LAYERS, MemoryPlan()), "nothing drifts on the dense path"

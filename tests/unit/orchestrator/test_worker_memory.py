@@ -77,3 +77,11 @@ def test_more_tokens_never_need_less_memory(placement: Any, propagation: Any, on
 def test_more_workers_never_need_more_memory() -> None:
     sizes = [peak_bytes(replace(BIG, workers=workers), MemoryPlan()) for workers in range(1, 9)]
     assert all(more <= less for less, more in pairwise(sizes))
+
+
+def test_drift_holds_the_dense_streams_and_its_product() -> None:
+    table, plain = (memory_by_step(load, MemoryPlan()) for load in (replace(LOAD, drift=True), LOAD))
+    assert table["collect"]["hidden states"] == 5 * 64 * 4 * 4
+    assert table["collect"]["statistics"] == 2 * 10 * (10 + 4) * 8
+    assert table["decide"]["statistics"] == 2 * 10 * (10 + 4) * 8
+    assert table["decide"]["decision"] == plain["decide"]["decision"]

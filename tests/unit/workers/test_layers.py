@@ -13,7 +13,17 @@ from specs.errors import ModelError
 from tests.conftest import MakeModel
 from workers.checkpoint import Checkpoint, open_checkpoint
 from workers.families import FAMILIES, unit_groups
-from workers.layers import MicroBatch, StreamedModel, apply_cut, consumer_input, dense_pass, finish_layer
+from workers.layers import (
+    MicroBatch,
+    StreamedModel,
+    apply_cut,
+    consumer_input,
+    dense_pass,
+    dense_streams,
+    finish_layer,
+    project,
+    stream_before,
+)
 from workers.slicing import Cut
 
 CPU = torch.device("cpu")
@@ -106,6 +116,31 @@ def test_keeping_every_unit_with_its_weight_changes_nothing(model_type: str, cha
         finish_layer(layer, index, batch, groups)
         finish_layer(layer, index, dense, groups)
         torch.testing.assert_close(batch.hidden_BTD, dense.hidden_BTD, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("model_type", [name for name, family in FAMILIES.items() if len(family.norms) == 2])
+def test_streams_are_what_blocks_add_up_to(model_type: str, make_model: MakeModel) -> None:
+    model, checkpoint = streamed(make_model(model_type))
+    groups, layer, batch = groups_of(checkpoint), model.load_layer(0), model.embed(TOKENS_BT)
+    behind = dense_streams(layer, 0, batch, groups)
+    stream_BTD = batch.hidden_BTD
+    for name, group in groups.items():
+        assert torch.equal(stream_before(layer, 0, batch, groups, name), stream_BTD)
+        z_BTF = consumer_input(layer, 0, batch, groups, name)
+        torch.testing.assert_close(stream_BTD + project(layer, group, z_BTF), behind[name])
+        stream_BTD = behind[name]
+        weight_DF = layer.get_submodule(group.consumer).weight
+        apply_cut(layer, 0, batch, groups, name, Cut(name, torch.arange(group.num_units), weight_DF))
+    finish_layer(layer, 0, batch, groups)
+    assert torch.equal(batch.hidden_BTD, behind["neurons"])
+
+
+def test_streams_of_blocks_that_are_normalised_first_are_not_known(make_model: MakeModel) -> None:
+    model, checkpoint = streamed(make_model("gemma2"))
+    groups = groups_of(checkpoint)
+    assert [group.stream for group in groups.values()] == [None, None]
+    with pytest.raises(AssertionError, match="not added to the residual stream"):
+        stream_before(model.load_layer(0), 0, model.embed(TOKENS_BT), groups, "heads")
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
