@@ -40,13 +40,13 @@ def run_job(job: JobSpec, out: Path, show: Show) -> dict[str, Any]:
         _check_disk(folder.path, plan)
         write_json(folder.path / PLAN_FILE, plan.document())
         stages.start(context)
-        tokens = stages.tokenize(context)
+        tokens, evaluated = stages.tokenize(context)
         context.plan = plan.chosen(stages.choose_shape(context, tokens))
         write_json(folder.path / PLAN_FILE, context.plan.document())
         layers = sweep.prune_layers(context, tokens)
         exported = export.export_model(context, layers)
         shutil.rmtree(folder.path / CACHE, ignore_errors=True)  # hidden states only serve an unfinished sweep
-        losses = stages.evaluate(context, exported)
+        losses = stages.evaluate(context, exported, evaluated)
         context.emit("run-finished")
         return write_report(context, layers, losses)
 

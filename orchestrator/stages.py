@@ -31,18 +31,23 @@ def _start(context: Context) -> None:
         executor.wait([executor.submit(worker, "check_storage", expected) for worker in range(executor.num_workers)])
 
 
-def tokenize(context: Context) -> Manifest:
-    """The calibration text as tokens; the manifest of the task."""
+def tokenize(context: Context) -> tuple[Manifest, Manifest | None]:
+    """The calibration and the evaluation text as tokens, so that a text that will not do is found before any other work."""
     part = context.job.calibration.model_dump(mode="json", include={"format", "field", "samples", "sequence_length"})
-    with context.stage("tokenize", 1):
-        return _tokens(context, CALIBRATION_TASK, part, Path(context.job.calibration.path))
+    spec = context.job.evaluation
+    with context.stage("tokenize", 1 + (spec is not None)):
+        calibration = _tokens(context, CALIBRATION_TASK, part, Path(context.job.calibration.path))
+        if spec is None:
+            return calibration, None
+        part = spec.model_dump(mode="json")
+        return calibration, _tokens(context, EVALUATION_TASK, part, Path(spec.path), calibration.digest, redo_stale=True)
 
 
-def _tokens(context: Context, task: str, part: dict[str, Any], text: Path, redo_stale: bool = False) -> Manifest:
-    """Tokenise one text, once; depends on the text, the tokenizer and the cutting, not on the rest of the job."""
+def _tokens(context: Context, task: str, part: dict[str, Any], text: Path, *inputs: str, redo_stale: bool = False) -> Manifest:
+    """Tokenise one text, once; depends on the text, the tokenizer, the cutting and `inputs`, not on the rest of the job."""
     tokenizer = [record_of(file).sha256 for file in side_files(context.checkpoint.path, TOKENIZER_FILES)]
     digest = record_of(text).sha256 if text.is_file() else ""  # the worker reports a missing text, naming its field
-    expected = context.folder.fingerprint(task, *tokenizer, digest, part=part)
+    expected = context.folder.fingerprint(task, *tokenizer, digest, *inputs, part=part)
     submit = context.executor.submit
     return context.once(task, expected, lambda: context.executor.wait([submit(0, "tokenize", task, expected)]), redo_stale)
 
@@ -89,13 +94,11 @@ def _probe_layer(context: Context, layer: int) -> list[float]:
     return [sum(errors.get(item, 0.0) for item in shape.kept.items()) for shape in context.plan.shapes]
 
 
-def evaluate(context: Context, exported: Manifest) -> dict[str, dict[str, float]] | None:
+def evaluate(context: Context, exported: Manifest, tokens: Manifest | None) -> dict[str, dict[str, float]] | None:
     """Perplexity of the dense (`before`) and the exported model (`after`) under the same code, with its token count."""
-    spec = context.job.evaluation
-    if spec is None:
+    if tokens is None:
         return None
     with context.stage("evaluate", 2):
-        tokens = _tokens(context, EVALUATION_TASK, spec.model_dump(mode="json"), Path(spec.path), redo_stale=True)
         models = {
             "before": (context.checkpoint.path, context.checkpoint.identity),
             "after": (model_folder(context.folder.path), exported.digest),

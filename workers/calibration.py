@@ -12,6 +12,11 @@ from specs.errors import ModelError, SpecError
 from specs.job import EvaluationSpec, TextSpec
 
 _CHARACTERS_PER_TOKEN = 8
+SHARED_RUN = 64
+"""Tokens in a row that two texts do not have in common by chance."""
+SHARED_FRACTION = 0.01
+"""Of the evaluation tokens, so many may lie in such runs: quotations and boilerplate."""
+_CHUNK = 2**16
 
 
 def load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
@@ -119,3 +124,32 @@ def evaluation_windows(spec: EvaluationSpec, tokenizer: PreTrainedTokenizerBase)
             f"{spec.path}: too short: one window needs {spec.window} tokens, the text has {len(tokens)}; lower evaluation.window"
         )
     return tokens.unfold(0, spec.window, stride).contiguous()
+
+
+def check_apart(calibration_ST: Tensor, evaluation_NT: Tensor, path: str) -> None:
+    """Refuse to judge a model by the text it was calibrated on.
+
+    Raises:
+        SpecError: more than `SHARED_FRACTION` of the evaluation tokens lie in runs that the calibration text has too.
+    """
+    fraction = shared_fraction(calibration_ST, evaluation_NT)
+    if fraction > SHARED_FRACTION:
+        raise SpecError(
+            f"evaluation.path: {path}: {fraction:.0%} of its tokens stand in the calibration windows too, so perplexity would flatter the "
+            "pruned model; evaluate on other text, for instance the part behind the calibration windows"
+        )
+
+
+def shared_fraction(calibration_ST: Tensor, evaluation_NT: Tensor) -> float:
+    """The fraction of evaluation tokens in runs of `SHARED_RUN` tokens (at most half a window) that calibration windows hold too.
+
+    The calibration windows are cut into runs, every run of the evaluation windows is compared with all of them, by hash. Runs
+    that two windows share are not seen: where windows are short, up to half of what there is.
+    """
+    size = min(SHARED_RUN, calibration_ST.shape[1] // 2, evaluation_NT.shape[1] // 2)
+    factors = torch.randint(2**62, (size,), generator=torch.Generator().manual_seed(0)) * 2 + 1  # products wrap around: a hash
+    runs = calibration_ST[:, : calibration_ST.shape[1] // size * size].reshape(-1, size)
+    known = (runs * factors).sum(1)
+    chunks = evaluation_NT.unfold(1, size, 1).split(max(1, _CHUNK // evaluation_NT.shape[1]))
+    hits = sum(int(torch.isin((chunk * factors).sum(-1), known).sum()) for chunk in chunks)
+    return min(1.0, hits * size / evaluation_NT.numel())

@@ -20,7 +20,7 @@ from specs.errors import ResourceError
 from specs.job import JobSpec
 from specs.memory import MemoryPlan
 from workers import layers
-from workers.calibration import calibration_windows, evaluation_windows, load_tokenizer
+from workers.calibration import calibration_windows, check_apart, evaluation_windows, load_tokenizer
 from workers.checkpoint import Checkpoint, open_checkpoint
 from workers.config_patch import needs_output_bias, patched_config
 from workers.correction import Correction, correct
@@ -170,13 +170,14 @@ class Worker:
 
     @step
     def tokenize(self, task: str, task_fingerprint: str) -> tuple[Receipt, None]:
-        """Tokenise the calibration or evaluation text once; every worker reads the resulting file."""
+        """Tokenise the calibration or (afterwards) the evaluation text once; every worker reads the resulting file."""
         tokenizer, spec, evaluation = load_tokenizer(Path(self.job.model.path)), self.job.calibration, self.job.evaluation
         if task == CALIBRATION_TASK:
             tokens = calibration_windows(spec, tokenizer, spec.samples, spec.sequence_length)
         else:
             assert evaluation is not None
             tokens = evaluation_windows(evaluation, tokenizer)
+            check_apart(self._tokens(CALIBRATION_TASK), tokens, evaluation.path)
         folder = task_folder(self.run_folder, task)
         write_tensors(folder / TOKENS_FILE, {"tokens": tokens})
         commit(folder, task, task_fingerprint, [TOKENS_FILE], {"shape": list(tokens.shape)})

@@ -43,6 +43,16 @@ def test_bad_option(override: str, words: list[str], make_model: MakeModel, make
     assert all(word in message for word in words), message
 
 
+@pytest.mark.parametrize(("path", "words"), [("/nowhere.txt", "cannot be read"), (None, "stand in the calibration windows too")])
+def test_an_evaluation_text_that_will_not_do_is_found_before_any_layer(
+    path: str | None, words: str, make_model: MakeModel, make_job: MakeJob, text_file: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    job = make_job(make_model(), evaluation={"path": path or str(text_file), "window": 128, "max_windows": 8})
+    message = fails(["run", str(job), "--out", str(tmp_path / "run")], 2, capsys)
+    assert words in message
+    assert {folder.name for folder in (tmp_path / "run" / "tasks").iterdir()} == {"calibration-tokens"}
+
+
 def test_exponent_notation_is_a_number(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
     job = make_job(make_model())
     job.write_text(job.read_text() + "correction:\n  damping: 1e-3\n")

@@ -129,11 +129,12 @@ def test_what_memory_holds_never_changes_the_bytes(
 
 
 def test_report_and_evaluation(make_model: MakeModel, make_job: MakeJob, text_file: Path, tmp_path: Path) -> None:
-    dense = make_model()
-    report = run(make_job(dense, evaluation={"path": str(text_file), "window": 32, "stride": 16, "max_windows": 4}), tmp_path / "run")
+    dense, held_out = make_model(), tmp_path / "held_out.txt"
+    held_out.write_text(text_file.read_text(encoding="utf-8")[30_000:], encoding="utf-8")
+    report = run(make_job(dense, evaluation={"path": str(held_out), "window": 32, "stride": 16, "max_windows": 4}), tmp_path / "run")
     assert {"parameters", "decoder_parameters", "bytes_on_disk", "perplexity", "seconds", "peak_memory_bytes", "layers"} <= report.keys()
     for name, folder in (("before", dense), ("after", tmp_path / "run" / "model")):
-        assert report["perplexity"][name] == pytest.approx(_perplexity(folder, text_file), rel=1e-5)
+        assert report["perplexity"][name] == pytest.approx(_perplexity(folder, held_out), rel=1e-5)
     assert report["evaluation"]["scored_tokens"] == 31 + 3 * 16
     for layer in report["layers"]:
         assert {"kept", "of", "damping", "training_error", "held_out_error"} <= layer["groups"]["neurons"].keys()

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from specs.errors import ModelError, SpecError
 from specs.job import EvaluationSpec, TextSpec
 from tests.conftest import build_model
-from workers.calibration import calibration_windows, evaluation_windows, load_tokenizer, tokenize
+from workers.calibration import calibration_windows, check_apart, evaluation_windows, load_tokenizer, shared_fraction, tokenize
 
 
 @pytest.fixture(scope="module")
@@ -157,3 +157,22 @@ def test_unusable_tokenizers_are_refused(content: str | None, tmp_path: Path) ->
         (folder / "tokenizer.json").write_text(content)
     with pytest.raises(ModelError, match="no usable tokenizer"):
         load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("offset", [0, 1, 37, 200])
+@pytest.mark.parametrize(("samples", "length", "window"), [(8, 128, 256), (4, 40, 64), (16, 96, 32)])
+def test_shared_text_is_found_at_any_offset(offset: int, samples: int, length: int, window: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    calibration, other = (
+        torch.randint(50_000, (samples * length,), generator=generator),
+        torch.randint(50_000, (4096,), generator=generator),
+    )
+    text = torch.cat([other[: 1024 + offset], calibration, other[1024 + offset :]])
+    windows_NT = text[: len(text) // window * window].reshape(-1, window)
+    expected = samples * length / windows_NT.numel()
+    assert 0.4 * expected < shared_fraction(calibration.reshape(samples, length), windows_NT) <= 1.1 * expected
+    with pytest.raises(SpecError, match=r"evaluation\.path: /e\.txt: \d+% of its tokens stand in the calibration windows too"):
+        check_apart(calibration.reshape(samples, length), windows_NT, "/e.txt")
+    apart = other[: 4096 // window * window].reshape(-1, window)
+    assert shared_fraction(calibration.reshape(samples, length), apart) == 0
+    check_apart(calibration.reshape(samples, length), apart, "/e.txt")
