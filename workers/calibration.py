@@ -144,9 +144,11 @@ def shared_fraction(calibration_ST: Tensor, evaluation_NT: Tensor) -> float:
     """The fraction of evaluation tokens in runs of `SHARED_RUN` tokens (at most half a window) that calibration windows hold too.
 
     The calibration windows are cut into runs, every run of the evaluation windows is compared with all of them, by hash. Runs
-    that two windows share are not seen: where windows are short, up to half of what there is.
+    that lie in two windows are not seen: where windows are short, up to half of what there is; of very short ones nothing is said.
     """
     size = min(SHARED_RUN, calibration_ST.shape[1] // 2, evaluation_NT.shape[1] // 2)
+    if size < SHARED_RUN // 4:
+        return 0.0
     factors = torch.randint(2**62, (size,), generator=torch.Generator().manual_seed(0)) * 2 + 1  # products wrap around: a hash
     runs = calibration_ST[:, : calibration_ST.shape[1] // size * size].reshape(-1, size)
     known = (runs * factors).sum(1)
