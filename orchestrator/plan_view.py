@@ -14,6 +14,7 @@ LAYER_BYTES = {
     "read from disk": "read_bytes",
     "written to disk": "written_bytes",
 }
+FOOTPRINT = {"weight bytes": "weight_bytes", "FLOPs per token": "flops_per_token", "KV cache bytes per token": "kv_bytes_per_token"}
 LAYER_FLOPS = {f"FLOPs, {name}": f"{name}_flops" for name in ("forward", "statistics", "selection", "correction")}
 KINDS = ("runtime", "weights", "hidden states", "inputs", "activations", "payloads", "statistics", "decision", "output")
 
@@ -49,6 +50,9 @@ def _print_shapes(plan: Plan) -> None:
     rows.append(["decoder parameters remaining", *(f"{shape.decoder_parameters:,}" for shape in plan.shapes)])
     rows.append(["parameters remaining", *(f"{shape.parameters:,}" for shape in plan.shapes)])
     rows.append(["decoder removed", *(f"{1 - shape.decoder_parameters / plan.model.decoder_parameters:.2%}" for shape in plan.shapes)])
+    for label, field in FOOTPRINT.items():
+        if plan.shapes[0].weight_bytes is not None:
+            rows.append([label, *(f"{getattr(shape, field):,}" for shape in plan.shapes)])
     print_table(title, ["", *(str(number + 1) for number in range(len(plan.shapes)))], rows)
 
 

@@ -4,14 +4,14 @@ Only the split between KV groups and neurons may stay open: there are then sever
 the budget allows beside its KV groups.
 """
 
-import math
-from dataclasses import dataclass, field
+from bisect import bisect_left
+from dataclasses import asdict, dataclass, field
 
+from orchestrator.footprint import Footprint, exceeded, footprint, limits
 from specs.errors import SpecError
 from specs.job import JobSpec
 from workers.checkpoint import Checkpoint
-from workers.config_patch import needs_output_bias, patched_config
-from workers.families import UnitGroup, unit_groups, unit_parameters
+from workers.families import unit_groups
 from workers.shapes import LayerKind
 
 MAX_OPEN_SHAPES = 4
@@ -19,12 +19,15 @@ MAX_OPEN_SHAPES = 4
 
 @dataclass(frozen=True)
 class Shape:
-    """Units that stay in every layer, and the parameters of the model that results."""
+    """Units that stay in every layer, and what the model that results takes (see `Footprint`; None where it is only planned)."""
 
     heads: int
     neurons: int
     decoder_parameters: int
     parameters: int
+    weight_bytes: int | None = None
+    flops_per_token: int | None = None
+    kv_bytes_per_token: int | None = None
     others: dict[str, int] = field(default_factory=dict)
     """Units of further groups, such as the experts' channels where some layers have none."""
 
@@ -47,44 +50,52 @@ def open_shapes(job: JobSpec, checkpoint: Checkpoint) -> tuple[Shape, ...]:
     Raises:
         SpecError: none meets the budget and loads.
     """
-    heads, neurons = unit_groups(checkpoint.config)
+    dense = {group.name: group.num_units for group in unit_groups(checkpoint.config)}
+    if not exceeded(footprint(checkpoint, dense, job.export), limits(job.budget, checkpoint.decoder_parameters)):
+        raise SpecError("budget: the model meets every target as it is, nothing would be removed; ask for less, or set budget.sparsity")
+    groups = dense["heads"]
     if job.budget.kv_groups != "auto":
-        if job.budget.kv_groups > heads.num_units:
-            raise SpecError(f"budget.kv_groups: {job.budget.kv_groups} is more than the model's {heads.num_units}")
+        if job.budget.kv_groups > groups:
+            raise SpecError(f"budget.kv_groups: {job.budget.kv_groups} is more than the model's {groups}")
         candidates = [job.budget.kv_groups]
     else:
-        candidates = list(range(heads.num_units, 0, -max(1, heads.num_units // 8)))[:MAX_OPEN_SHAPES]
+        candidates = list(range(groups, 0, -max(1, groups // 8)))
     shapes, refusals = [], []
     for num_heads in candidates:
         try:
-            shapes.append(_widest(job, checkpoint, heads, neurons, num_heads))
+            shapes.append(_widest(job, checkpoint, num_heads))
         except SpecError as error:
             refusals.append(str(error))
+        if len(shapes) == MAX_OPEN_SHAPES:
+            break
     if not shapes:
-        raise SpecError(f"budget: no shape removes {job.budget.sparsity:.1%} of the decoder: " + "; ".join(refusals))
+        sparsity = job.budget.sparsity
+        goal = "meets it" if sparsity is None else f"removes {sparsity:.1%} of the decoder"
+        raise SpecError(f"budget: no shape {goal}: " + "; ".join(refusals))
     return tuple(shapes)
 
 
-def _widest(job: JobSpec, checkpoint: Checkpoint, heads: UnitGroup, neurons: UnitGroup, num_heads: int) -> Shape:
-    """The widest FFN that, with so many KV groups, removes enough."""
-    names = {name: info.shape for name, info in checkpoint.layer_tensors(0).items()}
-    layers, round_to = checkpoint.num_layers, job.budget.round_to
-    target = math.ceil(job.budget.sparsity * checkpoint.decoder_parameters - 1e-6)
-    by_heads = layers * (heads.num_units - num_heads) * unit_parameters(names, heads)
-    patched = patched_config(checkpoint.config, {"heads": num_heads, "neurons": neurons.num_units}, job.export.target, job.export.dtype)
-    if needs_output_bias(checkpoint.config, patched):
-        by_heads -= layers * names["self_attn.o_proj.weight"][0]
-    per_neuron = layers * unit_parameters(names, neurons)
-    width = neurons.num_units
-    if by_heads < target:
-        width = (neurons.num_units - math.ceil((target - by_heads) / per_neuron)) // round_to * round_to
-    if width < 1:
+def _widest(job: JobSpec, checkpoint: Checkpoint, num_heads: int) -> Shape:
+    """The widest FFN that, with so many KV groups, meets every target.
+
+    Raises:
+        SpecError: there is none, or no loader takes it.
+    """
+    budget, neurons = job.budget, unit_groups(checkpoint.config)[1].num_units
+    allowed = limits(budget, checkpoint.decoder_parameters)
+
+    def size(width: int) -> Footprint:
+        return footprint(checkpoint, {"heads": num_heads, "neurons": width}, job.export)
+
+    widths = [neurons, *range((neurons - 1) // budget.round_to * budget.round_to, 0, -budget.round_to)]
+    place = bisect_left(widths, True, key=lambda width: not exceeded(size(width), allowed))
+    if place == len(widths):
+        changes = ", ".join(exceeded(size(widths[-1]), allowed))
         raise SpecError(
-            f"with {num_heads} KV groups no FFN width of at least budget.round_to ({round_to}) is left; "
-            "lower budget.sparsity, budget.round_to or budget.kv_groups"
+            f"with {num_heads} KV groups no FFN width of at least budget.round_to ({budget.round_to}) is left; {changes}, "
+            "or lower budget.round_to or budget.kv_groups"
         )
-    removed = by_heads + (neurons.num_units - width) * per_neuron
-    return Shape(num_heads, width, checkpoint.decoder_parameters - removed, checkpoint.parameters - removed)
+    return Shape(num_heads, widths[place], **asdict(size(widths[place])))
 
 
 def planned_shape(job: JobSpec, checkpoint: Checkpoint, kinds: tuple[LayerKind, ...]) -> Shape:
@@ -93,16 +104,19 @@ def planned_shape(job: JobSpec, checkpoint: Checkpoint, kinds: tuple[LayerKind, 
     Raises:
         SpecError: no such fraction meets the budget.
     """
+    sparsity = job.budget.sparsity
+    if sparsity is None or len(limits(job.budget, checkpoint.decoder_parameters)) > 1:
+        raise SpecError("budget: a model that is only planned takes sparsity alone; leave the other targets out")
     units = units_by_group(kinds)
     heads = units["heads"] if job.budget.kv_groups == "auto" else min(job.budget.kv_groups, units["heads"])
     steps = max(units.values()) // job.budget.round_to
     for step in range(steps, 0, -1):
         kept = {name: _part(count, step / steps, job.budget.round_to) for name, count in units.items()} | {"heads": heads}
         removed = sum(kind.num_layers * _removed(kind, kept) for kind in kinds)
-        if removed >= job.budget.sparsity * checkpoint.decoder_parameters - 1e-6:
+        if removed >= sparsity * checkpoint.decoder_parameters - 1e-6:
             others = {name: count for name, count in kept.items() if name not in ("heads", "neurons")}
-            return Shape(heads, kept["neurons"], checkpoint.decoder_parameters - removed, checkpoint.parameters - removed, others)
-    raise SpecError(f"budget: no shape removes {job.budget.sparsity:.1%} of the decoder; lower budget.sparsity or budget.round_to")
+            return Shape(heads, kept["neurons"], checkpoint.decoder_parameters - removed, checkpoint.parameters - removed, others=others)
+    raise SpecError(f"budget: no shape removes {sparsity:.1%} of the decoder; lower budget.sparsity or budget.round_to")
 
 
 def _part(count: int, fraction: float, round_to: int) -> int:

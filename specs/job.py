@@ -4,6 +4,7 @@ All models are frozen and closed: an unknown key is an error, and a validated jo
 A field's docstring is its documentation in the JSON schema.
 """
 
+from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -84,11 +85,23 @@ class CalibrationSpec(TextSpec):
         return self
 
 
-class BudgetSpec(Section):
-    """How much goes."""
+DEFAULT_SPARSITY = 0.2
+_TARGETS = ("sparsity", "parameters", "weight_bytes", "flops_per_token", "kv_bytes_per_token")
 
-    sparsity: float = Field(default=0.2, gt=0.0, lt=1.0)
-    """Fraction of the decoder-layer parameters removed, at least."""
+
+class BudgetSpec(Section):
+    """How much goes. Every target that is given is met."""
+
+    sparsity: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """Fraction of the decoder-layer parameters removed, at least; null: 0.2, or no such target where another one is given."""
+    parameters: Annotated[int, Field(ge=1)] | None = None
+    """Parameters of the whole model, at most."""
+    weight_bytes: ByteSize | None = None
+    """Bytes of the weights on disk, at most."""
+    flops_per_token: Annotated[float, Field(gt=0.0)] | None = None
+    """Floating-point operations of the products with all weight matrices for one token, at most."""
+    kv_bytes_per_token: ByteSize | None = None
+    """Bytes that the KV cache takes for one token, at most."""
     round_to: int = Field(default=64, ge=1, le=4096)
     """The FFN width that stays is a multiple of this, in channels."""
     kv_groups: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
@@ -97,6 +110,13 @@ class BudgetSpec(Section):
     """Calibration windows used to predict output errors when `kv_groups` is `auto`."""
     probe_layers: int = Field(default=5, ge=1, le=4096)
     """Layers, evenly spaced, at which output errors are predicted when `kv_groups` is `auto`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _some_target(cls, options: object) -> object:
+        if isinstance(options, Mapping) and all(options.get(name) is None for name in _TARGETS):
+            return {**options, "sparsity": DEFAULT_SPARSITY}
+        return options
 
 
 class CorrectionSpec(Section):

@@ -1,0 +1,93 @@
+"""What a pruned model takes, in the units in which a budget can be given: from the dense model's headers and the units that stay."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from specs.job import BudgetSpec, ExportSpec
+from workers.checkpoint import DTYPES, PLANNED_BYTES, Checkpoint, TensorInfo
+from workers.config_patch import needs_output_bias, patched_config
+from workers.families import config_int, unit_groups
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Sizes of a model, and what it takes to read one more token."""
+
+    decoder_parameters: int
+    parameters: int
+    weight_bytes: int
+    """Tensors on disk, without headers."""
+    flops_per_token: int
+    """Products with all weight matrices, two operations each; attention over earlier tokens comes on top."""
+    kv_bytes_per_token: int
+    """Keys and values that the cache keeps of one token, in the type of the weights."""
+
+
+def footprint(checkpoint: Checkpoint, kept: Mapping[str, int], export: ExportSpec) -> Footprint:
+    """The footprint of the model that keeps so many units per group in every layer; `kept` may hold all of them.
+
+    Raises:
+        SpecError: no loader takes such a model.
+    """
+    layer = _kept_layer(checkpoint, kept, export)
+    outer = {name: (info.shape, _element_bytes(info, export)) for name, info in checkpoint.outer_tensors.items()}
+    config, layers = checkpoint.config, checkpoint.num_layers
+    matrices = sum(math.prod(shape) for shape, _ in layer.values() if len(shape) == 2)
+    head = config_int(config, "vocab_size") * config_int(config, "hidden_size")
+    keys = unit_groups(config)[0].producers[1]
+    decoder = layers * sum(math.prod(shape) for shape, _ in layer.values())
+    return Footprint(
+        decoder_parameters=decoder,
+        parameters=decoder + sum(math.prod(shape) for shape, _ in outer.values()),
+        weight_bytes=layers * _num_bytes(layer) + _num_bytes(outer),
+        flops_per_token=2 * (layers * matrices + head),
+        kv_bytes_per_token=layers * 2 * kept["heads"] * keys.rows * layer[f"{keys.module}.weight"][1],
+    )
+
+
+Sizes = dict[str, tuple[tuple[int, ...], int]]
+"""Shape and bytes per element, by tensor."""
+
+
+def _num_bytes(tensors: Sizes) -> int:
+    return sum(math.prod(shape) * size for shape, size in tensors.values())
+
+
+def _element_bytes(info: TensorInfo, export: ExportSpec) -> int:
+    return PLANNED_BYTES[info.dtype if export.dtype == "auto" else DTYPES[export.dtype]]
+
+
+def _kept_layer(checkpoint: Checkpoint, kept: Mapping[str, int], export: ExportSpec) -> Sizes:
+    """A layer's tensors as they will be written."""
+    infos = checkpoint.layer_tensors(0)
+    shapes = {name: info.shape for name, info in infos.items()}
+    for group in unit_groups(checkpoint.config):
+        for producer in group.producers:
+            for name in {f"{producer.module}.weight", f"{producer.module}.bias"} & shapes.keys():
+                shapes[name] = (producer.rows * kept[group.name], *shapes[name][1:])
+        shapes[f"{group.consumer}.weight"] = (shapes[f"{group.consumer}.weight"][0], group.columns * kept[group.name])
+    sizes = {name: (shape, _element_bytes(infos[name], export)) for name, shape in shapes.items()}
+    if needs_output_bias(checkpoint.config, patched_config(checkpoint.config, kept, export.target, export.dtype)):
+        (outputs, _), size = sizes["self_attn.o_proj.weight"]
+        sizes["self_attn.o_proj.bias"] = ((outputs,), size)
+    return sizes
+
+
+def limits(budget: BudgetSpec, dense_decoder_parameters: int) -> dict[str, float]:
+    """The most of a footprint that the budget allows, by field of `Footprint`."""
+    asked = {
+        "decoder_parameters": budget.sparsity and (1 - budget.sparsity) * dense_decoder_parameters + 1e-6,
+        "parameters": budget.parameters,
+        "weight_bytes": budget.weight_bytes,
+        "flops_per_token": budget.flops_per_token,
+        "kv_bytes_per_token": budget.kv_bytes_per_token,
+    }
+    return {name: limit for name, limit in asked.items() if limit is not None}
+
+
+def exceeded(size: Footprint, allowed: Mapping[str, float]) -> list[str]:
+    """What to change, for everything that a footprint takes more of than is allowed."""
+    over = {name: getattr(size, name) for name, limit in allowed.items() if getattr(size, name) > limit}
+    changes = {name: "lower budget.sparsity" if name == "decoder_parameters" else f"raise budget.{name}" for name in over}
+    return [f"{changes[name]} ({name.replace('_', ' ')}: {value:,} of {allowed[name]:,.0f})" for name, value in over.items()]
