@@ -70,7 +70,8 @@ def _figures(report: Mapping[str, Any]) -> str:
         used = report["evaluation"]
         counts = f"{used['windows']:,} windows · {used['scored_tokens']:,} scored tokens"
         note = f"Perplexity: text {used['path']} · window {used['window']:,} · stride {used['stride']:,} · {counts}"
-    return f"<dl>{''.join(figures)}</dl><p>{_text(note)}</p>"
+    warnings = "".join(f"<p><strong>Warning:</strong> {_text(warning)}</p>" for warning in report["warnings"])
+    return f"<dl>{''.join(figures)}</dl><p>{_text(note)}</p>{warnings}"
 
 
 def _figure(name: str, values: Mapping[str, float], units: Sequence[tuple[float, str]]) -> str:

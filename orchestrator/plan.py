@@ -4,6 +4,7 @@ Where several shapes meet the budget the plan lists them all, and a probe of the
 sweep. Numbers come from `orchestrator.memory_choice`, `costs` and `timing`.
 """
 
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -20,6 +21,8 @@ from workers.checkpoint import Checkpoint
 from workers.families import unit_groups, why_not_pruned
 from workers.layout import CALIBRATION_TASK, EVALUATION_TASK, EXPORT_TASK, OUTER_TASK, SHAPE_TASK, layer_task, selection_task
 
+FEW_TOKENS = 10
+"""Calibration tokens per FFN channel below which corrections overfit, measured on SmolLM2-135M (docs/methods/stat.md)."""
 FLAT_PARTS = ("model", "needs", "traffic")
 """Parts of a plan whose fields stand side by side with the rest in plan.json."""
 
@@ -73,6 +76,17 @@ class Plan:
         if len(self.shapes) != 1:
             raise ValueError(f"{len(self.shapes)} shapes are open")
         return self.shapes[0]
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What will harm the result, with numbers."""
+        if self.tokens_per_neuron >= FEW_TOKENS:
+            return ()
+        given, each = self.calibration_tokens, self.tokens_per_neuron
+        return (
+            f"{given:,} calibration tokens are {each:.1f} per FFN channel: below {FEW_TOKENS} corrections fit the text more than the model; "
+            f"{math.ceil(given * FEW_TOKENS / each):,} tokens would do (calibration.samples, calibration.sequence_length)",
+        )
 
     def pruned_groups(self) -> list[str]:
         """Groups that lose units, in layer order."""

@@ -118,8 +118,9 @@ def _print_totals(plan: Plan) -> None:
     if traffic.spilled_bytes:
         print(f"files instead of memory: {gib(traffic.spilled_bytes)} written and read")
     print(f"output: at most {_mib(plan.output_bytes)}")
-    few = "" if plan.tokens_per_neuron >= 10 else " (fewer than 10: corrections will overfit)"
-    print(f"calibration: {plan.calibration_tokens:,} tokens, {plan.tokens_per_neuron:.1f} per FFN channel{few}")
+    print(f"calibration: {plan.calibration_tokens:,} tokens, {plan.tokens_per_neuron:.1f} per FFN channel")
+    for warning in plan.warnings:
+        print(f"warning: {warning}")
 
 
 def _mib(num_bytes: int) -> str:

@@ -36,6 +36,7 @@ def write_report(context: Context, layers: Sequence[Manifest], losses: Losses) -
         "perplexity": {name: result["perplexity"] for name, result in losses.items()} if losses else None,
         "evaluation": _evaluation(context, losses),
         "calibration": context.job.calibration.model_dump(mode="json"),
+        "warnings": list(context.plan.warnings),
         "seconds": seconds | {"total": sum(seconds.values())},
         "step_seconds": context.executor.step_seconds,
         "peak_memory_bytes": _peaks(events),

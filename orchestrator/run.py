@@ -37,6 +37,8 @@ def run_job(job: JobSpec, out: Path, show: Show) -> dict[str, Any]:
         executor = stack.enter_context(make_executor(job, folder.path, plan))
         context = Context(job, checkpoint, plan, folder, executor, show)
         context.emit("run-started", job=str(folder.path), workers=executor.num_workers, executor=job.cluster.executor)
+        for warning in plan.warnings:
+            context.emit("warning", text=warning)
         _check_disk(folder.path, plan)
         write_json(folder.path / PLAN_FILE, plan.document())
         stages.start(context)

@@ -31,6 +31,7 @@ def make_report(num_layers: int = 4) -> dict[str, Any]:
         "bytes_on_disk": {"before": 538_090_408, "after": 451_828_656},
         "perplexity": {"before": 22.0011, "after": 28.2271},
         "evaluation": {"path": "held.txt", "window": 1024, "stride": 512, "windows": 20, "scored_tokens": 20460},
+        "warnings": ["2,048 calibration tokens are 1.3 per FFN channel <b>"],
         "seconds": {"tokenize": 10.0, "sweep": 30.0, "total": 40.0},
         "peak_memory_bytes": {"driver": 2**29, "worker-0": 3 * 2**30},
         "layers": [{"layer": number, "groups": copy.deepcopy(groups)} for number in range(num_layers)],
@@ -181,3 +182,9 @@ def test_names_are_text() -> None:
     assert {tag for tag, _ in Page(page).tags} == {tag for tag, _ in plain.tags}
     assert SCRIPT in Page(page).text
     assert len(svgs(page)) == 3
+
+
+def test_warnings_are_shown_and_escaped() -> None:
+    page = html_report(make_report())
+    assert "Warning: 2,048 calibration tokens are 1.3 per FFN channel <b>" in " ".join(Page(page).text.split())
+    assert "Warning" not in html_report(make_report() | {"warnings": []})

@@ -227,3 +227,12 @@ def test_printed_plans_show_every_shape(make_model: MakeModel, make_job: MakeJob
     assert "fewer than 10" not in shown
     print_plan(plan.chosen(plan.shapes[0]))
     assert "picks one" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("samples", "warned"), [(7, True), (8, False)])
+def test_few_tokens_are_warned_of_with_numbers(samples: int, warned: bool, make_model: MakeModel, make_job: MakeJob) -> None:
+    plan = planned(make_model(), make_job, calibration={"samples": samples, "sequence_length": 60, "shards": 4})[0]
+    assert bool(plan.warnings) == warned
+    if warned:
+        assert "420 calibration tokens are 8.8 per FFN channel" in plan.warnings[0]
+        assert "480 tokens would do" in plan.warnings[0]
