@@ -84,7 +84,7 @@ class Plan:
             return ()
         given, each = self.calibration_tokens, self.tokens_per_neuron
         return (
-            f"{given:,} calibration tokens are {each:.1f} per FFN channel: below {FEW_TOKENS} corrections fit the text more than the model; "
+            f"{given:,} calibration tokens are {each:.1f} per FFN channel: below {FEW_TOKENS} corrections overfit; "
             f"{math.ceil(given * FEW_TOKENS / each):,} tokens would do (calibration.samples, calibration.sequence_length)",
         )
 
