@@ -1,6 +1,7 @@
 """The short stages around the sweep: tokens, the shape, perplexity."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from orchestrator.context import Context
 from orchestrator.export import TOKENIZER_FILES, side_files
 from orchestrator.run_folder import REPORT_FILE
 from orchestrator.shapes import Shape
+from specs.job import TextSpec
 from workers.files import Manifest, commit, record_of
 from workers.layout import CALIBRATION_TASK, EVALUATION_TASK, SHAPE_TASK, model_folder, task_folder
 from workers.shards import even_parts
@@ -33,21 +35,26 @@ def _start(context: Context) -> None:
 
 def tokenize(context: Context) -> tuple[Manifest, Manifest | None]:
     """The calibration and the evaluation text as tokens, so that a text that will not do is found before any other work."""
-    part = context.job.calibration.model_dump(mode="json", include={"format", "field", "samples", "sequence_length"})
-    spec = context.job.evaluation
+    job, spec = context.job.calibration, context.job.evaluation
+    cutting = job.model_dump(mode="json", include={"samples", "sequence_length"}) | {"texts": [_reading(text) for text in (job, *job.mix)]}
     with context.stage("tokenize", 1 + (spec is not None)):
-        calibration = _tokens(context, CALIBRATION_TASK, part, Path(context.job.calibration.path))
+        calibration = _tokens(context, CALIBRATION_TASK, cutting, [job.path, *(text.path for text in job.mix)])
         if spec is None:
             return calibration, None
         part = spec.model_dump(mode="json")
-        return calibration, _tokens(context, EVALUATION_TASK, part, Path(spec.path), calibration.digest, redo_stale=True)
+        return calibration, _tokens(context, EVALUATION_TASK, part, [spec.path], calibration.digest, redo_stale=True)
 
 
-def _tokens(context: Context, task: str, part: dict[str, Any], text: Path, *inputs: str, redo_stale: bool = False) -> Manifest:
-    """Tokenise one text, once; depends on the text, the tokenizer, the cutting and `inputs`, not on the rest of the job."""
+def _reading(text: TextSpec) -> dict[str, Any]:
+    """How a text is read, and its weight if it has one; where it lies does not matter."""
+    return text.model_dump(mode="json", include={"format", "field", "weight"})
+
+
+def _tokens(context: Context, task: str, part: dict[str, Any], texts: Sequence[str], *inputs: str, redo_stale: bool = False) -> Manifest:
+    """Tokenise texts, once; depends on the texts, the tokenizer, the cutting and `inputs`, not on the rest of the job."""
     tokenizer = [record_of(file).sha256 for file in side_files(context.checkpoint.path, TOKENIZER_FILES)]
-    digest = record_of(text).sha256 if text.is_file() else ""  # the worker reports a missing text, naming its field
-    expected = context.folder.fingerprint(task, *tokenizer, digest, *inputs, part=part)
+    digests = [record_of(Path(text)).sha256 if Path(text).is_file() else "" for text in texts]  # the worker reports a missing text
+    expected = context.folder.fingerprint(task, *tokenizer, *digests, *inputs, part=part)
     submit = context.executor.submit
     return context.once(task, expected, lambda: context.executor.wait([submit(0, "tokenize", task, expected)]), redo_stale)
 

@@ -64,11 +64,20 @@ class TextSpec(Section):
     """JSON Lines: the key that holds a document's text; documents are joined by a blank line."""
 
 
+class MixedTextSpec(TextSpec):
+    """A further calibration text."""
+
+    weight: float = Field(default=1.0, gt=0.0, le=1e6)
+    """Windows taken from it, for each one taken from the first text."""
+
+
 class CalibrationSpec(TextSpec):
     """The text whose activations decide what is kept."""
 
+    mix: tuple[MixedTextSpec, ...] = Field(default=(), max_length=64)
+    """Further texts: windows of all of them alternate, in proportion to their weights; the first text's is 1."""
     samples: int = Field(default=128, ge=2, le=1_000_000)
-    """Number of windows, taken from the start of the text."""
+    """Number of windows, taken from the start of each text."""
     sequence_length: int = Field(default=2048, ge=8, le=1_048_576)
     """Length of one window, in tokens."""
     shards: int = Field(default=8, ge=2, le=4096)

@@ -221,6 +221,8 @@ def _path_fields(model: type[BaseModel], prefix: KeyPath = ()) -> Iterator[KeyPa
 def _resolve_paths(node: Located, fields: frozenset[KeyPath], at: KeyPath = ()) -> Located:
     if isinstance(node.value, dict):
         return replace(node, value={key: _resolve_paths(item, fields, (*at, key)) for key, item in node.value.items()})
+    if isinstance(node.value, list):
+        return replace(node, value=[_resolve_paths(item, fields, at) for item in node.value])
     if at in fields and isinstance(node.value, str) and node.value:  # an empty path is left for the validation to refuse
         return replace(node, value=os.path.abspath(os.path.join(node.folder, os.path.expanduser(node.value))))
     return node

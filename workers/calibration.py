@@ -1,7 +1,7 @@
 """Text in, token windows out: read once, tokenised as a whole, cut without overlap."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from specs.errors import ModelError, SpecError
-from specs.job import EvaluationSpec, TextSpec
+from specs.job import CalibrationSpec, EvaluationSpec, TextSpec
 
 _CHARACTERS_PER_TOKEN = 8
 SHARED_RUN = 64
@@ -96,12 +96,34 @@ def tokenize(spec: TextSpec, tokenizer: PreTrainedTokenizerBase, max_tokens: int
         characters *= 2
 
 
-def calibration_windows(spec: TextSpec, tokenizer: PreTrainedTokenizerBase, samples: int, sequence_length: int) -> Tensor:
-    """The first windows of the text, shape (samples, sequence_length), int64.
+def calibration_windows(spec: CalibrationSpec, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """The first windows of every text, in turn as their shares demand, shape (samples, sequence_length), int64.
 
     Raises:
-        SpecError: the text is too short.
+        SpecError: a text is too short, or its weight too small for a single window.
     """
+    texts: list[TextSpec] = [spec, *spec.mix]
+    counts = shares(spec.samples, [1.0, *(text.weight for text in spec.mix)])
+    for text, count in zip(texts, counts, strict=True):
+        if count == 0:
+            raise SpecError(f"{text.path}: its weight gives it none of the {spec.samples} samples; raise the weight or calibration.samples")
+    windows = [_first_windows(text, tokenizer, count, spec.sequence_length) for text, count in zip(texts, counts, strict=True)]
+    turns = sorted(((place + 0.5) / count, number, place) for number, count in enumerate(counts) for place in range(count))
+    return torch.stack([windows[number][place] for _, number, place in turns])
+
+
+def shares(total: int, weights: Sequence[float]) -> list[int]:
+    """`total` things in proportion to weights, whole ones: the largest remainders round up, ties the earlier first."""
+    exact = [total * weight / sum(weights) for weight in weights]
+    counts = [int(share) for share in exact]
+    by_remainder = sorted(range(len(weights)), key=lambda number: (counts[number] - exact[number], number))
+    for number in by_remainder[: total - sum(counts)]:
+        counts[number] += 1
+    return counts
+
+
+def _first_windows(spec: TextSpec, tokenizer: PreTrainedTokenizerBase, samples: int, sequence_length: int) -> Tensor:
+    """The first windows of one text."""
     tokens = tokenize(spec, tokenizer, samples * sequence_length)
     if len(tokens) < samples * sequence_length:
         raise SpecError(

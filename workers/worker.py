@@ -171,9 +171,9 @@ class Worker:
     @step
     def tokenize(self, task: str, task_fingerprint: str) -> tuple[Receipt, None]:
         """Tokenise the calibration or (afterwards) the evaluation text once; every worker reads the resulting file."""
-        tokenizer, spec, evaluation = load_tokenizer(Path(self.job.model.path)), self.job.calibration, self.job.evaluation
+        tokenizer, evaluation = load_tokenizer(Path(self.job.model.path)), self.job.evaluation
         if task == CALIBRATION_TASK:
-            tokens = calibration_windows(spec, tokenizer, spec.samples, spec.sequence_length)
+            tokens = calibration_windows(self.job.calibration, tokenizer)
         else:
             assert evaluation is not None
             tokens = evaluation_windows(evaluation, tokenizer)

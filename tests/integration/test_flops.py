@@ -35,7 +35,7 @@ def test_sweep_costs_about_one_forward_pass(
     dense = make_model(num_hidden_layers=8)
     path = make_job(dense, budget={"kv_groups": kv_groups, "probe_samples": 2})
     job = load_job(path)
-    windows = calibration_windows(job.calibration, load_tokenizer(dense), 16, 64)
+    windows = calibration_windows(job.calibration, load_tokenizer(dense))
     model = AutoModelForCausalLM.from_pretrained(dense)
     forward = matrix_flops(lambda: model.model(windows, use_cache=False))
 

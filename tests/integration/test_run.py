@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from benchmarks.random_model import byte_tokenizer
 from orchestrator.cli import main
 from tests.conftest import MakeJob, MakeModel, folder_bytes
 from workers.checkpoint import open_checkpoint
@@ -184,3 +186,15 @@ def test_original_config_is_patched_not_resaved(make_model: MakeModel, make_job:
     names = {path.name for path in (tmp_path / "run" / "model").iterdir()}
     assert {"LICENSE", "tokenizer.json", "generation_config.json"} <= names
     assert "modeling_evil.py" not in names
+
+
+def test_mixed_texts_are_found_beside_the_job_and_belong_to_the_result(
+    make_model: MakeModel, make_job: MakeJob, text_file: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "second.txt").write_text(text_file.read_text(encoding="utf-8")[20_000:40_000], encoding="utf-8")
+    job = make_job(make_model(), calibration={"mix": [{"path": "second.txt", "weight": 0.5}]})
+    run(job, tmp_path / "run")
+    tokens = load_file(tmp_path / "run" / "tasks" / "calibration-tokens" / "tokens.safetensors")["tokens"]
+    assert byte_tokenizer().decode(tokens[1]) == text_file.read_text(encoding="utf-8")[20_000:20_064], "11 windows of the first, 5 of this"
+    (tmp_path / "second.txt").write_text("other text " * 1000, encoding="utf-8")
+    assert main(["run", str(job), "--out", str(tmp_path / "run")]) == 5

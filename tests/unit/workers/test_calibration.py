@@ -9,9 +9,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from specs.errors import ModelError, SpecError
-from specs.job import EvaluationSpec, TextSpec
+from specs.job import CalibrationSpec, EvaluationSpec, TextSpec
 from tests.conftest import build_model
-from workers.calibration import calibration_windows, check_apart, evaluation_windows, load_tokenizer, shared_fraction, tokenize
+from workers.calibration import calibration_windows, check_apart, evaluation_windows, load_tokenizer, shared_fraction, shares, tokenize
 
 
 @pytest.fixture(scope="module")
@@ -114,19 +114,44 @@ def test_unreadable_texts_are_named(name: str, reason: str, tokenizer: PreTraine
 
 
 def test_windows_are_the_first_ones_without_overlap(tokenizer: PreTrainedTokenizerBase, text_file: Path) -> None:
-    windows = calibration_windows(TextSpec(path=str(text_file)), tokenizer, 5, 16)
+    windows = calibration_windows(CalibrationSpec(path=str(text_file), samples=5, sequence_length=16, shards=2), tokenizer)
     assert windows.shape == (5, 16)
     assert windows.flatten().tolist() == all_tokens(tokenizer, text_file.read_text())[:80]
 
 
 @pytest.mark.parametrize("length", [0, 1, 39, 40])
 def test_short_texts_are_refused_with_need_and_have(length: int, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    spec = write(tmp_path / "a.txt", "x" * length)
+    text = write(tmp_path / "a.txt", "x" * length)
+    spec = CalibrationSpec(path=text.path, samples=5, sequence_length=8, shards=2)
     if length == 40:
-        assert calibration_windows(spec, tokenizer, 5, 8).shape == (5, 8)
+        assert calibration_windows(spec, tokenizer).shape == (5, 8)
         return
     with pytest.raises(SpecError, match=rf"5 samples of 8 tokens need 40 tokens, the text has {length}; .*lower calibration\.samples"):
-        calibration_windows(spec, tokenizer, 5, 8)
+        calibration_windows(spec, tokenizer)
+
+
+def test_texts_alternate_in_proportion_to_their_weights(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    texts = {name: write(tmp_path / f"{name}.txt", name * 200).path for name in "abc"}
+    mix = [{"path": texts["b"], "weight": 0.5}, {"path": texts["c"], "weight": 0.25}]
+    spec = CalibrationSpec.model_validate({"path": texts["a"], "mix": mix, "samples": 7, "sequence_length": 8, "shards": 2})
+    windows = calibration_windows(spec, tokenizer)
+    assert tokenizer.batch_decode(windows) == [name * 8 for name in "abacaba"]
+
+
+def test_a_weight_that_gives_nothing_is_refused(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", "a" * 200).path
+    spec = CalibrationSpec.model_validate(
+        {"path": path, "mix": [{"path": path, "weight": 0.01}], "samples": 7, "sequence_length": 8, "shards": 2}
+    )
+    with pytest.raises(SpecError, match=r"its weight gives it none of the 7 samples"):
+        calibration_windows(spec, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("total", "weights", "expected"), [(7, [1], [7]), (7, [1, 1], [4, 3]), (10, [1, 0.5, 0.25], [6, 3, 1]), (3, [1, 1, 1], [1, 1, 1])]
+)
+def test_shares_are_whole_and_use_up_all(total: int, weights: list[float], expected: list[int]) -> None:
+    assert shares(total, weights) == expected
 
 
 @pytest.mark.parametrize(
