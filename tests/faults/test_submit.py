@@ -171,7 +171,15 @@ def test_interrupted_client_leaves_the_job_alone(
 ) -> None:
     job, out = make_job(make_model(), cluster={"executor": "ray"}, budget={"kv_groups": 1}), tmp_path / "run"
     words = cluster.command("submit", str(job), "--out", str(out), "--address", cluster.address)
-    client = subprocess.Popen(words, env=cluster.environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd="/")
+    client = subprocess.Popen(
+        words,
+        env=cluster.environment,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd="/",
+        preexec_fn=lambda: signal.signal(interrupting, signal.SIG_DFL),  # tests run in the background inherit that SIGINT is ignored
+    )
     assert client.stdout is not None
     assert "submitted rayprune-run-" in client.stdout.readline()
     client.send_signal(interrupting)
