@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import tempfile
+from bisect import bisect_right
+from itertools import accumulate
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -74,14 +76,14 @@ def prepare_model(model: Path) -> str:
 
 
 def split_text(fraction: float) -> tuple[str, str]:
-    """Cut CPython's help topics, in alphabetical order, at the last topic that ends within the first `fraction` of the characters."""
-    texts = [topics[name] for name in sorted(topics)]
-    limit = fraction * sum(map(len, texts))
-    count = length = 0
-    while length + len(texts[count]) <= limit:
-        length += len(texts[count])
-        count += 1
-    return "\n\n".join(texts[:count]), "\n\n".join(texts[count:])
+    """Cut CPython's help topics, in alphabetical order, behind the last paragraph that ends within the first `fraction` of the characters.
+
+    Topics repeat each other's sections: a paragraph stays where it first stands, so that the second text has nothing from the first.
+    """
+    paragraphs = list(dict.fromkeys(paragraph for name in sorted(topics) for paragraph in topics[name].split("\n\n")))
+    ends = list(accumulate(map(len, paragraphs)))
+    count = bisect_right(ends, fraction * ends[-1])
+    return "\n\n".join(paragraphs[:count]), "\n\n".join(paragraphs[count:])
 
 
 def prepare_text(path: Path, text: str) -> str:

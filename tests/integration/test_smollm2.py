@@ -8,6 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orchestrator.cli import main
+from specs.loader import load_job
+from workers.calibration import calibration_windows, evaluation_windows, load_tokenizer, shared_fraction
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "smollm2"
 DECODER_PARAMETERS = 106_202_880
@@ -33,3 +35,9 @@ def test_demo_model_becomes_smaller_and_still_writes(tmp_path: Path) -> None:
     with torch.inference_mode():
         cached, plain = (model.generate(prompt, max_new_tokens=12, do_sample=False, use_cache=use) for use in (True, False))
     assert torch.equal(cached, plain)
+
+
+def test_the_texts_of_the_demo_have_nothing_in_common() -> None:
+    job, tokenizer = load_job(EXAMPLE / "job.yaml"), load_tokenizer(EXAMPLE / "model")
+    assert job.evaluation is not None
+    assert shared_fraction(calibration_windows(job.calibration, tokenizer), evaluation_windows(job.evaluation, tokenizer)) < 0.001
