@@ -13,6 +13,7 @@ from torch import Tensor
 
 from workers.linalg import WIDE, inverse_, row_slices, wide_blocks
 from workers.scratch import Scratch
+from workers.slicing import unit_rows
 
 
 def _energies(blocks_UBB: Tensor, weight_UBD: Tensor) -> Tensor:
@@ -66,7 +67,7 @@ class Elimination:
 
     def flip_(self, units: Tensor) -> None:
         """Remove these units, or bring them back; all of them are on the same side. Cost: 2 R F (F + D) flops."""
-        columns_R = (units[:, None] * self.unit_columns + torch.arange(self.unit_columns, device=units.device)).flatten()
+        columns_R = unit_rows(units, self.unit_columns)
         sign = -1.0 if bool(self.kept_U[units[0]]) else 1.0
         pivot_RR, weight_RD = self.matrix_FF[columns_R][:, columns_R], self.weight_FD[columns_R]
         across_FR = self.matrix_FF[:, columns_R]

@@ -46,7 +46,7 @@ class Cut:
 
 def unit_rows(units: Tensor, rows_per_unit: int) -> Tensor:
     """Indices of the rows (or columns) that belong to these units."""
-    return (units[:, None] * rows_per_unit + torch.arange(rows_per_unit)).flatten()
+    return (units[:, None] * rows_per_unit + torch.arange(rows_per_unit, device=units.device)).flatten()
 
 
 def slice_layer(tensors: Mapping[str, Tensor], groups: Iterable[UnitGroup], cuts: Mapping[str, Cut]) -> dict[str, Tensor]:
