@@ -92,7 +92,7 @@ def _layer_cost(load: Workload, choice: MemoryPlan, kind: LayerKind) -> LayerCos
         num_messages=num_messages,
         message_bytes=message_bytes,
         read_bytes=readers * kind.num_bytes,
-        written_bytes=load.written_layer_bytes(kind) if load.corrects else 0,
+        written_bytes=load.written_layer_bytes(kind) if load.writes else 0,
     )
 
 

@@ -9,12 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from orchestrator.context import Context
+from orchestrator.footprint import footprint
 from orchestrator.run_folder import PLAN_FILE
 from specs.errors import VerificationError
 from workers.checkpoint import INDEX_NAME, read_header
 from workers.config_patch import patched_config
-from workers.files import Manifest, commit, copy_file, damaged_files, link_file, read_manifest, write_json
+from workers.files import Manifest, commit, copy_file, damaged_files, link_file, read_manifest, write_json, write_text
 from workers.layout import EXPORT_TASK, LAYER_FILE, OUTER_FILE, OUTER_TASK, layer_task, model_folder, task_folder
+from workers.per_layer import MODULE, per_layer_config, remote_code
 
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.jinja")
 COPIED = (*TOKENIZER_FILES, "generation_config.json", "LICENSE*", "NOTICE*")
@@ -37,7 +39,8 @@ def export_model(context: Context, layers: Sequence[Manifest]) -> Manifest:
 
 def _assemble_and_check(context: Context, expected: str) -> None:
     _assemble(context)
-    parameters, model = context.plan.shape.parameters, model_folder(context.folder.path)
+    job, model = context.job.export, model_folder(context.folder.path)
+    parameters = footprint(context.checkpoint, context.plan.written_layers(job.pad), job).parameters
     context.executor.wait([context.executor.submit(0, "check_export", parameters)])
     commit(model, EXPORT_TASK, expected, [file.name for file in model.iterdir()], {"parameters": parameters})
 
@@ -55,9 +58,19 @@ def _assemble(context: Context) -> None:
         link_file(file, model / name)
     for file in side_files(source.path, COPIED):
         copy_file(file, model / file.name)
-    config = patched_config(source.config, context.plan.shape.kept, context.job.export.target, context.job.export.dtype)
-    write_json(model / "config.json", config)
+    _write_config(context, model)
     _write_index(model, names)
+
+
+def _write_config(context: Context, model: Path) -> None:
+    """The patched config; where layers differ in size, the class that builds them beside it."""
+    original, export = context.checkpoint.config, context.job.export
+    layers = context.plan.written_layers(export.pad)
+    if all(kept == layers[0] for kept in layers):
+        write_json(model / "config.json", patched_config(original, layers[0], export.target, export.dtype))
+        return
+    write_json(model / "config.json", per_layer_config(original, layers, export.dtype))
+    write_text(model / f"{MODULE}.py", remote_code(original))
 
 
 def side_files(source: Path, patterns: Sequence[str]) -> list[Path]:

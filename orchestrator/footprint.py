@@ -1,12 +1,12 @@
 """What a pruned model takes, in the units in which a budget can be given: from the dense model's headers and the units that stay."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass
 
 from specs.job import BudgetSpec, ExportSpec
 from workers.checkpoint import DTYPES, PLANNED_BYTES, Checkpoint, TensorInfo
-from workers.config_patch import needs_output_bias, patched_config
+from workers.config_patch import needs_output_bias
 from workers.families import config_int, unit_groups
 
 
@@ -24,26 +24,29 @@ class Footprint:
     """Keys and values that the cache keeps of one token, in the type of the weights."""
 
 
-def footprint(checkpoint: Checkpoint, kept: Mapping[str, int], export: ExportSpec) -> Footprint:
-    """The footprint of the model that keeps so many units per group in every layer; `kept` may hold all of them.
-
-    Raises:
-        SpecError: no loader takes such a model.
-    """
-    layer = _kept_layer(checkpoint, kept, export)
+def footprint(checkpoint: Checkpoint, layers: Sequence[Mapping[str, int]], export: ExportSpec) -> Footprint:
+    """The footprint of the model that keeps so many units per group in each of its layers; all of them, or none, are allowed."""
     outer = {name: (info.shape, _element_bytes(info, export)) for name, info in checkpoint.outer_tensors.items()}
-    config, layers = checkpoint.config, checkpoint.num_layers
+    head = config_int(checkpoint.config, "vocab_size") * config_int(checkpoint.config, "hidden_size")
+    around = Footprint(0, sum(math.prod(shape) for shape, _ in outer.values()), _num_bytes(outer), 2 * head, 0)
+    alike = [tuple(kept.items()) for kept in layers]
+    each = {items: layer_footprint(checkpoint, dict(items), export) for items in set(alike)}
+    return footprint_sum([around, *(each[items] for items in alike)])
+
+
+def footprint_sum(parts: Iterable[Footprint]) -> Footprint:
+    """The footprint of several parts of a model together."""
+    return Footprint(*map(sum, zip(*map(astuple, parts), strict=True)))
+
+
+def layer_footprint(checkpoint: Checkpoint, kept: Mapping[str, int], export: ExportSpec) -> Footprint:
+    """The footprint of one layer that keeps so many units per group."""
+    layer = _kept_layer(checkpoint, kept, export)
+    parameters = sum(math.prod(shape) for shape, _ in layer.values())
     matrices = sum(math.prod(shape) for shape, _ in layer.values() if len(shape) == 2)
-    head = config_int(config, "vocab_size") * config_int(config, "hidden_size")
-    keys = unit_groups(config)[0].producers[1]
-    decoder = layers * sum(math.prod(shape) for shape, _ in layer.values())
-    return Footprint(
-        decoder_parameters=decoder,
-        parameters=decoder + sum(math.prod(shape) for shape, _ in outer.values()),
-        weight_bytes=layers * _num_bytes(layer) + _num_bytes(outer),
-        flops_per_token=2 * (layers * matrices + head),
-        kv_bytes_per_token=layers * 2 * kept["heads"] * keys.rows * layer[f"{keys.module}.weight"][1],
-    )
+    keys = unit_groups(checkpoint.config)[0].producers[1]
+    key_bytes = _element_bytes(checkpoint.layer_tensors(0)[f"{keys.module}.weight"], export)
+    return Footprint(parameters, parameters, _num_bytes(layer), 2 * matrices, 2 * kept["heads"] * keys.rows * key_bytes)
 
 
 Sizes = dict[str, tuple[tuple[int, ...], int]]
@@ -63,12 +66,15 @@ def _kept_layer(checkpoint: Checkpoint, kept: Mapping[str, int], export: ExportS
     infos = checkpoint.layer_tensors(0)
     shapes = {name: info.shape for name, info in infos.items()}
     for group in unit_groups(checkpoint.config):
+        if kept[group.name] == 0:
+            shapes = {name: shape for name, shape in shapes.items() if not group.holds(name)}
+            continue
         for producer in group.producers:
             for name in {f"{producer.module}.weight", f"{producer.module}.bias"} & shapes.keys():
                 shapes[name] = (producer.rows * kept[group.name], *shapes[name][1:])
         shapes[f"{group.consumer}.weight"] = (shapes[f"{group.consumer}.weight"][0], group.columns * kept[group.name])
     sizes = {name: (shape, _element_bytes(infos[name], export)) for name, shape in shapes.items()}
-    if needs_output_bias(checkpoint.config, patched_config(checkpoint.config, kept, export.target, export.dtype)):
+    if needs_output_bias(checkpoint.config, kept, export.target):
         (outputs, _), size = sizes["self_attn.o_proj.weight"]
         sizes["self_attn.o_proj.bias"] = ((outputs,), size)
     return sizes

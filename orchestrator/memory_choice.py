@@ -16,7 +16,8 @@ def choices(load: Workload) -> Iterator[MemoryPlan]:
     hidden_in_files = replace(without_inputs, spill_hidden=True)
     by_phase = {"pruned": (kept, without_inputs, hidden_in_files), "dense": (kept,), "refit": (kept, without_inputs, hidden_in_files)}
     in_memory = by_phase[load.propagation]
-    chunks = range(1, 0, -1) if load.propagation == "pruned" else range(load.layers_per_worker, 0, -1)
+    in_chunks = load.propagation != "pruned" or load.survey_levels
+    chunks = range(load.layers_per_worker if in_chunks else 1, 0, -1)
     in_files = () if load.on_gpu else (replace(in_memory[-1], spill_statistics=True),)
     for choice in (*in_memory, *in_files):
         yield from (replace(choice, layers_per_chunk=count) for count in chunks)

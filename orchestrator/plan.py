@@ -13,13 +13,25 @@ from orchestrator.memory_choice import MemoryNeeds, choose_memory, memory_needs
 from orchestrator.shapes import Shape, open_shapes, planned_shape, units_by_group
 from orchestrator.timing import Stage, stages
 from orchestrator.workload import Workload, in_rows, layer_kinds, tokens_per_neuron, workload_of
-from specs.errors import SpecError
+from specs.allocation import CurvesAllocation, SearchAllocation
+from specs.errors import ModelError, SpecError
 from specs.job import JobSpec
 from specs.machine import MachineProfile
 from specs.memory import MemoryPlan
 from workers.checkpoint import Checkpoint
 from workers.families import unit_groups, why_not_pruned
-from workers.layout import CALIBRATION_TASK, EVALUATION_TASK, EXPORT_TASK, OUTER_TASK, SHAPE_TASK, layer_task, selection_task
+from workers.layout import (
+    CALIBRATION_TASK,
+    EVALUATION_TASK,
+    EXPORT_TASK,
+    OUTER_TASK,
+    SENSITIVITY_TASK,
+    SHAPE_TASK,
+    generation_task,
+    layer_task,
+    selection_task,
+    survey_task,
+)
 
 FEW_TOKENS = 10
 """Calibration tokens per FFN channel below which corrections overfit, measured on SmolLM2-135M (docs/methods/stat.md)."""
@@ -88,13 +100,17 @@ class Plan:
             f"{math.ceil(given * FEW_TOKENS / each):,} tokens would do (calibration.samples, calibration.sequence_length)",
         )
 
-    def pruned_groups(self) -> list[str]:
-        """Groups that lose units, in layer order."""
-        return [name for name, kept in self.shape.kept.items() if kept < self.model.units[name]]
+    def pruned_groups(self, layer: int) -> list[str]:
+        """Groups of a layer that lose units, in the order in which it computes them."""
+        return [name for name, kept in self.shape.kept_in(layer).items() if kept < self.model.units[name]]
 
-    def decided_groups(self) -> list[str]:
+    def decided_groups(self, layer: int) -> list[str]:
         """Groups whose consumer gets a correction in the sweep: those that lose units, with drift to make up for all of them."""
-        return list(self.shape.kept) if self.corrects_drift else self.pruned_groups()
+        return list(self.shape.kept) if self.corrects_drift else self.pruned_groups(layer)
+
+    def written_layers(self, pad: bool) -> list[dict[str, int]]:
+        """Units of every layer in the exported files."""
+        return [self.shape.written_in(layer, pad) for layer in range(self.model.num_layers)]
 
     def chosen(self, shape: Shape) -> "Plan":
         """The plan with its shape decided; costs stay those of the dearest shape."""
@@ -115,10 +131,15 @@ def make_plan(job: JobSpec, checkpoint: Checkpoint, machine: MachineProfile | No
 
     Raises:
         SpecError: the budget cannot be met, no loader accepts the result, or the profile is of another kind of device.
+        ModelError: the model's layers differ in size.
         ResourceError: a worker needs more than it may use.
     """
+    if checkpoint.config.get("per_layer_config"):
+        raise ModelError(f"{checkpoint.path}: its layers differ in size; such a model is not pruned again: prune the original further")
     kinds, not_pruned = layer_kinds(checkpoint), why_not_pruned(checkpoint.config)
     shapes = (planned_shape(job, checkpoint, kinds),) if not_pruned else open_shapes(job, checkpoint)
+    if job.budget.per_layer:
+        shapes = shapes[:1]  # what is removed from the mean layer
     load = workload_of(job, checkpoint, kinds, shapes, _on_gpu(job, machine))
     _check_drift(job, checkpoint, load, not_pruned)
     limit, limit_name = _memory_limit(job, machine)
@@ -187,8 +208,16 @@ def _memory_limit(job: JobSpec, machine: MachineProfile | None) -> tuple[int | N
 def _tasks(job: JobSpec, num_layers: int, num_shapes: int) -> tuple[str, ...]:
     names = (selection_task, layer_task) if job.parallel.effective_propagation == "refit" else (layer_task,)
     layers = tuple(name(layer) for name in names for layer in range(num_layers))
+    allocation = job.budget.allocation
+    spread: tuple[str, ...] = ()
+    if job.budget.per_layer:
+        spread = (*(survey_task(layer) for layer in range(num_layers)), SHAPE_TASK)
+    if isinstance(allocation, CurvesAllocation):
+        spread = (SENSITIVITY_TASK, *spread)
+    if isinstance(allocation, SearchAllocation):
+        spread = (*map(generation_task, range(allocation.generations)), *spread)
     evaluation = (EVALUATION_TASK, "evaluate-before", "evaluate-after") if job.evaluation else ()
-    return (CALIBRATION_TASK, *((SHAPE_TASK,) if num_shapes > 1 else ()), *layers, OUTER_TASK, EXPORT_TASK, *evaluation)
+    return (CALIBRATION_TASK, *spread, *((SHAPE_TASK,) if num_shapes > 1 else ()), *layers, OUTER_TASK, EXPORT_TASK, *evaluation)
 
 
 def _on_gpu(job: JobSpec, machine: MachineProfile | None) -> bool:

@@ -81,7 +81,8 @@ def _choice(plan: Plan) -> str:
     hidden = "in files" if plan.memory.spill_hidden else "in memory"
     statistics = "in files" if plan.memory.spill_statistics else "in memory"
     inputs = "kept in memory" if plan.memory.keep_inputs else "recomputed"
-    chunk = [f"{plan.memory.layers_per_chunk} layers at a time"] if plan.propagation != "pruned" else []
+    in_chunks = plan.propagation != "pruned" or plan.memory.layers_per_chunk > 1
+    chunk = [f"{plan.memory.layers_per_chunk} layers at a time"] if in_chunks else []
     share = [f"consumer inputs {inputs}, hidden states {hidden}"] if plan.propagation != "dense" else []
     return ", ".join([*chunk, *share, f"statistics {statistics}"])
 

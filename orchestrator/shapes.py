@@ -5,12 +5,14 @@ the budget allows beside its KV groups.
 """
 
 from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 from orchestrator.footprint import Footprint, exceeded, footprint, limits
 from specs.errors import SpecError
 from specs.job import JobSpec
 from workers.checkpoint import Checkpoint
+from workers.config_patch import patched_config
 from workers.families import unit_groups
 from workers.shapes import LayerKind
 
@@ -19,7 +21,10 @@ MAX_OPEN_SHAPES = 4
 
 @dataclass(frozen=True)
 class Shape:
-    """Units that stay in every layer, and what the model that results takes (see `Footprint`; None where it is only planned)."""
+    """Units that stay in every layer (the most, where layers differ), and what the model that results takes.
+
+    See `Footprint`; None where it is only planned.
+    """
 
     heads: int
     neurons: int
@@ -30,10 +35,20 @@ class Shape:
     kv_bytes_per_token: int | None = None
     others: dict[str, int] = field(default_factory=dict)
     """Units of further groups, such as the experts' channels where some layers have none."""
+    layers: tuple[Mapping[str, int], ...] = ()
+    """Units per coupled group of every layer, where layers differ."""
+
+    def kept_in(self, layer: int) -> dict[str, int]:
+        """Units per coupled group that stay in one layer."""
+        return dict(self.layers[layer]) if self.layers else self.kept
+
+    def written_in(self, layer: int, pad: bool) -> dict[str, int]:
+        """Units of one layer in its file: with `pad` as many as the layer with most keeps."""
+        return self.kept if pad else self.kept_in(layer)
 
     @property
     def kept(self) -> dict[str, int]:
-        """Units per coupled group."""
+        """Units per coupled group that stay in every layer; the most, where layers differ."""
         return {"heads": self.heads, "neurons": self.neurons} | self.others
 
 
@@ -51,7 +66,7 @@ def open_shapes(job: JobSpec, checkpoint: Checkpoint) -> tuple[Shape, ...]:
         SpecError: none meets the budget and loads.
     """
     dense = {group.name: group.num_units for group in unit_groups(checkpoint.config)}
-    if not exceeded(footprint(checkpoint, dense, job.export), limits(job.budget, checkpoint.decoder_parameters)):
+    if not exceeded(_uniform(job, checkpoint, dense), limits(job.budget, checkpoint.decoder_parameters)):
         raise SpecError("budget: the model meets every target as it is, nothing would be removed; ask for less, or set budget.sparsity")
     groups = dense["heads"]
     if job.budget.kv_groups != "auto":
@@ -75,6 +90,23 @@ def open_shapes(job: JobSpec, checkpoint: Checkpoint) -> tuple[Shape, ...]:
     return tuple(shapes)
 
 
+def _uniform(job: JobSpec, checkpoint: Checkpoint, kept: Mapping[str, int]) -> Footprint:
+    """The footprint of a model whose layers are all alike.
+
+    Raises:
+        SpecError: no loader takes it.
+    """
+    patched_config(checkpoint.config, kept, job.export.target, job.export.dtype)
+    return footprint(checkpoint, [kept] * checkpoint.num_layers, job.export)
+
+
+def uneven_shape(job: JobSpec, checkpoint: Checkpoint, layers: Sequence[Mapping[str, int]]) -> Shape:
+    """The shape of a model whose layers keep different numbers of units."""
+    most = {name: max(kept[name] for kept in layers) for name in layers[0]}
+    size = footprint(checkpoint, layers, job.export)
+    return Shape(most["heads"], most["neurons"], **asdict(size), layers=tuple(map(dict, layers)))
+
+
 def _widest(job: JobSpec, checkpoint: Checkpoint, num_heads: int) -> Shape:
     """The widest FFN that, with so many KV groups, meets every target.
 
@@ -85,7 +117,7 @@ def _widest(job: JobSpec, checkpoint: Checkpoint, num_heads: int) -> Shape:
     allowed = limits(budget, checkpoint.decoder_parameters)
 
     def size(width: int) -> Footprint:
-        return footprint(checkpoint, {"heads": num_heads, "neurons": width}, job.export)
+        return _uniform(job, checkpoint, {"heads": num_heads, "neurons": width})
 
     widths = [neurons, *range((neurons - 1) // budget.round_to * budget.round_to, 0, -budget.round_to)]
     place = bisect_left(widths, True, key=lambda width: not exceeded(size(width), allowed))

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from orchestrator.allocate import allocate
 from orchestrator.context import Context
 from orchestrator.export import TOKENIZER_FILES, side_files
 from orchestrator.run_folder import REPORT_FILE
@@ -63,8 +64,10 @@ def choose_shape(context: Context, tokens: Manifest) -> Shape:
     """The shape with the least predicted output error: mean over probed layers of each group's squared relative error.
 
     The dense model is run on a few calibration windows; errors are those of the method's own selection and correction,
-    on held-out windows.
+    on held-out windows. Where layers may differ, `orchestrator.allocate` decides.
     """
+    if context.job.budget.per_layer:
+        return allocate(context, tokens)
     if len(context.plan.shapes) == 1:
         return context.plan.shape
     expected = context.folder.fingerprint(SHAPE_TASK, context.checkpoint.identity, tokens.digest)

@@ -9,6 +9,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -31,8 +32,20 @@ def waves(layers: range, num_workers: int, layers_per_chunk: int) -> list[Wave]:
     return [[part[chunk.start : chunk.stop] for chunk in even_parts(len(part), num_workers) if chunk] for part in parts]
 
 
-def stream_layers(context: Context, stage: str, expected: Sequence[tuple[str, str]]) -> list[Manifest]:
-    """Decide every layer from activations of the dense model; `expected` are task id and fingerprint of each layer.
+@dataclass(frozen=True)
+class LayerTask:
+    """What is done with a layer's statistics once they are complete: a step of the worker that has them."""
+
+    name: str
+    fingerprint: str
+    step: str
+    arguments: tuple[Any, ...]
+    groups: Sequence[str]
+    """The groups whose statistics it needs."""
+
+
+def stream_layers(context: Context, stage: str, expected: Sequence[LayerTask]) -> list[Manifest]:
+    """Do the task of every layer from activations of the dense model.
 
     Raises:
         RaypruneError: from the first layer that fails; the finished ones stay.
@@ -40,22 +53,22 @@ def stream_layers(context: Context, stage: str, expected: Sequence[tuple[str, st
     with context.stage(stage, len(expected)):
         missing = _unfinished(context, expected, range(len(expected)))
         for layer in sorted(set(range(len(expected))) - set(missing)):
-            context.emit("task-found", task=expected[layer][0])
+            context.emit("task-found", task=expected[layer].name)
         layers = range(_first_layer(context, missing[0]), len(expected)) if missing else range(0)
         for wave in waves(layers, context.executor.num_workers, context.plan.memory.layers_per_chunk):
             name = f"layers {wave[0].start} to {wave[-1].stop - 1}"
             context.attempt(name, partial(_run_wave, context, stage, wave, expected))
-    return [_finished(context, *task) for task in expected]
+    return [_finished(context, task) for task in expected]
 
 
-def _finished(context: Context, task: str, fingerprint: str) -> Manifest:
-    done = context.folder.finished(task, fingerprint)
-    assert done is not None, f"{task} left no manifest"
+def _finished(context: Context, task: LayerTask) -> Manifest:
+    done = context.folder.finished(task.name, task.fingerprint)
+    assert done is not None, f"{task.name} left no manifest"
     return done
 
 
-def _unfinished(context: Context, expected: Sequence[tuple[str, str]], layers: range) -> list[int]:
-    return [layer for layer in layers if context.folder.finished(*expected[layer]) is None]
+def _unfinished(context: Context, expected: Sequence[LayerTask], layers: range) -> list[int]:
+    return [layer for layer in layers if context.folder.finished(expected[layer].name, expected[layer].fingerprint) is None]
 
 
 def _num_batches(context: Context) -> int:
@@ -70,22 +83,23 @@ def _first_layer(context: Context, missing: int) -> int:
     return next(boundaries, 0)
 
 
-def _run_wave(context: Context, stage: str, wave: Wave, expected: Sequence[tuple[str, str]]) -> None:
-    """Statistics of the wave's unfinished layers, then their decisions."""
+def _run_wave(context: Context, stage: str, wave: Wave, expected: Sequence[LayerTask]) -> None:
+    """Statistics of the wave's unfinished layers, then their tasks."""
     start = time.monotonic()
     missing = _unfinished(context, expected, range(wave[0].start, wave[-1].stop))
-    wanted = dict.fromkeys(missing, context.plan.pruned_groups())
+    wanted = {layer: expected[layer].groups for layer in missing}
     _flow(context, wave, wanted)
-    submit, kept = context.executor.submit, context.plan.shape.kept
-    places = [(place, layer) for place, chunk in enumerate(wave) for layer in chunk if layer in wanted]
-    settled = [(layer, submit(place, "settle", layer, expected[layer][1], kept)) for place, layer in places]
+    places = [(place, layer, expected[layer]) for place, chunk in enumerate(wave) for layer in chunk if layer in wanted]
+    settled = [
+        (layer, context.executor.submit(place, task.step, layer, task.fingerprint, *task.arguments)) for place, layer, task in places
+    ]
     for layer, call in sorted(settled, key=lambda item: item[0] - wave[item[1].worker].start):  # in the order in which they end
         (receipt,) = context.executor.wait([call])
         seconds, memory = time.monotonic() - start, context.peak_memory_bytes()
         context.emit("step-finished", stage=stage, layer=layer, seconds=seconds, groups=receipt["groups"], peak_memory_bytes=memory)
 
 
-def _flow(context: Context, wave: Wave, wanted: dict[int, list[str]]) -> None:
+def _flow(context: Context, wave: Wave, wanted: dict[int, Sequence[str]]) -> None:
     """Send all micro-batches through the wave: at each step every chunk works on the one its predecessor has just left."""
     executor, count = context.executor, _num_batches(context)
     handed: list[Any] = [None] * len(wave)

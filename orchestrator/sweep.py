@@ -6,13 +6,13 @@ path corrects.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 from orchestrator.context import Context
 from orchestrator.executor import Call, Executor
-from orchestrator.stream import stream_layers
+from orchestrator.stream import LayerTask, stream_layers
 from workers.files import Manifest
 from workers.layout import layer_task, selection_task
 from workers.shards import even_parts
@@ -24,20 +24,26 @@ def prune_layers(context: Context, tokens: Manifest) -> list[Manifest]:
     Raises:
         RaypruneError: from the first layer that fails; the finished ones stay.
     """
-    inputs = [tokens.digest, context.checkpoint.identity, str(sorted(context.plan.shape.kept.items()))]
+    layers, shape = range(context.plan.model.num_layers), context.plan.shape
+    inputs = [[tokens.digest, context.checkpoint.identity, str(sorted(shape.kept_in(layer).items()))] for layer in layers]
     match context.job.parallel.effective_propagation:
         case "dense":
-            return stream_layers(context, "sweep", _tasks(context, layer_task, inputs))
+            return stream_layers(context, "sweep", _settled(context, layer_task, inputs))
         case "refit":
-            selections = stream_layers(context, "select", _tasks(context, selection_task, inputs))
-            return _pruned_path(context, [[*inputs, selection.digest] for selection in selections])
+            selections = stream_layers(context, "select", _settled(context, selection_task, inputs))
+            return _pruned_path(context, [[*known, selection.digest] for known, selection in zip(inputs, selections, strict=True)])
         case _:
-            return _pruned_path(context, [inputs] * context.plan.model.num_layers)
+            return _pruned_path(context, inputs)
 
 
-def _tasks(context: Context, name: Any, inputs: Sequence[str]) -> list[tuple[str, str]]:
-    tasks = map(name, range(context.plan.model.num_layers))
-    return [(task, context.folder.fingerprint(task, *inputs)) for task in tasks]
+def _settled(context: Context, name: Callable[[int], str], inputs: Sequence[Sequence[str]]) -> list[LayerTask]:
+    """The tasks of the dense path: what is decided there, of the groups that lose units."""
+    shape, pad, tasks = context.plan.shape, context.job.export.pad, []
+    for layer, known in enumerate(inputs):
+        sizes = (shape.kept_in(layer), shape.written_in(layer, pad))
+        expected = context.folder.fingerprint(name(layer), *known)
+        tasks.append(LayerTask(name(layer), expected, "settle", sizes, context.plan.pruned_groups(layer)))
+    return tasks
 
 
 def _pruned_path(context: Context, inputs: Sequence[Sequence[str]]) -> list[Manifest]:
@@ -54,19 +60,20 @@ def _pruned_path(context: Context, inputs: Sequence[Sequence[str]]) -> list[Mani
 
 def _prune_layer(context: Context, layer: int, fingerprint: str) -> None:
     """One layer on the workers: statistics from all of them, decisions and writing by one, another for each layer."""
-    executor, kept, start = context.executor, context.plan.shape.kept, time.monotonic()
+    executor, kept, start = context.executor, context.plan.shape.kept_in(layer), time.monotonic()
+    written = context.plan.shape.written_in(layer, context.job.export.pad)
     parts = even_parts(context.job.calibration.shards, executor.num_workers)
     writer = layer % executor.num_workers
     cuts: list[Any] = []
     groups: dict[str, dict[str, Any]] = {}
-    for name in context.plan.decided_groups():
+    for name in context.plan.decided_groups(layer):
         collected = [executor.submit(worker, "collect", layer, name, (part.start, part.stop), *cuts) for worker, part in enumerate(parts)]
         executor.wait(collected)
         decision = executor.submit(writer, "decide", layer, name, kept[name], *_reduced(executor, collected))
         (receipt,) = executor.wait([decision])
         groups[name] = receipt["group"]
         cuts.append(decision.payload)
-    executor.wait([executor.submit(writer, "write_layer", layer, fingerprint, kept, groups, *cuts)])
+    executor.wait([executor.submit(writer, "write_layer", layer, fingerprint, written, groups, *cuts)])
     seconds = time.monotonic() - start
     context.emit("step-finished", stage="sweep", layer=layer, seconds=seconds, groups=groups, peak_memory_bytes=context.peak_memory_bytes())
 

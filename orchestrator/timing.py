@@ -6,7 +6,7 @@ from functools import partial
 
 from orchestrator.costs import layer_costs, over_layers, phase_costs, spilled_hidden_bytes, spilled_statistics_bytes
 from orchestrator.messages import message_path_bytes
-from orchestrator.workload import Workload, in_rows, num_chunks
+from orchestrator.workload import CANDIDATES_AT_ONCE, Workload, in_rows, num_chunks
 from specs.machine import MachineProfile
 from specs.memory import MemoryPlan
 
@@ -39,10 +39,10 @@ def stages(load: Workload, choice: MemoryPlan, machine: MachineProfile | None) -
     costs = layer_costs(load, choice)
     flops = {name: over_layers(costs, f"{name}_flops") for name in WORK}
     if machine is None:
-        return tuple(Stage(name, flops[name]) for name in WORK)
+        return (*(Stage(name, flops[name]) for name in WORK), *_divergence_stage(load, None))
     phases = [_bounds(phase, choice, machine) for phase in load.phases().values()]
     timed = [_timed(name, flops.get(name, 0), [bounds[name] for bounds in phases]) for name in STAGES]
-    return (*timed, *_evaluation_stage(load, machine))
+    return (*timed, *_divergence_stage(load, machine), *_evaluation_stage(load, machine))
 
 
 def _timed(name: str, flops: int, phases: list[Bounds]) -> Stage:
@@ -98,6 +98,22 @@ def _gram_traffic(load: Workload) -> int:
     """Memory traffic of adding one micro-batch to the Gram matrices of all layers: half of fp64 read and written, fp32 twice."""
     groups = [(kind, group) for kind in load.kinds for group in load.decided(kind) if not in_rows(load, group)]
     return sum(kind.num_layers * group.count * group.width**2 * 12 for kind, group in groups)
+
+
+def _divergence_stage(load: Workload, machine: MachineProfile | None) -> tuple[Stage, ...]:
+    """Candidates for the allocation of the budget: each shares half of its layers with another, none its scores."""
+    if not load.candidates:
+        return ()
+    tokens = load.candidate_windows * load.sequence_length
+    flops = load.candidates * tokens * 2 * (load.active_parameters // 2 + load.vocabulary * load.hidden)
+    if machine is None:
+        return (Stage("divergence", flops),)
+    passes = math.ceil(load.candidates / CANDIDATES_AT_ONCE)
+    bounds = {
+        "arithmetic": flops / min(load.workers, load.candidate_windows) / machine.forward_flops,
+        "disk": passes * load.bytes_on_disk / machine.disk_bandwidth,
+    }
+    return (_timed("divergence", flops, [bounds]),)
 
 
 def _evaluation_stage(load: Workload, machine: MachineProfile) -> tuple[Stage, ...]:

@@ -7,7 +7,7 @@ import math
 from dataclasses import replace
 
 from orchestrator.group_memory import decision_bytes, partial_bytes, statistics_bytes
-from orchestrator.workload import Workload, in_rows
+from orchestrator.workload import CANDIDATES_AT_ONCE, Workload, in_rows
 from specs.memory import MemoryPlan
 from workers.shapes import CoupledGroup, LayerKind
 
@@ -31,6 +31,8 @@ def memory_by_step(load: Workload, choice: MemoryPlan) -> dict[str, Kinds]:
         table |= {name + step: max(rows, key=total) for step, rows in _steps(phase, choice).items() if rows}
     if not load.on_gpu:
         table["write outer"] = {"runtime": RUNTIME_BYTES, "output": load.outer_parameters * load.written_element_bytes}
+    if load.candidates:
+        table["divergence"] = _divergence(load, choice)
     return table | ({"evaluate": _evaluation(load, choice)} if load.evaluation_tokens else {})
 
 
@@ -44,7 +46,7 @@ def _steps(load: Workload, choice: MemoryPlan) -> dict[str, list[Kinds]]:
         for group in load.decided(kind):
             deciding = {"statistics": _decided(load, choice, kind, group), "decision": _deciding(load, choice, group)}
             steps["decide"].append(standing | _payloads(load, group) | deciding)
-        if load.corrects and not load.on_gpu:
+        if load.writes and not load.on_gpu:
             steps["write"].append(standing | _left_while_writing(load, choice) | {"output": 2 * load.written_layer_bytes(kind)})
     return steps
 
@@ -146,6 +148,19 @@ def _evaluation(load: Workload, choice: MemoryPlan) -> Kinds:
     window = load.evaluation_window
     windows = 1 if choice.spill_hidden else math.ceil(load.evaluation_tokens / window / load.workers)
     scores = load.vocabulary * (load.element_bytes + 8)
+    return {
+        "runtime": RUNTIME_BYTES,
+        "weights": _weights_bytes(replace(load, placement="shards"), 1),
+        "hidden states": windows * window * load.hidden * load.element_bytes,
+        "activations": window * max(scores, ACTIVATIONS * load.active_width * load.element_bytes),
+    }
+
+
+def _divergence(load: Workload, choice: MemoryPlan) -> Kinds:
+    """Hidden states of all candidates of a pass before and behind a layer; logarithms of two models' scores, and two temporaries."""
+    window = load.sequence_length
+    windows = 1 if choice.spill_hidden else 2 * (CANDIDATES_AT_ONCE + 1) * math.ceil(load.candidate_windows / load.workers)
+    scores = load.vocabulary * (load.element_bytes + 4 * 4)
     return {
         "runtime": RUNTIME_BYTES,
         "weights": _weights_bytes(replace(load, placement="shards"), 1),

@@ -10,12 +10,15 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from orchestrator.shapes import Shape, units_by_group
+from specs.allocation import CurvesAllocation, SearchAllocation, ThresholdAllocation
 from specs.job import JobSpec
 from specs.memory import MemoryPlan
 from workers.checkpoint import PLANNED_BYTES, Checkpoint, config_dtype
 from workers.families import config_int
 from workers.shapes import CoupledGroup, LayerKind, alike_layers, attention_width, coupled_groups
 
+CANDIDATES_AT_ONCE = 32
+"""Allocations whose divergences are measured in one pass over the layers: what bounds the hidden states that are held."""
 Placement = Literal["shards", "layers"]
 Propagation = Literal["pruned", "dense", "refit"]
 
@@ -52,10 +55,18 @@ class Workload:
     """Whether payloads between steps lie in the worker's own memory instead of Ray's object store."""
     drift: bool = False
     """Whether the pruned path also makes up for its drift from the dense one, which then goes beside it."""
+    survey_levels: int = 0
+    """Corrections per group and layer by which a pass over the dense model finds out what each layer may lose; 0: no such pass."""
+    candidates: int = 0
+    """Allocations whose divergence from the dense model is measured."""
+    candidate_windows: int = 0
+    """Calibration windows on which it is."""
     placement: Placement = "shards"
     propagation: Propagation = "pruned"
     selects: bool = True
     corrects: bool = True
+    writes: bool = True
+    """Whether this pass writes the layers."""
 
     @property
     def num_layers(self) -> int:
@@ -124,11 +135,18 @@ class Workload:
         return max(group.active * group.width for kind in self.kinds for group in kind.groups)
 
     def phases(self) -> dict[str, "Workload"]:
-        """The passes over the model: one, or with `refit` one on the dense path that selects and one on the pruned path that corrects."""
+        """The passes over the model: one, or with `refit` one on the dense path that selects and one on the pruned path that corrects.
+
+        Where layers may differ, a survey on the dense path comes before.
+        """
+        rest, survey = replace(self, survey_levels=0), dict[str, Workload]()
+        if self.survey_levels:
+            fits = self.num_candidates + self.survey_levels
+            survey["survey, "] = replace(rest, placement="layers", propagation="dense", writes=False, num_candidates=fits)
         if self.propagation != "refit":
-            return {"": self}
-        dense = replace(self, placement="layers", propagation="dense", corrects=False)
-        return {"": dense, "refit, ": replace(self, placement="shards", propagation="pruned", selects=False)}
+            return survey | {"": rest}
+        dense = replace(rest, placement="layers", propagation="dense", corrects=False, writes=False)
+        return survey | {"": dense, "refit, ": replace(rest, placement="shards", propagation="pruned", selects=False)}
 
 
 def block_tokens(load: Workload, group: CoupledGroup) -> int:
@@ -178,9 +196,10 @@ def workload_of(job: JobSpec, checkpoint: Checkpoint, kinds: tuple[LayerKind, ..
     """What the cost formulas need. Of several open shapes, each group counts with most units; it is pruned if any shape prunes it."""
     config, calibration, evaluation = checkpoint.config, job.calibration, job.evaluation
     outer = sum(info.num_parameters for info in checkpoint.outer_tensors.values())
+    allocation = job.budget.allocation
     return Workload(
         kinds=kinds,
-        kept=_most_kept(kinds, shapes),
+        kept=_least_cut(kinds, job) if job.budget.per_layer else _most_kept(kinds, shapes),
         hidden=config_int(config, "hidden_size"),
         vocabulary=config_int(config, "vocab_size"),
         outer_parameters=outer,
@@ -203,9 +222,43 @@ def workload_of(job: JobSpec, checkpoint: Checkpoint, kinds: tuple[LayerKind, ..
         exact=job.method.needs_rows,
         drift=job.correction.drift > 0,
         in_process=job.cluster.executor == "in-process",
+        survey_levels=_survey_levels(job),
+        candidates=_candidates(job, checkpoint.num_layers),
+        candidate_windows=allocation.samples if isinstance(allocation, CurvesAllocation) else 0,
         placement=job.parallel.placement,
         propagation=job.parallel.effective_propagation,
     )
+
+
+def _survey_levels(job: JobSpec) -> int:
+    """Corrections of a group in the survey: an error for every level, and the weights that are kept of it."""
+    match job.budget.allocation:
+        case SearchAllocation(levels=levels):
+            return 2 * levels
+        case CurvesAllocation(levels=levels):
+            return levels + 1
+        case ThresholdAllocation():
+            return 1
+    return 0
+
+
+def _candidates(job: JobSpec, num_layers: int) -> int:
+    """Every group of every layer alone, and what the search tries."""
+    match job.budget.allocation:
+        case SearchAllocation(generations=generations, offspring=offspring):
+            return 2 * num_layers + generations * (offspring + 1)
+        case CurvesAllocation():
+            return 2 * num_layers
+    return 0
+
+
+def _least_cut(kinds: tuple[LayerKind, ...], job: JobSpec) -> dict[str, int]:
+    """Where layers may differ: what a layer keeps that loses as little as can be."""
+    units = units_by_group(kinds)
+    most = {"heads": units["heads"] - 1, "neurons": (units["neurons"] - 1) // job.budget.round_to * job.budget.round_to}
+    if job.budget.kv_groups != "auto":
+        most["heads"] = job.budget.kv_groups
+    return {name: count for name, count in most.items() if 0 < count < units[name]}
 
 
 def _most_kept(kinds: tuple[LayerKind, ...], shapes: tuple[Shape, ...]) -> dict[str, int]:

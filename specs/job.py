@@ -7,9 +7,11 @@ A field's docstring is its documentation in the JSON schema.
 from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
+from specs.allocation import AllocationSpec, UniformAllocation
 from specs.methods import MethodSpec, StatOptions
+from specs.section import Section
 
 _UNITS = {"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 
@@ -36,12 +38,6 @@ class PathMarker:
 
 LocalPath = Annotated[str, Field(min_length=1), PathMarker()]
 ByteSize = Annotated[int, BeforeValidator(parse_bytes, json_schema_input_type=int | str), Field(ge=1)]
-
-
-class Section(BaseModel):
-    """Base of every section: frozen, closed, documented by the docstrings under its fields."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class ModelSpec(Section):
@@ -111,6 +107,10 @@ class BudgetSpec(Section):
     """Floating-point operations of the products with all weight matrices for one token, at most."""
     kv_bytes_per_token: ByteSize | None = None
     """Bytes that the KV cache takes for one token, at most."""
+    per_layer: bool = False
+    """Layers may keep different numbers of units; stock model classes load such a model only if `export.pad` is set."""
+    allocation: AllocationSpec = UniformAllocation()
+    """How the budget is spread over the layers; all but `uniform` need `per_layer`, which by itself means `curves`."""
     round_to: int = Field(default=64, ge=1, le=4096)
     """The FFN width that stays is a multiple of this, in channels."""
     kv_groups: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
@@ -120,11 +120,20 @@ class BudgetSpec(Section):
     probe_layers: int = Field(default=5, ge=1, le=4096)
     """Layers, evenly spaced, at which output errors are predicted when `kv_groups` is `auto`."""
 
+    @model_validator(mode="after")
+    def _layers_may_differ(self) -> Self:
+        if self.per_layer == (self.allocation.name == "uniform"):
+            change = "leave budget.allocation out, or set budget.per_layer: false" if self.per_layer else "set budget.per_layer: true"
+            raise ValueError(f"allocation {self.allocation.name} with per_layer {str(self.per_layer).lower()}; {change}")
+        return self
+
     @model_validator(mode="before")
     @classmethod
-    def _some_target(cls, options: object) -> object:
+    def _depend_on_others(cls, options: object) -> object:
         if isinstance(options, Mapping) and all(options.get(name) is None for name in _TARGETS):
-            return {**options, "sparsity": DEFAULT_SPARSITY}
+            options = {**options, "sparsity": DEFAULT_SPARSITY}
+        if isinstance(options, Mapping) and options.get("per_layer") is True:
+            options = {"allocation": "curves", **options}
         return options
 
 
@@ -192,6 +201,8 @@ class ExportSpec(Section):
     """Floating-point type on disk; `auto`: as each tensor is in the original."""
     target: Literal["transformers", "vllm"] = "transformers"
     """The loader it is written for; `vllm` writes a Qwen2 with fewer heads as a Llama, because vLLM ignores Qwen2's head_dim."""
+    pad: bool = False
+    """Layers of different sizes are padded with zeros to the widest: stock classes load the model, but it takes what the widest takes."""
 
 
 class EvaluationSpec(TextSpec):
@@ -249,6 +260,12 @@ class JobSpec(Section):
             raise ValueError(
                 f"budget.probe_samples ({self.budget.probe_samples}) must not exceed calibration.samples ({self.calibration.samples})"
             )
+        if self.budget.allocation.name == "threshold" and not self.method.comparable_scores:
+            raise ValueError(
+                f"budget.allocation: threshold: the scores of {self.method.name} cannot be compared between layers; use curves"
+            )
+        if self.budget.per_layer and self.export.target == "vllm" and not self.export.pad:
+            raise ValueError("export.target: vllm: it loads no layers of different sizes; set export.pad: true, or budget.per_layer: false")
         if self.correction.drift and self.parallel.effective_propagation == "dense":
             raise ValueError("correction.drift: on the dense path nothing drifts; set it to 0, or parallel.propagation to pruned or refit")
         if self.parallel.placement == "shards" and self.parallel.workers > self.calibration.shards:

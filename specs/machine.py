@@ -13,7 +13,8 @@ import yaml
 from pydantic import Field, ValidationError
 
 from specs.errors import SpecError
-from specs.job import ByteSize, Section
+from specs.job import ByteSize
+from specs.section import Section
 
 FORWARD_EFFICIENCY, WIDE_EFFICIENCY, BANDWIDTH_EFFICIENCY = 0.5, 0.7, 0.8
 Rate = Annotated[float, Field(gt=0)]

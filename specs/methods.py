@@ -1,21 +1,25 @@
 """Options of the pruning methods: one class per method, told apart by `name`."""
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import BeforeValidator, Field, Tag
+
+from specs.section import Section, named, told_apart_by_name
 
 Damping = Annotated[float, Field(gt=0.0, le=1e6)]
 
 
-class MethodOptions(BaseModel):
-    """Base of every method's options: frozen and closed."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+class MethodOptions(Section):
+    """Base of every method's options."""
 
     @property
     def needs_rows(self) -> bool:
         """Whether rows of activations are kept instead of a Gram matrix, however many tokens there are."""
+        return False
+
+    @property
+    def comparable_scores(self) -> bool:
+        """Whether the scores of units of different layers can be compared."""
         return False
 
 
@@ -40,6 +44,14 @@ class NumericalOptions(MethodOptions):
     """Weight (lambda) of the constraint on how many units stay; as it grows, a layer's mean score becomes the fraction that stays."""
     damping: Damping = 1e-2
     """Added to the Hessian, as a multiple of its mean diagonal."""
+    head_score: Literal["cost", "times-cost"] = "cost"
+    """With `allocation: threshold`, `cost`: a head's score is compared as it is and its parameters are what it costs; `times-cost`: it is
+    multiplied by the parameters of a head over those of a neuron first, the paper's formula as printed."""
+
+    @property
+    def comparable_scores(self) -> bool:
+        """The paper's threshold is one for the whole model."""
+        return True
 
 
 class ObsOptions(MethodOptions):
@@ -59,6 +71,11 @@ class FlapOptions(MethodOptions):
 
     name: Literal["flap"] = "flap"
 
+    @property
+    def comparable_scores(self) -> bool:
+        """Scores are standardised within each group of each layer, and then sorted together."""
+        return True
+
 
 class WandaOptions(MethodOptions):
     """Wanda's score for structures (arXiv 2306.11695, Wanda-sp): norm of a channel times the weights that read it. A baseline."""
@@ -66,16 +83,14 @@ class WandaOptions(MethodOptions):
     name: Literal["wanda"] = "wanda"
 
 
-def _name(options: Any) -> str:
-    """The method a section means; STAT where it names none."""
-    return str(options.get("name", "stat") if isinstance(options, Mapping) else getattr(options, "name", "stat"))
-
-
 MethodSpec = Annotated[
-    Annotated[StatOptions, Tag("stat")]
-    | Annotated[NumericalOptions, Tag("numerical")]
-    | Annotated[ObsOptions, Tag("obs")]
-    | Annotated[FlapOptions, Tag("flap")]
-    | Annotated[WandaOptions, Tag("wanda")],
-    Discriminator(_name),
+    Annotated[
+        Annotated[StatOptions, Tag("stat")]
+        | Annotated[NumericalOptions, Tag("numerical")]
+        | Annotated[ObsOptions, Tag("obs")]
+        | Annotated[FlapOptions, Tag("flap")]
+        | Annotated[WandaOptions, Tag("wanda")],
+        told_apart_by_name("stat"),
+    ],
+    BeforeValidator(named),
 ]

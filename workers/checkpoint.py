@@ -16,7 +16,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from specs.errors import ModelError
-from workers.families import LAYER_PREFIX, config_int, expected_shapes, layer_prefix, ties_embeddings, why_not_pruned
+from workers.families import LAYER_PREFIX, config_int, expected_shapes, layer_config, layer_prefix, ties_embeddings, why_not_pruned
 from workers.shapes import alike_layers, layer_shapes, outer_shapes
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -272,9 +272,11 @@ def _header_digest(path: Path) -> bytes:
 
 
 def _check_layers(checkpoint: Checkpoint) -> None:
-    shapes = expected_shapes(checkpoint.config)
-    first = {name: info.shape for name, info in checkpoint.layer_tensors(0).items()}
+    expected_shapes(checkpoint.config)  # first, so that an unsupported model is refused as such
+    alike = not checkpoint.config.get("per_layer_config")
+    first = {name: info.shape for name, info in checkpoint.layer_tensors(0).items()} if alike else {}
     for layer in range(checkpoint.num_layers):
+        shapes = expected_shapes(layer_config(checkpoint.config, layer))
         found = {name: info.shape for name, info in checkpoint.layer_tensors(layer).items()}
         for name, shape in (first | shapes).items():
             if found.get(name) != shape:

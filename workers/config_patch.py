@@ -36,9 +36,10 @@ def patched_config(config: Mapping[str, object], kept: Mapping[str, int], target
     return result
 
 
-def needs_output_bias(config: Mapping[str, object], patched: Mapping[str, object]) -> bool:
+def needs_output_bias(config: Mapping[str, object], kept: Mapping[str, int], target: str) -> bool:
     """Whether the attention's output projection needs a zero bias that the original has not (a Qwen2 written as Llama)."""
-    return config.get("model_type") == "qwen2" and patched.get("model_type") == "llama"
+    written_as_llama = target == "vllm" and family_of(config).vllm_written_as == "llama"
+    return config.get("model_type") == "qwen2" and written_as_llama and kept["heads"] != unit_groups(config)[0].num_units
 
 
 def _model_type_for(config: Mapping[str, object], heads: int, target: str) -> dict[str, object]:

@@ -6,7 +6,7 @@ residual stream, the output is also to make up for it: + (S_KK + gI)^-1 Z_K'E.
 Letters: F width, D hidden, K kept columns, M size of a solver's targets, B block of output rows.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,20 +36,39 @@ def correct(
 ) -> Correction:
     """Correct a consumer's weight for the loss of all but the kept columns.
 
+    Of no columns the whole output is lost: an error of 1.
     Shapes: `weight_DF` in any type, maybe in a file: it is read in blocks of rows. `kept_K` ascending column indices, on the
     statistics' device. The result has `dtype` and lies beside `weight_DF`. Both statistics are consumed.
     Numerics: fp64. The damping is a multiple of the mean column energy; ties go to the larger one.
     Cost: with a Gram matrix K^3/3 + 2 K^2 D + F^2 D flops per damping candidate, and about three times that for the rest.
     """
+    if len(kept_K) == 0:
+        return Correction(weight_DF[:, :0].to(dtype), 0.0, 1.0, 1.0)
     fit = _Fit.of(training, weight_DF, kept_K)
-    candidates = options.candidates if options.damping == "held-out" else (options.damping,)
-    trials = {damping: fit.error(damping, held_out) for damping in sorted(candidates, reverse=True)}
-    damping = min(trials, key=trials.__getitem__)
+    damping, error = fit.best_damping(held_out, options)
     training_error = _relative(fit.error(damping, training), _output_energy(training, weight_DF, kept_K.device))
-    held_out_error = _relative(trials[damping], _output_energy(held_out, weight_DF, kept_K.device))
+    held_out_error = _relative(error, _output_energy(held_out, weight_DF, kept_K.device))
     del fit  # its memory
     weight_DK = _Fit.of(training.merge(held_out), weight_DF, kept_K).weight(damping, dtype)
     return Correction(weight_DK, damping, training_error, held_out_error)
+
+
+def error_curve(
+    training: Statistic, held_out: Statistic, weight_DF: Tensor, kept_sets: Sequence[Tensor], options: CorrectionSpec
+) -> tuple[float, list[float]]:
+    """The damping that is best for the middle one of several kept sets, and the squared relative held-out error of each with it.
+
+    Shapes as for `correct`; neither statistic is consumed.
+    """
+    energy = _output_energy(held_out, weight_DF, kept_sets[0].device)
+    damping, _ = _Fit.of(training, weight_DF, kept_sets[len(kept_sets) // 2]).best_damping(held_out, options)
+    fits = (_Fit.of(training, weight_DF, kept_K) for kept_K in kept_sets)
+    return damping, [_relative(fit.error(damping, held_out), energy) ** 2 for fit in fits]
+
+
+def corrected(statistic: Statistic, weight_DF: Tensor, kept_K: Tensor, damping: float, dtype: torch.dtype) -> Tensor:
+    """The corrected weight (D, K) for a damping that is known; the statistic is not consumed."""
+    return _Fit.of(statistic, weight_DF, kept_K).weight(damping, dtype)
 
 
 @dataclass(frozen=True)
@@ -73,6 +92,13 @@ class _Fit:
         solve = self.refit.solver(damping * energy)
         for rows, weight_BF in wide_blocks(self.weight_DF, self.kept_K.device):
             yield rows, weight_BF, solve(self.targets_DM[rows])
+
+    def best_damping(self, held_out: Statistic, options: CorrectionSpec) -> tuple[float, float]:
+        """The damping to take, the larger one of equals, and its squared error on the held-out tokens."""
+        candidates = options.candidates if options.damping == "held-out" else (options.damping,)
+        trials = {damping: self.error(damping, held_out) for damping in sorted(candidates, reverse=True)}
+        damping = min(trials, key=trials.__getitem__)
+        return damping, trials[damping]
 
     def error(self, damping: float, judge: Statistic) -> float:
         """|Z_K W_K' - Z W' - E|^2 on the judge's tokens."""

@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from specs.errors import VerificationError
+from workers.per_layer import MODULE
 
 
 @torch.inference_mode()
@@ -18,9 +19,10 @@ def check_loads(folder: Path, expected_parameters: int) -> None:
             from the plan, or the logits are not finite. (transformers by itself only logs a missing tensor.)
     """
     disable_progress_bar()
+    own_code = (folder / f"{MODULE}.py").exists()  # written by this run
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            folder, output_loading_info=True, trust_remote_code=False, use_safetensors=True, local_files_only=True
+            folder, output_loading_info=True, trust_remote_code=own_code, use_safetensors=True, local_files_only=True
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise VerificationError(f"{folder}: does not load with transformers: {error}") from None

@@ -41,6 +41,10 @@ class UnitGroup:
         """Input width of the consumer."""
         return self.num_units * self.columns
 
+    def holds(self, name: str) -> bool:
+        """Whether a tensor of the layer belongs to the block, and goes when no unit stays."""
+        return name.startswith(f"{self.block}.")
+
 
 @dataclass(frozen=True)
 class Family:
@@ -159,12 +163,29 @@ def unit_groups(config: Mapping[str, object]) -> tuple[UnitGroup, UnitGroup]:
     )
 
 
+def layer_config(config: Mapping[str, object], layer: int) -> Mapping[str, object]:
+    """The config of one layer, where layers may differ (`per_layer_config` of transformers); `skip` names absent blocks.
+
+    Raises:
+        ModelError: the overrides are no mapping of layer numbers.
+    """
+    overrides = config.get("per_layer_config") or {}
+    try:
+        own = {int(number): sizes for number, sizes in overrides.items()}.get(layer, {})  # type: ignore[attr-defined]
+        return {**config, "skip": [], **own}
+    except (AttributeError, TypeError, ValueError):
+        raise ModelError("config.json: per_layer_config must map layer numbers to sizes") from None
+
+
 def expected_shapes(config: Mapping[str, object]) -> dict[str, tuple[int, int]]:
     """Shapes (out, in) of a layer's coupled matrices, as the config implies them."""
     groups = unit_groups(config)  # first, so that an unsupported model is refused as such
     hidden = config_int(config, "hidden_size")
     shapes: dict[str, tuple[int, int]] = {}
+    skipped = config.get("skip") or ()
     for group in groups:
+        if {"heads": "attention", "neurons": "mlp"}[group.name] in skipped:  # type: ignore[operator]
+            continue
         shapes |= {f"{p.module}.weight": (p.rows * group.num_units, hidden) for p in group.producers}
         shapes[f"{group.consumer}.weight"] = (hidden, group.width)
     return shapes

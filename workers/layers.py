@@ -19,11 +19,12 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from specs.errors import ModelError
 from workers.checkpoint import Checkpoint, TensorInfo
 from workers.families import UnitGroup, layer_prefix
+from workers.per_layer import CLASS, remote_code
 from workers.slicing import Cut, unit_rows
 
 Store = Callable[[Tensor], Tensor]
@@ -179,7 +180,7 @@ class StreamedModel:
         self.checkpoint, self.dtype, self.device, self._store = checkpoint, dtype, device, store
         config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
         with init_empty_weights(include_buffers=False):
-            self._model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).eval()
+            self._model: Any = _model_of(checkpoint, config, dtype).eval()
         self._layers = list(self._model.model.layers)
         self._model.model.layers = nn.ModuleList()
         outer = read_tensors(checkpoint, checkpoint.outer_tensors)
@@ -236,6 +237,15 @@ class StreamedModel:
         self._model.model.layers = nn.ModuleList([_Recorder(self._layers[0], hidden_BTD)])
         logits: Tensor = self._model(input_ids=tokens_BT.to(self.device), use_cache=False).logits
         return logits
+
+
+def _model_of(checkpoint: Checkpoint, config: PreTrainedConfig, dtype: torch.dtype) -> Any:
+    """The model of a config: the stock class, or this package's own where layers differ in size; never code of the folder."""
+    if not config.is_heterogeneous:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    module: dict[str, Any] = {}
+    exec(remote_code(checkpoint.config), module)
+    return module[CLASS]._from_config(config, dtype=dtype)
 
 
 def _run(layer: nn.Module, index: int, batch: MicroBatch, swaps: Mapping[str, nn.Module]) -> Tensor:
@@ -325,8 +335,12 @@ def dense_streams(layer: nn.Module, index: int, batch: MicroBatch, groups: Mappi
 
 @torch.inference_mode()
 def apply_cut(layer: nn.Module, index: int, batch: MicroBatch, groups: Mapping[str, UnitGroup], name: str, cut: Cut) -> None:
-    """Set the block's output to the corrected projection of the kept units; afterwards the consumer's input is dropped."""
+    """Set the block's output to the corrected projection of the kept units, zeros if none is; the consumer's input is dropped."""
     group = groups[name]
+    if len(cut.units) == 0:
+        batch.outputs[group.block] = batch.store(torch.zeros_like(batch.hidden_BTD))
+        batch.inputs.pop(name, None)
+        return
     z_BTF = consumer_input(layer, index, batch, groups, name)
     columns = unit_rows(cut.units, group.columns).to(z_BTF.device)
     weight_DK = cut.weight_DK.to(z_BTF.device, z_BTF.dtype)

@@ -7,6 +7,7 @@ LAYER_FILE = "layer.safetensors"
 OUTER_TASK, OUTER_FILE = "outer", "outer.safetensors"
 CALIBRATION_TASK, EVALUATION_TASK, TOKENS_FILE = "calibration-tokens", "evaluation-tokens", "tokens.safetensors"
 SHAPE_TASK, EXPORT_TASK = "shape", "export"
+SURVEY_FILE, SENSITIVITY_TASK = "cuts.safetensors", "sensitivity"
 
 
 def layer_task(layer: int) -> str:
@@ -17,6 +18,16 @@ def layer_task(layer: int) -> str:
 def selection_task(layer: int) -> str:
     """Task id of a layer's selection, where selections come from a pass of their own."""
     return f"selection-{layer:04d}"
+
+
+def survey_task(layer: int) -> str:
+    """Task id of what could stay of a layer: error curves and corrected weights, or scores."""
+    return f"survey-{layer:04d}"
+
+
+def generation_task(number: int) -> str:
+    """Task id of a round of the search for an allocation."""
+    return f"generation-{number:04d}"
 
 
 def boundary_file(run_folder: Path, layer: int, number: int) -> Path:

@@ -26,7 +26,8 @@ class CutArrays(TypedDict):
 class Cut:
     """The decision for one coupled group of one layer.
 
-    `units`: kept units, ascending; `weight_DK`: the consumer's corrected weight, rounded to its type on disk.
+    `units`: kept units, ascending; `weight_DK`: the consumer's corrected weight, rounded to its type on disk; of no units,
+    nothing.
     """
 
     group: str
@@ -52,14 +53,17 @@ def unit_rows(units: Tensor, rows_per_unit: int) -> Tensor:
 def slice_layer(tensors: Mapping[str, Tensor], groups: Iterable[UnitGroup], cuts: Mapping[str, Cut]) -> dict[str, Tensor]:
     """One layer's tensors without the pruned units; tensors no cut touches pass through.
 
-    Producers lose rows (and bias entries), the consumer gets the corrected weight in its own type and keeps its bias.
-    Names are those inside the layer, weights (out, in).
+    Producers lose rows (and bias entries), the consumer gets the corrected weight in its own type and keeps its bias. A block
+    of which no unit stays loses all its tensors. Names are those inside the layer, weights (out, in).
     """
     result = dict(tensors)
     for group in groups:
         if group.name not in cuts:
             continue
         cut = cuts[group.name]
+        if len(cut.units) == 0:
+            result = {name: tensor for name, tensor in result.items() if not group.holds(name)}
+            continue
         for producer in group.producers:
             rows = unit_rows(cut.units, producer.rows)
             for name in (f"{producer.module}.weight", f"{producer.module}.bias"):
@@ -68,3 +72,25 @@ def slice_layer(tensors: Mapping[str, Tensor], groups: Iterable[UnitGroup], cuts
         consumer = f"{group.consumer}.weight"
         result[consumer] = cut.weight_DK.to(result[consumer].dtype)
     return {name: tensor.contiguous() for name, tensor in result.items()}
+
+
+def pad_layer(
+    sliced: Mapping[str, Tensor], dense: Mapping[str, Tensor], groups: Iterable[UnitGroup], widths: Mapping[str, int]
+) -> dict[str, Tensor]:
+    """A sliced layer with units of zeros behind its own, up to so many of each group: it computes the same.
+
+    `dense` holds the layer's tensors before they were sliced.
+    """
+    lengths: dict[str, tuple[int, int]] = {}
+    for group in groups:
+        lengths |= {f"{p.module}.{kind}": (0, p.rows * widths[group.name]) for p in group.producers for kind in ("weight", "bias")}
+        lengths[f"{group.consumer}.weight"] = (1, group.columns * widths[group.name])
+    padded = {}
+    for name, tensor in dense.items():
+        shape = list(tensor.shape)
+        if name in lengths:
+            shape[lengths[name][0]] = lengths[name][1]
+        padded[name] = tensor.new_zeros(shape)
+        if name in sliced:
+            padded[name][tuple(map(slice, sliced[name].shape))] = sliced[name]
+    return padded

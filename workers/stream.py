@@ -19,7 +19,7 @@ from workers.codec import from_array, to_array
 from workers.families import UnitGroup
 from workers.files import read_manifest, write_tensors
 from workers.layers import MicroBatch, StreamedModel
-from workers.layout import boundary_file, layer_task, selection_task, task_folder
+from workers.layout import boundary_file, layer_task, selection_task, survey_task, task_folder
 from workers.statistics import Statistic
 from workers.sweep import check_computed_on
 
@@ -71,7 +71,7 @@ class Stream:
 
     def _begin(self, chunk: range, wanted: Wanted) -> None:
         for layer in range(self._model.checkpoint.num_layers):
-            for task in (selection_task(layer), layer_task(layer)):
+            for task in (survey_task(layer), selection_task(layer), layer_task(layer)):
                 if finished := read_manifest(task_folder(self._folder, task)):
                     check_computed_on(task_folder(self._folder, task), finished, self._model.computed_on)
         self._modules = {}  # freed before the new ones are read

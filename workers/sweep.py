@@ -214,14 +214,15 @@ def check_computed_on(folder: Path, manifest: Manifest, computed_on: str) -> Non
 
 
 def read_cuts(file: Path, layer: int, manifest: Manifest, groups: Iterable[UnitGroup]) -> dict[str, Cut]:
-    """The cuts of a finished layer, from its file and manifest."""
+    """The cuts of a finished layer, from its file (which may be padded) and manifest."""
     kept = manifest.info["kept"]
     assert isinstance(kept, dict)
+    cuts = {}
     with safe_open(file, framework="pt") as handle:
-        return {
-            group.name: Cut(
-                group.name, torch.tensor(kept[group.name]), handle.get_tensor(f"{layer_prefix(layer)}{group.consumer}.weight").clone()
-            )
-            for group in groups
-            if group.name in kept
-        }
+        for group in (group for group in groups if group.name in kept):
+            units = torch.tensor(kept[group.name], dtype=torch.int64)
+            weight_DK = torch.empty(0, 0)
+            if len(units):
+                weight_DK = handle.get_tensor(f"{layer_prefix(layer)}{group.consumer}.weight")[:, : len(units) * group.columns].clone()
+            cuts[group.name] = Cut(group.name, units, weight_DK)
+    return cuts

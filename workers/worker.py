@@ -16,14 +16,16 @@ from safetensors.torch import load_file
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
+from specs.allocation import CurvesAllocation
 from specs.errors import ResourceError
 from specs.job import JobSpec
 from specs.memory import MemoryPlan
 from workers import layers
 from workers.calibration import calibration_windows, check_apart, evaluation_windows, load_tokenizer
 from workers.checkpoint import Checkpoint, open_checkpoint
-from workers.config_patch import needs_output_bias, patched_config
+from workers.config_patch import needs_output_bias
 from workers.correction import Correction, correct
+from workers.divergence import Kept, divergences
 from workers.evaluate import window_losses
 from workers.export import check_loads
 from workers.families import UnitGroup, config_int, layer_prefix, unit_groups
@@ -36,20 +38,23 @@ from workers.layout import (
     LAYER_FILE,
     OUTER_FILE,
     OUTER_TASK,
+    SURVEY_FILE,
     TOKENS_FILE,
     layer_task,
     model_folder,
     selection_task,
+    survey_task,
     task_folder,
 )
 from workers.memory import PeakMemory, give_back_free_memory
-from workers.methods import select
+from workers.methods import scores, select
 from workers.scratch import Scratch
 from workers.shards import Node, even_parts, merge_siblings, roots
-from workers.slicing import Cut, CutArrays, slice_layer, unit_rows
+from workers.slicing import Cut, CutArrays, pad_layer, slice_layer, unit_rows
 from workers.statistics import Statistic, restored, statistic_type
 from workers.storage import check_same_files
 from workers.stream import Fits, Stream, Wanted
+from workers.survey import curve, stored_cut, tensors_of
 from workers.sweep import Parts, Sweep, embed_all, grow_states, micro_batches
 
 Receipt = dict[str, Any]
@@ -188,9 +193,7 @@ class Worker:
         """Statistics of every group of a layer on the dense path, over some of the probe's windows."""
         count = self.job.budget.probe_samples
         if self._probe.get(owned, (layer + 1, []))[0] > layer:  # first call, or an earlier attempt went further
-            picked = [part.start for part in even_parts(self.job.calibration.samples, count)]
-            windows_ST = self._tokens(CALIBRATION_TASK)
-            self._probe[owned] = (0, embed_all(self._model, [windows_ST[picked[i]][None] for i in range(*owned)]))
+            self._probe[owned] = (0, embed_all(self._model, self._spread_windows(count, range(*owned))))
         at, batches = self._probe[owned]
         inputs: list[dict[str, Tensor]] = []
         for index in range(at, layer + 1):
@@ -260,7 +263,7 @@ class Worker:
         return read_tensors(self._checkpoint, {name: self._checkpoint.layer_tensors(layer)[name]}, layer_prefix(layer))[name]
 
     def _select(self, layer: int, name: str, num_kept: int, training: Statistic) -> Tensor:
-        if num_kept == self._groups[name].num_units:
+        if num_kept in (0, self._groups[name].num_units):
             return torch.arange(num_kept)
         weight_DF = self._consumer_weight(layer, self._groups[name])
         return select(self.job.method, training, weight_DF, self._groups[name].columns, num_kept)
@@ -291,7 +294,7 @@ class Worker:
         return {}, self._stream.flow(range(*chunk), number, wanted, before, end_of_wave)
 
     @step
-    def settle(self, layer: int, task_fingerprint: str, kept: Mapping[str, int]) -> tuple[Receipt, None]:
+    def settle(self, layer: int, task_fingerprint: str, kept: Mapping[str, int], written: Mapping[str, int]) -> tuple[Receipt, None]:
         """Decide all groups of a layer from the statistics this worker has, and write the layer, or only the selection."""
         fits = {name: self._stream.fit(layer, name) for name, count in kept.items() if count < self._groups[name].num_units}
         if self.job.parallel.effective_propagation == "refit":
@@ -301,22 +304,75 @@ class Worker:
             return {"groups": {}}, None
         decided = {name: self._cut(layer, name, kept[name], fits.pop(name)) for name in list(fits)}
         groups = {name: self._summary(name, kept[name], correction) for name, (_, correction) in decided.items()}
-        self._write_layer(layer, task_fingerprint, kept, groups, [cut for cut, _ in decided.values()])
+        self._write_layer(layer, task_fingerprint, written, groups, [cut for cut, _ in decided.values()])
         return {"groups": groups}, None
 
     @step
-    def write_layer(
-        self, layer: int, task_fingerprint: str, kept: Mapping[str, int], groups: Receipt, *cuts: CutArrays
+    def survey(
+        self, layer: int, task_fingerprint: str, counts: Mapping[str, Sequence[int]], stored: Mapping[str, Sequence[int]]
     ) -> tuple[Receipt, None]:
-        """Write a pruned layer's tensors under their final names, then the manifest: the layer is finished."""
-        self._write_layer(layer, task_fingerprint, kept, groups, [Cut.from_arrays(arrays) for arrays in cuts])
+        """Error curves of a layer's groups from the statistics this worker has, and cuts for the `stored` numbers of units."""
+        fits = {name: self._stream.fit(layer, name) for name in counts}
+        errors: dict[str, dict[int, float]] = {}
+        tensors: dict[str, Tensor] = {}
+        for name in counts:
+            weight_DF = self._consumer_weight(layer, self._groups[name])
+            part = (counts[name], stored[name], self._disk_dtype(weight_DF))
+            found = curve(self.job, fits.pop(name), weight_DF, self._groups[name], *part)
+            errors[name] = found.errors
+            tensors |= tensors_of(found.cuts)
+        folder = task_folder(self.run_folder, survey_task(layer))
+        write_tensors(folder / SURVEY_FILE, tensors)
+        info = {"result": errors, "computed_on": self._model.computed_on}
+        commit(folder, survey_task(layer), task_fingerprint, [SURVEY_FILE], info)
+        return {"groups": {}}, None
+
+    @step
+    def score(self, layer: int, task_fingerprint: str, kept: Mapping[str, float]) -> tuple[Receipt, None]:
+        """Scores of the units of a layer's groups, comparable between layers, when about so many units are to stay."""
+        fits = {name: self._stream.fit(layer, name) for name in kept}
+        found: dict[str, list[float]] = {}
+        for name, count in kept.items():
+            training, held_out = fits.pop(name)
+            weight_DF = self._consumer_weight(layer, self._groups[name])
+            found[name] = scores(self.job.method, training.merge(held_out), weight_DF, self._groups[name].columns, count).tolist()
+        info = {"result": found, "computed_on": self._model.computed_on}
+        commit(task_folder(self.run_folder, survey_task(layer)), survey_task(layer), task_fingerprint, [], info)
+        return {"groups": {}}, None
+
+    @step
+    def divergences(self, candidates: Sequence[Sequence[Kept]], owned: tuple[int, int]) -> tuple[Receipt, None]:
+        """For every candidate allocation its divergence from the dense model, on each of some of the calibration windows."""
+        self.__dict__.pop("_stream", None)  # its statistics are not needed any more
+        allocation = self.job.budget.allocation
+        assert isinstance(allocation, CurvesAllocation)
+        windows = self._spread_windows(allocation.samples, range(*owned))
+        return {"sums": divergences(self._model, self._groups, windows, candidates, partial(stored_cut, self.run_folder))}, None
+
+    def _spread_windows(self, count: int, numbers: range) -> list[Tensor]:
+        """Some of `count` calibration windows that are spread evenly over the text."""
+        picked = [part.start for part in even_parts(self.job.calibration.samples, count)]
+        windows_ST = self._tokens(CALIBRATION_TASK)
+        return [windows_ST[picked[number]][None] for number in numbers]
+
+    @step
+    def write_layer(
+        self, layer: int, task_fingerprint: str, written: Mapping[str, int], groups: Receipt, *cuts: CutArrays
+    ) -> tuple[Receipt, None]:
+        """Write a pruned layer's tensors under their final names, then the manifest: the layer is finished.
+
+        `written` are the units of every group that the file holds: those that stay, and zeros where layers are padded.
+        """
+        self._write_layer(layer, task_fingerprint, written, groups, [Cut.from_arrays(arrays) for arrays in cuts])
         return {}, None
 
-    def _write_layer(self, layer: int, task_fingerprint: str, kept: Mapping[str, int], groups: Receipt, cuts: Sequence[Cut]) -> None:
+    def _write_layer(self, layer: int, task_fingerprint: str, written: Mapping[str, int], groups: Receipt, cuts: Sequence[Cut]) -> None:
         prefix, export = layer_prefix(layer), self.job.export
         tensors = read_tensors(self._checkpoint, self._checkpoint.layer_tensors(layer), prefix)
         sliced = slice_layer(tensors, self._groups.values(), {cut.group: cut for cut in cuts})
-        if needs_output_bias(self._checkpoint.config, patched_config(self._checkpoint.config, kept, export.target, export.dtype)):
+        if export.pad:
+            sliced = pad_layer(sliced, tensors, self._groups.values(), written)
+        if needs_output_bias(self._checkpoint.config, written, export.target):
             weight_DK = sliced["self_attn.o_proj.weight"]
             sliced["self_attn.o_proj.bias"] = weight_DK.new_zeros(len(weight_DK))
         folder = task_folder(self.run_folder, layer_task(layer))

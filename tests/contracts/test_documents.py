@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
 from specs.explain import models
 from specs.job import JobSpec
@@ -14,8 +15,12 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("
 
 def option_names() -> list[str]:
     """Every field of every section."""
-    sections = {section for field in JobSpec.model_fields.values() for section in models(field.annotation)}
-    return sorted({name for section in sections for name in section.model_fields})
+    return sorted(_names_below(JobSpec) - JobSpec.model_fields.keys())
+
+
+def _names_below(section: type[BaseModel]) -> set[str]:
+    below = (model for field in section.model_fields.values() for model in models(field.annotation))
+    return set(section.model_fields).union(*map(_names_below, below))
 
 
 @pytest.mark.parametrize("name", option_names())

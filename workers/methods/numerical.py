@@ -12,7 +12,8 @@ Deviations, each on purpose:
 - A is damped: with dead or dependent columns it is singular;
 - the score of a KV group is the mean over its query heads' columns (the paper has no grouped-query attention);
 - the paper multiplies a head's score by 4/3 of the head size before one threshold over all scores, which would make heads all but
-  unprunable; that factor is what a head costs in parameters, and here it is the budget that counts parameters.
+  unprunable; that factor is what a head costs in parameters, and here it is the budget that counts parameters
+  (`head_score: times-cost` is the literal reading).
 """
 
 import torch
@@ -53,12 +54,18 @@ def mask(hessian_FF: Tensor, penalty: float, num_kept: float, damping: float) ->
     return 1 - penalty * (len(ones_F) - num_kept) / (1 + penalty * inverse_F.sum()) * inverse_F
 
 
-def rank(statistic: Statistic, weight_DF: Tensor, unit_columns: int, counts: range, options: NumericalOptions) -> Tensor:
-    """Units by the mean of z* over their columns, largest first; ties by the lower index.
+def scores(statistic: Statistic, weight_DF: Tensor, unit_columns: int, num_kept: float, options: NumericalOptions) -> Tensor:
+    """The mean of z* over the columns of every unit, with so many units to keep (r / unit_columns).
 
-    Within a layer neither lambda nor r changes the order. Numerics: fp64. Cost: 2 D F^2 + F^3 / 3 flops; one F x F matrix in scratch.
+    The larger lambda, the nearer is a layer's mean to the fraction that stays: one threshold then serves all layers.
+    Numerics: fp64. Cost: 2 D F^2 + F^3 / 3 flops; one F x F matrix in scratch.
     """
     gram_FF = statistic.gram()
     out_FF = statistic.scratch.empty(*gram_FF.shape, dtype=WIDE)
-    z_F = mask(hessian(gram_FF, weight_DF, out_FF), options.penalty, counts[0] * unit_columns, options.damping)
-    return torch.argsort(z_F.reshape(-1, unit_columns).mean(1), descending=True, stable=True)
+    z_F = mask(hessian(gram_FF, weight_DF, out_FF), options.penalty, num_kept * unit_columns, options.damping)
+    return z_F.reshape(-1, unit_columns).mean(1)
+
+
+def rank(statistic: Statistic, weight_DF: Tensor, unit_columns: int, counts: range, options: NumericalOptions) -> Tensor:
+    """Units by their scores, largest first; ties by the lower index. Within a layer neither lambda nor r changes the order."""
+    return torch.argsort(scores(statistic, weight_DF, unit_columns, counts[0], options), descending=True, stable=True)

@@ -1,0 +1,163 @@
+"""Layers that differ in size: exported as remote code or padded, from an allocation given by hand or found."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from orchestrator import stages
+from orchestrator.context import Context
+from orchestrator.export import verify_run
+from orchestrator.run import run_job
+from orchestrator.shapes import Shape, uneven_shape
+from specs.errors import ModelError
+from specs.loader import load_job
+from tests.conftest import MakeJob, MakeModel
+from workers.checkpoint import open_checkpoint
+from workers.files import Manifest, read_manifest
+from workers.layers import StreamedModel
+from workers.layout import SENSITIVITY_TASK, SHAPE_TASK, generation_task, task_folder
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "smollm3")
+BY_HAND = [{"heads": 0, "neurons": 40}, {"heads": 1, "neurons": 48}, {"heads": 2, "neurons": 0}, {"heads": 1, "neurons": 20}]
+TOKENS = torch.tensor([[3, 77, 15, 200, 9, 31, 8, 120]])
+
+
+def quiet(event: dict[str, Any]) -> None:
+    """Show nothing."""
+
+
+@pytest.fixture
+def by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Allocate as BY_HAND says."""
+
+    def allocated(context: Context, tokens: Manifest) -> Shape:
+        return uneven_shape(context.job, context.checkpoint, BY_HAND)
+
+    monkeypatch.setattr(stages, "allocate", allocated)
+
+
+@torch.inference_mode()
+def logits_of(model: Any) -> torch.Tensor:
+    logits: torch.Tensor = model.eval()(TOKENS).logits
+    return logits
+
+
+@torch.inference_mode()
+def streamed_logits(folder: Path) -> torch.Tensor:
+    """As this package computes them itself, layer by layer, without the folder's code."""
+    model = StreamedModel(open_checkpoint(folder), torch.float32, torch.device("cpu"))
+    batch = model.embed(TOKENS)
+    for index in range(model.checkpoint.num_layers):
+        args, kwargs = batch.arguments[index]
+        batch.hidden_BTD = model.load_layer(index)(batch.hidden_BTD, *args, **kwargs)
+    return model.logits(TOKENS, batch.hidden_BTD)
+
+
+@pytest.mark.usefixtures("by_hand")
+@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("drift", [0.0, 0.5])
+def test_remote_code_padded_and_own_models_agree(
+    drift: float, model_type: str, make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+) -> None:
+    if drift and model_type == "gemma2":
+        pytest.skip("its blocks' outputs are normalised before they are added")
+    dense = make_model(model_type, num_hidden_layers=4)
+    folders = {}
+    for pad in (False, True):
+        sections = {"budget": {"per_layer": True}, "export": {"pad": pad}, "correction": {"drift": drift}}
+        run_job(load_job(make_job(dense, **sections)), tmp_path / f"pad-{pad}", quiet)
+        folders[pad] = tmp_path / f"pad-{pad}" / "model"
+    own_code = AutoModelForCausalLM.from_pretrained(folders[False], trust_remote_code=True)
+    padded = AutoModelForCausalLM.from_pretrained(folders[True])
+    expected = logits_of(own_code)
+    torch.testing.assert_close(logits_of(padded), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(streamed_logits(folders[False]), expected, rtol=1e-4, atol=1e-5)
+    assert not list(folders[True].glob("*.py"))
+    (code,) = folders[False].glob("*.py")
+    assert len(code.read_text().splitlines()) <= 40
+    stored = sum(parameter.numel() for parameter in own_code.parameters())
+    assert stored == open_checkpoint(folders[False]).parameters
+
+
+@pytest.mark.usefixtures("by_hand")
+def test_generation_with_the_cache_equals_generation_without(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
+    dense = make_model("qwen3", num_hidden_layers=4)
+    run_job(load_job(make_job(dense, budget={"per_layer": True})), tmp_path / "run", quiet)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", trust_remote_code=True).eval()
+    options = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(model.generate(TOKENS, use_cache=True, **options), model.generate(TOKENS, use_cache=False, **options))
+
+
+@pytest.mark.usefixtures("by_hand")
+def test_stock_classes_refuse_layers_of_different_sizes(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
+    run_job(load_job(make_job(make_model(num_hidden_layers=4), budget={"per_layer": True})), tmp_path / "run", quiet)
+    with pytest.raises((RuntimeError, ValueError)):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", trust_remote_code=False)
+
+
+@pytest.mark.usefixtures("by_hand")
+def test_a_model_whose_layers_differ_is_not_pruned_again(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
+    run_job(load_job(make_job(make_model(num_hidden_layers=4), budget={"per_layer": True})), tmp_path / "run", quiet)
+    again = load_job(make_job(tmp_path / "run" / "model"))
+    with pytest.raises(ModelError, match="layers differ in size"):
+        run_job(again, tmp_path / "again", quiet)
+
+
+@pytest.mark.parametrize("propagation", ["pruned", "dense", "refit"])
+def test_curves_meet_the_budget_to_one_step(propagation: str, make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
+    dense = make_model(num_hidden_layers=5)
+    placement = "shards" if propagation == "pruned" else "layers"
+    parallel = {"workers": 1, "micro_batch": 2, "placement": placement, "propagation": propagation}
+    report = run_job(load_job(make_job(dense, budget={"per_layer": True}, parallel=parallel)), tmp_path / "run", quiet)
+    sizes = report["decoder_parameters"]
+    assert 0 <= 0.75 * sizes["before"] - sizes["after"] < 4 * 3 * 32  # four channels
+    assert len({str(layer["groups"]) for layer in report["layers"]}) > 1
+    verify_run(tmp_path / "run")
+
+
+SEARCH = {"per_layer": True, "allocation": {"name": "search", "generations": 3, "offspring": 4, "samples": 3, "levels": 6}}
+
+
+def test_search_is_never_worse_than_curves_and_goes_on_where_it_was_cut_off(
+    make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+) -> None:
+    job = load_job(make_job(make_model(num_hidden_layers=5), budget=SEARCH))
+    run_job(job, tmp_path / "run", quiet)
+    generations = [read_manifest(task_folder(tmp_path / "run", generation_task(number))) for number in range(3)]
+    history = [manifest.info["result"]["divergence"] for manifest in generations if manifest]  # type: ignore[index]
+    first: Any = generations[0].info["result"] if generations[0] else None
+    assert history == sorted(history, reverse=True)
+    assert history[0] <= first["parent_divergence"]
+
+    def cut_off(event: dict[str, Any]) -> None:
+        if event["event"] == "step-finished" and event.get("generation") == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_job(job, tmp_path / "cut", cut_off)
+    run_job(job, tmp_path / "cut", quiet)
+    for file in (tmp_path / "run" / "model").iterdir():
+        if file.name != "manifest.json":
+            assert file.read_bytes() == (tmp_path / "cut" / "model" / file.name).read_bytes()
+
+
+@pytest.mark.parametrize("method", ["numerical", "flap"])
+def test_one_threshold_for_all_layers(method: str, make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
+    job = load_job(make_job(make_model(num_hidden_layers=5), budget={"per_layer": True, "allocation": "threshold"}, method={"name": method}))
+    sizes = run_job(job, tmp_path / "run", quiet)["decoder_parameters"]
+    assert 0 <= 0.75 * sizes["before"] - sizes["after"] < 4 * 3 * 32
+
+
+def test_the_sensitivity_of_a_layer_is_the_divergence_of_a_model_cut_there_alone(
+    make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+) -> None:
+    dense = make_model(num_hidden_layers=3)
+    job = load_job(make_job(dense, budget={"per_layer": True, "kv_groups": 2, "allocation": {"name": "curves", "samples": 2}}))
+    run_job(job, tmp_path / "run", quiet)
+    measured: Any = read_manifest(task_folder(tmp_path / "run", SENSITIVITY_TASK))
+    assert len(measured.info["result"]) == 3
+    assert all(value > 0 for value in measured.info["result"])
+    assert read_manifest(task_folder(tmp_path / "run", SHAPE_TASK)) is not None

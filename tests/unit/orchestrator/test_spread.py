@@ -1,0 +1,120 @@
+"""The budget over the layers, against brute force where that is possible."""
+
+import random
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from orchestrator.spread import Budget, Losses, Spread, above_threshold, cheapest, filled, levels, mutated, predicted_loss
+from specs.errors import SpecError
+from specs.loader import load_job
+from tests.conftest import MakeJob, MakeModel
+from workers.checkpoint import open_checkpoint
+
+LAYERS, CHANNEL = 3, 3 * 32
+"""Layers of the model, and parameters of one FFN channel."""
+
+
+def budget_of(model: Path, make_job: MakeJob, sparsity: float, **bounds: float) -> Budget:
+    job = load_job(make_job(model, budget={"sparsity": sparsity, "round_to": 4}))
+    return Budget(job, open_checkpoint(model), **bounds)
+
+
+def convex(seed: int, counts: list[int]) -> dict[int, float]:
+    """A loss that grows ever faster the fewer units stay."""
+    chance = random.Random(seed)
+    steps = sorted(chance.random() for _ in counts)
+    return {48: 0.0} | {count: sum(steps[: number + 1]) for number, count in enumerate(counts)}
+
+
+@pytest.mark.parametrize(
+    ("units", "cost", "most", "round_to", "count", "expected"),
+    [
+        (48, 10, 120, 4, 12, [44, 40, 36]),
+        (48, 10, 480, 4, 4, [44, 32, 20, 8, 0]),
+        (48, 10, 479, 16, 100, [32, 16]),
+        (1536, 1728, 1e9, 64, 12, [1472, 1344, 1216, 1088, 960, 832, 704, 576, 448, 320, 192, 64, 0]),
+        (3, 100, 100, 1, 12, [2]),
+        (3, 100, 99, 1, 12, []),
+        (1, 100, 100, 1, 12, [0]),
+    ],
+)
+def test_levels(units: int, cost: int, most: float, round_to: int, count: int, expected: list[int]) -> None:
+    assert levels(units, cost, most, round_to, count) == expected
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_of_convex_curves_the_cheapest_spread_is_the_best_one(seed: int, make_model: MakeModel, make_job: MakeJob) -> None:
+    counts = [44, 40, 36, 32]
+    losses = [{"heads": {2: 0.0}, "neurons": convex(10 * seed + layer, counts)} for layer in range(LAYERS)]
+    budget = budget_of(model := make_model(), make_job, 0.0001)
+    dense = open_checkpoint(model).decoder_parameters
+    budget = budget_of(model, make_job, 5 * 4 * CHANNEL / dense)  # five steps of four channels, exactly
+    best = min(
+        (spread for spread in (spread_of(widths) for widths in product([48, *counts], repeat=LAYERS)) if not budget.excess(budget.size(spread))),
+        key=lambda spread: predicted_loss(losses, spread),
+    )
+    assert predicted_loss(losses, cheapest(budget, losses)) == pytest.approx(predicted_loss(losses, best))
+
+
+def spread_of(widths: tuple[int, ...]) -> Spread:
+    return [{"heads": 2, "neurons": width} for width in widths]
+
+
+def test_units_are_taken_where_they_cost_least_for_what_they_take(make_model: MakeModel, make_job: MakeJob) -> None:
+    budget = budget_of(make_model(), make_job, 0.05)
+    dear, cheap = {48: 0.0, 24: 10.0}, {48: 0.0, 24: 1.0}
+    heads = {2: 0.0, 1: 100.0}
+    losses = [{"heads": heads, "neurons": cheap if layer == 1 else dear} for layer in range(LAYERS)]
+    assert cheapest(budget, losses) == [{"heads": 2, "neurons": 48}, {"heads": 2, "neurons": 24}, {"heads": 2, "neurons": 48}]
+    losses[2] = {"heads": {2: 0.0, 1: 0.01, 0: 0.02}, "neurons": dear}
+    assert cheapest(budget, losses)[2]["heads"] < 2
+
+
+def test_bounds_hold_and_a_budget_out_of_their_reach_is_refused(make_model: MakeModel, make_job: MakeJob) -> None:
+    model = make_model()
+    losses = [{"heads": {2: 0.0}, "neurons": convex(layer, list(range(44, 0, -4)))} for layer in range(LAYERS)]
+    budget = budget_of(model, make_job, 0.2, least=8 * CHANNEL, most=24 * CHANNEL)
+    spread = cheapest(budget, losses)
+    assert all(8 * CHANNEL <= budget.lost(kept) <= 24 * CHANNEL for kept in spread)
+    with pytest.raises(SpecError, match=r"raise budget\.allocation\.most"):
+        cheapest(budget_of(model, make_job, 0.3, most=4 * CHANNEL), losses)
+
+
+def test_what_the_budget_still_allows_is_given_back(make_model: MakeModel, make_job: MakeJob) -> None:
+    budget = budget_of(make_model(), make_job, 0.2)
+    losses = [{"heads": {2: 0.0}, "neurons": {48: 0.0, 0: 1.0 + layer}} for layer in range(LAYERS)]
+    spread = filled(budget, spread_of((20, 20, 20)), losses)
+    assert budget.excess(budget.size(spread)) == 0
+    assert spread[2]["neurons"] == 48  # the dearest first
+    for layer, kept in enumerate(spread):
+        if kept["neurons"] < 48:
+            more = [dict(kept) for kept in spread]
+            more[layer]["neurons"] += 4
+            assert budget.excess(budget.size(more)) > 0
+
+
+def losses_with_levels() -> Losses:
+    return [{"heads": {2: 0.0, 1: 1000.0}, "neurons": {count: float(48 - count) for count in range(48, 0, -4)}} for _ in range(LAYERS)]
+
+
+def test_mutations_keep_the_budget_and_its_levels(make_model: MakeModel, make_job: MakeJob) -> None:
+    budget, losses = budget_of(make_model(), make_job, 0.25), losses_with_levels()
+    spread = cheapest(budget, losses)
+    children = [mutated(budget, spread, losses, random.Random(seed)) for seed in range(50)]
+    assert len({str(child) for child in children}) > 10
+    for child in children:
+        assert budget.excess(budget.size(child)) == 0
+        assert all(kept[name] in losses[layer][name] for layer, kept in enumerate(child) for name in kept)
+    assert children == [mutated(budget, spread, losses, random.Random(seed)) for seed in range(50)]
+
+
+def test_one_threshold_keeps_the_highest_scores(make_model: MakeModel, make_job: MakeJob) -> None:
+    model = make_model()
+    dense = open_checkpoint(model).decoder_parameters
+    budget = budget_of(model, make_job, 40 * CHANNEL / dense)
+    scores = [{"heads": [9.0, 9.0], "neurons": [layer + channel / 48 for channel in range(48)]} for layer in range(LAYERS)]
+    assert above_threshold(budget, scores) == spread_of((8, 48, 48))
+    scores[2]["heads"] = [-1.0, 9.0]
+    assert above_threshold(budget, scores)[2]["heads"] == 1

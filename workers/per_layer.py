@@ -1,0 +1,85 @@
+"""Layers of different sizes, as transformers can hold them: `per_layer_config`, and a small class that builds layers from it.
+
+Stock model classes ignore `per_layer_config` (transformers 5.23); the class goes with the exported folder as remote code.
+"""
+
+from collections.abc import Mapping, Sequence
+from string import Template
+
+from specs.errors import ModelError
+from workers.config_patch import kept_heads, patched_config
+from workers.families import unit_groups
+
+MODULE = "modeling_per_layer"
+CLASS = "PerLayerForCausalLM"
+SOURCE = Template('''\
+"""A $base whose layers have sizes of their own, from `per_layer_config`. Written by rayprune (Apache-2.0)."""
+
+import torch
+from torch import nn
+from transformers import $base
+
+
+class Absent(nn.Module):
+    """Stands for a block that is left out: it adds nothing."""
+
+    def __init__(self, as_tuple):
+        super().__init__()
+        self.as_tuple = as_tuple
+
+    def forward(self, hidden_states, *args, **kwargs):
+        nothing = torch.zeros_like(hidden_states)
+        return (nothing, None) if self.as_tuple else nothing
+
+
+class $name($base):
+    """Every layer is built from its own config; the layers with attention are numbered through for the cache."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        cached = 0
+        for index, layer in enumerate(self.model.layers):
+            own = config.per_layer_config[index]
+            self.model.layers[index] = layer = type(layer)(own, index)
+            if "attention" in own.skip:
+                layer.self_attn = Absent(as_tuple=True)
+            else:
+                layer.self_attn.layer_idx, cached = cached, cached + 1
+            if "mlp" in own.skip:
+                layer.mlp = Absent(as_tuple=False)
+''')
+
+
+def per_layer_config(config: Mapping[str, object], layers: Sequence[Mapping[str, int]], dtype: str) -> dict[str, object]:
+    """The config of a model whose layers keep different numbers of units; sizes of the whole stay those of the original."""
+    groups = unit_groups(config)
+    dense = {group.name: group.num_units for group in groups}
+    result = patched_config(config, dense, "transformers", dtype)
+    sizes = {index: _sizes(config, kept) for index, kept in enumerate(layers) if kept != dense}
+    auto_map = {"AutoModelForCausalLM": f"{MODULE}.{CLASS}"}
+    return result | {"per_layer_config": sizes, "allow_global_per_layer_attribute_access": True, "auto_map": auto_map}
+
+
+def _sizes(config: Mapping[str, object], kept: Mapping[str, int]) -> dict[str, object]:
+    """What one layer's config says otherwise than the model's."""
+    blocks = {"heads": "attention", "neurons": "mlp"}
+    sizes: dict[str, object] = {}
+    if kept["heads"]:
+        sizes |= {"num_attention_heads": kept_heads(config, kept["heads"]), "num_key_value_heads": kept["heads"]}
+    if kept["neurons"]:
+        sizes |= {"intermediate_size": kept["neurons"]}
+    skipped = [block for name, block in blocks.items() if not kept[name]]
+    return sizes | ({"skip": skipped} if skipped else {})
+
+
+def remote_code(config: Mapping[str, object]) -> str:
+    """The class that loads such a model, a subclass of the stock one that the config names.
+
+    Raises:
+        ModelError: the config names no class of transformers.
+    """
+    architectures = config.get("architectures")
+    base = architectures[0] if isinstance(architectures, list) and architectures else None
+    if not isinstance(base, str) or not base.isidentifier():
+        raise ModelError(f"config.json: architectures must name the model's class, found {architectures!r}")
+    return SOURCE.substitute(base=base, name=CLASS)
