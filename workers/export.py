@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from specs.errors import VerificationError
-from workers.per_layer import MODULE
+from workers.per_layer import MODULE, silence_warnings
 
 
 @torch.inference_mode()
@@ -20,6 +20,8 @@ def check_loads(folder: Path, expected_parameters: int) -> None:
     """
     disable_progress_bar()
     own_code = (folder / f"{MODULE}.py").exists()  # written by this run
+    if own_code:
+        silence_warnings()
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, output_loading_info=True, trust_remote_code=own_code, use_safetensors=True, local_files_only=True

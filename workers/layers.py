@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from specs.errors import ModelError
 from workers.checkpoint import Checkpoint, TensorInfo
 from workers.families import UnitGroup, layer_prefix
-from workers.per_layer import CLASS, remote_code
+from workers.per_layer import CLASS, remote_code, silence_warnings
 from workers.slicing import Cut, unit_rows
 
 Store = Callable[[Tensor], Tensor]
@@ -243,6 +243,7 @@ def _model_of(checkpoint: Checkpoint, config: PreTrainedConfig, dtype: torch.dty
     """The model of a config: the stock class, or this package's own where layers differ in size; never code of the folder."""
     if not config.is_heterogeneous:
         return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    silence_warnings()
     module: dict[str, Any] = {}
     exec(remote_code(checkpoint.config), module)
     return module[CLASS]._from_config(config, dtype=dtype)

@@ -3,6 +3,7 @@
 Stock model classes ignore `per_layer_config` (transformers 5.23); the class goes with the exported folder as remote code.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from string import Template
 
@@ -70,6 +71,11 @@ def _sizes(config: Mapping[str, object], kept: Mapping[str, int]) -> dict[str, o
         sizes |= {"intermediate_size": kept["neurons"]}
     skipped = [block for name, block in blocks.items() if not kept[name]]
     return sizes | ({"skip": skipped} if skipped else {})
+
+
+def silence_warnings() -> None:
+    """Keep transformers from warning of every size that is read from the config as a whole: the class above never relies on one."""
+    logging.getLogger("transformers.integrations.heterogeneity.configuration_utils").setLevel(logging.ERROR)
 
 
 def remote_code(config: Mapping[str, object]) -> str:

@@ -146,7 +146,8 @@ def test_search_is_never_worse_than_curves_and_goes_on_where_it_was_cut_off(
 
 @pytest.mark.parametrize("method", ["numerical", "flap"])
 def test_one_threshold_for_all_layers(method: str, make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
-    job = load_job(make_job(make_model(num_hidden_layers=5), budget={"per_layer": True, "allocation": "threshold"}, method={"name": method}))
+    budget = {"per_layer": True, "allocation": "threshold"}
+    job = load_job(make_job(make_model(num_hidden_layers=5), budget=budget, method={"name": method}))
     sizes = run_job(job, tmp_path / "run", quiet)["decoder_parameters"]
     assert 0 <= 0.75 * sizes["before"] - sizes["after"] < 4 * 3 * 32
 

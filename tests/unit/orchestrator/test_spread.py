@@ -48,14 +48,12 @@ def test_levels(units: int, cost: int, most: float, round_to: int, count: int, e
 def test_of_convex_curves_the_cheapest_spread_is_the_best_one(seed: int, make_model: MakeModel, make_job: MakeJob) -> None:
     counts = [44, 40, 36, 32]
     losses = [{"heads": {2: 0.0}, "neurons": convex(10 * seed + layer, counts)} for layer in range(LAYERS)]
-    budget = budget_of(model := make_model(), make_job, 0.0001)
+    model = make_model()
     dense = open_checkpoint(model).decoder_parameters
     budget = budget_of(model, make_job, 5 * 4 * CHANNEL / dense)  # five steps of four channels, exactly
-    best = min(
-        (spread for spread in (spread_of(widths) for widths in product([48, *counts], repeat=LAYERS)) if not budget.excess(budget.size(spread))),
-        key=lambda spread: predicted_loss(losses, spread),
-    )
-    assert predicted_loss(losses, cheapest(budget, losses)) == pytest.approx(predicted_loss(losses, best))
+    spreads = [spread_of(widths) for widths in product([48, *counts], repeat=LAYERS)]
+    best = min(predicted_loss(losses, spread) for spread in spreads if not budget.excess(budget.size(spread)))
+    assert predicted_loss(losses, cheapest(budget, losses)) == pytest.approx(best)
 
 
 def spread_of(widths: tuple[int, ...]) -> Spread:
