@@ -53,7 +53,20 @@ sys.exit(main(sys.argv[4:]))
     ],
 )
 def test_driver_dies_at_any_phase(function: str, target: str, when: str, make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
-    job = make_job(make_model(), memory={"checkpoint_layers": 1})
+    assert_survives(make_job(make_model(), memory={"checkpoint_layers": 1}), function, target, when, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["survey-0001/.cuts", "survey-0002/.manifest", "sensitivity/.manifest", "generation-0001/.manifest"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_driver_dies_while_it_allocates(when: str, target: str, make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
+    search = {"name": "search", "generations": 3, "offspring": 4, "samples": 2, "levels": 6}
+    job = make_job(make_model(num_hidden_layers=4), budget={"per_layer": True, "allocation": search})
+    assert_survives(job, "replace", target, when, tmp_path)
+
+
+def assert_survives(job: Path, function: str, target: str, when: str, tmp_path: Path) -> None:
+    """A driver that dies there leaves finished tasks, which the next one does not repeat; its bytes are those of a calm run."""
     arguments = ["run", str(job), "--out", str(tmp_path / "crashed")]
     assert main(["run", str(job), "--out", str(tmp_path / "calm")]) == 0
     crashed = subprocess.run([sys.executable, "-c", CRASH, function, target, when, *arguments], capture_output=True, timeout=100)

@@ -63,6 +63,28 @@ def test_killed_worker_is_replaced(make_model: MakeModel, make_job: MakeJob, tmp
     assert folder_bytes(tmp_path / "killed" / "model") == folder_bytes(tmp_path / "calm" / "model")
 
 
+@pytest.mark.timeout(300)
+def test_a_search_ends_the_same_with_any_number_of_workers(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
+    """One worker, four, and two of which one is killed between two generations."""
+    search = {"name": "search", "generations": 3, "offspring": 5, "samples": 5, "levels": 6}
+    job = make_job(make_model(num_hidden_layers=6), budget={"per_layer": True, "allocation": search})
+    run_job(load_job(job), tmp_path / "in-process", quiet)
+    expected = folder_bytes(tmp_path / "in-process" / "model")
+    run_job(load_job(job, ["cluster.executor=ray", "parallel.workers=4"]), tmp_path / "ray-4", quiet)
+    assert folder_bytes(tmp_path / "ray-4" / "model") == expected
+    failed = []
+
+    def kill_after_generation_0(event: dict[str, Any]) -> None:
+        if event["event"] == "worker-failed":
+            failed.append(event["task"])
+        if event["event"] == "step-finished" and event.get("generation") == 0 and not failed:
+            os.kill(workers_alive()[0], signal.SIGKILL)
+
+    run_job(load_job(job, ["cluster.executor=ray", "parallel.workers=2"]), tmp_path / "killed", kill_after_generation_0)
+    assert failed == ["generation-0001"]
+    assert folder_bytes(tmp_path / "killed" / "model") == expected
+
+
 def test_no_retries_stops_with_advice(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
     job = make_job(make_model(), cluster={"executor": "ray"}, parallel={"retries": 0})
 
