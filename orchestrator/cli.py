@@ -51,6 +51,12 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--profile", metavar="NAME|FILE", help="machine the times are for: " + ", ".join(PROFILES) + ", or a YAML file")
     profile = commands.add_parser("profile", help="measure this machine; prints a profile for `plan --profile`")
     profile.set_defaults(command=_profile)
+    latency = commands.add_parser("latency", help="measure a model's layers by size; prints a table for budget.latency_table")
+    latency.add_argument("model", type=Path, metavar="MODEL", help="model folder")
+    latency.add_argument("--batch", type=int, default=1, help="sequences that are computed together")
+    latency.add_argument("--tokens", type=int, default=512, help="tokens of each; 1: a step of decoding, without earlier tokens")
+    latency.add_argument("--threads", type=int, help="CPU threads; default: as torch chooses")
+    latency.set_defaults(command=_latency)
     _job_command(commands, "validate", _validate, "check a job file")
     schema = commands.add_parser("schema", help="print the JSON schema of job files")
     schema.set_defaults(command=lambda _: print(job_schema_text(), end=""))
@@ -111,6 +117,13 @@ def _profile(options: argparse.Namespace) -> None:
 
     del options
     print(profile_text(measure()), end="")
+
+
+def _latency(options: argparse.Namespace) -> None:
+    from specs.latency import latency_text
+    from workers.latency import measure_latency
+
+    print(latency_text(measure_latency(options.model, options.batch, options.tokens, options.threads)), end="")
 
 
 def _validate(options: argparse.Namespace) -> None:

@@ -39,8 +39,8 @@ def export_model(context: Context, layers: Sequence[Manifest]) -> Manifest:
 
 def _assemble_and_check(context: Context, expected: str) -> None:
     _assemble(context)
-    job, model = context.job.export, model_folder(context.folder.path)
-    parameters = footprint(context.checkpoint, context.plan.written_layers(job.pad), job).parameters
+    job, model = context.job, model_folder(context.folder.path)
+    parameters = footprint(context.checkpoint, context.plan.written_layers(job.export.pad), job).parameters
     context.executor.wait([context.executor.submit(0, "check_export", parameters)])
     commit(model, EXPORT_TASK, expected, [file.name for file in model.iterdir()], {"parameters": parameters})
 

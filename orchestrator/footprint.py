@@ -4,7 +4,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 
-from specs.job import BudgetSpec, ExportSpec
+from specs.job import BudgetSpec, ExportSpec, JobSpec
+from specs.latency import load_latency
 from workers.checkpoint import DTYPES, PLANNED_BYTES, Checkpoint, TensorInfo
 from workers.config_patch import needs_output_bias
 from workers.families import config_int, unit_groups
@@ -22,15 +23,19 @@ class Footprint:
     """Products with all weight matrices, two operations each; attention over earlier tokens comes on top."""
     kv_bytes_per_token: int
     """Keys and values that the cache keeps of one token, in the type of the weights."""
+    latency_ms: float = 0.0
+    """Milliseconds of a forward pass, from `budget.latency_table`; 0 without one."""
 
 
-def footprint(checkpoint: Checkpoint, layers: Sequence[Mapping[str, int]], export: ExportSpec) -> Footprint:
+def footprint(checkpoint: Checkpoint, layers: Sequence[Mapping[str, int]], job: JobSpec) -> Footprint:
     """The footprint of the model that keeps so many units per group in each of its layers; all of them, or none, are allowed."""
-    outer = {name: (info.shape, _element_bytes(info, export)) for name, info in checkpoint.outer_tensors.items()}
+    table = job.budget.latency_table
+    outer = {name: (info.shape, _element_bytes(info, job.export)) for name, info in checkpoint.outer_tensors.items()}
     head = config_int(checkpoint.config, "vocab_size") * config_int(checkpoint.config, "hidden_size")
-    around = Footprint(0, sum(math.prod(shape) for shape, _ in outer.values()), _num_bytes(outer), 2 * head, 0)
+    outside_ms = load_latency(table).outer_ms if table else 0.0
+    around = Footprint(0, sum(math.prod(shape) for shape, _ in outer.values()), _num_bytes(outer), 2 * head, 0, outside_ms)
     alike = [tuple(kept.items()) for kept in layers]
-    each = {items: layer_footprint(checkpoint, dict(items), export) for items in set(alike)}
+    each = {items: layer_footprint(checkpoint, dict(items), job) for items in set(alike)}
     return footprint_sum([around, *(each[items] for items in alike)])
 
 
@@ -39,14 +44,16 @@ def footprint_sum(parts: Iterable[Footprint]) -> Footprint:
     return Footprint(*map(sum, zip(*map(astuple, parts), strict=True)))
 
 
-def layer_footprint(checkpoint: Checkpoint, kept: Mapping[str, int], export: ExportSpec) -> Footprint:
+def layer_footprint(checkpoint: Checkpoint, kept: Mapping[str, int], job: JobSpec) -> Footprint:
     """The footprint of one layer that keeps so many units per group."""
+    export, table = job.export, job.budget.latency_table
     layer = _kept_layer(checkpoint, kept, export)
     parameters = sum(math.prod(shape) for shape, _ in layer.values())
     matrices = sum(math.prod(shape) for shape, _ in layer.values() if len(shape) == 2)
     keys = unit_groups(checkpoint.config)[0].producers[1]
     key_bytes = _element_bytes(checkpoint.layer_tensors(0)[f"{keys.module}.weight"], export)
-    return Footprint(parameters, parameters, _num_bytes(layer), 2 * matrices, 2 * kept["heads"] * keys.rows * key_bytes)
+    milliseconds = load_latency(table).layer(kept) if table else 0.0
+    return Footprint(parameters, parameters, _num_bytes(layer), 2 * matrices, 2 * kept["heads"] * keys.rows * key_bytes, milliseconds)
 
 
 Sizes = dict[str, tuple[tuple[int, ...], int]]
@@ -88,6 +95,7 @@ def limits(budget: BudgetSpec, dense_decoder_parameters: int) -> dict[str, float
         "weight_bytes": budget.weight_bytes,
         "flops_per_token": budget.flops_per_token,
         "kv_bytes_per_token": budget.kv_bytes_per_token,
+        "latency_ms": budget.latency_ms,
     }
     return {name: limit for name, limit in asked.items() if limit is not None}
 

@@ -15,6 +15,7 @@ LAYER_BYTES = {
     "written to disk": "written_bytes",
 }
 FOOTPRINT = {"weight bytes": "weight_bytes", "FLOPs per token": "flops_per_token", "KV cache bytes per token": "kv_bytes_per_token"}
+LATENCY = "milliseconds of a forward pass"
 LAYER_FLOPS = {f"FLOPs, {name}": f"{name}_flops" for name in ("forward", "statistics", "selection", "correction")}
 KINDS = ("runtime", "weights", "hidden states", "inputs", "activations", "payloads", "statistics", "decision", "output")
 
@@ -53,6 +54,8 @@ def _print_shapes(plan: Plan) -> None:
     for label, field in FOOTPRINT.items():
         if plan.shapes[0].weight_bytes is not None:
             rows.append([label, *(f"{getattr(shape, field):,}" for shape in plan.shapes)])
+    if plan.shapes[0].latency_ms:
+        rows.append([LATENCY, *(f"{shape.latency_ms:.2f}" for shape in plan.shapes)])
     print_table(title, ["", *(str(number + 1) for number in range(len(plan.shapes)))], rows)
 
 

@@ -33,6 +33,7 @@ class Shape:
     weight_bytes: int | None = None
     flops_per_token: int | None = None
     kv_bytes_per_token: int | None = None
+    latency_ms: float | None = None
     others: dict[str, int] = field(default_factory=dict)
     """Units of further groups, such as the experts' channels where some layers have none."""
     layers: tuple[Mapping[str, int], ...] = ()
@@ -97,13 +98,13 @@ def _uniform(job: JobSpec, checkpoint: Checkpoint, kept: Mapping[str, int]) -> F
         SpecError: no loader takes it.
     """
     patched_config(checkpoint.config, kept, job.export.target, job.export.dtype)
-    return footprint(checkpoint, [kept] * checkpoint.num_layers, job.export)
+    return footprint(checkpoint, [kept] * checkpoint.num_layers, job)
 
 
 def uneven_shape(job: JobSpec, checkpoint: Checkpoint, layers: Sequence[Mapping[str, int]]) -> Shape:
     """The shape of a model whose layers keep different numbers of units."""
     most = {name: max(kept[name] for kept in layers) for name in layers[0]}
-    size = footprint(checkpoint, layers, job.export)
+    size = footprint(checkpoint, layers, job)
     return Shape(most["heads"], most["neurons"], **asdict(size), layers=tuple(map(dict, layers)))
 
 

@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -39,12 +40,12 @@ class Budget:
         """Size of one layer."""
         key = tuple(sorted(kept.items()))
         if key not in self._sizes:
-            self._sizes[key] = layer_footprint(self.checkpoint, kept, self.job.export)
+            self._sizes[key] = layer_footprint(self.checkpoint, kept, self.job)
         return self._sizes[key]
 
     def size(self, spread: Spread) -> Footprint:
         """Size of the whole model."""
-        return footprint_sum([footprint(self.checkpoint, [], self.job.export), *map(self.layer, spread)])
+        return footprint_sum([footprint(self.checkpoint, [], self.job), *map(self.layer, spread)])
 
     def excess(self, size: Footprint) -> float:
         """By what fraction a model exceeds its targets, summed over them; 0: it meets them."""
@@ -63,7 +64,7 @@ class Budget:
         return Footprint(*(whole - old + new for whole, old, new in zip(_numbers(size), _numbers(before), _numbers(after), strict=True)))
 
 
-def _numbers(size: Footprint) -> tuple[int, ...]:
+def _numbers(size: Footprint) -> tuple[Any, ...]:
     return tuple(vars(size).values())
 
 

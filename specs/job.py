@@ -91,7 +91,7 @@ class CalibrationSpec(TextSpec):
 
 
 DEFAULT_SPARSITY = 0.2
-_TARGETS = ("sparsity", "parameters", "weight_bytes", "flops_per_token", "kv_bytes_per_token")
+_TARGETS = ("sparsity", "parameters", "weight_bytes", "flops_per_token", "kv_bytes_per_token", "latency_ms")
 
 
 class BudgetSpec(Section):
@@ -107,6 +107,10 @@ class BudgetSpec(Section):
     """Floating-point operations of the products with all weight matrices for one token, at most."""
     kv_bytes_per_token: ByteSize | None = None
     """Bytes that the KV cache takes for one token, at most."""
+    latency_ms: Annotated[float, Field(gt=0.0)] | None = None
+    """Milliseconds of a forward pass, at most, counted with `latency_table`."""
+    latency_table: LocalPath | None = None
+    """Times of the model's layers by size on the machine that matters, as `rayprune latency` has measured them."""
     per_layer: bool = False
     """Layers may keep different numbers of units; stock model classes load such a model only if `export.pad` is set."""
     allocation: AllocationSpec = UniformAllocation()
@@ -119,6 +123,12 @@ class BudgetSpec(Section):
     """Calibration windows used to predict output errors when `kv_groups` is `auto`."""
     probe_layers: int = Field(default=5, ge=1, le=4096)
     """Layers, evenly spaced, at which output errors are predicted when `kv_groups` is `auto`."""
+
+    @model_validator(mode="after")
+    def _latency_is_counted(self) -> Self:
+        if self.latency_ms and not self.latency_table:
+            raise ValueError("latency_ms needs latency_table: write one with `rayprune latency MODEL > FILE`")
+        return self
 
     @model_validator(mode="after")
     def _layers_may_differ(self) -> Self:

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from specs.errors import SpecError
 from specs.job import ByteSize
-from specs.section import Section
+from specs.section import Section, load_section
 
 FORWARD_EFFICIENCY, WIDE_EFFICIENCY, BANDWIDTH_EFFICIENCY = 0.5, 0.7, 0.8
 Rate = Annotated[float, Field(gt=0)]
@@ -90,16 +90,9 @@ def load_profile(name: str) -> MachineProfile:
     """
     if name in PROFILES:
         return PROFILES[name]
-    path = Path(name)
-    try:
-        return MachineProfile.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except OSError:
-        raise SpecError(f"--profile {name}: no such file, and not one of {', '.join(PROFILES)}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SpecError(f"{path}: not valid YAML: {error}") from None
-    except ValidationError as error:
-        problems = [f"{path}: {'.'.join(map(str, part['loc'])) or 'file'}: {part['msg']}" for part in error.errors()]
-        raise SpecError("\n".join(problems)) from None
+    if not (path := Path(name)).exists():
+        raise SpecError(f"--profile {name}: no such file, and not one of {', '.join(PROFILES)}")
+    return load_section(MachineProfile, path)
 
 
 def profile_text(profile: MachineProfile) -> str:

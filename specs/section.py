@@ -1,9 +1,15 @@
 """Bases of all sections of a job."""
 
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Discriminator
+import yaml
+from pydantic import BaseModel, ConfigDict, Discriminator, ValidationError
+
+from specs.errors import SpecError
+
+S = TypeVar("S", bound="Section")
 
 
 class Section(BaseModel):
@@ -24,3 +30,20 @@ def told_apart_by_name(default: str) -> Discriminator:
         return str(options.get("name", default) if isinstance(options, Mapping) else getattr(options, "name", default))
 
     return Discriminator(name)
+
+
+def load_section(section: type[S], path: Path) -> S:
+    """A section that has a YAML file of its own.
+
+    Raises:
+        SpecError: no such file, no YAML, or not such a section.
+    """
+    try:
+        return section.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise SpecError(f"{path}: cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SpecError(f"{path}: not valid YAML: {error}") from None
+    except ValidationError as error:
+        problems = [f"{path}: {'.'.join(map(str, part['loc'])) or 'file'}: {part['msg']}" for part in error.errors()]
+        raise SpecError("\n".join(problems)) from None

@@ -56,13 +56,13 @@ def per_layer_config(config: Mapping[str, object], layers: Sequence[Mapping[str,
     groups = unit_groups(config)
     dense = {group.name: group.num_units for group in groups}
     result = patched_config(config, dense, "transformers", dtype)
-    sizes = {index: _sizes(config, kept) for index, kept in enumerate(layers) if kept != dense}
+    sizes = {index: layer_sizes(config, kept) for index, kept in enumerate(layers) if kept != dense}
     auto_map = {"AutoModelForCausalLM": f"{MODULE}.{CLASS}"}
     return result | {"per_layer_config": sizes, "allow_global_per_layer_attribute_access": True, "auto_map": auto_map}
 
 
-def _sizes(config: Mapping[str, object], kept: Mapping[str, int]) -> dict[str, object]:
-    """What one layer's config says otherwise than the model's."""
+def layer_sizes(config: Mapping[str, object], kept: Mapping[str, int]) -> dict[str, object]:
+    """What the config of one layer says of its sizes."""
     blocks = {"heads": "attention", "neurons": "mlp"}
     sizes: dict[str, object] = {}
     if kept["heads"]:

@@ -24,7 +24,7 @@ def measure() -> MachineProfile:
     size = 8192 if device.type == "cuda" else 1024
     torch.backends.cuda.matmul.allow_tf32 = False
     return MachineProfile(
-        name=torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu with {torch.get_num_threads()} threads",
+        name=machine_name(device),
         device="cuda" if device.type == "cuda" else "cpu",
         forward_flops=_flops(size, torch.bfloat16 if device.type == "cuda" else torch.float32, device),
         fp32_flops=_flops(size, torch.float32, device),
@@ -34,6 +34,11 @@ def measure() -> MachineProfile:
         network_bandwidth=NETWORK_BANDWIDTH,
         memory_bytes=_free_memory(device),
     )
+
+
+def machine_name(device: torch.device) -> str:
+    """What a device is called in profiles and tables."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu with {torch.get_num_threads()} threads"
 
 
 def _repeated(work: Callable[[], object], device: torch.device) -> float:
