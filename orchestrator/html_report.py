@@ -40,7 +40,9 @@ def html_report(report: Mapping[str, Any]) -> str:
     """The whole page, from the content of report.json; everything in it that is text is escaped."""
     method, decoder = report["method"], report["decoder_parameters"]
     title = f"{_text(method['name'])}: {1 - decoder['after'] / decoder['before']:.1%} of the decoder parameters removed"
-    facts = [", ".join(f"{_text(group)} {kept:,}" for group, kept in report["shape"].items())]
+    least = report["shape"] | report["narrowest"]
+    ranges = {group: f"{kept:,}" if kept == least[group] else f"{least[group]:,} to {kept:,}" for group, kept in report["shape"].items()}
+    facts = [", ".join(f"{_text(group)} {kept}" for group, kept in ranges.items())]
     facts += [f"{_text(name)} {_text(value)}" for name, value in method.items() if name != "name"]
     versions = {"rayprune": report["rayprune_version"]} | report["environment"]
     memory = [(name, f"{peak / 2**30:,.2f}") for name, peak in report["peak_memory_bytes"].items()]

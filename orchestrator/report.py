@@ -12,8 +12,8 @@ from orchestrator.progress import print_table
 from orchestrator.run_folder import REPORT_FILE, environment, seconds_per_stage
 from specs.errors import SpecError
 from workers.checkpoint import open_checkpoint
-from workers.files import Manifest, write_json, write_text
-from workers.layout import model_folder
+from workers.files import Manifest, read_manifest, write_json, write_text
+from workers.layout import SHAPE_TASK, model_folder, task_folder
 
 PAGE_FILE = "report.html"
 Losses = dict[str, dict[str, float]] | None
@@ -30,6 +30,8 @@ def write_report(context: Context, layers: Sequence[Manifest], losses: Losses) -
         "environment": environment(),
         "method": context.job.method.model_dump(mode="json"),
         "shape": context.plan.shape.kept,
+        "narrowest": context.plan.shape.narrowest,
+        "allocation": _allocation(context),
         "parameters": {"before": before.parameters, "after": after.parameters},
         "decoder_parameters": {"before": before.decoder_parameters, "after": after.decoder_parameters},
         "bytes_on_disk": {"before": before.bytes_on_disk, "after": after.bytes_on_disk},
@@ -45,6 +47,15 @@ def write_report(context: Context, layers: Sequence[Manifest], losses: Losses) -
     write_text(context.folder.path / PAGE_FILE, html_report(report))
     write_json(context.folder.path / REPORT_FILE, report)
     return report
+
+
+def _allocation(context: Context) -> dict[str, Any] | None:
+    """How layers that differ got their sizes: what was predicted, measured and tried."""
+    if not context.job.budget.per_layer:
+        return None
+    done = read_manifest(task_folder(context.folder.path, SHAPE_TASK))
+    facts: Any = done.info["allocation"] if done else {}
+    return {"name": context.job.budget.allocation.name, **facts}
 
 
 def _evaluation(context: Context, losses: Losses) -> dict[str, Any] | None:
@@ -86,6 +97,9 @@ def print_summary(report: dict[str, Any]) -> None:
     if protocol := report["evaluation"]:
         print(f"perplexity of {protocol['path']}: window {protocol['window']}, stride {protocol['stride']}, ", end="")
         print(f"{protocol['windows']} windows, {protocol['scored_tokens']} scored tokens")
+    if allocation := report["allocation"]:
+        shown = {key.replace("_", " "): value for key, value in allocation.items() if key not in ("name", "by_generation")}
+        print(f"allocation: {allocation['name']}, " + ", ".join(f"{key} {value:.6g}" for key, value in shown.items()))
     print("seconds: " + ", ".join(f"{stage} {value:.1f}" for stage, value in report["seconds"].items()))
     print("peak memory: " + ", ".join(f"{name} {value / 2**30:.2f} GiB" for name, value in report["peak_memory_bytes"].items()))
 

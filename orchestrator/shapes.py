@@ -48,6 +48,11 @@ class Shape:
         return self.kept if pad else self.kept_in(layer)
 
     @property
+    def narrowest(self) -> dict[str, int]:
+        """Units per coupled group; the fewest of any layer."""
+        return {name: min(kept[name] for kept in self.layers) for name in self.kept} if self.layers else self.kept
+
+    @property
     def kept(self) -> dict[str, int]:
         """Units per coupled group that stay in every layer; the most, where layers differ."""
         return {"heads": self.heads, "neurons": self.neurons} | self.others

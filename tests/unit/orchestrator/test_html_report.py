@@ -26,6 +26,7 @@ def make_report(num_layers: int = 4) -> dict[str, Any]:
         "environment": {"torch": "2.13.0", "machine": "x86_64"},
         "method": {"name": "stat", "factorization": "gram"},
         "shape": {"heads": 3, "neurons": 1120},
+        "narrowest": {"heads": 3, "neurons": 1120},
         "parameters": {"before": 134_515_008, "after": 112_949_568},
         "decoder_parameters": {"before": 106_202_880, "after": 84_637_440},
         "bytes_on_disk": {"before": 538_090_408, "after": 451_828_656},
