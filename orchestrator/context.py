@@ -28,7 +28,16 @@ class Context:
     folder: RunFolder
     executor: Executor
     show: Callable[[dict[str, Any]], None]
+    source: Checkpoint | None = None
+    """The model the job names, where `checkpoint` is what a training has made of it."""
+    selections: list[Manifest] | None = None
+    """The units that stay, where they were chosen before a training."""
     memory: PeakMemory = field(default_factory=PeakMemory)
+
+    @property
+    def original(self) -> Checkpoint:
+        """The model the job names."""
+        return self.source or self.checkpoint
 
     def emit(self, event: str, **fields: Any) -> None:
         """Record an event and show it."""

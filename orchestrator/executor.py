@@ -11,6 +11,7 @@ from typing import Any, Self
 
 from specs.job import JobSpec
 from specs.memory import MemoryPlan
+from workers.finetune_stage import Finetune
 
 Receipt = dict[str, Any]
 Notify = Callable[..., None]
@@ -77,6 +78,24 @@ class Executor(ABC):
             self.step_seconds[call.method] = self.step_seconds.get(call.method, 0.0) + receipt["seconds"]
         return receipts
 
+    def use_model(self, path: Path) -> None:
+        """Let the workers work on another model from now on."""
+        self.job = self.job.model_copy(update={"model": self.job.model.model_copy(update={"path": str(path)})})
+        self.drop_workers()
+
+    @abstractmethod
+    def drop_workers(self) -> None:
+        """Let the workers go; the next step starts new ones."""
+
+    @abstractmethod
+    def train(self, stage: Finetune) -> None:
+        """Run a training stage on as many ranks as there are workers; the workers give up what they hold.
+
+        Raises:
+            RaypruneError: the stage's own error.
+            WorkerFailure: the machinery failed.
+        """
+
     @abstractmethod
     def replace_lost(self) -> list[int]:
         """Start new workers for those that no longer answer; returns their numbers."""
@@ -109,10 +128,26 @@ class InProcessExecutor(Executor):
     def _receipts(self, calls: Sequence[Call]) -> list[Receipt]:
         return [call.receipt for call in calls]
 
+    def train(self, stage: Finetune) -> None:
+        """One plain process."""
+        self.drop_workers()
+        import torch
+
+        from workers.finetune import finetune
+        from workers.training import Ranks
+
+        wanted = self.job.parallel.device
+        on_gpu = wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available())
+        finetune(stage, Ranks(0, 1, torch.device("cuda" if on_gpu else "cpu")))
+
     def replace_lost(self) -> list[int]:
         """Nothing can be lost without this process."""
         return []
 
-    def close(self) -> None:
-        """Drop the worker."""
+    def drop_workers(self) -> None:
+        """Forget the worker and what it keeps."""
         self._worker = None
+
+    def close(self) -> None:
+        """Forget the worker."""
+        self.drop_workers()

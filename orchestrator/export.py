@@ -13,7 +13,7 @@ from orchestrator.footprint import footprint
 from orchestrator.run_folder import PLAN_FILE
 from specs.errors import VerificationError
 from workers.checkpoint import INDEX_NAME, read_header
-from workers.config_patch import patched_config
+from workers.config_patch import config_of_layers, patched_config
 from workers.files import Manifest, commit, copy_file, damaged_files, link_file, read_manifest, write_json, write_text
 from workers.layout import EXPORT_TASK, LAYER_FILE, OUTER_FILE, OUTER_TASK, layer_task, model_folder, task_folder
 from workers.per_layer import MODULE, per_layer_config, remote_code
@@ -50,21 +50,22 @@ def _assemble(context: Context) -> None:
     run, model, source = context.folder.path, model_folder(context.folder.path), context.checkpoint
     if model.is_dir():
         shutil.rmtree(model)  # what an unfinished attempt left
-    total = source.num_layers + 1
+    there = [layer for layer in range(source.num_layers) if context.plan.shape.position(layer) is not None]
+    total = len(there) + 1
     finished = [task_folder(run, OUTER_TASK) / OUTER_FILE]
-    finished += [task_folder(run, layer_task(layer)) / LAYER_FILE for layer in range(source.num_layers)]
+    finished += [task_folder(run, layer_task(layer)) / LAYER_FILE for layer in there]
     names = [f"model-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1)]
     for file, name in zip(finished, names, strict=True):
         link_file(file, model / name)
     for file in side_files(source.path, COPIED):
         copy_file(file, model / file.name)
-    _write_config(context, model)
-    _write_index(model, names)
+    _write_config(context, model, there)
+    write_index(model, names)
 
 
-def _write_config(context: Context, model: Path) -> None:
-    """The patched config; where layers differ in size, the class that builds them beside it."""
-    original, export = context.checkpoint.config, context.job.export
+def _write_config(context: Context, model: Path, there: Sequence[int]) -> None:
+    """The patched config, of the layers that are there; where they differ in size, the class that builds them beside it."""
+    original, export = config_of_layers(context.checkpoint.config, there), context.job.export
     layers = context.plan.written_layers(export.pad)
     if all(kept == layers[0] for kept in layers):
         write_json(model / "config.json", patched_config(original, layers[0], export.target, export.dtype))
@@ -79,7 +80,8 @@ def side_files(source: Path, patterns: Sequence[str]) -> list[Path]:
     return sorted(file for file in found if file.is_file() and file.suffix not in NEVER_COPIED)
 
 
-def _write_index(model: Path, names: Sequence[str]) -> None:
+def write_index(model: Path, names: Sequence[str]) -> None:
+    """Write the index of a folder over these files."""
     tensors = {tensor: info for name in names for tensor, info in read_header(model / name).items()}
     metadata = {
         "total_size": sum(info.num_bytes for info in tensors.values()),

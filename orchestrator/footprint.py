@@ -45,7 +45,9 @@ def footprint_sum(parts: Iterable[Footprint]) -> Footprint:
 
 
 def layer_footprint(checkpoint: Checkpoint, kept: Mapping[str, int], job: JobSpec) -> Footprint:
-    """The footprint of one layer that keeps so many units per group."""
+    """The footprint of one layer that keeps so many units per group; one that keeps nothing is left out."""
+    if not any(kept.values()):
+        return Footprint(0, 0, 0, 0, 0)
     export, table = job.export, job.budget.latency_table
     layer = _kept_layer(checkpoint, kept, export)
     parameters = sum(math.prod(shape) for shape, _ in layer.values())

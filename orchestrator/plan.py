@@ -18,6 +18,7 @@ from specs.errors import ModelError, SpecError
 from specs.job import JobSpec
 from specs.machine import MachineProfile
 from specs.memory import MemoryPlan
+from specs.methods import DressOptions, TrspOptions
 from workers.checkpoint import Checkpoint
 from workers.families import unit_groups, why_not_pruned
 from workers.layout import (
@@ -25,8 +26,12 @@ from workers.layout import (
     EVALUATION_TASK,
     EXPORT_TASK,
     OUTER_TASK,
+    RECOVER_TASK,
+    REGULARISE_TASK,
     SENSITIVITY_TASK,
     SHAPE_TASK,
+    UPDATES_TASK,
+    gates_task,
     generation_task,
     layer_task,
     selection_task,
@@ -109,8 +114,9 @@ class Plan:
         return list(self.shape.kept) if self.corrects_drift else self.pruned_groups(layer)
 
     def written_layers(self, pad: bool) -> list[dict[str, int]]:
-        """Units of every layer in the exported files."""
-        return [self.shape.written_in(layer, pad) for layer in range(self.model.num_layers)]
+        """Units of every layer in the exported files, of the layers that are there."""
+        there = [layer for layer in range(self.model.num_layers) if self.shape.position(layer) is not None]
+        return [self.shape.written_in(layer, pad) for layer in there]
 
     def chosen(self, shape: Shape) -> "Plan":
         """The plan with its shape decided; costs stay those of the dearest shape."""
@@ -148,7 +154,7 @@ def make_plan(job: JobSpec, checkpoint: Checkpoint, machine: MachineProfile | No
     return Plan(
         model=_planned_model(checkpoint, load, not_pruned),
         shapes=shapes,
-        tasks=_tasks(job, checkpoint.num_layers, len(shapes)),
+        tasks=_tasks(job, checkpoint.num_layers, shapes[0], len(shapes)),
         workers=load.workers,
         placement=load.placement,
         propagation=load.propagation,
@@ -205,11 +211,22 @@ def _memory_limit(job: JobSpec, machine: MachineProfile | None) -> tuple[int | N
     return job.memory.worker, "memory.worker"
 
 
-def _tasks(job: JobSpec, num_layers: int, num_shapes: int) -> tuple[str, ...]:
+def _trained_first(job: JobSpec, shape: Shape, num_layers: int) -> tuple[str, ...]:
+    """Trainings before the cut."""
+    match job.method:
+        case DressOptions():
+            return (*map(selection_task, range(num_layers)), REGULARISE_TASK)
+        case TrspOptions():
+            gone = sum(shape.position(layer) is None for layer in range(num_layers))
+            return (*map(gates_task, range(gone)), UPDATES_TASK)
+    return ()
+
+
+def _tasks(job: JobSpec, num_layers: int, shape: Shape, num_shapes: int) -> tuple[str, ...]:
     names = (selection_task, layer_task) if job.parallel.effective_propagation == "refit" else (layer_task,)
     layers = tuple(name(layer) for name in names for layer in range(num_layers))
     allocation = job.budget.allocation
-    spread: tuple[str, ...] = ()
+    spread: tuple[str, ...] = _trained_first(job, shape, num_layers)
     if job.budget.per_layer:
         spread = (*(survey_task(layer) for layer in range(num_layers)), SHAPE_TASK)
     if isinstance(allocation, CurvesAllocation):
@@ -217,7 +234,8 @@ def _tasks(job: JobSpec, num_layers: int, num_shapes: int) -> tuple[str, ...]:
     if isinstance(allocation, SearchAllocation):
         spread = (*map(generation_task, range(allocation.generations)), *spread)
     evaluation = (EVALUATION_TASK, "evaluate-before", "evaluate-after") if job.evaluation else ()
-    return (CALIBRATION_TASK, *spread, *((SHAPE_TASK,) if num_shapes > 1 else ()), *layers, OUTER_TASK, EXPORT_TASK, *evaluation)
+    recovery = (RECOVER_TASK, *(("evaluate-recovered",) if job.evaluation else ())) if job.recover else ()
+    return (CALIBRATION_TASK, *spread, *((SHAPE_TASK,) if num_shapes > 1 else ()), *layers, OUTER_TASK, EXPORT_TASK, *evaluation, *recovery)
 
 
 def _on_gpu(job: JobSpec, machine: MachineProfile | None) -> bool:

@@ -17,7 +17,7 @@ LAYER_BYTES = {
 FOOTPRINT = {"weight bytes": "weight_bytes", "FLOPs per token": "flops_per_token", "KV cache bytes per token": "kv_bytes_per_token"}
 LATENCY = "milliseconds of a forward pass"
 LAYER_FLOPS = {f"FLOPs, {name}": f"{name}_flops" for name in ("forward", "statistics", "selection", "correction")}
-KINDS = ("runtime", "weights", "hidden states", "inputs", "activations", "payloads", "statistics", "decision", "output")
+KINDS = ("runtime", "weights", "hidden states", "inputs", "optimizer", "activations", "payloads", "statistics", "decision", "output")
 
 
 def print_plan(plan: Plan) -> None:

@@ -20,6 +20,8 @@ from orchestrator.failures import Failure, WorkerFailure
 from specs.errors import ResourceError
 from specs.job import JobSpec
 from specs.memory import MemoryPlan
+from workers.finetune_stage import Finetune
+from workers.layout import CACHE
 
 START_SECONDS = 300.0
 CONNECT_SECONDS = 10.0
@@ -184,6 +186,17 @@ class RayExecutor(Executor):
             raise self._translated(error) from None
         return receipts
 
+    def train(self, stage: Finetune) -> None:
+        """A gang of Ray Train in place of the actors, which start anew with their next step."""
+        try:
+            from orchestrator.ray_train import train_on_ray
+        except ImportError as error:
+            raise ResourceError(f"training needs Ray Train ({error}); pip install 'rayprune[train]'") from None
+        self.start()
+        self.drop_workers()
+        storage = self.run_folder / CACHE / "ray-train"
+        train_on_ray(stage, self.num_workers, self._device == "cuda", self.job.parallel.retries, storage)
+
     def replace_lost(self) -> list[int]:
         """Replace the actors that do not answer; a busy one answers when its step ends, so only dead ones are replaced."""
         lost = [number for number, actor in enumerate(self._actors) if not self._answers(actor)]
@@ -203,11 +216,15 @@ class RayExecutor(Executor):
             return False
         return True
 
-    def close(self) -> None:
-        """Stop the actors, and Ray if it was started here."""
+    def drop_workers(self) -> None:
+        """Stop the actors."""
         for actor in self._actors:
             ray.kill(actor)
         self._actors = []
+
+    def close(self) -> None:
+        """Stop the actors, and Ray if it was started here."""
+        self.drop_workers()
         if self._connected_here:
             ray.shutdown()
             self._connected_here = False

@@ -21,7 +21,7 @@ Losses = dict[str, dict[str, float]] | None
 
 def write_report(context: Context, layers: Sequence[Manifest], losses: Losses) -> dict[str, Any]:
     """Write report.html, then report.json; sizes are read off the exported folder, not the plan. Returns the report."""
-    before, after = context.checkpoint, open_checkpoint(model_folder(context.folder.path))
+    before, after = context.original, open_checkpoint(model_folder(context.folder.path))
     events = context.folder.events()
     seconds = seconds_per_stage(events)
     report = {

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from orchestrator import export, stages, sweep
+from orchestrator import export, stages, sweep, training
 from orchestrator.context import Context
 from orchestrator.executor import Executor, InProcessExecutor
 from orchestrator.plan import Plan, make_plan
@@ -45,10 +45,13 @@ def run_job(job: JobSpec, out: Path, show: Show) -> dict[str, Any]:
         tokens, evaluated = stages.tokenize(context)
         context.plan = plan.chosen(stages.choose_shape(context, tokens))
         write_json(folder.path / PLAN_FILE, context.plan.document())
+        training.train_first(context, tokens)
+        write_json(folder.path / PLAN_FILE, context.plan.document())
         layers = sweep.prune_layers(context, tokens)
         exported = export.export_model(context, layers)
+        recovered = training.recover(context, exported)
         shutil.rmtree(folder.path / CACHE, ignore_errors=True)  # hidden states only serve an unfinished sweep
-        losses = stages.evaluate(context, exported, evaluated)
+        losses = stages.evaluate(context, exported, recovered, evaluated)
         context.emit("run-finished")
         return write_report(context, layers, losses)
 

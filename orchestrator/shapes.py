@@ -47,6 +47,12 @@ class Shape:
         """Units of one layer in its file: with `pad` as many as the layer with most keeps."""
         return self.kept if pad else self.kept_in(layer)
 
+    def position(self, layer: int) -> int | None:
+        """The number that a layer has among those of which something stays; None: nothing does, it is left out."""
+        if not any(self.kept_in(layer).values()):
+            return None
+        return sum(any(self.kept_in(below).values()) for below in range(layer))
+
     @property
     def narrowest(self) -> dict[str, int]:
         """Units per coupled group; the fewest of any layer."""
@@ -72,6 +78,8 @@ def open_shapes(job: JobSpec, checkpoint: Checkpoint) -> tuple[Shape, ...]:
         SpecError: none meets the budget and loads.
     """
     dense = {group.name: group.num_units for group in unit_groups(checkpoint.config)}
+    if job.method.removes_layers:
+        return (_fewer_layers(job, checkpoint, dense),)
     if not exceeded(_uniform(job, checkpoint, dense), limits(job.budget, checkpoint.decoder_parameters)):
         raise SpecError("budget: the model meets every target as it is, nothing would be removed; ask for less, or set budget.sparsity")
     groups = dense["heads"]
@@ -111,6 +119,20 @@ def uneven_shape(job: JobSpec, checkpoint: Checkpoint, layers: Sequence[Mapping[
     most = {name: max(kept[name] for kept in layers) for name in layers[0]}
     size = footprint(checkpoint, layers, job)
     return Shape(most["heads"], most["neurons"], **asdict(size), layers=tuple(map(dict, layers)))
+
+
+def _fewer_layers(job: JobSpec, checkpoint: Checkpoint, dense: Mapping[str, int]) -> Shape:
+    """As many whole layers as meet every target; which ones go is not known yet, here the last ones do.
+
+    Raises:
+        SpecError: not even one layer would meet them, or nothing has to go.
+    """
+    allowed, nothing = limits(job.budget, checkpoint.decoder_parameters), dict.fromkeys(dense, 0)
+    for gone in range(1, checkpoint.num_layers):
+        shape = uneven_shape(job, checkpoint, [dense] * (checkpoint.num_layers - gone) + [nothing] * gone)
+        if not exceeded(footprint(checkpoint, shape.layers, job), allowed):
+            return shape
+    raise SpecError("budget: no number of whole layers meets it; ask for less")
 
 
 def _widest(job: JobSpec, checkpoint: Checkpoint, num_heads: int) -> Shape:

@@ -13,7 +13,7 @@ from orchestrator.run_folder import REPORT_FILE
 from orchestrator.shapes import Shape
 from specs.job import TextSpec
 from workers.files import Manifest, commit, record_of
-from workers.layout import CALIBRATION_TASK, EVALUATION_TASK, SHAPE_TASK, model_folder, task_folder
+from workers.layout import CALIBRATION_TASK, EVALUATION_TASK, SHAPE_TASK, TRAINED_FOLDER, model_folder, task_folder
 from workers.shards import even_parts
 from workers.storage import marker_file
 
@@ -104,15 +104,19 @@ def _probe_layer(context: Context, layer: int) -> list[float]:
     return [sum(errors.get(item, 0.0) for item in shape.kept.items()) for shape in context.plan.shapes]
 
 
-def evaluate(context: Context, exported: Manifest, tokens: Manifest | None) -> dict[str, dict[str, float]] | None:
-    """Perplexity of the dense (`before`) and the exported model (`after`) under the same code, with its token count."""
+def evaluate(
+    context: Context, exported: Manifest, recovered: Manifest | None, tokens: Manifest | None
+) -> dict[str, dict[str, float]] | None:
+    """Perplexity of the dense (`before`), the exported (`after`) and the recovered model under the same code, with its token count."""
     if tokens is None:
         return None
-    with context.stage("evaluate", 2):
-        models = {
-            "before": (context.checkpoint.path, context.checkpoint.identity),
-            "after": (model_folder(context.folder.path), exported.digest),
-        }
+    models = {
+        "before": (context.original.path, context.original.identity),
+        "after": (model_folder(context.folder.path), exported.digest),
+    }
+    if recovered:
+        models["recovered"] = (task_folder(context.folder.path, recovered.task) / TRAINED_FOLDER, recovered.digest)
+    with context.stage("evaluate", len(models)):
         results: dict[str, dict[str, float]] = {}
         for name, (path, identity) in models.items():
             results[name] = _perplexity(context, f"evaluate-{name}", path, identity, tokens)

@@ -24,26 +24,36 @@ def prune_layers(context: Context, tokens: Manifest) -> list[Manifest]:
     Raises:
         RaypruneError: from the first layer that fails; the finished ones stay.
     """
+    inputs = _inputs(context, tokens)
+    if context.job.parallel.effective_propagation == "dense":
+        shape, pad = context.plan.shape, context.job.export.pad
+        sizes = [(shape.kept_in(layer), shape.written_in(layer, pad), shape.position(layer)) for layer in range(len(inputs))]
+        return stream_layers(context, "sweep", _dense_tasks(context, "settle", layer_task, inputs, sizes))
+    if context.job.selects_first:
+        selections = context.selections or select_units(context, tokens)
+        inputs = [[*known, selection.digest] for known, selection in zip(inputs, selections, strict=True)]
+    return _pruned_path(context, inputs)
+
+
+def select_units(context: Context, tokens: Manifest) -> list[Manifest]:
+    """Select the units of all layers that stay, from activations of the dense model."""
+    sizes = [(context.plan.shape.kept_in(layer),) for layer in range(context.plan.model.num_layers)]
+    return stream_layers(context, "select", _dense_tasks(context, "select", selection_task, _inputs(context, tokens), sizes))
+
+
+def _inputs(context: Context, tokens: Manifest) -> list[list[str]]:
+    """What every layer depends on, beside the layers below."""
     layers, shape = range(context.plan.model.num_layers), context.plan.shape
-    inputs = [[tokens.digest, context.checkpoint.identity, str(sorted(shape.kept_in(layer).items()))] for layer in layers]
-    match context.job.parallel.effective_propagation:
-        case "dense":
-            return stream_layers(context, "sweep", _settled(context, layer_task, inputs))
-        case "refit":
-            selections = stream_layers(context, "select", _settled(context, selection_task, inputs))
-            return _pruned_path(context, [[*known, selection.digest] for known, selection in zip(inputs, selections, strict=True)])
-        case _:
-            return _pruned_path(context, inputs)
+    return [[tokens.digest, context.checkpoint.identity, str(sorted(shape.kept_in(layer).items()))] for layer in layers]
 
 
-def _settled(context: Context, name: Callable[[int], str], inputs: Sequence[Sequence[str]]) -> list[LayerTask]:
+def _dense_tasks(
+    context: Context, step: str, name: Callable[[int], str], inputs: Sequence[Sequence[str]], arguments: Sequence[tuple[Any, ...]]
+) -> list[LayerTask]:
     """The tasks of the dense path: what is decided there, of the groups that lose units."""
-    shape, pad, tasks = context.plan.shape, context.job.export.pad, []
-    for layer, known in enumerate(inputs):
-        sizes = (shape.kept_in(layer), shape.written_in(layer, pad))
-        expected = context.folder.fingerprint(name(layer), *known)
-        tasks.append(LayerTask(name(layer), expected, "settle", sizes, context.plan.pruned_groups(layer)))
-    return tasks
+    prints = [context.folder.fingerprint(name(layer), *known) for layer, known in enumerate(inputs)]
+    groups = [context.plan.pruned_groups(layer) for layer in range(len(inputs))]
+    return [LayerTask(name(layer), prints[layer], step, arguments[layer], groups[layer]) for layer in range(len(inputs))]
 
 
 def _pruned_path(context: Context, inputs: Sequence[Sequence[str]]) -> list[Manifest]:
@@ -61,19 +71,20 @@ def _pruned_path(context: Context, inputs: Sequence[Sequence[str]]) -> list[Mani
 def _prune_layer(context: Context, layer: int, fingerprint: str) -> None:
     """One layer on the workers: statistics from all of them, decisions and writing by one, another for each layer."""
     executor, kept, start = context.executor, context.plan.shape.kept_in(layer), time.monotonic()
-    written = context.plan.shape.written_in(layer, context.job.export.pad)
+    written, position = context.plan.shape.written_in(layer, context.job.export.pad), context.plan.shape.position(layer)
     parts = even_parts(context.job.calibration.shards, executor.num_workers)
     writer = layer % executor.num_workers
     cuts: list[Any] = []
     groups: dict[str, dict[str, Any]] = {}
     for name in context.plan.decided_groups(layer):
-        collected = [executor.submit(worker, "collect", layer, name, (part.start, part.stop), *cuts) for worker, part in enumerate(parts)]
+        shards = [(worker, (part.start, part.stop)) for worker, part in enumerate(parts) if kept[name]]
+        collected = [executor.submit(worker, "collect", layer, name, owned, *cuts) for worker, owned in shards]
         executor.wait(collected)
         decision = executor.submit(writer, "decide", layer, name, kept[name], *_reduced(executor, collected))
         (receipt,) = executor.wait([decision])
         groups[name] = receipt["group"]
         cuts.append(decision.payload)
-    executor.wait([executor.submit(writer, "write_layer", layer, fingerprint, written, groups, *cuts)])
+    executor.wait([executor.submit(writer, "write_layer", layer, fingerprint, written, position, groups, *cuts)])
     seconds = time.monotonic() - start
     context.emit("step-finished", stage="sweep", layer=layer, seconds=seconds, groups=groups, peak_memory_bytes=context.peak_memory_bytes())
 

@@ -33,6 +33,8 @@ def memory_by_step(load: Workload, choice: MemoryPlan) -> dict[str, Kinds]:
         table["write outer"] = {"runtime": RUNTIME_BYTES, "output": load.outer_parameters * load.written_element_bytes}
     if load.candidates:
         table["divergence"] = _divergence(load, choice)
+    if load.trained_windows:
+        table["train"] = _training(load)
     return table | ({"evaluate": _evaluation(load, choice)} if load.evaluation_tokens else {})
 
 
@@ -166,6 +168,25 @@ def _divergence(load: Workload, choice: MemoryPlan) -> Kinds:
         "weights": _weights_bytes(replace(load, placement="shards"), 1),
         "hidden states": windows * window * load.hidden * load.element_bytes,
         "activations": window * max(scores, ACTIVATIONS * load.active_width * load.element_bytes),
+    }
+
+
+def _training(load: Workload) -> Kinds:
+    """One rank: fp32 weights, their gradients and two moments, the teacher's weights, all spread over the ranks; a layer that is gathered.
+
+    Activations: what every layer was given, and inside one layer (or in all) about 2 (7 D + 3 F) numbers for a token; the
+    scores and their gradient, and the teacher's.
+    """
+    ranks = 1 if load.in_process else load.workers
+    parameters = load.outer_parameters + sum(kind.num_layers * kind.parameters for kind in load.kinds)
+    tokens, layers = load.trained_windows * load.sequence_length, load.num_layers
+    inside = 2 * tokens * (7 * load.hidden + 3 * load.active_width) * 4
+    return {
+        "runtime": RUNTIME_BYTES,
+        "weights": 4 * parameters * (1 + load.trained_teacher) // ranks + (4 * load.layer_parameters if ranks > 1 else 0),
+        "optimizer": 12 * parameters // ranks,
+        "hidden states": 4 * layers * tokens * load.hidden,
+        "activations": inside * (layers if load.keeps_activations else 1) + tokens * load.vocabulary * (8 + 8 * load.trained_teacher),
     }
 
 

@@ -13,6 +13,8 @@ from orchestrator.shapes import Shape, units_by_group
 from specs.allocation import CurvesAllocation, SearchAllocation, ThresholdAllocation
 from specs.job import JobSpec
 from specs.memory import MemoryPlan
+from specs.methods import DressOptions, TrspOptions
+from specs.training import TrainingSpec
 from workers.checkpoint import PLANNED_BYTES, Checkpoint, config_dtype
 from workers.families import config_int
 from workers.shapes import CoupledGroup, LayerKind, alike_layers, attention_width, coupled_groups
@@ -61,6 +63,12 @@ class Workload:
     """Allocations whose divergence from the dense model is measured."""
     candidate_windows: int = 0
     """Calibration windows on which it is."""
+    trained_windows: int = 0
+    """Windows that a rank of a training computes together; 0: nothing is trained."""
+    trained_teacher: bool = False
+    """Whether the dense model is there too."""
+    keeps_activations: bool = False
+    """Whether a training keeps the activations inside its layers."""
     placement: Placement = "shards"
     propagation: Propagation = "pruned"
     selects: bool = True
@@ -224,14 +232,25 @@ def workload_of(job: JobSpec, checkpoint: Checkpoint, kinds: tuple[LayerKind, ..
         in_process=job.cluster.executor == "in-process",
         survey_levels=_survey_levels(job),
         candidates=_candidates(job, checkpoint.num_layers),
+        trained_windows=max((options.micro_batch for options in _trainings(job)), default=0),
+        trained_teacher=job.recover is not None and job.recover.loss == "distillation",
+        keeps_activations=any(not options.activation_checkpointing for options in _trainings(job)),
         candidate_windows=allocation.samples if isinstance(allocation, CurvesAllocation) else 0,
         placement=job.parallel.placement,
         propagation=job.parallel.effective_propagation,
     )
 
 
+def _trainings(job: JobSpec) -> list[TrainingSpec]:
+    """The trainings of all weights."""
+    first = [job.method.training] if isinstance(job.method, (DressOptions, TrspOptions)) else []
+    return [*first, *([job.recover] if job.recover else [])]
+
+
 def _survey_levels(job: JobSpec) -> int:
-    """Corrections of a group in the survey: an error for every level, and the weights that are kept of it."""
+    """Corrections of a group in the survey: an error for every level, and the weights that are kept of it; a mask needs none."""
+    if isinstance(job.method, DressOptions) and job.method.mask != "random":
+        return 1
     match job.budget.allocation:
         case SearchAllocation(levels=levels):
             return 2 * levels

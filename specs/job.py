@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from specs.allocation import AllocationSpec, UniformAllocation
 from specs.methods import MethodSpec, StatOptions
 from specs.section import Section
+from specs.training import RecoverSpec
 
 _UNITS = {"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 
@@ -261,6 +262,7 @@ class JobSpec(Section):
     parallel: ParallelSpec = ParallelSpec()
     memory: MemorySpec = MemorySpec()
     export: ExportSpec = ExportSpec()
+    recover: RecoverSpec | None = None
     evaluation: EvaluationSpec | None = None
     cluster: ClusterSpec = ClusterSpec()
 
@@ -270,6 +272,10 @@ class JobSpec(Section):
             raise ValueError(
                 f"budget.probe_samples ({self.budget.probe_samples}) must not exceed calibration.samples ({self.calibration.samples})"
             )
+        if self.method.removes_layers and self.budget.kv_groups != "auto":
+            raise ValueError(f"method {self.method.name} removes whole layers; leave out budget.kv_groups")
+        if self.method.trains and (self.budget.per_layer or self.parallel.placement == "layers"):
+            raise ValueError(f"method {self.method.name} leaves out budget.per_layer and parallel.placement: it has one way of its own")
         if self.budget.allocation.name == "threshold" and not self.method.comparable_scores:
             raise ValueError(
                 f"budget.allocation: threshold: the scores of {self.method.name} cannot be compared between layers; use curves"
@@ -284,6 +290,11 @@ class JobSpec(Section):
                 "a shard is the unit of work; raise calibration.shards"
             )
         return self
+
+    @property
+    def selects_first(self) -> bool:
+        """Whether the units that stay are chosen in a pass of their own, before the sweep."""
+        return self.method.selects_first or self.parallel.effective_propagation == "refit"
 
     def result_part(self) -> dict[str, object]:
         """The options the result depends on: all but where, with how many workers, and how it is judged."""

@@ -1,10 +1,12 @@
 """Options of the pruning methods: one class per method, told apart by `name`."""
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, Tag
 
 from specs.section import Section, named, told_apart_by_name
+from specs.training import TrainingSpec
 
 Damping = Annotated[float, Field(gt=0.0, le=1e6)]
 
@@ -20,6 +22,26 @@ class MethodOptions(Section):
     @property
     def comparable_scores(self) -> bool:
         """Whether the scores of units of different layers can be compared."""
+        return False
+
+    @property
+    def selector(self) -> "MethodOptions":
+        """The method that chooses the units of a layer."""
+        return self
+
+    @property
+    def selects_first(self) -> bool:
+        """Whether units are chosen before anything else is done."""
+        return False
+
+    @property
+    def removes_layers(self) -> bool:
+        """Whether whole layers go, and nothing else."""
+        return False
+
+    @property
+    def trains(self) -> bool:
+        """Whether the model is trained before it is cut."""
         return False
 
 
@@ -83,13 +105,81 @@ class WandaOptions(MethodOptions):
     name: Literal["wanda"] = "wanda"
 
 
+class DressOptions(MethodOptions):
+    """DReSS (arXiv 2501.17905): what will go is chosen first and driven towards zero while the model is trained; then it is cut."""
+
+    name: Literal["dress"] = "dress"
+    mask: Literal["random", "stat", "numerical", "obs", "flap", "wanda"] = "random"
+    """How the units that will go are chosen: at random as in the paper, or by a method, with its default options, on the dense model."""
+    norm: Literal["l1", "l2"] = "l2"
+    """Norm of a unit's weights in the penalty."""
+    strength: float = Field(default=1e-2, gt=0.0)
+    """Weight of the penalty (lambda) beside the language-model loss."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of a random mask."""
+    training: TrainingSpec = TrainingSpec()
+    """The training."""
+
+    @property
+    def selector(self) -> MethodOptions:
+        """The method that chooses; for a random mask the probe of shapes looks at STAT's choice."""
+        return SELECTORS.get(self.mask, StatOptions())
+
+    @property
+    def selects_first(self) -> bool:
+        """The mask is fixed before the training."""
+        return True
+
+    @property
+    def trains(self) -> bool:
+        """With a penalty on what will go."""
+        return True
+
+
+class TrspOptions(MethodOptions):
+    """TRSP (arXiv 2505.18232): gates choose the layers, a penalty on their updates moves what they do elsewhere, then they go."""
+
+    name: Literal["trsp"] = "trsp"
+    gate_strength: float = Field(default=5e-3, ge=0.0)
+    """Weight of the l1 norm of the gates (lambda 1) beside the language-model loss."""
+    update_strength: float = Field(default=1e-3, ge=0.0)
+    """Weight of the updates of the layers that will go (lambda 2)."""
+    norm: Literal["l1", "l2"] = "l2"
+    """Norm of an update."""
+    protect_first: int = Field(default=0, ge=0)
+    """So many of the first layers stay."""
+    protect_last: int = Field(default=0, ge=0)
+    """So many of the last layers stay."""
+    gates: TrainingSpec = TrainingSpec(learning_rate=1e-2)
+    """The training of the gates, once for every layer that goes."""
+    training: TrainingSpec = TrainingSpec()
+    """The training of all weights."""
+
+    @property
+    def removes_layers(self) -> bool:
+        """Nothing but layers."""
+        return True
+
+    @property
+    def trains(self) -> bool:
+        """Gates, then all weights."""
+        return True
+
+
+SELECTORS: Mapping[str, MethodOptions] = {
+    options.name: options for options in (StatOptions(), NumericalOptions(), ObsOptions(), FlapOptions(), WandaOptions())
+}
+"""The methods that choose units of one layer, with their default options."""
+
 MethodSpec = Annotated[
     Annotated[
         Annotated[StatOptions, Tag("stat")]
         | Annotated[NumericalOptions, Tag("numerical")]
         | Annotated[ObsOptions, Tag("obs")]
         | Annotated[FlapOptions, Tag("flap")]
-        | Annotated[WandaOptions, Tag("wanda")],
+        | Annotated[WandaOptions, Tag("wanda")]
+        | Annotated[DressOptions, Tag("dress")]
+        | Annotated[TrspOptions, Tag("trsp")],
         told_apart_by_name("stat"),
     ],
     BeforeValidator(named),

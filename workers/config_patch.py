@@ -1,6 +1,6 @@
 """The exported config: the original's text, patched, never re-saved (transformers would drop keys older readers need). No torch."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from specs.errors import SpecError
 from workers.families import config_int, family_of, unit_groups
@@ -34,6 +34,13 @@ def patched_config(config: Mapping[str, object], kept: Mapping[str, int], target
     if kept["heads"] != head_group.num_units:
         result |= _model_type_for(config, heads, target)
     return result
+
+
+def config_of_layers(config: Mapping[str, object], layers: Sequence[int]) -> dict[str, object]:
+    """The config of a model that keeps only these layers; lists with an entry for each layer are cut with them."""
+    count = config_int(config, "num_hidden_layers")
+    cut = {key: [value[layer] for layer in layers] for key, value in config.items() if isinstance(value, list) and len(value) == count}
+    return {**config, **cut, "num_hidden_layers": len(layers)} if len(layers) < count else dict(config)
 
 
 def needs_output_bias(config: Mapping[str, object], kept: Mapping[str, int], target: str) -> bool:

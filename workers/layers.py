@@ -249,6 +249,22 @@ def _model_of(checkpoint: Checkpoint, config: PreTrainedConfig, dtype: torch.dty
     return module[CLASS]._from_config(config, dtype=dtype)
 
 
+def whole_model(checkpoint: Checkpoint) -> Any:
+    """The model with all its weights, in their types on disk; on the CPU they are mapped from the files.
+
+    Raises:
+        ModelError: a tensor is missing, superfluous or not finite.
+    """
+    config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
+    with init_empty_weights(include_buffers=False):
+        model = _model_of(checkpoint, config, torch.float32)
+    model.load_state_dict(read_tensors(checkpoint, checkpoint.tensors), strict=False, assign=True)
+    model.tie_weights()
+    if missing := [name for name, tensor in model.named_parameters() if tensor.is_meta]:
+        raise ModelError(f"{checkpoint.path}: lacks {missing[0]}")
+    return model
+
+
 def _run(layer: nn.Module, index: int, batch: MicroBatch, swaps: Mapping[str, nn.Module]) -> Tensor:
     args, kwargs = batch.arguments[index]
     with _swapped(layer, swaps):

@@ -7,6 +7,8 @@ LAYER_FILE = "layer.safetensors"
 OUTER_TASK, OUTER_FILE = "outer", "outer.safetensors"
 CALIBRATION_TASK, EVALUATION_TASK, TOKENS_FILE = "calibration-tokens", "evaluation-tokens", "tokens.safetensors"
 SHAPE_TASK, EXPORT_TASK = "shape", "export"
+REGULARISE_TASK, UPDATES_TASK, RECOVER_TASK = "regularise", "updates", "recover"
+RESULT_FILE, TRAINED_FOLDER = "result.json", "model"
 SURVEY_FILE, SENSITIVITY_TASK = "cuts.safetensors", "sensitivity"
 
 
@@ -23,6 +25,11 @@ def selection_task(layer: int) -> str:
 def survey_task(layer: int) -> str:
     """Task id of what could stay of a layer: error curves and corrected weights, or scores."""
     return f"survey-{layer:04d}"
+
+
+def gates_task(number: int) -> str:
+    """Task id of a training of layer gates."""
+    return f"gates-{number:04d}"
 
 
 def generation_task(number: int) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from specs.errors import ModelError, SpecError
 from workers import layers
-from workers.families import UnitGroup, layer_prefix
+from workers.families import UnitGroup
 from workers.files import Manifest, read_manifest, write_tensors
 from workers.layers import MicroBatch, StreamedModel
 from workers.layout import CACHE, LAYER_FILE, layer_task, task_folder
@@ -167,7 +167,7 @@ class Sweep:
         manifest = read_manifest(folder)
         assert manifest is not None, f"layer {layer} is not finished"
         check_computed_on(folder, manifest, self._model.computed_on)
-        return read_cuts(folder / LAYER_FILE, layer, manifest, self._groups.values())
+        return read_cuts(folder / LAYER_FILE, manifest, self._groups.values())
 
     def _advance(self, module: nn.Module, shard: Shard, cuts: Mapping[str, Cut]) -> None:
         for batch in shard.batches:
@@ -206,23 +206,23 @@ def check_computed_on(folder: Path, manifest: Manifest, computed_on: str) -> Non
     Raises:
         SpecError: it was on another kind of device or in another type; mixing them would mix roundings.
     """
-    if manifest.info["computed_on"] != computed_on:
+    if manifest.info.get("computed_on", computed_on) != computed_on:  # a random mask is not computed
         raise SpecError(
             f"{folder}: was computed on {manifest.info['computed_on']}, this worker computes on {computed_on}; "
             "set parallel.device and model.dtype as they were, or choose another --out"
         )
 
 
-def read_cuts(file: Path, layer: int, manifest: Manifest, groups: Iterable[UnitGroup]) -> dict[str, Cut]:
+def read_cuts(file: Path, manifest: Manifest, groups: Iterable[UnitGroup]) -> dict[str, Cut]:
     """The cuts of a finished layer, from its file (which may be padded) and manifest."""
     kept = manifest.info["kept"]
     assert isinstance(kept, dict)
     cuts = {}
-    with safe_open(file, framework="pt") as handle:
-        for group in (group for group in groups if group.name in kept):
-            units = torch.tensor(kept[group.name], dtype=torch.int64)
-            weight_DK = torch.empty(0, 0)
-            if len(units):
-                weight_DK = handle.get_tensor(f"{layer_prefix(layer)}{group.consumer}.weight")[:, : len(units) * group.columns].clone()
-            cuts[group.name] = Cut(group.name, units, weight_DK)
+    for group in (group for group in groups if group.name in kept):
+        units, weight_DK = torch.tensor(kept[group.name], dtype=torch.int64), torch.empty(0)
+        if len(units):
+            with safe_open(file, framework="pt") as handle:
+                (name,) = (name for name in handle.keys() if name.endswith(f".{group.consumer}.weight"))  # noqa: SIM118 - not a dict
+                weight_DK = handle.get_tensor(name)[:, : len(units) * group.columns].clone()
+        cuts[group.name] = Cut(group.name, units, weight_DK)
     return cuts

@@ -226,11 +226,18 @@ class Worker:
 
     @step
     def decide(self, layer: int, group: str, num_kept: int, *parts: Parts) -> tuple[Receipt, CutArrays]:
-        """Select the units of a group that stay (or take those of the selection pass) and correct the consumer's weight."""
+        """Select the units of a group that stay (or take those of the selection pass) and correct the consumer's weight.
+
+        Where none stays no statistics are needed.
+        """
+        if num_kept == 0:
+            nothing = torch.empty(0)
+            cut = Cut(group, torch.arange(0), nothing)
+            return {"group": self._summary(group, 0, Correction(nothing, 0.0, 1.0, 1.0))}, cut.arrays()
         trees = roots(self.job.calibration.shards, self.job.calibration.held_out_shards)
         fits = self._merged(trees, parts)
         is_cut = num_kept < self._groups[group].num_units
-        units = self._selected(layer, group) if is_cut and self.job.parallel.effective_propagation == "refit" else None
+        units = self._selected(layer, group) if is_cut and self.job.selects_first else None
         cut, correction = self._cut(layer, group, num_kept, fits, units)
         return {"group": self._summary(group, num_kept, correction)}, cut.arrays()
 
@@ -266,7 +273,7 @@ class Worker:
         if num_kept in (0, self._groups[name].num_units):
             return torch.arange(num_kept)
         weight_DF = self._consumer_weight(layer, self._groups[name])
-        return select(self.job.method, training, weight_DF, self._groups[name].columns, num_kept)
+        return select(self.job.method.selector, training, weight_DF, self._groups[name].columns, num_kept)
 
     def _selected(self, layer: int, name: str) -> Tensor:
         manifest = read_manifest(task_folder(self.run_folder, selection_task(layer)))
@@ -294,17 +301,23 @@ class Worker:
         return {}, self._stream.flow(range(*chunk), number, wanted, before, end_of_wave)
 
     @step
-    def settle(self, layer: int, task_fingerprint: str, kept: Mapping[str, int], written: Mapping[str, int]) -> tuple[Receipt, None]:
-        """Decide all groups of a layer from the statistics this worker has, and write the layer, or only the selection."""
+    def select(self, layer: int, task_fingerprint: str, kept: Mapping[str, int]) -> tuple[Receipt, None]:
+        """Select the units of a layer that stay, from the statistics this worker has."""
         fits = {name: self._stream.fit(layer, name) for name, count in kept.items() if count < self._groups[name].num_units}
-        if self.job.parallel.effective_propagation == "refit":
-            units = {name: self._select(layer, name, kept[name], training).tolist() for name, (training, _) in fits.items()}
-            folder = task_folder(self.run_folder, selection_task(layer))
-            commit(folder, selection_task(layer), task_fingerprint, [], {"result": units, "computed_on": self._model.computed_on})
-            return {"groups": {}}, None
+        units = {name: self._select(layer, name, kept[name], training).tolist() for name, (training, _) in fits.items()}
+        folder = task_folder(self.run_folder, selection_task(layer))
+        commit(folder, selection_task(layer), task_fingerprint, [], {"result": units, "computed_on": self._model.computed_on})
+        return {"groups": {}}, None
+
+    @step
+    def settle(
+        self, layer: int, task_fingerprint: str, kept: Mapping[str, int], written: Mapping[str, int], position: int | None
+    ) -> tuple[Receipt, None]:
+        """Decide all groups of a layer from the statistics this worker has, and write the layer."""
+        fits = {name: self._stream.fit(layer, name) for name, count in kept.items() if count < self._groups[name].num_units}
         decided = {name: self._cut(layer, name, kept[name], fits.pop(name)) for name in list(fits)}
         groups = {name: self._summary(name, kept[name], correction) for name, (_, correction) in decided.items()}
-        self._write_layer(layer, task_fingerprint, written, groups, [cut for cut, _ in decided.values()])
+        self._write_layer(layer, task_fingerprint, written, position, groups, [cut for cut, _ in decided.values()])
         return {"groups": groups}, None
 
     @step
@@ -357,29 +370,43 @@ class Worker:
 
     @step
     def write_layer(
-        self, layer: int, task_fingerprint: str, written: Mapping[str, int], groups: Receipt, *cuts: CutArrays
+        self, layer: int, task_fingerprint: str, written: Mapping[str, int], position: int | None, groups: Receipt, *cuts: CutArrays
     ) -> tuple[Receipt, None]:
         """Write a pruned layer's tensors under their final names, then the manifest: the layer is finished.
 
         `written` are the units of every group that the file holds: those that stay, and zeros where layers are padded.
+        `position` is the layer's number in the pruned model; a layer of which nothing stays has none, and no file.
         """
-        self._write_layer(layer, task_fingerprint, written, groups, [Cut.from_arrays(arrays) for arrays in cuts])
+        self._write_layer(layer, task_fingerprint, written, position, groups, [Cut.from_arrays(arrays) for arrays in cuts])
         return {}, None
 
-    def _write_layer(self, layer: int, task_fingerprint: str, written: Mapping[str, int], groups: Receipt, cuts: Sequence[Cut]) -> None:
-        prefix, export = layer_prefix(layer), self.job.export
-        tensors = read_tensors(self._checkpoint, self._checkpoint.layer_tensors(layer), prefix)
+    def _write_layer(
+        self,
+        layer: int,
+        task_fingerprint: str,
+        written: Mapping[str, int],
+        position: int | None,
+        groups: Receipt,
+        cuts: Sequence[Cut],
+    ) -> None:
+        folder, units = task_folder(self.run_folder, layer_task(layer)), {cut.group: cut.units.tolist() for cut in cuts}
+        if position is not None:
+            write_tensors(folder / LAYER_FILE, self._written_tensors(layer, written, position, cuts))
+        info = {"groups": groups, "kept": units, "computed_on": self._model.computed_on}
+        commit(folder, layer_task(layer), task_fingerprint, [] if position is None else [LAYER_FILE], info)
+
+    def _written_tensors(self, layer: int, written: Mapping[str, int], position: int, cuts: Sequence[Cut]) -> dict[str, Tensor]:
+        """A pruned layer's tensors, by their names in the pruned model."""
+        export = self.job.export
+        tensors = read_tensors(self._checkpoint, self._checkpoint.layer_tensors(layer), layer_prefix(layer))
         sliced = slice_layer(tensors, self._groups.values(), {cut.group: cut for cut in cuts})
         if export.pad:
             sliced = pad_layer(sliced, tensors, self._groups.values(), written)
         if needs_output_bias(self._checkpoint.config, written, export.target):
             weight_DK = sliced["self_attn.o_proj.weight"]
             sliced["self_attn.o_proj.bias"] = weight_DK.new_zeros(len(weight_DK))
-        folder = task_folder(self.run_folder, layer_task(layer))
-        write_tensors(folder / LAYER_FILE, {prefix + name: tensor.to(self._disk_dtype(tensor)) for name, tensor in sliced.items()})
-        units = {cut.group: cut.units.tolist() for cut in cuts}
-        info = {"groups": groups, "kept": units, "computed_on": self._model.computed_on}
-        commit(folder, layer_task(layer), task_fingerprint, [LAYER_FILE], info)
+        prefix = layer_prefix(position)
+        return {prefix + name: tensor.to(self._disk_dtype(tensor)) for name, tensor in sliced.items()}
 
     @step
     def write_outer(self, task_fingerprint: str) -> tuple[Receipt, None]:

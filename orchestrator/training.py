@@ -1,0 +1,135 @@
+"""Training stages from the driver's side: DReSS and TRSP before the cut, recovery after it.
+
+A stage is a task: a gang of ranks trains (`Executor.train`), the model that comes of it is a folder in the Hugging Face format,
+and what follows works on that folder.
+"""
+
+import random
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from orchestrator import sweep
+from orchestrator.context import Context
+from orchestrator.export import COPIED, side_files, write_index
+from orchestrator.shapes import uneven_shape
+from specs.methods import DressOptions, TrspOptions
+from specs.training import TrainingSpec
+from workers.checkpoint import open_checkpoint, read_json
+from workers.files import Manifest, commit, copy_file, fingerprint
+from workers.finetune_stage import Aim, Finetune, Gates, Penalty, Recovery, Updates
+from workers.layout import (
+    RECOVER_TASK,
+    REGULARISE_TASK,
+    RESULT_FILE,
+    TRAINED_FOLDER,
+    UPDATES_TASK,
+    gates_task,
+    model_folder,
+    selection_task,
+    task_folder,
+)
+from workers.per_layer import MODULE
+
+
+def train_first(context: Context, tokens: Manifest) -> None:
+    """What the method trains before it cuts; afterwards the context's checkpoint is the trained model."""
+    match context.job.method:
+        case DressOptions() as dress:
+            trained = _regularise(context, dress, tokens)
+        case TrspOptions() as trsp:
+            trained = _shrink_layers(context, trsp, tokens)
+        case _:
+            return
+    folder = task_folder(context.folder.path, trained.task) / TRAINED_FOLDER
+    context.source, found = context.checkpoint, open_checkpoint(folder)
+    context.checkpoint = replace(found, identity=fingerprint({"model": found.identity, "trained": trained.digest}))
+    context.executor.use_model(folder)
+
+
+def _regularise(context: Context, dress: DressOptions, tokens: Manifest) -> Manifest:
+    """DReSS: choose what goes, then train with a penalty on it."""
+    context.selections = _random_mask(context, dress) if dress.mask == "random" else sweep.select_units(context, tokens)
+    units = context.plan.model.units
+    removed = []
+    for selection in context.selections:
+        kept: Any = selection.info["result"]
+        removed.append({name: sorted(set(range(units[name])) - set(stay)) for name, stay in kept.items()})
+    inputs = [tokens.digest, context.checkpoint.identity, *(selection.digest for selection in context.selections)]
+    aim = Penalty(removed, dress.strength, dress.norm)
+    return _trained(context, REGULARISE_TASK, context.checkpoint.path, dress.training, aim, inputs)
+
+
+def _random_mask(context: Context, dress: DressOptions) -> list[Manifest]:
+    """The units that stay, drawn for every layer and group."""
+    chance, masks = random.Random(dress.seed), []
+    units, shape = context.plan.model.units, context.plan.shape
+    for layer in range(context.plan.model.num_layers):
+        kept = {name: sorted(chance.sample(range(units[name]), shape.kept[name])) for name in context.plan.pruned_groups(layer)}
+        task = selection_task(layer)
+        expected = context.folder.fingerprint(task, context.checkpoint.identity, str(kept))
+        folder = task_folder(context.folder.path, task)
+        masks.append(context.once(task, expected, partial(commit, folder, task, expected, [], {"result": kept})))
+    return masks
+
+
+def _shrink_layers(context: Context, trsp: TrspOptions, tokens: Manifest) -> Manifest:
+    """TRSP: one layer after the other is chosen by its gate, then all weights are trained with a penalty on their updates."""
+    num_layers = context.plan.model.num_layers
+    gone = sum(context.plan.shape.position(layer) is None for layer in range(num_layers))
+    open_to_choice = range(trsp.protect_first, num_layers - trsp.protect_last)
+    gates, removed, inputs = [1.0] * num_layers, list[int](), [tokens.digest, context.checkpoint.identity]
+    for number in range(gone):
+        aim = Gates(tuple(gates), tuple(removed), trsp.gate_strength)
+        chosen = _trained(context, gates_task(number), context.checkpoint.path, trsp.gates, aim, inputs)
+        found: Any = chosen.info["result"]
+        gates = found["gates"]
+        removed.append(min((layer for layer in open_to_choice if layer not in removed), key=lambda layer: abs(gates[layer])))
+        inputs = [*inputs[:2], chosen.digest]
+        context.emit("layer-chosen", layer=removed[-1], gate=gates[removed[-1]], number=number + 1, of=gone)
+    dense, nothing = dict(context.plan.model.units), dict.fromkeys(context.plan.model.units, 0)
+    spread = [nothing if layer in removed else dense for layer in range(num_layers)]
+    context.plan = context.plan.chosen(uneven_shape(context.job, context.checkpoint, spread))
+    aim_of_all = Updates(tuple(removed), trsp.update_strength, trsp.norm)
+    return _trained(context, UPDATES_TASK, context.checkpoint.path, trsp.training, aim_of_all, inputs)
+
+
+def recover(context: Context, exported: Manifest) -> Manifest | None:
+    """Train the pruned model, if the job says so; what comes of it lies in the task's folder."""
+    spec = context.job.recover
+    if spec is None:
+        return None
+    teacher = str(context.original.path) if spec.loss == "distillation" else None
+    inputs = [exported.digest, context.original.identity]
+    return _trained(context, RECOVER_TASK, model_folder(context.folder.path), spec, Recovery(teacher, spec.hidden), inputs)
+
+
+def _trained(context: Context, task: str, model: Path, options: TrainingSpec, aim: Aim, inputs: list[str]) -> Manifest:
+    expected = context.folder.fingerprint(task, *inputs)
+    folder = task_folder(context.folder.path, task)
+    threads = context.job.parallel.threads_per_worker
+    stage = Finetune(str(model), str(folder), context.job.calibration, options, aim, threads)
+
+    def work() -> None:
+        with context.stage(task, 1):
+            context.executor.train(stage)
+            files = [RESULT_FILE]
+            if not isinstance(aim, Gates):
+                _complete(model, folder / TRAINED_FOLDER, own=isinstance(aim, Recovery))
+                files += [f"{TRAINED_FOLDER}/{file.name}" for file in (folder / TRAINED_FOLDER).iterdir()]
+            facts = read_json(folder / RESULT_FILE)
+            result = {"gates": facts.pop("gates", None)}
+            peak: Any = {"rank-0": facts["peak_memory_bytes"]}
+            context.emit("trained", task=task, **facts | {"peak_memory_bytes": peak})
+            commit(folder, task, expected, files, {"result": result, "facts": facts})
+
+    return context.once(task, expected, work)
+
+
+def _complete(source: Path, trained: Path, own: bool) -> None:
+    """Config, tokenizer and index beside the trained weights; all is the source's, code only if this run has written it (`own`)."""
+    code = [file for file in (source / f"{MODULE}.py",) if own and file.exists()]
+    for file in (source / "config.json", *side_files(source, COPIED), *code):
+        copy_file(file, trained / file.name)
+    write_index(trained, sorted(file.name for file in trained.glob("*.safetensors")))

@@ -1,0 +1,47 @@
+"""How weights are trained: the options that every training stage has."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from specs.section import Section
+
+
+class TrainingSpec(Section):
+    """Gradient steps on the calibration text, on as many ranks as there are workers. The result depends on all of it but `micro_batch`."""
+
+    samples: Annotated[int, Field(ge=1)] | None = None
+    """Windows of the calibration text that are trained on; null: `calibration.samples`."""
+    epochs: float = Field(default=1.0, gt=0.0, le=1000.0)
+    """How often each window is used."""
+    batch: int = Field(default=8, ge=1, le=65536)
+    """Windows per step, over all ranks."""
+    micro_batch: int = Field(default=1, ge=1, le=4096)
+    """Windows that one rank computes together."""
+    learning_rate: float = Field(default=1e-4, gt=0.0, le=10.0)
+    """Largest rate of AdamW."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the rate falls after the warm-up, to zero at the end."""
+    warmup: float = Field(default=0.05, ge=0.0, lt=1.0)
+    """Part of the steps in which the rate rises from zero."""
+    weight_decay: float = Field(default=0.0, ge=0.0, le=10.0)
+    """Of AdamW."""
+    clip: float = Field(default=1.0, gt=0.0)
+    """Largest norm of the gradient; larger ones are scaled down."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of weights and activations in forward and backward passes; weights that are trained are kept in float32."""
+    activation_checkpointing: bool = True
+    """Activations inside a layer are computed again in the backward pass instead of kept."""
+    checkpoint_steps: int = Field(default=50, ge=1)
+    """Weights and optimizer state are saved every so many steps; a training that was cut off goes on from there."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the order of the windows."""
+
+
+class RecoverSpec(TrainingSpec):
+    """Training of the pruned model, on the calibration text."""
+
+    loss: Literal["lm", "distillation"] = "lm"
+    """`lm`: next-token prediction; `distillation`: the dense model's next-token distribution is the goal."""
+    hidden: float = Field(default=0.0, ge=0.0)
+    """`distillation`: weight of the squared relative distance between the last hidden states."""

@@ -1,0 +1,109 @@
+"""DReSS, TRSP and recovery from job file to model, in one process."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from orchestrator.export import verify_run
+from orchestrator.run import run_job
+from specs.errors import ResourceError, SpecError
+from specs.loader import load_job
+from tests.conftest import MakeJob, MakeModel, folder_bytes
+from workers.files import read_manifest
+from workers.layout import selection_task, task_folder
+from workers.training import read_log
+
+TRAINING = {"epochs": 1, "batch": 4, "learning_rate": 1e-3, "checkpoint_steps": 2}
+
+
+def quiet(event: dict[str, Any]) -> None:
+    """Show nothing."""
+
+
+@pytest.mark.parametrize("mask", ["random", "stat"])
+def test_dress_trains_with_a_penalty_on_its_mask_and_cuts_exactly_that(
+    mask: str, make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+) -> None:
+    method = {"name": "dress", "mask": mask, "strength": 0.05, "training": TRAINING | {"epochs": 4}}
+    evaluation = {"path": str(tmp_path / "other.txt"), "window": 16}
+    (tmp_path / "other.txt").write_text("Nothing of this stands in the text that was trained on, nowhere at all. " * 8)
+    job = load_job(make_job(make_model(), method=method, budget={"kv_groups": 1}, evaluation=evaluation))
+    report = run_job(job, tmp_path / "run", quiet)
+    log = read_log(task_folder(tmp_path / "run", "regularise"))
+    assert log[-1]["penalty"] < log[0]["penalty"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    trained = AutoModelForCausalLM.from_pretrained(task_folder(tmp_path / "run", "regularise") / "model")
+    for layer in range(3):
+        selection = read_manifest(task_folder(tmp_path / "run", selection_task(layer)))
+        assert selection is not None
+        kept: Any = selection.info["result"]
+        assert torch.equal(model.model.layers[layer].mlp.up_proj.weight, trained.model.layers[layer].mlp.up_proj.weight[kept["neurons"]])
+    assert report["perplexity"]["before"] != report["perplexity"]["after"]
+    verify_run(tmp_path / "run")
+
+
+def test_trsp_removes_the_layers_that_its_gates_choose(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
+    method = {"name": "trsp", "gates": TRAINING, "training": TRAINING, "protect_first": 1}
+    dense = make_model("smollm3", num_hidden_layers=6)
+    events: list[dict[str, Any]] = []
+    report = run_job(load_job(make_job(dense, method=method, budget={"sparsity": 0.3})), tmp_path / "run", events.append)
+    chosen = [event["layer"] for event in events if event["event"] == "layer-chosen"]
+    assert len(set(chosen)) == 2
+    assert 0 not in chosen
+    assert report["decoder_parameters"]["after"] == report["decoder_parameters"]["before"] * 4 // 6
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    trained = AutoModelForCausalLM.from_pretrained(task_folder(tmp_path / "run", "updates") / "model")
+    assert model.config.num_hidden_layers == 4
+    stay = [layer for layer in range(6) if layer not in chosen]
+    assert model.config.no_rope_layers == [trained.config.no_rope_layers[layer] for layer in stay]
+    for position, layer in enumerate(stay):
+        expected = trained.model.layers[layer].state_dict()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in model.model.layers[position].state_dict().items())
+    verify_run(tmp_path / "run")
+
+
+@pytest.mark.parametrize("loss", ["lm", "distillation"])
+def test_recovery_trains_the_pruned_model(loss: str, make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
+    job = load_job(make_job(make_model(), recover=TRAINING | {"loss": loss, "epochs": 3}))
+    run_job(job, tmp_path / "run", quiet)
+    folder = task_folder(tmp_path / "run", "recover")
+    log = read_log(folder)
+    assert log[-1]["loss"] < log[0]["loss"]
+    pruned, recovered = (AutoModelForCausalLM.from_pretrained(path) for path in (tmp_path / "run" / "model", folder / "model"))
+    assert not torch.equal(pruned.model.layers[0].mlp.up_proj.weight, recovered.model.layers[0].mlp.up_proj.weight)
+    verify_run(tmp_path / "run")
+
+
+def test_a_run_that_was_cut_off_in_training_ends_with_the_same_bytes(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
+    method = {"name": "trsp", "gates": TRAINING, "training": TRAINING}
+    job = load_job(make_job(make_model(num_hidden_layers=4), method=method, recover=TRAINING))
+    run_job(job, tmp_path / "calm", quiet)
+    for task in ("gates-0000", "updates", "recover"):
+
+        def cut_off(event: dict[str, Any], task: str = task) -> None:
+            if event["event"] == "trained" and event["task"] == task:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            run_job(job, tmp_path / "cut", cut_off)
+    run_job(job, tmp_path / "cut", quiet)
+    for folder in ("model", "tasks/recover/model"):
+        assert folder_bytes(tmp_path / "cut" / folder) == folder_bytes(tmp_path / "calm" / folder)
+
+
+def test_a_training_that_does_not_fit_is_refused_before_it_starts(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
+    job = load_job(make_job(make_model(), recover=TRAINING, memory={"worker": "321MiB"}))
+    with pytest.raises(ResourceError, match=r"memory\.worker: a worker needs at least"):
+        run_job(job, tmp_path / "run", quiet)
+
+
+def test_what_a_trained_method_cannot_do_is_refused(make_model: MakeModel, make_job: MakeJob) -> None:
+    for sections, message in (
+        ({"method": {"name": "trsp"}, "budget": {"kv_groups": 1}}, "removes whole layers"),
+        ({"method": {"name": "dress"}, "budget": {"per_layer": True}}, r"leaves out budget\.per_layer"),
+    ):
+        with pytest.raises(SpecError, match=message):
+            load_job(make_job(make_model(), **sections))

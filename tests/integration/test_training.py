@@ -1,0 +1,147 @@
+"""Training on one process and on gangs of Ray Train: same loss curve, real sharding, going on after a rank dies, on fewer ranks too."""
+
+import json
+import os
+import shutil
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from orchestrator.ray_train import train_on_ray
+from specs.job import CalibrationSpec
+from specs.training import TrainingSpec
+from tests.conftest import MakeModel
+from workers.finetune import finetune
+from workers.finetune_stage import Finetune, Penalty, Recovery
+from workers.layout import RESULT_FILE, TRAINED_FOLDER
+from workers.training import ALONE, read_log, saved_steps, windows_of
+
+OPTIONS = TrainingSpec(epochs=2, batch=4, micro_batch=1, learning_rate=3e-3, checkpoint_steps=3)
+REMOVED = [{"heads": [1], "neurons": list(range(16))}] * 3
+
+
+@pytest.fixture
+def stage(make_model: MakeModel, text_file: Path, tmp_path: Path) -> Finetune:
+    text = CalibrationSpec(path=str(text_file), samples=18, sequence_length=32, shards=4)
+    return Finetune(str(make_model()), str(tmp_path / "alone"), text, OPTIONS, Penalty(REMOVED, 0.01, "l2"))
+
+
+def curve(folder: str, name: str = "loss") -> list[float]:
+    return [line[name] for line in read_log(Path(folder))]
+
+
+def weights(folder: str) -> dict[str, torch.Tensor]:
+    files = sorted((Path(folder) / TRAINED_FOLDER).glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def test_every_window_is_used_once_an_epoch_in_another_order() -> None:
+    seen = [windows_of(step, OPTIONS, 18) for step in range(9)]
+    flat = [number for numbers in seen for number in numbers]
+    assert sorted(flat[:18]) == sorted(flat[18:36]) == list(range(18))
+    assert flat[:18] != flat[18:36]
+
+
+def test_the_loss_and_the_penalty_fall(stage: Finetune) -> None:
+    finetune(stage, ALONE)
+    assert len(curve(stage.folder)) == 9
+    assert curve(stage.folder, "penalty")[-1] < curve(stage.folder, "penalty")[0]
+    assert min(curve(stage.folder)[-3:]) < curve(stage.folder)[0]
+    assert {"step", "of", "lm", "loss", "penalty", "gradient_norm", "tokens_per_second"} == set(read_log(Path(stage.folder))[0])
+
+
+def test_a_training_that_was_cut_off_ends_with_the_same_weights(stage: Finetune, monkeypatch: pytest.MonkeyPatch) -> None:
+    finetune(stage, ALONE)
+    cut = replace(stage, folder=stage.folder + "-cut")
+
+    from workers.training import Training
+
+    whole = Training._step
+
+    def dies(self: Training, step: int, numbers: Any) -> dict[str, float]:
+        if step == 7:
+            raise KeyboardInterrupt
+        return whole(self, step, numbers)
+
+    monkeypatch.setattr(Training, "_step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(cut, ALONE)
+    assert saved_steps(Path(cut.folder)) == [6]
+    monkeypatch.setattr(Training, "_step", whole)
+    finetune(cut, ALONE)
+    assert curve(cut.folder) == curve(stage.folder)
+    expected, found = weights(stage.folder), weights(cut.folder)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_the_written_model_has_the_names_and_types_of_the_original(make_model: MakeModel, stage: Finetune) -> None:
+    model = make_model("qwen3", name="bf16", dtype=torch.bfloat16, tie_word_embeddings=True)
+    trained = replace(stage, model=str(model), aim=Recovery())
+    finetune(trained, ALONE)
+    expected = load_file(model / "model.safetensors")
+    found = weights(trained.folder)
+    assert {name: (tensor.dtype, tensor.shape) for name, tensor in found.items()} == {
+        name: (tensor.dtype, tensor.shape) for name, tensor in expected.items()
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.usefixtures("ray_session")
+def test_two_ranks_have_the_loss_curve_of_one_and_half_of_the_state(stage: Finetune, tmp_path: Path) -> None:
+    finetune(stage, ALONE)
+    gang = replace(stage, folder=str(tmp_path / "gang"))
+    train_on_ray(gang, 2, False, 0, tmp_path / "ray")
+    assert curve(gang.folder) == pytest.approx(curve(stage.folder), abs=1e-4)
+    expected, found = weights(stage.folder), weights(gang.folder)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-4)
+    state = [json.loads((Path(folder) / RESULT_FILE).read_text())["state_bytes"] for folder in (stage.folder, gang.folder)]
+    assert state[1] <= 0.6 * state[0]
+    _assert_a_killed_rank_changes_nothing(gang, tmp_path)
+    _assert_it_goes_on_with_one_rank(gang, tmp_path)
+
+
+def _assert_a_killed_rank_changes_nothing(calm: Finetune, tmp_path: Path) -> None:
+    """SIGKILL of one rank once the first checkpoint is there: the gang starts again from it."""
+    import threading
+    import time
+
+    killed = replace(calm, folder=str(tmp_path / "killed"), options=OPTIONS.model_copy(update={"epochs": 8.0}))
+    undisturbed = replace(killed, folder=str(tmp_path / "undisturbed"))
+    train_on_ray(undisturbed, 2, False, 0, tmp_path / "ray")
+
+    def kill() -> None:
+        while not saved_steps(Path(killed.folder)):
+            time.sleep(0.01)
+        ranks = [p for p in Path("/proc").glob("[0-9]*") if b"RayTrainWorker" in _command(p)]
+        os.kill(int(ranks[0].name), signal.SIGKILL)
+
+    thread = threading.Thread(target=kill, daemon=True)
+    thread.start()
+    train_on_ray(killed, 2, False, 2, tmp_path / "ray")
+    thread.join()
+    assert curve(killed.folder) == curve(undisturbed.folder)
+    expected, found = weights(undisturbed.folder), weights(killed.folder)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def _command(process: Path) -> bytes:
+    try:
+        return (process / "cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def _assert_it_goes_on_with_one_rank(gang: Finetune, tmp_path: Path) -> None:
+    """A checkpoint of two ranks is loaded by one."""
+    fewer = replace(gang, folder=str(tmp_path / "fewer"))
+    shutil.copytree(gang.folder, fewer.folder)
+    assert saved_steps(Path(fewer.folder)) == [6]
+    finetune(fewer, ALONE)
+    assert curve(fewer.folder) == pytest.approx(curve(gang.folder), abs=1e-4)

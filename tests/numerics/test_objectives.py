@@ -1,0 +1,164 @@
+"""Penalties and gates against finite differences and against what they stand for."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.conftest import MakeModel
+from workers.checkpoint import open_checkpoint
+from workers.families import unit_groups
+from workers.layers import whole_model
+from workers.objectives import Distillation, GroupPenalty, LayerGates, Norm, Objective, UpdatePenalty
+
+TOKENS = torch.tensor([[3, 77, 15, 200, 9, 31, 8, 120], [1, 2, 3, 4, 5, 6, 7, 8]])
+REMOVED: list[dict[str, list[int]]] = [{"heads": [1], "neurons": [0, 5, 47]}, {"neurons": [3]}, {}]
+
+
+def alone(value: Tensor) -> Tensor:
+    return value
+
+
+def double(folder: Path) -> Any:
+    return whole_model(open_checkpoint(folder)).double()
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])  # without biases and with them
+def test_the_gradient_of_the_group_penalty_is_its_finite_difference(model_type: str, norm: Norm, make_model: MakeModel) -> None:
+    folder = make_model(model_type)
+    model = double(folder)
+    groups = {group.name: group for group in unit_groups(open_checkpoint(folder).config)}
+    objective = GroupPenalty(groups, REMOVED, 0.7, norm)
+
+    def value() -> float:
+        model.zero_grad()
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        return objective.add_gradients(model, alone)["penalty"]
+
+    value()
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        direction = torch.randn_like(parameter)
+        with torch.no_grad():
+            parameter += 1e-6 * direction
+            after = value()
+            parameter -= 2e-6 * direction
+            before = value()
+            parameter += 1e-6 * direction
+        assert (after - before) / 2e-6 == pytest.approx(float((gradients[name] * direction).sum()), rel=1e-5, abs=1e-8), name
+
+
+def test_the_group_penalty_is_the_norm_of_exactly_what_will_go(make_model: MakeModel) -> None:
+    folder = make_model()
+    model = double(folder)
+    groups = {group.name: group for group in unit_groups(open_checkpoint(folder).config)}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    found = GroupPenalty(groups, [{"neurons": [4]}, {"heads": [1]}, {}], 2.0, "l2").add_gradients(model, alone)["penalty"]
+    mlp, attention = model.model.layers[0].mlp, model.model.layers[1].self_attn
+    neuron = torch.cat([mlp.gate_proj.weight[4], mlp.up_proj.weight[4], mlp.down_proj.weight[:, 4]])
+    head = [attention.q_proj.weight[16:32], attention.k_proj.weight[8:], attention.v_proj.weight[8:], attention.o_proj.weight[:, 16:32]]
+    expected = neuron.norm() + torch.cat([part.flatten() for part in head]).norm()
+    assert found == pytest.approx(2.0 * float(expected))
+    assert mlp.gate_proj.weight.grad[5].abs().max() == 0
+    assert model.model.layers[2].mlp.up_proj.weight.grad.abs().max() == 0
+
+
+def test_rescaling_cannot_bring_the_penalty_below_the_product_of_the_norms(make_model: MakeModel) -> None:
+    folder = make_model()
+    model = double(folder)
+    groups = {group.name: group for group in unit_groups(open_checkpoint(folder).config)}
+    objective, mlp = GroupPenalty(groups, [{"neurons": [4]}, {}, {}], 1.0, "l2"), model.model.layers[0].mlp
+    up, down, gate = mlp.up_proj.weight[4].clone(), mlp.down_proj.weight[:, 4].clone(), mlp.gate_proj.weight[4]
+    least = float((gate.square().sum() + 2 * up.norm() * down.norm()).sqrt())
+    logits = model(TOKENS).logits
+    for factor in (1e-3, 0.3, 1.0, 10.0):
+        with torch.no_grad():
+            mlp.up_proj.weight[4], mlp.down_proj.weight[:, 4] = up * factor, down / factor
+        torch.testing.assert_close(model(TOKENS).logits, logits)
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        assert objective.add_gradients(model, alone)["penalty"] >= least * (1 - 1e-12)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma2"])
+def test_a_gate_at_zero_is_a_layer_removed(model_type: str, make_model: MakeModel) -> None:
+    folder = make_model(model_type)
+    gated, cut = double(folder), double(folder)
+    LayerGates([1.0, 1.0, 1.0], removed=[1], strength=0.0).prepare(gated)
+    cut.model.layers = torch.nn.ModuleList([cut.model.layers[0], cut.model.layers[2]])
+    cut.model.config.num_hidden_layers = 2
+    torch.testing.assert_close(gated(TOKENS, use_cache=False).logits, cut(TOKENS, use_cache=False).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gates_have_the_gradient_of_the_loss(checkpointing: bool, make_model: MakeModel) -> None:
+    model = double(make_model())
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+    objective = LayerGates([0.9, 0.5, 1.2], removed=[], strength=0.3)
+    gates = objective.prepare(model)
+    sum(objective.losses(model, TOKENS).values()).backward()  # type: ignore[union-attr]
+    for gate in gates:
+        values = []
+        for step in (1e-2, -1e-2):  # transformers takes its loss in fp32
+            with torch.no_grad():
+                gate += step
+                values.append(float(sum(objective.losses(model, TOKENS).values())))
+                gate -= step
+        assert float(gate.grad) == pytest.approx((values[0] - values[1]) / 2e-2, rel=1e-2)  # type: ignore[arg-type]
+    assert all(parameter.grad is None for name, parameter in model.named_parameters() if "gate" not in name.split("."))
+    objective.release(model)
+    assert set(model.state_dict()) == set(double_names(model))
+
+
+def double_names(model: Any) -> list[str]:
+    return [name for name in model.state_dict() if ".inner." not in name and not name.endswith(".gate")]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+def test_the_penalty_on_updates_is_their_size_and_its_gradient_is_right(norm: Norm, checkpointing: bool, make_model: MakeModel) -> None:
+    folder = make_model()
+    model, plain = double(folder), double(folder)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+    objective = UpdatePenalty([2, 0], 0.05, norm)
+    objective.prepare(model)
+    found = objective.losses(model, TOKENS)["penalty"]
+    states: list[Tensor] = []
+    handles = [layer.register_forward_pre_hook(lambda _, args: states.append(args[0])) for layer in plain.model.layers]
+    handles.append(plain.model.norm.register_forward_pre_hook(lambda _, args: states.append(args[0])))
+    plain(TOKENS, use_cache=False)
+    updates = [states[1] - states[0], states[3] - states[2]]
+    sizes = [update.abs().sum(-1).mean() if norm == "l1" else update.norm(dim=-1).mean() for update in updates]
+    torch.testing.assert_close(found.double(), 0.05 * sum(sizes), rtol=1e-6, atol=0.0)
+    found.backward()
+    weight = model.model.layers[0].inner.mlp.down_proj.weight
+    direction = weight.grad / weight.grad.norm()
+    with torch.no_grad():
+        values = []
+        for step in (1e-3, -1e-3):  # norms are taken in fp32
+            weight += step * direction
+            values.append(float(objective.losses(model, TOKENS)["penalty"]))
+            weight -= step * direction
+    assert float(weight.grad.norm()) == pytest.approx((values[0] - values[1]) / 2e-3, rel=1e-2)
+
+
+def test_distillation_is_zero_for_the_teacher_itself_and_else_the_divergence(make_model: MakeModel) -> None:
+    teacher = double(folder := make_model())
+    assert float(sum(Distillation(teacher, 0.5).losses(double(folder), TOKENS).values())) == pytest.approx(0.0, abs=1e-6)
+    student = double(make_model(name="other", seed=1))
+    parts = Distillation(teacher, 0.5).losses(student, TOKENS)
+    p, q = (torch.log_softmax(model(TOKENS, use_cache=False).logits, -1) for model in (teacher, student))
+    expected = torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(-1).mean()
+    torch.testing.assert_close(parts["divergence"].double(), expected, rtol=1e-5, atol=1e-6)
+    assert parts["hidden"] > 0
+    assert Objective().losses(student, TOKENS)["lm"] > 0

@@ -1,0 +1,75 @@
+"""What one rank of a training stage does: load and shard the model, train, gather and write."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from workers.calibration import calibration_windows, load_tokenizer
+from workers.checkpoint import Checkpoint, open_checkpoint
+from workers.families import layer_prefix, unit_groups
+from workers.files import write_json, write_tensors
+from workers.finetune_stage import Finetune, Gates, Penalty, Recovery, Updates
+from workers.layout import RESULT_FILE, TRAINED_FOLDER
+from workers.memory import PeakMemory
+from workers.objectives import Distillation, GroupPenalty, LayerGates, Objective, UpdatePenalty
+from workers.training import Ranks, Training, load_for_training, state_bytes
+
+
+def finetune(stage: Finetune, ranks: Ranks) -> None:
+    """Train, and write what comes of it into the stage's folder: gates, or a model's weights.
+
+    Raises:
+        ModelError: the loss is not finite, or the model cannot be read.
+    """
+    torch.set_num_threads(stage.threads)
+    peak, folder, checkpoint = PeakMemory(), Path(stage.folder), open_checkpoint(Path(stage.model))
+    text = stage.text if stage.options.samples is None else stage.text.model_copy(update={"samples": stage.options.samples})
+    windows_ST = calibration_windows(text, load_tokenizer(checkpoint.path))
+    model = load_for_training(checkpoint, stage.options, ranks)
+    objective = _objective(stage, checkpoint, ranks)
+    training = Training(model, objective, windows_ST, stage.options, folder, ranks)
+    training.run()
+    result: dict[str, Any] = {"steps": training.steps, "state_bytes": state_bytes(training), "peak_memory_bytes": peak.bytes}
+    if isinstance(objective, LayerGates):
+        result["gates"] = objective.values(model)
+    objective.release(model)
+    if not isinstance(objective, LayerGates):
+        _write_model(model, checkpoint, folder / TRAINED_FOLDER, ranks)
+    if ranks.rank == 0:
+        write_json(folder / RESULT_FILE, result)
+
+
+def _objective(stage: Finetune, checkpoint: Checkpoint, ranks: Ranks) -> Objective:
+    match stage.aim:
+        case Penalty(removed, strength, norm):
+            return GroupPenalty({group.name: group for group in unit_groups(checkpoint.config)}, removed, strength, norm)
+        case Gates(initial, gone, strength):
+            return LayerGates(initial, gone, strength)
+        case Updates(gone, strength, norm):
+            return UpdatePenalty(gone, strength, norm)
+        case Recovery(teacher, hidden) if teacher:
+            return Distillation(load_for_training(open_checkpoint(Path(teacher)), stage.options, ranks), hidden)
+    return Objective()
+
+
+def _write_model(model: nn.Module, checkpoint: Checkpoint, folder: Path, ranks: Ranks) -> None:
+    """Gather layer after layer and write it as it was on disk: names, types, one file per layer and one for the rest; rank 0 writes."""
+    parameters = dict(model.named_parameters())
+    parts = {"outer": [name for name in checkpoint.outer_tensors]}
+    for layer in range(checkpoint.num_layers):
+        parts[f"layer-{layer:04d}"] = [layer_prefix(layer) + name for name in checkpoint.layer_tensors(layer)]
+    for part, names in parts.items():
+        tensors: dict[str, Tensor] = {}
+        for name in names:
+            whole = parameters[name].detach()
+            whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
+            tensors[name] = whole.to("cpu", _torch_type(checkpoint.tensors[name].dtype)).contiguous()
+        if ranks.rank == 0:
+            write_tensors(folder / f"{part}.safetensors", tensors)
+
+
+def _torch_type(name: str) -> torch.dtype:
+    return {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[name]
