@@ -131,14 +131,9 @@ class InProcessExecutor(Executor):
     def train(self, stage: Finetune) -> None:
         """One plain process."""
         self.drop_workers()
-        import torch
+        from workers.finetune import train_rank
 
-        from workers.finetune import finetune
-        from workers.training import Ranks
-
-        wanted = self.job.parallel.device
-        on_gpu = wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available())
-        finetune(stage, Ranks(0, 1, torch.device("cuda" if on_gpu else "cpu")))
+        train_rank(stage, 0, 1, self.job.parallel.device)
 
     def replace_lost(self) -> list[int]:
         """Nothing can be lost without this process."""

@@ -48,12 +48,8 @@ def _own_error(error: BaseException) -> RaypruneError | None:
 
 
 def _rank(config: dict[str, Any]) -> None:
-    import torch
-
-    from workers.finetune import finetune
-    from workers.training import Ranks
+    from workers.finetune import train_rank
 
     os.environ.setdefault("OMP_NUM_THREADS", str(config["stage"].threads))
     ranks = ray.train.get_context()
-    device = torch.device("cuda", torch.cuda.current_device()) if config["device"] == "cuda" else torch.device("cpu")
-    finetune(config["stage"], Ranks(ranks.get_world_rank(), ranks.get_world_size(), device))
+    train_rank(config["stage"], ranks.get_world_rank(), ranks.get_world_size(), config["device"])

@@ -42,6 +42,12 @@ def finetune(stage: Finetune, ranks: Ranks) -> None:
         write_json(folder / RESULT_FILE, result)
 
 
+def train_rank(stage: Finetune, rank: int, world: int, device: str) -> None:
+    """Run a stage as one rank on a device: `cuda` is the process's own GPU, `auto` that if there is one."""
+    on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    finetune(stage, Ranks(rank, world, torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")))
+
+
 def _objective(stage: Finetune, checkpoint: Checkpoint, ranks: Ranks) -> Objective:
     match stage.aim:
         case Penalty(removed, strength, norm):

@@ -20,7 +20,7 @@ FILES = {
 }
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
-ONLY_IN = {"ray": {"orchestrator.ray_executor", "orchestrator.submit"}, "rich": {"orchestrator.progress"}}
+ONLY_IN = {"ray": {"orchestrator.ray_executor", "orchestrator.ray_train", "orchestrator.submit"}, "rich": {"orchestrator.progress"}}
 TORCH = {"torch", "transformers", "accelerate"}
 WITHOUT_TORCH = {
     "workers.families",

@@ -184,7 +184,8 @@ def test_missing_file_and_folder_are_refused(tmp_path: Path) -> None:
         ("correction:\n  candidates:\n  - 1\n  - x", 'job.yaml:6: correction.candidates[1]: must be a number (got "x")'),
         (
             "method:\n  name: stta",
-            'job.yaml:4: method.name: must be one of "stat", "numerical", "obs", "flap", "wanda" (got "stta"); did you mean "stat"?',
+            'job.yaml:4: method.name: must be one of "stat", "numerical", "obs", "flap", "wanda", "dress", "trsp" (got "stta"); '
+            'did you mean "stat"?',
         ),
         ("method:\n  name: obs\n  round: 3", 'job.yaml:5: method.round: unknown field; did you mean "rounds"?'),
         (
