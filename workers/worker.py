@@ -4,35 +4,29 @@ Every method returns `(receipt, payload)`: the receipt is small JSON for the dri
 from worker to worker.
 """
 
-import time
-from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property, partial, wraps
+from collections.abc import Mapping, Sequence
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec
+from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
-from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from specs.allocation import CurvesAllocation
-from specs.errors import ResourceError
 from specs.job import JobSpec
 from specs.memory import MemoryPlan
 from workers import layers
 from workers.calibration import calibration_windows, check_apart, evaluation_windows, load_tokenizer
-from workers.checkpoint import Checkpoint, open_checkpoint
 from workers.config_patch import needs_output_bias
 from workers.correction import Correction, correct
 from workers.divergence import Kept, divergences
 from workers.evaluate import window_losses
 from workers.export import check_loads
-from workers.families import UnitGroup, config_int, layer_prefix, unit_groups
+from workers.families import config_int, layer_prefix
 from workers.files import FileRecord, commit, read_manifest, write_tensors
-from workers.layers import MicroBatch, StreamedModel, read_tensors
+from workers.layers import MicroBatch, read_tensors
 from workers.layout import (
-    CACHE,
     CALIBRATION_TASK,
     EVALUATION_TASK,
     LAYER_FILE,
@@ -46,92 +40,23 @@ from workers.layout import (
     survey_task,
     task_folder,
 )
-from workers.memory import PeakMemory, give_back_free_memory
 from workers.methods import scores, select
-from workers.scratch import Scratch
-from workers.shards import Node, even_parts, merge_siblings, roots
+from workers.shards import Node, merge_siblings, roots
 from workers.slicing import Cut, CutArrays, pad_layer, slice_layer, unit_rows
-from workers.statistics import Statistic, restored, statistic_type
+from workers.statistics import Statistic, restored
 from workers.storage import check_same_files
 from workers.stream import Fits, Stream, Wanted
 from workers.survey import curve, stored_cut, tensors_of
-from workers.sweep import Parts, Sweep, embed_all, grow_states, micro_batches
-
-Receipt = dict[str, Any]
-P = ParamSpec("P")
+from workers.sweep import Parts, Sweep, embed_all, grow_states
+from workers.workbench import Receipt, Workbench, step
 
 
-def step(method: "Callable[Concatenate[Worker, P], tuple[Receipt, Any]]") -> "Callable[Concatenate[Worker, P], tuple[Receipt, Any]]":
-    """Add the seconds a step took and the worker's peak memory (bytes, per kind) to its receipt; keep no free memory behind it."""
-
-    @wraps(method)
-    def timed(worker: "Worker", /, *args: P.args, **kwargs: P.kwargs) -> tuple[Receipt, Any]:
-        start = time.perf_counter()
-        try:
-            receipt, payload = method(worker, *args, **kwargs)
-        except (MemoryError, torch.OutOfMemoryError) as error:
-            raise ResourceError(
-                f"{method.__name__}: out of memory ({error}): lower parallel.micro_batch, raise parallel.workers or set memory.worker"
-            ) from None
-        give_back_free_memory()
-        return receipt | {"seconds": time.perf_counter() - start, "peak_memory_bytes": worker.peak_memory_bytes()}, payload
-
-    return timed
-
-
-class Worker:
+class Worker(Workbench):
     """The steps of a job. What it keeps between calls is a cache that can be rebuilt from the run folder."""
 
     def __init__(self, job: JobSpec, run_folder: str, device: str, memory: MemoryPlan) -> None:
-        self.job, self.run_folder = job, Path(run_folder)
-        if device == "cuda" and not torch.cuda.is_available():
-            raise ResourceError("parallel.device: cuda, but torch finds no GPU here; set parallel.device: auto or cpu")
-        self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-        self._memory, self._peak = memory, PeakMemory()
-        torch.set_num_threads(job.parallel.threads_per_worker)
-        threadpool_limits(job.parallel.threads_per_worker)
-        torch.backends.cuda.matmul.allow_tf32 = False
+        super().__init__(job, run_folder, device, memory)
         self._probe: dict[tuple[int, int], tuple[int, list[MicroBatch]]] = {}
-
-    def peak_memory_bytes(self) -> dict[str, int]:
-        """Highest memory so far: private memory of the process, and what was allocated on its GPU."""
-        gpu = {" GPU": torch.cuda.max_memory_allocated(self.device)} if self.device.type == "cuda" else {}
-        return {"": self._peak.bytes} | gpu
-
-    @cached_property
-    def _checkpoint(self) -> Checkpoint:
-        return open_checkpoint(Path(self.job.model.path))
-
-    @cached_property
-    def _groups(self) -> dict[str, UnitGroup]:
-        return {group.name: group for group in unit_groups(self._checkpoint.config)}
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        name = self.job.model.dtype
-        if name == "auto":
-            on_disk = str(self._checkpoint.config.get("dtype") or self._checkpoint.config.get("torch_dtype") or "float32")
-            name = "float32" if self.device.type == "cpu" else on_disk  # type: ignore[assignment]
-        return _torch_dtype(name)
-
-    @cached_property
-    def _model(self) -> StreamedModel:
-        return StreamedModel(self._checkpoint, self._dtype, self.device, self._spill(self._memory.spill_hidden).store)
-
-    def _spill(self, to_files: bool) -> Scratch:
-        return Scratch(self.device, self.run_folder / CACHE / "spill" if to_files else None)
-
-    def _tokens(self, task: str) -> Tensor:
-        return load_file(task_folder(self.run_folder, task) / TOKENS_FILE)["tokens"].clone()
-
-    @cached_property
-    def _scratch(self) -> Scratch:
-        return self._spill(self._memory.spill_statistics)
-
-    def _statistic(self, num_windows: int, width: int, drift_width: int = 0) -> Statistic:
-        """The statistic of no tokens, of the kind for so many windows."""
-        num_tokens = num_windows * self.job.calibration.sequence_length
-        return statistic_type(self.job.method.needs_rows, num_tokens, width).empty(width, self._scratch, drift_width)
 
     @cached_property
     def _sweep(self) -> Sweep:
@@ -147,12 +72,6 @@ class Worker:
             self._memory.keep_inputs,
             drift,
         )
-
-    def _shards(self) -> list[list[Tensor]]:
-        """Micro-batches of every logical shard."""
-        windows_ST, options = self._tokens(CALIBRATION_TASK), self.job.calibration
-        parts = even_parts(options.samples, options.shards)
-        return [micro_batches(windows_ST[part.start : part.stop], self.job.parallel.micro_batch) for part in parts]
 
     @cached_property
     def _stream(self) -> Stream:
@@ -265,10 +184,6 @@ class Worker:
             "held_out_error": correction.held_out_error,
         }
 
-    def _consumer_weight(self, layer: int, group: UnitGroup) -> Tensor:
-        name = f"{group.consumer}.weight"
-        return read_tensors(self._checkpoint, {name: self._checkpoint.layer_tensors(layer)[name]}, layer_prefix(layer))[name]
-
     def _select(self, layer: int, name: str, num_kept: int, training: Statistic) -> Tensor:
         if num_kept in (0, self._groups[name].num_units):
             return torch.arange(num_kept)
@@ -288,9 +203,6 @@ class Worker:
         columns_K = unit_rows(units, self._groups[name].columns).to(self.device)
         correction = correct(*fits, weight_DF, columns_K, self.job.correction, self._disk_dtype(weight_DF))
         return Cut(name, units, correction.weight_DK), correction
-
-    def _disk_dtype(self, tensor: Tensor) -> torch.dtype:
-        return tensor.dtype if self.job.export.dtype == "auto" else _torch_dtype(self.job.export.dtype)
 
     @step
     def flow(
@@ -362,12 +274,6 @@ class Worker:
         windows = self._spread_windows(allocation.samples, range(*owned))
         return {"sums": divergences(self._model, self._groups, windows, candidates, partial(stored_cut, self.run_folder))}, None
 
-    def _spread_windows(self, count: int, numbers: range) -> list[Tensor]:
-        """Some of `count` calibration windows that are spread evenly over the text."""
-        picked = [part.start for part in even_parts(self.job.calibration.samples, count)]
-        windows_ST = self._tokens(CALIBRATION_TASK)
-        return [windows_ST[picked[number]][None] for number in numbers]
-
     @step
     def write_layer(
         self, layer: int, task_fingerprint: str, written: Mapping[str, int], position: int | None, groups: Receipt, *cuts: CutArrays
@@ -435,9 +341,3 @@ class Worker:
         """The load gate on the exported folder."""
         check_loads(model_folder(self.run_folder), expected_parameters)
         return {}, None
-
-
-def _torch_dtype(name: str) -> torch.dtype:
-    dtype = getattr(torch, name)
-    assert isinstance(dtype, torch.dtype)
-    return dtype

@@ -1,0 +1,126 @@
+"""What every step of a worker stands on: the job, the device, the model, the tokens, and room for large tensors."""
+
+import time
+from collections.abc import Callable
+from functools import cached_property, wraps
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import torch
+from safetensors.torch import load_file
+from threadpoolctl import threadpool_limits
+from torch import Tensor
+
+from specs.errors import ResourceError
+from specs.job import JobSpec
+from specs.memory import MemoryPlan
+from workers.checkpoint import Checkpoint, open_checkpoint
+from workers.families import UnitGroup, layer_prefix, unit_groups
+from workers.layers import StreamedModel, read_tensors
+from workers.layout import CACHE, CALIBRATION_TASK, TOKENS_FILE, task_folder
+from workers.memory import PeakMemory, give_back_free_memory
+from workers.scratch import Scratch
+from workers.shards import even_parts
+from workers.statistics import Statistic, statistic_type
+from workers.sweep import micro_batches
+
+Receipt = dict[str, Any]
+P = ParamSpec("P")
+W = TypeVar("W", bound="Workbench")
+
+
+def step(method: Callable[Concatenate[W, P], tuple[Receipt, Any]]) -> Callable[Concatenate[W, P], tuple[Receipt, Any]]:
+    """Add the seconds a step took and the worker's peak memory (bytes, per kind) to its receipt; keep no free memory behind it."""
+
+    @wraps(method)
+    def timed(worker: W, /, *args: P.args, **kwargs: P.kwargs) -> tuple[Receipt, Any]:
+        start = time.perf_counter()
+        try:
+            receipt, payload = method(worker, *args, **kwargs)
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise ResourceError(
+                f"{method.__name__}: out of memory ({error}): lower parallel.micro_batch, raise parallel.workers or set memory.worker"
+            ) from None
+        give_back_free_memory()
+        return receipt | {"seconds": time.perf_counter() - start, "peak_memory_bytes": worker.peak_memory_bytes()}, payload
+
+    return timed
+
+
+class Workbench:
+    """A worker without its steps."""
+
+    def __init__(self, job: JobSpec, run_folder: str, device: str, memory: MemoryPlan) -> None:
+        self.job, self.run_folder = job, Path(run_folder)
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ResourceError("parallel.device: cuda, but torch finds no GPU here; set parallel.device: auto or cpu")
+        self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        self._memory, self._peak = memory, PeakMemory()
+        torch.set_num_threads(job.parallel.threads_per_worker)
+        threadpool_limits(job.parallel.threads_per_worker)
+        torch.backends.cuda.matmul.allow_tf32 = False
+
+    def peak_memory_bytes(self) -> dict[str, int]:
+        """Highest memory so far: private memory of the process, and what was allocated on its GPU."""
+        gpu = {" GPU": torch.cuda.max_memory_allocated(self.device)} if self.device.type == "cuda" else {}
+        return {"": self._peak.bytes} | gpu
+
+    @cached_property
+    def _checkpoint(self) -> Checkpoint:
+        return open_checkpoint(Path(self.job.model.path))
+
+    @cached_property
+    def _groups(self) -> dict[str, UnitGroup]:
+        return {group.name: group for group in unit_groups(self._checkpoint.config)}
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        name = self.job.model.dtype
+        if name == "auto":
+            on_disk = str(self._checkpoint.config.get("dtype") or self._checkpoint.config.get("torch_dtype") or "float32")
+            name = "float32" if self.device.type == "cpu" else on_disk  # type: ignore[assignment]
+        return _torch_dtype(name)
+
+    @cached_property
+    def _model(self) -> StreamedModel:
+        return StreamedModel(self._checkpoint, self._dtype, self.device, self._spill(self._memory.spill_hidden).store)
+
+    def _spill(self, to_files: bool) -> Scratch:
+        return Scratch(self.device, self.run_folder / CACHE / "spill" if to_files else None)
+
+    def _tokens(self, task: str) -> Tensor:
+        return load_file(task_folder(self.run_folder, task) / TOKENS_FILE)["tokens"].clone()
+
+    @cached_property
+    def _scratch(self) -> Scratch:
+        return self._spill(self._memory.spill_statistics)
+
+    def _statistic(self, num_windows: int, width: int, drift_width: int = 0) -> Statistic:
+        """The statistic of no tokens, of the kind for so many windows."""
+        num_tokens = num_windows * self.job.calibration.sequence_length
+        return statistic_type(self.job.method.needs_rows, num_tokens, width).empty(width, self._scratch, drift_width)
+
+    def _shards(self) -> list[list[Tensor]]:
+        """Micro-batches of every logical shard."""
+        windows_ST, options = self._tokens(CALIBRATION_TASK), self.job.calibration
+        parts = even_parts(options.samples, options.shards)
+        return [micro_batches(windows_ST[part.start : part.stop], self.job.parallel.micro_batch) for part in parts]
+
+    def _spread_windows(self, count: int, numbers: range) -> list[Tensor]:
+        """Some of `count` calibration windows that are spread evenly over the text."""
+        picked = [part.start for part in even_parts(self.job.calibration.samples, count)]
+        windows_ST = self._tokens(CALIBRATION_TASK)
+        return [windows_ST[picked[number]][None] for number in numbers]
+
+    def _consumer_weight(self, layer: int, group: UnitGroup) -> Tensor:
+        name = f"{group.consumer}.weight"
+        return read_tensors(self._checkpoint, {name: self._checkpoint.layer_tensors(layer)[name]}, layer_prefix(layer))[name]
+
+    def _disk_dtype(self, tensor: Tensor) -> torch.dtype:
+        return tensor.dtype if self.job.export.dtype == "auto" else _torch_dtype(self.job.export.dtype)
+
+
+def _torch_dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
