@@ -1,6 +1,6 @@
 """Every method and selector, and what others do, on the demo model with the same text and token counts: quality, size, time, memory.
 
-    python -m benchmarks.quality TEXT [--sparsity 0.2 0.3 0.4] [--rows 'stat*' ...] [--jobs 2] [--work FOLDER]
+    python -m benchmarks.quality TEXT [--sparsity 0.2 0.3 0.4] [--rows 'stat*' ...] [--jobs 2] [--work FOLDER] [--no-run]
 
 Calibrates on the first windows of TEXT (64 x 512 tokens unless a row says otherwise) and evaluates on its last fifth and on a second
 domain, CPython's help topics, in 1024-token windows. Rows that are in FOLDER already are not run again. Needs `pip install -e '.[bench]'`.
@@ -160,6 +160,7 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.2, 0.3, 0.4])
     parser.add_argument("--rows", nargs="+", default=["*"], help="patterns of the rows to run")
     parser.add_argument("--jobs", type=int, default=2, help="rows that run at the same time, each on one thread")
+    parser.add_argument("--no-run", action="store_true", help="record the rows that are in FOLDER, run none")
     parser.add_argument("--work", type=Path, default=Path("runs/quality"), help="where results and models lie")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -173,6 +174,8 @@ def main() -> None:
     wanted += [(name, options.sparsity[0]) for name in ABLATIONS]
     picked = [(name, sparsity) for name, sparsity in wanted if any(fnmatch.fnmatch(name, pattern) for pattern in options.rows)]
     cases = [Case(name, sparsity, first, work) for name, sparsity in picked]
+    if options.no_run:
+        cases = [case for case in cases if case.file.exists()]
     known = work / "dense.json"
     if not known.exists():
         known.write_text(json.dumps(perplexity(MODEL, texts)))

@@ -195,7 +195,7 @@ class RayExecutor(Executor):
         self.start()
         self.drop_workers()
         storage = self.run_folder / CACHE / "ray-train"
-        train_on_ray(stage, self.num_workers, self._device == "cuda", self.job.parallel.retries, storage)
+        train_on_ray(stage, self.num_workers, self._device == "cuda", storage)
 
     def replace_lost(self) -> list[int]:
         """Replace the actors that do not answer; a busy one answers when its step ends, so only dead ones are replaced."""

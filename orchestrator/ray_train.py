@@ -1,25 +1,29 @@
-"""The one module that knows Ray Train: a gang of ranks in one placement group, started again from the last checkpoint when one dies."""
+"""The one module that knows Ray Train: a gang of ranks in one placement group. Its retries are off: the driver retries."""
 
 import logging
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 import ray.train
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.exceptions import RayError
+from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.exceptions import RayTrainError
+from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 from orchestrator.failures import Failure, WorkerFailure
 from specs.errors import RaypruneError
 from workers.finetune_stage import Finetune
 
 
-def train_on_ray(stage: Finetune, num_ranks: int, on_gpu: bool, retries: int, storage: Path) -> None:
-    """Run a training stage on so many ranks; a lost rank restarts the gang, at most `retries` times.
+def train_on_ray(stage: Finetune, num_ranks: int, on_gpu: bool, storage: Path) -> None:
+    """Run a training stage on so many ranks, from its last checkpoint if there is one. Ray Train's own retries are off, the driver retries.
 
     Raises:
         RaypruneError: the stage's own error.
-        WorkerFailure: ranks were lost too often, or cannot be scheduled.
+        WorkerFailure: a rank was lost, or the ranks cannot be scheduled.
     """
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     resources = {"CPU": float(stage.threads)} | ({"GPU": 1.0} if on_gpu else {})
@@ -28,23 +32,29 @@ def train_on_ray(stage: Finetune, num_ranks: int, on_gpu: bool, retries: int, st
         train_loop_config={"stage": stage, "device": "cuda" if on_gpu else "cpu"},
         torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
         scaling_config=ScalingConfig(num_workers=num_ranks, use_gpu=on_gpu, resources_per_worker=resources),
-        run_config=RunConfig(name=Path(stage.folder).name, storage_path=str(storage), failure_config=FailureConfig(max_failures=retries)),
+        run_config=RunConfig(name=f"{Path(stage.folder).name}-{time.time_ns()}", storage_path=str(storage)),
     )
     try:
         trainer.fit()
-    except Exception as error:  # Ray Train wraps what a rank raised in errors of its own, one per rank
-        if own := _own_error(error):
-            raise own from None
-        raise WorkerFailure(Failure.PROCESS_LOST, str(error).splitlines()[0]) from None
+    except WorkerGroupError as error:
+        raise _cause(error) from None
+    except TrainingFailedError as error:
+        raise WorkerFailure(Failure.UNSCHEDULABLE, str(error).splitlines()[-1]) from None
 
 
-def _own_error(error: BaseException) -> RaypruneError | None:
-    """The stage's error behind Ray Train's."""
-    for found in (error, *getattr(error, "worker_failures", {}).values(), getattr(error, "cause", None), error.__cause__):
-        cause = getattr(found, "cause", found)
-        if isinstance(cause, RaypruneError):
-            return cause
-    return None
+def _cause(error: WorkerGroupError) -> BaseException:
+    """What stopped a gang: our own error in a rank; a rank that was lost, or that lost its peers; else a bug in a rank."""
+    raised: list[BaseException] = [getattr(failure, "_base_exc", failure) for failure in error.worker_failures.values()]
+    if own := [cause for cause in raised if isinstance(cause, RaypruneError)]:
+        return own[0]
+    if lost := [cause for cause in raised if isinstance(cause, (RayTrainError, RayError)) or _lost_its_peers(cause)]:
+        return WorkerFailure(Failure.PROCESS_LOST, str(lost[0]).splitlines()[0])
+    return raised[0]
+
+
+def _lost_its_peers(error: BaseException) -> bool:
+    """Whether a collective failed because another rank is gone: torch has no class of its own for what gloo raises."""
+    return type(error).__name__.startswith("Dist") or any(word in str(error).lower() for word in ("gloo", "nccl", "connection"))
 
 
 def _rank(config: dict[str, Any]) -> None:

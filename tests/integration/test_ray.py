@@ -85,6 +85,19 @@ def test_a_search_ends_the_same_with_any_number_of_workers(make_model: MakeModel
     assert folder_bytes(tmp_path / "killed" / "model") == expected
 
 
+@pytest.mark.timeout(300)
+def test_a_gang_of_ranks_trains_between_the_steps_of_workers(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
+    """TRSP on two ranks: the workers make room for the gang and come back; the layers that go are those of one process."""
+    training = {"batch": 4, "learning_rate": 1e-3}
+    method = {"name": "trsp", "gates": training, "training": training}
+    job = make_job(make_model(num_hidden_layers=4), method=method)
+    chosen: dict[str, list[int]] = {"in-process": [], "ray": []}
+    for executor, layers in chosen.items():
+        overrides = [f"cluster.executor={executor}", "parallel.workers=2"]
+        run_job(load_job(job, overrides), tmp_path / executor, lambda e, to=layers: to.append(e["layer"]) if "gate" in e else None)
+    assert chosen["ray"] == chosen["in-process"] != []
+
+
 def test_no_retries_stops_with_advice(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
     job = make_job(make_model(), cluster={"executor": "ray"}, parallel={"retries": 0})
 

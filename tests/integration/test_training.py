@@ -14,7 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from orchestrator.failures import Failure, WorkerFailure
 from orchestrator.ray_train import train_on_ray
+from specs.errors import ModelError
 from specs.job import CalibrationSpec
 from specs.training import TrainingSpec
 from tests.conftest import MakeModel
@@ -96,7 +98,7 @@ def test_the_written_model_has_the_names_and_types_of_the_original(make_model: M
 def gang(stage: Finetune, tmp_path: Path) -> Finetune:
     """The stage after a run on two ranks of Ray Train."""
     done = replace(stage, folder=str(tmp_path / "gang"), options=OPTIONS.model_copy(update={"epochs": 4.0}))
-    train_on_ray(done, 2, False, 0, tmp_path / "ray")
+    train_on_ray(done, 2, False, tmp_path / "ray")
     return done
 
 
@@ -120,7 +122,7 @@ def test_two_ranks_have_the_loss_curve_of_one_and_half_of_the_state(gang: Finetu
 @pytest.mark.timeout(300)
 @pytest.mark.usefixtures("ray_session")
 def test_a_killed_rank_changes_nothing(gang: Finetune, tmp_path: Path) -> None:
-    """SIGKILL of one rank once the first checkpoint is there: the gang starts again from it and ends with the same weights."""
+    """SIGKILL of one rank once the first checkpoint is there: the next gang goes on from it and ends with the same weights."""
     killed = replace(gang, folder=str(tmp_path / "killed"))
     victims: list[int] = []
 
@@ -132,9 +134,11 @@ def test_a_killed_rank_changes_nothing(gang: Finetune, tmp_path: Path) -> None:
 
     thread = threading.Thread(target=kill, daemon=True)
     thread.start()
-    train_on_ray(killed, 2, False, 2, tmp_path / "ray")
+    with pytest.raises(WorkerFailure) as failure:
+        train_on_ray(killed, 2, False, tmp_path / "ray")
+    assert failure.value.failure is Failure.PROCESS_LOST
     thread.join()
-    assert victims
+    train_on_ray(killed, 2, False, tmp_path / "ray")
     assert curve(killed.folder) == curve(gang.folder)
     expected, found = weights(gang.folder), weights(killed.folder)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
@@ -145,3 +149,13 @@ def _command(process: Path) -> bytes:
         return (process / "cmdline").read_bytes()
     except OSError:
         return b""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.usefixtures("ray_session")
+def test_a_gang_stops_with_its_own_error(stage: Finetune, tmp_path: Path) -> None:
+    """A loss that is not finite is no lost rank: nothing is tried again."""
+    wild = replace(stage, options=OPTIONS.model_copy(update={"learning_rate": 1e20, "clip": 1e30}))
+    with pytest.raises(ModelError, match=r"step \d+: the loss is .*; lower learning_rate"):
+        train_on_ray(wild, 2, False, tmp_path / "ray")
