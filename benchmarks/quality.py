@@ -44,7 +44,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "stat, drift": (*ALIKE, *DRIFT),
     "stat": ALIKE,
     "numerical, threshold (Numerical Pruning)": (*THRESHOLD, "method=numerical"),
-    "flap, threshold, uncorrected (FLAP without its bias)": (*THRESHOLD, *UNCORRECTED, "method=flap"),
+    "flap, threshold, uncorrected (FLAP without its bias)": (*THRESHOLD, *UNCORRECTED, "budget.kv_groups=3", "method=flap"),
     "wanda, uncorrected (Wanda-sp)": (*ALIKE, *UNCORRECTED, "method=wanda"),
     "obs": (*ALIKE, "method=obs"),
 }

@@ -86,7 +86,10 @@ def _threshold(context: Context, surveys: Sequence[Manifest]) -> tuple[Spread, d
     if isinstance(method, NumericalOptions) and method.head_score == "times-cost":
         heads, neurons = _unit_parameters(context).values()
         scores = [groups | {"heads": [score * heads / neurons for score in groups["heads"]]} for groups in scores]
-    return above_threshold(Budget(context.job, context.checkpoint), scores), {}
+    asked = context.job.budget.kv_groups
+    fixed = {} if asked == "auto" else {"heads": asked}
+    scores = [{name: units for name, units in groups.items() if name not in fixed} for groups in scores]
+    return above_threshold(Budget(context.job, context.checkpoint), scores, fixed), {}
 
 
 def _result(manifest: Manifest) -> dict[str, Any]:

@@ -183,12 +183,13 @@ Scores = Sequence[Mapping[str, Sequence[float]]]
 """For every layer and group, the score of each unit."""
 
 
-def above_threshold(budget: Budget, scores: Scores) -> Spread:
+def above_threshold(budget: Budget, scores: Scores, fixed: Mapping[str, int]) -> Spread:
     """The units with the highest scores of all layers, as many as the budget allows; neurons in multiples of `budget.round_to`.
 
-    A unit costs what it takes; the lowest scores go first (arXiv 2412.12441, arXiv 2312.11983).
+    A unit costs what it takes; the lowest scores go first (arXiv 2412.12441, arXiv 2312.11983). Groups that have no scores
+    keep the `fixed` numbers.
     """
-    spread = [{name: len(units) for name, units in layer.items()} for layer in scores]
+    spread = [{**fixed, **{name: len(units) for name, units in layer.items()}} for layer in scores]
     pooled = sorted((score, layer, name) for layer, groups in enumerate(scores) for name, units in groups.items() for score in units)
     size = budget.size(spread)
     for _, layer, name in pooled:

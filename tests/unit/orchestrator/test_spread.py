@@ -113,6 +113,8 @@ def test_one_threshold_keeps_the_highest_scores(make_model: MakeModel, make_job:
     dense = open_checkpoint(model).decoder_parameters
     budget = budget_of(model, make_job, 40 * CHANNEL / dense)
     scores = [{"heads": [9.0, 9.0], "neurons": [layer + channel / 48 for channel in range(48)]} for layer in range(LAYERS)]
-    assert above_threshold(budget, scores) == spread_of((8, 48, 48))
+    assert above_threshold(budget, scores, {}) == spread_of((8, 48, 48))
+    alone = [{"neurons": groups["neurons"]} for groups in scores]
+    assert above_threshold(budget, alone, {"heads": 2}) == spread_of((8, 48, 48))
     scores[2]["heads"] = [-1.0, 9.0]
-    assert above_threshold(budget, scores)[2]["heads"] == 1
+    assert above_threshold(budget, scores, {})[2]["heads"] == 1
