@@ -94,6 +94,8 @@ def print_summary(report: dict[str, Any]) -> None:
     if report["perplexity"]:
         rows.append(_change("perplexity", report["perplexity"], "{:.3f}"))
     print_table("result", ["", "before", "after", "after / before"], rows)
+    if report["perplexity"] and (recovered := report["perplexity"].get("recovered")):
+        print(f"perplexity after recovery: {recovered:.3f} ({recovered / report['perplexity']['before']:.4f} of before)")
     if protocol := report["evaluation"]:
         print(f"perplexity of {protocol['path']}: window {protocol['window']}, stride {protocol['stride']}, ", end="")
         print(f"{protocol['windows']} windows, {protocol['scored_tokens']} scored tokens")

@@ -50,7 +50,7 @@ def run_job(job: JobSpec, out: Path, show: Show) -> dict[str, Any]:
         layers = sweep.prune_layers(context, tokens)
         exported = export.export_model(context, layers)
         recovered = training.recover(context, exported)
-        shutil.rmtree(folder.path / CACHE, ignore_errors=True)  # hidden states only serve an unfinished sweep
+        shutil.rmtree(folder.path / CACHE, ignore_errors=True)  # it only serves what is not finished
         losses = stages.evaluate(context, exported, recovered, evaluated)
         context.emit("run-finished")
         return write_report(context, layers, losses)

@@ -5,6 +5,7 @@ and what follows works on that folder.
 """
 
 import random
+import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,12 +18,13 @@ from orchestrator.shapes import uneven_shape
 from specs.methods import DressOptions, TrspOptions
 from specs.training import TrainingSpec
 from workers.checkpoint import open_checkpoint, read_json
-from workers.files import Manifest, commit, copy_file, fingerprint
+from workers.files import Manifest, commit, copy_file, fingerprint, write_text
 from workers.finetune_stage import Aim, Finetune, Gates, Penalty, Recovery, Updates
 from workers.layout import (
     RECOVER_TASK,
     REGULARISE_TASK,
     RESULT_FILE,
+    STARTED_FILE,
     TRAINED_FOLDER,
     UPDATES_TASK,
     gates_task,
@@ -106,12 +108,13 @@ def recover(context: Context, exported: Manifest) -> Manifest | None:
 
 
 def _trained(context: Context, task: str, model: Path, options: TrainingSpec, aim: Aim, inputs: list[str]) -> Manifest:
-    expected = context.folder.fingerprint(task, *inputs)
+    expected = context.folder.fingerprint(task, *inputs, part=context.job.result_part() | {"training": options.model_dump(mode="json")})
     folder = task_folder(context.folder.path, task)
     threads = context.job.parallel.threads_per_worker
     stage = Finetune(str(model), str(folder), context.job.calibration, options, aim, threads)
 
     def work() -> None:
+        _forget_another(folder, expected)
         with context.stage(task, 1):
             context.executor.train(stage)
             files = [RESULT_FILE]
@@ -124,7 +127,16 @@ def _trained(context: Context, task: str, model: Path, options: TrainingSpec, ai
             context.emit("trained", task=task, **facts | {"peak_memory_bytes": peak})
             commit(folder, task, expected, files, {"result": result, "facts": facts})
 
-    return context.once(task, expected, work)
+    return context.once(task, expected, work, redo_stale=isinstance(aim, Recovery))
+
+
+def _forget_another(folder: Path, expected: str) -> None:
+    """Remove what a training with other options or from another model has left, so that this one does not go on from there."""
+    started = folder / STARTED_FILE
+    if not started.exists() or started.read_text(encoding="utf-8") != expected:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        write_text(started, expected)
 
 
 def _complete(source: Path, trained: Path, own: bool) -> None:

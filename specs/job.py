@@ -297,8 +297,8 @@ class JobSpec(Section):
         return self.method.selects_first or self.parallel.effective_propagation == "refit"
 
     def result_part(self) -> dict[str, object]:
-        """The options the result depends on: all but where, with how many workers, and how it is judged."""
+        """The options the pruned model depends on: all but where, with how many workers, how it is judged and what is done with it."""
         document: dict[str, object] = self.model_dump(
-            mode="json", exclude={"cluster": True, "evaluation": True, "memory": True, "parallel": {"workers", "retries"}}
+            mode="json", exclude={"cluster": True, "evaluation": True, "memory": True, "recover": True, "parallel": {"workers", "retries"}}
         )
         return document

@@ -78,6 +78,20 @@ def test_recovery_trains_the_pruned_model(loss: str, make_model: MakeModel, make
     verify_run(tmp_path / "run")
 
 
+def test_recovery_may_be_added_and_changed_afterwards(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
+    job, pruned = make_job(make_model()), tmp_path / "run" / "model"
+    run_job(load_job(job), tmp_path / "run", quiet)
+    before = folder_bytes(pruned)
+    losses = []
+    for rate in (1e-3, 1e-5):
+        run_job(load_job(job, [f"recover={{batch: 4, checkpoint_steps: 2, learning_rate: {rate}}}"]), tmp_path / "run", quiet)
+        losses.append([line["loss"] for line in read_log(task_folder(tmp_path / "run", "recover"))])
+    assert folder_bytes(pruned) == before
+    assert len(losses[0]) == len(losses[1]) == 4
+    assert losses[0][0] == losses[1][0]
+    assert losses[0][-1] < losses[1][-1]
+
+
 def test_a_run_that_was_cut_off_in_training_ends_with_the_same_bytes(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
     method = {"name": "trsp", "gates": TRAINING, "training": TRAINING}
     job = load_job(make_job(make_model(num_hidden_layers=4), method=method, recover=TRAINING))
