@@ -59,7 +59,7 @@ def load_for_training(checkpoint: Checkpoint, options: TrainingSpec, ranks: Rank
     """
     model = whole_model(checkpoint)
     if options.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     sharding: dict[str, Any] = {}
     if ranks.world > 1:
         dtype = getattr(torch, options.dtype)

@@ -100,7 +100,7 @@ def test_a_gate_at_zero_is_a_layer_removed(model_type: str, make_model: MakeMode
 def test_gates_have_the_gradient_of_the_loss(checkpointing: bool, make_model: MakeModel) -> None:
     model = double(make_model())
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
         model.train()
     objective = LayerGates([0.9, 0.5, 1.2], removed=[], strength=0.3)
     gates = objective.prepare(model)
@@ -128,7 +128,7 @@ def test_the_penalty_on_updates_is_their_size_and_its_gradient_is_right(norm: No
     folder = make_model()
     model, plain = double(folder), double(folder)
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
         model.train()
     objective = UpdatePenalty([2, 0], 0.05, norm)
     objective.prepare(model)
