@@ -141,6 +141,7 @@ def plot(results: Sequence[dict[str, Any]], dense: float, text: str, file: Path)
     axes.set(xlabel="decoder parameters, millions", ylabel="perplexity, ratio to dense", yscale="log")
     axes.set_ylim(1.1, 6)  # what is worse than that is only in the table
     axes.set_yticks([1.2, 1.4, 1.7, 2, 3, 5], ["1.2", "1.4", "1.7", "2", "3", "5"])
+    axes.minorticks_off()
     axes.legend(fontsize=6)
     figure.savefig(file, metadata={"Date": None}, bbox_inches="tight")
 
