@@ -6,6 +6,9 @@ and what follows works on that folder.
 
 import random
 import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +22,7 @@ from specs.methods import DressOptions, TrspOptions
 from specs.training import TrainingSpec
 from workers.checkpoint import open_checkpoint, read_json
 from workers.files import Manifest, commit, copy_file, fingerprint, write_text
-from workers.finetune_stage import Aim, Finetune, Gates, Penalty, Recovery, Updates
+from workers.finetune_stage import Aim, Finetune, Gates, Penalty, Recovery, Updates, read_log
 from workers.layout import (
     RECOVER_TASK,
     REGULARISE_TASK,
@@ -33,6 +36,8 @@ from workers.layout import (
     task_folder,
 )
 from workers.per_layer import MODULE
+
+REPORT_SECONDS = 5.0
 
 
 def train_first(context: Context, tokens: Manifest) -> None:
@@ -116,7 +121,8 @@ def _trained(context: Context, task: str, model: Path, options: TrainingSpec, ai
     def work() -> None:
         _forget_another(folder, expected)
         with context.stage(task, 1):
-            context.executor.train(stage)
+            with _reported(context, task, folder):
+                context.executor.train(stage)
             files = [RESULT_FILE]
             if not isinstance(aim, Gates):
                 _complete(model, folder / TRAINED_FOLDER, own=isinstance(aim, Recovery))
@@ -128,6 +134,30 @@ def _trained(context: Context, task: str, model: Path, options: TrainingSpec, ai
             commit(folder, task, expected, files, {"result": result, "facts": facts})
 
     return context.once(task, expected, work, redo_stale=isinstance(aim, Recovery))
+
+
+@contextmanager
+def _reported(context: Context, task: str, folder: Path) -> Iterator[None]:
+    """Report the newest step that was logged, every few seconds and at the end: meanwhile the driver waits for the ranks."""
+    ended, shown = threading.Event(), [-1]
+
+    def report() -> None:
+        if (log := read_log(folder)) and log[-1]["step"] != shown[0]:
+            shown[0] = log[-1]["step"]
+            context.emit("training-step", task=task, **log[-1])
+
+    def watch() -> None:
+        while not ended.wait(REPORT_SECONDS):
+            report()
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
+    report()
 
 
 def _forget_another(folder: Path, expected: str) -> None:

@@ -1,12 +1,15 @@
 """A training stage as data, on its way from the driver to the ranks. No torch."""
 
+import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from specs.job import CalibrationSpec
 from specs.training import TrainingSpec
 
+LOG_FILE = "training.jsonl"
 Norm = Literal["l1", "l2"]
 
 
@@ -61,3 +64,14 @@ class Finetune:
     options: TrainingSpec
     aim: Aim
     threads: int = 1
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """What was logged, step by step; a line torn by a crash is left out."""
+    lines = []
+    for line in (folder / LOG_FILE).read_text(encoding="utf-8").splitlines() if (folder / LOG_FILE).exists() else ():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            continue
+    return lines

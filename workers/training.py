@@ -27,10 +27,10 @@ from torch.distributed.tensor import DTensor
 from specs.errors import ModelError
 from specs.training import TrainingSpec
 from workers.checkpoint import Checkpoint
+from workers.finetune_stage import LOG_FILE, read_log
 from workers.layers import whole_model
 from workers.objectives import Objective
 
-LOG_FILE = "training.jsonl"
 STATE_PREFIX = "step-"
 
 
@@ -197,17 +197,6 @@ class Training:
 def saved_steps(folder: Path) -> list[int]:
     """Steps whose checkpoints are whole, ascending: a checkpoint's metadata is written last."""
     return sorted(int(file.parent.name.removeprefix(STATE_PREFIX)) for file in folder.glob(f"{STATE_PREFIX}*/.metadata"))
-
-
-def read_log(folder: Path) -> list[dict[str, Any]]:
-    """What was logged, step by step; a line torn by a crash is left out."""
-    lines = []
-    for line in (folder / LOG_FILE).read_text(encoding="utf-8").splitlines() if (folder / LOG_FILE).exists() else ():
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            continue
-    return lines
 
 
 def state_bytes(training: Training) -> int:

@@ -13,8 +13,8 @@ from specs.errors import ResourceError, SpecError
 from specs.loader import load_job
 from tests.conftest import MakeJob, MakeModel, folder_bytes
 from workers.files import read_manifest
+from workers.finetune_stage import read_log
 from workers.layout import selection_task, task_folder
-from workers.training import read_log
 
 TRAINING = {"epochs": 1, "batch": 4, "learning_rate": 1e-3, "checkpoint_steps": 2}
 
@@ -52,6 +52,8 @@ def test_trsp_removes_the_layers_that_its_gates_choose(make_model: MakeModel, ma
     report = run_job(load_job(make_job(dense, method=method, budget={"sparsity": 0.3})), tmp_path / "run", events.append)
     chosen = [event["layer"] for event in events if event["event"] == "layer-chosen"]
     assert len(set(chosen)) == 2
+    steps = [(event["task"], event["step"] + 1 == event["of"]) for event in events if event["event"] == "training-step"]
+    assert {("gates-0000", True), ("gates-0001", True), ("updates", True)} <= set(steps)
     assert 0 not in chosen
     assert report["decoder_parameters"]["after"] == report["decoder_parameters"]["before"] * 4 // 6
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")

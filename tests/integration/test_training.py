@@ -21,9 +21,9 @@ from specs.job import CalibrationSpec
 from specs.training import TrainingSpec
 from tests.conftest import MakeModel
 from workers.finetune import finetune
-from workers.finetune_stage import Finetune, Penalty, Recovery
+from workers.finetune_stage import Finetune, Penalty, Recovery, read_log
 from workers.layout import RESULT_FILE, TRAINED_FOLDER
-from workers.training import ALONE, read_log, saved_steps, windows_of
+from workers.training import ALONE, saved_steps, windows_of
 
 OPTIONS = TrainingSpec(epochs=2, batch=4, micro_batch=1, learning_rate=3e-3, checkpoint_steps=3)
 REMOVED = [{"heads": [1], "neurons": list(range(16))}] * 3
