@@ -57,9 +57,16 @@ def test_driver_dies_at_any_phase(function: str, target: str, when: str, make_mo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["survey-0001/.cuts", "survey-0002/.manifest", "sensitivity/.manifest", "generation-0001/.manifest"])
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_driver_dies_while_it_allocates(when: str, target: str, make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("target", "when"),
+    [
+        ("survey-0001/.cuts", "before"),
+        ("survey-0002/.manifest", "after"),
+        ("sensitivity/.manifest", "before"),
+        ("generation-0001/.manifest", "after"),
+    ],
+)
+def test_driver_dies_while_it_allocates(target: str, when: str, make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
     search = {"name": "search", "generations": 3, "offspring": 4, "samples": 2, "levels": 6}
     job = make_job(make_model(num_hidden_layers=4), budget={"per_layer": True, "allocation": search})
     assert_survives(job, "replace", target, when, tmp_path)

@@ -14,7 +14,7 @@ from workers.calibration import calibration_windows, evaluation_windows, load_to
 EXAMPLE = Path(__file__).parents[2] / "examples" / "smollm2"
 DECODER_PARAMETERS = 106_202_880
 
-pytestmark = [pytest.mark.slow, pytest.mark.model, pytest.mark.timeout(300), pytest.mark.usefixtures("ray_session")]
+pytestmark = [pytest.mark.slow, pytest.mark.model, pytest.mark.timeout(600), pytest.mark.usefixtures("ray_session")]
 
 
 def test_demo_model_becomes_smaller_and_still_writes(tmp_path: Path) -> None:

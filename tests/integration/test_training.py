@@ -19,7 +19,7 @@ from orchestrator.ray_train import train_on_ray
 from specs.errors import ModelError
 from specs.job import CalibrationSpec
 from specs.training import TrainingSpec
-from tests.conftest import MakeModel
+from tests.conftest import MakeModel, build_model
 from workers.finetune import finetune
 from workers.finetune_stage import Finetune, Penalty, Recovery, read_log
 from workers.layout import RESULT_FILE, TRAINED_FOLDER
@@ -29,10 +29,15 @@ OPTIONS = TrainingSpec(epochs=2, batch=4, micro_batch=1, learning_rate=3e-3, che
 REMOVED = [{"heads": [1], "neurons": list(range(16))}] * 3
 
 
+def stage_in(folder: Path, model: Path, text: Path) -> Finetune:
+    """A small training with a penalty, in a folder of its own."""
+    cut = CalibrationSpec(path=str(text), samples=18, sequence_length=32, shards=4)
+    return Finetune(str(model), str(folder), cut, OPTIONS, Penalty(REMOVED, 0.01, "l2"))
+
+
 @pytest.fixture
 def stage(make_model: MakeModel, text_file: Path, tmp_path: Path) -> Finetune:
-    text = CalibrationSpec(path=str(text_file), samples=18, sequence_length=32, shards=4)
-    return Finetune(str(make_model()), str(tmp_path / "alone"), text, OPTIONS, Penalty(REMOVED, 0.01, "l2"))
+    return stage_in(tmp_path / "alone", make_model(), text_file)
 
 
 def curve(folder: str, name: str = "loss") -> list[float]:
@@ -94,11 +99,13 @@ def test_the_written_model_has_the_names_and_types_of_the_original(make_model: M
     }
 
 
-@pytest.fixture
-def gang(stage: Finetune, tmp_path: Path) -> Finetune:
+@pytest.fixture(scope="module")
+def gang(ray_session: None, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Finetune:
     """The stage after a run on two ranks of Ray Train."""
-    done = replace(stage, folder=str(tmp_path / "gang"), options=OPTIONS.model_copy(update={"epochs": 4.0}))
-    train_on_ray(done, 2, False, tmp_path / "ray")
+    folder = tmp_path_factory.mktemp("gang")
+    stage = stage_in(folder / "gang", build_model(folder / "dense"), text_file)
+    done = replace(stage, options=OPTIONS.model_copy(update={"epochs": 4.0}))
+    train_on_ray(done, 2, False, folder / "ray")
     return done
 
 
