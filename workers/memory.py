@@ -7,6 +7,7 @@ states) are not part of it.
 import ctypes
 import resource
 import threading
+import weakref
 from pathlib import Path
 from typing import Self
 
@@ -29,16 +30,20 @@ def give_back_free_memory() -> None:
         _trim(0)
 
 
+def _watch(meter: "weakref.ref[PeakMemory]", done: threading.Event) -> None:
+    while not done.wait(SAMPLE_SECONDS):
+        if found := meter():
+            found._note()
+        del found
+
+
 class PeakMemory:
-    """The highest private memory since the start, sampled by a thread of its own."""
+    """The highest private memory since the start, sampled by a thread of its own, which ends with the object."""
 
     def __init__(self) -> None:
         self._peak, self._done = private_bytes(), threading.Event()
-        threading.Thread(target=self._watch, daemon=True, name="peak-memory").start()
-
-    def _watch(self) -> None:
-        while not self._done.wait(SAMPLE_SECONDS):
-            self._note()
+        threading.Thread(target=_watch, args=(weakref.ref(self), self._done), daemon=True, name="peak-memory").start()
+        weakref.finalize(self, self._done.set)
 
     def _note(self) -> None:
         self._peak = max(self._peak, private_bytes())
