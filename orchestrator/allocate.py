@@ -53,10 +53,10 @@ def _commit_shape(context: Context, expected: str, spread: Spread, facts: Mappin
     commit(task_folder(context.folder.path, SHAPE_TASK), SHAPE_TASK, expected, [], {"result": asdict(shape), "allocation": dict(facts)})
 
 
-def _units(context: Context) -> Kept:
-    """Units of every group before the layers are given theirs: all of them, or the KV groups the job asks for."""
-    units, kv_groups = dict(context.plan.model.units), context.job.budget.kv_groups
-    return units if kv_groups == "auto" else units | {"heads": kv_groups}
+def _fixed(context: Context) -> Kept:
+    """Units that the job itself gives to every layer."""
+    kv_groups = context.job.budget.kv_groups
+    return {} if kv_groups == "auto" else {"heads": kv_groups}
 
 
 def _mean_removed(context: Context) -> float:
@@ -86,8 +86,7 @@ def _threshold(context: Context, surveys: Sequence[Manifest]) -> tuple[Spread, d
     if isinstance(method, NumericalOptions) and method.head_score == "times-cost":
         heads, neurons = _unit_parameters(context).values()
         scores = [groups | {"heads": [score * heads / neurons for score in groups["heads"]]} for groups in scores]
-    asked = context.job.budget.kv_groups
-    fixed = {} if asked == "auto" else {"heads": asked}
+    fixed = _fixed(context)
     scores = [{name: units for name, units in groups.items() if name not in fixed} for groups in scores]
     return above_threshold(Budget(context.job, context.checkpoint), scores, fixed), {}
 
@@ -118,17 +117,14 @@ def _counts(context: Context, budget: Budget, allocation: CurvesAllocation) -> d
     units, cost, round_to = context.plan.model.units, _unit_parameters(context), context.job.budget.round_to
     steps = {"heads": 1, "neurons": round_to}
     counts = {name: levels(count, cost[name], budget.most, steps[name], allocation.levels) for name, count in units.items()}
-    asked = _units(context)["heads"]
-    if context.job.budget.kv_groups != "auto":
-        counts["heads"] = [asked] if asked < units["heads"] else []
-    return counts
+    return counts | {name: [count] if count < units[name] else [] for name, count in _fixed(context).items()}
 
 
 def _losses(context: Context, budget: Budget, allocation: CurvesAllocation, inputs: Sequence[str]) -> tuple[list[Manifest], Losses]:
     """The surveys, and for every layer and group the predicted divergence by number of units that stay."""
     counts, planned = _counts(context, budget, allocation), context.plan.shapes[0].kept
     reference = {name: min(known, key=lambda count: (count == 0, abs(count - planned[name]))) for name, known in counts.items() if known}
-    searched = isinstance(allocation, SearchAllocation) or context.job.budget.kv_groups != "auto"
+    searched = isinstance(allocation, SearchAllocation) or bool(_fixed(context))
     stored = counts if searched else {name: [reference[name]] if known else [] for name, known in counts.items()}
     surveys = _survey(context, "survey", inputs, counts, stored)
     alone = [(layer, name, count) for layer in range(len(surveys)) for name, count in reference.items()]
@@ -136,7 +132,7 @@ def _losses(context: Context, budget: Budget, allocation: CurvesAllocation, inpu
     done = context.once(SENSITIVITY_TASK, expected, lambda: _measure_alone(context, alone, expected))
     found: Any = done.info["result"]
     measured = dict(zip(alone, found, strict=True))
-    units = _units(context)
+    units = context.plan.model.units | _fixed(context)
     losses: list[dict[str, dict[int, float]]] = []
     for layer, survey in enumerate(surveys):
         losses.append({name: {count: 0.0} for name, count in units.items()})

@@ -50,7 +50,7 @@ def _assemble(context: Context) -> None:
     run, model, source = context.folder.path, model_folder(context.folder.path), context.checkpoint
     if model.is_dir():
         shutil.rmtree(model)  # what an unfinished attempt left
-    there = [layer for layer in range(source.num_layers) if context.plan.shape.position(layer) is not None]
+    there = context.plan.shape.remaining(source.num_layers)
     total = len(there) + 1
     finished = [task_folder(run, OUTER_TASK) / OUTER_FILE]
     finished += [task_folder(run, layer_task(layer)) / LAYER_FILE for layer in there]

@@ -114,9 +114,8 @@ class Plan:
         return list(self.shape.kept) if self.corrects_drift else self.pruned_groups(layer)
 
     def written_layers(self, pad: bool) -> list[dict[str, int]]:
-        """Units of every layer in the exported files, of the layers that are there."""
-        there = [layer for layer in range(self.model.num_layers) if self.shape.position(layer) is not None]
-        return [self.shape.written_in(layer, pad) for layer in there]
+        """Units of every layer in the exported files, of the layers that stay."""
+        return [self.shape.written_in(layer, pad) for layer in self.shape.remaining(self.model.num_layers)]
 
     def chosen(self, shape: Shape) -> "Plan":
         """The plan with its shape decided; costs stay those of the dearest shape."""
@@ -217,8 +216,7 @@ def _trained_first(job: JobSpec, shape: Shape, num_layers: int) -> tuple[str, ..
         case DressOptions():
             return (*map(selection_task, range(num_layers)), REGULARISE_TASK)
         case TrspOptions():
-            gone = sum(shape.position(layer) is None for layer in range(num_layers))
-            return (*map(gates_task, range(gone)), UPDATES_TASK)
+            return (*map(gates_task, range(num_layers - len(shape.remaining(num_layers)))), UPDATES_TASK)
     return ()
 
 

@@ -53,6 +53,10 @@ class Shape:
             return None
         return sum(any(self.kept_in(below).values()) for below in range(layer))
 
+    def remaining(self, num_layers: int) -> list[int]:
+        """The layers of which something stays."""
+        return [layer for layer in range(num_layers) if self.position(layer) is not None]
+
     @property
     def narrowest(self) -> dict[str, int]:
         """Units per coupled group; the fewest of any layer."""

@@ -84,7 +84,7 @@ def _random_mask(context: Context, dress: DressOptions) -> list[Manifest]:
 def _shrink_layers(context: Context, trsp: TrspOptions, tokens: Manifest) -> Manifest:
     """TRSP: one layer after the other is chosen by its gate, then all weights are trained with a penalty on their updates."""
     num_layers = context.plan.model.num_layers
-    gone = sum(context.plan.shape.position(layer) is None for layer in range(num_layers))
+    gone = num_layers - len(context.plan.shape.remaining(num_layers))
     open_to_choice = range(trsp.protect_first, num_layers - trsp.protect_last)
     gates, removed, inputs = [1.0] * num_layers, list[int](), [tokens.digest, context.checkpoint.identity]
     for number in range(gone):

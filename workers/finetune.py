@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from workers.calibration import calibration_windows, load_tokenizer
-from workers.checkpoint import Checkpoint, open_checkpoint
+from workers.checkpoint import DTYPES, Checkpoint, open_checkpoint
 from workers.families import layer_prefix, unit_groups
 from workers.files import write_json, write_tensors
 from workers.finetune_stage import Finetune, Gates, Penalty, Recovery, Updates
@@ -16,6 +16,8 @@ from workers.layout import RESULT_FILE, TRAINED_FOLDER
 from workers.memory import PeakMemory
 from workers.objectives import Distillation, GroupPenalty, LayerGates, Objective, UpdatePenalty
 from workers.training import Ranks, Training, load_for_training, state_bytes
+
+_TYPES: dict[str, torch.dtype] = {code: getattr(torch, name) for name, code in DTYPES.items()}
 
 
 def finetune(stage: Finetune, ranks: Ranks) -> None:
@@ -64,7 +66,7 @@ def _objective(stage: Finetune, checkpoint: Checkpoint, ranks: Ranks) -> Objecti
 def _write_model(model: nn.Module, checkpoint: Checkpoint, folder: Path, ranks: Ranks) -> None:
     """Gather layer after layer and write it as it was on disk: names, types, one file per layer and one for the rest; rank 0 writes."""
     parameters = dict(model.named_parameters())
-    parts = {"outer": [name for name in checkpoint.outer_tensors]}
+    parts = {"outer": list(checkpoint.outer_tensors)}
     for layer in range(checkpoint.num_layers):
         parts[f"layer-{layer:04d}"] = [layer_prefix(layer) + name for name in checkpoint.layer_tensors(layer)]
     for part, names in parts.items():
@@ -72,10 +74,6 @@ def _write_model(model: nn.Module, checkpoint: Checkpoint, folder: Path, ranks: 
         for name in names:
             whole = parameters[name].detach()
             whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
-            tensors[name] = whole.to("cpu", _torch_type(checkpoint.tensors[name].dtype)).contiguous()
+            tensors[name] = whole.to("cpu", _TYPES[checkpoint.tensors[name].dtype]).contiguous()
         if ranks.rank == 0:
             write_tensors(folder / f"{part}.safetensors", tensors)
-
-
-def _torch_type(name: str) -> torch.dtype:
-    return {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[name]

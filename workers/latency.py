@@ -16,7 +16,7 @@ from workers.checkpoint import Checkpoint, open_checkpoint
 from workers.families import UnitGroup, unit_groups
 from workers.layers import MicroBatch, StreamedModel
 from workers.per_layer import layer_sizes
-from workers.profile import machine_name
+from workers.profile import finished, machine_name
 
 ROUNDS = 9
 """Every size is timed so often, all sizes in turn; the median counts."""
@@ -51,7 +51,7 @@ def measure_latency(model: Path, batch: int, tokens: int, threads: int | None = 
     times: dict[tuple[str, int], list[float]] = {key: [] for key in work}
     for _ in range(ROUNDS):
         for key, call in work.items():
-            call()  # brings weights into the caches that another call has filled
+            finished(call, device)  # brings weights into the caches that another call has filled
             times[key].append(_milliseconds(call, device))
     medians = {key: statistics.median(found) for key, found in times.items()}
     whole = medians["whole", 0]
@@ -96,10 +96,6 @@ def _pass(layer: nn.Module, embedded: MicroBatch, groups: dict[str, UnitGroup], 
 
 
 def _milliseconds(work: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
     start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    finished(work, device)
     return 1e3 * (time.perf_counter() - start)

@@ -19,7 +19,7 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from specs.errors import ModelError
 from workers.checkpoint import Checkpoint, TensorInfo
@@ -178,18 +178,10 @@ class StreamedModel:
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, store: Store = lambda tensor: tensor) -> None:
         self.checkpoint, self.dtype, self.device, self._store = checkpoint, dtype, device, store
-        config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
-        with init_empty_weights(include_buffers=False):
-            self._model: Any = _model_of(checkpoint, config, dtype).eval()
+        self._model: Any = _empty_model(checkpoint, dtype).eval()
         self._layers = list(self._model.model.layers)
         self._model.model.layers = nn.ModuleList()
-        outer = read_tensors(checkpoint, checkpoint.outer_tensors)
-        unknown = self._model.load_state_dict(outer, strict=False, assign=True).unexpected_keys
-        if unknown:
-            raise ModelError(f"{checkpoint.path}: holds {unknown[0]}, which {type(self._model).__name__} does not know")
-        self._model.tie_weights()
-        if missing := [name for name, tensor in self._model.named_parameters() if tensor.is_meta]:
-            raise ModelError(f"{checkpoint.path}: lacks {missing[0]}")
+        _fill(self._model, checkpoint, checkpoint.outer_tensors)
         _placed(self._model, device, dtype)
         self._next: tuple[int, Future[nn.Module]] | None = None
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
@@ -239,14 +231,29 @@ class StreamedModel:
         return logits
 
 
-def _model_of(checkpoint: Checkpoint, config: PreTrainedConfig, dtype: torch.dtype) -> Any:
-    """The model of a config: the stock class, or this package's own where layers differ in size; never code of the folder."""
-    if not config.is_heterogeneous:
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    silence_warnings()
-    module: dict[str, Any] = {}
-    exec(remote_code(checkpoint.config), module)
-    return module[CLASS]._from_config(config, dtype=dtype)
+def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    """The model without its weights: the stock class, or this package's own where layers differ in size; never code of the folder."""
+    config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
+    with init_empty_weights(include_buffers=False):
+        if not config.is_heterogeneous:
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        silence_warnings()
+        module: dict[str, Any] = {}
+        exec(remote_code(checkpoint.config), module)
+        return module[CLASS]._from_config(config, dtype=dtype)
+
+
+def _fill(model: Any, checkpoint: Checkpoint, infos: Mapping[str, TensorInfo]) -> None:
+    """Give a model these tensors, mapped from their files; afterwards it is whole.
+
+    Raises:
+        ModelError: a tensor is missing, superfluous or not finite.
+    """
+    if unknown := model.load_state_dict(read_tensors(checkpoint, infos), strict=False, assign=True).unexpected_keys:
+        raise ModelError(f"{checkpoint.path}: holds {unknown[0]}, which {type(model).__name__} does not know")
+    model.tie_weights()
+    if missing := [name for name, tensor in model.named_parameters() if tensor.is_meta]:
+        raise ModelError(f"{checkpoint.path}: lacks {missing[0]}")
 
 
 def whole_model(checkpoint: Checkpoint) -> Any:
@@ -255,13 +262,8 @@ def whole_model(checkpoint: Checkpoint) -> Any:
     Raises:
         ModelError: a tensor is missing, superfluous or not finite.
     """
-    config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
-    with init_empty_weights(include_buffers=False):
-        model = _model_of(checkpoint, config, torch.float32)
-    model.load_state_dict(read_tensors(checkpoint, checkpoint.tensors), strict=False, assign=True)
-    model.tie_weights()
-    if missing := [name for name, tensor in model.named_parameters() if tensor.is_meta]:
-        raise ModelError(f"{checkpoint.path}: lacks {missing[0]}")
+    model = _empty_model(checkpoint, torch.float32)
+    _fill(model, checkpoint, checkpoint.tensors)
     return model
 
 

@@ -48,7 +48,7 @@ class _Part:
 
     @property
     def values(self) -> Tensor:
-        return _local(self.parameter.data)
+        return local_part(self.parameter.data)
 
     def per_unit(self, amounts: Tensor, units: int) -> Tensor:
         """Amounts, one for each of this rank's numbers, summed by unit; fp64."""
@@ -61,7 +61,8 @@ class _Part:
         return factors_N.view(-1, *[1] * (self.values.dim() - 1)) if self.dim == 0 else factors_N
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -78,11 +79,11 @@ def group_parts(layer: nn.Module, group: UnitGroup) -> list[_Part]:
     parts = []
     for producer in group.producers:
         for parameter in layer.get_submodule(producer.module).parameters():
-            first, device = _first_row(parameter), _local(parameter.data).device
-            rows_N = torch.arange(first, first + len(_local(parameter.data)), device=device)
+            first, device = _first_row(parameter), local_part(parameter.data).device
+            rows_N = torch.arange(first, first + len(local_part(parameter.data)), device=device)
             parts.append(_Part(parameter, 0, rows_N // producer.rows))
     consumer = layer.get_submodule(group.consumer).get_parameter("weight")
-    columns_F = torch.arange(group.width, device=_local(consumer.data).device) // group.columns
+    columns_F = torch.arange(group.width, device=local_part(consumer.data).device) // group.columns
     return [*parts, _Part(consumer, 1, columns_F)]
 
 
@@ -122,7 +123,7 @@ class GroupPenalty(Objective):
             for part in parts:
                 assert part.parameter.grad is not None
                 direction = part.values if square else part.values.sign()
-                _local(part.parameter.grad).add_(direction * part.spread(factors_U).to(direction.dtype))
+                local_part(part.parameter.grad).add_(direction * part.spread(factors_U).to(direction.dtype))
         return {"penalty": self._strength * total}
 
 

@@ -43,15 +43,16 @@ def machine_name(device: torch.device) -> str:
 
 def _repeated(work: Callable[[], object], device: torch.device) -> float:
     """Seconds of one call, after a first one that does not count."""
-    _finished(work, device)
+    finished(work, device)
     count, start = 0, time.perf_counter()
     while (seconds := time.perf_counter() - start) < SECONDS:
-        _finished(work, device)
+        finished(work, device)
         count += 1
     return seconds / count
 
 
-def _finished(work: Callable[[], object], device: torch.device) -> None:
+def finished(work: Callable[[], object], device: torch.device) -> None:
+    """Do some work and wait until the device has done it."""
     work()
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from specs.training import TrainingSpec
 from workers.checkpoint import Checkpoint
 from workers.finetune_stage import LOG_FILE, read_log
 from workers.layers import whole_model
-from workers.objectives import Objective
+from workers.objectives import Objective, local_part
 
 STATE_PREFIX = "step-"
 
@@ -90,6 +91,7 @@ def windows_of(step: int, options: TrainingSpec, num_windows: int) -> list[int]:
     return numbers
 
 
+@lru_cache(maxsize=2)  # a step reaches into two epochs at most, unless they are shorter than it
 def _order(seed: int, epoch: int, num_windows: int) -> list[int]:
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order: list[int] = torch.randperm(num_windows, generator=generator).tolist()
@@ -203,4 +205,4 @@ def state_bytes(training: Training) -> int:
     """Bytes of parameters and optimizer state that this rank holds."""
     tensors: list[Tensor] = [*training.model.parameters()]
     tensors += [value for state in training._optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
-    return sum((tensor.to_local() if isinstance(tensor, DTensor) else tensor).nbytes for tensor in tensors)
+    return sum(local_part(tensor).nbytes for tensor in tensors)
