@@ -34,6 +34,7 @@ from workers.layout import (
     gates_task,
     generation_task,
     layer_task,
+    regularised_task,
     selection_task,
     survey_task,
 )
@@ -214,7 +215,8 @@ def _trained_first(job: JobSpec, shape: Shape, num_layers: int) -> tuple[str, ..
     """Trainings before the cut."""
     match job.method:
         case DressOptions():
-            return (*map(selection_task, range(num_layers)), REGULARISE_TASK)
+            alone = map(regularised_task, range(num_layers)) if job.method.scope == "layer" else ()
+            return (*map(selection_task, range(num_layers)), *alone, REGULARISE_TASK)
         case TrspOptions():
             return (*map(gates_task, range(num_layers - len(shape.remaining(num_layers)))), UPDATES_TASK)
     return ()

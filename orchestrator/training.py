@@ -5,9 +5,8 @@ and what follows works on that folder.
 """
 
 import random
-import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -18,20 +17,24 @@ from orchestrator import sweep
 from orchestrator.context import Context
 from orchestrator.export import COPIED, side_files, write_index
 from orchestrator.shapes import uneven_shape
+from orchestrator.stream import LayerTask, stream_layers
 from specs.methods import DressOptions, TrspOptions
 from specs.training import TrainingSpec
 from workers.checkpoint import open_checkpoint, read_json
-from workers.files import Manifest, commit, copy_file, fingerprint, write_text
-from workers.finetune_stage import Aim, Finetune, Gates, Penalty, Recovery, Updates, read_log
+from workers.files import Manifest, commit, copy_file, fingerprint, link_file
+from workers.finetune_stage import Aim, Finetune, Gates, Penalty, Recovery, Removed, Updates, forget_another, forget_states, read_log
 from workers.layout import (
+    LAYER_FILE,
+    OUTER_FILE,
     RECOVER_TASK,
     REGULARISE_TASK,
+    RESIDUAL_STREAM,
     RESULT_FILE,
-    STARTED_FILE,
     TRAINED_FOLDER,
     UPDATES_TASK,
     gates_task,
     model_folder,
+    regularised_task,
     selection_task,
     task_folder,
 )
@@ -59,13 +62,36 @@ def _regularise(context: Context, dress: DressOptions, tokens: Manifest) -> Mani
     """DReSS: choose what goes, then train with a penalty on it."""
     context.selections = _random_mask(context, dress) if dress.mask == "random" else sweep.select_units(context, tokens)
     units = context.plan.model.units
-    removed = []
+    removed: list[Removed] = []
     for selection in context.selections:
         kept: Any = selection.info["result"]
         removed.append({name: sorted(set(range(units[name])) - set(stay)) for name, stay in kept.items()})
     inputs = [tokens.digest, context.checkpoint.identity, *(selection.digest for selection in context.selections)]
+    if dress.scope == "layer":
+        return _regularise_layers(context, removed, inputs)
     aim = Penalty(removed, dress.strength, dress.norm)
     return _trained(context, REGULARISE_TASK, context.checkpoint.path, dress.training, aim, inputs)
+
+
+def _regularise_layers(context: Context, removed: Sequence[Removed], inputs: Sequence[str]) -> Manifest:
+    """Train every layer alone, each where its activations arrive; then put the layers together."""
+    names = [regularised_task(layer) for layer in range(len(removed))]
+    prints = [context.folder.fingerprint(name, *inputs) for name in names]
+    tasks = zip(names, prints, removed, strict=True)
+    wanted = [LayerTask(name, expected, "regularise", (gone,), [RESIDUAL_STREAM]) for name, expected, gone in tasks]
+    layers = stream_layers(context, REGULARISE_TASK, wanted)
+    expected = context.folder.fingerprint(REGULARISE_TASK, *(layer.digest for layer in layers))
+    folder = task_folder(context.folder.path, REGULARISE_TASK)
+
+    def work() -> None:
+        trained = folder / TRAINED_FOLDER
+        context.executor.wait([context.executor.submit(0, "copy_outer", str(trained / OUTER_FILE))])
+        for name in names:
+            link_file(task_folder(context.folder.path, name) / LAYER_FILE, trained / f"{name}.safetensors")
+        _complete(context.checkpoint.path, trained, own=False)
+        commit(folder, REGULARISE_TASK, expected, _files_in(trained), {"result": {}})
+
+    return context.once(REGULARISE_TASK, expected, work)
 
 
 def _random_mask(context: Context, dress: DressOptions) -> list[Manifest]:
@@ -109,7 +135,7 @@ def recover(context: Context, exported: Manifest) -> Manifest | None:
         return None
     teacher = str(context.original.path) if spec.loss == "distillation" else None
     inputs = [exported.digest, context.original.identity]
-    return _trained(context, RECOVER_TASK, model_folder(context.folder.path), spec, Recovery(teacher, spec.hidden), inputs)
+    return _trained(context, RECOVER_TASK, model_folder(context.folder.path), spec, Recovery(teacher, spec.hidden, spec.lora), inputs)
 
 
 def _trained(context: Context, task: str, model: Path, options: TrainingSpec, aim: Aim, inputs: list[str]) -> Manifest:
@@ -119,19 +145,20 @@ def _trained(context: Context, task: str, model: Path, options: TrainingSpec, ai
     stage = Finetune(str(model), str(folder), context.job.calibration, options, aim, threads)
 
     def work() -> None:
-        _forget_another(folder, expected)
+        forget_another(folder, expected)
         with context.stage(task, 1):
             with _reported(context, task, folder):
                 context.executor.train(stage)
             files = [RESULT_FILE]
             if not isinstance(aim, Gates):
                 _complete(model, folder / TRAINED_FOLDER, own=isinstance(aim, Recovery))
-                files += [f"{TRAINED_FOLDER}/{file.name}" for file in (folder / TRAINED_FOLDER).iterdir()]
+                files += _files_in(folder / TRAINED_FOLDER)
             facts = read_json(folder / RESULT_FILE)
             result = {"gates": facts.pop("gates", None)}
             peak: Any = {"rank-0": facts["peak_memory_bytes"]}
             context.emit("trained", task=task, **facts | {"peak_memory_bytes": peak})
             commit(folder, task, expected, files, {"result": result, "facts": facts})
+        forget_states(folder)
 
     return context.once(task, expected, work, redo_stale=isinstance(aim, Recovery))
 
@@ -160,13 +187,8 @@ def _reported(context: Context, task: str, folder: Path) -> Iterator[None]:
     report()
 
 
-def _forget_another(folder: Path, expected: str) -> None:
-    """Remove what a training with other options or from another model has left, so that this one does not go on from there."""
-    started = folder / STARTED_FILE
-    if not started.exists() or started.read_text(encoding="utf-8") != expected:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        write_text(started, expected)
+def _files_in(trained: Path) -> list[str]:
+    return [f"{TRAINED_FOLDER}/{file.name}" for file in trained.iterdir()]
 
 
 def _complete(source: Path, trained: Path, own: bool) -> None:

@@ -7,7 +7,7 @@ import math
 from dataclasses import replace
 
 from orchestrator.group_memory import decision_bytes, partial_bytes, statistics_bytes
-from orchestrator.workload import CANDIDATES_AT_ONCE, Workload, in_rows
+from orchestrator.workload import CANDIDATES_AT_ONCE, TrainingLoad, Workload, in_rows
 from specs.memory import MemoryPlan
 from workers.shapes import CoupledGroup, LayerKind
 
@@ -33,8 +33,9 @@ def memory_by_step(load: Workload, choice: MemoryPlan) -> dict[str, Kinds]:
         table["write outer"] = {"runtime": RUNTIME_BYTES, "output": load.outer_parameters * load.written_element_bytes}
     if load.candidates:
         table["divergence"] = _divergence(load, choice)
-    if load.trained_windows:
-        table["train"] = _training(load)
+    for training in load.trainings:
+        name, kinds = _training(load, training)
+        table[name] = max(table.get(name, {}), kinds, key=total)
     return table | ({"evaluate": _evaluation(load, choice)} if load.evaluation_tokens else {})
 
 
@@ -171,22 +172,30 @@ def _divergence(load: Workload, choice: MemoryPlan) -> Kinds:
     }
 
 
-def _training(load: Workload) -> Kinds:
-    """One rank: fp32 weights, their gradients and two moments, the teacher's weights, all spread over the ranks; a layer that is gathered.
+def _training(load: Workload, training: TrainingLoad) -> tuple[str, Kinds]:
+    """One rank: fp32 weights, their gradients and two moments, spread over the ranks; a layer that is gathered.
 
-    Activations: what every layer was given, and inside one layer (or in all) about 2 (7 D + 3 F) numbers for a token; the
-    scores and their gradient, and the teacher's.
+    Beside adapters, which every rank holds, the weights lie in the type of the passes, like the teacher's. Of layers that are trained
+    alone one is there, and what it was given and should give lies in files. Activations: what every layer was given, and inside
+    one layer (or in all) about 2 (7 D + 3 F) numbers for a token; the scores and their gradient, and the teacher's.
     """
+    tokens, layers = training.windows * load.sequence_length, load.num_layers
+    inside = 2 * tokens * (7 * load.hidden + 3 * load.active_width) * 4
+    if training.each_layer:
+        state = {"weights": 4 * load.layer_parameters, "optimizer": 12 * load.layer_parameters}
+        return "train layer", {"runtime": RUNTIME_BYTES, **state, "activations": inside}
     ranks = 1 if load.in_process else load.workers
     parameters = load.outer_parameters + sum(kind.num_layers * kind.parameters for kind in load.kinds)
-    tokens, layers = load.trained_windows * load.sequence_length, load.num_layers
-    inside = 2 * tokens * (7 * load.hidden + 3 * load.active_width) * 4
-    return {
+    adapters = training.lora_rank * sum(kind.num_layers * kind.matrix_sides for kind in load.kinds)
+    held, trained = (training.frozen_bytes * parameters, adapters) if adapters else (4 * parameters, parameters // ranks)
+    held += training.frozen_bytes * parameters * training.teacher
+    gathered = 4 * load.layer_parameters if ranks > 1 else 0
+    return "train", {
         "runtime": RUNTIME_BYTES,
-        "weights": 4 * parameters * (1 + load.trained_teacher) // ranks + (4 * load.layer_parameters if ranks > 1 else 0),
-        "optimizer": 12 * parameters // ranks,
+        "weights": held // ranks + gathered + 4 * adapters,
+        "optimizer": 12 * trained,
         "hidden states": 4 * layers * tokens * load.hidden,
-        "activations": inside * (layers if load.keeps_activations else 1) + tokens * load.vocabulary * (8 + 8 * load.trained_teacher),
+        "activations": inside * (layers if training.keeps_activations else 1) + tokens * load.vocabulary * (8 + 8 * training.teacher),
     }
 
 

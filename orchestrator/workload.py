@@ -26,6 +26,24 @@ Propagation = Literal["pruned", "dense", "refit"]
 
 
 @dataclass(frozen=True)
+class TrainingLoad:
+    """A training, as far as memory goes."""
+
+    windows: int
+    """Windows that a rank computes together."""
+    keeps_activations: bool
+    """Whether activations inside the layers are kept."""
+    frozen_bytes: int
+    """Bytes per weight that is not trained."""
+    teacher: bool = False
+    """Whether the dense model is there too."""
+    lora_rank: int = 0
+    """Rank of the adapters that alone are trained; 0: all weights are."""
+    each_layer: bool = False
+    """Whether a worker trains one layer at a time, on its own."""
+
+
+@dataclass(frozen=True)
 class Workload:
     """Everything the formulas need to know of a job and its model."""
 
@@ -63,12 +81,8 @@ class Workload:
     """Allocations whose divergence from the dense model is measured."""
     candidate_windows: int = 0
     """Calibration windows on which it is."""
-    trained_windows: int = 0
-    """Windows that a rank of a training computes together; 0: nothing is trained."""
-    trained_teacher: bool = False
-    """Whether the dense model is there too."""
-    keeps_activations: bool = False
-    """Whether a training keeps the activations inside its layers."""
+    trainings: tuple[TrainingLoad, ...] = ()
+    """What is trained."""
     placement: Placement = "shards"
     propagation: Propagation = "pruned"
     selects: bool = True
@@ -197,7 +211,8 @@ def _layer_kind(checkpoint: Checkpoint, layers: range) -> LayerKind:
     infos = checkpoint.layer_tensors(layers.start)
     groups = coupled_groups(checkpoint.config, layers.start, {name: info.shape for name, info in infos.items()})
     parameters, num_bytes = (sum(getattr(info, name) for info in infos.values()) for name in ("num_parameters", "num_bytes"))
-    return LayerKind(layers.start, len(layers), groups, parameters, num_bytes, attention_width(checkpoint.config))
+    sides = sum(sum(info.shape) for info in infos.values() if len(info.shape) == 2)
+    return LayerKind(layers.start, len(layers), groups, parameters, num_bytes, attention_width(checkpoint.config), sides)
 
 
 def workload_of(job: JobSpec, checkpoint: Checkpoint, kinds: tuple[LayerKind, ...], shapes: tuple[Shape, ...], on_gpu: bool) -> Workload:
@@ -232,24 +247,35 @@ def workload_of(job: JobSpec, checkpoint: Checkpoint, kinds: tuple[LayerKind, ..
         in_process=job.cluster.executor == "in-process",
         survey_levels=_survey_levels(job),
         candidates=_candidates(job, checkpoint.num_layers),
-        trained_windows=max((options.micro_batch for options in _trainings(job)), default=0),
-        trained_teacher=job.recover is not None and job.recover.loss == "distillation",
-        keeps_activations=any(not options.activation_checkpointing for options in _trainings(job)),
+        trainings=_trainings(job),
         candidate_windows=allocation.samples if isinstance(allocation, CurvesAllocation) else 0,
         placement=job.parallel.placement,
         propagation=job.parallel.effective_propagation,
     )
 
 
-def _trainings(job: JobSpec) -> list[TrainingSpec]:
-    """The trainings of all weights."""
-    first = [job.method.training] if isinstance(job.method, (DressOptions, TrspOptions)) else []
-    return [*first, *([job.recover] if job.recover else [])]
+def _trainings(job: JobSpec) -> tuple[TrainingLoad, ...]:
+    """The trainings of a job; that of TRSP's gates takes less than the one of all weights."""
+    loads = []
+    if isinstance(job.method, (DressOptions, TrspOptions)):
+        each_layer = isinstance(job.method, DressOptions) and job.method.scope == "layer"
+        loads.append(replace(_training(job.method.training), each_layer=each_layer))
+    if recover := job.recover:
+        rank = recover.lora.rank if recover.lora else 0
+        loads.append(replace(_training(recover), teacher=recover.loss == "distillation", lora_rank=rank))
+    return tuple(loads)
+
+
+def _training(options: TrainingSpec) -> TrainingLoad:
+    return TrainingLoad(options.micro_batch, not options.activation_checkpointing, 4 if options.dtype == "float32" else 2)
 
 
 def _survey_levels(job: JobSpec) -> int:
-    """Corrections of a group in the survey: an error for every level, and the weights that are kept of it; a mask needs none."""
-    if isinstance(job.method, DressOptions) and job.method.mask != "random":
+    """Corrections of a group in the survey: an error for every level, and the weights that are kept of it.
+
+    A mask, and layers that are trained alone, need none, but a pass like it.
+    """
+    if isinstance(job.method, DressOptions) and (job.method.mask != "random" or job.method.scope == "layer"):
         return 1
     match job.budget.allocation:
         case SearchAllocation(levels=levels):

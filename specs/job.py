@@ -10,7 +10,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from specs.allocation import AllocationSpec, UniformAllocation
-from specs.methods import MethodSpec, StatOptions
+from specs.methods import DressOptions, MethodSpec, StatOptions
 from specs.section import Section
 from specs.training import RecoverSpec
 
@@ -276,6 +276,10 @@ class JobSpec(Section):
             raise ValueError(f"method {self.method.name} removes whole layers; leave out budget.kv_groups")
         if self.method.trains and (self.budget.per_layer or self.parallel.placement == "layers"):
             raise ValueError(f"method {self.method.name} leaves out budget.per_layer and parallel.placement: it has one way of its own")
+        if isinstance(self.method, DressOptions) and self.method.scope == "layer":
+            wanted = self.method.training.samples or 0
+            if wanted > self.calibration.samples:
+                raise ValueError(f"method.training.samples ({wanted}) must not exceed calibration.samples ({self.calibration.samples})")
         if self.budget.allocation.name == "threshold" and not self.method.comparable_scores:
             raise ValueError(
                 f"budget.allocation: threshold: the scores of {self.method.name} cannot be compared between layers; use curves"

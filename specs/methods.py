@@ -111,10 +111,13 @@ class DressOptions(MethodOptions):
     name: Literal["dress"] = "dress"
     mask: Literal["random", "stat", "numerical", "obs", "flap", "wanda"] = "random"
     """How the units that will go are chosen: at random as in the paper, or by a method, with its default options, on the dense model."""
+    scope: Literal["model", "layer"] = "model"
+    """`model`: all layers are trained together on the language-model loss, as in the paper; `layer`: every layer alone, towards its own
+    output in the dense model, many at a time, in the memory of one layer."""
     norm: Literal["l1", "l2"] = "l2"
     """Norm of a unit's weights in the penalty."""
     strength: float = Field(default=1e-2, gt=0.0)
-    """Weight of the penalty (lambda) beside the language-model loss."""
+    """Weight of the penalty (lambda) beside the loss."""
     seed: int = Field(default=0, ge=0)
     """Seed of a random mask."""
     training: TrainingSpec = TrainingSpec()

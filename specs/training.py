@@ -38,8 +38,20 @@ class TrainingSpec(Section):
     """Seed of the order of the windows."""
 
 
+class LoraSpec(Section):
+    """Low-rank adapters (LoRA, arXiv 2106.09685) on every linear map of the layers; merged into the weights on export."""
+
+    rank: int = Field(default=16, ge=1, le=4096)
+    """Rank of an adapter's two factors."""
+    alpha: int = Field(default=32, ge=1)
+    """An adapter's product counts alpha / rank times."""
+
+
 class RecoverSpec(TrainingSpec):
     """Training of the pruned model, on the calibration text."""
+
+    lora: LoraSpec | None = None
+    """Train adapters alone, beside weights that are held in `dtype`; null: train all weights."""
 
     loss: Literal["lm", "distillation"] = "lm"
     """`lm`: next-token prediction; `distillation`: the dense model's next-token distribution is the goal."""

@@ -1,4 +1,4 @@
-"""Tensors as numpy arrays and back, without a copy and without loss."""
+"""Tensors as numpy arrays and back, without a copy and without loss; and in their types on disk."""
 
 import warnings
 
@@ -6,6 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from workers.checkpoint import DTYPES
+
+_TYPES: dict[str, torch.dtype] = {code: getattr(torch, name) for name, code in DTYPES.items()}
 _READ_ONLY = "The given NumPy array is not writable"
 
 
@@ -21,3 +24,8 @@ def from_array(array: np.ndarray, dtype: torch.dtype) -> Tensor:
         warnings.filterwarnings("ignore", message=_READ_ONLY)
         tensor = torch.from_numpy(array)
     return tensor.view(dtype)
+
+
+def on_disk(tensor: Tensor, code: str) -> Tensor:
+    """The tensor on the CPU, in the type that headers of safetensors files call `code`."""
+    return tensor.to("cpu", _TYPES[code]).contiguous()

@@ -7,17 +7,18 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from workers.adapters import adapted, merged
 from workers.calibration import calibration_windows, load_tokenizer
-from workers.checkpoint import DTYPES, Checkpoint, open_checkpoint
+from workers.checkpoint import Checkpoint, open_checkpoint
+from workers.codec import on_disk
 from workers.families import layer_prefix, unit_groups
 from workers.files import write_json, write_tensors
 from workers.finetune_stage import Finetune, Gates, Penalty, Recovery, Updates
+from workers.layers import read_tensors
 from workers.layout import RESULT_FILE, TRAINED_FOLDER
 from workers.memory import PeakMemory
 from workers.objectives import Distillation, GroupPenalty, LayerGates, Objective, UpdatePenalty
 from workers.training import Ranks, Training, load_for_training, state_bytes
-
-_TYPES: dict[str, torch.dtype] = {code: getattr(torch, name) for name, code in DTYPES.items()}
 
 
 def finetune(stage: Finetune, ranks: Ranks) -> None:
@@ -30,7 +31,8 @@ def finetune(stage: Finetune, ranks: Ranks) -> None:
     peak, folder, checkpoint = PeakMemory(), Path(stage.folder), open_checkpoint(Path(stage.model))
     text = stage.text if stage.options.samples is None else stage.text.model_copy(update={"samples": stage.options.samples})
     windows_ST = calibration_windows(text, load_tokenizer(checkpoint.path))
-    model = load_for_training(checkpoint, stage.options, ranks)
+    lora = stage.aim.lora if isinstance(stage.aim, Recovery) else None
+    model = load_for_training(checkpoint, stage.options, ranks, lora=lora)
     objective = _objective(stage, checkpoint, ranks)
     training = Training(model, objective, windows_ST, stage.options, folder, ranks)
     training.run()
@@ -59,21 +61,29 @@ def _objective(stage: Finetune, checkpoint: Checkpoint, ranks: Ranks) -> Objecti
         case Updates(gone, strength, norm):
             return UpdatePenalty(gone, strength, norm)
         case Recovery(teacher, hidden) if teacher:
-            return Distillation(load_for_training(open_checkpoint(Path(teacher)), stage.options, ranks), hidden)
+            return Distillation(load_for_training(open_checkpoint(Path(teacher)), stage.options, ranks, frozen=True), hidden)
     return Objective()
 
 
 def _write_model(model: nn.Module, checkpoint: Checkpoint, folder: Path, ranks: Ranks) -> None:
     """Gather layer after layer and write it as it was on disk: names, types, one file per layer and one for the rest; rank 0 writes."""
-    parameters = dict(model.named_parameters())
-    parts = {"outer": list(checkpoint.outer_tensors)}
+    parts = {"outer": ("", checkpoint.outer_tensors)}
     for layer in range(checkpoint.num_layers):
-        parts[f"layer-{layer:04d}"] = [layer_prefix(layer) + name for name in checkpoint.layer_tensors(layer)]
-    for part, names in parts.items():
-        tensors: dict[str, Tensor] = {}
-        for name in names:
-            whole = parameters[name].detach()
-            whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
-            tensors[name] = whole.to("cpu", _TYPES[checkpoint.tensors[name].dtype]).contiguous()
+        parts[f"layer-{layer:04d}"] = (layer_prefix(layer), checkpoint.layer_tensors(layer))
+    has_adapters, parameters = bool(adapted(model)), dict(model.named_parameters())
+    for part, (prefix, infos) in parts.items():
+        if has_adapters:
+            tensors = {prefix + name: tensor for name, tensor in read_tensors(checkpoint, infos, prefix).items()}
+            tensors |= {name: merged(tensors[name], module) for name, module in adapted(model).items() if name in tensors}
+        else:
+            tensors = {prefix + name: _whole(parameters[prefix + name]) for name in infos}
         if ranks.rank == 0:
-            write_tensors(folder / f"{part}.safetensors", tensors)
+            write_tensors(
+                folder / f"{part}.safetensors",
+                {name: on_disk(tensor, checkpoint.tensors[name].dtype) for name, tensor in tensors.items()},
+            )
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    tensor = parameter.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,23 +1,29 @@
 """A training stage as data, on its way from the driver to the ranks. No torch."""
 
 import json
+import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from specs.job import CalibrationSpec
-from specs.training import TrainingSpec
+from specs.training import LoraSpec, TrainingSpec
+from workers.files import write_text
+from workers.layout import STARTED_FILE
 
 LOG_FILE = "training.jsonl"
+STATE_PREFIX = "step-"
 Norm = Literal["l1", "l2"]
+Removed = Mapping[str, Collection[int]]
+"""Units of a layer that will go, by group."""
 
 
 @dataclass(frozen=True)
 class Penalty:
-    """The units that a group penalty drives out: by layer and group."""
+    """The units that a group penalty drives out, by layer."""
 
-    removed: Sequence[Mapping[str, Collection[int]]]
+    removed: Sequence[Removed]
     strength: float
     norm: Norm
 
@@ -42,10 +48,11 @@ class Updates:
 
 @dataclass(frozen=True)
 class Recovery:
-    """Training of a pruned model: on the text alone, or from a teacher."""
+    """Training of a pruned model: on the text alone, or from a teacher; of all weights, or of adapters."""
 
     teacher: str | None = None
     hidden: float = 0.0
+    lora: LoraSpec | None = None
 
 
 Aim = Penalty | Gates | Updates | Recovery
@@ -75,3 +82,18 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return lines
+
+
+def forget_another(folder: Path, expected: str) -> None:
+    """Remove what a training with other options or from another model has left, so that this one does not go on from there."""
+    started = folder / STARTED_FILE
+    if not started.exists() or started.read_text(encoding="utf-8") != expected:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        write_text(started, expected)
+
+
+def forget_states(folder: Path) -> None:
+    """Remove the saved states of a training that has ended."""
+    for state in folder.glob(f"{STATE_PREFIX}*"):
+        shutil.rmtree(state)

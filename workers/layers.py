@@ -24,13 +24,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from specs.errors import ModelError
 from workers.checkpoint import Checkpoint, TensorInfo
 from workers.families import UnitGroup, layer_prefix
+from workers.mapped import placed
 from workers.per_layer import CLASS, remote_code, silence_warnings
 from workers.slicing import Cut, unit_rows
 
 Store = Callable[[Tensor], Tensor]
 LayerArguments = tuple[tuple[Any, ...], dict[str, Any]]
-CONVERTED_BYTES = 64 * 2**20
-"""Of a mapped weight matrix, so much at most is converted to the type of the forward passes at a time."""
 
 
 @dataclass
@@ -91,55 +90,6 @@ class _Constant(nn.Module):
         return (self.output, None) if self.as_tuple else self.output
 
 
-class _MappedLinear(nn.Module):
-    """A linear map whose weight stays in its mapped file, in its type on disk; some rows are converted at a time."""
-
-    def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.weight, self._dtype = linear.weight, dtype
-        self.register_parameter("bias", linear.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The product with the converted weight, block by block of output features."""
-        out_features, in_features = self.weight.shape
-        result = x.new_empty(*x.shape[:-1], out_features)
-        step = max(1, CONVERTED_BYTES // (in_features * self._dtype.itemsize))
-        for start in range(0, out_features, step):
-            rows = slice(start, start + step)
-            bias = self._parameters["bias"]
-            result[..., rows] = nn.functional.linear(x, self.weight[rows].to(self._dtype), None if bias is None else bias[rows])
-        return result
-
-
-class _MappedEmbedding(nn.Module):
-    """An embedding whose table stays in its mapped file; the rows that are looked up are converted."""
-
-    def __init__(self, embedding: nn.Embedding, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.weight, self._dtype = embedding.weight, dtype
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """The tokens' rows."""
-        return nn.functional.embedding(tokens, self.weight).to(self._dtype)
-
-
-_MAPPED: dict[type, Callable[[Any, torch.dtype], nn.Module]] = {nn.Linear: _MappedLinear, nn.Embedding: _MappedEmbedding}
-
-
-def _placed(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """The module ready for forward passes: moved to a GPU; on the CPU large weights stay in their mapped files."""
-    unmapped = {id(weight) for child in module.modules() if type(child) not in _MAPPED for weight in child.parameters(recurse=False)}
-    mapped: set[int] = set()
-    for name, child in list(module.named_modules()) if device.type == "cpu" else ():
-        if type(child) in _MAPPED and child.weight.dtype != dtype and id(child.weight) not in unmapped:
-            module.set_submodule(name, _MAPPED[type(child)](child, dtype))
-            mapped.add(id(child.weight))
-    for parameter in module.parameters():
-        if id(parameter) not in mapped:
-            parameter.data = parameter.data.to(device, dtype)
-    return module.to(device)
-
-
 @contextmanager
 def _swapped(layer: nn.Module, replacements: Mapping[str, nn.Module]) -> Iterator[None]:
     originals = {name: layer.get_submodule(name) for name in replacements}
@@ -182,7 +132,7 @@ class StreamedModel:
         self._layers = list(self._model.model.layers)
         self._model.model.layers = nn.ModuleList()
         _fill(self._model, checkpoint, checkpoint.outer_tensors)
-        _placed(self._model, device, dtype)
+        placed(self._model, device, dtype)
         self._next: tuple[int, Future[nn.Module]] | None = None
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
 
@@ -209,7 +159,15 @@ class StreamedModel:
             layer.load_state_dict(tensors, assign=True)
         except RuntimeError as error:
             raise ModelError(f"{self.checkpoint.path}: layer {index} does not fit {type(layer).__name__}: {error}") from None
-        return _placed(layer, self.device, self.dtype)
+        return placed(layer, self.device, self.dtype)
+
+    def trainable_layer(self, index: int) -> nn.Module:
+        """A copy of a decoder layer in float32, to be changed."""
+        layer: nn.Module = deepcopy(self._layers[index])
+        layer.load_state_dict(read_tensors(self.checkpoint, self.checkpoint.layer_tensors(index), layer_prefix(index)), assign=True)
+        for parameter in layer.parameters():
+            parameter.data = parameter.data.to(self.device, torch.float32, copy=True)
+        return layer.to(self.device).requires_grad_(True).train()
 
     @torch.inference_mode()
     def embed(self, tokens_BT: Tensor, reuse: MicroBatch | None = None) -> MicroBatch:

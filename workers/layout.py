@@ -9,6 +9,8 @@ CALIBRATION_TASK, EVALUATION_TASK, TOKENS_FILE = "calibration-tokens", "evaluati
 SHAPE_TASK, EXPORT_TASK = "shape", "export"
 REGULARISE_TASK, UPDATES_TASK, RECOVER_TASK = "regularise", "updates", "recover"
 RESULT_FILE, STARTED_FILE, TRAINED_FOLDER = "result.json", "started", "model"
+RESIDUAL_STREAM = "residual stream"
+"""Beside the names of groups: what a layer is given and gives on the dense path."""
 SURVEY_FILE, SENSITIVITY_TASK = "cuts.safetensors", "sensitivity"
 
 
@@ -25,6 +27,11 @@ def selection_task(layer: int) -> str:
 def survey_task(layer: int) -> str:
     """Task id of what could stay of a layer: error curves and corrected weights, or scores."""
     return f"survey-{layer:04d}"
+
+
+def regularised_task(layer: int) -> str:
+    """Task id of a layer that was trained alone, before the cut."""
+    return f"regularised-{layer:04d}"
 
 
 def gates_task(number: int) -> str:

@@ -102,8 +102,12 @@ class GroupPenalty(Objective):
         """`removed`: for every layer and group the units that will go."""
         self._groups, self._removed, self._strength, self._norm = groups, removed, strength, norm
 
+    def layers(self, model: Any) -> list[nn.Module]:
+        """The decoder layers of what is trained."""
+        return list(model.model.layers)
+
     def _penalised(self, model: nn.Module) -> Iterator[tuple[list[_Part], Tensor]]:
-        for layer, removed in zip(_layers(model), self._removed, strict=True):
+        for layer, removed in zip(self.layers(model), self._removed, strict=True):
             for name, units in removed.items():
                 parts = group_parts(layer, self._groups[name])
                 mask_U = torch.zeros(self._groups[name].num_units, dtype=torch.float64, device=parts[0].index_N.device)
@@ -125,10 +129,6 @@ class GroupPenalty(Objective):
                 direction = part.values if square else part.values.sign()
                 local_part(part.parameter.grad).add_(direction * part.spread(factors_U).to(direction.dtype))
         return {"penalty": self._strength * total}
-
-
-def _layers(model: Any) -> list[nn.Module]:
-    return [layer.inner if isinstance(layer, Watched) else layer for layer in model.model.layers]
 
 
 class Watched(nn.Module):
@@ -182,18 +182,9 @@ class LayerGates(Objective):
         """The language-model loss and the penalty on the gates."""
         return super().losses(model, batch_BT) | {"penalty": self._strength * torch.stack(self._gates(model)).abs().sum()}
 
-    def add_gradients(self, model: nn.Module, summed: Sum) -> dict[str, float]:
-        """Gates are whole on every rank, so their gradients are averaged here."""
-        trained = [gate for gate in self._gates(model) if gate.grad is not None]
-        world = summed(torch.ones((), device=trained[0].device))
-        for gate in trained:
-            assert gate.grad is not None
-            gate.grad.copy_(summed(gate.grad.clone()) / world)
-        return {}
-
     def values(self, model: nn.Module) -> list[float]:
         """All gates as they are now."""
-        return [float(gate) for gate in self._gates(model)]
+        return [float(gate.detach()) for gate in self._gates(model)]
 
     def release(self, model: Any) -> None:
         """Take the gates off."""

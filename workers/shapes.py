@@ -51,6 +51,8 @@ class LayerKind:
     num_bytes: int
     attention_width: int
     """Numbers a token's query meets per token it looks at: scores and values, over all heads."""
+    matrix_sides: int = 0
+    """Rows and columns of all its matrices: what low-rank adapters take for each rank."""
 
     @property
     def active_parameters(self) -> int:

@@ -18,15 +18,17 @@ from workers import layers
 from workers.codec import from_array, to_array
 from workers.families import UnitGroup
 from workers.files import read_manifest, write_tensors
-from workers.layers import MicroBatch, StreamedModel
-from workers.layout import boundary_file, layer_task, selection_task, survey_task, task_folder
+from workers.layers import MicroBatch, Store, StreamedModel
+from workers.layout import RESIDUAL_STREAM, boundary_file, layer_task, regularised_task, selection_task, survey_task, task_folder
 from workers.statistics import Statistic
 from workers.sweep import check_computed_on
 
 Fits = tuple[Statistic, Statistic]
 """The statistics of the training and of the held-out windows."""
 Wanted = Mapping[int, Collection[str]]
-"""The layers, and of each the groups, whose statistics are collected."""
+"""The layers, and of each the groups whose statistics are collected, or `RESIDUAL_STREAM`."""
+Passed = tuple[Tensor, Tensor]
+"""The hidden states (T, D) of a window before and behind a layer."""
 
 
 class Stream:
@@ -40,8 +42,10 @@ class Stream:
         batches: Sequence[Tensor],
         num_training: int,
         run_folder: Path,
+        keep: Store,
     ) -> None:
-        """`empty(width)` makes a statistic; the first `num_training` micro-batches are for training."""
+        """`empty(width)` makes a statistic; the first `num_training` micro-batches are for training; `keep` puts away hidden states."""
+        self._keep, self._passed = keep, dict[int, list[Passed]]()
         self._model, self._empty, self._batches, self._num_training, self._folder = model, empty, batches, num_training, run_folder
         self._groups = {group.name: group for group in groups}
         self._modules: dict[int, nn.Module] = {}
@@ -61,8 +65,12 @@ class Stream:
             self._begin(chunk, wanted)
         batch = self._entering(chunk.start, number, before)
         for index in chunk:
-            watched = {name: self._groups[name] for name in wanted.get(index, ())}
+            watched = {name: self._groups[name] for name in wanted.get(index, ()) if name in self._groups}
+            given_BTD = batch.hidden_BTD
             self._note(index, number, layers.dense_pass(self._modules[index], index, batch, watched))
+            if RESIDUAL_STREAM in wanted.get(index, ()):
+                kept = self._keep(given_BTD), self._keep(batch.hidden_BTD)
+                self._passed.setdefault(index, []).extend(zip(*kept, strict=True))
         if not end_of_wave:
             return to_array(batch.hidden_BTD)
         if chunk.stop < len(batch.arguments):
@@ -71,12 +79,13 @@ class Stream:
 
     def _begin(self, chunk: range, wanted: Wanted) -> None:
         for layer in range(self._model.checkpoint.num_layers):
-            for task in (survey_task(layer), selection_task(layer), layer_task(layer)):
+            for task in (name(layer) for name in (survey_task, selection_task, regularised_task, layer_task)):
                 if finished := read_manifest(task_folder(self._folder, task)):
                     check_computed_on(task_folder(self._folder, task), finished, self._model.computed_on)
         self._modules = {}  # freed before the new ones are read
         self._modules = {index: self._model.load_layer(index, prefetch=index + 1 < chunk.stop) for index in chunk}
-        self._fits = {(layer, name): self._empty_fits(name) for layer in chunk for name in wanted.get(layer, ())}
+        self._passed = {}
+        self._fits = {(layer, name): self._empty_fits(name) for layer in chunk for name in wanted.get(layer, ()) if name in self._groups}
 
     def _empty_fits(self, name: str) -> Fits:
         width = self._groups[name].width
@@ -112,3 +121,7 @@ class Stream:
             raise ModelError(f"layer {layer}, {name}: input of {consumer} is not finite; set model.dtype: float32")
         training, held_out = fits
         return training.finished(), held_out.finished()
+
+    def passed(self, layer: int) -> list[Passed]:
+        """What the layer was given and has given, window by window, handed over."""
+        return self._passed.pop(layer)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
@@ -26,13 +26,14 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from specs.errors import ModelError
-from specs.training import TrainingSpec
+from specs.training import LoraSpec, TrainingSpec
+from workers.adapters import add_adapters
 from workers.checkpoint import Checkpoint
-from workers.finetune_stage import LOG_FILE, read_log
+from workers.finetune_stage import LOG_FILE, STATE_PREFIX, read_log
 from workers.layers import whole_model
 from workers.objectives import Objective, local_part
 
-STATE_PREFIX = "step-"
+_TRAINED_ALONE = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
 @dataclass(frozen=True)
@@ -53,23 +54,28 @@ class Ranks:
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
-def load_for_training(checkpoint: Checkpoint, options: TrainingSpec, ranks: Ranks) -> nn.Module:
-    """The model in float32, its parameters spread over the ranks (FSDP2: per decoder layer, and the rest); not yet watched or gated.
+def load_for_training(
+    checkpoint: Checkpoint, options: TrainingSpec, ranks: Ranks, frozen: bool = False, lora: LoraSpec | None = None
+) -> nn.Module:
+    """The model, its parameters spread over the ranks (FSDP2: per decoder layer, and the rest); not yet watched or gated.
 
-    A layer is converted and sharded before the next one, so that no rank ever holds more than one whole layer beside its shards.
+    Weights that are trained are in float32; those that are not (`frozen`, or beside adapters) in the type of the passes.
+    Adapters are whole on every rank. A layer is converted and sharded before the next one, so that no rank ever holds more than one
+    whole layer beside its shards.
     """
-    model = whole_model(checkpoint)
+    model, dtype = whole_model(checkpoint), getattr(torch, options.dtype)
+    added = add_adapters(model, lora, options.seed) if lora else set()
     if options.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     sharding: dict[str, Any] = {}
     if ranks.world > 1:
-        dtype = getattr(torch, options.dtype)
         sharding["mesh"] = init_device_mesh(ranks.device.type, (ranks.world,))
-        sharding["mp_policy"] = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        sharding |= {"mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32), "ignored_params": added}
     for part in (*model.model.layers, model):
         for parameter in part.parameters():
             if not isinstance(parameter, DTensor):
-                parameter.data = parameter.data.to(ranks.device, torch.float32, copy=True)  # files are never written to
+                held = dtype if (frozen or lora) and parameter not in added else torch.float32
+                parameter.data = parameter.data.to(ranks.device, held, copy=True)  # files are never written to
         part.to(ranks.device)
         if sharding:
             fully_shard(part, **sharding)
@@ -147,6 +153,7 @@ class Training:
             (loss * self.ranks.world).backward()  # type: ignore[union-attr] # gradients are averaged over the ranks
             for name, value in parts.items():
                 sums[name] = sums.get(name, 0.0) + float(value.detach()) * weight
+        self._average_whole()
         facts = dict(zip(sums, self.ranks.summed(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist(), strict=True))
         facts["loss"] = math.fsum(facts.values())
         facts |= self.objective.add_gradients(self.model, self.ranks.summed)
@@ -157,6 +164,12 @@ class Training:
         self._optimizer.step()
         self._optimizer.zero_grad()
         return facts
+
+    def _average_whole(self) -> None:
+        """Average the gradients of parameters that every rank holds whole; FSDP does it for those it has spread."""
+        for parameter in self.parameters if self.ranks.world > 1 else ():
+            if not isinstance(parameter, DTensor) and parameter.grad is not None:
+                self.ranks.summed(parameter.grad).div_(self.ranks.world)
 
     def _micro_batches(self, numbers: Sequence[int]) -> Iterator[tuple[Tensor, float]]:
         """This rank's windows and their weight in the mean; every rank gets as many batches, at the end maybe some of no weight."""
@@ -174,7 +187,7 @@ class Training:
 
     def _save(self, step: int) -> None:
         """Save all state; the checkpoint before is removed only afterwards."""
-        weights, optimizer = get_state_dict(self.model, self._optimizer)
+        weights, optimizer = get_state_dict(self.model, self._optimizer, options=_TRAINED_ALONE)
         save({"model": weights, "optimizer": optimizer}, checkpoint_id=self.folder / f"{STATE_PREFIX}{step:07d}")
         if self.ranks.rank == 0:
             for old in saved_steps(self.folder)[:-1]:
@@ -186,10 +199,11 @@ class Training:
         if not done:
             (self.folder / LOG_FILE).unlink(missing_ok=True)
             return 0
-        weights, optimizer = get_state_dict(self.model, self._optimizer)
+        weights, optimizer = get_state_dict(self.model, self._optimizer, options=_TRAINED_ALONE)
         state: dict[str, Any] = {"model": weights, "optimizer": optimizer}
         load(state, checkpoint_id=self.folder / f"{STATE_PREFIX}{done[-1]:07d}")
-        set_state_dict(self.model, self._optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        trained = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
+        set_state_dict(self.model, self._optimizer, **trained, options=_TRAINED_ALONE)
         if self.ranks.rank == 0:
             kept = [line for line in read_log(self.folder) if line["step"] < done[-1]]
             (self.folder / LOG_FILE).write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")

@@ -16,8 +16,10 @@ from torch import Tensor
 from specs.allocation import CurvesAllocation
 from specs.job import JobSpec
 from specs.memory import MemoryPlan
+from specs.methods import DressOptions
 from workers import layers
 from workers.calibration import calibration_windows, check_apart, evaluation_windows, load_tokenizer
+from workers.codec import on_disk
 from workers.config_patch import needs_output_bias
 from workers.correction import Correction, correct
 from workers.divergence import Kept, divergences
@@ -25,6 +27,7 @@ from workers.evaluate import window_losses
 from workers.export import check_loads
 from workers.families import config_int, layer_prefix
 from workers.files import FileRecord, commit, read_manifest, write_tensors
+from workers.finetune_stage import Removed, forget_another, forget_states, read_log
 from workers.layers import MicroBatch, read_tensors
 from workers.layout import (
     CALIBRATION_TASK,
@@ -36,6 +39,7 @@ from workers.layout import (
     TOKENS_FILE,
     layer_task,
     model_folder,
+    regularised_task,
     selection_task,
     survey_task,
     task_folder,
@@ -84,6 +88,7 @@ class Worker(Workbench):
             batches,
             sum(len(shard) for shard in shards[:-held_out]),
             self.run_folder,
+            self._spill(True).store,
         )
 
     @step
@@ -222,6 +227,24 @@ class Worker(Workbench):
         return {"groups": {}}, None
 
     @step
+    def regularise(self, layer: int, task_fingerprint: str, removed: Removed) -> tuple[Receipt, None]:
+        """Train a layer alone, from the hidden states this worker has, with a penalty on what will go; write it as it was on disk."""
+        from workers.layer_training import train_layer  # torch's training machinery takes a second to import
+
+        method, name = self.job.method, regularised_task(layer)
+        assert isinstance(method, DressOptions)
+        folder = task_folder(self.run_folder, name)
+        forget_another(folder, task_fingerprint)
+        module = train_layer(self._model, layer, self._stream.passed(layer), self._groups, removed, method, folder)
+        infos, prefix = self._checkpoint.layer_tensors(layer), layer_prefix(layer)
+        tensors = {prefix + key: on_disk(tensor, infos[key].dtype) for key, tensor in module.state_dict().items()}
+        write_tensors(folder / LAYER_FILE, tensors)
+        last = read_log(folder)[-1]
+        commit(folder, name, task_fingerprint, [LAYER_FILE], {"last_step": last, "computed_on": self._model.computed_on})
+        forget_states(folder)
+        return {"groups": {}}, None
+
+    @step
     def settle(
         self, layer: int, task_fingerprint: str, kept: Mapping[str, int], written: Mapping[str, int], position: int | None
     ) -> tuple[Receipt, None]:
@@ -321,6 +344,12 @@ class Worker(Workbench):
         folder = task_folder(self.run_folder, OUTER_TASK)
         write_tensors(folder / OUTER_FILE, {name: tensor.to(self._disk_dtype(tensor)) for name, tensor in tensors.items()})
         commit(folder, OUTER_TASK, task_fingerprint, [OUTER_FILE], {})
+        return {}, None
+
+    @step
+    def copy_outer(self, file: str) -> tuple[Receipt, None]:
+        """Write the embeddings, the last norm and the head as they are."""
+        write_tensors(Path(file), read_tensors(self._checkpoint, self._checkpoint.outer_tensors))
         return {}, None
 
     @step

@@ -14,7 +14,7 @@ from specs.loader import load_job
 from tests.conftest import MakeJob, MakeModel, folder_bytes
 from workers.files import read_manifest
 from workers.finetune_stage import read_log
-from workers.layout import selection_task, task_folder
+from workers.layout import regularised_task, selection_task, task_folder
 
 TRAINING = {"epochs": 1, "batch": 4, "learning_rate": 1e-3, "checkpoint_steps": 2}
 
@@ -45,6 +45,44 @@ def test_dress_trains_with_a_penalty_on_its_mask_and_cuts_exactly_that(
     verify_run(tmp_path / "run")
 
 
+@pytest.mark.parametrize("model_type", ["llama", "gemma2"])  # without masks and with them
+def test_dress_trains_every_layer_alone(model_type: str, make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
+    training = TRAINING | {"epochs": 6, "learning_rate": 3e-3, "samples": 10, "micro_batch": 3}
+    method = {"name": "dress", "scope": "layer", "strength": 1e-3, "training": training}
+    dense = make_model(model_type)
+    job = make_job(dense, method=method, budget={"kv_groups": 1})
+    run_job(load_job(job), tmp_path / "run", quiet)
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "tasks" / "regularise" / "model")
+    original = AutoModelForCausalLM.from_pretrained(dense)
+    assert torch.equal(trained.model.embed_tokens.weight, original.model.embed_tokens.weight)
+    for layer in range(3):
+        log = read_log(task_folder(tmp_path / "run", regularised_task(layer)))
+        assert len(log) == 15
+        assert log[0]["transfer"] < 1e-9
+        assert log[-1]["penalty"] < log[0]["penalty"]
+        assert log[-1]["transfer"] < 0.5
+        selection = read_manifest(task_folder(tmp_path / "run", selection_task(layer)))
+        assert selection is not None
+        kept: Any = selection.info["result"]
+        ratio = trained.model.layers[layer].mlp.up_proj.weight.norm(dim=1) / original.model.layers[layer].mlp.up_proj.weight.norm(dim=1)
+        gone = sorted(set(range(len(ratio))) - set(kept["neurons"]))
+        assert ratio[gone].mean() < ratio[kept["neurons"]].mean()
+    verify_run(tmp_path / "run")
+
+    calls = 0
+
+    def cut_off(event: dict[str, Any]) -> None:
+        nonlocal calls
+        calls += event["event"] == "step-finished" and event["stage"] == "regularise"
+        if calls == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_job(load_job(job), tmp_path / "cut", cut_off)
+    run_job(load_job(job), tmp_path / "cut", quiet)
+    assert folder_bytes(tmp_path / "cut" / "model") == folder_bytes(tmp_path / "run" / "model")
+
+
 def test_trsp_removes_the_layers_that_its_gates_choose(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
     method = {"name": "trsp", "gates": TRAINING, "training": TRAINING, "protect_first": 1}
     dense = make_model("smollm3", num_hidden_layers=6)
@@ -67,9 +105,11 @@ def test_trsp_removes_the_layers_that_its_gates_choose(make_model: MakeModel, ma
     verify_run(tmp_path / "run")
 
 
-@pytest.mark.parametrize("loss", ["lm", "distillation"])
-def test_recovery_trains_the_pruned_model(loss: str, make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
-    job = load_job(make_job(make_model(), recover=TRAINING | {"loss": loss, "epochs": 3}))
+@pytest.mark.parametrize(
+    "options", [{"loss": "lm"}, {"loss": "distillation"}, {"lora": {"rank": 4}, "learning_rate": 1e-2, "dtype": "bfloat16"}]
+)
+def test_recovery_trains_the_pruned_model(options: dict[str, Any], make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
+    job = load_job(make_job(make_model(), recover=TRAINING | {"epochs": 3} | options))
     run_job(job, tmp_path / "run", quiet)
     folder = task_folder(tmp_path / "run", "recover")
     log = read_log(folder)

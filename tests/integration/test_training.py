@@ -13,13 +13,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.checkpoint import FileSystemReader
+from transformers import AutoModelForCausalLM
 
 from orchestrator.failures import Failure, WorkerFailure
 from orchestrator.ray_train import train_on_ray
 from specs.errors import ModelError
 from specs.job import CalibrationSpec
-from specs.training import TrainingSpec
+from specs.training import LoraSpec, TrainingSpec
 from tests.conftest import MakeModel, build_model
+from workers.adapters import adapted, add_adapters, merged
 from workers.finetune import finetune
 from workers.finetune_stage import Finetune, Penalty, Recovery, read_log
 from workers.layout import RESULT_FILE, TRAINED_FOLDER
@@ -99,6 +102,40 @@ def test_the_written_model_has_the_names_and_types_of_the_original(make_model: M
     }
 
 
+def test_adapters_alone_are_trained_saved_and_merged(stage: Finetune) -> None:
+    """A training that goes on from its checkpoint, of the adapters alone, writes what the model with adapters computes."""
+    stage = replace(stage, aim=Recovery(lora=LoraSpec(rank=4)), options=OPTIONS.model_copy(update={"learning_rate": 1e-1}))
+    finetune(stage, ALONE)
+    state = Path(stage.folder) / f"step-{saved_steps(Path(stage.folder))[-1]:07d}"
+    shutil.rmtree(Path(stage.folder) / TRAINED_FOLDER)
+    names = list(FileSystemReader(state).read_metadata().state_dict_metadata)
+    assert names
+    assert all("lora_" in name for name in names if "model.layers" in name)
+    expected = curve(stage.folder)
+    finetune(stage, ALONE)
+    assert curve(stage.folder) == expected
+    assert min(expected[-3:]) < expected[0]
+    dense, found = load_file(Path(stage.model) / "model.safetensors"), weights(stage.folder)
+    changed = {name for name in dense if not torch.equal(dense[name], found[name])}
+    assert {name.split(".")[-2] for name in changed} == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    change = found["model.layers.1.mlp.up_proj.weight"] - dense["model.layers.1.mlp.up_proj.weight"]
+    assert int(torch.linalg.matrix_rank(change, rtol=1e-3)) == 4
+
+
+def test_a_merged_adapter_computes_what_the_adapter_does(make_model: MakeModel) -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(make_model())
+    tokens = torch.tensor([[3, 77, 15, 200, 9, 31, 8, 120]])
+    add_adapters(model, LoraSpec(rank=4), 0)
+    torch.manual_seed(0)
+    for module in adapted(model).values():
+        torch.nn.init.normal_(module.lora_B["default"].weight, std=0.2)  # type: ignore[index]
+    logits = model(tokens).logits
+    for module in adapted(model).values():
+        module.base_layer.weight.data = merged(module.base_layer.weight, module)  # type: ignore[union-attr]
+        torch.nn.init.zeros_(module.lora_B["default"].weight)  # type: ignore[index]
+    torch.testing.assert_close(model(tokens).logits, logits)
+
+
 @pytest.fixture(scope="module")
 def gang(ray_session: None, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Finetune:
     """The stage after a run on two ranks of Ray Train."""
@@ -123,6 +160,18 @@ def test_two_ranks_have_the_loss_curve_of_one_and_half_of_the_state(gang: Finetu
     assert saved_steps(Path(fewer.folder))[-1] < len(curve(fewer.folder))
     finetune(fewer, ALONE)  # one rank goes on from a checkpoint of two
     assert curve(fewer.folder) == pytest.approx(curve(gang.folder), abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.usefixtures("ray_session")
+def test_two_ranks_train_adapters_as_one_does(gang: Finetune, tmp_path: Path) -> None:
+    one, two = (replace(gang, folder=str(tmp_path / name), aim=Recovery(lora=LoraSpec(rank=4))) for name in ("one", "two"))
+    finetune(one, ALONE)
+    train_on_ray(two, 2, False, tmp_path / "ray")
+    assert curve(two.folder) == pytest.approx(curve(one.folder), abs=1e-4)
+    alone, spread = weights(one.folder), weights(two.folder)
+    assert all(torch.allclose(alone[name], spread[name], atol=1e-3) for name in alone)
 
 
 @pytest.mark.slow
