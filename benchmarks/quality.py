@@ -10,13 +10,12 @@ import argparse
 import fnmatch
 import json
 import math
-import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,45 +23,15 @@ import torch
 
 from benchmarks.baselines import BASELINES, MODEL
 from benchmarks.demo_model import HELD_OUT_FRACTION, HERE, held_out, run
+from benchmarks.quality_rows import ALL, OTHERS, ROWS
 from benchmarks.results import RESULTS, record, table
 from specs.job import EvaluationSpec
 from workers.calibration import evaluation_windows, load_tokenizer
 from workers.checkpoint import open_checkpoint
 from workers.evaluate import window_losses
 
-ALIKE = ("budget.kv_groups=3", "budget.round_to=2")
-"""One width for all layers, to the channel."""
-PER_LAYER = ("budget.per_layer=true", "budget.round_to=16")
-THRESHOLD = (*PER_LAYER, "budget.allocation=threshold")
-UNCORRECTED = ("correction.damping=1e6",)
-DRIFT = ("correction.drift=0.5",)
-ALL_TOKENS = ("calibration.samples=392",)
-"""All of the first 80% of WikiText-2's validation text, but for a rest."""
-OTHERS = {"torch-pruning, magnitude": "magnitude", "torch-pruning, Taylor": "taylor", "block influence (ShortGPT)": "block-influence"}
-METHODS: dict[str, tuple[str, ...]] = {
-    "stat, drift, curves": (*PER_LAYER, *DRIFT),
-    "stat, drift": (*ALIKE, *DRIFT),
-    "stat": ALIKE,
-    "numerical, threshold (Numerical Pruning)": (*THRESHOLD, "method=numerical"),
-    "flap, threshold, uncorrected (FLAP without its bias)": (*THRESHOLD, *UNCORRECTED, "budget.kv_groups=3", "method=flap"),
-    "wanda, uncorrected (Wanda-sp)": (*ALIKE, *UNCORRECTED, "method=wanda"),
-    "obs": (*ALIKE, "method=obs"),
-}
-"""Run at every sparsity, as is what others do."""
-ABLATIONS: dict[str, tuple[str, ...]] = {
-    "stat, drift, all tokens": (*ALIKE, *DRIFT, *ALL_TOKENS),
-    "obs, drift": (*ALIKE, *DRIFT, "method=obs"),
-    "flap": (*ALIKE, "method=flap"),
-    "numerical": (*ALIKE, "method=numerical"),
-    "stat, uncorrected": (*ALIKE, *UNCORRECTED),
-    "stat, damping 1e-4": (*ALIKE, "correction.damping=1e-4"),
-    "stat, dense path": (*ALIKE, "parallel.placement=layers"),
-    "stat, 16 x 512 tokens": (*ALIKE, "calibration.samples=16"),
-    "stat, 160 x 512 tokens": (*ALIKE, "calibration.samples=160"),
-    "stat, drift, search": (*PER_LAYER, *DRIFT, "budget.allocation=search"),
-}
-"""What one thing changes; run at the first sparsity."""
-ROWS = METHODS | ABLATIONS
+RECOVERED = ", recovered"
+"""What the names of rows end with whose model was trained after the cut."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +47,11 @@ class Case:
     def file(self) -> Path:
         return self.work / f"{self.name.replace(' ', '-').replace(',', '')}-{self.sparsity}.json"
 
+    @property
+    def unrecovered(self) -> "Case":
+        """The row of the model as it was cut."""
+        return replace(self, name=self.name.removesuffix(RECOVERED))
+
 
 def perplexity(model: Path, texts: dict[str, Path]) -> dict[str, float]:
     """By text: 1024-token windows, the first 52 (a fifth of WikiText-2's validation text)."""
@@ -89,32 +63,43 @@ def perplexity(model: Path, texts: dict[str, Path]) -> dict[str, float]:
     return found
 
 
+def baseline(case: Case, folder: Path) -> dict[str, Any]:
+    """Prune as another tool does, in a process of its own: seconds and peak memory."""
+    words = [OTHERS[case.name], str(case.text), "--sparsity", str(case.sparsity), "--out", str(folder / "model")]
+    subprocess.run([sys.executable, "-m", "benchmarks.baselines", *words], check=True, cwd=HERE.parent)
+    facts: dict[str, Any] = json.loads((folder / "model" / "baseline.json").read_text())
+    return facts
+
+
 def pruned(case: Case, folder: Path) -> dict[str, Any]:
-    """Prune as a row says, in a process of its own: the model's folder, seconds of pruning, peak memory of the process that computes."""
-    if case.name in OTHERS:
-        words = [OTHERS[case.name], str(case.text), "--sparsity", str(case.sparsity), "--out", str(folder / "model")]
-        subprocess.run([sys.executable, "-m", "benchmarks.baselines", *words], check=True, cwd=HERE.parent)
-        facts: dict[str, Any] = json.loads((folder / "model" / "baseline.json").read_text())
-        return facts
+    """Prune as a row says, in a process of its own: seconds but for the export, and for recovery, and peak memory."""
     settings = [f"calibration.path={case.text}", "evaluation=null", f"budget.sparsity={case.sparsity}", "cluster.executor=in-process"]
-    report = run([*settings, "parallel.workers=1", *ROWS[case.name]], folder)
-    shutil.rmtree(folder / "tasks")
-    seconds = report["seconds"]["total"] - report["seconds"].get("export", 0.0)
-    return {"seconds": seconds, "peak_memory_bytes": max(report["peak_memory_bytes"].values())}
+    report = run([*settings, "parallel.workers=1", *ROWS[case.name].settings], folder)
+    taken = report["seconds"]
+    memory = max(report["peak_memory_bytes"].values())
+    return {"seconds": taken["total"] - taken.get("export", 0.0), "peak_memory_bytes": memory, "recover": taken.get("recover", 0.0)}
 
 
 def measure(case: Case, texts: dict[str, Path]) -> dict[str, Any]:
-    """One row, from its file if it is there."""
+    """One row, from its file if it is there. A row that recovers makes the row of the model as it was cut, too."""
     if not case.file.exists():
-        with tempfile.TemporaryDirectory(dir=case.work) as folder:
-            facts = pruned(case, Path(folder))
-            after = perplexity(Path(folder) / "model", texts)
-            size = open_checkpoint(Path(folder) / "model").decoder_parameters
-        result = {"name": case.name, "sparsity": case.sparsity, "decoder_parameters": size, "perplexity": after} | facts
-        case.file.write_text(json.dumps(result))
-        print(json.dumps(result), flush=True)
+        with tempfile.TemporaryDirectory(dir=case.work) as name:
+            folder = Path(name)
+            facts = (baseline if case.name in OTHERS else pruned)(case, folder)
+            recovery = facts.pop("recover", 0.0)
+            if recovery:
+                _note(case, folder / "tasks" / "recover" / "model", texts, facts)
+            if not case.unrecovered.file.exists():
+                _note(case.unrecovered, folder / "model", texts, facts | {"seconds": facts["seconds"] - recovery})
     found: dict[str, Any] = json.loads(case.file.read_text())
     return found
+
+
+def _note(case: Case, model: Path, texts: dict[str, Path], facts: dict[str, Any]) -> None:
+    size = open_checkpoint(model).decoder_parameters
+    result = {"name": case.name, "sparsity": case.sparsity, "decoder_parameters": size, "perplexity": perplexity(model, texts)} | facts
+    case.file.write_text(json.dumps(result))
+    print(json.dumps(result), flush=True)
 
 
 def line(result: dict[str, Any], dense: dict[str, float], decoder_parameters: int) -> list[str]:
@@ -159,7 +144,7 @@ def main() -> None:
     """Run what is missing, print and record everything."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", type=Path, help="UTF-8 text, for instance WikiText-2")
-    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.2, 0.3, 0.4])
+    parser.add_argument("--sparsity", type=float, nargs="+", default=ALL)
     parser.add_argument("--rows", nargs="+", default=["*"], help="patterns of the rows to run")
     parser.add_argument("--jobs", type=int, default=2, help="rows that run at the same time, each on one thread")
     parser.add_argument("--no-run", action="store_true", help="record the rows that are in FOLDER, run none")
@@ -172,10 +157,9 @@ def main() -> None:
     first = work / "calibration.txt"
     first.write_text(content[: int(len(content) * (1 - HELD_OUT_FRACTION))], encoding="utf-8")
     texts = {"same domain": held_out(options.text, work), "help topics": second_domain(work)}
-    wanted = [(name, sparsity) for sparsity in options.sparsity for name in (*METHODS, *OTHERS)]
-    wanted += [(name, options.sparsity[0]) for name in ABLATIONS]
-    picked = [(name, sparsity) for name, sparsity in wanted if any(fnmatch.fnmatch(name, pattern) for pattern in options.rows)]
-    cases = [Case(name, sparsity, first, work) for name, sparsity in picked]
+    rows = {name: row.sparsities for name, row in ROWS.items()} | dict.fromkeys(OTHERS, ALL)
+    names = [name for name in rows if any(fnmatch.fnmatch(name, pattern) for pattern in options.rows)]
+    cases = [Case(name, sparsity, first, work) for sparsity in options.sparsity for name in names if sparsity in rows[name]]
     if options.no_run:
         cases = [case for case in cases if case.file.exists()]
     known = work / "dense.json"

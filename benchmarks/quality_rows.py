@@ -1,0 +1,72 @@
+"""The rows of `benchmarks.quality`: settings of the demo's job, and the sparsities they are run at."""
+
+from dataclasses import dataclass
+
+ALL = (0.2, 0.3, 0.4)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table."""
+
+    settings: tuple[str, ...]
+    sparsities: tuple[float, ...] = ALL
+
+
+ALIKE = ("budget.kv_groups=3", "budget.round_to=2")
+"""One width for all layers, to the channel."""
+PER_LAYER = ("budget.per_layer=true", "budget.round_to=16")
+THRESHOLD = (*PER_LAYER, "budget.allocation=threshold")
+UNCORRECTED = ("correction.damping=1e6",)
+DRIFT = ("correction.drift=0.5",)
+ALL_WINDOWS = 392
+"""All of the first 80% of WikiText-2's validation text, but for a rest."""
+TRAINING = f"{{samples: {ALL_WINDOWS}, micro_batch: 2, dtype: bfloat16}}"
+UNTRAINED = "{samples: 1, learning_rate: 1.0e-30}"
+RANDOM = (*ALIKE, "method.name=dress")
+DRESS = (*RANDOM, f"method.training={TRAINING}")
+TRSP = (
+    "method.name=trsp",
+    "method.gates={samples: 24, batch: 4, learning_rate: 3.0e-2, dtype: bfloat16}",
+    f"method.training={TRAINING}",
+)
+RECOVER = (f"recover={TRAINING}",)
+
+_ABLATIONS = {
+    "obs, drift": (*ALIKE, *DRIFT, "method=obs"),
+    "flap": (*ALIKE, "method=flap"),
+    "numerical": (*ALIKE, "method=numerical"),
+    "stat, uncorrected": (*ALIKE, *UNCORRECTED),
+    "stat, damping 1e-4": (*ALIKE, "correction.damping=1e-4"),
+    "stat, dense path": (*ALIKE, "parallel.placement=layers"),
+    "stat, 16 x 512 tokens": (*ALIKE, "calibration.samples=16"),
+    "stat, 160 x 512 tokens": (*ALIKE, "calibration.samples=160"),
+    "stat, drift, search": (*PER_LAYER, *DRIFT, "budget.allocation=search"),
+    "random mask": (*RANDOM, f"method.training={UNTRAINED}"),
+    "random mask, uncorrected": (*RANDOM, *UNCORRECTED, f"method.training={UNTRAINED}"),
+    "dress, uncorrected": (*DRESS, *UNCORRECTED),
+    "dress, without penalty": (*DRESS, "method.strength=1e-30"),
+    "dress, mask of stat": (*DRESS, "method.mask=stat"),
+    "dress, layer by layer": (*DRESS, "method.scope=layer", f"calibration.samples={ALL_WINDOWS}"),
+}
+"""What one thing changes."""
+
+ROWS = {
+    "stat, drift, curves": Row((*PER_LAYER, *DRIFT)),
+    "stat, drift": Row((*ALIKE, *DRIFT)),
+    "stat": Row(ALIKE),
+    "numerical, threshold (Numerical Pruning)": Row((*THRESHOLD, "method=numerical")),
+    "flap, threshold, uncorrected (FLAP without its bias)": Row((*THRESHOLD, *UNCORRECTED, "budget.kv_groups=3", "method=flap")),
+    "wanda, uncorrected (Wanda-sp)": Row((*ALIKE, *UNCORRECTED, "method=wanda")),
+    "obs": Row((*ALIKE, "method=obs")),
+    "dress": Row(DRESS, (0.2, 0.3)),
+    "trsp": Row(TRSP, (0.2, 0.3)),
+    "stat, drift, all tokens": Row((*ALIKE, *DRIFT, f"calibration.samples={ALL_WINDOWS}"), (0.2, 0.3)),
+    **{name: Row(settings, (0.2,)) for name, settings in _ABLATIONS.items()},
+    "stat, recovered": Row((*ALIKE, *RECOVER), (0.3,)),
+    "numerical, threshold (Numerical Pruning), recovered": Row((*THRESHOLD, "method=numerical", *RECOVER), (0.3,)),
+    "dress, recovered": Row((*DRESS, *RECOVER), (0.3,)),
+    "trsp, recovered": Row((*TRSP, *RECOVER), (0.3,)),
+}
+OTHERS = {"torch-pruning, magnitude": "magnitude", "torch-pruning, Taylor": "taylor", "block influence (ShortGPT)": "block-influence"}
+"""What other tools do, see `benchmarks.baselines`; run at every sparsity."""
