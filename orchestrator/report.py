@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from orchestrator.context import Context
@@ -13,9 +14,13 @@ from orchestrator.run_folder import REPORT_FILE, environment, seconds_per_stage
 from specs.errors import SpecError
 from workers.checkpoint import open_checkpoint
 from workers.files import Manifest, read_manifest, write_json, write_text
+from workers.finetune_stage import read_log
 from workers.layout import SHAPE_TASK, model_folder, task_folder
 
 PAGE_FILE = "report.html"
+TRAININGS = {"regularise": "regularise", "layers": "regularised-*", "gates": "gates-*", "updates": "updates", "recover": "recover"}
+"""The folders of every kind of training, by name."""
+SHOWN_STEPS = 400
 Losses = dict[str, dict[str, float]] | None
 
 
@@ -42,11 +47,31 @@ def write_report(context: Context, layers: Sequence[Manifest], losses: Losses) -
         "seconds": seconds | {"total": sum(seconds.values())},
         "step_seconds": context.executor.step_seconds,
         "peak_memory_bytes": _peaks(events),
+        "training": trainings(context.folder.path),
         "layers": [{"layer": number} | {"groups": manifest.info["groups"]} for number, manifest in enumerate(layers)],
     }
     write_text(context.folder.path / PAGE_FILE, html_report(report))
     write_json(context.folder.path / REPORT_FILE, report)
     return report
+
+
+def trainings(run: Path) -> dict[str, dict[str, Any]]:
+    """Of every training the steps (some, where they are many), the terms of its loss and its gradient's norm; gates one after another.
+
+    Layers that were trained alone are one training, the mean over them.
+    """
+    found = {}
+    for name, pattern in TRAININGS.items():
+        logs = [read_log(folder) for folder in sorted((run / "tasks").glob(pattern))]
+        if not any(logs):
+            continue
+        steps = [[line] for log in logs for line in log] if name == "gates" else list(zip(*logs, strict=True))
+        shown = range(0, len(steps), -(-len(steps) // SHOWN_STEPS))
+        terms = [term for term in steps[0][0] if term not in ("step", "of", "tokens_per_second")]
+        curves = {term: [fmean(line[term] for line in steps[number]) for number in shown] for term in terms}
+        speed = fmean(line["tokens_per_second"] for step in steps for line in step)
+        found[name] = {"steps": list(shown), "curves": curves, "tokens_per_second": speed}
+    return found
 
 
 def _allocation(context: Context) -> dict[str, Any] | None:

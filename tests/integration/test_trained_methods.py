@@ -51,7 +51,7 @@ def test_dress_trains_every_layer_alone(model_type: str, make_model: MakeModel, 
     method = {"name": "dress", "scope": "layer", "strength": 1e-3, "training": training}
     dense = make_model(model_type)
     job = make_job(dense, method=method, budget={"kv_groups": 1})
-    run_job(load_job(job), tmp_path / "run", quiet)
+    report = run_job(load_job(job), tmp_path / "run", quiet)
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "tasks" / "regularise" / "model")
     original = AutoModelForCausalLM.from_pretrained(dense)
     assert torch.equal(trained.model.embed_tokens.weight, original.model.embed_tokens.weight)
@@ -67,6 +67,8 @@ def test_dress_trains_every_layer_alone(model_type: str, make_model: MakeModel, 
         ratio = trained.model.layers[layer].mlp.up_proj.weight.norm(dim=1) / original.model.layers[layer].mlp.up_proj.weight.norm(dim=1)
         gone = sorted(set(range(len(ratio))) - set(kept["neurons"]))
         assert ratio[gone].mean() < ratio[kept["neurons"]].mean()
+    assert report["training"]["layers"]["steps"] == list(range(15))
+    assert set(report["training"]["layers"]["curves"]) == {"transfer", "loss", "penalty", "gradient_norm"}
     verify_run(tmp_path / "run")
 
     calls = 0
@@ -93,6 +95,7 @@ def test_trsp_removes_the_layers_that_its_gates_choose(make_model: MakeModel, ma
     steps = [(event["task"], event["step"] + 1 == event["of"]) for event in events if event["event"] == "training-step"]
     assert {("gates-0000", True), ("gates-0001", True), ("updates", True)} <= set(steps)
     assert 0 not in chosen
+    assert {name: len(training["steps"]) for name, training in report["training"].items()} == {"gates": 8, "updates": 4}
     assert report["decoder_parameters"]["after"] == report["decoder_parameters"]["before"] * 4 // 6
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     trained = AutoModelForCausalLM.from_pretrained(task_folder(tmp_path / "run", "updates") / "model")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from orchestrator.charts import ticks
 from orchestrator.html_report import html_report
 
 VOID = {"meta", "br"}
@@ -35,6 +36,7 @@ def make_report(num_layers: int = 4) -> dict[str, Any]:
         "warnings": ["2,048 calibration tokens are 1.3 per FFN channel <b>"],
         "seconds": {"tokenize": 10.0, "sweep": 30.0, "total": 40.0},
         "peak_memory_bytes": {"driver": 2**29, "worker-0": 3 * 2**30},
+        "training": {},
         "layers": [{"layer": number, "groups": copy.deepcopy(groups)} for number in range(num_layers)],
     }
 
@@ -189,3 +191,23 @@ def test_warnings_are_shown_and_escaped() -> None:
     page = html_report(make_report())
     assert "Warning: 2,048 calibration tokens are 1.3 per FFN channel <b>" in " ".join(Page(page).text.split())
     assert "Warning" not in html_report(make_report() | {"warnings": []})
+
+
+def test_every_training_has_its_curves() -> None:
+    training = {"steps": [0, 2, 4], "curves": {"lm": [3.5, 3.4, 3.45], "penalty": [40.0, 4.0, 0.0]}, "tokens_per_second": 1234.0}
+    report = make_report() | {"training": {"gates": training, "recover": training}}
+    report["perplexity"]["recovered"] = 25.0
+    page = html_report(report)
+    titles = [svg[0].text for svg in svgs(page)]
+    assert titles[2:6] == ["gates: lm", "gates: penalty", "recover: lm", "recover: penalty"]
+    assert svgs(page)[3][1].text == "from 40 to 0, least 0, most 40"
+    assert "1,234 tokens per second" in Page(page).text
+    assert "Perplexity, recovered" in Page(page).text
+
+
+@pytest.mark.parametrize(("least", "largest"), [(0.0, 0.0), (3.41, 3.42), (3.0, 3.0), (1e-9, 4e4), (0.0, 0.7)])
+def test_ticks_hold_the_values(least: float, largest: float) -> None:
+    marks = ticks(least, largest, 5)
+    assert marks[0] <= least
+    assert marks[-1] >= largest
+    assert 2 <= len(marks) <= 7
