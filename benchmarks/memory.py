@@ -2,8 +2,10 @@
 
     python -m benchmarks.memory llama-2-7b --models /data/models --runs /data/runs
     python -m benchmarks.memory llama-3-70b --layers 2 --models /data/models --runs /data/runs
+    python -m benchmarks.memory llama-2-7b --layers 2 --kv-groups 28 --method dress --models /data/models --runs /data/runs
 
-Random weights (`benchmarks.random_model`), 4 x 512 calibration tokens, 20%, two Ray workers of 5 GiB and one thread each.
+Random weights (`benchmarks.random_model`), 4 x 512 calibration tokens, 20%, two Ray workers of 5 GiB and one thread each. `dress` trains
+every layer alone, one window at a time.
 A run that was interrupted goes on.
 """
 
@@ -23,6 +25,7 @@ from orchestrator.run_folder import read_events
 from specs.job import parse_bytes
 
 HERE = Path(__file__).parent
+METHODS = {"stat": "stat", "dress": {"name": "dress", "scope": "layer", "training": {"batch": 2, "epochs": 2, "dtype": "bfloat16"}}}
 
 
 def job(model: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -34,6 +37,7 @@ def job(model: Path, options: argparse.Namespace) -> dict[str, Any]:
         "budget": {"sparsity": 0.2, "kv_groups": options.kv_groups or "auto"},
         "parallel": {"workers": 2, "placement": options.placement, "micro_batch": 1},
         "memory": {"worker": options.budget},
+        "method": METHODS[options.method],
     }
 
 
@@ -70,11 +74,13 @@ def main() -> None:
     parser.add_argument("--models", type=Path, required=True, help="folder for the model")
     parser.add_argument("--runs", type=Path, required=True, help="folder for the run")
     parser.add_argument("--budget", default="5GiB", help="private memory of one worker")
-    parser.add_argument("--placement", choices=["layers", "shards"], default="layers")
+    parser.add_argument("--placement", choices=["layers", "shards"], help="default: layers; dress has a way of its own")
+    parser.add_argument("--method", choices=METHODS, default="stat")
     parser.add_argument("--kv-groups", type=int, help="KV groups that stay; default: found by the probe")
     options = parser.parse_args()
+    options.placement = options.placement or ("layers" if options.method == "stat" else "shards")
     name = f"{options.shape}-{options.layers or SHAPES[options.shape]['num_hidden_layers']}-layers"
-    model, run = options.models.absolute() / name, options.runs.absolute() / f"{name}-{options.placement}"
+    model, run = options.models.absolute() / name, options.runs.absolute() / f"{name}-{options.placement}-{options.method}"
     if not (model / "config.json").exists():
         write_model(options.shape, model, options.layers)
     run.parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +89,8 @@ def main() -> None:
     for words in (["run", str(path), "--out", str(run)], ["verify", str(run)]):
         subprocess.run([sys.executable, "-m", "orchestrator.cli", *words], check=True, cwd=HERE.parent)
     report, plan = (json.loads((run / file).read_text()) for file in ("report.json", "plan.json"))
-    record(f"memory-{name}-{options.placement}", page(report, plan, layer_seconds(read_events(run)), options.budget))
+    method = "" if options.method == "stat" else f"-{options.method}"
+    record(f"memory-{name}-{options.placement}{method}", page(report, plan, layer_seconds(read_events(run)), options.budget))
 
 
 if __name__ == "__main__":
