@@ -116,8 +116,8 @@ class DressOptions(MethodOptions):
     output in the dense model, many at a time, in the memory of one layer."""
     norm: Literal["l1", "l2"] = "l2"
     """Norm of a unit's weights in the penalty."""
-    strength: float = Field(default=1e-2, gt=0.0)
-    """Weight of the penalty (lambda) beside the loss."""
+    strength: float = Field(default=1.0, gt=0.0, le=1e3)
+    """How far the penalty takes the norm of a unit down over the whole training, if nothing else moves it; 1: to zero."""
     seed: int = Field(default=0, ge=0)
     """Seed of a random mask."""
     training: TrainingSpec = TrainingSpec()

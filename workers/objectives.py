@@ -3,8 +3,8 @@
 Letters: B windows, T tokens, D hidden, V vocabulary, U units of a coupled group, L layers.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from workers.families import UnitGroup
-from workers.finetune_stage import Norm
+from workers.finetune_stage import Norm, Removed
 
 Sum = Callable[[Tensor], Tensor]
 """Adds a tensor up over the ranks."""
@@ -21,7 +21,7 @@ Sum = Callable[[Tensor], Tensor]
 class Objective:
     """The language-model loss alone: the base of every other objective."""
 
-    def prepare(self, model: nn.Module) -> list[nn.Parameter]:
+    def prepare(self, model: nn.Module, summed: Sum) -> list[nn.Parameter]:
         """Change the model where the objective needs it; the parameters to train."""
         return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
@@ -29,9 +29,9 @@ class Objective:
         """The terms of the loss on some windows, means over their tokens, by name."""
         return {"lm": model(input_ids=batch_BT, labels=batch_BT, use_cache=False).loss}
 
-    def add_gradients(self, model: nn.Module, summed: Sum) -> dict[str, float]:
-        """Add the gradients of terms that depend on weights alone, in closed form; the terms' values, by name."""
-        del model, summed
+    def after_step(self, share: float, summed: Sum) -> dict[str, float]:
+        """Follow a step of the optimizer, `share` of the sum of all learning rates, for terms of weights alone; their values, by name."""
+        del share, summed
         return {}
 
     def release(self, model: nn.Module) -> None:
@@ -87,48 +87,76 @@ def group_parts(layer: nn.Module, group: UnitGroup) -> list[_Part]:
     return [*parts, _Part(consumer, 1, columns_F)]
 
 
-class GroupPenalty(Objective):
-    """DReSS (arXiv 2501.17905): the weights of the units that will go are driven towards zero, so that others take over.
+@dataclass(frozen=True)
+class _Going:
+    """Units of one group of one layer that will go: all their weights, and their norms at first; 0 for units that stay."""
 
-    strength x sum over these units of |w| (l2: over all weights of the unit together; l1: the sum of all of them). A unit's
-    norm is over all its matrices at once. Scaling up_proj down and down_proj up by the same factor changes nothing in the
-    network, and never brings the penalty below twice the product of the two norms: it cannot be dodged, though it is not
-    invariant itself.
+    parts: list[_Part]
+    initial_U: Tensor
+    count_U: Tensor
+
+    def per_unit(self, amount: Callable[[Tensor], Tensor], summed: Sum) -> Tensor:
+        """An amount of every weight, summed over each unit."""
+        return summed(torch.stack([part.per_unit(amount(part.values), len(self.initial_U)) for part in self.parts]).sum(0))
+
+
+class GroupPenalty(Objective):
+    """DReSS (arXiv 2501.17905): the weights of the units that will go are driven to zero, so that others take over.
+
+    P(w) = sum over these units of |w0_u| |w_u|, with w_u all weights of a unit at once and w0_u what they were at first (l2); or
+    a_u |w_u|_1, with a_u the mean |w| of w0_u (l1). The optimizer does not see P: after each of its steps comes P's proximal map,
+    of step c = strength x learning rate / sum of all learning rates. For l2, |w_u| falls by c |w0_u|, not below 0; for l1, every
+    |w| by c a_u. So with strength 1 a unit that nothing else moves is gone just at the end (l2). Adam would scale P's gradient as it
+    does the loss's, to steps that depend on neither's size; this is to P what AdamW is to weight decay (ProxGen, Yun et al. 2021).
+
+    A norm is over all of a unit's matrices at once. Scaling up_proj down and down_proj up by the same factor changes nothing in the
+    network, and never brings it below sqrt(2 |up| |down|): it cannot be dodged, though it is not invariant itself.
     """
 
-    def __init__(
-        self, groups: Mapping[str, UnitGroup], removed: Sequence[Mapping[str, Collection[int]]], strength: float, norm: Norm
-    ) -> None:
+    def __init__(self, groups: Mapping[str, UnitGroup], removed: Sequence[Removed], strength: float, norm: Norm) -> None:
         """`removed`: for every layer and group the units that will go."""
         self._groups, self._removed, self._strength, self._norm = groups, removed, strength, norm
+        self._going: list[_Going] = []
 
     def layers(self, model: Any) -> list[nn.Module]:
         """The decoder layers of what is trained."""
         return list(model.model.layers)
 
-    def _penalised(self, model: nn.Module) -> Iterator[tuple[list[_Part], Tensor]]:
+    def prepare(self, model: nn.Module, summed: Sum) -> list[nn.Parameter]:
+        """Find the units' weights, and measure them."""
         for layer, removed in zip(self.layers(model), self._removed, strict=True):
             for name, units in removed.items():
-                parts = group_parts(layer, self._groups[name])
-                mask_U = torch.zeros(self._groups[name].num_units, dtype=torch.float64, device=parts[0].index_N.device)
-                mask_U[list(units)] = 1.0
-                yield parts, mask_U
+                group = self._groups[name]
+                parts = group_parts(layer, group)
+                nothing_U = torch.zeros(group.num_units, dtype=torch.float64, device=parts[0].index_N.device)
+                going = _Going(parts, nothing_U, nothing_U)
+                mask_U = nothing_U.index_fill(0, torch.tensor(list(units), dtype=torch.int64, device=nothing_U.device), 1.0)
+                count_U = going.per_unit(torch.ones_like, summed)
+                self._going.append(replace(going, initial_U=mask_U * self._sizes(going, summed), count_U=count_U))
+        return super().prepare(model, summed)
 
-    def add_gradients(self, model: nn.Module, summed: Sum) -> dict[str, float]:
-        """The penalty's value, its gradient added; at zero the gradient is taken as zero."""
-        total = 0.0
-        for parts, mask_U in self._penalised(model):
-            square = self._norm == "l2"
-            amounts = [part.per_unit(part.values.square() if square else part.values.abs(), len(mask_U)) for part in parts]
-            sizes_U = summed(torch.stack(amounts).sum(0))
-            sizes_U = sizes_U.sqrt() if square else sizes_U
-            total += float((sizes_U * mask_U).sum())
-            factors_U = self._strength * mask_U / (torch.where(sizes_U > 0, sizes_U, 1.0) if square else 1.0)
-            for part in parts:
-                assert part.parameter.grad is not None
-                direction = part.values if square else part.values.sign()
-                local_part(part.parameter.grad).add_(direction * part.spread(factors_U).to(direction.dtype))
-        return {"penalty": self._strength * total}
+    def _sizes(self, going: _Going, summed: Sum) -> Tensor:
+        return going.per_unit(torch.square, summed).sqrt() if self._norm == "l2" else going.per_unit(torch.abs, summed)
+
+    def after_step(self, share: float, summed: Sum) -> dict[str, float]:
+        """The proximal map; what is left of the units before it, times strength."""
+        left = first = 0.0
+        for going in self._going:
+            sizes_U = self._sizes(going, summed)
+            left += float(sizes_U[going.initial_U > 0].sum())
+            first += float(going.initial_U.sum())
+            self._shrink(going, sizes_U, self._strength * share)
+        return {"penalty": self._strength * left / (first or 1.0)}
+
+    def _shrink(self, going: _Going, sizes_U: Tensor, step: float) -> None:
+        steps_U = step * going.initial_U
+        factors_U = 1 - torch.where(sizes_U > 0, steps_U / sizes_U, 0.0).clamp_max(1.0)
+        for part in going.parts:
+            if self._norm == "l2":
+                part.values.mul_(part.spread(factors_U).to(part.values.dtype))
+            else:
+                least = part.spread(steps_U / going.count_U).to(part.values.dtype)
+                part.values.copy_(part.values.sign() * (part.values.abs() - least).clamp_min(0))
 
 
 class Watched(nn.Module):
@@ -165,7 +193,7 @@ class LayerGates(Objective):
         """Gates to begin with; those of `removed` layers stay at 0."""
         self._initial, self._removed, self._strength = gates, removed, strength
 
-    def prepare(self, model: Any) -> list[nn.Parameter]:
+    def prepare(self, model: Any, summed: Sum) -> list[nn.Parameter]:
         """Freeze the model and put a gate on every layer."""
         model.requires_grad_(False)
         device = next(model.parameters()).device
@@ -197,11 +225,11 @@ class UpdatePenalty(Objective):
     def __init__(self, removed: Collection[int], strength: float, norm: Norm) -> None:
         self._removed, self._strength, self._norm = sorted(removed), strength, norm
 
-    def prepare(self, model: Any) -> list[nn.Parameter]:
+    def prepare(self, model: Any, summed: Sum) -> list[nn.Parameter]:
         """Watch the layers that will go."""
         for index in self._removed:
             model.model.layers[index] = Watched(model.model.layers[index], norm=self._norm)
-        return super().prepare(model)
+        return super().prepare(model, summed)
 
     def losses(self, model: Any, batch_BT: Tensor) -> dict[str, Tensor]:
         """The language-model loss and the penalty on the updates."""

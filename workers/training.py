@@ -121,9 +121,10 @@ class Training:
     ) -> None:
         self.model, self.objective, self.options, self.folder, self.ranks = model, objective, options, folder, ranks
         self._windows_ST = windows_ST
-        self.parameters = objective.prepare(model)
+        self.parameters = objective.prepare(model, ranks.summed)
         self._optimizer = torch.optim.AdamW(self.parameters, lr=options.learning_rate, weight_decay=options.weight_decay)
         self.steps = total_steps(options, len(windows_ST))
+        self._rates = math.fsum(rate(step, self.steps, options) for step in range(self.steps))
 
     def run(self) -> None:
         """Train to the end, from the last checkpoint if there is one.
@@ -156,14 +157,14 @@ class Training:
         self._average_whole()
         facts = dict(zip(sums, self.ranks.summed(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist(), strict=True))
         facts["loss"] = math.fsum(facts.values())
-        facts |= self.objective.add_gradients(self.model, self.ranks.summed)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.options.clip)
         facts["gradient_norm"] = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         for group in self._optimizer.param_groups:
             group["lr"] = self.options.learning_rate * rate(step, self.steps, self.options)
         self._optimizer.step()
         self._optimizer.zero_grad()
-        return facts
+        share = rate(step, self.steps, self.options) / self._rates
+        return facts | self.objective.after_step(share, self.ranks.summed)
 
     def _average_whole(self) -> None:
         """Average the gradients of parameters that every rank holds whole; FSDP does it for those it has spread."""

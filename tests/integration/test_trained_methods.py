@@ -27,7 +27,7 @@ def quiet(event: dict[str, Any]) -> None:
 def test_dress_trains_with_a_penalty_on_its_mask_and_cuts_exactly_that(
     mask: str, make_model: MakeModel, make_job: MakeJob, tmp_path: Path
 ) -> None:
-    method = {"name": "dress", "mask": mask, "strength": 0.05, "training": TRAINING | {"epochs": 4}}
+    method = {"name": "dress", "mask": mask, "training": TRAINING | {"epochs": 4}}
     evaluation = {"path": str(tmp_path / "other.txt"), "window": 16}
     (tmp_path / "other.txt").write_text("Nothing of this stands in the text that was trained on, nowhere at all. " * 8)
     job = load_job(make_job(make_model(), method=method, budget={"kv_groups": 1}, evaluation=evaluation))
@@ -48,7 +48,7 @@ def test_dress_trains_with_a_penalty_on_its_mask_and_cuts_exactly_that(
 @pytest.mark.parametrize("model_type", ["llama", "gemma2"])  # without masks and with them
 def test_dress_trains_every_layer_alone(model_type: str, make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
     training = TRAINING | {"epochs": 6, "learning_rate": 3e-3, "samples": 10, "micro_batch": 3}
-    method = {"name": "dress", "scope": "layer", "strength": 1e-3, "training": training}
+    method = {"name": "dress", "scope": "layer", "strength": 0.5, "training": training}
     dense = make_model(model_type)
     job = make_job(dense, method=method, budget={"kv_groups": 1})
     report = run_job(load_job(job), tmp_path / "run", quiet)

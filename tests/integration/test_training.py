@@ -35,7 +35,7 @@ REMOVED = [{"heads": [1], "neurons": list(range(16))}] * 3
 def stage_in(folder: Path, model: Path, text: Path) -> Finetune:
     """A small training with a penalty, in a folder of its own."""
     cut = CalibrationSpec(path=str(text), samples=18, sequence_length=32, shards=4)
-    return Finetune(str(model), str(folder), cut, OPTIONS, Penalty(REMOVED, 0.01, "l2"))
+    return Finetune(str(model), str(folder), cut, OPTIONS, Penalty(REMOVED, 0.8, "l2"))
 
 
 @pytest.fixture

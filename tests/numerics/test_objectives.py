@@ -25,55 +25,80 @@ def double(folder: Path) -> Any:
     return whole_model(open_checkpoint(folder)).double()
 
 
+def penalty_on(folder: Path, removed: list[dict[str, list[int]]], strength: float, norm: Norm) -> tuple[Any, GroupPenalty]:
+    """A model in fp64, and a penalty that has measured it."""
+    model = double(folder)
+    objective = GroupPenalty({group.name: group for group in unit_groups(open_checkpoint(folder).config)}, removed, strength, norm)
+    objective.prepare(model, alone)
+    return model, objective
+
+
+def unit_weights(model: Any, layer: int, neuron: int) -> Tensor:
+    """All weights of a channel."""
+    mlp = model.model.layers[layer].mlp
+    return torch.cat([mlp.gate_proj.weight[neuron], mlp.up_proj.weight[neuron], mlp.down_proj.weight[:, neuron]]).detach()
+
+
 @pytest.mark.parametrize("norm", ["l1", "l2"])
 @pytest.mark.parametrize("model_type", ["llama", "qwen2"])  # without biases and with them
-def test_the_gradient_of_the_group_penalty_is_its_finite_difference(model_type: str, norm: Norm, make_model: MakeModel) -> None:
-    folder = make_model(model_type)
-    model = double(folder)
-    groups = {group.name: group for group in unit_groups(open_checkpoint(folder).config)}
-    objective = GroupPenalty(groups, REMOVED, 0.7, norm)
+def test_a_small_proximal_step_goes_against_the_gradient_of_the_penalty(model_type: str, norm: Norm, make_model: MakeModel) -> None:
+    """The penalty's value is the sum over units of |w0_u| |w_u|; its gradient by finite differences."""
+    folder, step = make_model(model_type), 1e-7
+    model, objective = penalty_on(folder, REMOVED, 1.0, norm)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    objective.after_step(step, alone)
+    change = {name: parameter.detach() - before[name] for name, parameter in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        parameter.data.copy_(before[name])
 
     def value() -> float:
-        model.zero_grad()
-        for parameter in model.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-        return objective.add_gradients(model, alone)["penalty"]
+        total = 0.0
+        for going in objective._going:
+            scale_U = going.initial_U if norm == "l2" else going.initial_U / going.count_U
+            total += float((scale_U * objective._sizes(going, alone)).sum())
+        return total
 
-    value()
-    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
-        direction = torch.randn_like(parameter)
+        direction = torch.randn_like(parameter) * before[name].abs()  # changes no sign
         with torch.no_grad():
             parameter += 1e-6 * direction
             after = value()
             parameter -= 2e-6 * direction
-            before = value()
+            least = value()
             parameter += 1e-6 * direction
-        assert (after - before) / 2e-6 == pytest.approx(float((gradients[name] * direction).sum()), rel=1e-5, abs=1e-8), name
+        slope = (after - least) / 2e-6
+        assert slope == pytest.approx(-float((change[name] * direction).sum()) / step, rel=1e-4, abs=1e-5), name
 
 
-def test_the_group_penalty_is_the_norm_of_exactly_what_will_go(make_model: MakeModel) -> None:
-    folder = make_model()
-    model = double(folder)
-    groups = {group.name: group for group in unit_groups(open_checkpoint(folder).config)}
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    found = GroupPenalty(groups, [{"neurons": [4]}, {"heads": [1]}, {}], 2.0, "l2").add_gradients(model, alone)["penalty"]
-    mlp, attention = model.model.layers[0].mlp, model.model.layers[1].self_attn
-    neuron = torch.cat([mlp.gate_proj.weight[4], mlp.up_proj.weight[4], mlp.down_proj.weight[:, 4]])
+def test_the_group_penalty_is_on_exactly_what_will_go(make_model: MakeModel) -> None:
+    model, objective = penalty_on(folder := make_model(), [{"neurons": [4]}, {"heads": [1]}, {}], 2.0, "l2")
+    attention = model.model.layers[1].self_attn
     head = [attention.q_proj.weight[16:32], attention.k_proj.weight[8:], attention.v_proj.weight[8:], attention.o_proj.weight[:, 16:32]]
-    expected = neuron.norm() + torch.cat([part.flatten() for part in head]).norm()
-    assert found == pytest.approx(2.0 * float(expected))
-    assert mlp.gate_proj.weight.grad[5].abs().max() == 0
-    assert model.model.layers[2].mlp.up_proj.weight.grad.abs().max() == 0
+    expected = unit_weights(model, 0, 4).norm(), torch.cat([part.flatten() for part in head]).norm()
+    found = [float(going.initial_U.sum()) for going in objective._going]
+    assert found == pytest.approx([float(size) for size in expected])
+    assert objective.after_step(0.25, alone)["penalty"] == pytest.approx(2.0)
+    dense = double(folder)
+    torch.testing.assert_close(unit_weights(model, 0, 4), 0.5 * unit_weights(dense, 0, 4))
+    assert torch.equal(unit_weights(model, 0, 5), unit_weights(dense, 0, 5))
+    assert torch.equal(model.model.layers[2].mlp.up_proj.weight, dense.model.layers[2].mlp.up_proj.weight)
+    assert objective.after_step(0.25, alone)["penalty"] == pytest.approx(1.0)
+    assert unit_weights(model, 0, 4).abs().max() < 1e-12
 
 
-def test_rescaling_cannot_bring_the_penalty_below_the_product_of_the_norms(make_model: MakeModel) -> None:
-    folder = make_model()
-    model = double(folder)
-    groups = {group.name: group for group in unit_groups(open_checkpoint(folder).config)}
-    objective, mlp = GroupPenalty(groups, [{"neurons": [4]}, {}, {}], 1.0, "l2"), model.model.layers[0].mlp
+def test_l1_makes_single_weights_exactly_zero(make_model: MakeModel) -> None:
+    model, objective = penalty_on(make_model(), [{"neurons": [4]}, {}, {}], 1.0, "l1")
+    before = unit_weights(model, 0, 4)
+    objective.after_step(0.5, alone)
+    threshold = 0.5 * before.abs().mean()
+    torch.testing.assert_close(unit_weights(model, 0, 4), before.sign() * (before.abs() - threshold).clamp_min(0))
+    assert int((unit_weights(model, 0, 4) == 0).sum()) == int((before.abs() <= threshold).sum()) > 0
+
+
+def test_rescaling_cannot_bring_a_unit_below_the_product_of_its_norms(make_model: MakeModel) -> None:
+    model, objective = penalty_on(make_model(), [{"neurons": [4]}, {}, {}], 1.0, "l2")
+    mlp = model.model.layers[0].mlp
     up, down, gate = mlp.up_proj.weight[4].clone(), mlp.down_proj.weight[:, 4].clone(), mlp.gate_proj.weight[4]
     least = float((gate.square().sum() + 2 * up.norm() * down.norm()).sqrt())
     logits = model(TOKENS).logits
@@ -81,16 +106,14 @@ def test_rescaling_cannot_bring_the_penalty_below_the_product_of_the_norms(make_
         with torch.no_grad():
             mlp.up_proj.weight[4], mlp.down_proj.weight[:, 4] = up * factor, down / factor
         torch.testing.assert_close(model(TOKENS).logits, logits)
-        for parameter in model.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-        assert objective.add_gradients(model, alone)["penalty"] >= least * (1 - 1e-12)
+        assert float(objective._sizes(objective._going[0], alone)[4]) >= least * (1 - 1e-12)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma2"])
 def test_a_gate_at_zero_is_a_layer_removed(model_type: str, make_model: MakeModel) -> None:
     folder = make_model(model_type)
     gated, cut = double(folder), double(folder)
-    LayerGates([1.0, 1.0, 1.0], removed=[1], strength=0.0).prepare(gated)
+    LayerGates([1.0, 1.0, 1.0], removed=[1], strength=0.0).prepare(gated, alone)
     cut.model.layers = torch.nn.ModuleList([cut.model.layers[0], cut.model.layers[2]])
     cut.model.config.num_hidden_layers = 2
     torch.testing.assert_close(gated(TOKENS, use_cache=False).logits, cut(TOKENS, use_cache=False).logits, rtol=1e-5, atol=1e-5)
@@ -103,7 +126,7 @@ def test_gates_have_the_gradient_of_the_loss(checkpointing: bool, make_model: Ma
         model.activation_checkpointing_enable({"use_reentrant": False})
         model.train()
     objective = LayerGates([0.9, 0.5, 1.2], removed=[], strength=0.3)
-    gates = objective.prepare(model)
+    gates = objective.prepare(model, alone)
     sum(objective.losses(model, TOKENS).values()).backward()  # type: ignore[union-attr]
     for gate in gates:
         values = []
@@ -131,7 +154,7 @@ def test_the_penalty_on_updates_is_their_size_and_its_gradient_is_right(norm: No
         model.activation_checkpointing_enable({"use_reentrant": False})
         model.train()
     objective = UpdatePenalty([2, 0], 0.05, norm)
-    objective.prepare(model)
+    objective.prepare(model, alone)
     found = objective.losses(model, TOKENS)["penalty"]
     states: list[Tensor] = []
     handles = [layer.register_forward_pre_hook(lambda _, args: states.append(args[0])) for layer in plain.model.layers]
