@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 from orchestrator.executor import Executor
 from orchestrator.failures import Decision, WorkerFailure, decide, stopping_error
 from orchestrator.plan import Plan
-from orchestrator.run_folder import RunFolder
+from orchestrator.run_folder import PLAN_FILE, RunFolder
 from specs.job import JobSpec
 from workers.checkpoint import Checkpoint
-from workers.files import Manifest
+from workers.files import Manifest, write_json
 from workers.memory import PeakMemory
 
 T = TypeVar("T")
@@ -38,6 +38,11 @@ class Context:
     def original(self) -> Checkpoint:
         """The model the job names."""
         return self.source or self.checkpoint
+
+    def settle(self, plan: Plan) -> None:
+        """Go on with a plan, and write it down."""
+        self.plan = plan
+        write_json(self.folder.path / PLAN_FILE, plan.document())
 
     def emit(self, event: str, **fields: Any) -> None:
         """Record an event and show it."""

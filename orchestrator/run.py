@@ -14,11 +14,10 @@ from orchestrator.context import Context
 from orchestrator.executor import Executor, InProcessExecutor
 from orchestrator.plan import Plan, make_plan
 from orchestrator.report import write_report
-from orchestrator.run_folder import PLAN_FILE, RunFolder
+from orchestrator.run_folder import RunFolder
 from specs.errors import ResourceError
 from specs.job import JobSpec
 from workers.checkpoint import open_checkpoint
-from workers.files import write_json
 from workers.layout import CACHE
 
 Show = Callable[[dict[str, Any]], None]
@@ -40,13 +39,11 @@ def run_job(job: JobSpec, out: Path, show: Show) -> dict[str, Any]:
         for warning in plan.warnings:
             context.emit("warning", text=warning)
         _check_disk(folder.path, plan)
-        write_json(folder.path / PLAN_FILE, plan.document())
+        context.settle(plan)
         stages.start(context)
         tokens, evaluated = stages.tokenize(context)
-        context.plan = plan.chosen(stages.choose_shape(context, tokens))
-        write_json(folder.path / PLAN_FILE, context.plan.document())
+        context.settle(plan.chosen(stages.choose_shape(context, tokens)))
         training.train_first(context, tokens)
-        write_json(folder.path / PLAN_FILE, context.plan.document())
         layers = sweep.prune_layers(context, tokens)
         exported = export.export_model(context, layers)
         recovered = training.recover(context, exported)

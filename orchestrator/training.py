@@ -123,7 +123,7 @@ def _shrink_layers(context: Context, trsp: TrspOptions, tokens: Manifest) -> Man
         context.emit("layer-chosen", layer=removed[-1], gate=gates[removed[-1]], number=number + 1, of=gone)
     dense, nothing = dict(context.plan.model.units), dict.fromkeys(context.plan.model.units, 0)
     spread = [nothing if layer in removed else dense for layer in range(num_layers)]
-    context.plan = context.plan.chosen(uneven_shape(context.job, context.checkpoint, spread))
+    context.settle(context.plan.chosen(uneven_shape(context.job, context.checkpoint, spread)))
     aim_of_all = Updates(tuple(removed), trsp.update_strength, trsp.norm)
     return _trained(context, UPDATES_TASK, context.checkpoint.path, trsp.training, aim_of_all, inputs)
 

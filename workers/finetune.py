@@ -11,6 +11,7 @@ from workers.adapters import adapted, merged
 from workers.calibration import calibration_windows, load_tokenizer
 from workers.checkpoint import Checkpoint, open_checkpoint
 from workers.codec import on_disk
+from workers.device import device_of
 from workers.families import layer_prefix, unit_groups
 from workers.files import write_json, write_tensors
 from workers.finetune_stage import Finetune, Gates, Penalty, Recovery, Updates
@@ -47,9 +48,12 @@ def finetune(stage: Finetune, ranks: Ranks) -> None:
 
 
 def train_rank(stage: Finetune, rank: int, world: int, device: str) -> None:
-    """Run a stage as one rank on a device: `cuda` is the process's own GPU, `auto` that if there is one."""
-    on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    finetune(stage, Ranks(rank, world, torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")))
+    """Run a stage as one rank on a device, named as in `parallel.device`.
+
+    Raises:
+        ResourceError: there is no such device.
+    """
+    finetune(stage, Ranks(rank, world, device_of(device)))
 
 
 def _objective(stage: Finetune, checkpoint: Checkpoint, ranks: Ranks) -> Objective:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from specs.latency import LatencyTable
 from workers import layers
 from workers.checkpoint import Checkpoint, open_checkpoint
+from workers.device import device_of
 from workers.families import UnitGroup, unit_groups
 from workers.layers import MicroBatch, StreamedModel
 from workers.per_layer import layer_sizes
@@ -34,7 +35,7 @@ def measure_latency(model: Path, batch: int, tokens: int, threads: int | None = 
     if threads:
         torch.set_num_threads(threads)
     checkpoint = open_checkpoint(model)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of("auto")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     groups = {group.name: group for group in unit_groups(checkpoint.config)}
     streamed = StreamedModel(checkpoint, dtype, device)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from specs.machine import MachineProfile
+from workers.device import device_of
 
 NETWORK_BANDWIDTH = 1.25e9
 """Assumed: 10 Gbit/s, in bytes/s."""
@@ -20,7 +21,7 @@ SECONDS = 1.0
 
 def measure() -> MachineProfile:
     """Rates of one worker on this machine with as many threads as torch uses, and the memory that is free for it."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of("auto")
     size = 8192 if device.type == "cuda" else 1024
     torch.backends.cuda.matmul.allow_tf32 = False
     return MachineProfile(

@@ -15,6 +15,7 @@ from specs.errors import ResourceError
 from specs.job import JobSpec
 from specs.memory import MemoryPlan
 from workers.checkpoint import Checkpoint, open_checkpoint
+from workers.device import device_of
 from workers.families import UnitGroup, layer_prefix, unit_groups
 from workers.layers import StreamedModel, read_tensors
 from workers.layout import CACHE, CALIBRATION_TASK, TOKENS_FILE, task_folder
@@ -52,9 +53,7 @@ class Workbench:
 
     def __init__(self, job: JobSpec, run_folder: str, device: str, memory: MemoryPlan) -> None:
         self.job, self.run_folder = job, Path(run_folder)
-        if device == "cuda" and not torch.cuda.is_available():
-            raise ResourceError("parallel.device: cuda, but torch finds no GPU here; set parallel.device: auto or cpu")
-        self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        self.device = device_of(device)
         self._memory, self._peak = memory, PeakMemory()
         torch.set_num_threads(job.parallel.threads_per_worker)
         threadpool_limits(job.parallel.threads_per_worker)
