@@ -46,6 +46,26 @@ def test_same_bytes_from_every_executor(make_model: MakeModel, make_job: MakeJob
         assert folder_bytes(out / "model") == expected
 
 
+def test_layers_trained_alone_are_the_same_on_many_workers_and_after_a_killed_one(
+    make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+) -> None:
+    training = {"epochs": 4, "batch": 4, "learning_rate": 3e-3, "checkpoint_steps": 3}
+    method = {"name": "dress", "scope": "layer", "mask": "stat", "training": training}
+    job = make_job(make_model(num_hidden_layers=6), budget={"kv_groups": 1}, method=method)
+    run_job(load_job(job), tmp_path / "in-process", quiet)
+    events: list[dict[str, Any]] = []
+
+    def kill_after_layer_2(event: dict[str, Any]) -> None:
+        events.append(event)
+        ended = event["event"] == "step-finished" and event["stage"] == "regularise" and event["layer"] == 2
+        if ended and not any(e["event"] == "worker-failed" for e in events):
+            os.kill(workers_alive()[0], signal.SIGKILL)
+
+    run_job(load_job(job, ["cluster.executor=ray", "parallel.workers=3"]), tmp_path / "ray", kill_after_layer_2)
+    assert any(e["event"] == "worker-failed" for e in events)
+    assert folder_bytes(tmp_path / "ray" / "model") == folder_bytes(tmp_path / "in-process" / "model")
+
+
 def test_killed_worker_is_replaced(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
     """SIGKILL in mid-sweep: the driver starts another worker, repeats no finished layer, and the bytes are the same."""
     job = make_job(make_model(num_hidden_layers=6), budget={"kv_groups": 1}, memory={"checkpoint_layers": 2}, parallel={"workers": 2})
