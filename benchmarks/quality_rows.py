@@ -21,7 +21,9 @@ UNCORRECTED = ("correction.damping=1e6",)
 DRIFT = ("correction.drift=0.5",)
 ALL_WINDOWS = 392
 """All of the first 80% of WikiText-2's validation text, but for a rest."""
-TRAINING = f"{{samples: {ALL_WINDOWS}, micro_batch: 2, dtype: bfloat16}}"
+TRAINED_WINDOWS = 196
+"""Half of them."""
+TRAINING = f"{{samples: {TRAINED_WINDOWS}, micro_batch: 2, dtype: bfloat16, learning_rate: 3.0e-4}}"
 UNTRAINED = "{samples: 1, learning_rate: 1.0e-30}"
 RANDOM = (*ALIKE, "method.name=dress")
 DRESS = (*RANDOM, f"method.training={TRAINING}")
@@ -47,7 +49,7 @@ _ABLATIONS = {
     "dress, uncorrected": (*DRESS, *UNCORRECTED),
     "dress, without penalty": (*DRESS, "method.strength=1e-30"),
     "dress, mask of stat": (*DRESS, "method.mask=stat"),
-    "dress, layer by layer": (*DRESS, "method.scope=layer", f"calibration.samples={ALL_WINDOWS}"),
+    "dress, layer by layer": (*DRESS, "method.scope=layer", f"calibration.samples={TRAINED_WINDOWS}"),
 }
 """What one thing changes."""
 
