@@ -2,7 +2,7 @@
 
 from orchestrator.plan import Plan
 from orchestrator.progress import print_table
-from orchestrator.worker_memory import gib, total
+from orchestrator.worker_memory import Kinds, gib, total
 
 LAYER_BYTES = {
     "weights": "weight_bytes",
@@ -17,7 +17,6 @@ LAYER_BYTES = {
 FOOTPRINT = {"weight bytes": "weight_bytes", "FLOPs per token": "flops_per_token", "KV cache bytes per token": "kv_bytes_per_token"}
 LATENCY = "milliseconds of a forward pass"
 LAYER_FLOPS = {f"FLOPs, {name}": f"{name}_flops" for name in ("forward", "statistics", "selection", "correction")}
-KINDS = ("runtime", "weights", "hidden states", "inputs", "optimizer", "activations", "payloads", "statistics", "decision", "output")
 
 
 def print_plan(plan: Plan) -> None:
@@ -60,11 +59,9 @@ def _print_shapes(plan: Plan) -> None:
 
 
 def _print_memory(plan: Plan) -> None:
-    needs, steps = plan.needs, plan.needs.memory_by_step
-    rows = [[kind, *(_mib(sizes[kind]) if kind in sizes else "" for sizes in steps.values())] for kind in KINDS if _needed(plan, kind)]
-    rows.append(["together", *(_mib(total(sizes)) for sizes in steps.values())])
-    where = "GPU memory" if plan.device == "cuda" else "memory"
-    print_table(f"{where} of a worker, by step", ["", *steps], rows)
+    needs, where = plan.needs, "GPU memory" if plan.device == "cuda" else "memory"
+    rows = [[step, _mib(total(kinds)), _parts(kinds)] for step, kinds in needs.memory_by_step.items()]
+    print_table(f"{where} of a worker, by step", ["step", "together", "of which"], rows)
     limit = f" of {gib(needs.memory_limit_bytes)}" if needs.memory_limit_bytes else ""
     print(f"workers: {plan.workers} ({plan.placement}, {plan.propagation}, {plan.device}), {_choice(plan)}")
     print(f"memory: about {gib(needs.worker_memory_bytes)}{limit} each")
@@ -76,8 +73,9 @@ def _print_memory(plan: Plan) -> None:
         print(f"fewest workers: {needs.fewest_workers} fit; {more}")
 
 
-def _needed(plan: Plan, kind: str) -> bool:
-    return any(sizes.get(kind) for sizes in plan.needs.memory_by_step.values())
+def _parts(kinds: Kinds) -> str:
+    """All kinds that take something, the largest first."""
+    return ", ".join(f"{kind} {_mib(size)}" for kind, size in sorted(kinds.items(), key=lambda item: -item[1]) if size)
 
 
 def _choice(plan: Plan) -> str:

@@ -74,10 +74,11 @@ def _note(event: dict[str, Any]) -> str:
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]], console: Console | None = None) -> None:
-    """Print a small table; the first column is left-aligned, the others right."""
+    """Print a small table; words are left-aligned, numbers right."""
     table = Table(title=title, title_justify="left")
     for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left", overflow="fold")
+        is_words = any(row[number][:1].isalpha() for row in rows)
+        table.add_column(column, justify="left" if is_words else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
     (console or Console()).print(table)

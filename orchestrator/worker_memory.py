@@ -34,7 +34,8 @@ def memory_by_step(load: Workload, choice: MemoryPlan) -> dict[str, Kinds]:
     if load.candidates:
         table["divergence"] = _divergence(load, choice)
     for training in load.trainings:
-        name, kinds = _training(load, training)
+        name = "train layer" if training.each_layer else "train"
+        kinds = _layer_training(load, choice, training) if training.each_layer else _training(load, training)
         table[name] = max(table.get(name, {}), kinds, key=total)
     return table | ({"evaluate": _evaluation(load, choice)} if load.evaluation_tokens else {})
 
@@ -172,30 +173,41 @@ def _divergence(load: Workload, choice: MemoryPlan) -> Kinds:
     }
 
 
-def _training(load: Workload, training: TrainingLoad) -> tuple[str, Kinds]:
+def _inside(load: Workload, training: TrainingLoad) -> int:
+    """Activations inside one layer: about 2 (7 D + 3 F) fp32 numbers for a token."""
+    return 2 * training.windows * load.sequence_length * (7 * load.hidden + 3 * load.active_width) * 4
+
+
+def _layer_training(load: Workload, choice: MemoryPlan, training: TrainingLoad) -> Kinds:
+    """One layer of its own beside the dense model's on their way; what it was given and should give lies in files."""
+    return {
+        "runtime": RUNTIME_BYTES,
+        "weights": _weights_bytes(replace(load, placement="layers"), choice.layers_per_chunk) + 4 * load.layer_parameters,
+        "optimizer": 12 * load.layer_parameters,
+        "activations": _inside(load, training),
+    }
+
+
+def _training(load: Workload, training: TrainingLoad) -> Kinds:
     """One rank: fp32 weights, their gradients and two moments, spread over the ranks; a layer that is gathered.
 
-    Beside adapters, which every rank holds, the weights lie in the type of the passes, like the teacher's. Of layers that are trained
-    alone one is there, and what it was given and should give lies in files. Activations: what every layer was given, and inside
-    one layer (or in all) about 2 (7 D + 3 F) numbers for a token; the scores and their gradient, and the teacher's.
+    Beside adapters, which every rank holds, the weights lie in the type of the passes, like the teacher's. Activations: what every
+    layer was given, and inside one layer, or in all; the scores and their gradient, and the teacher's.
     """
     tokens, layers = training.windows * load.sequence_length, load.num_layers
-    inside = 2 * tokens * (7 * load.hidden + 3 * load.active_width) * 4
-    if training.each_layer:
-        state = {"weights": 4 * load.layer_parameters, "optimizer": 12 * load.layer_parameters}
-        return "train layer", {"runtime": RUNTIME_BYTES, **state, "activations": inside}
     ranks = 1 if load.in_process else load.workers
     parameters = load.outer_parameters + sum(kind.num_layers * kind.parameters for kind in load.kinds)
     adapters = training.lora_rank * sum(kind.num_layers * kind.matrix_sides for kind in load.kinds)
     held, trained = (training.frozen_bytes * parameters, adapters) if adapters else (4 * parameters, parameters // ranks)
     held += training.frozen_bytes * parameters * training.teacher
     gathered = 4 * load.layer_parameters if ranks > 1 else 0
-    return "train", {
+    return {
         "runtime": RUNTIME_BYTES,
         "weights": held // ranks + gathered + 4 * adapters,
         "optimizer": 12 * trained,
         "hidden states": 4 * layers * tokens * load.hidden,
-        "activations": inside * (layers if training.keeps_activations else 1) + tokens * load.vocabulary * (8 + 8 * training.teacher),
+        "activations": _inside(load, training) * (layers if training.keeps_activations else 1),
+        "scores": tokens * load.vocabulary * (8 + 8 * training.teacher),
     }
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from orchestrator.worker_memory import CONVERSION_BYTES, RUNTIME_BYTES, WINDOW, host_bytes, memory_by_step, peak_bytes
+from orchestrator.workload import TrainingLoad
 from specs.memory import MemoryPlan
 from tests.unit.orchestrator.workloads import BIG, GPU, LAYERS, LOAD, MIXTURE, REFIT
 
@@ -85,3 +86,42 @@ def test_drift_holds_the_dense_streams_and_its_product() -> None:
     assert table["collect"]["statistics"] == 2 * 10 * (10 + 4) * 8
     assert table["decide"]["statistics"] == 2 * 10 * (10 + 4) * 8
     assert table["decide"]["decision"] == plain["decide"]["decision"]
+
+
+def test_a_training_is_spread_over_the_ranks() -> None:
+    training = TrainingLoad(windows=2, keeps_activations=False, frozen_bytes=2)
+    load = replace(LOAD, trainings=(training,), workers=2)
+    parameters = 800 + 6 * 300
+    table = memory_by_step(load, MemoryPlan())["train"]
+    tokens = 2 * load.sequence_length
+    assert table == {
+        "runtime": RUNTIME_BYTES,
+        "weights": 4 * parameters // 2 + 4 * 300,
+        "optimizer": 12 * (parameters // 2),
+        "hidden states": 4 * 6 * tokens * 4,
+        "activations": 8 * tokens * (7 * 4 + 3 * 10),
+        "scores": 8 * tokens * load.vocabulary,
+    }
+    taught = memory_by_step(replace(load, trainings=(replace(training, teacher=True),)), MemoryPlan())["train"]
+    assert taught["weights"] == (4 + 2) * parameters // 2 + 4 * 300
+    alone = memory_by_step(replace(load, in_process=True), MemoryPlan())["train"]
+    assert (alone["weights"], alone["optimizer"]) == (4 * parameters, 12 * parameters)
+
+
+def test_adapters_are_whole_on_every_rank_beside_narrow_weights() -> None:
+    kinds = tuple(replace(kind, matrix_sides=50) for kind in LOAD.kinds)
+    training = TrainingLoad(windows=1, keeps_activations=False, frozen_bytes=2, lora_rank=3)
+    table = memory_by_step(replace(LOAD, kinds=kinds, trainings=(training,), workers=2), MemoryPlan())["train"]
+    adapters = 3 * 6 * 50
+    assert table["weights"] == 2 * (800 + 6 * 300) // 2 + 4 * 300 + 4 * adapters
+    assert table["optimizer"] == 12 * adapters
+
+
+def test_a_layer_trained_alone_takes_the_state_of_one_layer() -> None:
+    training = TrainingLoad(windows=1, keeps_activations=False, frozen_bytes=4, each_layer=True)
+    table = memory_by_step(replace(LOAD, trainings=(training,), workers=2), MemoryPlan())
+    assert "train" not in table
+    assert table["train layer"]["weights"] == CONVERSION_BYTES + 4 * 300
+    assert table["train layer"]["optimizer"] == 12 * 300
+    on_gpu = memory_by_step(replace(GPU, trainings=(training,)), MemoryPlan(layers_per_chunk=2))
+    assert on_gpu["train layer"]["weights"] == (800 + 2 * 300) * 2 + 4 * 300
