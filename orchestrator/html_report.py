@@ -115,7 +115,9 @@ def _trainings(trainings: Mapping[str, Mapping[str, Any]]) -> str:
     for task, training in trainings.items():
         parts.append(f"<p>{text(task)}: {training['tokens_per_second']:,.0f} tokens per second</p>")
         curves = training["curves"].items()
-        parts += [curve(f"{task}-{name}", f"{task}: {name}", values, "step", training["steps"]) for name, values in curves]
+        parts += [
+            curve(f"{task}-{name}", f"{task}: {name.replace('_', ' ')}", values, "step", training["steps"]) for name, values in curves
+        ]
     return "".join(parts)
 
 

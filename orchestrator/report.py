@@ -69,6 +69,8 @@ def trainings(run: Path) -> dict[str, dict[str, Any]]:
         shown = range(0, len(steps), -(-len(steps) // SHOWN_STEPS))
         terms = [term for term in steps[0][0] if term not in ("step", "of", "tokens_per_second")]
         curves = {term: [fmean(line[term] for line in steps[number]) for number in shown] for term in terms}
+        if any(curves[term] == curves["loss"] for term in terms if term != "loss"):
+            del curves["loss"]  # it has one term
         speed = fmean(line["tokens_per_second"] for step in steps for line in step)
         found[name] = {"steps": list(shown), "curves": curves, "tokens_per_second": speed}
     return found

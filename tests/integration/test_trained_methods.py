@@ -68,7 +68,7 @@ def test_dress_trains_every_layer_alone(model_type: str, make_model: MakeModel, 
         gone = sorted(set(range(len(ratio))) - set(kept["neurons"]))
         assert ratio[gone].mean() < ratio[kept["neurons"]].mean()
     assert report["training"]["layers"]["steps"] == list(range(15))
-    assert set(report["training"]["layers"]["curves"]) == {"transfer", "loss", "penalty", "gradient_norm"}
+    assert set(report["training"]["layers"]["curves"]) == {"transfer", "penalty", "gradient_norm"}
     verify_run(tmp_path / "run")
 
     calls = 0
