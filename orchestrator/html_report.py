@@ -114,10 +114,8 @@ def _trainings(trainings: Mapping[str, Mapping[str, Any]]) -> str:
     parts = []
     for task, training in trainings.items():
         parts.append(f"<p>{text(task)}: {training['tokens_per_second']:,.0f} tokens per second</p>")
-        curves = training["curves"].items()
-        parts += [
-            curve(f"{task}-{name}", f"{task}: {name.replace('_', ' ')}", values, "step", training["steps"]) for name, values in curves
-        ]
+        for name, values in training["curves"].items():
+            parts.append(curve(f"{task}-{name}", f"{task}: {name.replace('_', ' ')}", values, "step", training["steps"]))
     return "".join(parts)
 
 
