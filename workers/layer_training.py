@@ -61,6 +61,11 @@ def _lengths(error: Tensor, output: Tensor) -> Tensor:
     return error.float().square().sum(-1) / output.float().square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
 
 
+def _trainable(argument: Tensor) -> Tensor:
+    """A copy in the type of the weights; what was made in inference mode is of no use in a gradient."""
+    return argument.to(torch.float32, copy=True) if argument.is_floating_point() else argument.clone()
+
+
 def train_layer(
     model: StreamedModel,
     index: int,
@@ -81,8 +86,7 @@ def train_layer(
     def arguments(num_windows: int) -> LayerArguments:
         if num_windows not in known:
             tokens_BT = torch.zeros(num_windows, len(passed[0][0]), dtype=torch.int64)
-            recorded = model.embed(tokens_BT).arguments[index]
-            known[num_windows] = pytree.tree_map_only(Tensor, Tensor.clone, recorded)  # made in inference mode, of no use in a gradient
+            known[num_windows] = pytree.tree_map_only(Tensor, _trainable, model.embed(tokens_BT).arguments[index])
         return known[num_windows]
 
     layer = model.trainable_layer(index)
