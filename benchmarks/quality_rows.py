@@ -23,7 +23,7 @@ ALL_WINDOWS = 392
 """All of the first 80% of WikiText-2's validation text, but for a rest."""
 TRAINED_WINDOWS = 196
 """Half of them."""
-TRAINING = f"{{samples: {TRAINED_WINDOWS}, micro_batch: 2, dtype: bfloat16, learning_rate: 3.0e-4}}"
+TRAINING = f"{{samples: {TRAINED_WINDOWS}, batch: 4, micro_batch: 2, dtype: bfloat16, learning_rate: 3.0e-4}}"
 UNTRAINED = "{samples: 1, learning_rate: 1.0e-30}"
 RANDOM = (*ALIKE, "method.name=dress")
 DRESS = (*RANDOM, f"method.training={TRAINING}")
