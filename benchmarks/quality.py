@@ -23,7 +23,7 @@ import torch
 
 from benchmarks.baselines import BASELINES, MODEL
 from benchmarks.demo_model import HELD_OUT_FRACTION, HERE, held_out, run
-from benchmarks.quality_rows import ALL, OTHERS, ROWS
+from benchmarks.quality_rows import ALL, OTHERS, OWN, ROWS
 from benchmarks.results import RESULTS, record, table
 from specs.job import EvaluationSpec
 from workers.calibration import evaluation_windows, load_tokenizer
@@ -74,7 +74,8 @@ def baseline(case: Case, folder: Path) -> dict[str, Any]:
 def pruned(case: Case, folder: Path) -> dict[str, Any]:
     """Prune as a row says, in a process of its own: seconds but for the export, and for recovery, and peak memory."""
     settings = [f"calibration.path={case.text}", "evaluation=null", f"budget.sparsity={case.sparsity}", "cluster.executor=in-process"]
-    report = run([*settings, "parallel.workers=1", *ROWS[case.name].settings], folder)
+    own = [setting.replace(OWN, str(case.work / "own.jsonl")) for setting in ROWS[case.name].settings]
+    report = run([*settings, "parallel.workers=1", *own], folder)
     taken = report["seconds"]
     memory = max(report["peak_memory_bytes"].values())
     return {"seconds": taken["total"] - taken.get("export", 0.0), "peak_memory_bytes": memory, "recover": taken.get("recover", 0.0)}
@@ -131,6 +132,14 @@ def plot(results: Sequence[dict[str, Any]], dense: float, text: str, file: Path)
     figure.savefig(file, metadata={"Date": None}, bbox_inches="tight")
 
 
+def own_text(text: Path, file: Path) -> None:
+    """Let the model write twice as much as it is calibrated on."""
+    words = ["generate", str(MODEL), "--prompts", str(text), "--tokens", str(2 * 64 * 512), "--batch", "64"]
+    with file.with_suffix(".part").open("w") as out:
+        subprocess.run([sys.executable, "-m", "orchestrator.cli", *words], check=True, cwd=HERE.parent, stdout=out)
+    file.with_suffix(".part").replace(file)
+
+
 def second_domain(folder: Path) -> Path:
     """English text that every CPython brings."""
     from pydoc_data.topics import topics
@@ -166,6 +175,9 @@ def main() -> None:
     if not known.exists():
         known.write_text(json.dumps(perplexity(MODEL, texts)))
     dense = json.loads(known.read_text())
+    own = work / "own.jsonl"
+    if not own.exists() and any(OWN in setting for case in cases if case.name in ROWS for setting in ROWS[case.name].settings):
+        own_text(first, own)
     with ThreadPoolExecutor(options.jobs) as pool:
         results = list(pool.map(lambda case: measure(case, texts), cases))
     parameters = open_checkpoint(MODEL).decoder_parameters

@@ -1,6 +1,7 @@
 """The command line. Heavy imports wait until a command needs them: help, validate, schema and plan import neither torch nor ray."""
 
 import argparse
+import json
 import signal
 import sys
 import traceback
@@ -57,6 +58,15 @@ def _parser() -> argparse.ArgumentParser:
     latency.add_argument("--tokens", type=int, default=512, help="tokens of each; 1: a step of decoding, without earlier tokens")
     latency.add_argument("--threads", type=int, help="CPU threads; default: as torch chooses")
     latency.set_defaults(command=_latency)
+    generate = commands.add_parser("generate", help="let a model write text, as JSON Lines, for calibration.mix")
+    generate.add_argument("model", type=Path, metavar="MODEL", help="model folder")
+    generate.add_argument("--tokens", type=int, default=65536, help="tokens in all, at least")
+    generate.add_argument("--length", type=int, default=512, help="tokens of a document")
+    generate.add_argument("--batch", type=int, default=16, help="documents that are written together")
+    generate.add_argument("--temperature", type=float, default=1.0, help="of the samples")
+    generate.add_argument("--seed", type=int, default=0, help="of the samples")
+    generate.add_argument("--prompts", type=Path, metavar="TEXT", help="text whose parts the documents go on from; default: from nothing")
+    generate.set_defaults(command=_generate)
     _job_command(commands, "validate", _validate, "check a job file")
     schema = commands.add_parser("schema", help="print the JSON schema of job files")
     schema.set_defaults(command=lambda _: print(job_schema_text(), end=""))
@@ -124,6 +134,14 @@ def _latency(options: argparse.Namespace) -> None:
     from workers.latency import measure_latency
 
     print(latency_text(measure_latency(options.model, options.batch, options.tokens, options.threads)), end="")
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from workers.generate import generate
+
+    wanted = {name: getattr(options, name) for name in ("model", "tokens", "length", "batch", "temperature", "seed", "prompts")}
+    for text in generate(**wanted):
+        print(json.dumps({"text": text}), flush=True)
 
 
 def _validate(options: argparse.Namespace) -> None:

@@ -1,0 +1,76 @@
+"""Text that a model writes itself: calibration on it beside text of one domain keeps what the model can do in others.
+
+After Williams et al. 2024, "Self-calibration for Language Model Quantization and Pruning" (arXiv 2410.17170).
+"""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from specs.errors import ModelError
+from specs.job import TextSpec
+from workers.calibration import load_tokenizer, tokenize
+from workers.checkpoint import open_checkpoint
+from workers.device import device_of
+
+PROMPT = 32
+"""Tokens of a prompt."""
+
+
+def generate(
+    model: Path, tokens: int, length: int = 512, batch: int = 16, temperature: float = 1.0, seed: int = 0, prompts: Path | None = None
+) -> Iterator[str]:
+    """Sample documents of `length` tokens, `batch` at a time, until they hold `tokens` tokens; without their prompts.
+
+    Prompts are `PROMPT` tokens from places spread evenly over the first of a text, one in 8 `PROMPT` tokens; without one a document begins with nothing but the first token. The
+    whole model is loaded, over all GPUs of the machine if there are any.
+
+    Raises:
+        ModelError: no such model, or one that cannot be loaded.
+        SpecError: the prompts' text cannot be read.
+    """
+    open_checkpoint(model)
+    tokenizer, device = load_tokenizer(model), device_of("auto")
+    device_map = "auto" if device.type == "cuda" else "cpu"
+    network = AutoModelForCausalLM.from_pretrained(
+        model, dtype="auto", device_map=device_map, trust_remote_code=False, local_files_only=True
+    )
+    prompts_NP = _prompts(tokenizer, prompts, math.ceil(tokens / length))
+    torch.manual_seed(seed)
+    first = written = 0
+    while written < tokens:
+        prompts_BP = prompts_NP[[(first + number) % len(prompts_NP) for number in range(batch)]].to(network.device)
+        first += batch
+        found_BT: Tensor = network.generate(
+            prompts_BP,
+            attention_mask=torch.ones_like(prompts_BP),
+            max_new_tokens=length,
+            min_new_tokens=length,
+            do_sample=True,
+            temperature=temperature,
+            top_k=0,
+            top_p=1.0,
+            pad_token_id=tokenizer.eos_token_id,
+        )
+        for found_T in found_BT[:, prompts_BP.shape[1] :]:
+            text = str(tokenizer.decode(found_T, skip_special_tokens=True))
+            written += len(tokenizer(text)["input_ids"])
+            yield text
+            if written >= tokens:
+                return
+
+
+def _prompts(tokenizer: PreTrainedTokenizerBase, text: Path | None, count: int) -> Tensor:
+    """Prompts (N, P), int64."""
+    if text is None:
+        first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        if first is None:
+            raise ModelError(f"{tokenizer.name_or_path}: its tokenizer has no first token; give --prompts")
+        return torch.tensor([[first]])
+    ids_T = tokenize(TextSpec(path=str(text)), tokenizer, count * 8 * PROMPT)
+    starts = [number * max(0, len(ids_T) - PROMPT) // count for number in range(count)]
+    return torch.stack([ids_T[start : start + PROMPT] for start in starts])
