@@ -26,8 +26,8 @@ def generate(
 ) -> Iterator[str]:
     """Sample documents of `length` tokens, `batch` at a time, until they hold `tokens` tokens; without their prompts.
 
-    Prompts are `PROMPT` tokens from places spread evenly over the first of a text, one in 8 `PROMPT` tokens; without one a document begins with nothing but the first token. The
-    whole model is loaded, over all GPUs of the machine if there are any.
+    Prompts are `PROMPT` tokens of a text, one in every 8 `PROMPT` tokens; without a text a document begins with nothing but the first
+    token. The whole model is loaded, over all GPUs of the machine if there are any.
 
     Raises:
         ModelError: no such model, or one that cannot be loaded.
