@@ -15,7 +15,7 @@ from typing import Any
 from orchestrator.context import Context
 from orchestrator.shapes import Shape, uneven_shape
 from orchestrator.spread import Budget, Kept, Losses, Spread, above_threshold, cheapest, filled, levels, mutated, predicted_loss
-from orchestrator.stream import LayerTask, stream_layers
+from orchestrator.stream import layer_tasks, stream_layers
 from orchestrator.workload import CANDIDATES_AT_ONCE
 from specs.allocation import CurvesAllocation, SearchAllocation
 from specs.methods import NumericalOptions
@@ -75,10 +75,9 @@ def _scores(context: Context, inputs: Sequence[str]) -> list[Manifest]:
 
 
 def _survey(context: Context, step: str, inputs: Sequence[str], *arguments: Mapping[str, Any]) -> list[Manifest]:
-    names = [survey_task(layer) for layer in range(context.plan.model.num_layers)]
-    prints = [context.folder.fingerprint(name, *inputs) for name in names]
-    groups = list(context.plan.model.units)
-    return stream_layers(context, "survey", [LayerTask(*task, step, arguments, groups) for task in zip(names, prints, strict=True)])
+    layers, groups = context.plan.model.num_layers, list(context.plan.model.units)
+    tasks = layer_tasks(context, step, survey_task, [inputs] * layers, [arguments] * layers, [groups] * layers)
+    return stream_layers(context, "survey", tasks)
 
 
 def _threshold(context: Context, surveys: Sequence[Manifest]) -> tuple[Spread, dict[str, object]]:

@@ -8,7 +8,7 @@ are through, all its layers are decided at the same time, each by the worker tha
 import math
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -42,6 +42,20 @@ class LayerTask:
     arguments: tuple[Any, ...]
     groups: Sequence[str]
     """The groups whose statistics it needs."""
+
+
+def layer_tasks(
+    context: Context,
+    step: str,
+    name: Callable[[int], str],
+    inputs: Sequence[Sequence[str]],
+    arguments: Sequence[tuple[Any, ...]],
+    groups: Sequence[Sequence[str]],
+) -> list[LayerTask]:
+    """One task for each layer, with what it depends on beside the layers below."""
+    names = [name(layer) for layer in range(len(inputs))]
+    prints = [context.folder.fingerprint(task, *known) for task, known in zip(names, inputs, strict=True)]
+    return [LayerTask(names[layer], prints[layer], step, arguments[layer], groups[layer]) for layer in range(len(inputs))]
 
 
 def stream_layers(context: Context, stage: str, expected: Sequence[LayerTask]) -> list[Manifest]:

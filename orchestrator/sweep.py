@@ -6,13 +6,13 @@ path corrects.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 from orchestrator.context import Context
 from orchestrator.executor import Call, Executor
-from orchestrator.stream import LayerTask, stream_layers
+from orchestrator.stream import layer_tasks, stream_layers
 from workers.files import Manifest
 from workers.layout import layer_task, selection_task
 from workers.shards import even_parts
@@ -28,7 +28,7 @@ def prune_layers(context: Context, tokens: Manifest) -> list[Manifest]:
     if context.job.parallel.effective_propagation == "dense":
         shape, pad = context.plan.shape, context.job.export.pad
         sizes = [(shape.kept_in(layer), shape.written_in(layer, pad), shape.position(layer)) for layer in range(len(inputs))]
-        return stream_layers(context, "sweep", _dense_tasks(context, "settle", layer_task, inputs, sizes))
+        return stream_layers(context, "sweep", layer_tasks(context, "settle", layer_task, inputs, sizes, _lossy(context)))
     if context.job.selects_first:
         selections = context.selections or select_units(context, tokens)
         inputs = [[*known, selection.digest] for known, selection in zip(inputs, selections, strict=True)]
@@ -38,7 +38,8 @@ def prune_layers(context: Context, tokens: Manifest) -> list[Manifest]:
 def select_units(context: Context, tokens: Manifest) -> list[Manifest]:
     """Select the units of all layers that stay, from activations of the dense model."""
     sizes = [(context.plan.shape.kept_in(layer),) for layer in range(context.plan.model.num_layers)]
-    return stream_layers(context, "select", _dense_tasks(context, "select", selection_task, _inputs(context, tokens), sizes))
+    tasks = layer_tasks(context, "select", selection_task, _inputs(context, tokens), sizes, _lossy(context))
+    return stream_layers(context, "select", tasks)
 
 
 def _inputs(context: Context, tokens: Manifest) -> list[list[str]]:
@@ -47,13 +48,9 @@ def _inputs(context: Context, tokens: Manifest) -> list[list[str]]:
     return [[tokens.digest, context.checkpoint.identity, str(sorted(shape.kept_in(layer).items()))] for layer in layers]
 
 
-def _dense_tasks(
-    context: Context, step: str, name: Callable[[int], str], inputs: Sequence[Sequence[str]], arguments: Sequence[tuple[Any, ...]]
-) -> list[LayerTask]:
-    """The tasks of the dense path: what is decided there, of the groups that lose units."""
-    prints = [context.folder.fingerprint(name(layer), *known) for layer, known in enumerate(inputs)]
-    groups = [context.plan.pruned_groups(layer) for layer in range(len(inputs))]
-    return [LayerTask(name(layer), prints[layer], step, arguments[layer], groups[layer]) for layer in range(len(inputs))]
+def _lossy(context: Context) -> list[list[str]]:
+    """Of every layer the groups that lose units: on the dense path no other is decided."""
+    return [context.plan.pruned_groups(layer) for layer in range(context.plan.model.num_layers)]
 
 
 def _pruned_path(context: Context, inputs: Sequence[Sequence[str]]) -> list[Manifest]:

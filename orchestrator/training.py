@@ -17,7 +17,7 @@ from orchestrator import sweep
 from orchestrator.context import Context
 from orchestrator.export import COPIED, side_files, write_index
 from orchestrator.shapes import uneven_shape
-from orchestrator.stream import LayerTask, stream_layers
+from orchestrator.stream import layer_tasks, stream_layers
 from specs.methods import DressOptions, TrspOptions
 from specs.training import TrainingSpec
 from workers.checkpoint import open_checkpoint, read_json
@@ -75,19 +75,18 @@ def _regularise(context: Context, dress: DressOptions, tokens: Manifest) -> Mani
 
 def _regularise_layers(context: Context, removed: Sequence[Removed], inputs: Sequence[str]) -> Manifest:
     """Train every layer alone, each where its activations arrive; then put the layers together."""
-    names = [regularised_task(layer) for layer in range(len(removed))]
-    prints = [context.folder.fingerprint(name, *inputs) for name in names]
-    tasks = zip(names, prints, removed, strict=True)
-    wanted = [LayerTask(name, expected, "regularise", (gone,), [RESIDUAL_STREAM]) for name, expected, gone in tasks]
-    layers = stream_layers(context, REGULARISE_TASK, wanted)
+    count = len(removed)
+    watched = [[RESIDUAL_STREAM]] * count
+    tasks = layer_tasks(context, "regularise", regularised_task, [inputs] * count, [(gone,) for gone in removed], watched)
+    layers = stream_layers(context, REGULARISE_TASK, tasks)
     expected = context.folder.fingerprint(REGULARISE_TASK, *(layer.digest for layer in layers))
     folder = task_folder(context.folder.path, REGULARISE_TASK)
 
     def work() -> None:
         trained = folder / TRAINED_FOLDER
         context.executor.wait([context.executor.submit(0, "copy_outer", str(trained / OUTER_FILE))])
-        for name in names:
-            link_file(task_folder(context.folder.path, name) / LAYER_FILE, trained / f"{name}.safetensors")
+        for layer in layers:
+            link_file(task_folder(context.folder.path, layer.task) / LAYER_FILE, trained / f"{layer.task}.safetensors")
         _complete(context.checkpoint.path, trained, own=False)
         commit(folder, REGULARISE_TASK, expected, _files_in(trained), {"result": {}})
 
