@@ -32,7 +32,8 @@ RANDOM = (*ALIKE, "method.name=dress")
 DRESS = (*RANDOM, f"method.training={TRAINING}")
 TRSP = (
     "method.name=trsp",
-    "method.gates={samples: 24, batch: 4, learning_rate: 3.0e-2, dtype: bfloat16}",
+    "method.gate_strength=0.1",
+    "method.gates={samples: 24, batch: 1, learning_rate: 5.0e-2, dtype: bfloat16}",
     f"method.training={TRAINING}",
 )
 RECOVER = (f"recover={TRAINING}",)
@@ -49,8 +50,8 @@ _ABLATIONS = {
     "stat, drift, search": (*PER_LAYER, *DRIFT, "budget.allocation=search"),
     "random mask": (*RANDOM, f"method.training={UNTRAINED}"),
     "random mask, uncorrected": (*RANDOM, *UNCORRECTED, f"method.training={UNTRAINED}"),
-    "dress, half the strength": (*DRESS, "method.strength=0.5"),
-    "dress, half the strength, uncorrected": (*DRESS, "method.strength=0.5", *UNCORRECTED),
+    "dress, uncorrected": (*DRESS, *UNCORRECTED),
+    "dress, full strength": (*DRESS, "method.strength=1"),
     "dress, without penalty": (*DRESS, "method.strength=1e-30"),
     "dress, mask of stat": (*DRESS, "method.mask=stat"),
     "dress, layer by layer": (*DRESS, "method.scope=layer", f"calibration.samples={TRAINED_WINDOWS}"),

@@ -160,7 +160,11 @@ class GroupPenalty(Objective):
 
 
 class Watched(nn.Module):
-    """A decoder layer x + f(x) with a gate on its update, x + gate f(x), that notes how large the update is."""
+    """A decoder layer x + f(x) with a gate on its update, x + gate f(x), that notes how large the update is.
+
+    Sum over a window's tokens of |f(x_t)|, over the square root of their number: the norm of the whole window's update where all tokens are
+    alike, but not ruled by a few tokens with massive activations where they are not. Mean over the windows.
+    """
 
     def __init__(self, inner: nn.Module, gate: nn.Parameter | None = None, norm: Norm | None = None) -> None:
         super().__init__()
@@ -182,7 +186,8 @@ class Watched(nn.Module):
         update_BTD: Tensor = self.inner(hidden, *args, **kwargs) - hidden
         if self.norm:
             wide_BTD = update_BTD.to(torch.promote_types(update_BTD.dtype, torch.float32))
-            self.update = (wide_BTD.abs().sum(-1) if self.norm == "l1" else wide_BTD.norm(dim=-1)).mean()
+            sizes_BT = wide_BTD.abs().sum(-1) if self.norm == "l1" else wide_BTD.norm(dim=-1)
+            self.update = sizes_BT.mean() * sizes_BT.shape[1] ** 0.5
         return hidden + (update_BTD if gate is None else gate.to(update_BTD.dtype) * update_BTD)
 
 
@@ -220,7 +225,7 @@ class LayerGates(Objective):
 
 
 class UpdatePenalty(Objective):
-    """TRSP, stage 2: all weights are trained; strength x sum over the layers that will go of |x_out - x_in|, mean over tokens."""
+    """TRSP, stage 2: all weights are trained; strength x sum over the layers that will go of |x_out - x_in| (`Watched`)."""
 
     def __init__(self, removed: Collection[int], strength: float, norm: Norm) -> None:
         self._removed, self._strength, self._norm = sorted(removed), strength, norm
