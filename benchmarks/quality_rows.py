@@ -27,8 +27,8 @@ OWN_TEXT = ("calibration.samples=189", f"calibration.mix=[{{path: {OWN}, weight:
 TRAINED_WINDOWS = 196
 """Half of them."""
 TRAINING = f"{{samples: {TRAINED_WINDOWS}, batch: 4, micro_batch: 2, dtype: bfloat16, learning_rate: 3.0e-4}}"
-UNTRAINED = "{samples: 1, learning_rate: 1.0e-30}"
 RANDOM = (*ALIKE, "method.name=dress")
+UNTRAINED = (*RANDOM, "method.strength=1e-30", "method.training={samples: 1, learning_rate: 1.0e-30}")
 DRESS = (*RANDOM, f"method.training={TRAINING}")
 TRSP = (
     "method.name=trsp",
@@ -48,8 +48,8 @@ _ABLATIONS = {
     "stat, 16 x 512 tokens": (*ALIKE, "calibration.samples=16"),
     "stat, 160 x 512 tokens": (*ALIKE, "calibration.samples=160"),
     "stat, drift, search": (*PER_LAYER, *DRIFT, "budget.allocation=search"),
-    "random mask": (*RANDOM, f"method.training={UNTRAINED}"),
-    "random mask, uncorrected": (*RANDOM, *UNCORRECTED, f"method.training={UNTRAINED}"),
+    "random mask": UNTRAINED,
+    "random mask, uncorrected": (*UNTRAINED, *UNCORRECTED),
     "dress, uncorrected": (*DRESS, *UNCORRECTED),
     "dress, full strength": (*DRESS, "method.strength=1"),
     "dress, without penalty": (*DRESS, "method.strength=1e-30"),

@@ -22,7 +22,19 @@ from specs.methods import DressOptions, TrspOptions
 from specs.training import TrainingSpec
 from workers.checkpoint import open_checkpoint, read_json
 from workers.files import Manifest, commit, copy_file, fingerprint, link_file
-from workers.finetune_stage import Aim, Finetune, Gates, Penalty, Recovery, Removed, Updates, forget_another, forget_states, read_log
+from workers.finetune_stage import (
+    Aim,
+    Finetune,
+    Gates,
+    Penalty,
+    Recovery,
+    Removed,
+    Shrink,
+    Updates,
+    forget_another,
+    forget_states,
+    read_log,
+)
 from workers.layout import (
     LAYER_FILE,
     OUTER_FILE,
@@ -123,8 +135,9 @@ def _shrink_layers(context: Context, trsp: TrspOptions, tokens: Manifest) -> Man
     dense, nothing = dict(context.plan.model.units), dict.fromkeys(context.plan.model.units, 0)
     spread = [nothing if layer in removed else dense for layer in range(num_layers)]
     context.settle(context.plan.chosen(uneven_shape(context.job, context.checkpoint, spread)))
-    aim_of_all = Updates(tuple(removed), trsp.update_strength, trsp.norm)
-    return _trained(context, UPDATES_TASK, context.checkpoint.path, trsp.training, aim_of_all, inputs)
+    penalty, shrink = Updates(tuple(removed), trsp.update_strength, trsp.norm), Shrink(tuple(removed), trsp.shrink_strength)
+    transfer = penalty if trsp.transfer == "penalty" else shrink
+    return _trained(context, UPDATES_TASK, context.checkpoint.path, trsp.training, transfer, inputs)
 
 
 def recover(context: Context, exported: Manifest) -> Manifest | None:

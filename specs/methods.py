@@ -146,10 +146,15 @@ class TrspOptions(MethodOptions):
     name: Literal["trsp"] = "trsp"
     gate_strength: float = Field(default=5e-3, ge=0.0)
     """Weight of the l1 norm of the gates (lambda 1) beside the language-model loss."""
+    transfer: Literal["shrink", "penalty"] = "shrink"
+    """How the layers that will go hand over what they do; `penalty`, the paper's: a penalty on the size of their updates beside the loss;
+    `shrink`, its decoupled form: their updates are scaled down while all weights are trained on the loss alone."""
+    shrink_strength: float = Field(default=1.5, gt=0.0, le=1e3)
+    """`shrink`: how far the updates are scaled down over the whole training; 1: to zero just at its end, 2: by its middle."""
     update_strength: float = Field(default=1e-3, ge=0.0)
-    """Weight of the updates of the layers that will go (lambda 2)."""
+    """`penalty`: weight of the updates of the layers that will go (lambda 2)."""
     norm: Literal["l1", "l2"] = "l2"
-    """Norm of an update."""
+    """`penalty`: norm of an update."""
     protect_first: int = Field(default=0, ge=0)
     """So many of the first layers stay."""
     protect_last: int = Field(default=0, ge=0)

@@ -14,11 +14,11 @@ from workers.codec import on_disk
 from workers.device import device_of
 from workers.families import layer_prefix, unit_groups
 from workers.files import write_json, write_tensors
-from workers.finetune_stage import Finetune, Gates, Penalty, Recovery, Updates
+from workers.finetune_stage import Finetune, Gates, Penalty, Recovery, Shrink, Updates
 from workers.layers import read_tensors
 from workers.layout import RESULT_FILE, TRAINED_FOLDER
 from workers.memory import PeakMemory
-from workers.objectives import Distillation, GroupPenalty, LayerGates, Objective, UpdatePenalty
+from workers.objectives import Distillation, GroupPenalty, LayerGates, Objective, UpdatePenalty, UpdateShrink
 from workers.training import Ranks, Training, load_for_training, state_bytes
 
 
@@ -64,6 +64,8 @@ def _objective(stage: Finetune, checkpoint: Checkpoint, ranks: Ranks) -> Objecti
             return LayerGates(initial, gone, strength)
         case Updates(gone, strength, norm):
             return UpdatePenalty(gone, strength, norm)
+        case Shrink(gone, strength):
+            return UpdateShrink(gone, strength)
         case Recovery(teacher, hidden) if teacher:
             return Distillation(load_for_training(open_checkpoint(Path(teacher)), stage.options, ranks, frozen=True), hidden)
     return Objective()

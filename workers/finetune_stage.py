@@ -47,6 +47,14 @@ class Updates:
 
 
 @dataclass(frozen=True)
+class Shrink:
+    """The layers whose updates are scaled down."""
+
+    removed: Sequence[int]
+    strength: float
+
+
+@dataclass(frozen=True)
 class Recovery:
     """Training of a pruned model: on the text alone, or from a teacher; of all weights, or of adapters."""
 
@@ -55,7 +63,7 @@ class Recovery:
     lora: LoraSpec | None = None
 
 
-Aim = Penalty | Gates | Updates | Recovery
+Aim = Penalty | Gates | Updates | Shrink | Recovery
 """What a training is for."""
 
 

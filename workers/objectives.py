@@ -29,6 +29,9 @@ class Objective:
         """The terms of the loss on some windows, means over their tokens, by name."""
         return {"lm": model(input_ids=batch_BT, labels=batch_BT, use_cache=False).loss}
 
+    def before_step(self, done: float) -> None:
+        """What changes in the course of a training: `done` is the part of the sum of all learning rates that has been."""
+
     def after_step(self, share: float, summed: Sum) -> dict[str, float]:
         """Follow a step of the optimizer, `share` of the sum of all learning rates, for terms of weights alone; their values, by name."""
         del share, summed
@@ -160,15 +163,15 @@ class GroupPenalty(Objective):
 
 
 class Watched(nn.Module):
-    """A decoder layer x + f(x) with a gate on its update, x + gate f(x), that notes how large the update is.
+    """A decoder layer x + f(x) whose update is scaled, x + gate scale f(x), and which notes how large it is.
 
-    Sum over a window's tokens of |f(x_t)|, over the square root of their number: the norm of the whole window's update where all tokens are
-    alike, but not ruled by a few tokens with massive activations where they are not. Mean over the windows.
+    How large: the sum over a window's tokens of |f(x_t)|, over the square root of their number. It is the norm of the whole window's
+    update where all tokens are alike, but not ruled by a few tokens with massive activations where they are not. Mean over the windows.
     """
 
-    def __init__(self, inner: nn.Module, gate: nn.Parameter | None = None, norm: Norm | None = None) -> None:
+    def __init__(self, inner: nn.Module, gate: nn.Parameter | None = None, norm: Norm | None = None, scale: float = 1.0) -> None:
         super().__init__()
-        self.inner, self.norm = inner, norm
+        self.inner, self.norm, self.scale = inner, norm, scale
         self.register_parameter("gate", gate)
         self.update: Tensor | None = None
 
@@ -179,16 +182,17 @@ class Watched(nn.Module):
             return getattr(super().__getattr__("inner"), name)
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The gated layer; a gate that is not trained is at 0 and the layer is left out."""
-        gate = self._parameters["gate"]
-        if gate is not None and not gate.requires_grad:
+        """The scaled layer; at 0 it is left out."""
+        if self.scale == 0:
             return hidden
         update_BTD: Tensor = self.inner(hidden, *args, **kwargs) - hidden
         if self.norm:
             wide_BTD = update_BTD.to(torch.promote_types(update_BTD.dtype, torch.float32))
             sizes_BT = wide_BTD.abs().sum(-1) if self.norm == "l1" else wide_BTD.norm(dim=-1)
             self.update = sizes_BT.mean() * sizes_BT.shape[1] ** 0.5
-        return hidden + (update_BTD if gate is None else gate.to(update_BTD.dtype) * update_BTD)
+        gate = self._parameters["gate"]
+        scaled_BTD = update_BTD if self.scale == 1 else self.scale * update_BTD
+        return hidden + (scaled_BTD if gate is None else gate.to(update_BTD.dtype) * scaled_BTD)
 
 
 class LayerGates(Objective):
@@ -203,21 +207,20 @@ class LayerGates(Objective):
         model.requires_grad_(False)
         device = next(model.parameters()).device
         for index, layer in enumerate(model.model.layers):
-            trained = index not in self._removed
-            value = torch.tensor(self._initial[index] if trained else 0.0, device=device)
-            model.model.layers[index] = Watched(layer, nn.Parameter(value, requires_grad=trained))
-        return [gate for index, gate in enumerate(self._gates(model)) if index not in self._removed]
+            gate = None if index in self._removed else nn.Parameter(torch.tensor(self._initial[index], device=device))
+            model.model.layers[index] = Watched(layer, gate, scale=0.0 if index in self._removed else 1.0)
+        return self._gates(model)
 
     def _gates(self, model: Any) -> list[Any]:
-        return [layer.gate for layer in model.model.layers]
+        return [layer.gate for layer in model.model.layers if layer.gate is not None]
 
     def losses(self, model: nn.Module, batch_BT: Tensor) -> dict[str, Tensor]:
         """The language-model loss and the penalty on the gates."""
         return super().losses(model, batch_BT) | {"penalty": self._strength * torch.stack(self._gates(model)).abs().sum()}
 
-    def values(self, model: nn.Module) -> list[float]:
-        """All gates as they are now."""
-        return [float(gate.detach()) for gate in self._gates(model)]
+    def values(self, model: Any) -> list[float]:
+        """All gates as they are now; 0 where a layer is left out."""
+        return [0.0 if layer.gate is None else float(layer.gate.detach()) for layer in model.model.layers]
 
     def release(self, model: Any) -> None:
         """Take the gates off."""
@@ -241,6 +244,39 @@ class UpdatePenalty(Objective):
         parts = super().losses(model, batch_BT)
         updates = [model.model.layers[index].update for index in self._removed]
         return parts | {"penalty": self._strength * torch.stack(updates).sum()}
+
+    def release(self, model: Any) -> None:
+        """Stop watching."""
+        _unwatch(model)
+
+
+class UpdateShrink(Objective):
+    """TRSP, stage 2, decoupled: all weights are trained on the language-model loss alone, while the layers that will go fade.
+
+    x_in + scale (x_out - x_in), scale = 1 - strength x the part of the sum of all learning rates that has been, not below 0: the
+    proximal map of the penalty on the updates, as `GroupPenalty` has one for weights. From where the scale is 0, at the latest, what
+    is trained is the model without these layers: leaving them out then changes nothing.
+    """
+
+    def __init__(self, removed: Collection[int], strength: float) -> None:
+        self._removed, self._strength = sorted(removed), strength
+        self._watched: list[Watched] = []
+
+    def prepare(self, model: Any, summed: Sum) -> list[nn.Parameter]:
+        """Watch the layers that will go."""
+        for index in self._removed:
+            self._watched.append(Watched(model.model.layers[index]))
+            model.model.layers[index] = self._watched[-1]
+        return super().prepare(model, summed)
+
+    def before_step(self, done: float) -> None:
+        """Scale the updates."""
+        for layer in self._watched:
+            layer.scale = max(0.0, 1.0 - self._strength * done)
+
+    def after_step(self, share: float, summed: Sum) -> dict[str, float]:
+        """The scale."""
+        return {"scale": self._watched[0].scale}
 
     def release(self, model: Any) -> None:
         """Stop watching."""

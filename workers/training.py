@@ -124,7 +124,8 @@ class Training:
         self.parameters = objective.prepare(model, ranks.summed)
         self._optimizer = torch.optim.AdamW(self.parameters, lr=options.learning_rate, weight_decay=options.weight_decay)
         self.steps = total_steps(options, len(windows_ST))
-        self._rates = math.fsum(rate(step, self.steps, options) for step in range(self.steps))
+        rates = [rate(step, self.steps, options) for step in range(self.steps)]
+        self._shares = [part / math.fsum(rates) for part in rates]
 
     def run(self) -> None:
         """Train to the end, from the last checkpoint if there is one.
@@ -146,6 +147,7 @@ class Training:
                 self._save(step + 1)
 
     def _step(self, step: int, numbers: Sequence[int]) -> dict[str, float]:
+        self.objective.before_step(math.fsum(self._shares[:step]))
         sums: dict[str, float] = {}
         for batch_BT, weight in self._micro_batches(numbers):
             with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.options.dtype == "bfloat16"):
@@ -163,8 +165,7 @@ class Training:
             group["lr"] = self.options.learning_rate * rate(step, self.steps, self.options)
         self._optimizer.step()
         self._optimizer.zero_grad()
-        share = rate(step, self.steps, self.options) / self._rates
-        return facts | self.objective.after_step(share, self.ranks.summed)
+        return facts | self.objective.after_step(self._shares[step], self.ranks.summed)
 
     def _average_whole(self) -> None:
         """Average the gradients of parameters that every rank holds whole; FSDP does it for those it has spread."""

@@ -85,8 +85,9 @@ def test_dress_trains_every_layer_alone(model_type: str, make_model: MakeModel, 
     assert folder_bytes(tmp_path / "cut" / "model") == folder_bytes(tmp_path / "run" / "model")
 
 
-def test_trsp_removes_the_layers_that_its_gates_choose(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
-    method = {"name": "trsp", "gates": TRAINING, "training": TRAINING, "protect_first": 1}
+@pytest.mark.parametrize("transfer", ["shrink", "penalty"])
+def test_trsp_removes_the_layers_that_its_gates_choose(transfer: str, make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
+    method = {"name": "trsp", "transfer": transfer, "gates": TRAINING, "training": TRAINING, "protect_first": 1}
     dense = make_model("smollm3", num_hidden_layers=6)
     events: list[dict[str, Any]] = []
     report = run_job(load_job(make_job(dense, method=method, budget={"sparsity": 0.3})), tmp_path / "run", events.append)

@@ -11,7 +11,7 @@ from tests.conftest import MakeModel
 from workers.checkpoint import open_checkpoint
 from workers.families import unit_groups
 from workers.layers import whole_model
-from workers.objectives import Distillation, GroupPenalty, LayerGates, Norm, Objective, UpdatePenalty
+from workers.objectives import Distillation, GroupPenalty, LayerGates, Norm, Objective, UpdatePenalty, UpdateShrink
 
 TOKENS = torch.tensor([[3, 77, 15, 200, 9, 31, 8, 120], [1, 2, 3, 4, 5, 6, 7, 8]])
 REMOVED: list[dict[str, list[int]]] = [{"heads": [1], "neurons": [0, 5, 47]}, {"neurons": [3]}, {}]
@@ -185,3 +185,26 @@ def test_distillation_is_zero_for_the_teacher_itself_and_else_the_divergence(mak
     torch.testing.assert_close(parts["divergence"].double(), expected, rtol=1e-5, atol=1e-6)
     assert parts["hidden"] > 0
     assert Objective().losses(student, TOKENS)["lm"] > 0
+
+
+def test_a_layer_that_has_faded_is_a_layer_removed(make_model: MakeModel) -> None:
+    folder = make_model()
+    model, plain, cut = double(folder), double(folder), double(folder)
+    objective = UpdateShrink([1], 2.0)
+    assert len(objective.prepare(model, alone)) == len(list(plain.parameters()))
+    objective.before_step(0.0)
+    assert objective.after_step(0.1, alone) == {"scale": 1.0}
+    torch.testing.assert_close(model(TOKENS, use_cache=False).logits, plain(TOKENS, use_cache=False).logits)
+    objective.before_step(0.25)
+    states: list[Tensor] = []
+    for layers, index in ((model.model.layers, 2), (plain.model.layers, 1), (plain.model.layers, 2)):
+        layers[index].register_forward_pre_hook(lambda _, args: states.append(args[0]))
+    model(TOKENS, use_cache=False)
+    plain(TOKENS, use_cache=False)
+    half, before, after = states
+    torch.testing.assert_close(half, (before + after) / 2)
+    objective.before_step(0.7)
+    cut.model.layers = torch.nn.ModuleList([cut.model.layers[0], cut.model.layers[2]])
+    torch.testing.assert_close(model(TOKENS, use_cache=False).logits, cut(TOKENS, use_cache=False).logits)
+    objective.release(model)
+    assert set(model.state_dict()) == set(plain.state_dict())
