@@ -51,7 +51,7 @@ _ABLATIONS = {
     "random mask": UNTRAINED,
     "random mask, uncorrected": (*UNTRAINED, *UNCORRECTED),
     "dress, uncorrected": (*DRESS, *UNCORRECTED),
-    "dress, full strength": (*DRESS, "method.strength=1"),
+    "dress, strength 1.5": (*DRESS, "method.strength=1.5"),
     "dress, without penalty": (*DRESS, "method.strength=1e-30"),
     "dress, mask of stat": (*DRESS, "method.mask=stat"),
     "dress, layer by layer": (*DRESS, "method.scope=layer", f"calibration.samples={TRAINED_WINDOWS}"),
