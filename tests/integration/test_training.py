@@ -24,7 +24,7 @@ from specs.training import LoraSpec, TrainingSpec
 from tests.conftest import MakeModel, build_model
 from workers.adapters import adapted, add_adapters, merged
 from workers.finetune import finetune
-from workers.finetune_stage import Finetune, Penalty, Recovery, read_log
+from workers.finetune_stage import Aim, Finetune, Penalty, Recovery, Shrink, read_log
 from workers.layout import RESULT_FILE, TRAINED_FOLDER
 from workers.training import ALONE, saved_steps, windows_of
 
@@ -165,8 +165,9 @@ def test_two_ranks_have_the_loss_curve_of_one_and_half_of_the_state(gang: Finetu
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.usefixtures("ray_session")
-def test_two_ranks_train_adapters_as_one_does(gang: Finetune, tmp_path: Path) -> None:
-    one, two = (replace(gang, folder=str(tmp_path / name), aim=Recovery(lora=LoraSpec(rank=4))) for name in ("one", "two"))
+@pytest.mark.parametrize("aim", [Recovery(lora=LoraSpec(rank=4)), Shrink((1,), 1.5)], ids=["adapters", "a layer that fades"])
+def test_two_ranks_train_as_one_does(aim: Aim, gang: Finetune, tmp_path: Path) -> None:
+    one, two = (replace(gang, folder=str(tmp_path / name), aim=aim) for name in ("one", "two"))
     finetune(one, ALONE)
     train_on_ray(two, 2, False, tmp_path / "ray")
     assert curve(two.folder) == pytest.approx(curve(one.folder), abs=1e-4)
