@@ -6,6 +6,7 @@ After Williams et al. 2024, "Self-calibration for Language Model Quantization an
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,23 +46,20 @@ def generate(
     while written < tokens:
         prompts_BP = prompts_NP[[(first + number) % len(prompts_NP) for number in range(batch)]].to(network.device)
         first += batch
-        found_BT: Tensor = network.generate(
-            prompts_BP,
-            attention_mask=torch.ones_like(prompts_BP),
-            max_new_tokens=length,
-            min_new_tokens=length,
-            do_sample=True,
-            temperature=temperature,
-            top_k=0,
-            top_p=1.0,
-            pad_token_id=tokenizer.eos_token_id,
-        )
-        for found_T in found_BT[:, prompts_BP.shape[1] :]:
+        for found_T in _sampled(network, prompts_BP, length, temperature):
             text = str(tokenizer.decode(found_T, skip_special_tokens=True))
             written += len(tokenizer(text)["input_ids"])
             yield text
             if written >= tokens:
                 return
+
+
+def _sampled(network: Any, prompts_BP: Tensor, length: int, temperature: float) -> Tensor:
+    """What the model goes on with, (B, length); every token may follow, but for an end."""
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    exact = {"max_new_tokens": length, "min_new_tokens": length}
+    found: Tensor = network.generate(prompts_BP, attention_mask=torch.ones_like(prompts_BP), pad_token_id=0, **sampling, **exact)
+    return found[:, prompts_BP.shape[1] :]
 
 
 def _prompts(tokenizer: PreTrainedTokenizerBase, text: Path | None, count: int) -> Tensor:
