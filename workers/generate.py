@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from specs.errors import ModelError
+from specs.errors import ModelError, SpecError
 from specs.job import TextSpec
 from workers.calibration import load_tokenizer, tokenize
 from workers.checkpoint import open_checkpoint
@@ -32,8 +32,10 @@ def generate(
 
     Raises:
         ModelError: no such model, or one that cannot be loaded.
-        SpecError: the prompts' text cannot be read.
+        SpecError: the prompts' text cannot be read or is empty, or a number is too small.
     """
+    if min(tokens, length, batch) < 1 or temperature <= 0:
+        raise SpecError("--tokens, --length and --batch must be at least 1, --temperature above 0")
     open_checkpoint(model)
     tokenizer, device = load_tokenizer(model), device_of("auto")
     device_map = "auto" if device.type == "cuda" else "cpu"
@@ -70,5 +72,7 @@ def _prompts(tokenizer: PreTrainedTokenizerBase, text: Path | None, count: int) 
             raise ModelError(f"{tokenizer.name_or_path}: its tokenizer has no first token; give --prompts")
         return torch.tensor([[first]])
     ids_T = tokenize(TextSpec(path=str(text)), tokenizer, count * 8 * PROMPT)
+    if len(ids_T) == 0:
+        raise SpecError(f"{text}: holds no text; leave --prompts out, or give another file")
     starts = [number * max(0, len(ids_T) - PROMPT) // count for number in range(count)]
     return torch.stack([ids_T[start : start + PROMPT] for start in starts])

@@ -45,6 +45,15 @@ def test_what_it_writes_serves_as_calibration_text(
     assert report["decoder_parameters"]["after"] < report["decoder_parameters"]["before"]
 
 
-def test_no_model_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["generate", str(tmp_path)]) == 3
-    assert str(tmp_path) in capsys.readouterr().err
+def test_what_cannot_be_is_said(make_model: MakeModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, empty = str(make_model()), tmp_path / "empty.txt"
+    empty.write_text("")
+    for words, code, said in (
+        ([str(tmp_path)], 3, str(tmp_path)),
+        ([model, "--temperature", "0"], 2, "--temperature above 0"),
+        ([model, "--tokens", "0"], 2, "--tokens, --length and --batch must be at least 1"),
+        ([model, "--prompts", str(empty)], 2, "holds no text"),
+        ([model, "--prompts", str(tmp_path / "absent.txt")], 2, "cannot be read"),
+    ):
+        assert main(["generate", *words]) == code
+        assert said in capsys.readouterr().err
