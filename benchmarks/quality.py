@@ -184,7 +184,7 @@ def main() -> None:
     columns = ["", "decoder removed", "perplexity", *(f"ratio, {name}" for name in dense), "seconds", "GiB"]
     tables = [
         f"## {sparsity:.0%} of the decoder\n\n" + table(columns, [line(r, dense, parameters) for r in results if r["sparsity"] == sparsity])
-        for sparsity in options.sparsity
+        for sparsity in dict.fromkeys(result["sparsity"] for result in results)
     ]
     notes = ", ".join(f"{name} {value:.3f}" for name, value in dense.items())
     file = record("quality", "\n\n".join([f"Dense perplexity: {notes}. One thread each, {options.jobs} rows at a time.", *tables]))
