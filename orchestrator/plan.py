@@ -215,7 +215,7 @@ def _trained_first(job: JobSpec, shape: Shape, num_layers: int) -> tuple[str, ..
     """Trainings before the cut."""
     match job.method:
         case DressOptions():
-            alone = map(regularised_task, range(num_layers)) if job.method.scope == "layer" else ()
+            alone = map(regularised_task, range(num_layers)) if job.method.trains_layers_alone else ()
             return (*map(selection_task, range(num_layers)), *alone, REGULARISE_TASK)
         case TrspOptions():
             return (*map(gates_task, range(num_layers - len(shape.remaining(num_layers)))), UPDATES_TASK)

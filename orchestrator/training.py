@@ -79,7 +79,7 @@ def _regularise(context: Context, dress: DressOptions, tokens: Manifest) -> Mani
         kept: Any = selection.info["result"]
         removed.append({name: sorted(set(range(units[name])) - set(stay)) for name, stay in kept.items()})
     inputs = [tokens.digest, context.checkpoint.identity, *(selection.digest for selection in context.selections)]
-    if dress.scope == "layer":
+    if dress.trains_layers_alone:
         return _regularise_layers(context, removed, inputs)
     aim = Penalty(removed, dress.strength, dress.norm)
     return _trained(context, REGULARISE_TASK, context.checkpoint.path, dress.training, aim, inputs)

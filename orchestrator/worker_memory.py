@@ -34,9 +34,10 @@ def memory_by_step(load: Workload, choice: MemoryPlan) -> dict[str, Kinds]:
     if load.candidates:
         table["divergence"] = _divergence(load, choice)
     for training in load.trainings:
-        name = "train layer" if training.each_layer else "train"
-        kinds = _layer_training(load, choice, training) if training.each_layer else _training(load, training)
-        table[name] = max(table.get(name, {}), kinds, key=total)
+        if training.each_layer:
+            table["train layer"] = _layer_training(load, choice, training)
+        else:
+            table["train"] = max(table.get("train", {}), _training(load, training), key=total)
     return table | ({"evaluate": _evaluation(load, choice)} if load.evaluation_tokens else {})
 
 

@@ -258,8 +258,7 @@ def _trainings(job: JobSpec) -> tuple[TrainingLoad, ...]:
     """The trainings of a job; that of TRSP's gates takes less than the one of all weights."""
     loads = []
     if isinstance(job.method, (DressOptions, TrspOptions)):
-        each_layer = isinstance(job.method, DressOptions) and job.method.scope == "layer"
-        loads.append(replace(_training(job.method.training), each_layer=each_layer))
+        loads.append(replace(_training(job.method.training), each_layer=job.method.trains_layers_alone))
     if recover := job.recover:
         rank = recover.lora.rank if recover.lora else 0
         loads.append(replace(_training(recover), teacher=recover.loss == "distillation", lora_rank=rank))
@@ -275,7 +274,7 @@ def _survey_levels(job: JobSpec) -> int:
 
     A mask, and layers that are trained alone, need none, but a pass like it.
     """
-    if isinstance(job.method, DressOptions) and (job.method.mask != "random" or job.method.scope == "layer"):
+    if job.method.trains_layers_alone or (isinstance(job.method, DressOptions) and job.method.mask != "random"):
         return 1
     match job.budget.allocation:
         case SearchAllocation(levels=levels):

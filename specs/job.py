@@ -276,7 +276,7 @@ class JobSpec(Section):
             raise ValueError(f"method {self.method.name} removes whole layers; leave out budget.kv_groups")
         if self.method.trains and (self.budget.per_layer or self.parallel.placement == "layers"):
             raise ValueError(f"method {self.method.name} leaves out budget.per_layer and parallel.placement: it has one way of its own")
-        if isinstance(self.method, DressOptions) and self.method.scope == "layer":
+        if isinstance(self.method, DressOptions) and self.method.trains_layers_alone:
             wanted = self.method.training.samples or 0
             if wanted > self.calibration.samples:
                 raise ValueError(f"method.training.samples ({wanted}) must not exceed calibration.samples ({self.calibration.samples})")

@@ -44,6 +44,11 @@ class MethodOptions(Section):
         """Whether the model is trained before it is cut."""
         return False
 
+    @property
+    def trains_layers_alone(self) -> bool:
+        """Whether that training takes every layer by itself."""
+        return False
+
 
 class StatOptions(MethodOptions):
     """STAT (arXiv 2406.00061): column-pivoted QR picks heads and neurons, an interpolative correction folds into the next weight."""
@@ -138,6 +143,11 @@ class DressOptions(MethodOptions):
     def trains(self) -> bool:
         """With a penalty on what will go."""
         return True
+
+    @property
+    def trains_layers_alone(self) -> bool:
+        """For `scope: layer`."""
+        return self.scope == "layer"
 
 
 class TrspOptions(MethodOptions):

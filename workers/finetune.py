@@ -76,11 +76,13 @@ def _write_model(model: nn.Module, checkpoint: Checkpoint, folder: Path, ranks: 
     parts = {"outer": ("", checkpoint.outer_tensors)}
     for layer in range(checkpoint.num_layers):
         parts[f"layer-{layer:04d}"] = (layer_prefix(layer), checkpoint.layer_tensors(layer))
-    has_adapters, parameters = bool(adapted(model)), dict(model.named_parameters())
+    adapters, parameters = adapted(model), dict(model.named_parameters())
+    if adapters and ranks.rank:
+        return  # they are whole on every rank: there is nothing to gather
     for part, (prefix, infos) in parts.items():
-        if has_adapters:
+        if adapters:
             tensors = {prefix + name: tensor for name, tensor in read_tensors(checkpoint, infos, prefix).items()}
-            tensors |= {name: merged(tensors[name], module) for name, module in adapted(model).items() if name in tensors}
+            tensors |= {name: merged(tensors[name], module) for name, module in adapters.items() if name in tensors}
         else:
             tensors = {prefix + name: _whole(parameters[prefix + name]) for name in infos}
         if ranks.rank == 0:

@@ -37,8 +37,7 @@ def generate(
     if min(tokens, length, batch) < 1 or temperature <= 0:
         raise SpecError("--tokens, --length and --batch must be at least 1, --temperature above 0")
     open_checkpoint(model)
-    tokenizer, device = load_tokenizer(model), device_of("auto")
-    device_map = "auto" if device.type == "cuda" else "cpu"
+    tokenizer, device_map = load_tokenizer(model), "auto" if device_of("auto").type == "cuda" else "cpu"
     network = AutoModelForCausalLM.from_pretrained(
         model, dtype="auto", device_map=device_map, trust_remote_code=False, local_files_only=True
     )

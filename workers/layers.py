@@ -153,18 +153,25 @@ class StreamedModel:
         return layer
 
     def _read_layer(self, index: int) -> nn.Module:
+        return placed(self._filled_layer(index), self.device, self.dtype)
+
+    def _filled_layer(self, index: int) -> nn.Module:
+        """A decoder layer whose weights are mapped from the files."""
         tensors = read_tensors(self.checkpoint, self.checkpoint.layer_tensors(index), layer_prefix(index))
-        layer = deepcopy(self._layers[index])
+        layer: nn.Module = deepcopy(self._layers[index])
         try:
             layer.load_state_dict(tensors, assign=True)
         except RuntimeError as error:
             raise ModelError(f"{self.checkpoint.path}: layer {index} does not fit {type(layer).__name__}: {error}") from None
-        return placed(layer, self.device, self.dtype)
+        return layer
 
     def trainable_layer(self, index: int) -> nn.Module:
-        """A copy of a decoder layer in float32, to be changed."""
-        layer: nn.Module = deepcopy(self._layers[index])
-        layer.load_state_dict(read_tensors(self.checkpoint, self.checkpoint.layer_tensors(index), layer_prefix(index)), assign=True)
+        """A copy of a decoder layer in float32, to be changed.
+
+        Raises:
+            ModelError: a tensor is missing, superfluous or not finite.
+        """
+        layer = self._filled_layer(index)
         for parameter in layer.parameters():
             parameter.data = parameter.data.to(self.device, torch.float32, copy=True)
         return layer.to(self.device).requires_grad_(True).train()

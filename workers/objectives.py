@@ -37,8 +37,11 @@ class Objective:
         del share, summed
         return {}
 
-    def release(self, model: nn.Module) -> None:
+    def release(self, model: Any) -> None:
         """Take back what `prepare` changed in the model's structure."""
+        for index, layer in enumerate(model.model.layers):
+            if isinstance(layer, Watched):
+                model.model.layers[index] = layer.inner
 
 
 @dataclass(frozen=True)
@@ -222,10 +225,6 @@ class LayerGates(Objective):
         """All gates as they are now; 0 where a layer is left out."""
         return [0.0 if layer.gate is None else float(layer.gate.detach()) for layer in model.model.layers]
 
-    def release(self, model: Any) -> None:
-        """Take the gates off."""
-        _unwatch(model)
-
 
 class UpdatePenalty(Objective):
     """TRSP, stage 2: all weights are trained; strength x sum over the layers that will go of |x_out - x_in| (`Watched`)."""
@@ -244,10 +243,6 @@ class UpdatePenalty(Objective):
         parts = super().losses(model, batch_BT)
         updates = [model.model.layers[index].update for index in self._removed]
         return parts | {"penalty": self._strength * torch.stack(updates).sum()}
-
-    def release(self, model: Any) -> None:
-        """Stop watching."""
-        _unwatch(model)
 
 
 class UpdateShrink(Objective):
@@ -278,10 +273,6 @@ class UpdateShrink(Objective):
         """The scale."""
         return {"scale": self._watched[0].scale}
 
-    def release(self, model: Any) -> None:
-        """Stop watching."""
-        _unwatch(model)
-
 
 class Distillation(Objective):
     """Recovery from a teacher, the dense model: KL of the next-token distributions, and how far the last hidden states lie apart."""
@@ -304,9 +295,3 @@ class Distillation(Objective):
             goal, found = (state.float() for state in states)
             parts["hidden"] = self._hidden * (found - goal).square().sum() / goal.square().sum()
         return parts
-
-
-def _unwatch(model: Any) -> None:
-    for index, layer in enumerate(model.model.layers):
-        if isinstance(layer, Watched):
-            model.model.layers[index] = layer.inner

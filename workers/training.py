@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -124,8 +125,8 @@ class Training:
         self.parameters = objective.prepare(model, ranks.summed)
         self._optimizer = torch.optim.AdamW(self.parameters, lr=options.learning_rate, weight_decay=options.weight_decay)
         self.steps = total_steps(options, len(windows_ST))
-        rates = [rate(step, self.steps, options) for step in range(self.steps)]
-        self._shares = [part / math.fsum(rates) for part in rates]
+        self._rates = [rate(step, self.steps, options) for step in range(self.steps)]
+        self._done = [*accumulate(self._rates, initial=0.0)]
 
     def run(self) -> None:
         """Train to the end, from the last checkpoint if there is one.
@@ -147,7 +148,7 @@ class Training:
                 self._save(step + 1)
 
     def _step(self, step: int, numbers: Sequence[int]) -> dict[str, float]:
-        self.objective.before_step(math.fsum(self._shares[:step]))
+        self.objective.before_step(self._done[step] / self._done[-1])
         sums: dict[str, float] = {}
         for batch_BT, weight in self._micro_batches(numbers):
             with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.options.dtype == "bfloat16"):
@@ -162,10 +163,10 @@ class Training:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.options.clip)
         facts["gradient_norm"] = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         for group in self._optimizer.param_groups:
-            group["lr"] = self.options.learning_rate * rate(step, self.steps, self.options)
+            group["lr"] = self.options.learning_rate * self._rates[step]
         self._optimizer.step()
         self._optimizer.zero_grad()
-        return facts | self.objective.after_step(self._shares[step], self.ranks.summed)
+        return facts | self.objective.after_step(self._rates[step] / self._done[-1], self.ranks.summed)
 
     def _average_whole(self) -> None:
         """Average the gradients of parameters that every rank holds whole; FSDP does it for those it has spread."""
