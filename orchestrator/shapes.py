@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from orchestrator.footprint import Footprint, exceeded, footprint, limits
 from specs.errors import SpecError
 from specs.job import JobSpec
+from specs.methods import TrspOptions
 from workers.checkpoint import Checkpoint
 from workers.config_patch import patched_config
 from workers.families import unit_groups
@@ -82,10 +83,10 @@ def open_shapes(job: JobSpec, checkpoint: Checkpoint) -> tuple[Shape, ...]:
         SpecError: none meets the budget and loads.
     """
     dense = {group.name: group.num_units for group in unit_groups(checkpoint.config)}
-    if job.method.removes_layers:
-        return (_fewer_layers(job, checkpoint, dense),)
     if not exceeded(_uniform(job, checkpoint, dense), limits(job.budget, checkpoint.decoder_parameters)):
         raise SpecError("budget: the model meets every target as it is, nothing would be removed; ask for less, or set budget.sparsity")
+    if isinstance(job.method, TrspOptions):
+        return (_fewer_layers(job, job.method, checkpoint, dense),)
     groups = dense["heads"]
     if job.budget.kv_groups != "auto":
         if job.budget.kv_groups > groups:
@@ -125,18 +126,25 @@ def uneven_shape(job: JobSpec, checkpoint: Checkpoint, layers: Sequence[Mapping[
     return Shape(most["heads"], most["neurons"], **asdict(size), layers=tuple(map(dict, layers)))
 
 
-def _fewer_layers(job: JobSpec, checkpoint: Checkpoint, dense: Mapping[str, int]) -> Shape:
+def _fewer_layers(job: JobSpec, trsp: TrspOptions, checkpoint: Checkpoint, dense: Mapping[str, int]) -> Shape:
     """As many whole layers as meet every target; which ones go is not known yet, here the last ones do.
 
     Raises:
-        SpecError: not even one layer would meet them, or nothing has to go.
+        SpecError: no number of layers meets them, or too many layers are protected.
     """
     allowed, nothing = limits(job.budget, checkpoint.decoder_parameters), dict.fromkeys(dense, 0)
     for gone in range(1, checkpoint.num_layers):
         shape = uneven_shape(job, checkpoint, [dense] * (checkpoint.num_layers - gone) + [nothing] * gone)
         if not exceeded(footprint(checkpoint, shape.layers, job), allowed):
-            return shape
-    raise SpecError("budget: no number of whole layers meets it; ask for less")
+            break
+    else:
+        raise SpecError("budget: no number of whole layers meets it; ask for less")
+    if gone > checkpoint.num_layers - trsp.protect_first - trsp.protect_last:
+        raise SpecError(
+            f"budget: {gone} of {checkpoint.num_layers} layers have to go, more than method.protect_first ({trsp.protect_first}) and "
+            f"method.protect_last ({trsp.protect_last}) leave open; lower one of them, or ask for less"
+        )
+    return shape
 
 
 def _widest(job: JobSpec, checkpoint: Checkpoint, num_heads: int) -> Shape:

@@ -175,25 +175,29 @@ def _divergence(load: Workload, choice: MemoryPlan) -> Kinds:
 
 
 def _inside(load: Workload, training: TrainingLoad) -> int:
-    """Activations inside one layer: about 2 (7 D + 3 F) fp32 numbers for a token."""
-    return 2 * training.windows * load.sequence_length * (7 * load.hidden + 3 * load.active_width) * 4
+    """Activations inside one layer: about 7 D + 3 F numbers for a token, as many in fp32 as in bf16 (measured)."""
+    return 6 * training.windows * load.sequence_length * (7 * load.hidden + 3 * load.active_width)
 
 
 def _layer_training(load: Workload, choice: MemoryPlan, training: TrainingLoad) -> Kinds:
-    """One layer of its own beside the dense model's on their way; what it was given and should give lies in files."""
+    """One layer of its own beside the dense model's on their way; what it was given and should give lies in files.
+
+    Passes in bf16 work on a copy of its weights, and a matrix's gradient is there as computed and in fp32 before it is added.
+    """
+    copied = 2 if training.frozen_bytes == 2 else 0
     return {
         "runtime": RUNTIME_BYTES,
-        "weights": _weights_bytes(replace(load, placement="layers"), choice.layers_per_chunk) + 4 * load.layer_parameters,
-        "optimizer": 12 * load.layer_parameters,
+        "weights": _weights_bytes(replace(load, placement="layers"), choice.layers_per_chunk) + (4 + copied) * load.layer_parameters,
+        "optimizer": 12 * load.layer_parameters + (4 + copied) * load.hidden * load.active_width,
         "activations": _inside(load, training),
     }
 
 
 def _training(load: Workload, training: TrainingLoad) -> Kinds:
-    """One rank: fp32 weights, their gradients and two moments, spread over the ranks; a layer that is gathered.
+    """One rank: fp32 weights, their gradients and two moments, spread over the ranks; what is gathered of the weights.
 
     Beside adapters, which every rank holds, the weights lie in the type of the passes, like the teacher's. Activations: what every
-    layer was given, and inside one layer, or in all; the scores and their gradient, and the teacher's.
+    layer was given, and inside one layer, or in all; the scores, their logarithms and gradients, and the teacher's.
     """
     tokens, layers = training.windows * load.sequence_length, load.num_layers
     ranks = 1 if load.in_process else load.workers
@@ -201,14 +205,15 @@ def _training(load: Workload, training: TrainingLoad) -> Kinds:
     adapters = training.lora_rank * sum(kind.num_layers * kind.matrix_sides for kind in load.kinds)
     held, trained = (training.frozen_bytes * parameters, adapters) if adapters else (4 * parameters, parameters // ranks)
     held += training.frozen_bytes * parameters * training.teacher
-    gathered = 4 * load.layer_parameters if ranks > 1 else 0
+    gathered = training.frozen_bytes * (2 * load.layer_parameters + load.outer_parameters) if ranks > 1 else 0
+    head_gradients = 0 if adapters else 2 * 4 * load.vocabulary * load.hidden
     return {
         "runtime": RUNTIME_BYTES,
         "weights": held // ranks + gathered + 4 * adapters,
-        "optimizer": 12 * trained,
+        "optimizer": 12 * trained + head_gradients,
         "hidden states": 4 * layers * tokens * load.hidden,
         "activations": _inside(load, training) * (layers if training.keeps_activations else 1),
-        "scores": tokens * load.vocabulary * (8 + 8 * training.teacher),
+        "scores": tokens * load.vocabulary * (14 + training.frozen_bytes + 10 * training.teacher),
     }
 
 

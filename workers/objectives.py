@@ -16,6 +16,8 @@ from workers.finetune_stage import Norm, Removed
 
 Sum = Callable[[Tensor], Tensor]
 """Adds a tensor up over the ranks."""
+ROWS_AT_ONCE = 256
+"""Rows of a matrix whose squares are formed together."""
 
 
 class Objective:
@@ -56,9 +58,10 @@ class _Part:
     def values(self) -> Tensor:
         return local_part(self.parameter.data)
 
-    def per_unit(self, amounts: Tensor, units: int) -> Tensor:
-        """Amounts, one for each of this rank's numbers, summed by unit; fp64."""
-        along_N = amounts.double().reshape(len(amounts), -1).sum(1) if self.dim == 0 else amounts.double().sum(0)
+    def per_unit(self, amount: Callable[[Tensor], Tensor], units: int) -> Tensor:
+        """An amount of every weight, summed by unit in fp64; a few rows at a time, so that nothing as large as the matrix is made."""
+        sums = [amount(rows).double()[..., None].flatten(1).sum(1 - self.dim) for rows in self.values.split(ROWS_AT_ONCE)]
+        along_N = torch.cat(sums) if self.dim == 0 else torch.stack(sums).sum(0)
         return along_N.new_zeros(units).index_add_(0, self.index_N, along_N)
 
     def spread(self, by_unit_U: Tensor) -> Tensor:
@@ -103,7 +106,7 @@ class _Going:
 
     def per_unit(self, amount: Callable[[Tensor], Tensor], summed: Sum) -> Tensor:
         """An amount of every weight, summed over each unit."""
-        return summed(torch.stack([part.per_unit(amount(part.values), len(self.initial_U)) for part in self.parts]).sum(0))
+        return summed(torch.stack([part.per_unit(amount, len(self.initial_U)) for part in self.parts]).sum(0))
 
 
 class GroupPenalty(Objective):
@@ -162,7 +165,7 @@ class GroupPenalty(Objective):
                 part.values.mul_(part.spread(factors_U).to(part.values.dtype))
             else:
                 least = part.spread(steps_U / going.count_U).to(part.values.dtype)
-                part.values.copy_(part.values.sign() * (part.values.abs() - least).clamp_min(0))
+                part.values.sub_(part.values.clamp(-least, least))
 
 
 class Watched(nn.Module):

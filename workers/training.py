@@ -123,7 +123,8 @@ class Training:
         self.model, self.objective, self.options, self.folder, self.ranks = model, objective, options, folder, ranks
         self._windows_ST = windows_ST
         self.parameters = objective.prepare(model, ranks.summed)
-        self._optimizer = torch.optim.AdamW(self.parameters, lr=options.learning_rate, weight_decay=options.weight_decay)
+        # fused: no temporary is as large as a parameter
+        self._optimizer = torch.optim.AdamW(self.parameters, lr=options.learning_rate, weight_decay=options.weight_decay, fused=True)
         self.steps = total_steps(options, len(windows_ST))
         self._rates = [rate(step, self.steps, options) for step in range(self.steps)]
         self._done = [*accumulate(self._rates, initial=0.0)]
@@ -150,8 +151,9 @@ class Training:
     def _step(self, step: int, numbers: Sequence[int]) -> dict[str, float]:
         self.objective.before_step(self._done[step] / self._done[-1])
         sums: dict[str, float] = {}
+        narrow = self.options.dtype == "bfloat16"
         for batch_BT, weight in self._micro_batches(numbers):
-            with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.options.dtype == "bfloat16"):
+            with torch.autocast(self.ranks.device.type, torch.bfloat16, narrow, cache_enabled=False):  # a pass uses a weight once
                 parts = self.objective.losses(self.model, batch_BT)
             loss = sum(parts.values()) * weight
             (loss * self.ranks.world).backward()  # type: ignore[union-attr] # gradients are averaged over the ranks

@@ -84,3 +84,18 @@ def test_a_budget_that_cannot_be_met_names_the_target(
 ) -> None:
     assert main(["run", str(make_job(make_model(), budget=budget)), "--out", str(tmp_path / "run")]) == 2
     assert words in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("budget", "words"),
+    [
+        ({"sparsity": None, "weight_bytes": "1GiB"}, "the model meets every target as it is"),
+        ({"sparsity": 0.6}, "2 of 3 layers have to go, more than method.protect_first (1) and method.protect_last (1) leave open"),
+    ],
+)
+def test_a_budget_of_whole_layers_that_cannot_be_met_is_refused_before_training(
+    budget: dict[str, Any], words: str, make_model: MakeModel, make_job: MakeJob, tmp_path: Path, capsys: Any
+) -> None:
+    method = {"name": "trsp", "protect_first": 1, "protect_last": 1}
+    assert main(["run", str(make_job(make_model(), budget=budget, method=method)), "--out", str(tmp_path / "run")]) == 2
+    assert words in " ".join(capsys.readouterr().err.split())

@@ -96,16 +96,17 @@ def test_a_training_is_spread_over_the_ranks() -> None:
     tokens = 2 * load.sequence_length
     assert table == {
         "runtime": RUNTIME_BYTES,
-        "weights": 4 * parameters // 2 + 4 * 300,
-        "optimizer": 12 * (parameters // 2),
+        "weights": 4 * parameters // 2 + 2 * (2 * 300 + 800),
+        "optimizer": 12 * (parameters // 2) + 8 * load.vocabulary * load.hidden,
         "hidden states": 4 * 6 * tokens * 4,
-        "activations": 8 * tokens * (7 * 4 + 3 * 10),
-        "scores": 8 * tokens * load.vocabulary,
+        "activations": 6 * tokens * (7 * 4 + 3 * 10),
+        "scores": 16 * tokens * load.vocabulary,
     }
     taught = memory_by_step(replace(load, trainings=(replace(training, teacher=True),)), MemoryPlan())["train"]
-    assert taught["weights"] == (4 + 2) * parameters // 2 + 4 * 300
+    assert taught["weights"] == (4 + 2) * parameters // 2 + 2 * (2 * 300 + 800)
+    assert taught["scores"] == 26 * tokens * load.vocabulary
     alone = memory_by_step(replace(load, in_process=True), MemoryPlan())["train"]
-    assert (alone["weights"], alone["optimizer"]) == (4 * parameters, 12 * parameters)
+    assert (alone["weights"], alone["optimizer"]) == (4 * parameters, 12 * parameters + 8 * load.vocabulary * load.hidden)
 
 
 def test_adapters_are_whole_on_every_rank_beside_narrow_weights() -> None:
@@ -113,7 +114,7 @@ def test_adapters_are_whole_on_every_rank_beside_narrow_weights() -> None:
     training = TrainingLoad(windows=1, keeps_activations=False, frozen_bytes=2, lora_rank=3)
     table = memory_by_step(replace(LOAD, kinds=kinds, trainings=(training,), workers=2), MemoryPlan())["train"]
     adapters = 3 * 6 * 50
-    assert table["weights"] == 2 * (800 + 6 * 300) // 2 + 4 * 300 + 4 * adapters
+    assert table["weights"] == 2 * (800 + 6 * 300) // 2 + 2 * (2 * 300 + 800) + 4 * adapters
     assert table["optimizer"] == 12 * adapters
 
 
@@ -122,6 +123,8 @@ def test_a_layer_trained_alone_takes_the_state_of_one_layer() -> None:
     table = memory_by_step(replace(LOAD, trainings=(training,), workers=2), MemoryPlan())
     assert "train" not in table
     assert table["train layer"]["weights"] == CONVERSION_BYTES + 4 * 300
-    assert table["train layer"]["optimizer"] == 12 * 300
+    assert table["train layer"]["optimizer"] == 12 * 300 + 4 * 4 * 10
+    narrow = memory_by_step(replace(LOAD, trainings=(replace(training, frozen_bytes=2),)), MemoryPlan())["train layer"]
+    assert (narrow["weights"], narrow["optimizer"]) == (CONVERSION_BYTES + 6 * 300, 12 * 300 + 6 * 4 * 10)
     on_gpu = memory_by_step(replace(GPU, trainings=(training,)), MemoryPlan(layers_per_chunk=2))
     assert on_gpu["train layer"]["weights"] == (800 + 2 * 300) * 2 + 4 * 300
