@@ -19,6 +19,7 @@ PER_LAYER = ("budget.per_layer=true", "budget.round_to=16")
 THRESHOLD = (*PER_LAYER, "budget.allocation=threshold")
 UNCORRECTED = ("correction.damping=1e6",)
 DRIFT = ("correction.drift=0.5",)
+GRADIENTS = ("method.scale=gradients",)
 ALL_WINDOWS = 392
 """All of the first 80% of WikiText-2's validation text, but for a rest."""
 OWN = "OWN_TEXT"
@@ -42,6 +43,7 @@ _ABLATIONS = {
     "obs, drift": (*ALIKE, *DRIFT, "method=obs"),
     "flap": (*ALIKE, "method=flap"),
     "numerical": (*ALIKE, "method=numerical"),
+    "stat by gradients": (*ALIKE, *GRADIENTS),
     "stat, uncorrected": (*ALIKE, *UNCORRECTED),
     "stat, damping 1e-4": (*ALIKE, "correction.damping=1e-4"),
     "stat, dense path": (*ALIKE, "parallel.placement=layers"),
@@ -60,6 +62,8 @@ _ABLATIONS = {
 
 ROWS = {
     "stat, drift, curves": Row((*PER_LAYER, *DRIFT)),
+    "stat by gradients, drift, curves": Row((*PER_LAYER, *DRIFT, *GRADIENTS)),
+    "stat by gradients, drift": Row((*ALIKE, *DRIFT, *GRADIENTS)),
     "stat, drift": Row((*ALIKE, *DRIFT)),
     "stat": Row(ALIKE),
     "numerical, threshold (Numerical Pruning)": Row((*THRESHOLD, "method=numerical")),
@@ -69,8 +73,10 @@ ROWS = {
     "dress": Row(DRESS, (0.2, 0.3)),
     "trsp": Row(TRSP, (0.2, 0.3)),
     "stat, drift, all tokens": Row((*ALIKE, *DRIFT, f"calibration.samples={ALL_WINDOWS}"), (0.2, 0.3)),
+    "stat by gradients, drift, all tokens": Row((*ALIKE, *DRIFT, *GRADIENTS, f"calibration.samples={ALL_WINDOWS}"), (0.2, 0.3)),
+    "stat by gradients, drift, own text": Row((*ALIKE, *DRIFT, *GRADIENTS, *OWN_TEXT), (0.2, 0.3)),
     "stat, drift, own text": Row((*ALIKE, *DRIFT, *OWN_TEXT), (0.2, 0.3)),
-    "stat, drift, curves, own text": Row((*PER_LAYER, *DRIFT, *OWN_TEXT), (0.2, 0.3)),
+    "stat by gradients, drift, curves, own text": Row((*PER_LAYER, *DRIFT, *GRADIENTS, *OWN_TEXT), (0.2, 0.3)),
     **{name: Row(settings, (0.2,)) for name, settings in _ABLATIONS.items()},
     "stat, recovered": Row((*ALIKE, *RECOVER), (0.3,)),
     "numerical, threshold (Numerical Pruning), recovered": Row((*THRESHOLD, "method=numerical", *RECOVER), (0.3,)),

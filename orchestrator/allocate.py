@@ -32,7 +32,7 @@ def allocate(context: Context, tokens: Manifest) -> Shape:
         SpecError: no allocation within its bounds meets the budget.
     """
     allocation = context.job.budget.allocation
-    base = [tokens.digest, context.checkpoint.identity]
+    base = context.inputs(tokens)
     if isinstance(allocation, CurvesAllocation):
         budget = _bounded(context, allocation)
         surveys, losses = _losses(context, budget, allocation, base)

@@ -32,12 +32,18 @@ class Context:
     """The model the job names, where `checkpoint` is what a training has made of it."""
     selections: list[Manifest] | None = None
     """The units that stay, where they were chosen before a training."""
+    gradients: Manifest | None = None
+    """The gradients that activations are scaled by, where the method asks for them."""
     memory: PeakMemory = field(default_factory=PeakMemory)
 
     @property
     def original(self) -> Checkpoint:
         """The model the job names."""
         return self.source or self.checkpoint
+
+    def inputs(self, tokens: Manifest) -> list[str]:
+        """What everything that looks at activations depends on."""
+        return [tokens.digest, self.checkpoint.identity, *([self.gradients.digest] if self.gradients else [])]
 
     def settle(self, plan: Plan) -> None:
         """Go on with a plan, and write it down."""

@@ -25,6 +25,7 @@ from workers.layout import (
     CALIBRATION_TASK,
     EVALUATION_TASK,
     EXPORT_TASK,
+    GRADIENTS_TASK,
     OUTER_TASK,
     RECOVER_TASK,
     REGULARISE_TASK,
@@ -235,7 +236,18 @@ def _tasks(job: JobSpec, num_layers: int, shape: Shape, num_shapes: int) -> tupl
         spread = (*map(generation_task, range(allocation.generations)), *spread)
     evaluation = (EVALUATION_TASK, "evaluate-before", "evaluate-after") if job.evaluation else ()
     recovery = (RECOVER_TASK, *(("evaluate-recovered",) if job.evaluation else ())) if job.recover else ()
-    return (CALIBRATION_TASK, *spread, *((SHAPE_TASK,) if num_shapes > 1 else ()), *layers, OUTER_TASK, EXPORT_TASK, *evaluation, *recovery)
+    gradients = (GRADIENTS_TASK,) if job.gradient_windows else ()
+    return (
+        CALIBRATION_TASK,
+        *gradients,
+        *spread,
+        *((SHAPE_TASK,) if num_shapes > 1 else ()),
+        *layers,
+        OUTER_TASK,
+        EXPORT_TASK,
+        *evaluation,
+        *recovery,
+    )
 
 
 def _on_gpu(job: JobSpec, machine: MachineProfile | None) -> bool:

@@ -1,4 +1,4 @@
-"""The story of a job: plan, start, tokenise, choose the shape, sweep, export, evaluate, report."""
+"""The story of a job: plan, start, tokenise, measure gradients, choose the shape, sweep, export, evaluate, report."""
 
 import os
 import secrets
@@ -42,6 +42,7 @@ def run_job(job: JobSpec, out: Path, show: Show) -> dict[str, Any]:
         context.settle(plan)
         stages.start(context)
         tokens, evaluated = stages.tokenize(context)
+        context.gradients = stages.measure_gradients(context, tokens)
         context.settle(plan.chosen(stages.choose_shape(context, tokens)))
         training.train_first(context, tokens)
         layers = sweep.prune_layers(context, tokens)

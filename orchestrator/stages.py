@@ -13,7 +13,7 @@ from orchestrator.run_folder import REPORT_FILE
 from orchestrator.shapes import Shape
 from specs.job import TextSpec
 from workers.files import Manifest, commit, record_of
-from workers.layout import CALIBRATION_TASK, EVALUATION_TASK, SHAPE_TASK, TRAINED_FOLDER, model_folder, task_folder
+from workers.layout import CALIBRATION_TASK, EVALUATION_TASK, GRADIENTS_TASK, SHAPE_TASK, TRAINED_FOLDER, model_folder, task_folder
 from workers.shards import even_parts
 from workers.storage import marker_file
 
@@ -60,6 +60,23 @@ def _tokens(context: Context, task: str, part: dict[str, Any], texts: Sequence[s
     return context.once(task, expected, lambda: context.executor.wait([submit(0, "tokenize", task, expected)]), redo_stale)
 
 
+def measure_gradients(context: Context, tokens: Manifest) -> Manifest | None:
+    """The root mean square of the loss's gradient at every consumer's input of the dense model, where the method asks for it."""
+    if not context.job.gradient_windows:
+        return None
+    expected = context.folder.fingerprint(GRADIENTS_TASK, *context.inputs(tokens))
+    return context.once(GRADIENTS_TASK, expected, lambda: _measure_gradients(context, expected))
+
+
+def _measure_gradients(context: Context, expected: str) -> None:
+    executor = context.executor
+    parts = [part for part in even_parts(context.job.gradient_windows, executor.num_workers) if part]
+    with context.stage("gradients", 1):
+        measured = [executor.submit(worker, "gradients", (part.start, part.stop)) for worker, part in enumerate(parts)]
+        executor.wait(measured)
+        executor.wait([executor.submit(0, "write_gradients", expected, *(call.payload for call in measured))])
+
+
 def choose_shape(context: Context, tokens: Manifest) -> Shape:
     """The shape with the least predicted output error: mean over probed layers of each group's squared relative error.
 
@@ -70,7 +87,7 @@ def choose_shape(context: Context, tokens: Manifest) -> Shape:
         return allocate(context, tokens)
     if len(context.plan.shapes) == 1:
         return context.plan.shape
-    expected = context.folder.fingerprint(SHAPE_TASK, context.checkpoint.identity, tokens.digest)
+    expected = context.folder.fingerprint(SHAPE_TASK, *context.inputs(tokens))
     done = context.once(SHAPE_TASK, expected, lambda: _probe(context, expected))
     return Shape(**done.info["result"])  # type: ignore[arg-type]
 

@@ -45,7 +45,7 @@ def select_units(context: Context, tokens: Manifest) -> list[Manifest]:
 def _inputs(context: Context, tokens: Manifest) -> list[list[str]]:
     """What every layer depends on, beside the layers below."""
     layers, shape = range(context.plan.model.num_layers), context.plan.shape
-    return [[tokens.digest, context.checkpoint.identity, str(sorted(shape.kept_in(layer).items()))] for layer in layers]
+    return [[*context.inputs(tokens), str(sorted(shape.kept_in(layer).items()))] for layer in layers]
 
 
 def _lossy(context: Context) -> list[list[str]]:

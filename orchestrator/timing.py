@@ -39,10 +39,10 @@ def stages(load: Workload, choice: MemoryPlan, machine: MachineProfile | None) -
     costs = layer_costs(load, choice)
     flops = {name: over_layers(costs, f"{name}_flops") for name in WORK}
     if machine is None:
-        return (*(Stage(name, flops[name]) for name in WORK), *_divergence_stage(load, None))
+        return (*(Stage(name, flops[name]) for name in WORK), *_gradients_stage(load, None), *_divergence_stage(load, None))
     phases = [_bounds(phase, choice, machine) for phase in load.phases().values()]
     timed = [_timed(name, flops.get(name, 0), [bounds[name] for bounds in phases]) for name in STAGES]
-    return (*timed, *_divergence_stage(load, machine), *_evaluation_stage(load, machine))
+    return (*timed, *_gradients_stage(load, machine), *_divergence_stage(load, machine), *_evaluation_stage(load, machine))
 
 
 def _timed(name: str, flops: int, phases: list[Bounds]) -> Stage:
@@ -98,6 +98,20 @@ def _gram_traffic(load: Workload) -> int:
     """Memory traffic of adding one micro-batch to the Gram matrices of all layers: half of fp64 read and written, fp32 twice."""
     groups = [(kind, group) for kind in load.kinds for group in load.decided(kind) if not in_rows(load, group)]
     return sum(kind.num_layers * group.count * group.width**2 * 12 for kind, group in groups)
+
+
+def _gradients_stage(load: Workload, machine: MachineProfile | None) -> tuple[Stage, ...]:
+    """Up through all layers, and down again with gradients of activations alone: three forward passes."""
+    if not load.gradient_windows:
+        return ()
+    flops = 3 * load.gradient_windows * load.sequence_length * 2 * (load.active_parameters + load.vocabulary * load.hidden)
+    if machine is None:
+        return (Stage("gradients", flops),)
+    bounds = {
+        "arithmetic": flops / min(load.workers, load.gradient_windows) / machine.forward_flops,
+        "disk": 2 * load.bytes_on_disk / machine.disk_bandwidth,
+    }
+    return (_timed("gradients", flops, [bounds]),)
 
 
 def _divergence_stage(load: Workload, machine: MachineProfile | None) -> tuple[Stage, ...]:

@@ -78,7 +78,7 @@ def _regularise(context: Context, dress: DressOptions, tokens: Manifest) -> Mani
     for selection in context.selections:
         kept: Any = selection.info["result"]
         removed.append({name: sorted(set(range(units[name])) - set(stay)) for name, stay in kept.items()})
-    inputs = [tokens.digest, context.checkpoint.identity, *(selection.digest for selection in context.selections)]
+    inputs = [*context.inputs(tokens), *(selection.digest for selection in context.selections)]
     if dress.trains_layers_alone:
         return _regularise_layers(context, removed, inputs)
     aim = Penalty(removed, dress.strength, dress.norm)
@@ -123,14 +123,14 @@ def _shrink_layers(context: Context, trsp: TrspOptions, tokens: Manifest) -> Man
     num_layers = context.plan.model.num_layers
     gone = num_layers - len(context.plan.shape.remaining(num_layers))
     open_to_choice = range(trsp.protect_first, num_layers - trsp.protect_last)
-    gates, removed, inputs = [1.0] * num_layers, list[int](), [tokens.digest, context.checkpoint.identity]
+    gates, removed, inputs = [1.0] * num_layers, list[int](), context.inputs(tokens)
     for number in range(gone):
         aim = Gates(tuple(gates), tuple(removed), trsp.gate_strength)
         chosen = _trained(context, gates_task(number), context.checkpoint.path, trsp.gates, aim, inputs)
         found: Any = chosen.info["result"]
         gates = found["gates"]
         removed.append(min((layer for layer in open_to_choice if layer not in removed), key=lambda layer: abs(gates[layer])))
-        inputs = [*inputs[:2], chosen.digest]
+        inputs = [*context.inputs(tokens), chosen.digest]
         context.emit("layer-chosen", layer=removed[-1], gate=gates[removed[-1]], number=number + 1, of=gone)
     dense, nothing = dict(context.plan.model.units), dict.fromkeys(context.plan.model.units, 0)
     spread = [nothing if layer in removed else dense for layer in range(num_layers)]

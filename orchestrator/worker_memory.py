@@ -33,6 +33,8 @@ def memory_by_step(load: Workload, choice: MemoryPlan) -> dict[str, Kinds]:
         table["write outer"] = {"runtime": RUNTIME_BYTES, "output": load.outer_parameters * load.written_element_bytes}
     if load.candidates:
         table["divergence"] = _divergence(load, choice)
+    if load.gradient_windows:
+        table["gradients"] = _gradients(load, choice)
     for training in load.trainings:
         if training.each_layer:
             table["train layer"] = _layer_training(load, choice, training)
@@ -174,9 +176,23 @@ def _divergence(load: Workload, choice: MemoryPlan) -> Kinds:
     }
 
 
-def _inside(load: Workload, training: TrainingLoad) -> int:
+def _gradients(load: Workload, choice: MemoryPlan) -> Kinds:
+    """One window backwards through a layer, whose weights are whole in the type of the passes; hidden states lie in files."""
+    windows = math.ceil(load.gradient_windows / load.workers)
+    numbers = sum(kind.num_layers * group.count * group.width for kind in load.kinds for group in kind.groups)
+    scores = load.sequence_length * load.vocabulary * (load.element_bytes + 4 * 3)
+    return {
+        "runtime": RUNTIME_BYTES,
+        "weights": _weights_bytes(replace(load, placement="shards"), 1)
+        + (0 if load.on_gpu else load.layer_parameters * load.element_bytes),
+        "squares": (windows + 1) * 8 * numbers,
+        "activations": max(scores, _inside(load, 1)),
+    }
+
+
+def _inside(load: Workload, windows: int) -> int:
     """Activations inside one layer: about 7 D + 3 F numbers for a token, as many in fp32 as in bf16 (measured)."""
-    return 6 * training.windows * load.sequence_length * (7 * load.hidden + 3 * load.active_width)
+    return 6 * windows * load.sequence_length * (7 * load.hidden + 3 * load.active_width)
 
 
 def _layer_training(load: Workload, choice: MemoryPlan, training: TrainingLoad) -> Kinds:
@@ -189,7 +205,7 @@ def _layer_training(load: Workload, choice: MemoryPlan, training: TrainingLoad) 
         "runtime": RUNTIME_BYTES,
         "weights": _weights_bytes(replace(load, placement="layers"), choice.layers_per_chunk) + (4 + copied) * load.layer_parameters,
         "optimizer": 12 * load.layer_parameters + (4 + copied) * load.hidden * load.active_width,
-        "activations": _inside(load, training),
+        "activations": _inside(load, training.windows),
     }
 
 
@@ -212,7 +228,7 @@ def _training(load: Workload, training: TrainingLoad) -> Kinds:
         "weights": held // ranks + gathered + 4 * adapters,
         "optimizer": 12 * trained + head_gradients,
         "hidden states": 4 * layers * tokens * load.hidden,
-        "activations": _inside(load, training) * (layers if training.keeps_activations else 1),
+        "activations": _inside(load, training.windows) * (layers if training.keeps_activations else 1),
         "scores": tokens * load.vocabulary * (14 + training.frozen_bytes + 10 * training.teacher),
     }
 

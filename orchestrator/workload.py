@@ -83,6 +83,8 @@ class Workload:
     """Calibration windows on which it is."""
     trainings: tuple[TrainingLoad, ...] = ()
     """What is trained."""
+    gradient_windows: int = 0
+    """Calibration windows on which gradients of the loss are measured."""
     placement: Placement = "shards"
     propagation: Propagation = "pruned"
     selects: bool = True
@@ -248,6 +250,7 @@ def workload_of(job: JobSpec, checkpoint: Checkpoint, kinds: tuple[LayerKind, ..
         survey_levels=_survey_levels(job),
         candidates=_candidates(job, checkpoint.num_layers),
         trainings=_trainings(job),
+        gradient_windows=job.gradient_windows,
         candidate_windows=allocation.samples if isinstance(allocation, CurvesAllocation) else 0,
         placement=job.parallel.placement,
         propagation=job.parallel.effective_propagation,

@@ -296,6 +296,11 @@ class JobSpec(Section):
         return self
 
     @property
+    def gradient_windows(self) -> int:
+        """Calibration windows on which gradients of the loss are measured; 0: none."""
+        return min(self.method.selector.gradient_windows, self.calibration.samples)
+
+    @property
     def selects_first(self) -> bool:
         """Whether the units that stay are chosen in a pass of their own, before the sweep."""
         return self.method.selects_first or self.parallel.effective_propagation == "refit"

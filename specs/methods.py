@@ -25,6 +25,11 @@ class MethodOptions(Section):
         return False
 
     @property
+    def gradient_windows(self) -> int:
+        """Calibration windows on which gradients of the loss are measured; 0: they are not needed."""
+        return 0
+
+    @property
     def selector(self) -> "MethodOptions":
         """The method that chooses the units of a layer."""
         return self
@@ -56,11 +61,21 @@ class StatOptions(MethodOptions):
     name: Literal["stat"] = "stat"
     factorization: Literal["gram", "qr"] = "gram"
     """`gram`: pivoted Cholesky of the Gram matrix (fast); `qr`: tall-skinny QR, then column-pivoted QR of R (exact)."""
+    scale: Literal["weights", "gradients"] = "weights"
+    """What an activation counts for in the pivoting. `weights`, the paper's: the norm of the next weight's column; `gradients`: the root
+    mean square of the loss's gradient with respect to it, for one backward pass through the dense model, layer by layer."""
+    gradient_samples: int = Field(default=64, ge=1)
+    """`gradients`: calibration windows, spread evenly, on which they are measured; at most all of them."""
 
     @property
     def needs_rows(self) -> bool:
         """For `qr`."""
         return self.factorization == "qr"
+
+    @property
+    def gradient_windows(self) -> int:
+        """For `scale: gradients`."""
+        return self.gradient_samples if self.scale == "gradients" else 0
 
 
 class NumericalOptions(MethodOptions):

@@ -19,6 +19,7 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from specs.errors import ModelError
@@ -128,7 +129,7 @@ class StreamedModel:
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, store: Store = lambda tensor: tensor) -> None:
         self.checkpoint, self.dtype, self.device, self._store = checkpoint, dtype, device, store
-        self._model: Any = _empty_model(checkpoint, dtype).eval()
+        self._model: Any = _empty_model(checkpoint, dtype).eval().requires_grad_(False)
         self._layers = list(self._model.model.layers)
         self._model.model.layers = nn.ModuleList()
         _fill(self._model, checkpoint, checkpoint.outer_tensors)
@@ -194,6 +195,15 @@ class StreamedModel:
         self._model.model.layers = nn.ModuleList([_Recorder(self._layers[0], hidden_BTD)])
         logits: Tensor = self._model(input_ids=tokens_BT.to(self.device), use_cache=False).logits
         return logits
+
+    def loss_gradient(self, tokens_BT: Tensor, hidden_BTD: Tensor) -> Tensor:
+        """Gradient of the summed negative log-likelihood (nats) with respect to what the last layer returns, `hidden_BTD`."""
+        given_BTD = hidden_BTD.to(self.device, copy=True).requires_grad_()
+        self._model.model.layers = nn.ModuleList([_Recorder(self._layers[0], given_BTD)])
+        logits_BTV = self._model(input_ids=tokens_BT.to(self.device), use_cache=False).logits
+        predicted = logits_BTV[:, :-1].flatten(0, 1).float()
+        loss = nn.functional.cross_entropy(predicted, tokens_BT[:, 1:].flatten().to(self.device), reduction="sum")
+        return torch.autograd.grad(loss, given_BTD)[0]
 
 
 def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
@@ -350,16 +360,38 @@ def finish_layer(layer: nn.Module, index: int, batch: MicroBatch, groups: Mappin
     batch.outputs.clear()
 
 
-@torch.inference_mode()
-def dense_pass(layer: nn.Module, index: int, batch: MicroBatch, groups: Mapping[str, UnitGroup]) -> dict[str, Tensor]:
-    """Move the hidden states past the unchanged layer and return the input of every group's consumer."""
+@contextmanager
+def _inputs_noted(layer: nn.Module, groups: Mapping[str, UnitGroup]) -> Iterator[dict[str, Tensor]]:
+    """Note the input of every group's consumer."""
     inputs: dict[str, Tensor] = {}
 
     def hook(name: str) -> Any:
         return lambda module, args: inputs.update({name: args[0]})
 
     handles = [layer.get_submodule(g.consumer).register_forward_pre_hook(hook(g.name)) for g in groups.values()]
-    batch.hidden_BTD = batch.store(_run(layer, index, batch, {}))
-    for handle in handles:
-        handle.remove()
+    try:
+        yield inputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.inference_mode()
+def dense_pass(layer: nn.Module, index: int, batch: MicroBatch, groups: Mapping[str, UnitGroup]) -> dict[str, Tensor]:
+    """Move the hidden states past the unchanged layer and return the input of every group's consumer."""
+    with _inputs_noted(layer, groups) as inputs:
+        batch.hidden_BTD = batch.store(_run(layer, index, batch, {}))
     return inputs
+
+
+def backward(
+    layer: nn.Module, index: int, batch: MicroBatch, groups: Mapping[str, UnitGroup], behind_BTD: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """From the loss's gradient behind an unchanged layer those before it and, by group, at its consumers' inputs (B, T, F)."""
+    arguments = list(batch.arguments)
+    arguments[index] = pytree.tree_map_only(Tensor, torch.clone, arguments[index])  # autograd takes none from inference mode
+    given_BTD = batch.hidden_BTD.to(_device(layer), copy=True).requires_grad_()
+    with _inputs_noted(layer, groups) as inputs:
+        output_BTD = _run(layer, index, MicroBatch(given_BTD, arguments), {})
+    before_BTD, *found = torch.autograd.grad(output_BTD, [given_BTD, *inputs.values()], behind_BTD)
+    return before_BTD, dict(zip(inputs, found, strict=True))

@@ -12,6 +12,7 @@ RESULT_FILE, STARTED_FILE, TRAINED_FOLDER = "result.json", "started", "model"
 RESIDUAL_STREAM = "residual stream"
 """Beside the names of groups: what a layer is given and gives on the dense path."""
 SURVEY_FILE, SENSITIVITY_TASK = "cuts.safetensors", "sensitivity"
+GRADIENTS_TASK, GRADIENTS_FILE = "gradients", "gradients.safetensors"
 
 
 def layer_task(layer: int) -> str:

@@ -31,9 +31,18 @@ class Curve:
 
 @torch.inference_mode()
 def curve(
-    job: JobSpec, fits: Fits, weight_DF: Tensor, group: UnitGroup, counts: Sequence[int], stored: Collection[int], dtype: torch.dtype
+    job: JobSpec,
+    fits: Fits,
+    weight_DF: Tensor,
+    group: UnitGroup,
+    ranked_by: Tensor,
+    counts: Sequence[int],
+    stored: Collection[int],
+    dtype: torch.dtype,
 ) -> Curve:
-    """Rank a group's units once, then correct for each of `counts`; cuts for those in `stored`. Both statistics are consumed.
+    """Rank a group's units once, by `ranked_by` (D, F) or (1, F), then correct for each of `counts`; cuts for those in `stored`.
+
+    Both statistics are consumed.
 
     Of no units the whole output is lost. Cost: one ranking, and a correction for each count with one damping.
     """
@@ -41,7 +50,7 @@ def curve(
     some = sorted(count for count in counts if 0 < count < group.num_units)
     errors, cuts = {group.num_units: 0.0, 0: 1.0}, {0: Cut(group.name, torch.arange(0), weight_DF[:, :0])}
     if some:
-        order = rank(job.method, training, weight_DF, group.columns, range(some[0], some[-1] + 1))
+        order = rank(job.method, training, ranked_by, group.columns, range(some[0], some[-1] + 1))
         units = {count: order[:count].sort().values for count in some}
         columns = {count: unit_rows(kept, group.columns).to(_device(training)) for count, kept in units.items()}
         damping, found = error_curve(training, held_out, weight_DF, list(columns.values()), job.correction)

@@ -18,27 +18,20 @@ from specs.job import JobSpec
 from specs.memory import MemoryPlan
 from specs.methods import DressOptions
 from workers import layers
-from workers.calibration import calibration_windows, check_apart, evaluation_windows, load_tokenizer
 from workers.codec import on_disk
 from workers.config_patch import needs_output_bias
 from workers.correction import Correction, correct
 from workers.divergence import Kept, divergences
-from workers.evaluate import window_losses
-from workers.export import check_loads
 from workers.families import config_int, layer_prefix
-from workers.files import FileRecord, commit, read_manifest, write_tensors
+from workers.files import commit, read_manifest, write_tensors
 from workers.finetune_stage import Removed, forget_another, forget_states, read_log
 from workers.layers import MicroBatch, read_tensors
 from workers.layout import (
-    CALIBRATION_TASK,
-    EVALUATION_TASK,
     LAYER_FILE,
     OUTER_FILE,
     OUTER_TASK,
     SURVEY_FILE,
-    TOKENS_FILE,
     layer_task,
-    model_folder,
     regularised_task,
     selection_task,
     survey_task,
@@ -46,16 +39,16 @@ from workers.layout import (
 )
 from workers.methods import scores, select
 from workers.shards import Node, merge_siblings, roots
+from workers.side_steps import SideSteps
 from workers.slicing import Cut, CutArrays, pad_layer, slice_layer, unit_rows
 from workers.statistics import Statistic, restored
-from workers.storage import check_same_files
 from workers.stream import Fits, Stream, Wanted
 from workers.survey import curve, stored_cut, tensors_of
 from workers.sweep import Parts, Sweep, embed_all, grow_states
-from workers.workbench import Receipt, Workbench, step
+from workers.workbench import Receipt, step
 
 
-class Worker(Workbench):
+class Worker(SideSteps):
     """The steps of a job. What it keeps between calls is a cache that can be rebuilt from the run folder."""
 
     def __init__(self, job: JobSpec, run_folder: str, device: str, memory: MemoryPlan) -> None:
@@ -90,27 +83,6 @@ class Worker(Workbench):
             self.run_folder,
             self._spill(True).store,
         )
-
-    @step
-    def check_storage(self, expected: dict[str, FileRecord]) -> tuple[Receipt, None]:
-        """Check that this node sees the driver's files."""
-        check_same_files(expected)
-        return {}, None
-
-    @step
-    def tokenize(self, task: str, task_fingerprint: str) -> tuple[Receipt, None]:
-        """Tokenise the calibration or (afterwards) the evaluation text once; every worker reads the resulting file."""
-        tokenizer, evaluation = load_tokenizer(Path(self.job.model.path)), self.job.evaluation
-        if task == CALIBRATION_TASK:
-            tokens = calibration_windows(self.job.calibration, tokenizer)
-        else:
-            assert evaluation is not None
-            tokens = evaluation_windows(evaluation, tokenizer)
-            check_apart(self._tokens(CALIBRATION_TASK), tokens, evaluation.path)
-        folder = task_folder(self.run_folder, task)
-        write_tensors(folder / TOKENS_FILE, {"tokens": tokens})
-        commit(folder, task, task_fingerprint, [TOKENS_FILE], {"shape": list(tokens.shape)})
-        return {}, None
 
     @step
     def probe(self, layer: int, owned: tuple[int, int], num_held_out: int) -> tuple[Receipt, dict[str, Parts]]:
@@ -192,8 +164,7 @@ class Worker(Workbench):
     def _select(self, layer: int, name: str, num_kept: int, training: Statistic) -> Tensor:
         if num_kept in (0, self._groups[name].num_units):
             return torch.arange(num_kept)
-        weight_DF = self._consumer_weight(layer, self._groups[name])
-        return select(self.job.method.selector, training, weight_DF, self._groups[name].columns, num_kept)
+        return select(self.job.method.selector, training, self._ranked_by(layer, name), self._groups[name].columns, num_kept)
 
     def _selected(self, layer: int, name: str) -> Tensor:
         manifest = read_manifest(task_folder(self.run_folder, selection_task(layer)))
@@ -265,7 +236,7 @@ class Worker(Workbench):
         tensors: dict[str, Tensor] = {}
         for name in counts:
             weight_DF = self._consumer_weight(layer, self._groups[name])
-            part = (counts[name], stored[name], self._disk_dtype(weight_DF))
+            part = (self._ranked_by(layer, name), counts[name], stored[name], self._disk_dtype(weight_DF))
             found = curve(self.job, fits.pop(name), weight_DF, self._groups[name], *part)
             errors[name] = found.errors
             tensors |= tensors_of(found.cuts)
@@ -350,23 +321,4 @@ class Worker(Workbench):
     def copy_outer(self, file: str) -> tuple[Receipt, None]:
         """Write the embeddings, the last norm and the head as they are."""
         write_tensors(Path(file), read_tensors(self._checkpoint, self._checkpoint.outer_tensors))
-        return {}, None
-
-    @step
-    def evaluate(self, model_path: str, owned: tuple[int, int]) -> tuple[Receipt, None]:
-        """Negative log-likelihoods (nats) of some evaluation windows under the model of a folder."""
-        assert self.job.evaluation is not None
-        for name in ("_sweep", "_stream"):
-            self.__dict__.pop(name, None)  # their hidden states and statistics are not needed any more
-        stride = self.job.evaluation.effective_stride
-        windows_NT = self._tokens(EVALUATION_TASK)[slice(*owned)]
-        if len(windows_NT) == 0:
-            return {"losses": []}, None
-        store = self._spill(self._memory.spill_hidden).store
-        return {"losses": window_losses(Path(model_path), windows_NT, owned[0], stride, self._dtype, self.device, store)}, None
-
-    @step
-    def check_export(self, expected_parameters: int) -> tuple[Receipt, None]:
-        """The load gate on the exported folder."""
-        check_loads(model_folder(self.run_folder), expected_parameters)
         return {}, None

@@ -46,6 +46,15 @@ def test_same_bytes_from_every_executor(make_model: MakeModel, make_job: MakeJob
         assert folder_bytes(out / "model") == expected
 
 
+def test_gradients_are_the_same_on_many_workers(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
+    method = {"name": "stat", "scale": "gradients", "gradient_samples": 7}
+    job = make_job(make_model(), budget={"per_layer": True, "round_to": 4}, method=method)
+    run_job(load_job(job), tmp_path / "in-process", quiet)
+    run_job(load_job(job, ["cluster.executor=ray", "parallel.workers=3"]), tmp_path / "ray", quiet)
+    for folder in ("model", "tasks/gradients"):
+        assert folder_bytes(tmp_path / "ray" / folder) == folder_bytes(tmp_path / "in-process" / folder)
+
+
 def test_layers_trained_alone_are_the_same_on_many_workers_and_after_a_killed_one(
     make_model: MakeModel, make_job: MakeJob, tmp_path: Path
 ) -> None:

@@ -24,7 +24,7 @@ from workers.statistics import Statistic
 def rank(statistic: Statistic, weight_DF: Tensor, unit_columns: int, counts: range, options: StatOptions) -> Tensor:
     """Units in the order of their pivots in Z diag(s), s_j = |W[:, j]|; those behind the largest of `counts` follow by energy.
 
-    Shapes: `weight_DF` in any type, the consumer's weight; F = units * unit_columns.
+    Shapes: `weight_DF` in any type, the consumer's weight, or one row of gradients (`scale: gradients`); F = units * unit_columns.
     Source: arXiv 2406.00061 and its released code (FFN: column-pivoted QR of the scaled activations).
     """
     return statistic.order(column_norms(weight_DF), unit_columns, counts[-1])

@@ -1,0 +1,95 @@
+"""The steps of a worker beside the pruning: texts, gradients of the dense model, perplexity, checks."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from workers.calibration import calibration_windows, check_apart, evaluation_windows, load_tokenizer
+from workers.evaluate import window_losses
+from workers.export import check_loads
+from workers.files import FileRecord, commit, write_tensors
+from workers.gradients import added, squared_gradients
+from workers.layout import CALIBRATION_TASK, EVALUATION_TASK, GRADIENTS_FILE, GRADIENTS_TASK, TOKENS_FILE, model_folder, task_folder
+from workers.shards import Node, grow_tree, merge_siblings, owned_nodes
+from workers.storage import check_same_files
+from workers.workbench import Receipt, Workbench, step
+
+SquaresArrays = dict[Node, dict[str, np.ndarray]]
+"""Summed squared gradients by node of the tree over their windows, as they go from worker to worker."""
+
+
+class SideSteps(Workbench):
+    """What a worker does before and after pruning."""
+
+    @step
+    def check_storage(self, expected: dict[str, FileRecord]) -> tuple[Receipt, None]:
+        """Check that this node sees the driver's files."""
+        check_same_files(expected)
+        return {}, None
+
+    @step
+    def tokenize(self, task: str, task_fingerprint: str) -> tuple[Receipt, None]:
+        """Tokenise the calibration or (afterwards) the evaluation text once; every worker reads the resulting file."""
+        tokenizer, evaluation = load_tokenizer(Path(self.job.model.path)), self.job.evaluation
+        if task == CALIBRATION_TASK:
+            tokens = calibration_windows(self.job.calibration, tokenizer)
+        else:
+            assert evaluation is not None
+            tokens = evaluation_windows(evaluation, tokenizer)
+            check_apart(self._tokens(CALIBRATION_TASK), tokens, evaluation.path)
+        folder = task_folder(self.run_folder, task)
+        write_tensors(folder / TOKENS_FILE, {"tokens": tokens})
+        commit(folder, task, task_fingerprint, [TOKENS_FILE], {"shape": list(tokens.shape)})
+        return {}, None
+
+    @step
+    def gradients(self, owned: tuple[int, int]) -> tuple[Receipt, SquaresArrays]:
+        """Squared gradients of the dense model's loss at every consumer's input, over some of the windows they are measured on."""
+        count = self.job.gradient_windows
+        windows = self._spread_windows(count, range(*owned))
+        found = squared_gradients(self._model, self._groups, windows, self._spill(True).store)
+        nodes = owned_nodes((0, count), range(*owned))
+        sums = {node: grow_tree(node, lambda window: found[window - owned[0]], added) for node in nodes}
+        return {}, {node: {name: squares.numpy() for name, squares in sum_.items()} for node, sum_ in sums.items()}
+
+    @step
+    def write_gradients(self, task_fingerprint: str, *parts: SquaresArrays) -> tuple[Receipt, None]:
+        """Merge the sums of all workers and write the root mean squares: by group one row for each layer, fp64."""
+        root = (0, self.job.gradient_windows)
+        sums = {node: {name: torch.from_numpy(array) for name, array in arrays.items()} for part in parts for node, arrays in part.items()}
+        tokens = self.job.gradient_windows * self.job.calibration.sequence_length
+        scales = {name: (squares / tokens).sqrt() for name, squares in merge_siblings(root, sums, added)[root].items()}
+        folder = task_folder(self.run_folder, GRADIENTS_TASK)
+        write_tensors(folder / GRADIENTS_FILE, scales)
+        commit(folder, GRADIENTS_TASK, task_fingerprint, [GRADIENTS_FILE], {"computed_on": self._model.computed_on})
+        return {}, None
+
+    def _ranked_by(self, layer: int, name: str) -> Tensor:
+        """What gives a group's columns their scale: the consumer's weight (D, F), or the gradients at its input as one row (1, F)."""
+        if not self.job.gradient_windows:
+            return self._consumer_weight(layer, self._groups[name])
+        with safe_open(task_folder(self.run_folder, GRADIENTS_TASK) / GRADIENTS_FILE, framework="pt") as handle:
+            row_1F: Tensor = handle.get_slice(name)[layer : layer + 1]
+        return row_1F.to(self.device)
+
+    @step
+    def evaluate(self, model_path: str, owned: tuple[int, int]) -> tuple[Receipt, None]:
+        """Negative log-likelihoods (nats) of some evaluation windows under the model of a folder."""
+        assert self.job.evaluation is not None
+        for name in ("_sweep", "_stream"):
+            self.__dict__.pop(name, None)  # their hidden states and statistics are not needed any more
+        stride = self.job.evaluation.effective_stride
+        windows_NT = self._tokens(EVALUATION_TASK)[slice(*owned)]
+        if len(windows_NT) == 0:
+            return {"losses": []}, None
+        store = self._spill(self._memory.spill_hidden).store
+        return {"losses": window_losses(Path(model_path), windows_NT, owned[0], stride, self._dtype, self.device, store)}, None
+
+    @step
+    def check_export(self, expected_parameters: int) -> tuple[Receipt, None]:
+        """The load gate on the exported folder."""
+        check_loads(model_folder(self.run_folder), expected_parameters)
+        return {}, None
