@@ -177,7 +177,10 @@ def _divergence(load: Workload, choice: MemoryPlan) -> Kinds:
 
 
 def _gradients(load: Workload, choice: MemoryPlan) -> Kinds:
-    """One window backwards through a layer, whose weights are whole in the type of the passes; hidden states lie in files."""
+    """One window backwards through a layer; hidden states lie in files.
+
+    On the CPU the layer's weights are whole in the type of the passes, and so are gradients of the parts they are converted in.
+    """
     windows = math.ceil(load.gradient_windows / load.workers)
     numbers = sum(kind.num_layers * group.count * group.width for kind in load.kinds for group in kind.groups)
     scores = load.sequence_length * load.vocabulary * (load.element_bytes + 4 * 3)
@@ -186,7 +189,7 @@ def _gradients(load: Workload, choice: MemoryPlan) -> Kinds:
         "weights": _weights_bytes(replace(load, placement="shards"), 1)
         + (0 if load.on_gpu else load.layer_parameters * load.element_bytes),
         "squares": (windows + 1) * 8 * numbers,
-        "activations": max(scores, _inside(load, 1)),
+        "activations": max(scores, 2 * _inside(load, 1)),
     }
 
 

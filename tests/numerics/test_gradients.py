@@ -12,6 +12,7 @@ from workers.checkpoint import open_checkpoint
 from workers.families import unit_groups
 from workers.gradients import added, squared_gradients
 from workers.layers import StreamedModel, whole_model
+from workers.scratch import Scratch
 
 WINDOWS = [torch.tensor([[3, 77, 15, 200, 9, 31, 8, 120]]), torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8]])]
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2"]
@@ -21,7 +22,7 @@ def measured(folder: Path, dtype: torch.dtype = torch.float32) -> list[dict[str,
     checkpoint = open_checkpoint(folder)
     model = StreamedModel(checkpoint, dtype, torch.device("cpu"))
     groups = {group.name: group for group in unit_groups(checkpoint.config)}
-    return squared_gradients(model, groups, WINDOWS, lambda tensor: tensor)
+    return squared_gradients(model, groups, WINDOWS, Scratch(model.device, None))
 
 
 def loss_of(model: Any, window: Tensor) -> Tensor:
@@ -55,7 +56,7 @@ def test_the_gradient_of_one_number_by_finite_differences(make_model: MakeModel)
     checkpoint, model = open_checkpoint(folder), whole_model(open_checkpoint(folder)).double().eval()
     streamed = StreamedModel(checkpoint, torch.float32, torch.device("cpu"))
     groups = {group.name: group for group in unit_groups(checkpoint.config)}
-    (found,) = squared_gradients(streamed, groups, [window], lambda tensor: tensor)
+    (found,) = squared_gradients(streamed, groups, [window], Scratch(streamed.device, None))
     consumer = model.model.layers[2].get_submodule(groups["neurons"].consumer)
 
     def loss_moved(step: float) -> float:

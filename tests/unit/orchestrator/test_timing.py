@@ -27,6 +27,15 @@ def test_refit_has_the_same_stages() -> None:
     assert [stage.name for stage in stages(REFIT, MemoryPlan(), PROFILES["cpu-core"])] == list(STAGES)
 
 
+def test_gradients_are_three_forward_passes() -> None:
+    load = replace(BIG, gradient_windows=4)
+    (stage,) = [stage for stage in stages(load, MemoryPlan(), PROFILES["cpu-core"]) if stage.name == "gradients"]
+    flops = 3 * 4 * load.sequence_length * 2 * (load.active_parameters + load.vocabulary * load.hidden)
+    assert (stage.flops, stage.bound_by) == (flops, "arithmetic")
+    assert stage.seconds == pytest.approx(flops / min(4, load.workers) / PROFILES["cpu-core"].forward_flops)
+    assert [stage.flops for stage in stages(load, MemoryPlan(), None) if stage.name == "gradients"] == [flops]
+
+
 def test_files_take_disk_time() -> None:
     spilled = MemoryPlan(keep_inputs=False, spill_hidden=True, spill_statistics=True)
     seconds = {stage.name: stage.seconds for stage in stages(LOAD, spilled, PROFILES["cpu-core"])}

@@ -88,6 +88,21 @@ def test_drift_holds_the_dense_streams_and_its_product() -> None:
     assert table["decide"]["decision"] == plain["decide"]["decision"]
 
 
+def test_gradients_take_a_layer_and_one_window() -> None:
+    load = replace(LOAD, gradient_windows=5)
+    table = memory_by_step(load, MemoryPlan())
+    assert table["gradients"] == {
+        "runtime": RUNTIME_BYTES,
+        "weights": CONVERSION_BYTES + 4 * 300,
+        "squares": (3 + 1) * 8 * 6 * (2 * 3 + 10),
+        "activations": 16 * 100 * (4 + 12),
+    }
+    long = memory_by_step(replace(load, vocabulary=1), MemoryPlan())["gradients"]
+    assert long["activations"] == 12 * 16 * (7 * 4 + 3 * 10)
+    assert memory_by_step(replace(GPU, gradient_windows=5), MemoryPlan())["gradients"]["weights"] == (800 + 2 * 300) * 2
+    assert "gradients" not in memory_by_step(LOAD, MemoryPlan())
+
+
 def test_a_training_is_spread_over_the_ranks() -> None:
     training = TrainingLoad(windows=2, keeps_activations=False, frozen_bytes=2)
     load = replace(LOAD, trainings=(training,), workers=2)

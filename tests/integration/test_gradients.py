@@ -1,0 +1,47 @@
+"""Runs whose activations are scaled by gradients."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from orchestrator.run import run_job
+from specs.loader import load_job
+from tests.conftest import MakeJob, MakeModel, folder_bytes
+from workers.files import read_manifest
+
+GRADIENTS = ["method.scale=gradients"]
+
+
+def quiet(event: dict[str, Any]) -> None:
+    """Show nothing."""
+
+
+def kept(run: Path) -> list[Any]:
+    manifests = [read_manifest(folder) for folder in sorted((run / "tasks").glob("layer-*"))]
+    return [manifest.info["kept"] for manifest in manifests if manifest]
+
+
+def test_they_are_measured_once_and_change_what_stays(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
+    job = make_job(make_model(), budget={"kv_groups": 1})
+    run_job(load_job(job), tmp_path / "weights", quiet)
+    run_job(load_job(job, GRADIENTS), tmp_path / "run", quiet)
+    assert kept(tmp_path / "run") != kept(tmp_path / "weights")
+    expected = folder_bytes(tmp_path / "run" / "model")
+    for folder in (*(tmp_path / "run" / "tasks").glob("layer-*"), tmp_path / "run" / "model"):
+        shutil.rmtree(folder)
+    (tmp_path / "run" / "report.json").unlink()
+    events: list[dict[str, Any]] = []
+    run_job(load_job(job, GRADIENTS), tmp_path / "run", events.append)
+    assert {"gradients"} <= {event["task"] for event in events if event["event"] == "task-found"}
+    assert folder_bytes(tmp_path / "run" / "model") == expected
+
+
+def test_the_file_holds_a_row_for_every_layer(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
+    """More windows asked for than there are: all are taken."""
+    job = make_job(make_model(num_hidden_layers=4), budget={"kv_groups": 1}, parallel={"placement": "layers"})
+    run_job(load_job(job, [*GRADIENTS, "method.gradient_samples=1000"]), tmp_path / "run", quiet)
+    scales = load_file(tmp_path / "run" / "tasks" / "gradients" / "gradients.safetensors")
+    assert {name: tuple(scale.shape) for name, scale in scales.items()} == {"heads": (4, 32), "neurons": (4, 48)}
+    assert all(bool((scale > 0).all()) for scale in scales.values())
