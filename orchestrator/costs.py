@@ -178,8 +178,15 @@ def checkpoint_bytes(load: Workload, choice: MemoryPlan) -> int:
 
 
 def spilled_bytes(load: Workload, choice: MemoryPlan) -> int:
-    """What goes through files instead of memory in a sweep, over all workers, written and read."""
-    return sum(spilled_statistics_bytes(phase, choice) + spilled_hidden_bytes(phase, choice) for phase in load.phases().values())
+    """What goes through files instead of memory, over all workers, written and read."""
+    alone = any(training.each_layer for training in load.trainings)
+    phases = sum(spilled_statistics_bytes(phase, choice) + spilled_hidden_bytes(phase, choice) for phase in load.phases().values())
+    return phases + gradient_states_bytes(load) + alone * 4 * load.num_layers * load.tokens * load.hidden * load.element_bytes
+
+
+def gradient_states_bytes(load: Workload) -> int:
+    """Hidden states before every layer of the windows on which gradients are measured, written and read."""
+    return 2 * load.num_layers * load.gradient_windows * load.sequence_length * load.hidden * load.element_bytes
 
 
 def spilled_statistics_bytes(load: Workload, choice: MemoryPlan) -> int:

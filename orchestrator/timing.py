@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from functools import partial
 
-from orchestrator.costs import layer_costs, over_layers, phase_costs, spilled_hidden_bytes, spilled_statistics_bytes
+from orchestrator.costs import gradient_states_bytes, layer_costs, over_layers, phase_costs, spilled_hidden_bytes, spilled_statistics_bytes
 from orchestrator.messages import message_path_bytes
 from orchestrator.workload import CANDIDATES_AT_ONCE, Workload, in_rows, num_chunks
 from specs.machine import MachineProfile
@@ -109,7 +109,7 @@ def _gradients_stage(load: Workload, machine: MachineProfile | None) -> tuple[St
         return (Stage("gradients", flops),)
     bounds = {
         "arithmetic": flops / min(load.workers, load.gradient_windows) / machine.forward_flops,
-        "disk": 2 * load.bytes_on_disk / machine.disk_bandwidth,
+        "disk": (2 * load.bytes_on_disk + gradient_states_bytes(load)) / machine.disk_bandwidth,
     }
     return (_timed("gradients", flops, [bounds]),)
 

@@ -11,7 +11,7 @@ from orchestrator.costs import (
     spilled_bytes,
     statistics_flops,
 )
-from orchestrator.workload import Workload
+from orchestrator.workload import TrainingLoad, Workload
 from specs.memory import MemoryPlan
 from tests.unit.orchestrator.workloads import DENSE, EXACT, EXPERTS, FEW, LAYERS, LOAD, MIXTURE, NEURONS, REFIT
 
@@ -72,6 +72,9 @@ def test_hidden_states_are_saved_between_waves_or_every_so_many_layers() -> None
 def test_files_instead_of_memory_are_written_and_read() -> None:
     spilled = MemoryPlan(keep_inputs=False, spill_hidden=True, spill_statistics=True)
     assert spilled_bytes(LOAD, spilled) == 2 * 6 * 1600 + 2 * 6 * 128 * 4 * 4
+    assert spilled_bytes(replace(LOAD, gradient_windows=3), MemoryPlan()) == 2 * 6 * (3 * 16) * 4 * 4
+    alone = TrainingLoad(windows=1, keeps_activations=False, frozen_bytes=4, each_layer=True)
+    assert spilled_bytes(replace(LOAD, trainings=(alone,)), MemoryPlan()) == 2 * 2 * 6 * 128 * 4 * 4
 
 
 def test_ranking_costs_what_the_method_does() -> None:

@@ -31,8 +31,9 @@ def test_gradients_are_three_forward_passes() -> None:
     load = replace(BIG, gradient_windows=4)
     (stage,) = [stage for stage in stages(load, MemoryPlan(), PROFILES["cpu-core"]) if stage.name == "gradients"]
     flops = 3 * 4 * load.sequence_length * 2 * (load.active_parameters + load.vocabulary * load.hidden)
-    assert (stage.flops, stage.bound_by) == (flops, "arithmetic")
-    assert stage.seconds == pytest.approx(flops / min(4, load.workers) / PROFILES["cpu-core"].forward_flops)
+    assert (stage.flops, stage.bound_by) == (flops, "disk")  # a layer this small computes faster than its hidden states are written
+    states = 2 * load.num_layers * 4 * load.sequence_length * load.hidden * load.element_bytes
+    assert stage.seconds == pytest.approx((2 * load.bytes_on_disk + states) / PROFILES["cpu-core"].disk_bandwidth)
     assert [stage.flops for stage in stages(load, MemoryPlan(), None) if stage.name == "gradients"] == [flops]
 
 
