@@ -12,6 +12,7 @@ from torch import Tensor
 from workers import layers
 from workers.families import UnitGroup
 from workers.layers import StreamedModel
+from workers.memory import give_back_free_memory
 from workers.scratch import Scratch
 from workers.sweep import embed_all
 
@@ -19,10 +20,13 @@ Squares = dict[str, Tensor]
 """By group, for every layer and number: squared gradients, summed over tokens, (L, F), fp64."""
 
 
-def squared_gradients(model: StreamedModel, groups: Mapping[str, UnitGroup], windows: Sequence[Tensor], scratch: Scratch) -> list[Squares]:
-    """Of every window (1, T) of the dense model; the loss is the sum of the window's negative log-likelihoods (nats).
+def squared_gradients(
+    model: StreamedModel, groups: Mapping[str, UnitGroup], windows: Sequence[Tensor], first: int, scratch: Scratch
+) -> list[Squares]:
+    """Of every window (1, T) of the dense model; `first` is the number of the first one, the seed of what is drawn for it.
 
-    Cost: about three forward passes; weights are read twice.
+    The loss is the sum of negative log-likelihoods (nats) of tokens that are drawn from the model's own predictions: so the squares
+    are the diagonal of its Fisher matrix, not of the text's. Cost: about three forward passes; weights are read twice.
     """
     num_layers, batches = model.checkpoint.num_layers, embed_all(model, windows)
     shape = (len(windows), *batches[0].hidden_BTD.shape[1:])
@@ -33,7 +37,7 @@ def squared_gradients(model: StreamedModel, groups: Mapping[str, UnitGroup], win
             given_LNTD[index, number] = batch.hidden_BTD[0]
             layers.finish_layer(layer, index, batch, {})
     for number, (window, batch) in enumerate(zip(windows, batches, strict=True)):
-        behind_NTD[number] = model.loss_gradient(window, batch.hidden_BTD)[0]
+        behind_NTD[number] = model.loss_gradient(window, batch.hidden_BTD, first + number)[0]
     found: list[list[Squares]] = [[] for _ in windows]
     for index in reversed(range(num_layers)):
         layer = model.load_layer(index, prefetch=False)
@@ -42,6 +46,7 @@ def squared_gradients(model: StreamedModel, groups: Mapping[str, UnitGroup], win
             before_1TD, inputs = layers.backward(layer, index, batch, groups, behind_NTD[number : number + 1].to(model.device))
             behind_NTD[number] = before_1TD[0]
             found[number].append({name: g.flatten(0, -2).double().square().sum(0).cpu() for name, g in inputs.items()})
+        give_back_free_memory()  # a layer leaves tens of MiB of holes
     return [{name: torch.stack([layer[name] for layer in reversed(by_layer)]) for name in groups} for by_layer in found]
 
 

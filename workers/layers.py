@@ -7,7 +7,7 @@ Letters: B windows of a micro-batch, T tokens, D hidden, F width of a consumer's
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import deepcopy
@@ -20,6 +20,7 @@ from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from specs.errors import ModelError
@@ -89,6 +90,15 @@ class _Constant(nn.Module):
         """The known output, whatever comes in."""
         del args, kwargs
         return (self.output, None) if self.as_tuple else self.output
+
+
+@contextmanager
+def _hooked(handles: Sequence[RemovableHandle]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
@@ -183,9 +193,8 @@ class StreamedModel:
         recorders = [_Recorder(layer) for layer in self._layers]
         self._model.model.layers = nn.ModuleList(recorders[:1] if reuse else recorders)
         caught: list[Tensor] = []
-        handle = self._model.model.layers[0].register_forward_pre_hook(lambda _, args: caught.append(args[0]))
-        self._model.model(input_ids=tokens_BT.to(self.device), use_cache=False)
-        handle.remove()
+        with _hooked([self._model.model.layers[0].register_forward_pre_hook(lambda _, args: caught.append(args[0]))]):
+            self._model.model(input_ids=tokens_BT.to(self.device), use_cache=False)
         recorded = [recorder.arguments for recorder in recorders if recorder.arguments is not None]
         return MicroBatch(self._store(caught[0]), reuse.arguments if reuse else recorded, store=self._store)
 
@@ -196,14 +205,18 @@ class StreamedModel:
         logits: Tensor = self._model(input_ids=tokens_BT.to(self.device), use_cache=False).logits
         return logits
 
-    def loss_gradient(self, tokens_BT: Tensor, hidden_BTD: Tensor) -> Tensor:
-        """Gradient of the summed negative log-likelihood (nats) with respect to what the last layer returns, `hidden_BTD`."""
+    def loss_gradient(self, tokens_BT: Tensor, hidden_BTD: Tensor, seed: int) -> Tensor:
+        """Gradient with respect to what the last layer returns, `hidden_BTD`, of a summed negative log-likelihood (nats).
+
+        It is that of next tokens drawn from the predictions.
+        """
         given_BTD = hidden_BTD.to(self.device, copy=True).requires_grad_()
         self._model.model.layers = nn.ModuleList([_Recorder(self._layers[0], given_BTD)])
         logits_BTV = self._model(input_ids=tokens_BT.to(self.device), use_cache=False).logits
-        predicted = logits_BTV[:, :-1].flatten(0, 1).float()
-        loss = nn.functional.cross_entropy(predicted, tokens_BT[:, 1:].flatten().to(self.device), reduction="sum")
-        return torch.autograd.grad(loss, given_BTD)[0]
+        log_p_NV = torch.log_softmax(logits_BTV.flatten(0, -2).float(), -1)
+        chance = torch.Generator(self.device).manual_seed(seed)
+        drawn_N1 = torch.multinomial(log_p_NV.detach().exp(), 1, generator=chance)
+        return torch.autograd.grad(-log_p_NV.gather(1, drawn_N1).sum(), given_BTD)[0]
 
 
 def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
@@ -269,12 +282,8 @@ def _outputs_noted(layer: nn.Module, groups: Mapping[str, UnitGroup], batch: Mic
         return _note
 
     unknown = [group for group in groups.values() if group.block not in batch.outputs]
-    handles = [layer.get_submodule(group.block).register_forward_hook(noting(group)) for group in unknown]
-    try:
+    with _hooked([layer.get_submodule(group.block).register_forward_hook(noting(group)) for group in unknown]):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.inference_mode()
@@ -320,10 +329,8 @@ def dense_streams(layer: nn.Module, index: int, batch: MicroBatch, groups: Mappi
 
     # what a group's norm reads is the stream behind the group before it
     norms = [(name, groups[following].stream) for name, following in pairwise(groups)]
-    handles = [layer.get_submodule(norm).register_forward_pre_hook(noting(name)) for name, norm in norms if norm]
-    output = batch.store(_run(layer, index, batch, {}))
-    for handle in handles:
-        handle.remove()
+    with _hooked([layer.get_submodule(norm).register_forward_pre_hook(noting(name)) for name, norm in norms if norm]):
+        output = batch.store(_run(layer, index, batch, {}))
     return streams | {list(groups)[-1]: output}
 
 
@@ -368,12 +375,8 @@ def _inputs_noted(layer: nn.Module, groups: Mapping[str, UnitGroup]) -> Iterator
     def hook(name: str) -> Any:
         return lambda module, args: inputs.update({name: args[0]})
 
-    handles = [layer.get_submodule(g.consumer).register_forward_pre_hook(hook(g.name)) for g in groups.values()]
-    try:
+    with _hooked([layer.get_submodule(g.consumer).register_forward_pre_hook(hook(g.name)) for g in groups.values()]):
         yield inputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.inference_mode()

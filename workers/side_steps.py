@@ -50,7 +50,7 @@ class SideSteps(Workbench):
         """Squared gradients of the dense model's loss at every consumer's input, over some of the windows they are measured on."""
         count = self.job.gradient_windows
         windows = self._spread_windows(count, range(*owned))
-        found = squared_gradients(self._model, self._groups, windows, self._spill(True))
+        found = squared_gradients(self._model, self._groups, windows, owned[0], self._spill(True))
         nodes = owned_nodes((0, count), range(*owned))
         sums = {node: grow_tree(node, lambda window: found[window - owned[0]], added) for node in nodes}
         return {}, {node: {name: squares.numpy() for name, squares in sum_.items()} for node, sum_ in sums.items()}
