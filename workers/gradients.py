@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from specs.errors import ModelError
 from workers import layers
 from workers.families import UnitGroup
 from workers.layers import StreamedModel
@@ -27,6 +28,9 @@ def squared_gradients(
 
     The loss is the sum of negative log-likelihoods (nats) of tokens that are drawn from the model's own predictions: so the squares
     are the diagonal of its Fisher matrix, not of the text's. Cost: about three forward passes; weights are read twice.
+
+    Raises:
+        ModelError: predictions are not finite.
     """
     num_layers, batches = model.checkpoint.num_layers, embed_all(model, windows)
     shape = (len(windows), *batches[0].hidden_BTD.shape[1:])
@@ -37,7 +41,7 @@ def squared_gradients(
             given_LNTD[index, number] = batch.hidden_BTD[0]
             layers.finish_layer(layer, index, batch, {})
     for number, (window, batch) in enumerate(zip(windows, batches, strict=True)):
-        behind_NTD[number] = model.loss_gradient(window, batch.hidden_BTD, first + number)[0]
+        behind_NTD[number] = _behind_last(model, window, batch.hidden_BTD, first + number)[0]
     found: list[list[Squares]] = [[] for _ in windows]
     for index in reversed(range(num_layers)):
         layer = model.load_layer(index, prefetch=False)
@@ -48,6 +52,21 @@ def squared_gradients(
             found[number].append({name: g.flatten(0, -2).double().square().sum(0).cpu() for name, g in inputs.items()})
         give_back_free_memory()  # a layer leaves tens of MiB of holes
     return [{name: torch.stack([layer[name] for layer in reversed(by_layer)]) for name in groups} for by_layer in found]
+
+
+def _behind_last(model: StreamedModel, window_1T: Tensor, hidden_1TD: Tensor, seed: int) -> Tensor:
+    """The loss's gradient with respect to what the last layer returns.
+
+    Raises:
+        ModelError: the predictions are not finite.
+    """
+    given_1TD = hidden_1TD.to(model.device, copy=True).requires_grad_()
+    log_p_TV = torch.log_softmax(model.logits(window_1T, given_1TD)[0].float(), -1)
+    if log_p_TV.isnan().any():
+        raise ModelError(f"{model.checkpoint.path}: its predictions are not finite; set model.dtype: float32")
+    chance = torch.Generator(model.device).manual_seed(seed)
+    drawn_T1 = torch.multinomial(log_p_TV.detach().exp(), 1, generator=chance)
+    return torch.autograd.grad(-log_p_TV.gather(1, drawn_T1).sum(), given_1TD)[0]
 
 
 def added(left: Squares, right: Squares) -> Squares:

@@ -198,25 +198,11 @@ class StreamedModel:
         recorded = [recorder.arguments for recorder in recorders if recorder.arguments is not None]
         return MicroBatch(self._store(caught[0]), reuse.arguments if reuse else recorded, store=self._store)
 
-    @torch.inference_mode()
     def logits(self, tokens_BT: Tensor, hidden_BTD: Tensor) -> Tensor:
         """Output of the stock model whose last layer returned `hidden_BTD`."""
         self._model.model.layers = nn.ModuleList([_Recorder(self._layers[0], hidden_BTD)])
         logits: Tensor = self._model(input_ids=tokens_BT.to(self.device), use_cache=False).logits
         return logits
-
-    def loss_gradient(self, tokens_BT: Tensor, hidden_BTD: Tensor, seed: int) -> Tensor:
-        """Gradient with respect to what the last layer returns, `hidden_BTD`, of a summed negative log-likelihood (nats).
-
-        It is that of next tokens drawn from the predictions.
-        """
-        given_BTD = hidden_BTD.to(self.device, copy=True).requires_grad_()
-        self._model.model.layers = nn.ModuleList([_Recorder(self._layers[0], given_BTD)])
-        logits_BTV = self._model(input_ids=tokens_BT.to(self.device), use_cache=False).logits
-        log_p_NV = torch.log_softmax(logits_BTV.flatten(0, -2).float(), -1)
-        chance = torch.Generator(self.device).manual_seed(seed)
-        drawn_N1 = torch.multinomial(log_p_NV.detach().exp(), 1, generator=chance)
-        return torch.autograd.grad(-log_p_NV.gather(1, drawn_N1).sum(), given_BTD)[0]
 
 
 def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:

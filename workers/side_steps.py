@@ -7,6 +7,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from specs.errors import ModelError
 from workers.calibration import calibration_windows, check_apart, evaluation_windows, load_tokenizer
 from workers.evaluate import window_losses
 from workers.export import check_loads
@@ -57,11 +58,17 @@ class SideSteps(Workbench):
 
     @step
     def write_gradients(self, task_fingerprint: str, *parts: SquaresArrays) -> tuple[Receipt, None]:
-        """Merge the sums of all workers and write the root mean squares: by group one row for each layer, fp64."""
+        """Merge the sums of all workers and write the root mean squares: by group one row for each layer, fp64.
+
+        Raises:
+            ModelError: one is not finite.
+        """
         root = (0, self.job.gradient_windows)
         sums = {node: {name: torch.from_numpy(array) for name, array in arrays.items()} for part in parts for node, arrays in part.items()}
         tokens = self.job.gradient_windows * self.job.calibration.sequence_length
         scales = {name: (squares / tokens).sqrt() for name, squares in merge_siblings(root, sums, added)[root].items()}
+        if wrong := [name for name, scale in scales.items() if not scale.isfinite().all()]:
+            raise ModelError(f"{wrong[0]}: gradients of the loss are not finite; set model.dtype: float32")
         folder = task_folder(self.run_folder, GRADIENTS_TASK)
         write_tensors(folder / GRADIENTS_FILE, scales)
         commit(folder, GRADIENTS_TASK, task_fingerprint, [GRADIENTS_FILE], {"computed_on": self._model.computed_on})

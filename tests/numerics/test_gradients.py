@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from specs.errors import ModelError
 from tests.conftest import MakeModel
 from workers.checkpoint import open_checkpoint
 from workers.families import unit_groups
@@ -91,3 +93,12 @@ def test_weights_in_another_type_give_the_same_gradients(make_model: MakeModel) 
     (gradient,) = torch.autograd.grad(loss_of(model, WINDOWS[0]), caught)
     expected_F = gradient.flatten(0, -2).double().square().sum(0)
     torch.testing.assert_close(measured(folder)[0]["neurons"][0], expected_F, rtol=1e-4, atol=float(expected_F.max()) * 1e-6)
+
+
+def test_predictions_that_are_not_finite_are_named(make_model: MakeModel) -> None:
+    folder = make_model()
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][::2], tensors["model.norm.weight"][1::2] = 3e38, -3e38
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="predictions are not finite"):
+        measured(folder)
