@@ -98,7 +98,7 @@ def test_weights_in_another_type_give_the_same_gradients(make_model: MakeModel) 
 def test_predictions_that_are_not_finite_are_named(make_model: MakeModel) -> None:
     folder = make_model()
     tensors = load_file(folder / "model.safetensors")
-    tensors["model.norm.weight"][::2], tensors["model.norm.weight"][1::2] = 3e38, -3e38
+    tensors["model.norm.weight"][0] = 3e38  # finite, but not its product with a number above 1.2
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match="predictions are not finite"):
         measured(folder)
