@@ -64,9 +64,8 @@ def _behind_last(model: StreamedModel, window_1T: Tensor, hidden_1TD: Tensor, se
     log_p_TV = torch.log_softmax(model.logits(window_1T, given_1TD)[0].float(), -1)
     if log_p_TV.isnan().any():
         raise ModelError(f"{model.checkpoint.path}: its predictions are not finite; set model.dtype: float32")
-    chance = torch.Generator(model.device).manual_seed(seed)
-    drawn_T1 = torch.multinomial(log_p_TV.detach().exp(), 1, generator=chance)
-    return torch.autograd.grad(-log_p_TV.gather(1, drawn_T1).sum(), given_1TD)[0]
+    drawn_T1 = torch.multinomial(log_p_TV.detach().exp().cpu(), 1, generator=torch.Generator().manual_seed(seed))  # alike on any device
+    return torch.autograd.grad(-log_p_TV.gather(1, drawn_T1.to(model.device)).sum(), given_1TD)[0]
 
 
 def added(left: Squares, right: Squares) -> Squares:

@@ -13,9 +13,9 @@ from tests.conftest import MakeJob, MakeModel
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
-@pytest.mark.parametrize("factorization", ["gram", "qr"])
-def test_gpu_agrees_with_cpu(factorization: str, make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
-    job = make_job(make_model(), budget={"kv_groups": 1}, method={"factorization": factorization})
+@pytest.mark.parametrize("method", [{"factorization": "gram"}, {"factorization": "qr"}, {"scale": "gradients"}])
+def test_gpu_agrees_with_cpu(method: dict[str, str], make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
+    job = make_job(make_model(), budget={"kv_groups": 1}, method=method)
     for device in ("cpu", "cuda"):
         assert main(["run", str(job), "--out", str(tmp_path / device), "--set", f"parallel.device={device}"]) == 0
     for layer in range(3):
