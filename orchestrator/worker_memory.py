@@ -177,17 +177,18 @@ def _divergence(load: Workload, choice: MemoryPlan) -> Kinds:
 
 
 def _gradients(load: Workload, choice: MemoryPlan) -> Kinds:
-    """One window backwards through a layer; hidden states lie in files.
+    """Hidden states of all windows on their way up, those before every layer in a file; one window backwards through a layer.
 
     On the CPU the layer's weights are whole in the type of the passes, and so are gradients of the parts they are converted in.
     """
     windows = math.ceil(load.gradient_windows / load.workers)
     numbers = sum(kind.num_layers * group.count * group.width for kind in load.kinds for group in kind.groups)
     scores = load.sequence_length * load.vocabulary * (load.element_bytes + 4 * 3)
+    converted = 0 if load.on_gpu else load.layer_parameters * load.element_bytes
     return {
         "runtime": RUNTIME_BYTES,
-        "weights": _weights_bytes(replace(load, placement="shards"), 1)
-        + (0 if load.on_gpu else load.layer_parameters * load.element_bytes),
+        "weights": _weights_bytes(replace(load, placement="shards"), 1) + converted,
+        "hidden states": (1 if choice.spill_hidden else windows) * load.sequence_length * load.hidden * load.element_bytes,
         "squares": (windows + 1) * 8 * numbers,
         "activations": max(scores, 2 * _inside(load, 1)),
     }

@@ -94,6 +94,7 @@ def test_gradients_take_a_layer_and_one_window() -> None:
     assert table["gradients"] == {
         "runtime": RUNTIME_BYTES,
         "weights": CONVERSION_BYTES + 4 * 300,
+        "hidden states": 3 * 16 * 4 * 4,
         "squares": (3 + 1) * 8 * 6 * (2 * 3 + 10),
         "activations": 16 * 100 * (4 + 12),
     }
