@@ -22,7 +22,6 @@ from specs.methods import NumericalOptions
 from workers.families import unit_groups, unit_parameters
 from workers.files import Manifest, commit
 from workers.layout import SENSITIVITY_TASK, SHAPE_TASK, generation_task, survey_task, task_folder
-from workers.shards import even_parts
 
 
 def allocate(context: Context, tokens: Manifest) -> Shape:
@@ -160,11 +159,10 @@ def _measured(context: Context, candidates: Sequence[Spread], stage: str) -> lis
     """The divergence from the dense model (nats per token) of every candidate; the same for any number of workers."""
     executor, allocation = context.executor, context.job.budget.allocation
     assert isinstance(allocation, CurvesAllocation)
-    parts = [part for part in even_parts(allocation.samples, executor.num_workers) if part]
     found: list[float] = []
     for start in range(0, len(candidates), CANDIDATES_AT_ONCE):
         some = candidates[start : start + CANDIDATES_AT_ONCE]
-        calls = [executor.submit(worker, "divergences", some, (part.start, part.stop)) for worker, part in enumerate(parts)]
+        calls = [executor.submit(worker, "divergences", some, owned) for worker, owned in executor.shares(allocation.samples)]
         sums = [receipt["sums"] for receipt in executor.wait(calls)]
         tokens = allocation.samples * context.job.calibration.sequence_length
         found += [math.fsum(value for part in sums for value in part[index]) / tokens for index in range(len(some))]

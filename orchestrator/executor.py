@@ -12,6 +12,7 @@ from typing import Any, Self
 from specs.job import JobSpec
 from specs.memory import MemoryPlan
 from workers.finetune_stage import Finetune
+from workers.shards import even_parts
 
 Receipt = dict[str, Any]
 Notify = Callable[..., None]
@@ -46,6 +47,11 @@ class Executor(ABC):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def shares(self, count: int) -> list[tuple[int, tuple[int, int]]]:
+        """So many items spread over the workers: each worker that gets some, with the first one and the one behind its last."""
+        parts = [part for part in even_parts(count, self.num_workers) if part]
+        return [(worker, (part.start, part.stop)) for worker, part in enumerate(parts)]
 
     @abstractmethod
     def start(self, notify: Notify = unheard) -> None:

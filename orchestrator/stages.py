@@ -70,9 +70,8 @@ def measure_gradients(context: Context, tokens: Manifest) -> Manifest | None:
 
 def _measure_gradients(context: Context, expected: str) -> None:
     executor = context.executor
-    parts = [part for part in even_parts(context.job.gradient_windows, executor.num_workers) if part]
     with context.stage("gradients", 1):
-        measured = [executor.submit(worker, "gradients", (part.start, part.stop)) for worker, part in enumerate(parts)]
+        measured = [executor.submit(worker, "gradients", owned) for worker, owned in executor.shares(context.job.gradient_windows)]
         executor.wait(measured)
         executor.wait([executor.submit(0, "write_gradients", expected, *(call.payload for call in measured))])
 
@@ -109,8 +108,7 @@ def _probe_layer(context: Context, layer: int) -> list[float]:
     """Squared relative output error of every open shape at one layer, summed over its groups."""
     executor, samples = context.executor, context.job.budget.probe_samples
     held_out = max(1, samples // 4)
-    owned = [part for part in even_parts(samples, executor.num_workers) if part]
-    collected = [executor.submit(worker, "probe", layer, (part.start, part.stop), held_out) for worker, part in enumerate(owned)]
+    collected = [executor.submit(worker, "probe", layer, owned, held_out) for worker, owned in executor.shares(samples)]
     executor.wait(collected)
     units = context.plan.model.units
     wanted = sorted({(name, kept) for shape in context.plan.shapes for name, kept in shape.kept.items() if kept < units[name]})
