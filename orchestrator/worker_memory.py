@@ -204,7 +204,7 @@ def _layer_training(load: Workload, choice: MemoryPlan, training: TrainingLoad) 
 
     Passes in bf16 work on a copy of its weights, and a matrix's gradient is there as computed and in fp32 before it is added.
     """
-    copied = 2 if training.frozen_bytes == 2 else 0
+    copied = 2 if training.pass_bytes == 2 else 0
     return {
         "runtime": RUNTIME_BYTES,
         "weights": _weights_bytes(replace(load, placement="layers"), choice.layers_per_chunk) + (4 + copied) * load.layer_parameters,
@@ -223,9 +223,9 @@ def _training(load: Workload, training: TrainingLoad) -> Kinds:
     ranks = 1 if load.in_process else load.workers
     parameters = load.outer_parameters + sum(kind.num_layers * kind.parameters for kind in load.kinds)
     adapters = training.lora_rank * sum(kind.num_layers * kind.matrix_sides for kind in load.kinds)
-    held, trained = (training.frozen_bytes * parameters, adapters) if adapters else (4 * parameters, parameters // ranks)
-    held += training.frozen_bytes * parameters * training.teacher
-    gathered = training.frozen_bytes * (2 * load.layer_parameters + load.outer_parameters) if ranks > 1 else 0
+    held, trained = (training.pass_bytes * parameters, adapters) if adapters else (4 * parameters, parameters // ranks)
+    held += training.pass_bytes * parameters * training.teacher
+    gathered = training.pass_bytes * (2 * load.layer_parameters + load.outer_parameters) if ranks > 1 else 0
     head_gradients = 0 if adapters else 2 * 4 * load.vocabulary * load.hidden
     return {
         "runtime": RUNTIME_BYTES,
@@ -233,7 +233,7 @@ def _training(load: Workload, training: TrainingLoad) -> Kinds:
         "optimizer": 12 * trained + head_gradients,
         "hidden states": 4 * layers * tokens * load.hidden,
         "activations": _inside(load, training.windows) * (layers if training.keeps_activations else 1),
-        "scores": tokens * load.vocabulary * (14 + training.frozen_bytes + 10 * training.teacher),
+        "scores": tokens * load.vocabulary * (14 + training.pass_bytes + 10 * training.teacher),
     }
 
 

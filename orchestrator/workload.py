@@ -33,8 +33,8 @@ class TrainingLoad:
     """Windows that a rank computes together."""
     keeps_activations: bool
     """Whether activations inside the layers are kept."""
-    frozen_bytes: int
-    """Bytes per weight that is not trained."""
+    pass_bytes: int
+    """Bytes of a number in the passes, and of a weight that is not trained."""
     teacher: bool = False
     """Whether the dense model is there too."""
     lora_rank: int = 0

@@ -73,7 +73,7 @@ def test_files_instead_of_memory_are_written_and_read() -> None:
     spilled = MemoryPlan(keep_inputs=False, spill_hidden=True, spill_statistics=True)
     assert spilled_bytes(LOAD, spilled) == 2 * 6 * 1600 + 2 * 6 * 128 * 4 * 4
     assert spilled_bytes(replace(LOAD, gradient_windows=3), MemoryPlan()) == 2 * 6 * (3 * 16) * 4 * 4
-    alone = TrainingLoad(windows=1, keeps_activations=False, frozen_bytes=4, each_layer=True)
+    alone = TrainingLoad(windows=1, keeps_activations=False, pass_bytes=4, each_layer=True)
     assert spilled_bytes(replace(LOAD, trainings=(alone,)), MemoryPlan()) == 2 * 2 * 6 * 128 * 4 * 4
 
 

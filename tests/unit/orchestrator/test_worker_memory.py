@@ -105,7 +105,7 @@ def test_gradients_take_a_layer_and_one_window() -> None:
 
 
 def test_a_training_is_spread_over_the_ranks() -> None:
-    training = TrainingLoad(windows=2, keeps_activations=False, frozen_bytes=2)
+    training = TrainingLoad(windows=2, keeps_activations=False, pass_bytes=2)
     load = replace(LOAD, trainings=(training,), workers=2)
     parameters = 800 + 6 * 300
     table = memory_by_step(load, MemoryPlan())["train"]
@@ -127,7 +127,7 @@ def test_a_training_is_spread_over_the_ranks() -> None:
 
 def test_adapters_are_whole_on_every_rank_beside_narrow_weights() -> None:
     kinds = tuple(replace(kind, matrix_sides=50) for kind in LOAD.kinds)
-    training = TrainingLoad(windows=1, keeps_activations=False, frozen_bytes=2, lora_rank=3)
+    training = TrainingLoad(windows=1, keeps_activations=False, pass_bytes=2, lora_rank=3)
     table = memory_by_step(replace(LOAD, kinds=kinds, trainings=(training,), workers=2), MemoryPlan())["train"]
     adapters = 3 * 6 * 50
     assert table["weights"] == 2 * (800 + 6 * 300) // 2 + 2 * (2 * 300 + 800) + 4 * adapters
@@ -135,12 +135,12 @@ def test_adapters_are_whole_on_every_rank_beside_narrow_weights() -> None:
 
 
 def test_a_layer_trained_alone_takes_the_state_of_one_layer() -> None:
-    training = TrainingLoad(windows=1, keeps_activations=False, frozen_bytes=4, each_layer=True)
+    training = TrainingLoad(windows=1, keeps_activations=False, pass_bytes=4, each_layer=True)
     table = memory_by_step(replace(LOAD, trainings=(training,), workers=2), MemoryPlan())
     assert "train" not in table
     assert table["train layer"]["weights"] == CONVERSION_BYTES + 4 * 300
     assert table["train layer"]["optimizer"] == 12 * 300 + 4 * 4 * 10
-    narrow = memory_by_step(replace(LOAD, trainings=(replace(training, frozen_bytes=2),)), MemoryPlan())["train layer"]
+    narrow = memory_by_step(replace(LOAD, trainings=(replace(training, pass_bytes=2),)), MemoryPlan())["train layer"]
     assert (narrow["weights"], narrow["optimizer"]) == (CONVERSION_BYTES + 6 * 300, 12 * 300 + 6 * 4 * 10)
     on_gpu = memory_by_step(replace(GPU, trainings=(training,)), MemoryPlan(layers_per_chunk=2))
     assert on_gpu["train layer"]["weights"] == (800 + 2 * 300) * 2 + 4 * 300
