@@ -55,7 +55,7 @@ _ABLATIONS = {
     "dress, uncorrected": (*DRESS, *UNCORRECTED),
     "dress, strength 1.5": (*DRESS, "method.strength=1.5"),
     "dress, without penalty": (*DRESS, "method.strength=1e-30"),
-    "dress, mask of stat": (*DRESS, "method.mask=stat"),
+    **{f"dress, mask of {name}": (*DRESS, f"method.mask={name}") for name in ("stat", "numerical", "obs", "flap", "wanda")},
     "dress, layer by layer": (*DRESS, "method.scope=layer", f"calibration.samples={TRAINED_WINDOWS}"),
 }
 """What one thing changes."""
