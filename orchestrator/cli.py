@@ -2,26 +2,29 @@
 
 import argparse
 import json
+import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from specs.errors import RaypruneError
+from specs.errors import INTERRUPTED, RaypruneError
 from specs.job import JobSpec
 from specs.loader import load_job
 from specs.machine import PROFILES, load_profile, profile_text
 from specs.schema import job_schema_text
 
-INTERRUPTED = 130
+RESEND_SECONDS = 0.1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 ok, 2 spec, 3 model, 4 resources, 5 verification, 130 interrupted."""
     options = _parser().parse_args(arguments)
     signal.signal(signal.SIGTERM, _interrupt)
+    sys.unraisablehook = _unraisable
     try:
         return options.command(options) or 0
     except RaypruneError as error:
@@ -37,6 +40,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
+
+
+def _unraisable(ignored: "sys.UnraisableHookArgs") -> None:
+    """An interrupt that struck inside a finalizer is lost to the command: Python drops what these raise. Interrupt it again."""
+    if isinstance(ignored.exc_value, KeyboardInterrupt):
+        threading.Timer(RESEND_SECONDS, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    else:
+        sys.__unraisablehook__(ignored)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from specs.errors import ResourceError, SpecError
+from specs.errors import INTERRUPTED, ResourceError, SpecError
 from specs.job import JobSpec
 from specs.loader import dump_job
 
-INTERRUPTED = 130
 POLL_SECONDS = 1.0
 PATIENCE_SECONDS = 60.0
 _IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"

@@ -2,6 +2,9 @@
 
 from typing import ClassVar
 
+INTERRUPTED = 130
+"""The exit code of a command that the user, or the machine, has stopped."""
+
 
 class RaypruneError(Exception):
     """Base of every error that is reported to the user without a traceback."""

@@ -205,8 +205,11 @@ def test_stopped_job(cluster: Cluster, make_model: MakeModel, make_job: MakeJob,
         time.sleep(0.01)
     stop = [sys.executable, "-m", "ray.scripts.scripts", "job", "stop", "--address", cluster.address, submission]
     assert subprocess.run(stop, env=cluster.environment, capture_output=True, timeout=60).returncode == 0
+    deadline = time.monotonic() + 20  # Ray does not wait for what it has killed to be gone
+    while processes("orchestrator.cli", "/dev/stdin", str(out)):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
     assert not (out / "report.json").exists()
-    assert not processes("orchestrator.cli", "/dev/stdin", str(out))
 
 
 def test_lost_paths_are_refused_inside_a_job(cluster: Cluster, make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
