@@ -20,11 +20,12 @@ THRESHOLD = (*PER_LAYER, "budget.allocation=threshold")
 UNCORRECTED = ("correction.damping=1e6",)
 DRIFT = ("correction.drift=0.5",)
 GRADIENTS = ("method.scale=gradients",)
+MORE_GRADIENTS = (*GRADIENTS, "method.gradient_samples=128")
 ALL_WINDOWS = 392
 """All of the first 80% of WikiText-2's validation text, but for a rest."""
 OWN = "OWN_TEXT"
 """Stands for the file of what the model has written itself: `rayprune generate`, going on from the calibration text."""
-OWN_TEXT = ("calibration.samples=189", f"calibration.mix=[{{path: {OWN}, weight: 2}}]")
+OWN_TEXT = ("calibration.samples=252", f"calibration.mix=[{{path: {OWN}, weight: 3}}]")
 TRAINED_WINDOWS = 196
 """Half of them."""
 TRAINING = f"{{samples: {TRAINED_WINDOWS}, batch: 4, micro_batch: 2, dtype: bfloat16, learning_rate: 3.0e-4}}"
@@ -74,9 +75,9 @@ ROWS = {
     "trsp": Row(TRSP, (0.2, 0.3)),
     "stat, drift, all tokens": Row((*ALIKE, *DRIFT, f"calibration.samples={ALL_WINDOWS}"), (0.2, 0.3)),
     "stat by gradients, drift, all tokens": Row((*ALIKE, *DRIFT, *GRADIENTS, f"calibration.samples={ALL_WINDOWS}"), (0.2, 0.3)),
-    "stat by gradients, drift, own text": Row((*ALIKE, *DRIFT, *GRADIENTS, *OWN_TEXT), (0.2, 0.3)),
+    "stat by gradients, drift, own text": Row((*ALIKE, *DRIFT, *MORE_GRADIENTS, *OWN_TEXT), (0.2, 0.3)),
     "stat, drift, own text": Row((*ALIKE, *DRIFT, *OWN_TEXT), (0.2, 0.3)),
-    "stat by gradients, drift, curves, own text": Row((*PER_LAYER, *DRIFT, *GRADIENTS, *OWN_TEXT), (0.2, 0.3)),
+    "stat by gradients, drift, curves, own text": Row((*PER_LAYER, *DRIFT, *MORE_GRADIENTS, *OWN_TEXT), (0.2, 0.3)),
     **{name: Row(settings, (0.2,)) for name, settings in _ABLATIONS.items()},
     "stat, recovered": Row((*ALIKE, *RECOVER), (0.3,)),
     "numerical, threshold (Numerical Pruning), recovered": Row((*THRESHOLD, "method=numerical", *RECOVER), (0.3,)),
