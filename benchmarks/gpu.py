@@ -59,10 +59,10 @@ def floors(options: argparse.Namespace, device: torch.device) -> list[list[Any]]
     forward, gram = 2 * tokens * weights, options.layers * tokens * width**2
     decide = options.layers * (width**3 / 3 + fits * (kept**3 / 3 + 4 * kept**2 * hidden))
     fast = torch.bfloat16 if device.type == "cuda" else torch.float32
-    rates = {dtype: matrix_rate(dtype, device) for dtype in {fast, WIDE}}
+    rates = {dtype: matrix_rate(dtype, device) for dtype in {fast, torch.float32, WIDE}}
     return [
         [name, f"{flops:.3g}", f"{rates[dtype] / 1e12:.3g}", f"{flops / rates[dtype]:.2f}"]
-        for name, flops, dtype in (("forward", forward, fast), ("statistics", gram, fast), ("decisions", decide, WIDE))
+        for name, flops, dtype in (("forward", forward, fast), ("statistics", gram, torch.float32), ("decisions", decide, WIDE))
     ]
 
 

@@ -17,6 +17,8 @@ WORK = ("forward", "statistics", "selection", "correction")
 STAGES = (*WORK, "messages", "files", "write")
 PANEL = 128
 """Columns that pivoting takes before it updates the matrix: what its memory traffic is divided by."""
+PRODUCT_TOKENS = 1024
+"""Tokens of one product of a Gram matrix."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,9 @@ def _bounds(load: Workload, choice: MemoryPlan, machine: MachineProfile) -> dict
     work = partial(over_layers, phase_costs(load, choice))
     spread, deciders = _parallel(load)
     batches = math.ceil(load.tokens / load.batch_tokens)
+    products = math.ceil(load.tokens / min(load.batch_tokens, PRODUCT_TOKENS))
     readers = load.workers if load.placement == "shards" else deciders
     spilled = spilled_statistics_bytes(load, choice) / deciders + spilled_hidden_bytes(load, choice) / spread
-    gram_rate = machine.forward_flops if load.on_gpu and load.element_bytes == 2 else machine.fp32_flops
     return {
         "forward": {
             "arithmetic": work("forward_flops") / spread / machine.forward_flops * _filling(load, batches, choice),
@@ -67,8 +69,8 @@ def _bounds(load: Workload, choice: MemoryPlan, machine: MachineProfile) -> dict
             "disk": work("read_bytes") / readers / machine.disk_bandwidth,
         },
         "statistics": {
-            "arithmetic": work("statistics_flops") / spread / gram_rate,
-            "memory": batches * _gram_traffic(load) / spread / machine.memory_bandwidth,
+            "arithmetic": work("statistics_flops") / spread / machine.fp32_flops,
+            "memory": products * _gram_traffic(load) / spread / machine.memory_bandwidth,
         },
         "selection": {
             "arithmetic": work("selection_flops") / deciders / machine.fp64_flops,
@@ -95,7 +97,7 @@ def _filling(load: Workload, batches: int, choice: MemoryPlan) -> float:
 
 
 def _gram_traffic(load: Workload) -> int:
-    """Memory traffic of adding one micro-batch to the Gram matrices of all layers: half of fp64 read and written, fp32 twice."""
+    """Memory traffic of adding one product to the Gram matrices of all layers: half of fp64 read and written, fp32 twice."""
     groups = [(kind, group) for kind in load.kinds for group in load.decided(kind) if not in_rows(load, group)]
     return sum(kind.num_layers * group.count * group.width**2 * 12 for kind, group in groups)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from specs.errors import ModelError
 from specs.job import CorrectionSpec
 from workers.linalg import wide_blocks
 from workers.statistics import Refit, Statistic
@@ -94,9 +95,22 @@ class _Fit:
             yield rows, weight_BF, solve(self.targets_DM[rows])
 
     def best_damping(self, held_out: Statistic, options: CorrectionSpec) -> tuple[float, float]:
-        """The damping to take, the larger one of equals, and its squared error on the held-out tokens."""
+        """The damping to take, the larger one of equals, and its squared error on the held-out tokens.
+
+        Candidates too small to solve with are out, since a smaller one cannot be told from rounding.
+
+        Raises:
+            ModelError: so are all.
+        """
         candidates = options.candidates if options.damping == "held-out" else (options.damping,)
-        trials = {damping: self.error(damping, held_out) for damping in sorted(candidates, reverse=True)}
+        trials: dict[float, float] = {}
+        for damping in sorted(candidates, reverse=True):
+            try:
+                trials[damping] = self.error(damping, held_out)
+            except ModelError:
+                if not trials:
+                    raise
+                break  # with less damping it is more singular still
         damping = min(trials, key=trials.__getitem__)
         return damping, trials[damping]
 

@@ -9,6 +9,7 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
+from specs.errors import ModelError
 from specs.job import CorrectionSpec
 from workers.correction import Correction, correct
 from workers.scratch import Scratch
@@ -233,3 +234,19 @@ def test_with_drift_the_kept_columns_make_up_for_it_too(num_kept: int, damping: 
         output_TD = z_TF[rows] @ weight_DF.T
         misfit = (z_TF[rows][:, kept_K] @ fitted_DK.T - output_TD - drift_TD[rows]).norm() / output_TD.norm()
         assert error == pytest.approx(float(misfit), rel=1e-4)
+
+
+def test_a_candidate_that_rounding_makes_singular_is_passed_over() -> None:
+    z_TF, weight_DF = data()
+
+    def chosen(*candidates: float) -> float:
+        training = statistic("gram", z_TF[:TRAINING])
+        assert isinstance(training, GramStatistic)
+        values, vectors = torch.linalg.eigh(training.gram_FF[:12, :12])
+        training.gram_FF[:12, :12] -= (values[0] + 0.02 * training.mean_energy) * torch.outer(vectors[:, 0], vectors[:, 0])
+        options = CorrectionSpec(candidates=candidates)
+        return correct(training, statistic("gram", z_TF[TRAINING:]), weight_DF, torch.arange(12), options, torch.float64).damping
+
+    assert chosen(1e-3, 1e-2, 3e-2, 1e-1) in (3e-2, 1e-1)
+    with pytest.raises(ModelError, match=r"raise correction\.damping"):
+        chosen(1e-3, 1e-2)
