@@ -165,10 +165,10 @@ def _trained(context: Context, task: str, model: Path, options: TrainingSpec, ai
             if not isinstance(aim, Gates):
                 _complete(model, folder / TRAINED_FOLDER, own=isinstance(aim, Recovery))
                 files += _files_in(folder / TRAINED_FOLDER)
-            facts = read_json(folder / RESULT_FILE)
+            facts: dict[str, Any] = read_json(folder / RESULT_FILE)
             result = {"gates": facts.pop("gates", None)}
-            peak: Any = {"rank-0": facts["peak_memory_bytes"]}
-            context.emit("trained", task=task, **facts | {"peak_memory_bytes": peak})
+            facts["peak_memory_bytes"] = {f"rank-0{kind}": peak for kind, peak in facts["peak_memory_bytes"].items()}
+            context.emit("trained", task=task, **facts)
             commit(folder, task, expected, files, {"result": result, "facts": facts})
         forget_states(folder)
 

@@ -11,7 +11,7 @@ from workers.adapters import adapted, merged
 from workers.calibration import calibration_windows, load_tokenizer
 from workers.checkpoint import Checkpoint, open_checkpoint
 from workers.codec import on_disk
-from workers.device import device_of
+from workers.device import device_of, peak_memory_bytes
 from workers.families import layer_prefix, unit_groups
 from workers.files import write_json, write_tensors
 from workers.finetune_stage import Finetune, Gates, Penalty, Recovery, Shrink, Updates
@@ -37,7 +37,11 @@ def finetune(stage: Finetune, ranks: Ranks) -> None:
     objective = _objective(stage, checkpoint, ranks)
     training = Training(model, objective, windows_ST, stage.options, folder, ranks)
     training.run()
-    result: dict[str, Any] = {"steps": training.steps, "state_bytes": state_bytes(training), "peak_memory_bytes": peak.bytes}
+    result: dict[str, Any] = {
+        "steps": training.steps,
+        "state_bytes": state_bytes(training),
+        "peak_memory_bytes": peak_memory_bytes(peak, ranks.device),
+    }
     if isinstance(objective, LayerGates):
         result["gates"] = objective.values(model)
     objective.release(model)

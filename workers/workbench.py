@@ -15,7 +15,7 @@ from specs.errors import ResourceError
 from specs.job import JobSpec
 from specs.memory import MemoryPlan
 from workers.checkpoint import Checkpoint, open_checkpoint
-from workers.device import device_of
+from workers.device import device_of, peak_memory_bytes
 from workers.families import UnitGroup, layer_prefix, unit_groups
 from workers.layers import StreamedModel, read_tensors
 from workers.layout import CACHE, CALIBRATION_TASK, TOKENS_FILE, task_folder
@@ -60,9 +60,8 @@ class Workbench:
         torch.backends.cuda.matmul.allow_tf32 = False
 
     def peak_memory_bytes(self) -> dict[str, int]:
-        """Highest memory so far: private memory of the process, and what was allocated on its GPU."""
-        gpu = {" GPU": torch.cuda.max_memory_allocated(self.device)} if self.device.type == "cuda" else {}
-        return {"": self._peak.bytes} | gpu
+        """Highest memory so far, by kind."""
+        return peak_memory_bytes(self._peak, self.device)
 
     @cached_property
     def _checkpoint(self) -> Checkpoint:
