@@ -81,7 +81,7 @@ def make_job(tmp_path: Path, text_file: Path) -> MakeJob:
             "model": {"path": str(model)},
             "calibration": {"path": str(text_file), "samples": 16, "sequence_length": 64, "shards": 4},
             "budget": {"sparsity": 0.25, "round_to": 4},
-            "parallel": {"workers": 1, "micro_batch": 2},
+            "parallel": {"workers": 1, "micro_batch": 2, "device": "cpu"},  # on machines with a GPU too: tests/gpu has its own
             "cluster": {"executor": "in-process"},
         }
         for section, values in sections.items():
