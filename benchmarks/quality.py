@@ -1,6 +1,6 @@
 """Every method and selector, and what others do, on the demo model with the same text and token counts: quality, size, time, memory.
 
-    python -m benchmarks.quality TEXT [--sparsity 0.2 0.3 0.4] [--rows 'stat*' ...] [--jobs 2] [--work FOLDER] [--no-run]
+    python -m benchmarks.quality TEXT [--sparsity 0.2 0.3 0.4] [--rows 'stat*' ...] [--jobs 2] [--device cuda] [--work FOLDER] [--no-run]
 
 Calibrates on the first windows of TEXT (64 x 512 tokens unless a row says otherwise) and evaluates on its last fifth and on a second
 domain, CPython's help topics, in 1024-token windows. Rows that are in FOLDER already are not run again. Needs `pip install -e '.[bench]'`.
@@ -23,7 +23,7 @@ import torch
 
 from benchmarks.baselines import BASELINES, MODEL
 from benchmarks.demo_model import HELD_OUT_FRACTION, HERE, held_out, run
-from benchmarks.quality_rows import ALL, OTHERS, OWN, ROWS
+from benchmarks.quality_rows import ALL, OTHERS, OWN, OWN_WINDOWS, ROWS
 from benchmarks.results import RESULTS, record, table
 from specs.job import EvaluationSpec
 from workers.calibration import evaluation_windows, load_tokenizer
@@ -42,6 +42,7 @@ class Case:
     sparsity: float
     text: Path
     work: Path
+    device: str
 
     @property
     def file(self) -> Path:
@@ -53,12 +54,12 @@ class Case:
         return replace(self, name=self.name.removesuffix(RECOVERED))
 
 
-def perplexity(model: Path, texts: dict[str, Path]) -> dict[str, float]:
+def perplexity(model: Path, texts: dict[str, Path], device: str) -> dict[str, float]:
     """By text: 1024-token windows, the first 52 (a fifth of WikiText-2's validation text)."""
     found = {}
     for name, text in texts.items():
         windows_NT = evaluation_windows(EvaluationSpec(path=str(text), max_windows=52), load_tokenizer(model))
-        losses = window_losses(model, windows_NT, 0, windows_NT.shape[1], torch.float32, torch.device("cpu"), lambda tensor: tensor)
+        losses = window_losses(model, windows_NT, 0, windows_NT.shape[1], torch.float32, torch.device(device), lambda tensor: tensor)
         found[name] = math.exp(math.fsum(loss for loss, _ in losses) / sum(count for _, count in losses))
     return found
 
@@ -75,15 +76,15 @@ def pruned(case: Case, folder: Path) -> dict[str, Any]:
     """Prune as a row says, in a process of its own: seconds but for the export, and for recovery, and peak memory."""
     settings = [f"calibration.path={case.text}", "evaluation=null", f"budget.sparsity={case.sparsity}", "cluster.executor=in-process"]
     own = [setting.replace(OWN, str(case.work / "own.jsonl")) for setting in ROWS[case.name].settings]
-    report = run([*settings, "parallel.workers=1", *own], folder)
-    taken = report["seconds"]
-    memory = max(report["peak_memory_bytes"].values())
+    report = run([*settings, "parallel.workers=1", f"parallel.device={case.device}", *own], folder)
+    taken, peaks = report["seconds"], report["peak_memory_bytes"]
+    memory = max(peak for name, peak in peaks.items() if case.device == "cpu" or name.endswith(" GPU"))
     return {"seconds": taken["total"] - taken.get("export", 0.0), "peak_memory_bytes": memory, "recover": taken.get("recover", 0.0)}
 
 
-def measure(case: Case, texts: dict[str, Path]) -> dict[str, Any]:
-    """One row, from its file if it is there. A row that recovers makes the row of the model as it was cut, too."""
-    if not case.file.exists():
+def measure(case: Case, texts: dict[str, Path]) -> None:
+    """Write one row's file; a row that recovers writes that of the model as it was cut, too. A row that fails leaves the others alone."""
+    try:
         with tempfile.TemporaryDirectory(dir=case.work) as name:
             folder = Path(name)
             facts = (baseline if case.name in OTHERS else pruned)(case, folder)
@@ -92,13 +93,18 @@ def measure(case: Case, texts: dict[str, Path]) -> dict[str, Any]:
                 _note(case, folder / "tasks" / "recover" / "model", texts, facts)
             if not case.unrecovered.file.exists():
                 _note(case.unrecovered, folder / "model", texts, facts | {"seconds": facts["seconds"] - recovery})
-    found: dict[str, Any] = json.loads(case.file.read_text())
-    return found
+    except subprocess.CalledProcessError as error:
+        print(f"{case.name} at {case.sparsity}: {error}", file=sys.stderr, flush=True)
 
 
 def _note(case: Case, model: Path, texts: dict[str, Path], facts: dict[str, Any]) -> None:
     size = open_checkpoint(model).decoder_parameters
-    result = {"name": case.name, "sparsity": case.sparsity, "decoder_parameters": size, "perplexity": perplexity(model, texts)} | facts
+    result = {
+        "name": case.name,
+        "sparsity": case.sparsity,
+        "decoder_parameters": size,
+        "perplexity": perplexity(model, texts, case.device),
+    } | facts
     case.file.write_text(json.dumps(result))
     print(json.dumps(result), flush=True)
 
@@ -133,8 +139,8 @@ def plot(results: Sequence[dict[str, Any]], dense: float, text: str, file: Path)
 
 
 def own_text(text: Path, file: Path) -> None:
-    """Let the model write twice as much as it is calibrated on."""
-    words = ["generate", str(MODEL), "--prompts", str(text), "--tokens", str(2 * 64 * 512), "--batch", "64"]
+    """Let the model write what the rows need of its own text, and a little more: tokenised again, text gives another number of tokens."""
+    words = ["generate", str(MODEL), "--prompts", str(text), "--tokens", str(OWN_WINDOWS * 512 * 11 // 10), "--batch", "64"]
     with file.with_suffix(".part").open("w") as out:
         subprocess.run([sys.executable, "-m", "orchestrator.cli", *words], check=True, cwd=HERE.parent, stdout=out)
     file.with_suffix(".part").replace(file)
@@ -156,6 +162,9 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, nargs="+", default=ALL)
     parser.add_argument("--rows", nargs="+", default=["*"], help="patterns of the rows to run")
     parser.add_argument("--jobs", type=int, default=2, help="rows that run at the same time, each on one thread")
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], default="cpu", help="where models are pruned and evaluated; others' tools: CPU"
+    )
     parser.add_argument("--no-run", action="store_true", help="record the rows that are in FOLDER, run none")
     parser.add_argument("--work", type=Path, default=Path("runs/quality"), help="where results and models lie")
     options = parser.parse_args()
@@ -168,18 +177,20 @@ def main() -> None:
     texts = {"same domain": held_out(options.text, work), "help topics": second_domain(work)}
     rows = {name: row.sparsities for name, row in ROWS.items()} | dict.fromkeys(OTHERS, ALL)
     names = [name for name in rows if any(fnmatch.fnmatch(name, pattern) for pattern in options.rows)]
-    cases = [Case(name, sparsity, first, work) for sparsity in options.sparsity for name in names if sparsity in rows[name]]
-    if options.no_run:
-        cases = [case for case in cases if case.file.exists()]
+    cases = [Case(name, sparsity, first, work, options.device) for sparsity in options.sparsity for name in names if sparsity in rows[name]]
     known = work / "dense.json"
     if not known.exists():
-        known.write_text(json.dumps(perplexity(MODEL, texts)))
+        known.write_text(json.dumps(perplexity(MODEL, texts, options.device)))
     dense = json.loads(known.read_text())
     own = work / "own.jsonl"
     if not own.exists() and any(OWN in setting for case in cases if case.name in ROWS for setting in ROWS[case.name].settings):
         own_text(first, own)
-    with ThreadPoolExecutor(options.jobs) as pool:
-        results = list(pool.map(lambda case: measure(case, texts), cases))
+    if not options.no_run:
+        by_others = {case.unrecovered for case in cases if case.unrecovered != case}
+        missing = [case for case in cases if case not in by_others and not case.file.exists()]
+        with ThreadPoolExecutor(options.jobs) as pool:
+            list(pool.map(lambda case: measure(case, texts), missing))
+    results = [json.loads(case.file.read_text()) for case in cases if case.file.exists()]
     parameters = open_checkpoint(MODEL).decoder_parameters
     columns = ["", "decoder removed", "perplexity", *(f"ratio, {name}" for name in dense), "seconds", "GiB"]
     tables = [
@@ -187,8 +198,12 @@ def main() -> None:
         for sparsity in dict.fromkeys(result["sparsity"] for result in results)
     ]
     notes = ", ".join(f"{name} {value:.3f}" for name, value in dense.items())
-    file = record("quality", "\n\n".join([f"Dense perplexity: {notes}. One thread each, {options.jobs} rows at a time.", *tables]))
+    file = record(
+        "quality", "\n\n".join([f"Dense perplexity: {notes}. One thread each, {options.jobs} rows at a time.", *tables]), options.device
+    )
     plot(results, dense["same domain"], "same domain", RESULTS / f"{file.stem}.svg")
+    if not options.no_run and len(results) < len(cases):
+        sys.exit(f"error: {len(cases) - len(results)} of {len(cases)} rows failed, see above; the others are recorded")
 
 
 if __name__ == "__main__":

@@ -25,20 +25,49 @@ ALL_WINDOWS = 392
 """All of the first 80% of WikiText-2's validation text, but for a rest."""
 OWN = "OWN_TEXT"
 """Stands for the file of what the model has written itself: `rayprune generate`, going on from the calibration text."""
-OWN_TEXT = ("calibration.samples=252", f"calibration.mix=[{{path: {OWN}, weight: 3}}]")
-TRAINED_WINDOWS = 196
-"""Half of them."""
-TRAINING = f"{{samples: {TRAINED_WINDOWS}, batch: 4, micro_batch: 2, dtype: bfloat16, learning_rate: 3.0e-4}}"
+OWN_WINDOWS = 3 * 63
+OWN_TEXT = (f"calibration.samples={63 + OWN_WINDOWS}", f"calibration.mix=[{{path: {OWN}, weight: 3}}]")
+
+
+def training(windows: int, used: int = 0, batch: int = 4, micro_batch: int = 2, learning_rate: float = 3e-4) -> str:
+    """Options of a training on so many windows, over and over until so many have been `used`; without that, once."""
+    steps = f"samples: {windows}, epochs: {(used or windows) / windows:.4f}, batch: {batch}, micro_batch: {micro_batch}"
+    return f"{{{steps}, dtype: bfloat16, learning_rate: {learning_rate}, checkpoint_steps: 1000}}"
+
+
+TRAINED_WINDOWS = ALL_WINDOWS // 2
+TRAINING = training(TRAINED_WINDOWS)
 RANDOM = (*ALIKE, "method.name=dress")
 UNTRAINED = (*RANDOM, "method.strength=1e-30", "method.training={samples: 1, learning_rate: 1.0e-30}")
 DRESS = (*RANDOM, f"method.training={TRAINING}")
-TRSP = (
-    "method.name=trsp",
-    "method.gate_strength=0.1",
-    "method.gates={samples: 24, batch: 1, learning_rate: 5.0e-2, dtype: bfloat16}",
-    f"method.training={TRAINING}",
-)
+GATED = ("method.name=trsp", "method.gate_strength=0.1")
+TRSP = (*GATED, f"method.gates={training(24, batch=1, micro_batch=1, learning_rate=0.05)}", f"method.training={TRAINING}")
 RECOVER = (f"recover={TRAINING}",)
+THOUSAND = training(ALL_WINDOWS, 1000, micro_batch=4)
+"""1000 windows of 512 tokens, as DReSS takes."""
+LONG_WINDOWS = 98
+"""All of that text in windows of 2048 tokens."""
+LONG = (f"calibration.samples={LONG_WINDOWS}", "calibration.sequence_length=2048")
+PAPERS_GATES, PAPERS_UPDATES = training(LONG_WINDOWS, 128, learning_rate=0.05), training(LONG_WINDOWS, 128, batch=2)
+"""128 windows of 2048 tokens, as TRSP takes."""
+PAPERS_TRSP = (*GATED, *LONG, f"method.gates={PAPERS_GATES}", f"method.training={PAPERS_UPDATES}")
+
+_PAPERS = {
+    "dress, 1000 windows": (*RANDOM, f"method.training={THOUSAND}"),
+    "dress, mask of stat, 1000 windows": (*RANDOM, "method.mask=stat", f"method.training={THOUSAND}"),
+    "trsp, 128 x 2048 tokens": PAPERS_TRSP,
+    "stat, recovered by 1000 windows": (*ALIKE, f"recover={THOUSAND}"),
+    "numerical, threshold (Numerical Pruning), recovered by 1000 windows": (*THRESHOLD, "method=numerical", f"recover={THOUSAND}"),
+    "dress, 1000 windows, recovered": (*RANDOM, f"method.training={THOUSAND}", f"recover={THOUSAND}"),
+    "dress, mask of stat, 1000 windows, recovered": (
+        *RANDOM,
+        "method.mask=stat",
+        f"method.training={THOUSAND}",
+        f"recover={THOUSAND}",
+    ),
+    "trsp, 128 x 2048 tokens, recovered": (*PAPERS_TRSP, f"recover={training(LONG_WINDOWS, 250)}"),
+}
+"""Training with as many windows as the papers; a GPU's work."""
 
 _ABLATIONS = {
     "obs, drift": (*ALIKE, *DRIFT, "method=obs"),
@@ -79,6 +108,7 @@ ROWS = {
     "stat, drift, own text": Row((*ALIKE, *DRIFT, *OWN_TEXT), (0.2, 0.3)),
     "stat by gradients, drift, curves, own text": Row((*PER_LAYER, *DRIFT, *MORE_GRADIENTS, *OWN_TEXT), (0.2, 0.3)),
     **{name: Row(settings, (0.2,)) for name, settings in _ABLATIONS.items()},
+    **{name: Row(settings, (0.2, 0.3)) for name, settings in _PAPERS.items()},
     "stat, recovered": Row((*ALIKE, *RECOVER), (0.3,)),
     "numerical, threshold (Numerical Pruning), recovered": Row((*THRESHOLD, "method=numerical", *RECOVER), (0.3,)),
     "dress, recovered": Row((*DRESS, *RECOVER), (0.3,)),
