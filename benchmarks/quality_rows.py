@@ -1,5 +1,6 @@
 """The rows of `benchmarks.quality`: settings of the demo's job, and the sparsities they are run at."""
 
+import json
 from dataclasses import dataclass
 
 ALL = (0.2, 0.3, 0.4)
@@ -29,10 +30,10 @@ OWN_WINDOWS = 3 * 63
 OWN_TEXT = (f"calibration.samples={63 + OWN_WINDOWS}", f"calibration.mix=[{{path: {OWN}, weight: 3}}]")
 
 
-def training(windows: int, used: int = 0, batch: int = 4, micro_batch: int = 2, learning_rate: float = 3e-4) -> str:
+def training(windows: int, used: int = 0, **options: object) -> str:
     """Options of a training on so many windows, over and over until so many have been `used`; without that, once."""
-    steps = f"samples: {windows}, epochs: {(used or windows) / windows:.4f}, batch: {batch}, micro_batch: {micro_batch}"
-    return f"{{{steps}, dtype: bfloat16, learning_rate: {learning_rate}, checkpoint_steps: 1000}}"
+    steps = {"samples": windows, "epochs": (used or windows) / windows, "batch": 4, "micro_batch": 2, "dtype": "bfloat16"}
+    return json.dumps(steps | {"learning_rate": 3e-4, "checkpoint_steps": 1000} | options)
 
 
 TRAINED_WINDOWS = ALL_WINDOWS // 2
@@ -43,29 +44,28 @@ DRESS = (*RANDOM, f"method.training={TRAINING}")
 GATED = ("method.name=trsp", "method.gate_strength=0.1")
 TRSP = (*GATED, f"method.gates={training(24, batch=1, micro_batch=1, learning_rate=0.05)}", f"method.training={TRAINING}")
 RECOVER = (f"recover={TRAINING}",)
-THOUSAND = training(ALL_WINDOWS, 1000, micro_batch=4)
+FAST = {"micro_batch": 4, "activation_checkpointing": False}
+"""On a GPU, where it is operations that take time, not memory."""
+THOUSAND = training(ALL_WINDOWS, 1000, **FAST)
 """1000 windows of 512 tokens, as DReSS takes."""
 LONG_WINDOWS = 98
 """All of that text in windows of 2048 tokens."""
 LONG = (f"calibration.samples={LONG_WINDOWS}", "calibration.sequence_length=2048")
-PAPERS_GATES, PAPERS_UPDATES = training(LONG_WINDOWS, 128, learning_rate=0.05), training(LONG_WINDOWS, 128, batch=2)
+PAPERS_GATES, PAPERS_UPDATES = training(LONG_WINDOWS, 128, **FAST, learning_rate=0.05), training(LONG_WINDOWS, 128, **FAST, batch=2)
 """128 windows of 2048 tokens, as TRSP takes."""
 PAPERS_TRSP = (*GATED, *LONG, f"method.gates={PAPERS_GATES}", f"method.training={PAPERS_UPDATES}")
 
+PAPERS_DRESS, OF_STAT, BY_THOUSAND = (*RANDOM, f"method.training={THOUSAND}"), ("method.mask=stat",), (f"recover={THOUSAND}",)
+
 _PAPERS = {
-    "dress, 1000 windows": (*RANDOM, f"method.training={THOUSAND}"),
-    "dress, mask of stat, 1000 windows": (*RANDOM, "method.mask=stat", f"method.training={THOUSAND}"),
+    "dress, 1000 windows": PAPERS_DRESS,
+    "dress, mask of stat, 1000 windows": (*PAPERS_DRESS, *OF_STAT),
     "trsp, 128 x 2048 tokens": PAPERS_TRSP,
-    "stat, recovered by 1000 windows": (*ALIKE, f"recover={THOUSAND}"),
-    "numerical, threshold (Numerical Pruning), recovered by 1000 windows": (*THRESHOLD, "method=numerical", f"recover={THOUSAND}"),
-    "dress, 1000 windows, recovered": (*RANDOM, f"method.training={THOUSAND}", f"recover={THOUSAND}"),
-    "dress, mask of stat, 1000 windows, recovered": (
-        *RANDOM,
-        "method.mask=stat",
-        f"method.training={THOUSAND}",
-        f"recover={THOUSAND}",
-    ),
-    "trsp, 128 x 2048 tokens, recovered": (*PAPERS_TRSP, f"recover={training(LONG_WINDOWS, 250)}"),
+    "stat, recovered by 1000 windows": (*ALIKE, *BY_THOUSAND),
+    "numerical, threshold (Numerical Pruning), recovered by 1000 windows": (*THRESHOLD, "method=numerical", *BY_THOUSAND),
+    "dress, 1000 windows, recovered": (*PAPERS_DRESS, *BY_THOUSAND),
+    "dress, mask of stat, 1000 windows, recovered": (*PAPERS_DRESS, *OF_STAT, *BY_THOUSAND),
+    "trsp, 128 x 2048 tokens, recovered": (*PAPERS_TRSP, f"recover={training(LONG_WINDOWS, 250, **FAST)}"),
 }
 """Training with as many windows as the papers; a GPU's work."""
 
