@@ -98,13 +98,8 @@ def measure(case: Case, texts: dict[str, Path]) -> None:
 
 
 def _note(case: Case, model: Path, texts: dict[str, Path], facts: dict[str, Any]) -> None:
-    size = open_checkpoint(model).decoder_parameters
-    result = {
-        "name": case.name,
-        "sparsity": case.sparsity,
-        "decoder_parameters": size,
-        "perplexity": perplexity(model, texts, case.device),
-    } | facts
+    size, found = open_checkpoint(model).decoder_parameters, perplexity(model, texts, case.device)
+    result = {"name": case.name, "sparsity": case.sparsity, "decoder_parameters": size, "perplexity": found} | facts
     case.file.write_text(json.dumps(result))
     print(json.dumps(result), flush=True)
 
@@ -198,9 +193,8 @@ def main() -> None:
         for sparsity in dict.fromkeys(result["sparsity"] for result in results)
     ]
     notes = ", ".join(f"{name} {value:.3f}" for name, value in dense.items())
-    file = record(
-        "quality", "\n\n".join([f"Dense perplexity: {notes}. One thread each, {options.jobs} rows at a time.", *tables]), options.device
-    )
+    head = f"Dense perplexity: {notes}. One thread each, {options.jobs} rows at a time."
+    file = record("quality", "\n\n".join([head, *tables]), options.device)
     plot(results, dense["same domain"], "same domain", RESULTS / f"{file.stem}.svg")
     if not options.no_run and len(results) < len(cases):
         sys.exit(f"error: {len(cases) - len(results)} of {len(cases)} rows failed, see above; the others are recorded")
