@@ -8,9 +8,11 @@ from typing import Any
 
 from orchestrator.allocate import allocate
 from orchestrator.context import Context
+from orchestrator.executor import Call
 from orchestrator.export import TOKENIZER_FILES, side_files
 from orchestrator.run_folder import REPORT_FILE
 from orchestrator.shapes import Shape
+from orchestrator.workload import GRADIENT_WINDOWS_AT_ONCE
 from specs.job import TextSpec
 from workers.files import Manifest, commit, record_of
 from workers.layout import CALIBRATION_TASK, EVALUATION_TASK, GRADIENTS_TASK, SHAPE_TASK, TRAINED_FOLDER, model_folder, task_folder
@@ -69,10 +71,17 @@ def measure_gradients(context: Context, tokens: Manifest) -> Manifest | None:
 
 
 def _measure_gradients(context: Context, expected: str) -> None:
-    executor = context.executor
-    with context.stage("gradients", 1):
-        measured = [executor.submit(worker, "gradients", owned) for worker, owned in executor.shares(context.job.gradient_windows)]
-        executor.wait(measured)
+    executor, count, at_once = context.executor, context.job.gradient_windows, GRADIENT_WINDOWS_AT_ONCE
+    shares, measured = executor.shares(count), list[Call]()
+    rounds = range(0, max(stop - start for _, (start, stop) in shares), at_once)
+    with context.stage("gradients", len(rounds)):
+        for done in rounds:
+            parts = {worker: range(start, stop)[done : done + at_once] for worker, (start, stop) in shares}
+            calls = [executor.submit(worker, "gradients", (part.start, part.stop)) for worker, part in parts.items() if part]
+            executor.wait(calls)
+            measured += calls
+            windows, memory = sum(map(len, parts.values())), context.peak_memory_bytes()
+            context.emit("step-finished", stage="gradients", windows=windows, peak_memory_bytes=memory)
         executor.wait([executor.submit(0, "write_gradients", expected, *(call.payload for call in measured))])
 
 

@@ -6,7 +6,7 @@ from functools import partial
 
 from orchestrator.costs import gradient_states_bytes, layer_costs, over_layers, phase_costs, spilled_hidden_bytes, spilled_statistics_bytes
 from orchestrator.messages import message_path_bytes
-from orchestrator.workload import CANDIDATES_AT_ONCE, Workload, in_rows, num_chunks
+from orchestrator.workload import CANDIDATES_AT_ONCE, GRADIENT_WINDOWS_AT_ONCE, Workload, in_rows, num_chunks
 from specs.machine import MachineProfile
 from specs.memory import MemoryPlan
 
@@ -109,9 +109,10 @@ def _gradients_stage(load: Workload, machine: MachineProfile | None) -> tuple[St
     flops = 3 * load.gradient_windows * load.sequence_length * 2 * (load.active_parameters + load.vocabulary * load.hidden)
     if machine is None:
         return (Stage("gradients", flops),)
+    rounds = math.ceil(math.ceil(load.gradient_windows / load.workers) / GRADIENT_WINDOWS_AT_ONCE)
     bounds = {
         "arithmetic": flops / min(load.workers, load.gradient_windows) / machine.forward_flops,
-        "disk": (2 * load.bytes_on_disk + gradient_states_bytes(load)) / machine.disk_bandwidth,
+        "disk": (2 * rounds * load.bytes_on_disk + gradient_states_bytes(load)) / machine.disk_bandwidth,
     }
     return (_timed("gradients", flops, [bounds]),)
 

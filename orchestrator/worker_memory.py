@@ -7,7 +7,7 @@ import math
 from dataclasses import replace
 
 from orchestrator.group_memory import decision_bytes, partial_bytes, statistics_bytes
-from orchestrator.workload import CANDIDATES_AT_ONCE, TrainingLoad, Workload, in_rows
+from orchestrator.workload import CANDIDATES_AT_ONCE, GRADIENT_WINDOWS_AT_ONCE, TrainingLoad, Workload, in_rows
 from specs.memory import MemoryPlan
 from workers.shapes import CoupledGroup, LayerKind
 
@@ -177,11 +177,11 @@ def _divergence(load: Workload, choice: MemoryPlan) -> Kinds:
 
 
 def _gradients(load: Workload, choice: MemoryPlan) -> Kinds:
-    """Hidden states of all windows on their way up, those before every layer in a file; one window backwards through a layer.
+    """Hidden states of windows on their way up together, those before every layer in a file; one window backwards through a layer.
 
     On the CPU the layer's weights are whole in the type of the passes, and so are gradients of the parts they are converted in.
     """
-    windows = math.ceil(load.gradient_windows / load.workers)
+    windows = min(GRADIENT_WINDOWS_AT_ONCE, math.ceil(load.gradient_windows / load.workers))
     numbers = sum(kind.num_layers * group.count * group.width for kind in load.kinds for group in kind.groups)
     scores = load.sequence_length * load.vocabulary * (load.element_bytes + 4 * 3)
     converted = 0 if load.on_gpu else load.layer_parameters * load.element_bytes

@@ -21,6 +21,8 @@ from workers.shapes import CoupledGroup, LayerKind, alike_layers, attention_widt
 
 CANDIDATES_AT_ONCE = 32
 """Allocations whose divergences are measured in one pass over the layers: what bounds the hidden states that are held."""
+GRADIENT_WINDOWS_AT_ONCE = 16
+"""Windows that a worker takes up and down all layers together, for which weights are read twice: what bounds its file of hidden states."""
 Placement = Literal["shards", "layers"]
 Propagation = Literal["pruned", "dense", "refit"]
 

@@ -4,8 +4,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
 from safetensors.torch import load_file
 
+from orchestrator import stages
 from orchestrator.run import run_job
 from specs.loader import load_job
 from tests.conftest import MakeJob, MakeModel, folder_bytes
@@ -45,3 +47,14 @@ def test_the_file_holds_a_row_for_every_layer(make_model: MakeModel, make_job: M
     scales = load_file(tmp_path / "run" / "tasks" / "gradients" / "gradients.safetensors")
     assert {name: tuple(scale.shape) for name, scale in scales.items()} == {"heads": (4, 32), "neurons": (4, 48)}
     assert all(bool((scale > 0).all()) for scale in scales.values())
+
+
+def test_rounds_give_the_same_bytes(make_model: MakeModel, make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = load_job(make_job(make_model(), budget={"kv_groups": 1}), GRADIENTS)
+    run_job(job, tmp_path / "together", quiet)
+    monkeypatch.setattr(stages, "GRADIENT_WINDOWS_AT_ONCE", 3)
+    events: list[dict[str, Any]] = []
+    run_job(job, tmp_path / "rounds", events.append)
+    steps = [event["windows"] for event in events if event["event"] == "step-finished" and event["stage"] == "gradients"]
+    assert steps == [3, 3, 3, 3, 3, 1]
+    assert folder_bytes(tmp_path / "rounds" / "model") == folder_bytes(tmp_path / "together" / "model")
