@@ -177,12 +177,12 @@ def main() -> None:
     if not known.exists():
         known.write_text(json.dumps(perplexity(MODEL, texts, options.device)))
     dense = json.loads(known.read_text())
-    own = work / "own.jsonl"
-    if not own.exists() and any(OWN in setting for case in cases if case.name in ROWS for setting in ROWS[case.name].settings):
-        own_text(first, own)
     if not options.no_run:
         by_others = {case.unrecovered for case in cases if case.unrecovered != case}
         missing = [case for case in cases if case not in by_others and not case.file.exists()]
+        own = work / "own.jsonl"
+        if not own.exists() and any(OWN in setting for case in missing if case.name in ROWS for setting in ROWS[case.name].settings):
+            own_text(first, own)
         with ThreadPoolExecutor(options.jobs) as pool:
             list(pool.map(lambda case: measure(case, texts), missing))
     results = [json.loads(case.file.read_text()) for case in cases if case.file.exists()]

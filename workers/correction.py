@@ -97,7 +97,7 @@ class _Fit:
     def best_damping(self, held_out: Statistic, options: CorrectionSpec) -> tuple[float, float]:
         """The damping to take, the larger one of equals, and its squared error on the held-out tokens.
 
-        Candidates too small to solve with are out, since a smaller one cannot be told from rounding.
+        Candidates that are too small to solve with are passed over.
 
         Raises:
             ModelError: so are all.
