@@ -23,10 +23,10 @@ import torch
 
 from benchmarks.baselines import BASELINES, MODEL
 from benchmarks.demo_model import HELD_OUT_FRACTION, HERE, held_out, run
-from benchmarks.quality_rows import ALL, OTHERS, OWN, OWN_WINDOWS, ROWS
+from benchmarks.quality_rows import ALL, GIVEN_WINDOWS, OTHERS, OWN, OWN_WINDOWS, ROWS
 from benchmarks.results import RESULTS, record, table
-from specs.job import EvaluationSpec
-from workers.calibration import evaluation_windows, load_tokenizer
+from specs.job import CalibrationSpec, EvaluationSpec
+from workers.calibration import calibration_windows, evaluation_windows, load_tokenizer
 from workers.checkpoint import open_checkpoint
 from workers.evaluate import window_losses
 
@@ -134,8 +134,14 @@ def plot(results: Sequence[dict[str, Any]], dense: float, text: str, file: Path)
 
 
 def own_text(text: Path, file: Path) -> None:
-    """Let the model write what the rows need of its own text, and a little more: tokenised again, text gives another number of tokens."""
-    words = ["generate", str(MODEL), "--prompts", str(text), "--tokens", str(OWN_WINDOWS * 512 * 11 // 10), "--batch", "64"]
+    """Let the model write what the rows need of its own text, and a little more: tokenised again, text gives another number of tokens.
+
+    It goes on from the windows that stand beside it in the rows' calibration, so that no other text is drawn on.
+    """
+    tokenizer, prompts = load_tokenizer(MODEL), file.with_name("prompts.txt")
+    given = calibration_windows(CalibrationSpec(path=str(text), samples=GIVEN_WINDOWS, sequence_length=512), tokenizer)
+    prompts.write_text(tokenizer.decode(given.flatten()), encoding="utf-8")
+    words = ["generate", str(MODEL), "--prompts", str(prompts), "--tokens", str(OWN_WINDOWS * 512 * 11 // 10), "--batch", "64"]
     with file.with_suffix(".part").open("w") as out:
         subprocess.run([sys.executable, "-m", "orchestrator.cli", *words], check=True, cwd=HERE.parent, stdout=out)
     file.with_suffix(".part").replace(file)

@@ -26,8 +26,16 @@ ALL_WINDOWS = 392
 """All of the first 80% of WikiText-2's validation text, but for a rest."""
 OWN = "OWN_TEXT"
 """Stands for the file of what the model has written itself: `rayprune generate`, going on from the calibration text."""
-OWN_WINDOWS = 3 * 63
-OWN_TEXT = (f"calibration.samples={63 + OWN_WINDOWS}", f"calibration.mix=[{{path: {OWN}, weight: 3}}]")
+GIVEN_WINDOWS = 63
+OWN_WINDOWS = 3 * GIVEN_WINDOWS
+
+
+def own_text(windows: int) -> tuple[str, str]:
+    """So many windows of the text, and the model's own beside them."""
+    return f"calibration.samples={windows + OWN_WINDOWS}", f"calibration.mix=[{{path: {OWN}, weight: {OWN_WINDOWS / windows}}}]"
+
+
+OWN_TEXT = own_text(GIVEN_WINDOWS)
 
 
 def training(windows: int, used: int = 0, **options: object) -> str:
@@ -104,6 +112,7 @@ ROWS = {
     "trsp": Row(TRSP, (0.2, 0.3)),
     "stat, drift, all tokens": Row((*ALIKE, *DRIFT, f"calibration.samples={ALL_WINDOWS}"), (0.2, 0.3)),
     "stat by gradients, drift, all tokens": Row((*ALIKE, *DRIFT, *GRADIENTS, f"calibration.samples={ALL_WINDOWS}"), (0.2, 0.3)),
+    "stat by gradients, drift, all tokens, own text": Row((*ALIKE, *DRIFT, *MORE_GRADIENTS, *own_text(ALL_WINDOWS)), (0.2, 0.3)),
     "stat by gradients, drift, own text": Row((*ALIKE, *DRIFT, *MORE_GRADIENTS, *OWN_TEXT), (0.2, 0.3)),
     "stat, drift, own text": Row((*ALIKE, *DRIFT, *OWN_TEXT), (0.2, 0.3)),
     "stat by gradients, drift, curves, own text": Row((*PER_LAYER, *DRIFT, *MORE_GRADIENTS, *OWN_TEXT), (0.2, 0.3)),
