@@ -8,10 +8,9 @@ import math
 from dataclasses import dataclass
 
 from orchestrator.workload import Workload, block_tokens, factorised_rows, in_rows
+from workers.blocks import BLOCK_ROWS
 from workers.shapes import CoupledGroup
 
-BLOCK_ROWS = 512
-"""Rows of the blocks in which corrections are computed."""
 BLOCKS = 3
 """Blocks of output rows that are held at once: the weight, its change, a product."""
 

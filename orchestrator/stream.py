@@ -1,8 +1,9 @@
 """`placement: layers`: chunks of consecutive layers on all workers at once, micro-batches flowing from chunk to chunk.
 
-A wave is one chunk per worker. Within a wave hidden states go from worker to worker, at most WINDOW micro-batches ahead
-of the slowest; where a wave ends they are written to files, from which a restart goes on. Once a wave's micro-batches
-are through, all its layers are decided at the same time, each by the worker that has its statistics.
+A wave is one chunk per worker. Within a wave hidden states go from worker to worker, at most
+MICRO_BATCHES_AT_ONCE micro-batches ahead of the slowest; where a wave ends they are written to files, from which a restart
+goes on. Once a wave's micro-batches are through, all its layers are decided at the same time, each by the worker that has
+its statistics.
 """
 
 import math
@@ -15,12 +16,10 @@ from typing import Any
 
 from orchestrator.context import Context
 from orchestrator.executor import Call
+from orchestrator.workload import MICRO_BATCHES_AT_ONCE
 from workers.files import Manifest
 from workers.layout import boundary_file
 from workers.shards import even_parts, num_micro_batches
-
-WINDOW = 4
-"""Steps that may be under way at the same time: the back-pressure between chunks."""
 
 Wave = list[range]
 
@@ -118,10 +117,10 @@ def _flow(context: Context, wave: Wave, wanted: dict[int, Sequence[str]]) -> Non
     executor, count = context.executor, _num_batches(context)
     handed: list[Any] = [None] * len(wave)
     under_way: deque[list[Call]] = deque()
-    for step in range(count + len(wave) - 1 + WINDOW):
-        if step >= WINDOW:
+    for step in range(count + len(wave) - 1 + MICRO_BATCHES_AT_ONCE):
+        if step >= MICRO_BATCHES_AT_ONCE:
             executor.wait(under_way.popleft())
-            _report(context, step - WINDOW - len(wave) + 1, count)
+            _report(context, step - MICRO_BATCHES_AT_ONCE - len(wave) + 1, count)
         calls = []
         for place in reversed(range(len(wave))):
             if 0 <= (number := step - place) < count:

@@ -9,16 +9,13 @@ from orchestrator.messages import message_path_bytes
 from orchestrator.workload import CANDIDATES_AT_ONCE, GRADIENT_WINDOWS_AT_ONCE, Workload, in_rows, num_chunks
 from specs.machine import MachineProfile
 from specs.memory import MemoryPlan
+from workers.blocks import PANEL, PRODUCT_TOKENS
 
 Bounds = dict[str, float]
 """Seconds by what takes them."""
 WORK = ("forward", "statistics", "selection", "correction")
 """Stages that have arithmetic."""
 STAGES = (*WORK, "messages", "files", "write")
-PANEL = 128
-"""Columns that pivoting takes before it updates the matrix: what its memory traffic is divided by."""
-PRODUCT_TOKENS = 1024
-"""Tokens of one product of a Gram matrix."""
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ import math
 from dataclasses import replace
 
 from orchestrator.group_memory import decision_bytes, partial_bytes, statistics_bytes
-from orchestrator.workload import CANDIDATES_AT_ONCE, GRADIENT_WINDOWS_AT_ONCE, TrainingLoad, Workload, in_rows
+from orchestrator.workload import CANDIDATES_AT_ONCE, GRADIENT_WINDOWS_AT_ONCE, MICRO_BATCHES_AT_ONCE, TrainingLoad, Workload, in_rows
 from specs.memory import MemoryPlan
+from workers.blocks import CONVERTED_BYTES
 from workers.shapes import CoupledGroup, LayerKind
 
 Kinds = dict[str, int]
@@ -16,10 +17,6 @@ Kinds = dict[str, int]
 
 RUNTIME_BYTES = 320 * 2**20
 """Private memory of a worker that has opened a model and done nothing: 280 MiB measured on Linux x86-64, and some for Ray."""
-CONVERSION_BYTES = 64 * 2**20
-"""CPU: the part of a matrix that is converted from the mapped file at a time."""
-WINDOW = 4
-"""Placement `layers`: micro-batches in flight at one worker."""
 ACTIVATIONS = 4
 """Tensors of a consumer's width that a forward pass holds at once: gate, up, their product, one temporary."""
 
@@ -87,7 +84,7 @@ def _standing(load: Workload, choice: MemoryPlan) -> Kinds:
 def _weights_bytes(load: Workload, layers_per_chunk: int) -> int:
     """GPU: embeddings and head, and the layer with its successor, or the chunk. CPU: mapped from the file, but for a part."""
     if not load.on_gpu:
-        return CONVERSION_BYTES
+        return CONVERTED_BYTES
     layers = 2 if load.placement == "shards" else layers_per_chunk
     return (load.outer_parameters + layers * load.layer_parameters) * load.element_bytes
 
@@ -98,7 +95,7 @@ def _hidden_bytes(load: Workload, choice: MemoryPlan) -> int:
     With drift also the dense path's hidden states and its streams behind both blocks.
     """
     if load.placement == "layers":
-        return WINDOW * load.batch_tokens * load.hidden * load.element_bytes
+        return MICRO_BATCHES_AT_ONCE * load.batch_tokens * load.hidden * load.element_bytes
     streams = 5 if load.corrects_drift else 2
     return streams * (load.batch_tokens if choice.spill_hidden else load.share_tokens) * load.hidden * load.element_bytes
 

@@ -23,6 +23,8 @@ CANDIDATES_AT_ONCE = 32
 """Allocations whose divergences are measured in one pass over the layers: what bounds the hidden states that are held."""
 GRADIENT_WINDOWS_AT_ONCE = 16
 """Windows that a worker takes up and down all layers together, for which weights are read twice: what bounds its file of hidden states."""
+MICRO_BATCHES_AT_ONCE = 4
+"""Placement `layers`: steps that may be under way at the same time; so many micro-batches at most wait at a worker."""
 Placement = Literal["shards", "layers"]
 Propagation = Literal["pruned", "dense", "refit"]
 

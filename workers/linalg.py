@@ -12,14 +12,9 @@ from scipy.linalg import lapack
 from torch import Tensor
 
 from specs.errors import ModelError
+from workers.blocks import BLOCK_ROWS, PRODUCT_TOKENS
 
 WIDE = torch.float64
-BLOCK_ROWS = 512
-"""Rows of a block. 512 x 28672 numbers of fp64 are 112 MiB. Part of the result: sums over blocks round accordingly."""
-
-PRODUCT_TOKENS = 1024
-"""Tokens of one fp32 product: rounding is at most about 6e-5 of such a sum, and adding it in fp64 costs less than the product."""
-
 Solver = Callable[[Tensor], Tensor]
 """Solutions for a block of right sides, which are the rows of its argument, as rows."""
 

@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-CONVERTED_BYTES = 64 * 2**20
-"""Of a mapped weight matrix, so much at most is converted to the type of the forward passes at a time."""
+from workers.blocks import CONVERTED_BYTES
 
 
 class _MappedLinear(nn.Module):

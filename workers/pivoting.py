@@ -12,10 +12,10 @@ import torch
 from scipy.linalg import lapack
 from torch import Tensor
 
+from workers.blocks import PANEL
 from workers.linalg import WIDE, row_slices
 from workers.scratch import Scratch
 
-_PANEL = 128
 _STALE = 8  # the residual is compacted once one in so many of its columns is taken
 
 
@@ -83,7 +83,7 @@ def cholesky_pivots_(matrix_FF: Tensor, count: int) -> Tensor:
     taken: list[Tensor] = []
     num_taken = num_stale = 0
     while num_taken < count:
-        size = min(_PANEL, count - num_taken)
+        size = min(PANEL, count - num_taken)
         panel_BM, picked_B, solid_B = _panel(residual, size, floor)
         num_solid = int(solid_B.sum())  # the one wait for the device
         taken.append(residual.index_M[picked_B[:num_solid]])

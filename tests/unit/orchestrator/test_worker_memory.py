@@ -6,15 +6,16 @@ from typing import Any
 
 import pytest
 
-from orchestrator.worker_memory import CONVERSION_BYTES, RUNTIME_BYTES, WINDOW, host_bytes, memory_by_step, peak_bytes
-from orchestrator.workload import TrainingLoad
+from orchestrator.worker_memory import RUNTIME_BYTES, host_bytes, memory_by_step, peak_bytes
+from orchestrator.workload import MICRO_BATCHES_AT_ONCE, TrainingLoad
 from specs.memory import MemoryPlan
 from tests.unit.orchestrator.workloads import BIG, GPU, LAYERS, LOAD, MIXTURE, REFIT
+from workers.blocks import CONVERTED_BYTES
 
 
 def test_memory_of_a_dense_layer_on_a_cpu() -> None:
     table = memory_by_step(LOAD, MemoryPlan())
-    standing = {"runtime": RUNTIME_BYTES, "weights": CONVERSION_BYTES, "hidden states": 2 * 64 * 4 * 4, "inputs": 64 * 10 * 4}
+    standing = {"runtime": RUNTIME_BYTES, "weights": CONVERTED_BYTES, "hidden states": 2 * 64 * 4 * 4, "inputs": 64 * 10 * 4}
     assert table["collect"] == standing | {"activations": 4 * 32 * 10 * 4, "statistics": 2 * 10 * 10 * 8}  # two shards, two levels
     assert table["decide"] == standing | {"statistics": 2 * 800, "decision": 8 * (4 * 7 + 7 * 7) + 3 * 8 * 4 * 10 + 4 * 7 * 2}
     assert table["write"] == standing | {"output": 2 * (300 - 3 * 12) * 2}
@@ -46,7 +47,7 @@ def test_layers_placement_holds_the_statistics_of_its_chunk() -> None:
     both = 2 * 8 * (6 * 6 + 10 * 10)
     table = memory_by_step(replace(LAYERS, kept={"heads": 1, "neurons": 7}), MemoryPlan(layers_per_chunk=3))
     assert table["collect"]["statistics"] == 3 * both
-    assert table["collect"]["hidden states"] == WINDOW * 32 * 4 * 4
+    assert table["collect"]["hidden states"] == MICRO_BATCHES_AT_ONCE * 32 * 4 * 4
     assert table["collect"]["inputs"] == 0
     assert table["write"]["statistics"] == 3 * both
 
@@ -93,7 +94,7 @@ def test_gradients_take_a_layer_and_one_window() -> None:
     table = memory_by_step(load, MemoryPlan())
     assert table["gradients"] == {
         "runtime": RUNTIME_BYTES,
-        "weights": CONVERSION_BYTES + 4 * 300,
+        "weights": CONVERTED_BYTES + 4 * 300,
         "hidden states": 3 * 16 * 4 * 4,
         "squares": (3 + 1) * 8 * 6 * (2 * 3 + 10),
         "activations": 16 * 100 * (4 + 12),
@@ -138,9 +139,9 @@ def test_a_layer_trained_alone_takes_the_state_of_one_layer() -> None:
     training = TrainingLoad(windows=1, keeps_activations=False, pass_bytes=4, each_layer=True)
     table = memory_by_step(replace(LOAD, trainings=(training,), workers=2), MemoryPlan())
     assert "train" not in table
-    assert table["train layer"]["weights"] == CONVERSION_BYTES + 4 * 300
+    assert table["train layer"]["weights"] == CONVERTED_BYTES + 4 * 300
     assert table["train layer"]["optimizer"] == 12 * 300 + 4 * 4 * 10
     narrow = memory_by_step(replace(LOAD, trainings=(replace(training, pass_bytes=2),)), MemoryPlan())["train layer"]
-    assert (narrow["weights"], narrow["optimizer"]) == (CONVERSION_BYTES + 6 * 300, 12 * 300 + 6 * 4 * 10)
+    assert (narrow["weights"], narrow["optimizer"]) == (CONVERTED_BYTES + 6 * 300, 12 * 300 + 6 * 4 * 10)
     on_gpu = memory_by_step(replace(GPU, trainings=(training,)), MemoryPlan(layers_per_chunk=2))
     assert on_gpu["train layer"]["weights"] == (800 + 2 * 300) * 2 + 4 * 300
