@@ -29,6 +29,7 @@ from specs.job import CalibrationSpec, EvaluationSpec
 from workers.calibration import calibration_windows, evaluation_windows, load_tokenizer
 from workers.checkpoint import open_checkpoint
 from workers.evaluate import window_losses
+from workers.layout import model_folder, recovered_folder
 
 RECOVERED = ", recovered"
 """What the names of rows end with whose model was trained after the cut."""
@@ -90,9 +91,9 @@ def measure(case: Case, texts: dict[str, Path]) -> None:
             facts = (baseline if case.name in OTHERS else pruned)(case, folder)
             recovery = facts.pop("recover", 0.0)
             if recovery:
-                _note(case, folder / "tasks" / "recover" / "model", texts, facts)
+                _note(case, recovered_folder(folder), texts, facts)
             if not case.unrecovered.file.exists():
-                _note(case.unrecovered, folder / "model", texts, facts | {"seconds": facts["seconds"] - recovery})
+                _note(case.unrecovered, model_folder(folder), texts, facts | {"seconds": facts["seconds"] - recovery})
     except subprocess.CalledProcessError as error:
         print(f"{case.name} at {case.sparsity}: {error}", file=sys.stderr, flush=True)
 

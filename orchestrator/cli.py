@@ -108,13 +108,16 @@ def _run(options: argparse.Namespace) -> None:
     from orchestrator.report import print_summary
     from orchestrator.run import run_job
     from orchestrator.submit import refuse_lost_paths
+    from workers.layout import model_folder, recovered_folder
 
     job = _load(options)
     refuse_lost_paths(job, options.out)
     with ProgressView() as view:
         report = run_job(job, options.out, view.show)
     print_summary(report)
-    print(f"model: {options.out / 'model'}, report: {options.out / 'report.html'}")
+    pruned = model_folder(options.out)
+    chosen = f"{recovered_folder(options.out)}, not recovered: {pruned}" if job.recover else f"{pruned}"
+    print(f"model: {chosen}, report: {options.out / 'report.html'}")
 
 
 def _submit(options: argparse.Namespace) -> int:

@@ -188,10 +188,8 @@ class RayExecutor(Executor):
 
     def train(self, stage: Finetune) -> None:
         """A gang of Ray Train in place of the actors, which start anew with their next step."""
-        try:
-            from orchestrator.ray_train import train_on_ray
-        except ImportError as error:
-            raise ResourceError(f"training needs Ray Train ({error}); pip install 'rayprune[train]'") from None
+        from orchestrator.ray_train import train_on_ray
+
         self.start()
         self.drop_workers()
         storage = self.run_folder / CACHE / "ray-train"

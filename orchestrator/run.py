@@ -1,5 +1,7 @@
 """The story of a job: plan, start, tokenise, measure gradients, choose the shape, sweep, export, evaluate, report."""
 
+import importlib
+import importlib.util
 import os
 import secrets
 import shutil
@@ -39,6 +41,7 @@ def run_job(job: JobSpec, out: Path, show: Show) -> dict[str, Any]:
         for warning in plan.warnings:
             context.emit("warning", text=warning)
         _check_disk(folder.path, plan)
+        _check_packages(job)
         context.settle(plan)
         stages.start(context)
         tokens, evaluated = stages.tokenize(context)
@@ -71,6 +74,17 @@ def _secure_local_ray() -> None:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+
+def _check_packages(job: JobSpec) -> None:
+    """Miss what a training needs now, not after hours of other work."""
+    try:
+        if job.trains_on_ranks and job.cluster.executor == "ray":
+            importlib.import_module("ray.train")
+        if job.recover and job.recover.lora and importlib.util.find_spec("peft") is None:  # importing it would import torch
+            raise ImportError("no module named peft")
+    except ImportError as error:
+        raise ResourceError(f"this job trains, and packages for that are missing ({error}); pip install 'rayprune[train]'") from None
 
 
 def _check_disk(path: Path, plan: Plan) -> None:

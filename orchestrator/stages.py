@@ -15,7 +15,7 @@ from orchestrator.shapes import Shape
 from orchestrator.workload import GRADIENT_WINDOWS_AT_ONCE
 from specs.job import TextSpec
 from workers.files import Manifest, commit, record_of
-from workers.layout import CALIBRATION_TASK, EVALUATION_TASK, GRADIENTS_TASK, SHAPE_TASK, TRAINED_FOLDER, model_folder, task_folder
+from workers.layout import CALIBRATION_TASK, EVALUATION_TASK, GRADIENTS_TASK, SHAPE_TASK, model_folder, recovered_folder, task_folder
 from workers.shards import even_parts
 from workers.storage import marker_file
 
@@ -139,7 +139,7 @@ def evaluate(
         "after": (model_folder(context.folder.path), exported.digest),
     }
     if recovered:
-        models["recovered"] = (task_folder(context.folder.path, recovered.task) / TRAINED_FOLDER, recovered.digest)
+        models["recovered"] = (recovered_folder(context.folder.path), recovered.digest)
     with context.stage("evaluate", len(models)):
         results: dict[str, dict[str, float]] = {}
         for name, (path, identity) in models.items():

@@ -296,6 +296,11 @@ class JobSpec(Section):
         return self
 
     @property
+    def trains_on_ranks(self) -> bool:
+        """Whether a gang of ranks trains the whole model, before the cut or after it."""
+        return self.recover is not None or (self.method.trains and not self.method.trains_layers_alone)
+
+    @property
     def gradient_windows(self) -> int:
         """Calibration windows on which gradients of the loss are measured; 0: none."""
         return min(self.method.selector.gradient_windows, self.calibration.samples)

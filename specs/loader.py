@@ -6,18 +6,19 @@ Every value keeps the line or the override it came from, so that an error names 
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, BeforeValidator, ValidationError
 
 from specs.core_yaml import CORE_SCHEMA, MAX_DEPTH, NUMBER_TAGS, TAG, CoreDumper, CoreLoader
 from specs.errors import SpecError
 from specs.explain import KeyPath, Located, explain, models, parts, shown
 from specs.job import JobSpec, PathMarker
+from specs.section import named
 
 MAX_FILE_BYTES = 2**20
 MAX_VALUES = 10_000
@@ -104,7 +105,7 @@ def load_job(path: Path, overrides: Sequence[str] = ()) -> JobSpec:
     if not isinstance(root.value, dict):
         raise SpecError("\n".join(file.problems or [f"{root.where}: the file must be a mapping of sections, such as `model:`"]))
     root, problems = _apply(root, overrides)
-    root = _resolve_paths(root, frozenset(_path_fields(JobSpec)))
+    root = _resolve_paths(root, frozenset(_fields(JobSpec, lambda part: isinstance(part, PathMarker))))
     problems = file.problems + problems
     job: JobSpec | None = None
     try:
@@ -179,10 +180,11 @@ def _number(text: str) -> int | float:
 
 def _apply(root: Located, overrides: Iterable[str]) -> tuple[Located, list[str]]:
     problems: list[str] = []
+    short = frozenset(_fields(JobSpec, lambda part: isinstance(part, BeforeValidator) and part.func is named))
     for override in overrides:
         try:
             keys, value, found = _override(override)
-            root = _assign(root, keys, value)
+            root = _assign(root, keys, value, short)
         except SpecError as error:
             found = [str(error)]
         problems += found
@@ -198,24 +200,27 @@ def _override(text: str) -> tuple[list[str], Located, list[str]]:
     return keys, _parse(value, builder), builder.problems
 
 
-def _assign(node: Located, keys: Sequence[str], value: Located) -> Located:
-    """A copy of `node` with the value at the key path; null and missing sections on the way are created."""
+def _assign(node: Located, keys: Sequence[str], value: Located, short: Set[KeyPath], at: KeyPath = ()) -> Located:
+    """A copy of `node` with the value at the key path; null and missing sections on the way are created, `short` names written out."""
     if not keys:
         return value
     if node.value is None:
         node = replace(value, value={})
+    if isinstance(node.value, str) and at in short:
+        node = replace(node, value={"name": node})
     if not isinstance(node.value, dict):
         raise SpecError(f"{value.where}: {keys[0]!r} cannot be set inside {shown(node.plain())}, which is no section; correct the name")
     child = node.child(keys[0]) or replace(value, value=None)
-    return replace(node, value={**node.value, keys[0]: _assign(child, keys[1:], value)})
+    return replace(node, value={**node.value, keys[0]: _assign(child, keys[1:], value, short, (*at, keys[0]))})
 
 
-def _path_fields(model: type[BaseModel], prefix: KeyPath = ()) -> Iterator[KeyPath]:
+def _fields(model: type[BaseModel], marked: Callable[[object], bool], prefix: KeyPath = ()) -> Iterator[KeyPath]:
+    """The key paths of all fields that are marked so."""
     for name, info in model.model_fields.items():
-        if any(isinstance(part, PathMarker) for part in (*info.metadata, *parts(info.annotation))):
+        if any(marked(part) for part in (*info.metadata, *parts(info.annotation))):
             yield (*prefix, name)
         for section in models(info.annotation):
-            yield from _path_fields(section, (*prefix, name))
+            yield from _fields(section, marked, (*prefix, name))
 
 
 def _resolve_paths(node: Located, fields: frozenset[KeyPath], at: KeyPath = ()) -> Located:

@@ -55,6 +55,11 @@ def model_folder(run_folder: Path) -> Path:
     return run_folder / "model"
 
 
+def recovered_folder(run_folder: Path) -> Path:
+    """Where the model lies that was trained after the cut."""
+    return task_folder(run_folder, RECOVER_TASK) / TRAINED_FOLDER
+
+
 def task_folder(run_folder: Path, task: str) -> Path:
     """Where a task's artifact and manifest lie."""
     return model_folder(run_folder) if task == EXPORT_TASK else run_folder / "tasks" / task

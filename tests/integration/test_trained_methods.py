@@ -1,5 +1,6 @@
 """DReSS, TRSP and recovery from job file to model, in one process."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from orchestrator.cli import main
 from orchestrator.export import verify_run
 from orchestrator.run import run_job
 from specs.errors import ResourceError, SpecError
@@ -112,16 +114,19 @@ def test_trsp_removes_the_layers_that_its_gates_choose(transfer: str, make_model
 @pytest.mark.parametrize(
     "options", [{"loss": "lm"}, {"loss": "distillation"}, {"lora": {"rank": 4}, "learning_rate": 1e-2, "dtype": "bfloat16"}]
 )
-def test_recovery_trains_the_pruned_model(options: dict[str, Any], make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
-    job = load_job(make_job(make_model(), recover=TRAINING | {"epochs": 3} | options))
-    run_job(job, tmp_path / "run", quiet)
-    folder = task_folder(tmp_path / "run", "recover")
+def test_recovery_trains_the_pruned_model(
+    options: dict[str, Any], make_model: MakeModel, make_job: MakeJob, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert main(["run", str(make_job(make_model(), recover=TRAINING | {"epochs": 3} | options)), "--out", str(run)]) == 0
+    folder = task_folder(run, "recover")
+    assert f"\nmodel: {folder / 'model'}, not recovered: {run / 'model'}, report:" in capsys.readouterr().out
     log = read_log(folder)
     losses = [line["loss"] for line in log]
     assert sum(losses[-4:]) < sum(losses[:4])  # the last epoch and the first
-    pruned, recovered = (AutoModelForCausalLM.from_pretrained(path) for path in (tmp_path / "run" / "model", folder / "model"))
+    pruned, recovered = (AutoModelForCausalLM.from_pretrained(path) for path in (run / "model", folder / "model"))
     assert not torch.equal(pruned.model.layers[0].mlp.up_proj.weight, recovered.model.layers[0].mlp.up_proj.weight)
-    verify_run(tmp_path / "run")
+    verify_run(run)
 
 
 def test_recovery_may_be_added_and_changed_afterwards(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
@@ -159,6 +164,17 @@ def test_a_training_that_does_not_fit_is_refused_before_it_starts(make_model: Ma
     job = load_job(make_job(make_model(), recover=TRAINING, memory={"worker": "321MiB"}))
     with pytest.raises(ResourceError, match=r"memory\.worker: a worker needs at least"):
         run_job(job, tmp_path / "run", quiet)
+
+
+@pytest.mark.parametrize(("package", "lora"), [("ray.train", None), ("peft", {"rank": 4})])
+def test_missing_packages_are_found_out_before_anything_is_done(
+    package: str, lora: dict[str, int] | None, make_model: MakeModel, make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    job = load_job(make_job(make_model(), recover=TRAINING | {"lora": lora}), [] if lora else ["cluster.executor=ray"])
+    with pytest.raises(ResourceError, match=rf"{package}.*; pip install 'rayprune\[train\]'"):
+        run_job(job, tmp_path / "run", quiet)
+    assert not (tmp_path / "run" / "tasks").exists()
 
 
 def test_what_a_trained_method_cannot_do_is_refused(make_model: MakeModel, make_job: MakeJob) -> None:

@@ -268,6 +268,12 @@ def test_overrides_can_supply_whole_sections(load: Load) -> None:
     assert load("{}", "model={path: /m}", "calibration.path=/c", whole=True).calibration.path == "/c"
 
 
+def test_overrides_reach_into_a_section_that_is_written_as_a_name(load: Load) -> None:
+    job = load("method: stat\nbudget: {allocation: search, per_layer: true}", "method.scale=gradients", "budget.allocation.generations=3")
+    assert (job.method.model_dump()["scale"], job.budget.allocation.model_dump()["generations"]) == ("gradients", 3)
+    assert load("", "method=obs", "method.name=wanda").method.name == "wanda"
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
