@@ -36,10 +36,18 @@ def partial_bytes(load: Workload, group: CoupledGroup) -> int:
 
 @dataclass(frozen=True)
 class Decision:
-    """Memory of one decision, in bytes: what can lie in files, and what cannot."""
+    """Memory of one factorisation or decision, in bytes: what can lie in files, and what cannot."""
 
     spillable: int
     plain: int
+
+
+def r_factor_bytes(load: Workload, group: CoupledGroup) -> Decision:
+    """While collected rows become their R factor: two factors, or one and a micro-batch, a copy that QR works on, the new factor."""
+    if not load.exact or block_tokens(load, group) < group.width:
+        return Decision(0, 0)
+    rows = group.width + max(group.width, load.batch_tokens)
+    return Decision(8 * rows * group.width, 8 * (rows + group.width) * group.width)
 
 
 def decision_bytes(load: Workload, group: CoupledGroup) -> Decision:

@@ -21,7 +21,7 @@ from specs.loader import differing_fields, dump_job, load_job
 from workers.files import Manifest, damaged_files, fingerprint, read_manifest, write_text
 from workers.layout import task_folder
 
-CODE_VERSION = 2
+CODE_VERSION = 3
 """Raised whenever the same job would give other bytes."""
 JOB_FILE, EVENTS_FILE, PLAN_FILE, REPORT_FILE, LOCK_FILE = "job.yaml", "events.jsonl", "plan.json", "report.json", "run.lock"
 NUMERIC_PACKAGES = ("torch", "transformers", "numpy", "scipy", "safetensors")

@@ -44,7 +44,7 @@ def tokenize(context: Context) -> tuple[Manifest, Manifest | None]:
         calibration = _tokens(context, CALIBRATION_TASK, cutting, [job.path, *(text.path for text in job.mix)])
         if spec is None:
             return calibration, None
-        part = spec.model_dump(mode="json")
+        part = spec.model_dump(mode="json") | {"apart_from": context.job.windows_read}
         return calibration, _tokens(context, EVALUATION_TASK, part, [spec.path], calibration.digest, redo_stale=True)
 
 

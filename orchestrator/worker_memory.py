@@ -6,7 +6,7 @@ Letters: Z a consumer's input.
 import math
 from dataclasses import replace
 
-from orchestrator.group_memory import decision_bytes, partial_bytes, statistics_bytes
+from orchestrator.group_memory import decision_bytes, partial_bytes, r_factor_bytes, statistics_bytes
 from orchestrator.workload import CANDIDATES_AT_ONCE, GRADIENT_WINDOWS_AT_ONCE, MICRO_BATCHES_AT_ONCE, TrainingLoad, Workload, in_rows
 from specs.memory import MemoryPlan
 from workers.blocks import CONVERTED_BYTES
@@ -46,7 +46,8 @@ def _steps(load: Workload, choice: MemoryPlan) -> dict[str, list[Kinds]]:
     steps: dict[str, list[Kinds]] = {"collect": [], "decide": [], "write": []}
     for kind in load.kinds:
         for group in load.decided(kind):
-            steps["collect"].append(standing | _activations(load) | {"statistics": _collected(load, choice, kind, group)})
+            collected = {"statistics": _collected(load, choice, kind, group)} | _factorising(load, choice, group)
+            steps["collect"].append(standing | _activations(load) | collected)
         for group in load.decided(kind):
             deciding = {"statistics": _decided(load, choice, kind, group), "decision": _deciding(load, choice, group)}
             steps["decide"].append(standing | _payloads(load, group) | deciding)
@@ -127,6 +128,12 @@ def _payloads(load: Workload, group: CoupledGroup) -> Kinds:
     """One process, placement `shards`: Gram matrices as they were handed over, of which the decision makes copies; rows are not copied."""
     copied = load.in_process and load.placement == "shards" and not in_rows(load, group)
     return {"payloads": statistics_bytes(load, group)} if copied else {}
+
+
+def _factorising(load: Workload, choice: MemoryPlan, group: CoupledGroup) -> Kinds:
+    factor = r_factor_bytes(load, group)
+    needed = factor.plain + (0 if choice.spill_statistics else factor.spillable)
+    return {"factorisation": needed} if needed else {}
 
 
 def _deciding(load: Workload, choice: MemoryPlan, group: CoupledGroup) -> int:

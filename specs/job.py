@@ -274,7 +274,7 @@ class JobSpec(Section):
             )
         if self.method.removes_layers and self.budget.kv_groups != "auto":
             raise ValueError(f"method {self.method.name} removes whole layers; leave out budget.kv_groups")
-        if self.method.trains and (self.budget.per_layer or self.parallel.placement == "layers"):
+        if self.method.trainings and (self.budget.per_layer or self.parallel.placement == "layers"):
             raise ValueError(f"method {self.method.name} leaves out budget.per_layer and parallel.placement: it has one way of its own")
         if isinstance(self.method, DressOptions) and self.method.trains_layers_alone:
             wanted = self.method.training.samples or 0
@@ -298,7 +298,13 @@ class JobSpec(Section):
     @property
     def trains_on_ranks(self) -> bool:
         """Whether a gang of ranks trains the whole model, before the cut or after it."""
-        return self.recover is not None or (self.method.trains and not self.method.trains_layers_alone)
+        return self.recover is not None or (len(self.method.trainings) > 0 and not self.method.trains_layers_alone)
+
+    @property
+    def windows_read(self) -> int:
+        """Windows that are read of the calibration text: those of the calibration, or of the training that takes most."""
+        trainings = [*self.method.trainings, *([self.recover] if self.recover else [])]
+        return max(self.calibration.samples, *(training.samples or 0 for training in trainings), 0)
 
     @property
     def gradient_windows(self) -> int:

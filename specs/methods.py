@@ -45,9 +45,9 @@ class MethodOptions(Section):
         return False
 
     @property
-    def trains(self) -> bool:
-        """Whether the model is trained before it is cut."""
-        return False
+    def trainings(self) -> tuple[TrainingSpec, ...]:
+        """The trainings before the cut."""
+        return ()
 
     @property
     def trains_layers_alone(self) -> bool:
@@ -155,9 +155,9 @@ class DressOptions(MethodOptions):
         return True
 
     @property
-    def trains(self) -> bool:
-        """With a penalty on what will go."""
-        return True
+    def trainings(self) -> tuple[TrainingSpec, ...]:
+        """One, with a penalty on what will go."""
+        return (self.training,)
 
     @property
     def trains_layers_alone(self) -> bool:
@@ -195,9 +195,9 @@ class TrspOptions(MethodOptions):
         return True
 
     @property
-    def trains(self) -> bool:
+    def trainings(self) -> tuple[TrainingSpec, ...]:
         """Gates, then all weights."""
-        return True
+        return (self.gates, self.training)
 
 
 SELECTORS: Mapping[str, MethodOptions] = {

@@ -149,7 +149,7 @@ def evaluation_windows(spec: EvaluationSpec, tokenizer: PreTrainedTokenizerBase)
 
 
 def check_apart(calibration_ST: Tensor, evaluation_NT: Tensor, path: str) -> None:
-    """Refuse to judge a model by the text it was calibrated on.
+    """Refuse to judge a model by the text it was calibrated or trained on.
 
     Raises:
         SpecError: more than `SHARED_FRACTION` of the evaluation tokens lie in runs that the calibration text has too.
@@ -157,8 +157,8 @@ def check_apart(calibration_ST: Tensor, evaluation_NT: Tensor, path: str) -> Non
     fraction = shared_fraction(calibration_ST, evaluation_NT)
     if fraction > SHARED_FRACTION:
         raise SpecError(
-            f"evaluation.path: {path}: {fraction:.0%} of its tokens stand in the calibration windows too, so perplexity would flatter the "
-            "pruned model; evaluate on other text, for instance the part behind the calibration windows"
+            f"evaluation.path: {path}: {fraction:.0%} of its tokens stand in the windows for calibration or training too, so perplexity "
+            "would flatter the pruned model; evaluate on other text, for instance the part behind those windows"
         )
 
 

@@ -37,10 +37,18 @@ def patched_config(config: Mapping[str, object], kept: Mapping[str, int], target
 
 
 def config_of_layers(config: Mapping[str, object], layers: Sequence[int]) -> dict[str, object]:
-    """The config of a model that keeps only these layers; lists with an entry for each layer are cut with them."""
+    """The config of a model that keeps only these layers; lists with an entry for each layer are cut with them.
+
+    Lists that the config class would work out from a layer's number are written, unless all entries are alike: numbers change.
+    """
     count = config_int(config, "num_hidden_layers")
-    cut = {key: [value[layer] for layer in layers] for key, value in config.items() if isinstance(value, list) and len(value) == count}
-    return {**config, **cut, "num_hidden_layers": len(layers)} if len(layers) < count else dict(config)
+    if len(layers) == count:
+        return dict(config)
+    patterns = [family_of(config).pattern(config, layer) for layer in range(count)]
+    derived = {key: values for key in patterns[0] if len(set(values := [pattern[key] for pattern in patterns])) > 1}
+    lists = derived | {key: value for key, value in config.items() if isinstance(value, list) and len(value) == count}
+    cut = {key: [values[layer] for layer in layers] for key, values in lists.items()}
+    return {**config, **cut, "num_hidden_layers": len(layers)}
 
 
 def needs_output_bias(config: Mapping[str, object], kept: Mapping[str, int], target: str) -> bool:

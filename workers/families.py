@@ -4,7 +4,7 @@ No torch. Everything that slices, counts or captures works on `UnitGroup`, never
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from specs.errors import ModelError
@@ -46,6 +46,26 @@ class UnitGroup:
         return name.startswith(f"{self.block}.")
 
 
+def _alternate(config: Mapping[str, object], layer: int) -> dict[str, object]:
+    """Gemma 2: every other layer has a sliding window."""
+    return {"layer_types": "full_attention" if layer % 2 else "sliding_attention"}
+
+
+def _slide_above(config: Mapping[str, object], layer: int) -> dict[str, object]:
+    """Qwen: from `max_window_layers` on, if windows are used."""
+    first = config.get("max_window_layers", 28)
+    slides = config.get("use_sliding_window") and config.get("sliding_window", True) and isinstance(first, int) and layer >= first
+    return {"layer_types": "sliding_attention" if slides else "full_attention"}
+
+
+def _skip_positions(config: Mapping[str, object], layer: int) -> dict[str, object]:
+    """SmolLM3: every so many layers one without rotary positions; those may slide."""
+    given = config.get("no_rope_layers")
+    rope = given[layer] if isinstance(given, list) else int((layer + 1) % config_int(config, "no_rope_layer_interval", 4) != 0)
+    slides = config.get("use_sliding_window") and config.get("sliding_window") and not rope
+    return {"no_rope_layers": rope, "layer_types": "sliding_attention" if slides else "full_attention"}
+
+
 @dataclass(frozen=True)
 class Family:
     """What stock `transformers` and vLLM demand of a model type (checked on transformers 5.23)."""
@@ -64,6 +84,8 @@ class Family:
     """Matrices that always have a bias."""
     bias_keys: tuple[str, ...] = ()
     """Which of the config's `attention_bias` and `mlp_bias` the model heeds."""
+    pattern: Callable[[Mapping[str, object], int], dict[str, object]] = lambda config, layer: {}
+    """What the config class works out from a layer's number, where the config has no list of it."""
     tied: bool = False
     """Whether the head shares the embeddings where the config does not say."""
 
@@ -71,16 +93,17 @@ class Family:
 FAMILIES: Mapping[str, Family] = {
     "llama": Family(heads_divide_hidden=True, written_as="mistral", bias_keys=("attention_bias", "mlp_bias")),
     "mistral": Family(),
-    "qwen2": Family(vllm_written_as="llama", biased=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-    "qwen3": Family(head_norms=("q_norm", "k_norm"), bias_keys=("attention_bias",)),
+    "qwen2": Family(vllm_written_as="llama", pattern=_slide_above, biased=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+    "qwen3": Family(head_norms=("q_norm", "k_norm"), pattern=_slide_above, bias_keys=("attention_bias",)),
     "gemma": Family(bias_keys=("attention_bias",), tied=True),
     "gemma2": Family(
         heads_divide_hidden=True,
         norms=("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
         bias_keys=("attention_bias",),
+        pattern=_alternate,
         tied=True,
     ),
-    "smollm3": Family(bias_keys=("attention_bias", "mlp_bias"), tied=True),
+    "smollm3": Family(pattern=_skip_positions, bias_keys=("attention_bias", "mlp_bias"), tied=True),
 }
 
 PLANNED: Mapping[str, str] = {

@@ -200,7 +200,7 @@ class StreamedModel:
 
     def logits(self, tokens_BT: Tensor, hidden_BTD: Tensor) -> Tensor:
         """Output of the stock model whose last layer returned `hidden_BTD`."""
-        self._model.model.layers = nn.ModuleList([_Recorder(self._layers[0], hidden_BTD)])
+        self._model.model.layers = nn.ModuleList([_Recorder(self._layers[0], hidden_BTD.to(self.device))])
         logits: Tensor = self._model(input_ids=tokens_BT.to(self.device), use_cache=False).logits
         return logits
 

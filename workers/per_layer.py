@@ -34,18 +34,19 @@ class Absent(nn.Module):
 
 
 class $name($base):
-    """Every layer is built from its own config; the layers with attention are numbered through for the cache."""
+    """Every layer is built from its own config; for the cache, layers with attention are numbered through, each type by itself."""
 
     def __init__(self, config):
         super().__init__(config)
-        cached = 0
+        types = getattr(config, "layer_types", None) or [None] * len(self.model.layers)
+        slots = {kind: iter([i for i, other in enumerate(types) if other == kind]) for kind in types}
         for index, layer in enumerate(self.model.layers):
             own = config.per_layer_config[index]
             self.model.layers[index] = layer = type(layer)(own, index)
             if "attention" in own.skip:
                 layer.self_attn = Absent(as_tuple=True)
             else:
-                layer.self_attn.layer_idx, cached = cached, cached + 1
+                layer.self_attn.layer_idx = next(slots[types[index]])
             if "mlp" in own.skip:
                 layer.mlp = Absent(as_tuple=False)
 ''')

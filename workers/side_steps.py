@@ -11,11 +11,12 @@ from specs.errors import ModelError
 from workers.calibration import calibration_windows, check_apart, evaluation_windows, load_tokenizer
 from workers.evaluate import window_losses
 from workers.export import check_loads
-from workers.files import FileRecord, commit, write_tensors
+from workers.files import FileRecord, commit, read_manifest, write_tensors
 from workers.gradients import added, squared_gradients
 from workers.layout import CALIBRATION_TASK, EVALUATION_TASK, GRADIENTS_FILE, GRADIENTS_TASK, TOKENS_FILE, model_folder, task_folder
 from workers.shards import Node, grow_tree, merge_siblings, owned_nodes
 from workers.storage import check_same_files
+from workers.sweep import check_computed_on
 from workers.workbench import Receipt, Workbench, step
 
 SquaresArrays = dict[Node, dict[str, np.ndarray]]
@@ -35,12 +36,14 @@ class SideSteps(Workbench):
     def tokenize(self, task: str, task_fingerprint: str) -> tuple[Receipt, None]:
         """Tokenise the calibration or (afterwards) the evaluation text once; every worker reads the resulting file."""
         tokenizer, evaluation = load_tokenizer(Path(self.job.model.path)), self.job.evaluation
+        read = self.job.calibration.model_copy(update={"samples": self.job.windows_read})
+        read_ST = calibration_windows(read, tokenizer)  # also a training's, so that it is known now whether the text suffices
         if task == CALIBRATION_TASK:
             tokens = calibration_windows(self.job.calibration, tokenizer)
         else:
             assert evaluation is not None
             tokens = evaluation_windows(evaluation, tokenizer)
-            check_apart(self._tokens(CALIBRATION_TASK), tokens, evaluation.path)
+            check_apart(read_ST, tokens, evaluation.path)
         folder = task_folder(self.run_folder, task)
         write_tensors(folder / TOKENS_FILE, {"tokens": tokens})
         commit(folder, task, task_fingerprint, [TOKENS_FILE], {"shape": list(tokens.shape)})
@@ -78,7 +81,11 @@ class SideSteps(Workbench):
         """What gives a group's columns their scale: the consumer's weight (D, F), or the gradients at its input as one row (1, F)."""
         if not self.job.gradient_windows:
             return self._consumer_weight(layer, self._groups[name])
-        with safe_open(task_folder(self.run_folder, GRADIENTS_TASK) / GRADIENTS_FILE, framework="pt") as handle:
+        folder = task_folder(self.run_folder, GRADIENTS_TASK)
+        manifest = read_manifest(folder)
+        assert manifest is not None, "gradients are not measured"
+        check_computed_on(folder, manifest, self._model.computed_on)
+        with safe_open(folder / GRADIENTS_FILE, framework="pt") as handle:
             row_1F: Tensor = handle.get_slice(name)[layer : layer + 1]
         return row_1F.to(self.device)
 

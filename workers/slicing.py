@@ -53,7 +53,7 @@ def unit_rows(units: Tensor, rows_per_unit: int) -> Tensor:
 def slice_layer(tensors: Mapping[str, Tensor], groups: Iterable[UnitGroup], cuts: Mapping[str, Cut]) -> dict[str, Tensor]:
     """One layer's tensors without the pruned units; tensors no cut touches pass through.
 
-    Producers lose rows (and bias entries), the consumer gets the corrected weight in its own type and keeps its bias. A block
+    Producers lose rows (and bias entries), the consumer gets the corrected weight, in the cut's type, and keeps its bias. A block
     of which no unit stays loses all its tensors. Names are those inside the layer, weights (out, in).
     """
     result = dict(tensors)
@@ -69,8 +69,7 @@ def slice_layer(tensors: Mapping[str, Tensor], groups: Iterable[UnitGroup], cuts
             for name in (f"{producer.module}.weight", f"{producer.module}.bias"):
                 if name in result:
                     result[name] = result[name][rows]
-        consumer = f"{group.consumer}.weight"
-        result[consumer] = cut.weight_DK.to(result[consumer].dtype)
+        result[f"{group.consumer}.weight"] = cut.weight_DK
     return {name: tensor.contiguous() for name, tensor in result.items()}
 
 
@@ -90,7 +89,7 @@ def pad_layer(
         shape = list(tensor.shape)
         if name in lengths:
             shape[lengths[name][0]] = lengths[name][1]
-        padded[name] = tensor.new_zeros(shape)
+        padded[name] = torch.zeros(shape, dtype=sliced.get(name, tensor).dtype)
         if name in sliced:
             padded[name][tuple(map(slice, sliced[name].shape))] = sliced[name]
     return padded

@@ -156,9 +156,11 @@ class Sweep:
 
     def _hidden_path(self, shard: int, layer: int) -> Path | None:
         """Where a shard's hidden states before `layer` are saved; the name holds what they depend on."""
-        manifest = read_manifest(task_folder(self._folder, layer_task(layer - 1)))
+        folder = task_folder(self._folder, layer_task(layer - 1))
+        manifest = read_manifest(folder)
         if manifest is None:
             return None
+        check_computed_on(folder, manifest, self._model.computed_on)
         return self._folder / CACHE / f"shard-{shard:04d}" / f"layer-{layer:04d}-{manifest.fingerprint[:16]}.safetensors"
 
     def _finished_cuts(self, layer: int) -> dict[str, Cut]:

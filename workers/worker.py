@@ -299,14 +299,16 @@ class Worker(SideSteps):
         """A pruned layer's tensors, by their names in the pruned model."""
         export = self.job.export
         tensors = read_tensors(self._checkpoint, self._checkpoint.layer_tensors(layer), layer_prefix(layer))
+        dtypes = {name: self._disk_dtype(tensor) for name, tensor in tensors.items()}
         sliced = slice_layer(tensors, self._groups.values(), {cut.group: cut for cut in cuts})
         if export.pad:
             sliced = pad_layer(sliced, tensors, self._groups.values(), written)
         if needs_output_bias(self._checkpoint.config, written, export.target):
             weight_DK = sliced["self_attn.o_proj.weight"]
             sliced["self_attn.o_proj.bias"] = weight_DK.new_zeros(len(weight_DK))
+            dtypes["self_attn.o_proj.bias"] = dtypes["self_attn.o_proj.weight"]
         prefix = layer_prefix(position)
-        return {prefix + name: tensor.to(self._disk_dtype(tensor)) for name, tensor in sliced.items()}
+        return {prefix + name: tensor.to(dtypes[name]) for name, tensor in sliced.items()}
 
     @step
     def write_outer(self, task_fingerprint: str) -> tuple[Receipt, None]:

@@ -50,6 +50,18 @@ def test_gpu_agrees_with_cpu(sections: dict[str, Any], make_model: MakeModel, ma
             torch.testing.assert_close(tensors[1][name], tensor, rtol=1e-3, atol=1e-4, msg=name)
 
 
+def test_hidden_states_in_files_change_nothing(make_model: MakeModel, make_job: MakeJob, tmp_path: Path, force_memory: Any) -> None:
+    (tmp_path / "other.txt").write_text("Nothing of this stands in the text for calibration, nowhere at all. " * 8)
+    sections = {"budget": {"per_layer": True}, "evaluation": {"path": str(tmp_path / "other.txt"), "window": 16}}
+    job = make_job(make_model(), **sections, parallel={"device": "cuda", "workers": 1, "micro_batch": 2})
+    reports = []
+    for name in ("kept", "tight"):
+        assert main(["run", str(job), "--out", str(tmp_path / name)]) == 0
+        reports.append(read_report(tmp_path / name))
+        force_memory(spill_hidden=True, keep_inputs=False)
+    assert reports[0]["perplexity"] == reports[1]["perplexity"]
+
+
 @pytest.mark.parametrize(
     ("task", "sections"),
     [

@@ -43,7 +43,7 @@ def test_bad_option(override: str, words: list[str], make_model: MakeModel, make
     assert all(word in message for word in words), message
 
 
-@pytest.mark.parametrize(("path", "words"), [("/nowhere.txt", "cannot be read"), (None, "stand in the calibration windows too")])
+@pytest.mark.parametrize(("path", "words"), [("/nowhere.txt", "cannot be read"), (None, "stand in the windows for calibration")])
 def test_an_evaluation_text_that_will_not_do_is_found_before_any_layer(
     path: str | None, words: str, make_model: MakeModel, make_job: MakeJob, text_file: Path, tmp_path: Path, capsys: Capture
 ) -> None:

@@ -83,11 +83,14 @@ def test_remote_code_padded_and_own_models_agree(
 
 
 @pytest.mark.usefixtures("by_hand")
-def test_generation_with_the_cache_equals_generation_without(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
-    dense = make_model("qwen3", num_hidden_layers=4)
+@pytest.mark.parametrize(("model_type", "window"), [("qwen3", {}), ("gemma2", {"sliding_window": 8})])
+def test_generation_with_the_cache_equals_generation_without(
+    model_type: str, window: dict[str, int], make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+) -> None:
+    dense = make_model(model_type, num_hidden_layers=4, **window)
     run_job(load_job(make_job(dense, budget={"per_layer": True})), tmp_path / "run", quiet)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", trust_remote_code=True).eval()
-    options = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
+    options = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     assert torch.equal(model.generate(TOKENS, use_cache=True, **options), model.generate(TOKENS, use_cache=False, **options))
 
 

@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.random_model import byte_tokenizer
 from orchestrator.cli import main
+from orchestrator.run import run_job
+from specs.loader import load_job
 from tests.conftest import MakeJob, MakeModel, folder_bytes
 from workers.checkpoint import open_checkpoint
 from workers.methods import RANKINGS
@@ -91,6 +93,26 @@ def test_half_precision_checkpoints_keep_their_type(dtype: str, make_model: Make
         {"bfloat16": "BF16", "float16": "F16"}[dtype]
     }
     assert load(tmp_path / "run" / "model").dtype == getattr(torch, dtype)
+
+
+@pytest.mark.parametrize("pad", [False, True])
+def test_corrections_are_rounded_to_the_type_that_is_asked_for(pad: bool, make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
+    dense = make_model(dtype=torch.bfloat16)
+    budget = {"per_layer": True} if pad else {"kv_groups": 1}
+    job = make_job(dense, export={"dtype": "float32", "pad": pad}, budget=budget)
+    run(job, tmp_path / "run")
+
+    def cut_off(event: dict[str, Any]) -> None:
+        if event["event"] == "step-finished" and event.get("stage") == "sweep" and event["layer"] == 0:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_job(load_job(job), tmp_path / "cut", cut_off)
+    run(job, tmp_path / "cut")
+    assert folder_bytes(tmp_path / "cut" / "model") == folder_bytes(tmp_path / "run" / "model")
+    weight = load(tmp_path / "run" / "model").model.layers[1].mlp.down_proj.weight
+    assert weight.dtype == torch.float32
+    assert not torch.equal(weight, weight.bfloat16().float())
 
 
 def test_gram_and_qr_route_agree(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:

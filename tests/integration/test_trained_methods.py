@@ -177,6 +177,25 @@ def test_missing_packages_are_found_out_before_anything_is_done(
     assert not (tmp_path / "run" / "tasks").exists()
 
 
+@pytest.mark.parametrize("section", ["recover", "method"])
+def test_a_model_is_not_judged_by_text_it_was_trained_on(
+    section: str, make_model: MakeModel, make_job: MakeJob, text_file: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "other.txt").write_text(text_file.read_text()[20_000:24_000])
+    more = TRAINING | {"samples": 400}
+    sections = {"recover": more} if section == "recover" else {"method": {"name": "trsp", "gates": more, "training": TRAINING}}
+    job = load_job(make_job(make_model(), evaluation={"path": str(tmp_path / "other.txt"), "window": 64}, **sections))
+    with pytest.raises(SpecError, match="of its tokens stand in the windows for calibration or training too"):
+        run_job(job, tmp_path / "run", quiet)
+
+
+def test_a_text_too_short_for_a_training_is_found_out_at_once(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
+    job = load_job(make_job(make_model(), recover=TRAINING | {"samples": 80_000}))
+    with pytest.raises(SpecError, match="too short"):
+        run_job(job, tmp_path / "run", quiet)
+    assert not (tmp_path / "run" / "model").exists()
+
+
 def test_what_a_trained_method_cannot_do_is_refused(make_model: MakeModel, make_job: MakeJob) -> None:
     for sections, message in (
         ({"method": {"name": "trsp"}, "budget": {"kv_groups": 1}}, "removes whole layers"),

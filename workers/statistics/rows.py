@@ -63,8 +63,10 @@ class RowsStatistic:
         """Add rows; more rows than columns become their R factor, by one step of tall-skinny QR."""
         self.parts = [*self.parts, *parts]
         if sum(map(len, self.parts)) > self.width:
-            wide = [part.to(WIDE) for part in self.parts]
-            self.parts = [linalg.r_factor(torch.cat(wide))]
+            stacked_NF = self.scratch.empty(sum(map(len, self.parts)), self.width, dtype=WIDE)
+            for below, part in zip(stacked_NF.split([len(part) for part in self.parts]), self.parts, strict=True):
+                below.copy_(part)
+            self.parts = [self.scratch.store(linalg.r_factor(stacked_NF))]
 
     @property
     def _rows(self) -> Tensor:

@@ -3,9 +3,10 @@
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 
 from specs.errors import SpecError
-from workers.config_patch import kept_heads, needs_output_bias, patched_config
+from workers.config_patch import config_of_layers, kept_heads, needs_output_bias, patched_config
 
 BASE: dict[str, Any] = {
     "hidden_size": 32,
@@ -32,6 +33,29 @@ def test_unpruned_heads_change_no_model_type(model_type: str, target: str) -> No
     assert patched == expected | {"head_dim": 4, "intermediate_size": 20}
     assert not needs_output_bias(original, {"heads": 4, "neurons": 20}, target)
     assert "auto_map" in original
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        ("llama", {}),
+        ("gemma2", {}),
+        ("smollm3", {}),
+        ("smollm3", {"no_rope_layer_interval": 3, "use_sliding_window": True, "sliding_window": 8}),
+        ("smollm3", {"no_rope_layers": [1, 0, 0, 1, 1, 0], "use_sliding_window": True, "sliding_window": 8}),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": 3}),
+        ("qwen3", {"use_sliding_window": True, "max_window_layers": 3, "sliding_window": None}),
+        ("qwen3", {"use_sliding_window": False, "max_window_layers": 3}),
+    ],
+)
+def test_layers_that_stay_keep_their_kind(model_type: str, changes: dict[str, Any]) -> None:
+    stay = [0, 2, 3, 5]
+    original = {"model_type": model_type, "num_hidden_layers": 6} | changes
+    dense, pruned = (AutoConfig.for_model(**settings) for settings in (original, config_of_layers(original, stay)))
+    assert pruned.num_hidden_layers == 4
+    for key in ("layer_types", "no_rope_layers"):
+        expected = getattr(dense, key, None)
+        assert getattr(pruned, key, None) == (expected and [expected[layer] for layer in stay])
 
 
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "attention_bias": True, "mlp_bias": False}

@@ -9,7 +9,9 @@ import torch
 from specs.errors import ResourceError
 from workers import scratch
 from workers.codec import from_array, to_array
+from workers.memory import give_back_free_memory
 from workers.scratch import Scratch
+from workers.statistics.rows import RowsStatistic
 
 CPU = torch.device("cpu")
 
@@ -37,6 +39,16 @@ def test_mapped_tensors_are_no_private_memory(tmp_path: Path) -> None:
     large = place.zeros(4096, 4096, dtype=torch.float64)
     large += 1
     assert private_bytes() - before < large.nbytes / 4
+
+
+def test_r_factors_of_rows_are_no_private_memory(tmp_path: Path) -> None:
+    place, before = Scratch(CPU, tmp_path), private_bytes()
+    statistics = [RowsStatistic.empty(768, place) for _ in range(6)]
+    for statistic in statistics:
+        statistic.update(torch.randn(1024, 768))
+        assert len(statistic.parts[0]) == 768
+    give_back_free_memory()
+    assert private_bytes() - before < 6 * 8 * 768**2 / 2
 
 
 def test_small_tensors_are_plain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

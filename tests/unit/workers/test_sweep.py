@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 from orchestrator.cli import main
+from specs.errors import SpecError
 from specs.loader import load_job
 from specs.memory import MemoryPlan
 from tests.conftest import MakeJob, MakeModel
+from workers.files import MANIFEST_NAME
 from workers.worker import Worker
 
 
@@ -44,3 +46,11 @@ def test_replay_restore_and_going_back_give_the_same_bits(finished: tuple[Any, P
     assert list((finished[1] / "cache").rglob("layer-0002-*.safetensors"))
     for layer in (2, 0, 1):
         assert grams(fresh.collect(layer, "heads", (0, 4))[1]) == expected[layer]
+
+
+def test_hidden_states_of_another_kind_of_device_are_refused(finished: tuple[Any, Path]) -> None:
+    Worker(finished[0], str(finished[1]), "cpu", MemoryPlan()).collect(2, "heads", (0, 4))  # saves them
+    manifest = finished[1] / "tasks" / "layer-0001" / MANIFEST_NAME
+    manifest.write_text(manifest.read_text().replace("cpu in float32", "cuda in bfloat16"))
+    with pytest.raises(SpecError, match="layer-0001: was computed on cuda in bfloat16, this worker computes on cpu in float32"):
+        Worker(finished[0], str(finished[1]), "cpu", MemoryPlan()).collect(2, "heads", (0, 4))
