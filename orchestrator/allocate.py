@@ -157,14 +157,12 @@ def _measure_alone(context: Context, alone: Sequence[tuple[int, str, int]], expe
 
 def _measured(context: Context, candidates: Sequence[Spread], stage: str) -> list[float]:
     """The divergence from the dense model (nats per token) of every candidate; the same for any number of workers."""
-    executor, allocation = context.executor, context.job.budget.allocation
-    assert isinstance(allocation, CurvesAllocation)
-    found: list[float] = []
+    executor, found = context.executor, list[float]()
     for start in range(0, len(candidates), CANDIDATES_AT_ONCE):
         some = candidates[start : start + CANDIDATES_AT_ONCE]
-        calls = [executor.submit(worker, "divergences", some, owned) for worker, owned in executor.shares(allocation.samples)]
+        calls = [executor.submit(worker, "divergences", some, owned) for worker, owned in executor.shares(context.job.divergence_windows)]
         sums = [receipt["sums"] for receipt in executor.wait(calls)]
-        tokens = allocation.samples * context.job.calibration.sequence_length
+        tokens = context.job.divergence_windows * context.job.calibration.sequence_length
         found += [math.fsum(value for part in sums for value in part[index]) / tokens for index in range(len(some))]
         context.emit("candidates-measured", stage=stage, done=len(found), of=len(candidates), peak_memory_bytes=context.peak_memory_bytes())
     return found
@@ -201,7 +199,7 @@ def _search(
             spread = result["spread"]
             history.append(result["divergence"])
             context.emit("step-finished", stage="search", generation=number, divergence=history[-1])
-    tokens = allocation.samples * context.job.calibration.sequence_length
+    tokens = context.job.divergence_windows * context.job.calibration.sequence_length
     candidates = 1 + allocation.generations * allocation.offspring
     return spread, {"divergence": history[-1], "by_generation": history, "candidates": candidates, "tokens_per_candidate": tokens}
 

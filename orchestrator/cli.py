@@ -1,6 +1,7 @@
 """The command line. Heavy imports wait until a command needs them: help, validate, schema and plan import neither torch nor ray."""
 
 import argparse
+import errno
 import json
 import os
 import signal
@@ -11,13 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from specs.errors import INTERRUPTED, RaypruneError
+from specs.errors import INTERRUPTED, RaypruneError, ResourceError, SpecError
 from specs.job import JobSpec
 from specs.loader import load_job
 from specs.machine import PROFILES, load_profile, profile_text
 from specs.schema import job_schema_text
 
 RESEND_SECONDS = 0.1
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,6 +35,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("rayprune: interrupted; run the same command again to go on", file=sys.stderr)
         return INTERRUPTED
+    except OSError as error:
+        if error.filename is None and error.errno not in _FULL:
+            traceback.print_exc()
+            return 1
+        print(f"rayprune: {error.filename or 'disk'}: {error.strerror}; finished tasks are kept", file=sys.stderr)
+        return ResourceError.exit_code if error.errno in _FULL else SpecError.exit_code
     except Exception:  # the process boundary: a bug, shown in full
         traceback.print_exc()
         return 1

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 from orchestrator.executor import Executor
@@ -12,7 +13,7 @@ from orchestrator.plan import Plan
 from orchestrator.run_folder import PLAN_FILE, RunFolder
 from specs.job import JobSpec
 from workers.checkpoint import Checkpoint
-from workers.files import Manifest, write_json
+from workers.files import Manifest, record_of, write_json
 from workers.memory import PeakMemory
 
 T = TypeVar("T")
@@ -42,8 +43,10 @@ class Context:
         return self.source or self.checkpoint
 
     def inputs(self, tokens: Manifest) -> list[str]:
-        """What everything that looks at activations depends on."""
-        return [tokens.digest, self.checkpoint.identity, *([self.gradients.digest] if self.gradients else [])]
+        """What everything that looks at activations depends on; a latency table, since it may decide what stays."""
+        table = self.job.budget.latency_table
+        others = [*([self.gradients.digest] if self.gradients else []), *([record_of(Path(table)).sha256] if table else [])]
+        return [tokens.digest, self.checkpoint.identity, *others]
 
     def settle(self, plan: Plan) -> None:
         """Go on with a plan, and write it down."""

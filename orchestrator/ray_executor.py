@@ -62,7 +62,7 @@ def check_reachable(host: str, port: int, problem: str) -> None:
     """
     try:
         socket.create_connection((host, port), timeout=CONNECT_SECONDS).close()
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         raise ResourceError(f"{problem}: cannot connect: {error}; is the head node up, and this its port?") from None
 
 

@@ -18,6 +18,13 @@ from specs.errors import RaypruneError
 from workers.finetune_stage import Finetune
 
 
+class _Trainer(TorchTrainer):
+    """A trainer that leaves interrupts to the command: Ray's handler would end the process as if all were well, and stay for good."""
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        """Register none."""
+
+
 def train_on_ray(stage: Finetune, num_ranks: int, on_gpu: bool, storage: Path) -> None:
     """Run a training stage on so many ranks, from its last checkpoint if there is one. Ray Train's own retries are off, the driver retries.
 
@@ -27,7 +34,7 @@ def train_on_ray(stage: Finetune, num_ranks: int, on_gpu: bool, storage: Path) -
     """
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     resources = {"CPU": float(stage.threads)} | ({"GPU": 1.0} if on_gpu else {})
-    trainer = TorchTrainer(
+    trainer = _Trainer(
         _rank,
         train_loop_config={"stage": stage, "device": "cuda" if on_gpu else "cpu"},
         torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),

@@ -55,6 +55,12 @@ def write_report(context: Context, layers: Sequence[Manifest], losses: Losses) -
     return report
 
 
+def forget_report(run: Path) -> None:
+    """Remove a report of what is about to be done again."""
+    for name in (REPORT_FILE, PAGE_FILE):
+        (run / name).unlink(missing_ok=True)
+
+
 def trainings(run: Path) -> dict[str, dict[str, Any]]:
     """Of every training the steps (some, where they are many), the terms of its loss and its gradient's norm; gates one after another.
 

@@ -19,7 +19,7 @@ from specs.errors import SpecError, VerificationError
 from specs.job import JobSpec
 from specs.loader import differing_fields, dump_job, load_job
 from workers.files import Manifest, damaged_files, fingerprint, read_manifest, write_text
-from workers.layout import task_folder
+from workers.layout import CACHE, task_folder
 
 CODE_VERSION = 3
 """Raised whenever the same job would give other bytes."""
@@ -105,7 +105,7 @@ class RunFolder:
         if manifest.fingerprint != expected:
             raise VerificationError(
                 f"{folder}: was made from other inputs (model, text) or by other package versions (now {_versions()}); "
-                f"choose another --out, or delete {folder}"
+                f"choose another --out, or delete {folder} and {self.path / CACHE}"
             )
         return manifest
 

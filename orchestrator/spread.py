@@ -174,7 +174,9 @@ def mutated(budget: Budget, spread: Spread, losses: Losses, chance: random.Rando
     size = budget.size(child)
     for layer, name in raised:
         above = [count for count in losses[layer][name] if count > child[layer][name]]
-        if above and budget.excess(after := budget.moved(size, child, (layer, name, min(above)))) == 0:
+        if not above or budget.lost({**child[layer], name: min(above)}) < budget.least:
+            continue
+        if budget.excess(after := budget.moved(size, child, (layer, name, min(above)))) == 0:
             size, child[layer][name] = after, min(above)
     return child
 

@@ -13,11 +13,15 @@ from orchestrator.export import TOKENIZER_FILES, side_files
 from orchestrator.run_folder import REPORT_FILE
 from orchestrator.shapes import Shape
 from orchestrator.workload import GRADIENT_WINDOWS_AT_ONCE
+from specs.errors import ModelError
 from specs.job import TextSpec
 from workers.files import Manifest, commit, record_of
 from workers.layout import CALIBRATION_TASK, EVALUATION_TASK, GRADIENTS_TASK, SHAPE_TASK, model_folder, recovered_folder, task_folder
 from workers.shards import even_parts
 from workers.storage import marker_file
+
+MOST_NATS = 700.0
+"""Of a mean loss: e to the power of more is no fp64 number."""
 
 
 def start(context: Context) -> None:
@@ -160,7 +164,10 @@ def _perplexity(context: Context, task: str, model: Path, identity: str, tokens:
         calls = [executor.submit(worker, "evaluate", str(model), (part.start, part.stop)) for worker, part in parts]
         losses = [loss for receipt in executor.wait(calls) for loss in receipt["losses"]]
         scored = sum(count for _, count in losses)
-        result = {"perplexity": math.exp(math.fsum(loss for loss, _ in losses) / scored), "scored_tokens": scored, "windows": shape[0]}
+        mean = math.fsum(loss for loss, _ in losses) / scored
+        if not mean < MOST_NATS:
+            raise ModelError(f"{model}: its mean loss is {mean:.4g} nats for a token, it predicts nothing; too high a learning_rate?")
+        result = {"perplexity": math.exp(mean), "scored_tokens": scored, "windows": shape[0]}
         commit(task_folder(context.folder.path, task), task, expected, [], {"result": result})
 
     return context.once(task, expected, work, redo_stale=True).info["result"]  # type: ignore[return-value]

@@ -45,8 +45,11 @@ def refuse_lost_paths(job: JobSpec, out: Path) -> None:
 
 
 def _paths(job: JobSpec, out: Path) -> dict[str, Path]:
-    evaluation = {"evaluation.path": Path(job.evaluation.path)} if job.evaluation else {}
-    return {"--out": out, "model.path": Path(job.model.path), "calibration.path": Path(job.calibration.path)} | evaluation
+    paths = {"--out": str(out), "model.path": job.model.path, "calibration.path": job.calibration.path}
+    paths |= {f"calibration.mix.{number}.path": text.path for number, text in enumerate(job.calibration.mix)}
+    paths |= {"budget.latency_table": job.budget.latency_table} if job.budget.latency_table else {}
+    paths |= {"evaluation.path": job.evaluation.path} if job.evaluation else {}
+    return {option: Path(path) for option, path in paths.items()}
 
 
 def submit(job: JobSpec, out: Path, address: str, wait: bool) -> int:
@@ -85,16 +88,21 @@ def entrypoint(job: JobSpec, out: Path) -> str:
 
 
 def _connect(address: str) -> Any:
-    url = urlsplit(address)
-    if url.scheme not in ("http", "https") or not url.hostname:
-        raise SpecError(f"--address {address}: write the address of the cluster's dashboard, such as http://HOST:8265")
+    wrong = SpecError(f"--address {address}: write the address of the cluster's dashboard, such as http://HOST:8265")
+    try:
+        url = urlsplit(address)
+        host, port = url.hostname, url.port or {"http": 80, "https": 443}.get(url.scheme)
+    except ValueError:
+        raise wrong from None
+    if not host or not port:
+        raise wrong
     _prepare_ray()
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
     from orchestrator.ray_executor import check_reachable
 
-    check_reachable(url.hostname, url.port or {"http": 80, "https": 443}[url.scheme], f"--address {address}")
+    check_reachable(host, port, f"--address {address}")
     try:
         return JobSubmissionClient(address)
     except AuthenticationError as error:

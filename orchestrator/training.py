@@ -16,10 +16,11 @@ from typing import Any
 from orchestrator import sweep
 from orchestrator.context import Context
 from orchestrator.export import COPIED, side_files, write_index
+from orchestrator.report import forget_report
 from orchestrator.shapes import uneven_shape
 from orchestrator.stream import layer_tasks, stream_layers
 from specs.methods import DressOptions, TrspOptions
-from specs.training import TrainingSpec
+from specs.training import HOW_TRAINED, TrainingSpec
 from workers.checkpoint import open_checkpoint, read_json
 from workers.files import Manifest, commit, copy_file, fingerprint, link_file
 from workers.finetune_stage import (
@@ -151,12 +152,16 @@ def recover(context: Context, exported: Manifest) -> Manifest | None:
 
 
 def _trained(context: Context, task: str, model: Path, options: TrainingSpec, aim: Aim, inputs: list[str]) -> Manifest:
-    expected = context.folder.fingerprint(task, *inputs, part=context.job.result_part() | {"training": options.model_dump(mode="json")})
+    what = context.job.result_part() | {"training": options.model_dump(mode="json", exclude=HOW_TRAINED)}
+    expected = context.folder.fingerprint(task, *inputs, part=what)
     folder = task_folder(context.folder.path, task)
     threads = context.job.parallel.threads_per_worker
     stage = Finetune(str(model), str(folder), context.job.calibration, options, aim, threads)
 
     def work() -> None:
+        if context.job.windows_read > context.job.calibration.samples:
+            context.executor.wait([context.executor.submit(0, "check_text")])  # before what another training has left is removed
+        forget_report(context.folder.path)
         forget_another(folder, expected)
         with context.stage(task, 1):
             with _reported(context, task, folder):

@@ -225,7 +225,6 @@ def workload_of(job: JobSpec, checkpoint: Checkpoint, kinds: tuple[LayerKind, ..
     """What the cost formulas need. Of several open shapes, each group counts with most units; it is pruned if any shape prunes it."""
     config, calibration, evaluation = checkpoint.config, job.calibration, job.evaluation
     outer = sum(info.num_parameters for info in checkpoint.outer_tensors.values())
-    allocation = job.budget.allocation
     return Workload(
         kinds=kinds,
         kept=_least_cut(kinds, job) if job.budget.per_layer else _most_kept(kinds, shapes),
@@ -255,7 +254,7 @@ def workload_of(job: JobSpec, checkpoint: Checkpoint, kinds: tuple[LayerKind, ..
         candidates=_candidates(job, checkpoint.num_layers),
         trainings=_trainings(job),
         gradient_windows=job.gradient_windows,
-        candidate_windows=allocation.samples if isinstance(allocation, CurvesAllocation) else 0,
+        candidate_windows=job.divergence_windows,
         placement=job.parallel.placement,
         propagation=job.parallel.effective_propagation,
     )

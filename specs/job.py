@@ -5,14 +5,14 @@ A field's docstring is its documentation in the JSON schema.
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from specs.allocation import AllocationSpec, UniformAllocation
+from specs.allocation import AllocationSpec, CurvesAllocation, UniformAllocation
 from specs.methods import DressOptions, MethodSpec, StatOptions
 from specs.section import Section
-from specs.training import RecoverSpec
+from specs.training import HOW_TRAINED, RecoverSpec
 
 _UNITS = {"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 
@@ -307,6 +307,12 @@ class JobSpec(Section):
         return max(self.calibration.samples, *(training.samples or 0 for training in trainings), 0)
 
     @property
+    def divergence_windows(self) -> int:
+        """Calibration windows on which divergences are measured for an allocation; 0: none."""
+        allocation = self.budget.allocation
+        return min(allocation.samples, self.calibration.samples) if isinstance(allocation, CurvesAllocation) else 0
+
+    @property
     def gradient_windows(self) -> int:
         """Calibration windows on which gradients of the loss are measured; 0: none."""
         return min(self.method.selector.gradient_windows, self.calibration.samples)
@@ -318,7 +324,7 @@ class JobSpec(Section):
 
     def result_part(self) -> dict[str, object]:
         """The options the pruned model depends on: all but where, with how many workers, how it is judged and what is done with it."""
-        document: dict[str, object] = self.model_dump(
-            mode="json", exclude={"cluster": True, "evaluation": True, "memory": True, "recover": True, "parallel": {"workers", "retries"}}
-        )
+        left_out: Any = {"cluster": True, "evaluation": True, "memory": True, "recover": True, "parallel": {"workers", "retries"}}
+        left_out["method"] = {"training": HOW_TRAINED, "gates": HOW_TRAINED}
+        document: dict[str, object] = self.model_dump(mode="json", exclude=left_out)
         return document

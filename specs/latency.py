@@ -3,10 +3,11 @@
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from typing import Annotated, Self
 
 import numpy as np
 import yaml
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from specs.section import Section, load_section
 
@@ -28,8 +29,14 @@ class LatencyTable(Section):
     """What is outside the layers: the last norm and the head."""
     layer_ms: float = Field(gt=0.0)
     """One layer as it is."""
-    narrowed_ms: dict[str, dict[int, float]]
+    narrowed_ms: dict[str, Annotated[dict[int, float], Field(min_length=1)]]
     """By coupled group: one layer with so many units of that group, and all of the others; 0: without the block."""
+
+    @model_validator(mode="after")
+    def _has_all_groups(self) -> Self:
+        if missing := {"heads", "neurons"} - self.narrowed_ms.keys():
+            raise ValueError(f"narrowed_ms lacks {sorted(missing)}; write the table with `rayprune latency`")
+        return self
 
     def layer(self, kept: Mapping[str, int]) -> float:
         """Milliseconds of a layer that keeps so many units: what each group saves is taken to add up, linear between measured sizes."""

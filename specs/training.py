@@ -6,9 +6,12 @@ from pydantic import Field
 
 from specs.section import Section
 
+HOW_TRAINED = {"micro_batch", "activation_checkpointing", "checkpoint_steps"}
+"""Options of a training that its result does not depend on, but for rounding; they may change between attempts."""
+
 
 class TrainingSpec(Section):
-    """Gradient steps on the calibration text, on as many ranks as there are workers. The result depends on all of it but `micro_batch`."""
+    """Gradient steps on the calibration text, on as many ranks as there are workers."""
 
     samples: Annotated[int, Field(ge=1)] | None = None
     """Windows of the calibration text that are trained on; null: `calibration.samples`."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from specs.errors import ModelError
 from workers.adapters import adapted, merged
 from workers.calibration import calibration_windows, load_tokenizer
 from workers.checkpoint import Checkpoint, open_checkpoint
@@ -90,6 +91,8 @@ def _write_model(model: nn.Module, checkpoint: Checkpoint, folder: Path, ranks: 
         else:
             tensors = {prefix + name: _whole(parameters[prefix + name]) for name in infos}
         if ranks.rank == 0:
+            if wrong := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+                raise ModelError(f"{wrong[0]} is not finite after the training; lower learning_rate")
             write_tensors(
                 folder / f"{part}.safetensors",
                 {name: on_disk(tensor, checkpoint.tensors[name].dtype) for name, tensor in tensors.items()},

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from specs.errors import SpecError
 from specs.latency import LatencyTable
 from workers import layers
 from workers.checkpoint import Checkpoint, open_checkpoint
@@ -31,7 +32,10 @@ def measure_latency(model: Path, batch: int, tokens: int, threads: int | None = 
 
     Raises:
         ModelError: no such model, or not one that can be pruned.
+        SpecError: a number is too small.
     """
+    if min(batch, tokens, threads or 1) < 1:
+        raise SpecError("--batch, --tokens and --threads must be at least 1")
     if threads:
         torch.set_num_threads(threads)
     checkpoint = open_checkpoint(model)

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from specs.errors import ModelError
 from workers.calibration import calibration_windows, check_apart, evaluation_windows, load_tokenizer
@@ -36,8 +37,7 @@ class SideSteps(Workbench):
     def tokenize(self, task: str, task_fingerprint: str) -> tuple[Receipt, None]:
         """Tokenise the calibration or (afterwards) the evaluation text once; every worker reads the resulting file."""
         tokenizer, evaluation = load_tokenizer(Path(self.job.model.path)), self.job.evaluation
-        read = self.job.calibration.model_copy(update={"samples": self.job.windows_read})
-        read_ST = calibration_windows(read, tokenizer)  # also a training's, so that it is known now whether the text suffices
+        read_ST = self._text_read(tokenizer)
         if task == CALIBRATION_TASK:
             tokens = calibration_windows(self.job.calibration, tokenizer)
         else:
@@ -48,6 +48,16 @@ class SideSteps(Workbench):
         write_tensors(folder / TOKENS_FILE, {"tokens": tokens})
         commit(folder, task, task_fingerprint, [TOKENS_FILE], {"shape": list(tokens.shape)})
         return {}, None
+
+    @step
+    def check_text(self) -> tuple[Receipt, None]:
+        """Check that the calibration text has as many windows as the job reads."""
+        self._text_read(load_tokenizer(Path(self.job.model.path)))
+        return {}, None
+
+    def _text_read(self, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+        """All windows that the job reads of its calibration text, those of trainings too (S, T)."""
+        return calibration_windows(self.job.calibration.model_copy(update={"samples": self.job.windows_read}), tokenizer)
 
     @step
     def gradients(self, owned: tuple[int, int]) -> tuple[Receipt, SquaresArrays]:

@@ -133,7 +133,7 @@ class Training:
         """Train to the end, from the last checkpoint if there is one.
 
         Raises:
-            ModelError: the loss is not finite.
+            ModelError: the loss or its gradient is not finite.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         start = self._resume()
@@ -141,8 +141,9 @@ class Training:
             begin = time.perf_counter()
             numbers = windows_of(step, self.options, len(self._windows_ST))
             facts = self._step(step, numbers)
-            if not math.isfinite(facts["loss"]):
-                raise ModelError(f"step {step}: the loss is {facts['loss']}; lower learning_rate, or set dtype: float32")
+            for name in ("loss", "gradient_norm"):
+                if not math.isfinite(facts[name]):
+                    raise ModelError(f"step {step}: {name} is {facts[name]}; lower learning_rate, or set dtype: float32")
             tokens = len(numbers) * self._windows_ST.shape[1]
             self._log({"step": step, "of": self.steps, **facts, "tokens_per_second": tokens / (time.perf_counter() - begin)})
             if (step + 1) % self.options.checkpoint_steps == 0 and step + 1 < self.steps:

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specs.allocation import CurvesAllocation
 from specs.job import JobSpec
 from specs.memory import MemoryPlan
 from specs.methods import DressOptions
@@ -263,9 +262,7 @@ class Worker(SideSteps):
     def divergences(self, candidates: Sequence[Sequence[Kept]], owned: tuple[int, int]) -> tuple[Receipt, None]:
         """For every candidate allocation its divergence from the dense model, on each of some of the calibration windows."""
         self.__dict__.pop("_stream", None)  # its statistics are not needed any more
-        allocation = self.job.budget.allocation
-        assert isinstance(allocation, CurvesAllocation)
-        windows = self._spread_windows(allocation.samples, range(*owned))
+        windows = self._spread_windows(self.job.divergence_windows, range(*owned))
         return {"sums": divergences(self._model, self._groups, windows, candidates, partial(stored_cut, self.run_folder))}, None
 
     @step

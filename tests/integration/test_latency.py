@@ -7,7 +7,7 @@ import pytest
 
 from orchestrator.cli import main
 from orchestrator.run import run_job
-from specs.errors import SpecError
+from specs.errors import SpecError, VerificationError
 from specs.latency import LatencyTable, load_latency
 from specs.loader import load_job
 from tests.conftest import MakeJob, MakeModel
@@ -46,6 +46,26 @@ def test_the_exported_sizes_meet_the_budget_to_one_step(per_layer: bool, make_mo
     assert limit - step < taken <= limit
 
 
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_a_table_that_was_measured_again_is_noticed(per_layer: bool, make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
+    table = tmp_path / "table.yaml"
+    budget = {"sparsity": None, "latency_ms": 23.5, "latency_table": str(table), "per_layer": per_layer}
+    job = load_job(make_job(make_model(), budget=budget))
+    for outer in (1.0, 2.0):
+        table.write_text(TABLE.model_copy(update={"outer_ms": outer}).model_dump_json())
+        load_latency.cache_clear()
+        if outer == 1.0:
+            run_job(job, tmp_path / "run", quiet)
+    with pytest.raises(VerificationError, match="was made from other inputs"):
+        run_job(job, tmp_path / "run", quiet)
+
+
+@pytest.mark.parametrize("option", ["--batch", "--tokens", "--threads"])
+def test_numbers_that_measure_nothing_are_refused(option: str, make_model: MakeModel, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["latency", str(make_model()), option, "-1"]) == 2
+    assert "must be at least 1" in capsys.readouterr().err
+
+
 def test_a_measured_table_can_be_loaded_and_rises(make_model: MakeModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["latency", str(make_model("qwen3")), "--tokens", "8", "--threads", "1"]) == 0
     (tmp_path / "measured.yaml").write_text(capsys.readouterr().out)
@@ -60,6 +80,9 @@ def test_a_measured_table_can_be_loaded_and_rises(make_model: MakeModel, tmp_pat
 def test_a_latency_without_a_table_or_with_a_broken_one_is_refused(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="latency_ms needs latency_table"):
         load_job(make_job(make_model(), budget={"sparsity": None, "latency_ms": 5}))
+    (tmp_path / "half.yaml").write_text(TABLE.model_copy(update={"narrowed_ms": {"heads": {2: 1.0}}}).model_dump_json())
+    with pytest.raises(SpecError, match=r"narrowed_ms lacks \['neurons'\]"):
+        load_latency(str(tmp_path / "half.yaml"))
     (tmp_path / "broken.yaml").write_text("machine: here")
     job = load_job(make_job(make_model(), budget={"sparsity": None, "latency_ms": 5, "latency_table": str(tmp_path / "broken.yaml")}))
     with pytest.raises(SpecError, match=r"broken\.yaml: layer_ms: Field required"):

@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM
 from orchestrator.cli import main
 from orchestrator.export import verify_run
 from orchestrator.run import run_job
-from specs.errors import ResourceError, SpecError
+from specs.errors import ModelError, ResourceError, SpecError
 from specs.loader import load_job
 from tests.conftest import MakeJob, MakeModel, folder_bytes
-from workers.files import read_manifest
+from workers.files import MANIFEST_NAME, read_manifest
 from workers.finetune_stage import read_log
 from workers.layout import regularised_task, selection_task, task_folder
 
@@ -141,6 +141,21 @@ def test_recovery_may_be_added_and_changed_afterwards(make_model: MakeModel, mak
     assert len(losses[0]) == len(losses[1]) == 4
     assert losses[0][0] == losses[1][0]
     assert losses[0][-1] < losses[1][-1]
+
+
+def test_a_recovery_that_cannot_be_repeated_keeps_the_one_before(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
+    job, run = make_job(make_model(), recover=TRAINING), tmp_path / "run"
+    run_job(load_job(job), run, quiet)
+    before = folder_bytes(task_folder(run, "recover"))
+    with pytest.raises(SpecError, match="too short"):
+        run_job(load_job(job, ["recover.samples=80000"]), run, quiet)
+    run_job(load_job(job, ["recover.micro_batch=2", "recover.checkpoint_steps=1"]), run, quiet)  # the same training
+    assert folder_bytes(task_folder(run, "recover")) == before
+    wild = "{batch: 1, learning_rate: 10, warmup: 0, schedule: constant, clip: 1.0e+9, epochs: 4}"
+    with pytest.raises(ModelError, match=r"lower learning_rate"):
+        run_job(load_job(job, [f"recover={wild}"]), run, quiet)
+    assert not (task_folder(run, "recover") / MANIFEST_NAME).exists()
+    assert not (run / "report.json").exists()
 
 
 def test_a_run_that_was_cut_off_in_training_ends_with_the_same_bytes(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:

@@ -108,6 +108,13 @@ def test_mutations_keep_the_budget_and_its_levels(make_model: MakeModel, make_jo
     assert children == [mutated(budget, spread, losses, random.Random(seed)) for seed in range(50)]
 
 
+def test_mutations_leave_every_layer_its_least_loss(make_model: MakeModel, make_job: MakeJob) -> None:
+    budget, losses = budget_of(make_model(), make_job, 0.25, least=8 * CHANNEL), losses_with_levels()
+    spread = cheapest(budget, losses)
+    for seed in range(100):
+        assert all(budget.lost(kept) >= 8 * CHANNEL for kept in mutated(budget, spread, losses, random.Random(seed)))
+
+
 def test_one_threshold_keeps_the_highest_scores(make_model: MakeModel, make_job: MakeJob) -> None:
     model = make_model()
     dense = open_checkpoint(model).decoder_parameters

@@ -51,7 +51,7 @@ def test_every_attempt_has_another_id() -> None:
     assert one.startswith("rayprune-my-run-2")
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1:8265", "auto", "ray://127.0.0.1:10001"])
+@pytest.mark.parametrize("address", ["127.0.0.1:8265", "auto", "http://localhost:abc", "http://localhost:99999", "http://[::1"])
 def test_an_address_that_is_no_dashboard(address: str, job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["submit", str(job), "--out", str(tmp_path / "run"), "--address", address]) == 2
     assert f"--address {address}: write the address of the cluster's dashboard" in capsys.readouterr().err
