@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from specs.errors import ModelError
 from workers.calibration import calibration_windows, check_apart, evaluation_windows, load_tokenizer
@@ -37,7 +36,7 @@ class SideSteps(Workbench):
     def tokenize(self, task: str, task_fingerprint: str) -> tuple[Receipt, None]:
         """Tokenise the calibration or (afterwards) the evaluation text once; every worker reads the resulting file."""
         tokenizer, evaluation = load_tokenizer(Path(self.job.model.path)), self.job.evaluation
-        read_ST = self._text_read(tokenizer)
+        read_ST = self._text_read()
         if task == CALIBRATION_TASK:
             tokens = calibration_windows(self.job.calibration, tokenizer)
         else:
@@ -52,12 +51,13 @@ class SideSteps(Workbench):
     @step
     def check_text(self) -> tuple[Receipt, None]:
         """Check that the calibration text has as many windows as the job reads."""
-        self._text_read(load_tokenizer(Path(self.job.model.path)))
+        self._text_read()
         return {}, None
 
-    def _text_read(self, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    def _text_read(self) -> Tensor:
         """All windows that the job reads of its calibration text, those of trainings too (S, T)."""
-        return calibration_windows(self.job.calibration.model_copy(update={"samples": self.job.windows_read}), tokenizer)
+        read = self.job.calibration.model_copy(update={"samples": self.job.windows_read})
+        return calibration_windows(read, load_tokenizer(Path(self.job.model.path)))
 
     @step
     def gradients(self, owned: tuple[int, int]) -> tuple[Receipt, SquaresArrays]:
