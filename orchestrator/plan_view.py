@@ -100,14 +100,14 @@ def _print_layers(plan: Plan) -> None:
 def _print_stages(plan: Plan) -> None:
     timed = plan.machine is not None
     rows = [
-        [stage.name, f"{stage.flops:.3g}" if stage.flops else "", *([_duration(stage.seconds), stage.bound_by] if timed else [])]
+        [stage.name, f"{stage.flops:.3g}" if stage.flops else "", *([duration(stage.seconds), stage.bound_by] if timed else [])]
         for stage in plan.stages
         if stage.flops or stage.seconds
     ]
     title = f"work, and time on {plan.machine}" if timed else "work"
     print_table(title, ["stage", "FLOPs", *(["time", "bound by"] if timed else [])], rows)
     if timed:
-        print(f"expected time: {_duration(plan.seconds)}, without start, tokenisation, probe, export and load check")
+        print(f"expected time: {duration(plan.seconds)}, without start, tokenisation, probe, export and load check")
     else:
         print("expected time: give --profile NAME, or a YAML file that `rayprune profile` has written")
 
@@ -130,7 +130,8 @@ def _mib(num_bytes: int) -> str:
     return f"{num_bytes / 2**20:,.0f} MiB" if num_bytes < 10 * 2**30 else f"{num_bytes / 2**30:,.1f} GiB"
 
 
-def _duration(seconds: float | None) -> str:
+def duration(seconds: float | None) -> str:
+    """Seconds, minutes or hours, to two or three digits; nothing where it is not known."""
     if seconds is None:
         return ""
     if seconds < 120:

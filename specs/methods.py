@@ -130,7 +130,7 @@ class DressOptions(MethodOptions):
 
     name: Literal["dress"] = "dress"
     mask: Literal["random", "stat", "numerical", "obs", "flap", "wanda"] = "random"
-    """How the units that will go are chosen: at random as in the paper, or by a method, with its default options, on the dense model."""
+    """How the units that will go are chosen: at random, or by a method, with its default options, on the dense model."""
     scope: Literal["model", "layer"] = "model"
     """`model`: all layers are trained together on the language-model loss, as in the paper; `layer`: every layer alone, towards its own
     output in the dense model, many at a time, in the memory of one layer."""

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from orchestrator.plan import Plan, make_plan
+from orchestrator.plan_view import duration
 from orchestrator.run import run_job
 from specs.errors import ModelError
 from specs.loader import load_job
@@ -78,3 +79,11 @@ def test_fp8_weights_are_counted_as_such() -> None:
 def test_both_placements_can_be_planned(name: str) -> None:
     plan = planned(name, "parallel.placement=layers")
     assert 1 <= plan.memory.layers_per_chunk <= -(-plan.model.num_layers // plan.workers)
+
+
+@pytest.mark.parametrize("name", BILLIONS)
+def test_the_table_says_what_the_plans_say(name: str) -> None:
+    (row,) = (line for line in (PLANS / "README.md").read_text().splitlines() if f"({name}/job.yaml)" in line)
+    plans = [planned(name, f"parallel.placement={placement}") for placement in ("shards", "layers")]
+    cells = [cell for plan in plans for cell in (f"{plan.needs.worker_memory_bytes / 2**30:.1f} GiB", duration(plan.seconds))]
+    assert [cell.strip() for cell in row.split("|")[-5:-1]] == cells
