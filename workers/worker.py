@@ -115,6 +115,7 @@ class Worker(SideSteps):
     def collect(self, layer: int, group: str, owned: tuple[int, int], *cuts: CutArrays) -> tuple[Receipt, Parts]:
         """Statistics of a group's consumer input over some calibration shards; `cuts` are this layer's earlier ones."""
         self._probe.clear()
+        self.__dict__.pop("_stream", None)  # the dense path is through
         known = {arrays["group"]: Cut.from_arrays(arrays) for arrays in cuts}
         trees = roots(self.job.calibration.shards, self.job.calibration.held_out_shards)
         return {}, self._sweep.collect(layer, group, owned, known, trees)
