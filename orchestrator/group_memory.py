@@ -43,11 +43,11 @@ class Decision:
 
 
 def r_factor_bytes(load: Workload, group: CoupledGroup) -> Decision:
-    """While collected rows become their R factor: two factors, or one and a micro-batch, a copy that QR works on, the new factor."""
+    """While collected rows become their R factor: two factors, or one and a micro-batch, a copy that QR works on, the new one twice."""
     if not load.exact or block_tokens(load, group) < group.width:
         return Decision(0, 0)
     rows = group.width + max(group.width, load.batch_tokens)
-    return Decision(8 * rows * group.width, 8 * (rows + group.width) * group.width)
+    return Decision(8 * rows * group.width, 8 * (rows + 2 * group.width) * group.width)
 
 
 def decision_bytes(load: Workload, group: CoupledGroup) -> Decision:

@@ -92,7 +92,7 @@ def r_factor(rows_NF: Tensor) -> Tensor:
     communication-avoiding QR).
     """
     r: Tensor = torch.linalg.qr(rows_NF.to(WIDE), mode="r").R
-    return r.mul_(torch.where(torch.diagonal(r) < 0, -1.0, 1.0).to(WIDE)[:, None])
+    return r.mul_(torch.where(torch.diagonal(r) < 0, -1.0, 1.0).to(WIDE)[:, None]).contiguous()  # as a file holds it: alike in all bits
 
 
 def cholesky_solver(gram_KK: Tensor, ridge: float) -> Solver:

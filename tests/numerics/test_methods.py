@@ -38,7 +38,7 @@ def statistic(z_TF: Tensor) -> RowsStatistic:
 def test_every_method_of_the_job_has_a_ranking() -> None:
     union, *_ = get_args(MethodSpec)
     methods = [get_args(option)[0] for option in get_args(union)]
-    names = {method.model_fields["name"].default for method in methods if not method().trains}
+    names = {method.model_fields["name"].default for method in methods if not method().trainings}
     assert names == RANKINGS.keys() == {options.name for options in METHODS} == SELECTORS.keys()  # type: ignore[attr-defined]
 
 

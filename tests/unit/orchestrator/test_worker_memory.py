@@ -55,8 +55,8 @@ def test_layers_placement_holds_the_statistics_of_its_chunk() -> None:
 def test_rows_that_become_an_r_factor_take_its_qr_too() -> None:
     rows = 10 + 32  # a factor and a micro-batch, which is more than two factors
     exact = replace(LOAD, exact=True)
-    assert memory_by_step(exact, MemoryPlan())["collect"]["factorisation"] == 8 * 10 * (2 * rows + 10)
-    assert memory_by_step(exact, MemoryPlan(spill_statistics=True))["collect"]["factorisation"] == 8 * 10 * (rows + 10)
+    assert memory_by_step(exact, MemoryPlan())["collect"]["factorisation"] == 8 * 10 * (2 * rows + 2 * 10)
+    assert memory_by_step(exact, MemoryPlan(spill_statistics=True))["collect"]["factorisation"] == 8 * 10 * (rows + 2 * 10)
 
 
 def test_files_take_what_does_not_fit() -> None:
