@@ -44,7 +44,8 @@ class Context:
 
     def inputs(self, tokens: Manifest) -> list[str]:
         """What everything that looks at activations depends on; a latency table, since it may decide what stays."""
-        table = self.job.budget.latency_table
+        budget = self.job.budget
+        table = budget.latency_table if budget.latency_ms else None
         others = [*([self.gradients.digest] if self.gradients else []), *([record_of(Path(table)).sha256] if table else [])]
         return [tokens.digest, self.checkpoint.identity, *others]
 

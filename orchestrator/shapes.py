@@ -13,7 +13,7 @@ from specs.errors import SpecError
 from specs.job import JobSpec
 from specs.methods import TrspOptions
 from workers.checkpoint import Checkpoint
-from workers.config_patch import patched_config
+from workers.config_patch import layer_lists, patched_config
 from workers.families import unit_groups
 from workers.shapes import LayerKind
 
@@ -120,7 +120,15 @@ def _uniform(job: JobSpec, checkpoint: Checkpoint, kept: Mapping[str, int]) -> F
 
 
 def uneven_shape(job: JobSpec, checkpoint: Checkpoint, layers: Sequence[Mapping[str, int]]) -> Shape:
-    """The shape of a model whose layers keep different numbers of units."""
+    """The shape of a model whose layers keep different numbers of units.
+
+    Raises:
+        SpecError: it could not generate with a cache, which counts its tokens in the first layer's slot.
+    """
+    stay = [layer for layer, kept in enumerate(layers) if any(kept.values())]
+    types = layer_lists(checkpoint.config).get("layer_types")
+    if types and stay and not job.export.pad and not any(layers[layer]["heads"] for layer in stay if types[layer] == types[stay[0]]):
+        raise SpecError(f"no layer of {types[stay[0]]} would keep its attention; set export.pad: true, or lower budget.allocation.most")
     most = {name: max(kept[name] for kept in layers) for name in layers[0]}
     size = footprint(checkpoint, layers, job)
     return Shape(most["heads"], most["neurons"], **asdict(size), layers=tuple(map(dict, layers)))

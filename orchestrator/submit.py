@@ -91,10 +91,10 @@ def _connect(address: str) -> Any:
     wrong = SpecError(f"--address {address}: write the address of the cluster's dashboard, such as http://HOST:8265")
     try:
         url = urlsplit(address)
-        host, port = url.hostname, url.port or {"http": 80, "https": 443}.get(url.scheme)
-    except ValueError:
+        host, port = url.hostname, url.port or {"http": 80, "https": 443}[url.scheme]
+    except (ValueError, KeyError):
         raise wrong from None
-    if not host or not port:
+    if not host or url.scheme not in ("http", "https"):
         raise wrong
     _prepare_ray()
     from ray.exceptions import AuthenticationError
@@ -114,7 +114,7 @@ def _connect(address: str) -> Any:
 def _prepare_ray() -> None:
     """What has to be decided before Ray is imported: tokens are asked for unless the user says otherwise."""
     if importlib.util.find_spec("aiohttp") is None or importlib.util.find_spec("requests") is None:
-        raise SpecError('submit: Ray\'s job client is not installed here; pip install "rayprune[cluster]"')
+        raise SpecError('submit: Ray\'s job client is not installed here; install rayprune with its extra "cluster"')
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):  # Ray would prefer them to --address
         os.environ.pop(name, None)
     if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token" and not _has_token():

@@ -28,7 +28,7 @@ class CurvesAllocation(Section):
 
     name: Literal["curves"] = "curves"
     samples: int = Field(default=4, ge=1, le=4096)
-    """Calibration windows on which divergences are measured."""
+    """Calibration windows on which divergences are measured; at most all."""
     levels: int = Field(default=12, ge=2, le=256)
     """Numbers of units per group and layer for which errors are computed, beside all of them."""
     least: float = Field(default=0.1, ge=0.0, le=1.0)

@@ -23,7 +23,7 @@ def add_adapters(model: Any, options: LoraSpec, seed: int) -> set[nn.Parameter]:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
-        raise ResourceError(f"recover.lora needs peft ({error}); pip install 'rayprune[train]'") from None
+        raise ResourceError(f"recover.lora needs peft ({error}); install rayprune with its extra 'train'") from None
     maps = [f"model.layers.{name}" for name, module in model.model.layers.named_modules() if isinstance(module, nn.Linear)]
     torch.manual_seed(seed)
     inject_adapter_in_model(LoraConfig(r=options.rank, lora_alpha=options.alpha, target_modules=maps), model, _NAME)

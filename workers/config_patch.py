@@ -44,11 +44,16 @@ def config_of_layers(config: Mapping[str, object], layers: Sequence[int]) -> dic
     count = config_int(config, "num_hidden_layers")
     if len(layers) == count:
         return dict(config)
+    cut = {key: [values[layer] for layer in layers] for key, values in layer_lists(config).items()}
+    return {**config, **cut, "num_hidden_layers": len(layers)}
+
+
+def layer_lists(config: Mapping[str, object]) -> dict[str, list[object]]:
+    """What the config, or its class from a layer's number, says of every layer; of that only what is not alike in all."""
+    count = config_int(config, "num_hidden_layers")
     patterns = [family_of(config).pattern(config, layer) for layer in range(count)]
     derived = {key: values for key in patterns[0] if len(set(values := [pattern[key] for pattern in patterns])) > 1}
-    lists = derived | {key: value for key, value in config.items() if isinstance(value, list) and len(value) == count}
-    cut = {key: [values[layer] for layer in layers] for key, values in lists.items()}
-    return {**config, **cut, "num_hidden_layers": len(layers)}
+    return derived | {key: value for key, value in config.items() if isinstance(value, list) and len(value) == count}
 
 
 def needs_output_bias(config: Mapping[str, object], kept: Mapping[str, int], target: str) -> bool:

@@ -6,6 +6,7 @@ No torch at import. A task is done when its manifest exists, carries the planned
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Mapping
@@ -109,10 +110,16 @@ def link_file(source: Path, path: Path) -> None:
 
 def write_tensors(path: Path, tensors: "Mapping[str, Tensor]") -> None:
     """Write a safetensors file atomically, with bytes that depend on the tensors alone, readable as the umask allows."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     def _save(temporary: Path) -> None:
-        save_file(dict(sorted(tensors.items())), temporary, metadata={"format": "pt"})
+        try:
+            save_file(dict(sorted(tensors.items())), temporary, metadata={"format": "pt"})
+        except SafetensorError as error:  # its writer tells only in words what the machine refused
+            if (found := re.search(r"os error (\d+)", str(error))) is None:
+                raise
+            raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from None
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)  # save_file leaves 0600, which other users cannot read

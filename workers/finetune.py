@@ -7,11 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from specs.errors import ModelError
 from workers.adapters import adapted, merged
 from workers.calibration import calibration_windows, load_tokenizer
 from workers.checkpoint import Checkpoint, open_checkpoint
-from workers.codec import on_disk
+from workers.codec import trained
 from workers.device import device_of, peak_memory_bytes
 from workers.families import layer_prefix, unit_groups
 from workers.files import write_json, write_tensors
@@ -27,7 +26,7 @@ def finetune(stage: Finetune, ranks: Ranks) -> None:
     """Train, and write what comes of it into the stage's folder: gates, or a model's weights.
 
     Raises:
-        ModelError: the loss is not finite, or the model cannot be read.
+        ModelError: the loss, its gradient or a weight is not finite, or the model cannot be read.
     """
     torch.set_num_threads(stage.threads)
     peak, folder, checkpoint = PeakMemory(), Path(stage.folder), open_checkpoint(Path(stage.model))
@@ -91,12 +90,7 @@ def _write_model(model: nn.Module, checkpoint: Checkpoint, folder: Path, ranks: 
         else:
             tensors = {prefix + name: _whole(parameters[prefix + name]) for name in infos}
         if ranks.rank == 0:
-            if wrong := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
-                raise ModelError(f"{wrong[0]} is not finite after the training; lower learning_rate")
-            write_tensors(
-                folder / f"{part}.safetensors",
-                {name: on_disk(tensor, checkpoint.tensors[name].dtype) for name, tensor in tensors.items()},
-            )
+            write_tensors(folder / f"{part}.safetensors", trained(tensors, {name: checkpoint.tensors[name].dtype for name in tensors}))
 
 
 def _whole(parameter: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ def measure_latency(model: Path, batch: int, tokens: int, threads: int | None = 
         ModelError: no such model, or not one that can be pruned.
         SpecError: a number is too small.
     """
-    if min(batch, tokens, threads or 1) < 1:
+    if min(batch, tokens, 1 if threads is None else threads) < 1:
         raise SpecError("--batch, --tokens and --threads must be at least 1")
     if threads:
         torch.set_num_threads(threads)

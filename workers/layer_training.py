@@ -78,7 +78,7 @@ def train_layer(
     """Train one layer of the dense model in float32, from its last checkpoint in `folder` if there is one; the layer.
 
     Raises:
-        ModelError: the loss is not finite.
+        ModelError: the loss or its gradient is not finite.
     """
     passed = passed[: method.training.samples]
     known: dict[int, LayerArguments] = {}

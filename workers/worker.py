@@ -17,7 +17,7 @@ from specs.job import JobSpec
 from specs.memory import MemoryPlan
 from specs.methods import DressOptions
 from workers import layers
-from workers.codec import on_disk
+from workers.codec import trained
 from workers.config_patch import needs_output_bias
 from workers.correction import Correction, correct
 from workers.divergence import Kept, divergences
@@ -208,8 +208,8 @@ class Worker(SideSteps):
         forget_another(folder, task_fingerprint)
         module = train_layer(self._model, layer, self._stream.passed(layer), self._groups, removed, method, folder)
         infos, prefix = self._checkpoint.layer_tensors(layer), layer_prefix(layer)
-        tensors = {prefix + key: on_disk(tensor, infos[key].dtype) for key, tensor in module.state_dict().items()}
-        write_tensors(folder / LAYER_FILE, tensors)
+        tensors = trained(module.state_dict(), {key: info.dtype for key, info in infos.items()})
+        write_tensors(folder / LAYER_FILE, {prefix + key: tensor for key, tensor in tensors.items()})
         last = read_log(folder)[-1]
         commit(folder, name, task_fingerprint, [LAYER_FILE], {"last_step": last, "computed_on": self._model.computed_on})
         forget_states(folder)

@@ -62,7 +62,7 @@ def test_a_table_that_was_measured_again_is_noticed(per_layer: bool, make_model:
 
 @pytest.mark.parametrize("option", ["--batch", "--tokens", "--threads"])
 def test_numbers_that_measure_nothing_are_refused(option: str, make_model: MakeModel, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["latency", str(make_model()), option, "-1"]) == 2
+    assert main(["latency", str(make_model()), option, "0"]) == 2
     assert "must be at least 1" in capsys.readouterr().err
 
 

@@ -12,7 +12,7 @@ from orchestrator.context import Context
 from orchestrator.export import verify_run
 from orchestrator.run import run_job
 from orchestrator.shapes import Shape, uneven_shape
-from specs.errors import ModelError
+from specs.errors import ModelError, SpecError
 from specs.loader import load_job
 from tests.conftest import MakeJob, MakeModel
 from workers.checkpoint import open_checkpoint
@@ -92,6 +92,14 @@ def test_generation_with_the_cache_equals_generation_without(
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", trust_remote_code=True).eval()
     options = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     assert torch.equal(model.generate(TOKENS, use_cache=True, **options), model.generate(TOKENS, use_cache=False, **options))
+
+
+def test_a_cache_that_could_not_count_is_refused(make_model: MakeModel, make_job: MakeJob) -> None:
+    dense, kept = make_model("gemma2", num_hidden_layers=4), {"heads": 2, "neurons": 40}
+    spread = [kept | {"heads": 0}, kept, kept | {"heads": 0}, kept]  # all sliding windows go
+    with pytest.raises(SpecError, match=r"no layer of sliding_attention would keep its attention; set export\.pad"):
+        uneven_shape(load_job(make_job(dense, budget={"per_layer": True})), open_checkpoint(dense), spread)
+    uneven_shape(load_job(make_job(dense, budget={"per_layer": True}, export={"pad": True})), open_checkpoint(dense), spread)
 
 
 @pytest.mark.usefixtures("by_hand")

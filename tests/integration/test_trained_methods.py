@@ -187,7 +187,7 @@ def test_missing_packages_are_found_out_before_anything_is_done(
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     job = load_job(make_job(make_model(), recover=TRAINING | {"lora": lora}), [] if lora else ["cluster.executor=ray"])
-    with pytest.raises(ResourceError, match=rf"{package}.*; pip install 'rayprune\[train\]'"):
+    with pytest.raises(ResourceError, match=rf"{package}.*; install rayprune with its extra 'train'"):
         run_job(job, tmp_path / "run", quiet)
     assert not (tmp_path / "run" / "tasks").exists()
 

@@ -51,7 +51,18 @@ def test_every_attempt_has_another_id() -> None:
     assert one.startswith("rayprune-my-run-2")
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1:8265", "auto", "http://localhost:abc", "http://localhost:99999", "http://[::1"])
+@pytest.mark.parametrize(
+    "address",
+    [
+        "127.0.0.1:8265",
+        "auto",
+        "ray://127.0.0.1:10001",
+        "json://127.0.0.1:1",
+        "http://localhost:abc",
+        "http://localhost:99999",
+        "http://[::1",
+    ],
+)
 def test_an_address_that_is_no_dashboard(address: str, job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["submit", str(job), "--out", str(tmp_path / "run"), "--address", address]) == 2
     assert f"--address {address}: write the address of the cluster's dashboard" in capsys.readouterr().err
@@ -85,7 +96,7 @@ def test_without_rays_job_client(job: Path, tmp_path: Path) -> None:
     words = ["submit", str(job), "--out", str(tmp_path / "run"), "--address", "http://127.0.0.1:1"]
     done = subprocess.run([sys.executable, "-c", script, *words], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
-    assert 'pip install "rayprune[cluster]"' in done.stderr
+    assert 'install rayprune with its extra "cluster"' in done.stderr
 
 
 def test_lost_paths_inside_a_ray_job(

@@ -1,7 +1,10 @@
 """Atomic writes, manifests, digests."""
 
+import errno
 import json
 import os
+import resource
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -164,3 +167,17 @@ def test_fingerprint_is_canonical() -> None:
 def test_what_has_no_json_form_has_no_fingerprint(value: object, error: type[Exception]) -> None:
     with pytest.raises(error):
         fingerprint(value)
+
+
+def test_a_full_disk_is_an_error_of_the_machine(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            write_tensors(tmp_path / "layer.safetensors", {"weight": torch.zeros(4096)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(tmp_path / "layer.safetensors"))
+    assert not list(tmp_path.iterdir())
