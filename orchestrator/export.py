@@ -12,14 +12,15 @@ from orchestrator.context import Context
 from orchestrator.footprint import footprint
 from orchestrator.run_folder import PLAN_FILE
 from specs.errors import VerificationError
-from workers.checkpoint import INDEX_NAME, read_header
+from workers.checkpoint import INDEX_NAME, read_header, read_json
 from workers.config_patch import config_of_layers, patched_config
 from workers.files import Manifest, commit, copy_file, damaged_files, link_file, read_manifest, write_json, write_text
 from workers.layout import EXPORT_TASK, LAYER_FILE, OUTER_FILE, OUTER_TASK, layer_task, model_folder, task_folder
 from workers.per_layer import MODULE, per_layer_config, remote_code
 
-TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.jinja")
-COPIED = (*TOKENIZER_FILES, "generation_config.json", "LICENSE*", "NOTICE*")
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "tekken.json")
+CHAT_TEMPLATES = ("*.jinja", "chat_template.json", "additional_chat_templates/*.jinja")
+COPIED = (*TOKENIZER_FILES, *CHAT_TEMPLATES, "generation_config.json", "LICENSE*", "NOTICE*")
 NEVER_COPIED = (".py", ".bin", ".pt", ".pth", ".pkl")
 
 
@@ -41,8 +42,11 @@ def _assemble_and_check(context: Context, expected: str) -> None:
     _assemble(context)
     job, model = context.job, model_folder(context.folder.path)
     parameters = footprint(context.checkpoint, context.plan.written_layers(job.export.pad), job).parameters
+    if read_json(model / "config.json")["model_type"] != context.checkpoint.config["model_type"]:
+        context.executor.wait([context.executor.submit(0, "write_tokenizer")])
     context.executor.wait([context.executor.submit(0, "check_export", parameters)])
-    commit(model, EXPORT_TASK, expected, [file.name for file in model.iterdir()], {"parameters": parameters})
+    files = sorted(str(file.relative_to(model)) for file in model.rglob("*") if file.is_file())
+    commit(model, EXPORT_TASK, expected, files, {"parameters": parameters})
 
 
 def _assemble(context: Context) -> None:
@@ -58,7 +62,7 @@ def _assemble(context: Context) -> None:
     for file, name in zip(finished, names, strict=True):
         link_file(file, model / name)
     for file in side_files(source.path, COPIED):
-        copy_file(file, model / file.name)
+        copy_file(file, model / file.relative_to(source.path))
     _write_config(context, model, there)
     write_index(model, names)
 

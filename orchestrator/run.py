@@ -84,9 +84,7 @@ def _check_packages(job: JobSpec) -> None:
         if job.recover and job.recover.lora and importlib.util.find_spec("peft") is None:  # importing it would import torch
             raise ImportError("no module named peft")
     except ImportError as error:
-        raise ResourceError(
-            f"packages for training are missing ({error}); install rayprune with its extra 'train'"
-        ) from None
+        raise ResourceError(f"packages for training are missing ({error}); install rayprune with its extra 'train'") from None
 
 
 def _check_disk(path: Path, plan: Plan) -> None:

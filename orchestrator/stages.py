@@ -38,6 +38,7 @@ def _start(context: Context) -> None:
     with marker_file(context.folder.path) as marker:
         expected = {str(path): record_of(path) for path in (marker, context.checkpoint.path / "config.json")}
         executor.wait([executor.submit(worker, "check_storage", expected) for worker in range(executor.num_workers)])
+    executor.wait([executor.submit(0, "check_head")])
 
 
 def tokenize(context: Context) -> tuple[Manifest, Manifest | None]:

@@ -205,12 +205,12 @@ def _reported(context: Context, task: str, folder: Path) -> Iterator[None]:
 
 
 def _files_in(trained: Path) -> list[str]:
-    return [f"{TRAINED_FOLDER}/{file.name}" for file in trained.iterdir()]
+    return [f"{TRAINED_FOLDER}/{file.relative_to(trained)}" for file in trained.rglob("*") if file.is_file()]
 
 
 def _complete(source: Path, trained: Path, own: bool) -> None:
     """Config, tokenizer and index beside the trained weights; all is the source's, code only if this run has written it (`own`)."""
     code = [file for file in (source / f"{MODULE}.py",) if own and file.exists()]
     for file in (source / "config.json", *side_files(source, COPIED), *code):
-        copy_file(file, trained / file.name)
+        copy_file(file, trained / file.relative_to(source))
     write_index(trained, sorted(file.name for file in trained.glob("*.safetensors")))

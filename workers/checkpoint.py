@@ -141,7 +141,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if not path.is_dir():
         raise ModelError(f"{path}: no such model folder; set model.path to a folder with config.json and safetensors weights")
     config = read_json(path / "config.json")
-    if "quantization_config" in config:
+    if config.get("quantization_config") is not None:
         raise ModelError(f"{path / 'config.json'}: quantised weights cannot be pruned; save the model in a floating-point type first")
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     tensors: dict[str, TensorInfo] = {}
@@ -206,6 +206,8 @@ def config_dtype(config: Mapping[str, object]) -> str:
 
 def _shards(path: Path) -> dict[str, set[str] | None]:
     """Weight files of the folder, with the tensors the index expects in each (None: no index)."""
+    if (path / SINGLE_NAME).exists():
+        return {SINGLE_NAME: None}  # transformers too prefers it to an index
     if (path / INDEX_NAME).exists():
         weight_map = read_json(path / INDEX_NAME).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
@@ -218,8 +220,6 @@ def _shards(path: Path) -> dict[str, set[str] | None]:
             assert names is not None
             names.add(name)
         return files
-    if (path / SINGLE_NAME).exists():
-        return {SINGLE_NAME: None}
     pickles = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
     hint = (
         f"found only {pickles[0]}, a pickle, which can run code when read: save the model as safetensors first"

@@ -70,6 +70,8 @@ def _skip_positions(config: Mapping[str, object], layer: int) -> dict[str, objec
 class Family:
     """What stock `transformers` and vLLM demand of a model type (checked on transformers 5.23)."""
 
+    architecture: str
+    """The class that the library builds for causal language models of this type."""
     heads_divide_hidden: bool = False
     """The config class refuses `hidden_size % num_attention_heads != 0`, even with `head_dim`."""
     written_as: str | None = None
@@ -91,19 +93,25 @@ class Family:
 
 
 FAMILIES: Mapping[str, Family] = {
-    "llama": Family(heads_divide_hidden=True, written_as="mistral", bias_keys=("attention_bias", "mlp_bias")),
-    "mistral": Family(),
-    "qwen2": Family(vllm_written_as="llama", pattern=_slide_above, biased=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-    "qwen3": Family(head_norms=("q_norm", "k_norm"), pattern=_slide_above, bias_keys=("attention_bias",)),
-    "gemma": Family(bias_keys=("attention_bias",), tied=True),
+    "llama": Family("LlamaForCausalLM", heads_divide_hidden=True, written_as="mistral", bias_keys=("attention_bias", "mlp_bias")),
+    "mistral": Family("MistralForCausalLM"),
+    "qwen2": Family(
+        "Qwen2ForCausalLM",
+        vllm_written_as="llama",
+        pattern=_slide_above,
+        biased=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ),
+    "qwen3": Family("Qwen3ForCausalLM", head_norms=("q_norm", "k_norm"), pattern=_slide_above, bias_keys=("attention_bias",)),
+    "gemma": Family("GemmaForCausalLM", bias_keys=("attention_bias",), tied=True),
     "gemma2": Family(
+        "Gemma2ForCausalLM",
         heads_divide_hidden=True,
         norms=("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
         bias_keys=("attention_bias",),
         pattern=_alternate,
         tied=True,
     ),
-    "smollm3": Family(pattern=_skip_positions, bias_keys=("attention_bias", "mlp_bias"), tied=True),
+    "smollm3": Family("SmolLM3ForCausalLM", pattern=_skip_positions, bias_keys=("attention_bias", "mlp_bias"), tied=True),
 }
 
 PLANNED: Mapping[str, str] = {
@@ -138,14 +146,14 @@ def family_of(config: Mapping[str, object]) -> Family:
 
 def ties_embeddings(config: Mapping[str, object]) -> bool:
     """Whether the output head shares the embedding matrix."""
-    family = FAMILIES.get(str(config.get("model_type")), Family())
-    return bool(config.get("tie_word_embeddings", family.tied))
+    family = FAMILIES.get(str(config.get("model_type")))
+    return bool(config.get("tie_word_embeddings", family is not None and family.tied))
 
 
 def why_not_pruned(config: Mapping[str, object]) -> str | None:
     """Why `run` refuses a model that can be planned; None: it prunes it."""
     reasons = [PLANNED[name]] if (name := str(config.get("model_type"))) in PLANNED else []
-    if "quantization_config" in config:
+    if config.get("quantization_config") is not None:
         reasons.append("its weights on disk are quantised: save the model in a floating-point type first")
     return "; ".join(reasons) or None
 

@@ -221,9 +221,13 @@ def _fill(model: Any, checkpoint: Checkpoint, infos: Mapping[str, TensorInfo]) -
     """Give a model these tensors, mapped from their files; afterwards it is whole.
 
     Raises:
-        ModelError: a tensor is missing, superfluous or not finite.
+        ModelError: a tensor is missing, superfluous, of another shape or not finite.
     """
-    if unknown := model.load_state_dict(read_tensors(checkpoint, infos), strict=False, assign=True).unexpected_keys:
+    try:
+        unknown = model.load_state_dict(read_tensors(checkpoint, infos), strict=False, assign=True).unexpected_keys
+    except RuntimeError as error:  # shapes that the config does not imply
+        raise ModelError(f"{checkpoint.path}: {' '.join(str(error).split())}") from None
+    if unknown:
         raise ModelError(f"{checkpoint.path}: holds {unknown[0]}, which {type(model).__name__} does not know")
     model.tie_weights()
     if missing := [name for name, tensor in model.named_parameters() if tensor.is_meta]:

@@ -7,9 +7,8 @@ import logging
 from collections.abc import Mapping, Sequence
 from string import Template
 
-from specs.errors import ModelError
 from workers.config_patch import kept_heads, patched_config
-from workers.families import unit_groups
+from workers.families import family_of, unit_groups
 
 MODULE = "modeling_per_layer"
 CLASS = "PerLayerForCausalLM"
@@ -80,13 +79,5 @@ def silence_warnings() -> None:
 
 
 def remote_code(config: Mapping[str, object]) -> str:
-    """The class that loads such a model, a subclass of the stock one that the config names.
-
-    Raises:
-        ModelError: the config names no class of transformers.
-    """
-    architectures = config.get("architectures")
-    base = architectures[0] if isinstance(architectures, list) and architectures else None
-    if not isinstance(base, str) or not base.isidentifier():
-        raise ModelError(f"config.json: architectures must name the model's class, found {architectures!r}")
-    return SOURCE.substitute(base=base, name=CLASS)
+    """The class that loads such a model, a subclass of the stock one of its family."""
+    return SOURCE.substitute(base=family_of(config).architecture, name=CLASS)

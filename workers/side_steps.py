@@ -7,18 +7,20 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from specs.errors import ModelError
+from specs.errors import ModelError, VerificationError
 from workers.calibration import calibration_windows, check_apart, evaluation_windows, load_tokenizer
 from workers.evaluate import window_losses
 from workers.export import check_loads
 from workers.files import FileRecord, commit, read_manifest, write_tensors
 from workers.gradients import added, squared_gradients
+from workers.layers import read_tensors
 from workers.layout import CALIBRATION_TASK, EVALUATION_TASK, GRADIENTS_FILE, GRADIENTS_TASK, TOKENS_FILE, model_folder, task_folder
 from workers.shards import Node, grow_tree, merge_siblings, owned_nodes
 from workers.storage import check_same_files
 from workers.sweep import check_computed_on
 from workers.workbench import Receipt, Workbench, step
 
+HEADS = ("model.embed_tokens.weight", "lm_head.weight")
 SquaresArrays = dict[Node, dict[str, np.ndarray]]
 """Summed squared gradients by node of the tree over their windows, as they go from worker to worker."""
 
@@ -111,6 +113,37 @@ class SideSteps(Workbench):
             return {"losses": []}, None
         store = self._spill(self._memory.spill_hidden).store
         return {"losses": window_losses(Path(model_path), windows_NT, owned[0], stride, self._dtype, self.device, store)}, None
+
+    @step
+    def write_tokenizer(self) -> tuple[Receipt, None]:
+        """Write the tokenizer anew where the model type is another: transformers would take another class for the files as they are.
+
+        Raises:
+            VerificationError: it gives other tokens.
+        """
+        folder, tokenizer = model_folder(self.run_folder), load_tokenizer(self._checkpoint.path)
+        tokenizer.save_pretrained(folder)
+        sample = "a  b\n" + "a b ".join(["", *tokenizer.all_special_tokens, ""])
+        if load_tokenizer(folder)(sample)["input_ids"] != tokenizer(sample)["input_ids"]:
+            raise VerificationError(f"{folder}: its tokenizer gives other tokens than that of {self._checkpoint.path}")
+        return {}, None
+
+    @step
+    def check_head(self) -> tuple[Receipt, None]:
+        """Check that a head that is called tied is the embedding matrix, if it is in the files at all.
+
+        Raises:
+            ModelError: it is another one.
+        """
+        infos = {name: self._checkpoint.tensors[name] for name in HEADS if name in self._checkpoint.tensors}
+        if self._checkpoint.tied_embeddings and len(infos) == len(HEADS):
+            embedding_VD, head_VD = (read_tensors(self._checkpoint, infos)[name] for name in HEADS)
+            if embedding_VD.shape != head_VD.shape or not all(map(torch.equal, embedding_VD.split(1024), head_VD.split(1024))):
+                raise ModelError(
+                    f"{self._checkpoint.path}: {HEADS[1]} differs from {HEADS[0]}, but config.json says that they are one: "
+                    "set tie_word_embeddings: false there"
+                )
+        return {}, None
 
     @step
     def check_export(self, expected_parameters: int) -> tuple[Receipt, None]:

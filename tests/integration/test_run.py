@@ -1,19 +1,23 @@
 """A job from YAML to a folder that plain transformers loads, for every family and both routes."""
 
 import json
+import string
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from tokenizers import AddedToken, Tokenizer, models, normalizers
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.random_model import byte_tokenizer
 from orchestrator.cli import main
+from orchestrator.export import verify_run
 from orchestrator.run import run_job
+from specs.errors import ModelError
 from specs.loader import load_job
-from tests.conftest import MakeJob, MakeModel, folder_bytes
+from tests.conftest import MakeJob, MakeModel, edit_json, folder_bytes
 from workers.checkpoint import open_checkpoint
 from workers.methods import RANKINGS
 
@@ -68,15 +72,52 @@ def test_uneven_heads_of_llama_are_written_as_mistral(make_model: MakeModel, mak
     load(tmp_path / "run" / "model")
 
 
+def test_a_model_type_of_another_tokenizer_class_gives_the_same_tokens(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
+    """Llama 2's tokenizer: of a Llama transformers builds its class from `tokenizer_class`, of a Mistral it takes the file literally."""
+    dense = make_model(hidden_size=30, num_attention_heads=6, num_key_value_heads=3, vocab_size=300)
+    letters = ["<unk>", "<s>", "</s>", "\u2581", *string.printable.replace(" ", "")]
+    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[], unk_token="<unk>", fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in ("<unk>", "<s>", "</s>")])
+    tokenizer.save(str(dense / "tokenizer.json"))
+    settings = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (dense / "tokenizer_config.json").write_text(json.dumps(settings))
+    (dense / "additional_chat_templates").mkdir()
+    (dense / "additional_chat_templates" / "tool.jinja").write_text("{{ messages }}")
+    run(make_job(dense, budget={"kv_groups": 2, "sparsity": 0.2}), tmp_path / "run")
+    before, after = (AutoTokenizer.from_pretrained(folder) for folder in (dense, tmp_path / "run" / "model"))
+    for text in ("a b", " a", "x</s>a", "<s>[INST] a [/INST] b </s><s>[INST] a"):
+        assert before(text)["input_ids"] == after(text)["input_ids"]
+    assert list((tmp_path / "run" / "model").rglob("tool.jinja"))
+    verify_run(tmp_path / "run")
+
+
 def test_qwen2_for_vllm_is_written_as_llama(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
     dense = make_model("qwen2")
+    edit_json(dense / "config.json", sliding_window=8, use_sliding_window=False, layer_types=None)  # as it is published
     job = make_job(dense, budget={"kv_groups": 1, "sparsity": 0.3})
     plain, vllm = run(job, tmp_path / "plain"), run(job, tmp_path / "vllm", "export.target=vllm")
-    models = [load(tmp_path / name / "model") for name in ("plain", "vllm")]
-    assert models[1].config.model_type == "llama"
+    loaded = [load(tmp_path / name / "model") for name in ("plain", "vllm")]
+    assert loaded[1].config.model_type == "llama"
     tokens = torch.arange(3, 40)[None]
-    torch.testing.assert_close(models[0](tokens).logits, models[1](tokens).logits, rtol=0, atol=1e-5)  # a zero bias, another kernel
+    torch.testing.assert_close(loaded[0](tokens).logits, loaded[1](tokens).logits, rtol=0, atol=1e-5)  # a zero bias, another kernel
     assert vllm["parameters"]["after"] - plain["parameters"]["after"] == 3 * 32
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    assert torch.equal(loaded[1].generate(tokens, **options), loaded[1].generate(tokens, use_cache=False, **options))
+
+
+def test_a_head_of_its_own_that_is_called_tied_is_refused(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
+    dense = make_model(tie_word_embeddings=False)
+    edit_json(dense / "config.json", tie_word_embeddings=True)
+    with pytest.raises(ModelError, match=r"lm_head\.weight differs .* set tie_word_embeddings: false"):
+        run_job(load_job(make_job(dense)), tmp_path / "run", lambda event: None)
+
+
+def test_the_class_of_layers_that_differ_is_the_family_s(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
+    dense = make_model()
+    edit_json(dense / "config.json", architectures=["LLaMAForCausalLM"])  # as in early conversions
+    run(make_job(dense, budget={"per_layer": True}), tmp_path / "run")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", trust_remote_code=True).config.model_type == "llama"
 
 
 def test_biases_follow_their_rows(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:

@@ -264,3 +264,17 @@ OTHER_MODELS: dict[str, dict[str, object]] = {
     "untied": {"tie_word_embeddings": True},
     "biased": {"attention_bias": True},
 }
+
+
+def test_one_file_goes_before_an_index(make_model: MakeModel) -> None:
+    folder = make_model()
+    before = open_checkpoint(folder)
+    (folder / INDEX_NAME).write_text(json.dumps({"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}))
+    assert open_checkpoint(folder).tensors == before.tensors
+
+
+def test_no_quantization_is_none(make_model: MakeModel) -> None:
+    folder = make_model()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": None}))
+    assert open_checkpoint(folder).num_layers == 3

@@ -1,5 +1,6 @@
 """The exported config, as a table."""
 
+from importlib.metadata import version
 from typing import Any
 
 import pytest
@@ -58,8 +59,13 @@ def test_layers_that_stay_keep_their_kind(model_type: str, changes: dict[str, An
         assert getattr(pruned, key, None) == (expected and [expected[layer] for layer in stay])
 
 
-LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "attention_bias": True, "mlp_bias": False}
-MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
+LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "attention_bias": True, "mlp_bias": False, "sliding_window": None}
+MISTRAL = {
+    "model_type": "mistral",
+    "architectures": ["MistralForCausalLM"],
+    "sliding_window": None,
+    "transformers_version": version("transformers"),
+}
 
 
 @pytest.mark.parametrize(
