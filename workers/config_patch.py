@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 
 from specs.errors import SpecError
-from workers.families import config_int, family_of, unit_groups
+from workers.families import FAMILIES, Family, config_int, family_of, unit_groups
 
 
 def kept_heads(config: Mapping[str, object], kv_groups: int) -> int:
@@ -50,9 +50,9 @@ def config_of_layers(config: Mapping[str, object], layers: Sequence[int]) -> dic
 
 
 def layer_lists(config: Mapping[str, object]) -> dict[str, list[object]]:
-    """What the config, or its class from a layer's number, says of every layer; of that only what is not alike in all."""
-    count = config_int(config, "num_hidden_layers")
-    patterns = [family_of(config).pattern(config, layer) for layer in range(count)]
+    """Lists of the config with an entry for each layer, and those that its class works out from a layer's number, unless all are alike."""
+    count, family = config_int(config, "num_hidden_layers"), FAMILIES.get(str(config.get("model_type")), Family(""))
+    patterns = [family.pattern(config, layer) for layer in range(count)]
     derived = {key: values for key in patterns[0] if len(set(values := [pattern[key] for pattern in patterns])) > 1}
     return derived | {key: value for key, value in config.items() if isinstance(value, list) and len(value) == count}
 
