@@ -141,9 +141,9 @@ class Training:
             begin = time.perf_counter()
             numbers = windows_of(step, self.options, len(self._windows_ST))
             facts = self._step(step, numbers)
-            for name in ("loss", "gradient_norm"):
+            for name, what in (("loss", "the loss"), ("gradient_norm", "the gradient's norm")):
                 if not math.isfinite(facts[name]):
-                    raise ModelError(f"step {step}: {name} is {facts[name]}; lower learning_rate, or set dtype: float32")
+                    raise ModelError(f"step {step}: {what} is {facts[name]}; lower learning_rate, or set dtype: float32")
             tokens = len(numbers) * self._windows_ST.shape[1]
             self._log({"step": step, "of": self.steps, **facts, "tokens_per_second": tokens / (time.perf_counter() - begin)})
             if (step + 1) % self.options.checkpoint_steps == 0 and step + 1 < self.steps:
