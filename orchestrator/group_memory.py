@@ -41,6 +41,10 @@ class Decision:
     spillable: int
     plain: int
 
+    def held(self, in_files: bool) -> int:
+        """Private memory, with what can lie in files there or not."""
+        return self.plain + (0 if in_files else self.spillable)
+
 
 def r_factor_bytes(load: Workload, group: CoupledGroup) -> Decision:
     """While collected rows become their R factor: two factors, or one and a micro-batch, a copy that QR works on, the new one twice."""
@@ -92,5 +96,4 @@ def _correction_bytes(load: Workload, group: CoupledGroup) -> list[Decision]:
 
 def factorisation_bytes(load: Workload, group: CoupledGroup) -> int:
     """One decision, all of it in memory."""
-    decision = decision_bytes(load, group)
-    return decision.spillable + decision.plain
+    return decision_bytes(load, group).held(in_files=False)

@@ -131,14 +131,12 @@ def _payloads(load: Workload, group: CoupledGroup) -> Kinds:
 
 
 def _factorising(load: Workload, choice: MemoryPlan, group: CoupledGroup) -> Kinds:
-    factor = r_factor_bytes(load, group)
-    needed = factor.plain + (0 if choice.spill_statistics else factor.spillable)
+    needed = r_factor_bytes(load, group).held(choice.spill_statistics)
     return {"factorisation": needed} if needed else {}
 
 
 def _deciding(load: Workload, choice: MemoryPlan, group: CoupledGroup) -> int:
-    decision = decision_bytes(load, group)
-    return decision.plain + (0 if choice.spill_statistics else decision.spillable)
+    return decision_bytes(load, group).held(choice.spill_statistics)
 
 
 def _chunk_statistics(load: Workload, choice: MemoryPlan, kind: LayerKind) -> int:

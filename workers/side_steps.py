@@ -21,6 +21,7 @@ from workers.sweep import check_computed_on
 from workers.workbench import Receipt, Workbench, step
 
 HEADS = ("model.embed_tokens.weight", "lm_head.weight")
+"""Matrices that are one where embeddings are tied."""
 SquaresArrays = dict[Node, dict[str, np.ndarray]]
 """Summed squared gradients by node of the tree over their windows, as they go from worker to worker."""
 
@@ -38,13 +39,13 @@ class SideSteps(Workbench):
     def tokenize(self, task: str, task_fingerprint: str) -> tuple[Receipt, None]:
         """Tokenise the calibration or (afterwards) the evaluation text once; every worker reads the resulting file."""
         tokenizer, evaluation = load_tokenizer(Path(self.job.model.path)), self.job.evaluation
-        read_ST = self._text_read()
         if task == CALIBRATION_TASK:
             tokens = calibration_windows(self.job.calibration, tokenizer)
+            self._text_read(tokens)  # whether the text suffices is known now
         else:
             assert evaluation is not None
             tokens = evaluation_windows(evaluation, tokenizer)
-            check_apart(read_ST, tokens, evaluation.path)
+            check_apart(self._text_read(self._tokens(CALIBRATION_TASK)), tokens, evaluation.path)
         folder = task_folder(self.run_folder, task)
         write_tensors(folder / TOKENS_FILE, {"tokens": tokens})
         commit(folder, task, task_fingerprint, [TOKENS_FILE], {"shape": list(tokens.shape)})
@@ -53,11 +54,13 @@ class SideSteps(Workbench):
     @step
     def check_text(self) -> tuple[Receipt, None]:
         """Check that the calibration text has as many windows as the job reads."""
-        self._text_read()
+        self._text_read(self._tokens(CALIBRATION_TASK))
         return {}, None
 
-    def _text_read(self) -> Tensor:
-        """All windows that the job reads of its calibration text, those of trainings too (S, T)."""
+    def _text_read(self, given_ST: Tensor) -> Tensor:
+        """All windows that the job reads of its text: those of the calibration, `given`, unless a training takes more (S, T)."""
+        if self.job.windows_read == len(given_ST):
+            return given_ST
         read = self.job.calibration.model_copy(update={"samples": self.job.windows_read})
         return calibration_windows(read, load_tokenizer(Path(self.job.model.path)))
 

@@ -154,22 +154,25 @@ class Sweep:
                 self._advance(module, self._shards[number], cuts)
                 self._save(number)
 
+    def _manifest(self, layer: int) -> Manifest | None:
+        """A layer's manifest, if it is finished; it must have been computed as this worker computes."""
+        folder = task_folder(self._folder, layer_task(layer))
+        if manifest := read_manifest(folder):
+            check_computed_on(folder, manifest, self._model.computed_on)
+        return manifest
+
     def _hidden_path(self, shard: int, layer: int) -> Path | None:
         """Where a shard's hidden states before `layer` are saved; the name holds what they depend on."""
-        folder = task_folder(self._folder, layer_task(layer - 1))
-        manifest = read_manifest(folder)
+        manifest = self._manifest(layer - 1)
         if manifest is None:
             return None
-        check_computed_on(folder, manifest, self._model.computed_on)
         return self._folder / CACHE / f"shard-{shard:04d}" / f"layer-{layer:04d}-{manifest.fingerprint[:16]}.safetensors"
 
     def _finished_cuts(self, layer: int) -> dict[str, Cut]:
-        """The cuts of a finished layer, if it was computed as this worker computes."""
-        folder = task_folder(self._folder, layer_task(layer))
-        manifest = read_manifest(folder)
+        """The cuts of a finished layer."""
+        manifest = self._manifest(layer)
         assert manifest is not None, f"layer {layer} is not finished"
-        check_computed_on(folder, manifest, self._model.computed_on)
-        return read_cuts(folder / LAYER_FILE, manifest, self._groups.values())
+        return read_cuts(task_folder(self._folder, layer_task(layer)) / LAYER_FILE, manifest, self._groups.values())
 
     def _advance(self, module: nn.Module, shard: Shard, cuts: Mapping[str, Cut]) -> None:
         for batch in shard.batches:
