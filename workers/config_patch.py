@@ -74,12 +74,17 @@ def _model_type_for(config: Mapping[str, object], heads: int, target: str) -> di
             raise SpecError(
                 f"{model_type} with {heads} heads cannot be written for vLLM: Llama wants hidden_size to be a multiple of the heads"
             )
-        llama: dict[str, object] = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "attention_bias": True, "mlp_bias": False}
+        llama: dict[str, object] = {
+            "model_type": "llama",
+            "architectures": [FAMILIES["llama"].architecture],
+            "attention_bias": True,
+            "mlp_bias": False,
+        }
         return llama | {"sliding_window": None}  # Qwen's own stands there unused; a cache of Llama would heed it
     if not (uneven and family.heads_divide_hidden):
         return {}
     if family.written_as == "mistral" and not config.get("attention_bias") and not config.get("mlp_bias"):
-        mistral: dict[str, object] = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
+        mistral: dict[str, object] = {"model_type": "mistral", "architectures": [FAMILIES["mistral"].architecture], "sliding_window": None}
         return mistral | {"transformers_version": version("transformers")}  # of older ones the tokenizer is taken for a faulty one
     raise SpecError(
         f"{model_type} cannot be written with {heads} heads: its config wants hidden_size to be a multiple of the heads; "
