@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.demo_model import JOB
-from specs.job import CalibrationSpec
-from workers.calibration import calibration_windows, load_tokenizer
-from workers.memory import PeakMemory
+from rayprune.specs.job import CalibrationSpec
+from rayprune.workers.calibration import calibration_windows, load_tokenizer
+from rayprune.workers.machine.memory import PeakMemory
 
 MODEL = JOB.parent / "model"
 

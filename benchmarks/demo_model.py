@@ -24,7 +24,9 @@ HELD_OUT_FRACTION = 0.2
 def run(settings: list[str], out: Path) -> dict[str, Any]:
     """Run the demo's job with other settings in a process of its own; the report."""
     words = [word for setting in settings for word in ("--set", setting)]
-    subprocess.run([sys.executable, "-m", "orchestrator.cli", "run", str(JOB), "--out", str(out), *words], check=True, cwd=HERE.parent)
+    subprocess.run(
+        [sys.executable, "-m", "rayprune.orchestrator.cli", "run", str(JOB), "--out", str(out), *words], check=True, cwd=HERE.parent
+    )
     report: dict[str, Any] = json.loads((out / "report.json").read_text())
     return report
 

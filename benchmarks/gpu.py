@@ -15,9 +15,9 @@ import yaml
 
 from benchmarks.random_model import SHAPES, write_model
 from benchmarks.results import record, table
-from orchestrator.run import run_job
-from specs.loader import load_job
-from workers.linalg import WIDE
+from rayprune.orchestrator.run import run_job
+from rayprune.specs.loader import load_job
+from rayprune.workers.numerics.linalg import WIDE
 
 
 def job(model: Path, text: Path, options: argparse.Namespace) -> dict[str, Any]:

@@ -20,15 +20,15 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from benchmarks.results import record, table
-from specs.job import CorrectionSpec
-from specs.methods import StatOptions
-from workers.correction import correct
-from workers.linalg import WIDE, cholesky_solver, column_norms
-from workers.memory import PeakMemory
-from workers.methods import select
-from workers.pivoting import pivot_gram
-from workers.scratch import Scratch
-from workers.statistics import GramStatistic
+from rayprune.specs.job import CorrectionSpec
+from rayprune.specs.methods import StatOptions
+from rayprune.workers.machine.memory import PeakMemory
+from rayprune.workers.machine.scratch import Scratch
+from rayprune.workers.numerics.correction import correct
+from rayprune.workers.numerics.linalg import WIDE, cholesky_solver, column_norms
+from rayprune.workers.numerics.methods import select
+from rayprune.workers.numerics.pivoting import pivot_gram
+from rayprune.workers.numerics.statistics import GramStatistic
 
 OUTPUTS = {1536: 576, 4096: 4096, 8192: 8192, 11008: 4096, 14336: 4096, 28672: 8192}
 KEPT = 0.8

@@ -21,8 +21,8 @@ import yaml
 
 from benchmarks.random_model import SHAPES, write_model
 from benchmarks.results import record, table
-from orchestrator.run_folder import read_events
-from specs.job import parse_bytes
+from rayprune.orchestrator.execution.run_folder import read_events
+from rayprune.specs.job import parse_bytes
 
 HERE = Path(__file__).parent
 METHODS = {"stat": "stat", "dress": {"name": "dress", "scope": "layer", "training": {"batch": 2, "epochs": 2, "dtype": "bfloat16"}}}
@@ -87,7 +87,7 @@ def main() -> None:
     path = run.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(job(model, options)))
     for words in (["run", str(path), "--out", str(run)], ["verify", str(run)]):
-        subprocess.run([sys.executable, "-m", "orchestrator.cli", *words], check=True, cwd=HERE.parent)
+        subprocess.run([sys.executable, "-m", "rayprune.orchestrator.cli", *words], check=True, cwd=HERE.parent)
     report, plan = (json.loads((run / file).read_text()) for file in ("report.json", "plan.json"))
     method = "" if options.method == "stat" else f"-{options.method}"
     record(f"memory-{name}-{options.placement}{method}", page(report, plan, layer_seconds(read_events(run)), options.budget))

@@ -16,9 +16,9 @@ import torch
 
 from benchmarks.demo_model import JOB, held_out, run
 from benchmarks.results import record, table
-from specs.job import EvaluationSpec
-from workers.calibration import evaluation_windows, load_tokenizer
-from workers.evaluate import window_losses
+from rayprune.specs.job import EvaluationSpec
+from rayprune.workers.calibration import evaluation_windows, load_tokenizer
+from rayprune.workers.passes.evaluate import window_losses
 
 VARIANTS = {
     "dense": ["parallel.placement=layers"],

@@ -25,11 +25,11 @@ from benchmarks.baselines import BASELINES, MODEL
 from benchmarks.demo_model import HELD_OUT_FRACTION, HERE, held_out, run
 from benchmarks.quality_rows import ALL, GIVEN_WINDOWS, OTHERS, OWN, OWN_WINDOWS, ROWS
 from benchmarks.results import RESULTS, record, table
-from specs.job import CalibrationSpec, EvaluationSpec
-from workers.calibration import calibration_windows, evaluation_windows, load_tokenizer
-from workers.checkpoint import open_checkpoint
-from workers.evaluate import window_losses
-from workers.layout import model_folder, recovered_folder
+from rayprune.specs.job import CalibrationSpec, EvaluationSpec
+from rayprune.workers.calibration import calibration_windows, evaluation_windows, load_tokenizer
+from rayprune.workers.model.checkpoint import open_checkpoint
+from rayprune.workers.passes.evaluate import window_losses
+from rayprune.workers.store.layout import model_folder, recovered_folder
 
 RECOVERED = ", recovered"
 """What the names of rows end with whose model was trained after the cut."""
@@ -144,7 +144,7 @@ def own_text(text: Path, file: Path) -> None:
     prompts.write_text(tokenizer.decode(given.flatten()), encoding="utf-8")
     words = ["generate", str(MODEL), "--prompts", str(prompts), "--tokens", str(OWN_WINDOWS * 512 * 11 // 10), "--batch", "64"]
     with file.with_suffix(".part").open("w") as out:
-        subprocess.run([sys.executable, "-m", "orchestrator.cli", *words], check=True, cwd=HERE.parent, stdout=out)
+        subprocess.run([sys.executable, "-m", "rayprune.orchestrator.cli", *words], check=True, cwd=HERE.parent, stdout=out)
     file.with_suffix(".part").replace(file)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from orchestrator.run_folder import environment
+from rayprune.orchestrator.execution.run_folder import environment
 
 RESULTS = Path(__file__).parent / "results"
 

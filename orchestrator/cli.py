@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from specs.errors import INTERRUPTED, RaypruneError, ResourceError, SpecError
-from specs.job import JobSpec
-from specs.loader import load_job
-from specs.machine import PROFILES, load_profile, profile_text
-from specs.schema import job_schema_text
+from rayprune.specs.errors import INTERRUPTED, RaypruneError, ResourceError, SpecError
+from rayprune.specs.job import JobSpec
+from rayprune.specs.loader import load_job
+from rayprune.specs.machine import PROFILES, load_profile, profile_text
+from rayprune.specs.schema import job_schema_text
 
 RESEND_SECONDS = 0.1
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -112,11 +112,11 @@ def _load(options: argparse.Namespace) -> JobSpec:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from orchestrator.progress import ProgressView
-    from orchestrator.report import print_summary
-    from orchestrator.run import run_job
-    from orchestrator.submit import refuse_lost_paths
-    from workers.layout import model_folder, recovered_folder
+    from rayprune.orchestrator.execution.submit import refuse_lost_paths
+    from rayprune.orchestrator.reporting.progress import ProgressView
+    from rayprune.orchestrator.reporting.report import print_summary
+    from rayprune.orchestrator.run import run_job
+    from rayprune.workers.store.layout import model_folder, recovered_folder
 
     job = _load(options)
     refuse_lost_paths(job, options.out)
@@ -129,15 +129,15 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _submit(options: argparse.Namespace) -> int:
-    from orchestrator.submit import submit
+    from rayprune.orchestrator.execution.submit import submit
 
     return submit(_load(options), options.out, options.address, not options.no_wait)
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from orchestrator.plan import make_plan
-    from orchestrator.plan_view import print_plan
-    from workers.checkpoint import planned_checkpoint
+    from rayprune.orchestrator.planning.plan import make_plan
+    from rayprune.orchestrator.reporting.plan_view import print_plan
+    from rayprune.workers.model.checkpoint import planned_checkpoint
 
     job = _load(options)
     machine = load_profile(options.profile) if options.profile else None
@@ -145,21 +145,21 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _profile(options: argparse.Namespace) -> None:
-    from workers.profile import measure
+    from rayprune.workers.tools.profile import measure
 
     del options
     print(profile_text(measure()), end="")
 
 
 def _latency(options: argparse.Namespace) -> None:
-    from specs.latency import latency_text
-    from workers.latency import measure_latency
+    from rayprune.specs.latency import latency_text
+    from rayprune.workers.tools.latency import measure_latency
 
     print(latency_text(measure_latency(options.model, options.batch, options.tokens, options.threads)), end="")
 
 
 def _generate(options: argparse.Namespace) -> None:
-    from workers.generate import generate
+    from rayprune.workers.tools.generate import generate
 
     wanted = {name: getattr(options, name) for name in ("model", "tokens", "length", "batch", "temperature", "seed", "prompts")}
     for text in generate(**wanted):
@@ -172,7 +172,7 @@ def _validate(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from orchestrator.report import print_layers, print_summary, read_report
+    from rayprune.orchestrator.reporting.report import print_layers, print_summary, read_report
 
     report = read_report(options.run)
     print_layers(report)
@@ -180,12 +180,12 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _verify(options: argparse.Namespace) -> None:
-    from orchestrator.export import verify_run
-    from orchestrator.report import read_report
-    from workers.layout import model_folder
+    from rayprune.orchestrator.reporting.report import read_report
+    from rayprune.orchestrator.stages.export import verify_run
+    from rayprune.workers.store.layout import model_folder
 
     tasks = verify_run(options.run)
-    from workers.export import check_loads
+    from rayprune.workers.network.load_check import check_loads
 
     check_loads(model_folder(options.run), read_report(options.run)["parameters"]["after"])
     print(f"{options.run}: {len(tasks)} tasks agree with their records, the model loads")

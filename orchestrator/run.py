@@ -11,16 +11,16 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from orchestrator import export, stages, sweep, training
-from orchestrator.context import Context
-from orchestrator.executor import Executor, InProcessExecutor
-from orchestrator.plan import Plan, make_plan
-from orchestrator.report import write_report
-from orchestrator.run_folder import RunFolder
-from specs.errors import ResourceError
-from specs.job import JobSpec
-from workers.checkpoint import open_checkpoint
-from workers.layout import CACHE
+from rayprune.orchestrator.execution.executor import Executor, InProcessExecutor
+from rayprune.orchestrator.execution.run_folder import RunFolder
+from rayprune.orchestrator.planning.plan import Plan, make_plan
+from rayprune.orchestrator.reporting.report import write_report
+from rayprune.orchestrator.stages import export, stages, sweep, training
+from rayprune.orchestrator.stages.context import Context
+from rayprune.specs.errors import ResourceError
+from rayprune.specs.job import JobSpec
+from rayprune.workers.model.checkpoint import open_checkpoint
+from rayprune.workers.store.layout import CACHE
 
 Show = Callable[[dict[str, Any]], None]
 
@@ -63,7 +63,7 @@ def make_executor(job: JobSpec, run_folder: Path, plan: Plan) -> Executor:
         return InProcessExecutor(job, run_folder, plan.memory)
     if job.cluster.address == "local":
         _secure_local_ray()
-    from orchestrator.ray_executor import RayExecutor
+    from rayprune.orchestrator.execution.ray_executor import RayExecutor
 
     return RayExecutor(job, run_folder, plan.memory)
 

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, Tag
 
-from specs.section import Section, named, told_apart_by_name
+from rayprune.specs.section import Section, named, told_apart_by_name
 
 
 class UniformAllocation(Section):

@@ -9,8 +9,8 @@ from typing import Any, Literal, TypeAlias, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from specs.core_yaml import CORE_SCHEMA, NUMBER_TAGS
-from specs.job import JobSpec
+from rayprune.specs.core_yaml import CORE_SCHEMA, NUMBER_TAGS
+from rayprune.specs.job import JobSpec
 
 KeyPath: TypeAlias = tuple[str | int, ...]
 

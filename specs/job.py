@@ -9,10 +9,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from specs.allocation import AllocationSpec, CurvesAllocation, UniformAllocation
-from specs.methods import DressOptions, MethodSpec, StatOptions
-from specs.section import Section
-from specs.training import HOW_TRAINED, RecoverSpec
+from rayprune.specs.allocation import AllocationSpec, CurvesAllocation, UniformAllocation
+from rayprune.specs.methods import DressOptions, MethodSpec, StatOptions
+from rayprune.specs.section import Section
+from rayprune.specs.training import HOW_TRAINED, RecoverSpec
 
 _UNITS = {"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 

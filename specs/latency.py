@@ -9,7 +9,7 @@ import numpy as np
 import yaml
 from pydantic import Field, model_validator
 
-from specs.section import Section, load_section
+from rayprune.specs.section import Section, load_section
 
 
 class LatencyTable(Section):

@@ -14,11 +14,11 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, BeforeValidator, ValidationError
 
-from specs.core_yaml import CORE_SCHEMA, MAX_DEPTH, NUMBER_TAGS, TAG, CoreDumper, CoreLoader
-from specs.errors import SpecError
-from specs.explain import KeyPath, Located, explain, models, parts, shown
-from specs.job import JobSpec, PathMarker
-from specs.section import named
+from rayprune.specs.core_yaml import CORE_SCHEMA, MAX_DEPTH, NUMBER_TAGS, TAG, CoreDumper, CoreLoader
+from rayprune.specs.errors import SpecError
+from rayprune.specs.explain import KeyPath, Located, explain, models, parts, shown
+from rayprune.specs.job import JobSpec, PathMarker
+from rayprune.specs.section import named
 
 MAX_FILE_BYTES = 2**20
 MAX_VALUES = 10_000

@@ -12,9 +12,9 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import Field
 
-from specs.errors import SpecError
-from specs.job import ByteSize
-from specs.section import Section, load_section
+from rayprune.specs.errors import SpecError
+from rayprune.specs.job import ByteSize
+from rayprune.specs.section import Section, load_section
 
 FORWARD_EFFICIENCY, WIDE_EFFICIENCY, BANDWIDTH_EFFICIENCY = 0.5, 0.7, 0.8
 Rate = Annotated[float, Field(gt=0)]

@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, Tag
 
-from specs.section import Section, named, told_apart_by_name
-from specs.training import TrainingSpec
+from rayprune.specs.section import Section, named, told_apart_by_name
+from rayprune.specs.training import TrainingSpec
 
 Damping = Annotated[float, Field(gt=0.0, le=1e6)]
 

@@ -1,9 +1,9 @@
-"""The JSON schema of a job file, for editors. Write it with `python -m specs.schema > specs/job.schema.json`."""
+"""The JSON schema of a job file, for editors. Write it with `python -m rayprune.specs.schema > specs/job.schema.json`."""
 
 import json
 import sys
 
-from specs.job import JobSpec
+from rayprune.specs.job import JobSpec
 
 
 def job_schema_text() -> str:

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, ValidationError
 
-from specs.errors import SpecError
+from rayprune.specs.errors import SpecError
 
 S = TypeVar("S", bound="Section")
 

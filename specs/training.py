@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from specs.section import Section
+from rayprune.specs.section import Section
 
 HOW_TRAINED = {"micro_batch", "activation_checkpointing", "checkpoint_steps"}
 """Options of a training that its result does not depend on, but for rounding; they may change between attempts."""

@@ -96,7 +96,7 @@ def make_job(tmp_path: Path, text_file: Path) -> MakeJob:
 @pytest.fixture
 def force_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Make plans keep things where the test says, not where the budget does."""
-    from orchestrator import run
+    from rayprune.orchestrator import run
 
     planned = run.make_plan
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from specs.errors import ModelError, SpecError
-from specs.job import CalibrationSpec, EvaluationSpec, TextSpec
+from rayprune.specs.errors import ModelError, SpecError
+from rayprune.specs.job import CalibrationSpec, EvaluationSpec, TextSpec
 
 _CHARACTERS_PER_TOKEN = 8
 SHARED_RUN = 64

@@ -7,18 +7,26 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from specs.errors import ModelError, VerificationError
-from workers.calibration import calibration_windows, check_apart, evaluation_windows, load_tokenizer
-from workers.evaluate import window_losses
-from workers.export import check_loads
-from workers.files import FileRecord, commit, read_manifest, write_tensors
-from workers.gradients import added, squared_gradients
-from workers.layers import read_tensors
-from workers.layout import CALIBRATION_TASK, EVALUATION_TASK, GRADIENTS_FILE, GRADIENTS_TASK, TOKENS_FILE, model_folder, task_folder
-from workers.shards import Node, grow_tree, merge_siblings, owned_nodes
-from workers.storage import check_same_files
-from workers.sweep import check_computed_on
-from workers.workbench import Receipt, Workbench, step
+from rayprune.specs.errors import ModelError, VerificationError
+from rayprune.workers.calibration import calibration_windows, check_apart, evaluation_windows, load_tokenizer
+from rayprune.workers.network.layers import read_tensors
+from rayprune.workers.network.load_check import check_loads
+from rayprune.workers.passes.evaluate import window_losses
+from rayprune.workers.passes.gradients import added, squared_gradients
+from rayprune.workers.passes.sweep import check_computed_on
+from rayprune.workers.store.files import FileRecord, commit, read_manifest, write_tensors
+from rayprune.workers.store.layout import (
+    CALIBRATION_TASK,
+    EVALUATION_TASK,
+    GRADIENTS_FILE,
+    GRADIENTS_TASK,
+    TOKENS_FILE,
+    model_folder,
+    task_folder,
+)
+from rayprune.workers.store.shards import Node, grow_tree, merge_siblings, owned_nodes
+from rayprune.workers.store.storage import check_same_files
+from rayprune.workers.workbench import Receipt, Workbench, step
 
 HEADS = ("model.embed_tokens.weight", "lm_head.weight")
 """Matrices that are one where embeddings are tied."""

@@ -11,19 +11,19 @@ from safetensors.torch import load_file
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from specs.errors import ResourceError
-from specs.job import JobSpec
-from specs.memory import MemoryPlan
-from workers.checkpoint import Checkpoint, open_checkpoint
-from workers.device import device_of, peak_memory_bytes
-from workers.families import UnitGroup, layer_prefix, unit_groups
-from workers.layers import StreamedModel, read_tensors
-from workers.layout import CACHE, CALIBRATION_TASK, TOKENS_FILE, task_folder
-from workers.memory import PeakMemory, give_back_free_memory
-from workers.scratch import Scratch
-from workers.shards import even_parts
-from workers.statistics import Statistic, statistic_type
-from workers.sweep import micro_batches
+from rayprune.specs.errors import ResourceError
+from rayprune.specs.job import JobSpec
+from rayprune.specs.memory import MemoryPlan
+from rayprune.workers.machine.device import device_of, peak_memory_bytes
+from rayprune.workers.machine.memory import PeakMemory, give_back_free_memory
+from rayprune.workers.machine.scratch import Scratch
+from rayprune.workers.model.checkpoint import Checkpoint, open_checkpoint
+from rayprune.workers.model.families import UnitGroup, layer_prefix, unit_groups
+from rayprune.workers.network.layers import StreamedModel, read_tensors
+from rayprune.workers.numerics.statistics import Statistic, statistic_type
+from rayprune.workers.passes.sweep import micro_batches
+from rayprune.workers.store.layout import CACHE, CALIBRATION_TASK, TOKENS_FILE, task_folder
+from rayprune.workers.store.shards import even_parts
 
 Receipt = dict[str, Any]
 P = ParamSpec("P")

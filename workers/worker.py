@@ -13,19 +13,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specs.job import JobSpec
-from specs.memory import MemoryPlan
-from specs.methods import DressOptions
-from workers import layers
-from workers.codec import trained
-from workers.config_patch import needs_output_bias
-from workers.correction import Correction, correct
-from workers.divergence import Kept, divergences
-from workers.families import config_int, layer_prefix
-from workers.files import commit, read_manifest, write_tensors
-from workers.finetune_stage import Removed, forget_another, forget_states, read_log
-from workers.layers import MicroBatch, read_tensors
-from workers.layout import (
+from rayprune.specs.job import JobSpec
+from rayprune.specs.memory import MemoryPlan
+from rayprune.specs.methods import DressOptions
+from rayprune.workers.model.config_patch import needs_output_bias
+from rayprune.workers.model.families import config_int, layer_prefix
+from rayprune.workers.network import layers
+from rayprune.workers.network.layers import MicroBatch, read_tensors
+from rayprune.workers.network.slicing import Cut, CutArrays, pad_layer, slice_layer, unit_rows
+from rayprune.workers.numerics.codec import trained
+from rayprune.workers.numerics.correction import Correction, correct
+from rayprune.workers.numerics.methods import scores, select
+from rayprune.workers.numerics.statistics import Statistic, restored
+from rayprune.workers.passes.divergence import Kept, divergences
+from rayprune.workers.passes.stream import Fits, Stream, Wanted
+from rayprune.workers.passes.survey import curve, stored_cut, tensors_of
+from rayprune.workers.passes.sweep import Parts, Sweep, embed_all, grow_states
+from rayprune.workers.side_steps import SideSteps
+from rayprune.workers.store.files import commit, read_manifest, write_tensors
+from rayprune.workers.store.layout import (
     LAYER_FILE,
     OUTER_FILE,
     OUTER_TASK,
@@ -36,15 +42,9 @@ from workers.layout import (
     survey_task,
     task_folder,
 )
-from workers.methods import scores, select
-from workers.shards import Node, merge_siblings, roots
-from workers.side_steps import SideSteps
-from workers.slicing import Cut, CutArrays, pad_layer, slice_layer, unit_rows
-from workers.statistics import Statistic, restored
-from workers.stream import Fits, Stream, Wanted
-from workers.survey import curve, stored_cut, tensors_of
-from workers.sweep import Parts, Sweep, embed_all, grow_states
-from workers.workbench import Receipt, step
+from rayprune.workers.store.shards import Node, merge_siblings, roots
+from rayprune.workers.store.training_stage import Removed, forget_another, forget_states, read_log
+from rayprune.workers.workbench import Receipt, step
 
 
 class Worker(SideSteps):
@@ -200,7 +200,7 @@ class Worker(SideSteps):
     @step
     def regularise(self, layer: int, task_fingerprint: str, removed: Removed) -> tuple[Receipt, None]:
         """Train a layer alone, from the hidden states this worker has, with a penalty on what will go; write it as it was on disk."""
-        from workers.layer_training import train_layer  # torch's training machinery takes a second to import
+        from rayprune.workers.training.layer import train_layer  # torch's training machinery takes a second to import
 
         method, name = self.job.method, regularised_task(layer)
         assert isinstance(method, DressOptions)

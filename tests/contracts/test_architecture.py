@@ -14,23 +14,30 @@ ROOT = Path(__file__).parents[2]
 LAYERS = ("specs", "workers", "orchestrator")
 """From the bottom up: a package imports from those before it and from itself."""
 FILES = {
-    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    ".".join(("rayprune", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): path
     for package in LAYERS
     for path in sorted((ROOT / package).rglob("*.py"))
 }
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
-ONLY_IN = {"ray": {"orchestrator.ray_executor", "orchestrator.ray_train", "orchestrator.submit"}, "rich": {"orchestrator.progress"}}
+ONLY_IN = {
+    "ray": {
+        "rayprune.orchestrator.execution.ray_executor",
+        "rayprune.orchestrator.execution.ray_train",
+        "rayprune.orchestrator.execution.submit",
+    },
+    "rich": {"rayprune.orchestrator.reporting.progress"},
+}
 TORCH = {"torch", "transformers", "accelerate"}
 WITHOUT_TORCH = {
-    "workers.families",
-    "workers.checkpoint",
-    "workers.files",
-    "workers.shards",
-    "workers.config_patch",
-    "workers.layout",
-    "workers.shapes",
-    "workers.storage",
+    "rayprune.workers.model.families",
+    "rayprune.workers.model.checkpoint",
+    "rayprune.workers.store.files",
+    "rayprune.workers.store.shards",
+    "rayprune.workers.model.config_patch",
+    "rayprune.workers.store.layout",
+    "rayprune.workers.model.shapes",
+    "rayprune.workers.store.storage",
 }
 
 
@@ -63,7 +70,8 @@ IMPORTS = {name: imports(tree) for name, tree in TREES.items()}
 
 
 def package(module: str) -> str:
-    return module.split(".")[0]
+    """The package of a module of ours, or a library."""
+    return module.removeprefix("rayprune.").split(".")[0]
 
 
 def definitions(tree: ast.AST, prefix: str) -> Iterator[tuple[str, Definition]]:
@@ -80,7 +88,7 @@ DEFINITIONS = dict(item for name, tree in TREES.items() for item in definitions(
 
 def test_every_package_is_looked_at() -> None:
     assert len(FILES) > 25
-    assert all(name in FILES for name in LAYERS)
+    assert all(f"rayprune.{name}" in FILES for name in LAYERS)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -103,7 +111,12 @@ def test_no_torch_outside_the_workers(name: str) -> None:
 def test_one_module_touches_the_inside_of_transformers() -> None:
     """Others load whole models or tokenizers by the public Auto classes, in places known by name."""
     users = {name for name, modules in IMPORTS.items() if "transformers" in map(package, modules)}
-    assert users == {"workers.layers", "workers.calibration", "workers.export", "workers.generate"}
+    assert users == {
+        "rayprune.workers.network.layers",
+        "rayprune.workers.calibration",
+        "rayprune.workers.network.load_check",
+        "rayprune.workers.tools.generate",
+    }
 
 
 def test_no_cycles() -> None:
@@ -147,7 +160,7 @@ def test_everything_is_typed() -> None:
 
 LIGHT_COMMANDS = """
 import sys
-from orchestrator.cli import main
+from rayprune.orchestrator.cli import main
 
 def run(*words):
     try:

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from orchestrator.cli import _parser
+from rayprune.orchestrator.cli import _parser
 
 ROOT = Path(__file__).parents[2]
 LAUNCHED = {"cloud": ROOT / "cluster.yaml", "on-premises": ROOT / "examples" / "clusters" / "on-premises.yaml"}

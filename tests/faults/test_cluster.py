@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.cli import main
+from rayprune.orchestrator.cli import main
 from tests.conftest import MakeJob, MakeModel, folder_bytes
 
 SCRIPT = """
@@ -16,8 +16,8 @@ from pathlib import Path
 
 from ray.cluster_utils import Cluster
 
-from orchestrator.run import run_job
-from specs.loader import load_job
+from rayprune.orchestrator.run import run_job
+from rayprune.specs.loader import load_job
 
 names = ("initial_delay_ms", "period_ms", "timeout_ms")
 checks = {f"health_check_{name}": 500 for name in names} | {"health_check_failure_threshold": 3}
@@ -59,9 +59,9 @@ from pathlib import Path
 
 from ray.cluster_utils import Cluster
 
-from orchestrator.run import run_job
-from specs.errors import ResourceError
-from specs.loader import load_job
+from rayprune.orchestrator.run import run_job
+from rayprune.specs.errors import ResourceError
+from rayprune.specs.loader import load_job
 
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
 nodes = [cluster.add_node(num_cpus=1)]

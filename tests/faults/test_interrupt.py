@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import cli
-from specs.errors import INTERRUPTED
+from rayprune.orchestrator import cli
+from rayprune.specs.errors import INTERRUPTED
+from rayprune.workers.store.layout import task_folder
 from tests.conftest import MakeJob, MakeModel
-from workers.layout import task_folder
 
 
 class Connection:
@@ -43,7 +43,7 @@ def test_what_the_machine_refuses_has_an_exit_code(
 def test_ctrl_c_in_a_training_on_ray(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
     training = {"epochs": 200, "batch": 2, "checkpoint_steps": 1000}
     job = make_job(make_model(), recover=training, cluster={"executor": "ray", "address": "local"})
-    words = [sys.executable, "-m", "orchestrator.cli", "run", str(job), "--out", str(tmp_path / "run")]
+    words = [sys.executable, "-m", "rayprune.orchestrator.cli", "run", str(job), "--out", str(tmp_path / "run")]
     run = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
     log = task_folder(tmp_path / "run", "recover") / "training.jsonl"
     deadline = time.monotonic() + 120

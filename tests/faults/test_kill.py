@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.cli import main
+from rayprune.orchestrator.cli import main
 from tests.conftest import MakeJob, MakeModel, folder_bytes
 
 CRASH = """
 import os, sys
-import workers.files as files
-from orchestrator.cli import main
+import rayprune.workers.store.files as files
+from rayprune.orchestrator.cli import main
 
 function, target, when = sys.argv[1:4]
 original = getattr(files.os if function in ("replace", "fsync") else files, function)
@@ -94,7 +94,7 @@ def test_driver_with_ray_is_killed_in_mid_sweep(killing: signal.Signals, make_mo
     out = tmp_path / "killed"
     arguments = ["run", str(job), "--out", str(out), "--set", "cluster.executor=ray", "--set", "parallel.workers=2"]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    driver = subprocess.Popen([sys.executable, "-m", "orchestrator.cli", *arguments], env=environment, stdout=subprocess.DEVNULL)
+    driver = subprocess.Popen([sys.executable, "-m", "rayprune.orchestrator.cli", *arguments], env=environment, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 90
     while not (out / "tasks" / "layer-0005" / "manifest.json").exists():
         assert time.monotonic() < deadline
@@ -128,8 +128,8 @@ def test_damaged_layer_is_redone_alone(make_model: MakeModel, make_job: MakeJob,
 
 
 def test_two_drivers_at_once(make_model: MakeModel, make_job: MakeJob, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from orchestrator.run_folder import RunFolder
-    from specs.loader import load_job
+    from rayprune.orchestrator.execution.run_folder import RunFolder
+    from rayprune.specs.loader import load_job
 
     job = make_job(make_model())
     with RunFolder(tmp_path / "run", load_job(job)):

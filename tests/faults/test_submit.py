@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-from orchestrator.cli import main
+from rayprune.orchestrator.cli import main
 from tests.conftest import MakeJob, MakeModel, folder_bytes
 
 pytestmark = [
@@ -39,7 +39,7 @@ class Cluster:
         return subprocess.run(self.command(*words), env=self.environment, capture_output=True, text=True, timeout=timeout, cwd="/")
 
     def command(self, *words: str) -> list[str]:
-        return [sys.executable, "-m", "orchestrator.cli", *words]
+        return [sys.executable, "-m", "rayprune.orchestrator.cli", *words]
 
     def submit(self, job: Path, out: Path, *words: str) -> subprocess.CompletedProcess[str]:
         return self.rayprune("submit", str(job), "--out", str(out), "--address", self.address, *words)
@@ -58,7 +58,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A head node with ports, a folder and a token of its own, killed with all its processes in the end."""
     home = tmp_path_factory.mktemp("home")
     script = home / "rayprune"
-    script.write_text(f'#!/bin/sh\nexec {sys.executable} -m orchestrator.cli "$@"\n')
+    script.write_text(f'#!/bin/sh\nexec {sys.executable} -m rayprune.orchestrator.cli "$@"\n')
     script.chmod(0o755)
     kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_USAGE_STATS_ENABLED")
@@ -147,7 +147,7 @@ def test_killed_driver_goes_on_when_submitted_again(cluster: Cluster, make_model
         assert time.monotonic() < deadline
         assert client.poll() is None
         time.sleep(0.01)
-    (driver,) = processes("orchestrator.cli", "/dev/stdin", str(out))
+    (driver,) = processes("rayprune.orchestrator.cli", "/dev/stdin", str(out))
     os.kill(driver, signal.SIGKILL)
     _, complaint = client.communicate(timeout=60)
     assert client.returncode == 4
@@ -206,7 +206,7 @@ def test_stopped_job(cluster: Cluster, make_model: MakeModel, make_job: MakeJob,
     stop = [sys.executable, "-m", "ray.scripts.scripts", "job", "stop", "--address", cluster.address, submission]
     assert subprocess.run(stop, env=cluster.environment, capture_output=True, timeout=60).returncode == 0
     deadline = time.monotonic() + 20  # Ray does not wait for what it has killed to be gone
-    while processes("orchestrator.cli", "/dev/stdin", str(out)):
+    while processes("rayprune.orchestrator.cli", "/dev/stdin", str(out)):
         assert time.monotonic() < deadline
         time.sleep(0.1)
     assert not (out / "report.json").exists()

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from orchestrator.cli import main
-from orchestrator.report import read_report
+from rayprune.orchestrator.cli import main
+from rayprune.orchestrator.reporting.report import read_report
+from rayprune.workers.store.training_stage import read_log
 from tests.conftest import MakeJob, MakeModel
-from workers.finetune_stage import read_log
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from orchestrator.cli import main
+from rayprune.orchestrator.cli import main
 from tests.conftest import MakeJob, MakeModel
 
 Capture = pytest.CaptureFixture[str]

@@ -9,9 +9,9 @@ from safetensors import safe_open
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from orchestrator.cli import main
-from orchestrator.run import run_job
-from specs.loader import load_job
+from rayprune.orchestrator.cli import main
+from rayprune.orchestrator.run import run_job
+from rayprune.specs.loader import load_job
 from tests.conftest import MakeJob, MakeModel
 
 

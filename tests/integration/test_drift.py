@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from orchestrator.cli import main
-from orchestrator.run import run_job
-from specs.loader import load_job
+from rayprune.orchestrator.cli import main
+from rayprune.orchestrator.run import run_job
+from rayprune.specs.loader import load_job
 from tests.conftest import MakeJob, MakeModel, folder_bytes
 
 WINDOWS_NT = torch.randint(3, 259, (32, 64), generator=torch.Generator().manual_seed(0))

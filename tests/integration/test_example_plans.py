@@ -9,20 +9,20 @@ from typing import Any
 
 import pytest
 
-from orchestrator.plan import Plan, make_plan
-from orchestrator.plan_view import duration
-from orchestrator.run import run_job
-from specs.errors import ModelError
-from specs.loader import load_job
-from specs.machine import PROFILES
-from workers.checkpoint import planned_checkpoint
+from rayprune.orchestrator.planning.plan import Plan, make_plan
+from rayprune.orchestrator.reporting.plan_view import duration
+from rayprune.orchestrator.run import run_job
+from rayprune.specs.errors import ModelError
+from rayprune.specs.loader import load_job
+from rayprune.specs.machine import PROFILES
+from rayprune.workers.model.checkpoint import planned_checkpoint
 
 PLANS = Path(__file__).parents[2] / "examples" / "plans"
 BILLIONS = {"llama-3-8b": 8.03, "llama-3-70b": 70.55, "llama-3.1-405b": 405.85, "mixtral-8x22b": 140.62, "deepseek-v3": 671.03}
 ACTIVE_BILLIONS = {"mixtral-8x22b": 39.15, "deepseek-v3": 37.55}
 COMMAND = """
 import sys
-from orchestrator.cli import main
+from rayprune.orchestrator.cli import main
 assert main(sys.argv[1:]) == 0
 assert not {"torch", "ray", "transformers"} & sys.modules.keys()
 """

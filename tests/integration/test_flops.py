@@ -9,12 +9,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-import workers.worker
-from orchestrator.cli import main
-from specs.loader import load_job
+import rayprune.workers.worker
+from rayprune.orchestrator.cli import main
+from rayprune.specs.loader import load_job
+from rayprune.workers.calibration import calibration_windows, load_tokenizer
+from rayprune.workers.numerics import statistics
 from tests.conftest import MakeJob, MakeModel
-from workers import statistics
-from workers.calibration import calibration_windows, load_tokenizer
 
 MATRIX_PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm)
 
@@ -50,7 +50,7 @@ class FlopsWithoutStatistics:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.statistics = 0
-        for owner, name in ((statistics.GramStatistic, "update"), (workers.worker.Worker, "_cut")):
+        for owner, name in ((statistics.GramStatistic, "update"), (rayprune.workers.worker.Worker, "_cut")):
             monkeypatch.setattr(owner, name, self._counted(getattr(owner, name)))
 
     def _counted(self, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.cli import main
-from orchestrator.run import run_job
-from specs.loader import load_job
+from rayprune.orchestrator.cli import main
+from rayprune.orchestrator.run import run_job
+from rayprune.specs.loader import load_job
+from rayprune.workers.calibration import load_tokenizer
 from tests.conftest import MakeJob, MakeModel
-from workers.calibration import load_tokenizer
 
 
 def written(capsys: pytest.CaptureFixture[str], *words: str) -> list[str]:

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from orchestrator import stages
-from orchestrator.run import run_job
-from specs.loader import load_job
+from rayprune.orchestrator.run import run_job
+from rayprune.orchestrator.stages import stages
+from rayprune.specs.loader import load_job
+from rayprune.workers.store.files import read_manifest
 from tests.conftest import MakeJob, MakeModel, folder_bytes
-from workers.files import read_manifest
 
 GRADIENTS = ["method.scale=gradients"]
 

@@ -5,14 +5,14 @@ from typing import Any
 
 import pytest
 
-from orchestrator.cli import main
-from orchestrator.run import run_job
-from specs.errors import SpecError, VerificationError
-from specs.latency import LatencyTable, load_latency
-from specs.loader import load_job
+from rayprune.orchestrator.cli import main
+from rayprune.orchestrator.run import run_job
+from rayprune.specs.errors import SpecError, VerificationError
+from rayprune.specs.latency import LatencyTable, load_latency
+from rayprune.specs.loader import load_job
+from rayprune.workers.model.checkpoint import open_checkpoint
+from rayprune.workers.model.families import layer_config
 from tests.conftest import MakeJob, MakeModel
-from workers.checkpoint import open_checkpoint
-from workers.families import layer_config
 
 TABLE = LatencyTable(
     machine="somewhere", device="cpu", dtype="float32", batch=1, tokens=16, outer_ms=1.0, layer_ms=10.0,

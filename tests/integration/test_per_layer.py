@@ -7,18 +7,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from orchestrator import stages
-from orchestrator.context import Context
-from orchestrator.export import verify_run
-from orchestrator.run import run_job
-from orchestrator.shapes import Shape, uneven_shape
-from specs.errors import ModelError, SpecError
-from specs.loader import load_job
+from rayprune.orchestrator.planning.shapes import Shape, uneven_shape
+from rayprune.orchestrator.run import run_job
+from rayprune.orchestrator.stages import stages
+from rayprune.orchestrator.stages.context import Context
+from rayprune.orchestrator.stages.export import verify_run
+from rayprune.specs.errors import ModelError, SpecError
+from rayprune.specs.loader import load_job
+from rayprune.workers.model.checkpoint import open_checkpoint
+from rayprune.workers.network.layers import StreamedModel
+from rayprune.workers.store.files import Manifest, read_manifest
+from rayprune.workers.store.layout import SENSITIVITY_TASK, SHAPE_TASK, generation_task, task_folder
 from tests.conftest import MakeJob, MakeModel
-from workers.checkpoint import open_checkpoint
-from workers.files import Manifest, read_manifest
-from workers.layers import StreamedModel
-from workers.layout import SENSITIVITY_TASK, SHAPE_TASK, generation_task, task_folder
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "smollm3")
 BY_HAND = [{"heads": 0, "neurons": 40}, {"heads": 1, "neurons": 48}, {"heads": 2, "neurons": 0}, {"heads": 1, "neurons": 20}]

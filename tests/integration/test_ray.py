@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from orchestrator.cli import main
-from orchestrator.ray_executor import RayExecutor
-from orchestrator.run import run_job
-from specs.errors import ModelError, ResourceError
-from specs.loader import load_job
+from rayprune.orchestrator.cli import main
+from rayprune.orchestrator.execution.ray_executor import RayExecutor
+from rayprune.orchestrator.run import run_job
+from rayprune.specs.errors import ModelError, ResourceError
+from rayprune.specs.loader import load_job
+from rayprune.workers.store.files import FileRecord
 from tests.conftest import MakeJob, MakeModel, folder_bytes
-from workers.files import FileRecord
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 TOKEN = os.environ["RAY_AUTH_TOKEN"].encode()

@@ -12,14 +12,14 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.random_model import byte_tokenizer
-from orchestrator.cli import main
-from orchestrator.export import verify_run
-from orchestrator.run import run_job
-from specs.errors import ModelError
-from specs.loader import load_job
+from rayprune.orchestrator.cli import main
+from rayprune.orchestrator.run import run_job
+from rayprune.orchestrator.stages.export import verify_run
+from rayprune.specs.errors import ModelError
+from rayprune.specs.loader import load_job
+from rayprune.workers.model.checkpoint import open_checkpoint
+from rayprune.workers.numerics.methods import RANKINGS
 from tests.conftest import MakeJob, MakeModel, edit_json, folder_bytes
-from workers.checkpoint import open_checkpoint
-from workers.methods import RANKINGS
 
 
 def run(job: Path, out: Path, *overrides: str) -> dict[str, Any]:

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from orchestrator.cli import main
-from specs.loader import load_job
-from workers.calibration import calibration_windows, evaluation_windows, load_tokenizer, shared_fraction
+from rayprune.orchestrator.cli import main
+from rayprune.specs.loader import load_job
+from rayprune.workers.calibration import calibration_windows, evaluation_windows, load_tokenizer, shared_fraction
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "smollm2"
 DECODER_PARAMETERS = 106_202_880

@@ -6,14 +6,14 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
-from orchestrator import stream
-from orchestrator.cli import main
-from orchestrator.run import run_job
-from specs.errors import SpecError
-from specs.loader import load_job
+from rayprune.orchestrator.cli import main
+from rayprune.orchestrator.run import run_job
+from rayprune.orchestrator.stages import stream
+from rayprune.specs.errors import SpecError
+from rayprune.specs.loader import load_job
+from rayprune.workers.passes.stream import Stream
+from rayprune.workers.store.files import MANIFEST_NAME
 from tests.conftest import MakeJob, MakeModel, folder_bytes
-from workers.files import MANIFEST_NAME
-from workers.stream import Stream
 
 _empty_fits = Stream._empty_fits
 

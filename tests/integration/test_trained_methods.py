@@ -8,15 +8,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from orchestrator.cli import main
-from orchestrator.export import verify_run
-from orchestrator.run import run_job
-from specs.errors import ModelError, ResourceError, SpecError
-from specs.loader import load_job
+from rayprune.orchestrator.cli import main
+from rayprune.orchestrator.run import run_job
+from rayprune.orchestrator.stages.export import verify_run
+from rayprune.specs.errors import ModelError, ResourceError, SpecError
+from rayprune.specs.loader import load_job
+from rayprune.workers.store.files import MANIFEST_NAME, read_manifest
+from rayprune.workers.store.layout import regularised_task, selection_task, task_folder
+from rayprune.workers.store.training_stage import read_log
 from tests.conftest import MakeJob, MakeModel, folder_bytes
-from workers.files import MANIFEST_NAME, read_manifest
-from workers.finetune_stage import read_log
-from workers.layout import regularised_task, selection_task, task_folder
 
 TRAINING = {"epochs": 1, "batch": 4, "learning_rate": 1e-3, "checkpoint_steps": 2}
 

@@ -16,17 +16,17 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM
 
-from orchestrator.failures import Failure, WorkerFailure
-from orchestrator.ray_train import train_on_ray
-from specs.errors import ModelError
-from specs.job import CalibrationSpec
-from specs.training import LoraSpec, TrainingSpec
+from rayprune.orchestrator.execution.failures import Failure, WorkerFailure
+from rayprune.orchestrator.execution.ray_train import train_on_ray
+from rayprune.specs.errors import ModelError
+from rayprune.specs.job import CalibrationSpec
+from rayprune.specs.training import LoraSpec, TrainingSpec
+from rayprune.workers.store.layout import RESULT_FILE, TRAINED_FOLDER
+from rayprune.workers.store.training_stage import Aim, Finetune, Penalty, Recovery, Shrink, read_log
+from rayprune.workers.training.adapters import adapted, add_adapters, merged
+from rayprune.workers.training.loop import ALONE, saved_steps, windows_of
+from rayprune.workers.training.rank import finetune
 from tests.conftest import MakeModel, build_model
-from workers.adapters import adapted, add_adapters, merged
-from workers.finetune import finetune
-from workers.finetune_stage import Aim, Finetune, Penalty, Recovery, Shrink, read_log
-from workers.layout import RESULT_FILE, TRAINED_FOLDER
-from workers.training import ALONE, saved_steps, windows_of
 
 OPTIONS = TrainingSpec(epochs=2, batch=4, micro_batch=1, learning_rate=3e-3, checkpoint_steps=3)
 REMOVED = [{"heads": [1], "neurons": list(range(16))}] * 3
@@ -71,7 +71,7 @@ def test_a_training_that_was_cut_off_ends_with_the_same_weights(stage: Finetune,
     finetune(stage, ALONE)
     cut = replace(stage, folder=stage.folder + "-cut")
 
-    from workers.training import Training
+    from rayprune.workers.training.loop import Training
 
     whole = Training._step
 

@@ -9,11 +9,11 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from specs.errors import ModelError
-from specs.job import CorrectionSpec
-from workers.correction import Correction, correct
-from workers.scratch import Scratch
-from workers.statistics import GramStatistic, Moments, RowsStatistic, Statistic, complement
+from rayprune.specs.errors import ModelError
+from rayprune.specs.job import CorrectionSpec
+from rayprune.workers.machine.scratch import Scratch
+from rayprune.workers.numerics.correction import Correction, correct
+from rayprune.workers.numerics.statistics import GramStatistic, Moments, RowsStatistic, Statistic, complement
 
 ROUTES = ["gram", "qr"]
 SCRATCH = Scratch(torch.device("cpu"), None)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from specs.errors import ModelError
-from workers.elimination import Elimination
-from workers.linalg import inverse_
-from workers.scratch import Scratch
+from rayprune.specs.errors import ModelError
+from rayprune.workers.machine.scratch import Scratch
+from rayprune.workers.numerics.elimination import Elimination
+from rayprune.workers.numerics.linalg import inverse_
 
 SCRATCH = Scratch(torch.device("cpu"), None)
 WIDTH, HIDDEN, RIDGE = 12, 5, 0.25

@@ -8,13 +8,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from specs.errors import ModelError
+from rayprune.specs.errors import ModelError
+from rayprune.workers.machine.scratch import Scratch
+from rayprune.workers.model.checkpoint import open_checkpoint
+from rayprune.workers.model.families import unit_groups
+from rayprune.workers.network.layers import StreamedModel, whole_model
+from rayprune.workers.passes.gradients import added, squared_gradients
 from tests.conftest import MakeModel
-from workers.checkpoint import open_checkpoint
-from workers.families import unit_groups
-from workers.gradients import added, squared_gradients
-from workers.layers import StreamedModel, whole_model
-from workers.scratch import Scratch
 
 WINDOWS = [torch.tensor([[3, 77, 15, 200, 9, 31, 8, 120]]), torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8]])]
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2"]

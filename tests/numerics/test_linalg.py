@@ -8,9 +8,9 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from specs.errors import ModelError
-from workers import linalg, pivoting
-from workers.scratch import Scratch
+from rayprune.specs.errors import ModelError
+from rayprune.workers.machine.scratch import Scratch
+from rayprune.workers.numerics import linalg, pivoting
 
 SCRATCH = Scratch(torch.device("cpu"), None)
 

@@ -6,12 +6,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from specs.job import CorrectionSpec
-from specs.methods import SELECTORS, FlapOptions, MethodOptions, MethodSpec, NumericalOptions, ObsOptions, StatOptions, WandaOptions
-from workers.correction import correct
-from workers.methods import RANKINGS, numerical, rank, select
-from workers.scratch import Scratch
-from workers.statistics import RowsStatistic
+from rayprune.specs.job import CorrectionSpec
+from rayprune.specs.methods import (
+    SELECTORS,
+    FlapOptions,
+    MethodOptions,
+    MethodSpec,
+    NumericalOptions,
+    ObsOptions,
+    StatOptions,
+    WandaOptions,
+)
+from rayprune.workers.machine.scratch import Scratch
+from rayprune.workers.numerics.correction import correct
+from rayprune.workers.numerics.methods import RANKINGS, numerical, rank, select
+from rayprune.workers.numerics.statistics import RowsStatistic
 
 SCRATCH = Scratch(torch.device("cpu"), None)
 UNITS, HIDDEN = 10, 4

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from rayprune.workers.model.checkpoint import open_checkpoint
+from rayprune.workers.model.families import unit_groups
+from rayprune.workers.network.layers import whole_model
+from rayprune.workers.training.objectives import Distillation, GroupPenalty, LayerGates, Norm, Objective, UpdatePenalty, UpdateShrink
 from tests.conftest import MakeModel
-from workers.checkpoint import open_checkpoint
-from workers.families import unit_groups
-from workers.layers import whole_model
-from workers.objectives import Distillation, GroupPenalty, LayerGates, Norm, Objective, UpdatePenalty, UpdateShrink
 
 TOKENS = torch.tensor([[3, 77, 15, 200, 9, 31, 8, 120], [1, 2, 3, 4, 5, 6, 7, 8]])
 REMOVED: list[dict[str, list[int]]] = [{"heads": [1], "neurons": [0, 5, 47]}, {"neurons": [3]}, {}]

@@ -5,12 +5,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from specs.methods import StatOptions
-from workers.families import unit_groups
-from workers.methods import select
-from workers.scratch import Scratch
-from workers.slicing import unit_rows
-from workers.statistics import GramStatistic, Moments, RowsStatistic, Statistic
+from rayprune.specs.methods import StatOptions
+from rayprune.workers.machine.scratch import Scratch
+from rayprune.workers.model.families import unit_groups
+from rayprune.workers.network.slicing import unit_rows
+from rayprune.workers.numerics.methods import select
+from rayprune.workers.numerics.statistics import GramStatistic, Moments, RowsStatistic, Statistic
 
 ROUTES = ["gram", "qr"]
 STAT = StatOptions()

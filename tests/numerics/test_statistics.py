@@ -11,14 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from specs.errors import ModelError
-from specs.job import CorrectionSpec
-from specs.methods import StatOptions
-from workers import linalg, scratch
-from workers.correction import Correction, correct
-from workers.methods import select
-from workers.scratch import Scratch
-from workers.statistics import GramStatistic, Moments, RowsStatistic, Statistic, complement, restored, statistic_type
+from rayprune.specs.errors import ModelError
+from rayprune.specs.job import CorrectionSpec
+from rayprune.specs.methods import StatOptions
+from rayprune.workers.machine import scratch
+from rayprune.workers.machine.scratch import Scratch
+from rayprune.workers.numerics import linalg
+from rayprune.workers.numerics.correction import Correction, correct
+from rayprune.workers.numerics.methods import select
+from rayprune.workers.numerics.statistics import GramStatistic, Moments, RowsStatistic, Statistic, complement, restored, statistic_type
 
 MEMORY = Scratch(torch.device("cpu"), None)
 WIDTH, HIDDEN = 24, 9

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from orchestrator.costs import (
+from rayprune.orchestrator.planning.costs import (
     checkpoint_bytes,
     correction_flops,
     forward_flops,
@@ -11,8 +11,8 @@ from orchestrator.costs import (
     spilled_bytes,
     statistics_flops,
 )
-from orchestrator.workload import TrainingLoad, Workload
-from specs.memory import MemoryPlan
+from rayprune.orchestrator.planning.workload import TrainingLoad, Workload
+from rayprune.specs.memory import MemoryPlan
 from tests.unit.orchestrator.workloads import DENSE, EXACT, EXPERTS, FEW, LAYERS, LOAD, MIXTURE, NEURONS, REFIT
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from orchestrator.failures import ADVICE, Decision, Failure, WorkerFailure, decide, stopping_error
-from specs.errors import RaypruneError, ResourceError
+from rayprune.orchestrator.execution.failures import ADVICE, Decision, Failure, WorkerFailure, decide, stopping_error
+from rayprune.specs.errors import RaypruneError, ResourceError
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from orchestrator.group_memory import Decision, decision_bytes, partial_bytes, statistics_bytes
+from rayprune.orchestrator.planning.group_memory import Decision, decision_bytes, partial_bytes, statistics_bytes
 from tests.unit.orchestrator.workloads import EXACT, EXPERTS, FEW, GPU, LOAD, MIXTURE, NEURONS
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from orchestrator.charts import ticks
-from orchestrator.html_report import html_report
+from rayprune.orchestrator.reporting.charts import ticks
+from rayprune.orchestrator.reporting.html_report import html_report
 
 VOID = {"meta", "br"}
 SCRIPT = "<script>alert('1')</script>&\""

@@ -5,10 +5,10 @@ from itertools import pairwise
 
 import pytest
 
-from orchestrator.memory_choice import choices, choose_memory, fewest_workers
-from orchestrator.worker_memory import RUNTIME_BYTES, gib, peak_bytes
-from specs.errors import ResourceError
-from specs.memory import MemoryPlan
+from rayprune.orchestrator.planning.memory_choice import choices, choose_memory, fewest_workers
+from rayprune.orchestrator.planning.worker_memory import RUNTIME_BYTES, gib, peak_bytes
+from rayprune.specs.errors import ResourceError
+from rayprune.specs.memory import MemoryPlan
 from tests.unit.orchestrator.workloads import BIG, GPU, REFIT
 
 

@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from orchestrator.messages import layer_messages, reduction_levels
-from specs.memory import MemoryPlan
+from rayprune.orchestrator.planning.messages import layer_messages, reduction_levels
+from rayprune.specs.memory import MemoryPlan
 from tests.unit.orchestrator.workloads import DENSE, LAYERS, LOAD
 
 

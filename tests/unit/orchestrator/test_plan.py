@@ -9,16 +9,16 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from orchestrator.plan import Plan, make_plan
-from orchestrator.plan_view import print_plan
-from orchestrator.shapes import MAX_OPEN_SHAPES, Shape
-from specs.errors import ResourceError, SpecError
-from specs.job import JobSpec
-from specs.loader import load_job
+from rayprune.orchestrator.planning.plan import Plan, make_plan
+from rayprune.orchestrator.planning.shapes import MAX_OPEN_SHAPES, Shape
+from rayprune.orchestrator.reporting.plan_view import print_plan
+from rayprune.specs.errors import ResourceError, SpecError
+from rayprune.specs.job import JobSpec
+from rayprune.specs.loader import load_job
+from rayprune.workers.model.checkpoint import Checkpoint, open_checkpoint
+from rayprune.workers.model.config_patch import patched_config
+from rayprune.workers.model.families import FAMILIES, unit_groups, unit_parameters
 from tests.conftest import MakeJob, MakeModel
-from workers.checkpoint import Checkpoint, open_checkpoint
-from workers.config_patch import patched_config
-from workers.families import FAMILIES, unit_groups, unit_parameters
 
 BIASED = {"attention_bias": True, "mlp_bias": True}
 VARIANTS: list[tuple[str, dict[str, Any]]] = [

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from orchestrator.progress import ProgressView, plain_line, print_table
+from rayprune.orchestrator.reporting.progress import ProgressView, plain_line, print_table
 
 GROUPS = {"heads": {"kept": 3, "of": 4, "held_out_error": 0.12345}, "neurons": {"kept": 20, "of": 48, "held_out_error": 0.5}}
 EVENTS: list[dict[str, Any]] = [

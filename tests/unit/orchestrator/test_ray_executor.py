@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from ray import exceptions as ray_errors
 
-from orchestrator.failures import Failure
-from orchestrator.ray_executor import RayExecutor, classify
-from specs.errors import ModelError, ResourceError
-from specs.loader import load_job
+from rayprune.orchestrator.execution.failures import Failure
+from rayprune.orchestrator.execution.ray_executor import RayExecutor, classify
+from rayprune.specs.errors import ModelError, ResourceError
+from rayprune.specs.loader import load_job
 from tests.conftest import MakeJob, MakeModel
 
 

@@ -6,12 +6,20 @@ from typing import Any
 
 import pytest
 
-from orchestrator.run_folder import EVENTS_FILE, JOB_FILE, LOCK_FILE, RunFolder, environment, read_events, seconds_per_stage
-from specs.errors import SpecError, VerificationError
-from specs.job import JobSpec
-from specs.loader import load_job
-from workers.files import MANIFEST_NAME, commit, write_text
-from workers.layout import EXPORT_TASK, task_folder
+from rayprune.orchestrator.execution.run_folder import (
+    EVENTS_FILE,
+    JOB_FILE,
+    LOCK_FILE,
+    RunFolder,
+    environment,
+    read_events,
+    seconds_per_stage,
+)
+from rayprune.specs.errors import SpecError, VerificationError
+from rayprune.specs.job import JobSpec
+from rayprune.specs.loader import load_job
+from rayprune.workers.store.files import MANIFEST_NAME, commit, write_text
+from rayprune.workers.store.layout import EXPORT_TASK, task_folder
 
 
 def make(**sections: dict[str, Any]) -> JobSpec:

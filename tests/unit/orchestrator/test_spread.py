@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.spread import Budget, Losses, Spread, above_threshold, cheapest, filled, levels, mutated, predicted_loss
-from specs.errors import SpecError
-from specs.loader import load_job
+from rayprune.orchestrator.stages.spread import Budget, Losses, Spread, above_threshold, cheapest, filled, levels, mutated, predicted_loss
+from rayprune.specs.errors import SpecError
+from rayprune.specs.loader import load_job
+from rayprune.workers.model.checkpoint import open_checkpoint
 from tests.conftest import MakeJob, MakeModel
-from workers.checkpoint import open_checkpoint
 
 LAYERS, CHANNEL = 3, 3 * 32
 """Layers of the model, and parameters of one FFN channel."""

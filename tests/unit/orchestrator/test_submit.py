@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.cli import main
-from orchestrator.submit import entrypoint, submission_id
-from specs.loader import load_job
+from rayprune.orchestrator.cli import main
+from rayprune.orchestrator.execution.submit import entrypoint, submission_id
+from rayprune.specs.loader import load_job
 from tests.conftest import MakeJob, MakeModel
 
 ROOT = Path(__file__).parents[3]
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[3]
 def refused(job: Path, *words: str, **environment: str) -> tuple[int, str]:
     """Exit code and complaint of a submit in a process of its own: it changes the environment, and Ray reads it at import."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | {"PYTHONPATH": str(ROOT)} | environment
-    command = [sys.executable, "-m", "orchestrator.cli", "submit", str(job), *words]
+    command = [sys.executable, "-m", "rayprune.orchestrator.cli", "submit", str(job), *words]
     done = subprocess.run(command, env=kept, capture_output=True, text=True, timeout=60)
     assert "Traceback" not in done.stderr
     return done.returncode, done.stderr
@@ -92,7 +92,7 @@ def test_an_address_where_nobody_listens(environment: dict[str, str], job: Path,
 
 def test_without_rays_job_client(job: Path, tmp_path: Path) -> None:
     """An empty entry in `sys.modules` is how Python marks a module that cannot be imported."""
-    script = "import sys; sys.modules['aiohttp'] = None; from orchestrator.cli import main; sys.exit(main(sys.argv[1:]))"
+    script = "import sys; sys.modules['aiohttp'] = None; from rayprune.orchestrator.cli import main; sys.exit(main(sys.argv[1:]))"
     words = ["submit", str(job), "--out", str(tmp_path / "run"), "--address", "http://127.0.0.1:1"]
     done = subprocess.run([sys.executable, "-c", script, *words], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2

@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from orchestrator.memory_choice import choose_memory
-from orchestrator.timing import STAGES, stages
-from orchestrator.workload import Workload
-from specs.machine import PROFILES
-from specs.memory import MemoryPlan
+from rayprune.orchestrator.planning.memory_choice import choose_memory
+from rayprune.orchestrator.planning.timing import STAGES, stages
+from rayprune.orchestrator.planning.workload import Workload
+from rayprune.specs.machine import PROFILES
+from rayprune.specs.memory import MemoryPlan
 from tests.unit.orchestrator.workloads import BIG, LOAD, REFIT
 
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from orchestrator.worker_memory import RUNTIME_BYTES, host_bytes, memory_by_step, peak_bytes
-from orchestrator.workload import MICRO_BATCHES_AT_ONCE, TrainingLoad
-from specs.memory import MemoryPlan
+from rayprune.orchestrator.planning.worker_memory import RUNTIME_BYTES, host_bytes, memory_by_step, peak_bytes
+from rayprune.orchestrator.planning.workload import MICRO_BATCHES_AT_ONCE, TrainingLoad
+from rayprune.specs.memory import MemoryPlan
+from rayprune.workers.machine.blocks import CONVERTED_BYTES
 from tests.unit.orchestrator.workloads import BIG, GPU, LAYERS, LOAD, MIXTURE, REFIT
-from workers.blocks import CONVERTED_BYTES
 
 
 def test_memory_of_a_dense_layer_on_a_cpu() -> None:

@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from orchestrator.workload import block_tokens, in_rows, num_chunks, num_waves
-from specs.memory import MemoryPlan
+from rayprune.orchestrator.planning.workload import block_tokens, in_rows, num_chunks, num_waves
+from rayprune.specs.memory import MemoryPlan
 from tests.unit.orchestrator.workloads import EXPERTS, FEW, HEADS, LAYERS, LOAD, MIXTURE, NEURONS, SPARSE
 
 

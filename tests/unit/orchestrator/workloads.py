@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from orchestrator.workload import Workload
-from workers.shapes import CoupledGroup, LayerKind
+from rayprune.orchestrator.planning.workload import Workload
+from rayprune.workers.model.shapes import CoupledGroup, LayerKind
 
 HEADS = CoupledGroup("heads", count=1, active=1, num_units=2, columns=3, unit_parameters=50)
 NEURONS = CoupledGroup("neurons", count=1, active=1, num_units=10, columns=1, unit_parameters=12)

@@ -3,7 +3,7 @@
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from specs.job import JobSpec, parse_bytes
+from rayprune.specs.job import JobSpec, parse_bytes
 
 Section = dict[str, object]
 

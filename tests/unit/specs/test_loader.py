@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from specs.errors import SpecError
-from specs.job import JobSpec
-from specs.loader import differing_fields, dump_job, load_job
+from rayprune.specs.errors import SpecError
+from rayprune.specs.job import JobSpec
+from rayprune.specs.loader import differing_fields, dump_job, load_job
 
 REQUIRED = "model: {path: m}\ncalibration: {path: c}\n"
 
@@ -362,6 +362,6 @@ def test_differing_fields(load: Load) -> None:
 
 
 def test_loading_imports_neither_torch_nor_ray() -> None:
-    code = "import sys, specs.loader, specs.schema; sys.exit(bool({'torch', 'ray', 'numpy'} & set(sys.modules)))"
-    root = Path(sys.modules["specs"].__path__[0]).parent
+    code = "import sys, rayprune.specs.loader, rayprune.specs.schema; sys.exit(bool({'torch', 'ray', 'numpy'} & set(sys.modules)))"
+    root = Path(__file__).parents[3]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from specs.errors import SpecError
-from specs.machine import PROFILES, load_profile, profile_text
+from rayprune.specs.errors import SpecError
+from rayprune.specs.machine import PROFILES, load_profile, profile_text
 
 
 @pytest.mark.parametrize("name", PROFILES)

@@ -5,18 +5,17 @@ from pathlib import Path
 
 import pytest
 
-import specs
-from specs.job import JobSpec
-from specs.loader import load_job
-from specs.schema import job_schema_text
+from rayprune.specs.job import JobSpec
+from rayprune.specs.loader import load_job
+from rayprune.specs.schema import job_schema_text
 
-SPECS = Path(specs.__path__[0])
+SPECS = Path(__file__).parents[3] / "specs"
 EXAMPLES = sorted((SPECS.parent / "examples").glob("**/job.yaml"))
 
 
 def test_shipped_schema_is_current() -> None:
     shipped = (SPECS / "job.schema.json").read_text(encoding="utf-8")
-    assert shipped == job_schema_text(), "run: python -m specs.schema > specs/job.schema.json"
+    assert shipped == job_schema_text(), "run: python -m rayprune.specs.schema > specs/job.schema.json"
 
 
 def test_schema_describes_the_job() -> None:

@@ -8,10 +8,18 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from specs.errors import ModelError, SpecError
-from specs.job import CalibrationSpec, EvaluationSpec, TextSpec
+from rayprune.specs.errors import ModelError, SpecError
+from rayprune.specs.job import CalibrationSpec, EvaluationSpec, TextSpec
+from rayprune.workers.calibration import (
+    calibration_windows,
+    check_apart,
+    evaluation_windows,
+    load_tokenizer,
+    shared_fraction,
+    shares,
+    tokenize,
+)
 from tests.conftest import build_model
-from workers.calibration import calibration_windows, check_apart, evaluation_windows, load_tokenizer, shared_fraction, shares, tokenize
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from specs.errors import ModelError
+from rayprune.specs.errors import ModelError
+from rayprune.workers.model.checkpoint import INDEX_NAME, MAX_JSON_BYTES, SINGLE_NAME, open_checkpoint, read_header
+from rayprune.workers.model.families import FAMILIES
 from tests.conftest import MakeModel, build_model, edit_json
-from workers.checkpoint import INDEX_NAME, MAX_JSON_BYTES, SINGLE_NAME, open_checkpoint, read_header
-from workers.families import FAMILIES
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-from specs.errors import SpecError
-from workers.config_patch import config_of_layers, kept_heads, needs_output_bias, patched_config
+from rayprune.specs.errors import SpecError
+from rayprune.workers.model.config_patch import config_of_layers, kept_heads, needs_output_bias, patched_config
 
 BASE: dict[str, Any] = {
     "hidden_size": 32,

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from specs.errors import ModelError
+from rayprune.specs.errors import ModelError
+from rayprune.workers.model.families import FAMILIES, UnitGroup, config_int, expected_shapes, family_of, unit_groups, unit_parameters
 from tests.conftest import SIZES
-from workers.families import FAMILIES, UnitGroup, config_int, expected_shapes, family_of, unit_groups, unit_parameters
 
 BIASES: dict[str, dict[str, bool]] = {
     "llama": {"attention_bias": True, "mlp_bias": True},

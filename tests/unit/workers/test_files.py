@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from workers.files import (
+from rayprune.workers.store.files import (
     MANIFEST_NAME,
     commit,
     copy_file,

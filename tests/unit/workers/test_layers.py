@@ -9,11 +9,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from specs.errors import ModelError
-from tests.conftest import MakeModel
-from workers.checkpoint import Checkpoint, open_checkpoint
-from workers.families import FAMILIES, unit_groups
-from workers.layers import (
+from rayprune.specs.errors import ModelError
+from rayprune.workers.model.checkpoint import Checkpoint, open_checkpoint
+from rayprune.workers.model.families import FAMILIES, unit_groups
+from rayprune.workers.network.layers import (
     MicroBatch,
     StreamedModel,
     apply_cut,
@@ -24,7 +23,8 @@ from workers.layers import (
     project,
     stream_before,
 )
-from workers.slicing import Cut
+from rayprune.workers.network.slicing import Cut
+from tests.conftest import MakeModel
 
 CPU = torch.device("cpu")
 TOKENS_BT = torch.randint(3, 259, (2, 24), generator=torch.Generator().manual_seed(0))

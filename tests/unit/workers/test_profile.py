@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from specs.machine import MachineProfile
-from workers import profile
+from rayprune.specs.machine import MachineProfile
+from rayprune.workers.tools import profile
 
 
 def test_a_measured_profile_is_complete(monkeypatch: pytest.MonkeyPatch) -> None:

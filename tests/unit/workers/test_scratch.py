@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from specs.errors import ResourceError
-from workers import scratch
-from workers.codec import from_array, to_array
-from workers.memory import give_back_free_memory
-from workers.scratch import Scratch
-from workers.statistics.rows import RowsStatistic
+from rayprune.specs.errors import ResourceError
+from rayprune.workers.machine import scratch
+from rayprune.workers.machine.memory import give_back_free_memory
+from rayprune.workers.machine.scratch import Scratch
+from rayprune.workers.numerics.codec import from_array, to_array
+from rayprune.workers.numerics.statistics.rows import RowsStatistic
 
 CPU = torch.device("cpu")
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from specs.errors import ModelError
+from rayprune.specs.errors import ModelError
+from rayprune.workers.model.checkpoint import open_checkpoint, planned_checkpoint
+from rayprune.workers.model.families import FAMILIES, PLANNED, why_not_pruned
+from rayprune.workers.model.shapes import alike_layers, attention_width, count_parameters, coupled_groups, layer_shapes, outer_shapes
 from tests.conftest import SIZES, MakeModel
-from workers.checkpoint import open_checkpoint, planned_checkpoint
-from workers.families import FAMILIES, PLANNED, why_not_pruned
-from workers.shapes import alike_layers, attention_width, count_parameters, coupled_groups, layer_shapes, outer_shapes
 
 BIASED = {"attention_bias": True, "mlp_bias": True}
 CASES: list[tuple[str, dict[str, Any]]] = [

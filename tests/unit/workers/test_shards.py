@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from workers.shards import Node, even_parts, grow_tree, merge_siblings, owned_nodes, roots
+from rayprune.workers.store.shards import Node, even_parts, grow_tree, merge_siblings, owned_nodes, roots
 
 
 def reduced(root: Node, parts: dict[Node, str]) -> str:

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
 
+from rayprune.workers.model.checkpoint import Checkpoint, open_checkpoint
+from rayprune.workers.model.config_patch import patched_config
+from rayprune.workers.model.families import FAMILIES, UnitGroup, layer_prefix, unit_groups
+from rayprune.workers.network.layers import StreamedModel, read_tensors
+from rayprune.workers.network.slicing import Cut, slice_layer, unit_rows
 from tests.conftest import MakeModel
-from workers.checkpoint import Checkpoint, open_checkpoint
-from workers.config_patch import patched_config
-from workers.families import FAMILIES, UnitGroup, layer_prefix, unit_groups
-from workers.layers import StreamedModel, read_tensors
-from workers.slicing import Cut, slice_layer, unit_rows
 
 LAYER = 1
 BIASED = {"attention_bias": True, "mlp_bias": True}

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from specs.errors import ResourceError
-from specs.loader import load_job
+from rayprune.specs.errors import ResourceError
+from rayprune.specs.loader import load_job
+from rayprune.workers.store.files import record_of
+from rayprune.workers.store.storage import marker_file
+from rayprune.workers.worker import Worker
 from tests.conftest import MakeJob, MakeModel
-from workers.files import record_of
-from workers.storage import marker_file
-from workers.worker import Worker
 
 
 @pytest.fixture

@@ -6,13 +6,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from orchestrator.cli import main
-from specs.errors import SpecError
-from specs.loader import load_job
-from specs.memory import MemoryPlan
+from rayprune.orchestrator.cli import main
+from rayprune.specs.errors import SpecError
+from rayprune.specs.loader import load_job
+from rayprune.specs.memory import MemoryPlan
+from rayprune.workers.store.files import MANIFEST_NAME
+from rayprune.workers.worker import Worker
 from tests.conftest import MakeJob, MakeModel
-from workers.files import MANIFEST_NAME
-from workers.worker import Worker
 
 
 @pytest.fixture

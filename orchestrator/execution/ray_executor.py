@@ -1,0 +1,228 @@
+"""The one module that knows Ray's actors: one actor per worker, Ray's own retries off, waits polled so that signals get through.
+
+Ray's retries stay off because with them on it re-runs an actor's calls in another order, silently. The driver retries.
+"""
+
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import exceptions as ray_errors
+
+from rayprune.orchestrator.execution.executor import Call, Executor, Notify, Receipt, unheard
+from rayprune.orchestrator.execution.failures import Failure, WorkerFailure
+from rayprune.specs.errors import ResourceError
+from rayprune.specs.job import JobSpec
+from rayprune.specs.memory import MemoryPlan
+from rayprune.workers.store.layout import CACHE
+from rayprune.workers.store.training_stage import Finetune
+
+START_SECONDS = 300.0
+CONNECT_SECONDS = 10.0
+PING_SECONDS = 20.0
+POLL_SECONDS = 5.0
+WAIT_POLL_SECONDS = 1.0
+_LOST = (
+    ray_errors.RayActorError,
+    ray_errors.NodeDiedError,
+    ray_errors.ObjectLostError,
+    ray_errors.WorkerCrashedError,
+    ray_errors.LocalRayletDiedError,
+    ray_errors.RaySystemError,
+    ray_errors.OwnerDiedError,
+    ray_errors.GetTimeoutError,
+)
+
+
+def classify(error: BaseException) -> Failure | None:
+    """The failure behind an exception, or None when it is the step's own error (a task error is a RayError too)."""
+    if isinstance(error, ray_errors.RayTaskError):
+        cause = getattr(error, "cause", None)  # a lost argument is found out inside the step that needs it
+        return Failure.PROCESS_LOST if isinstance(cause, _LOST) else None
+    if isinstance(error, ray_errors.OutOfMemoryError):
+        return Failure.OUT_OF_MEMORY
+    if isinstance(error, _LOST):
+        return Failure.PROCESS_LOST
+    if isinstance(error, (ray_errors.ActorUnschedulableError, ray_errors.TaskUnschedulableError)):
+        return Failure.UNSCHEDULABLE
+    return None
+
+
+def check_reachable(host: str, port: int, problem: str) -> None:
+    """Fail within seconds where nobody listens; Ray itself would wait for minutes.
+
+    Raises:
+        ResourceError: nothing answers there; it begins with `problem`.
+    """
+    try:
+        socket.create_connection((host, port), timeout=CONNECT_SECONDS).close()
+    except (OSError, UnicodeError) as error:
+        raise ResourceError(f"{problem}: cannot connect: {error}; is the head node up, and this its port?") from None
+
+
+def _cluster_has(names: Iterable[str]) -> dict[str, float]:
+    total = ray.cluster_resources()
+    return {name: float(total.get(name, 0)) for name in names}
+
+
+def _listed(amounts: Mapping[str, float]) -> str:
+    return " and ".join(f"{amount:g} {name}s" for name, amount in amounts.items())
+
+
+class RayExecutor(Executor):
+    """One actor per worker, on a private Ray of this machine or on a cluster."""
+
+    def __init__(self, job: JobSpec, run_folder: Path, memory: MemoryPlan) -> None:
+        super().__init__(job, run_folder, memory)
+        self._actors: list[Any] = []
+        self._device = "cpu"
+        self._connected_here = False
+
+    def start(self, notify: Notify = unheard) -> None:
+        """Connect and start one actor per worker; waits for their nodes as long as the job allows.
+
+        An autoscaler sees the actors that wait. They go with the driver, however it ends, so nothing keeps nodes up afterwards.
+        """
+        if self._actors:
+            return
+        self._connect()
+        self._device = self._choose_device()
+        self._actors = [self._new_actor() for _ in range(self.num_workers)]
+        self._await_nodes(notify)
+        self._ready(self._actors)
+
+    def _connect(self) -> None:
+        if ray.is_initialized():
+            return
+        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+        handler = signal.getsignal(signal.SIGTERM)
+        if self.job.cluster.address == "local":
+            slots = max(os.cpu_count() or 1, self.num_workers * self.job.parallel.threads_per_worker)
+            ray.init(address="local", num_cpus=slots, include_dashboard=False, **quiet)
+        else:
+            host, _, port = self.job.cluster.address.rpartition(":")
+            if host and port.isdigit():
+                check_reachable(host, int(port), f"cluster.address {self.job.cluster.address!r}")
+            try:
+                ray.init(address=self.job.cluster.address, **quiet)
+            except (ConnectionError, ValueError, RuntimeError, ray_errors.RayError) as error:
+                raise ResourceError(f"cluster.address {self.job.cluster.address!r}: cannot connect: {error}") from None
+        signal.signal(signal.SIGTERM, handler)  # ray.init replaces it
+        self._connected_here = True
+
+    def _choose_device(self) -> str:
+        wanted = self.job.parallel.device
+        enough = ray.cluster_resources().get("GPU", 0) >= self.num_workers
+        return "cuda" if wanted == "cuda" or (wanted == "auto" and enough) else "cpu"
+
+    def _need(self) -> dict[str, float]:
+        cpus = {"CPU": float(self.num_workers * self.job.parallel.threads_per_worker)}
+        return cpus | {"GPU": float(self.num_workers)} if self._device == "cuda" else cpus
+
+    def _await_nodes(self, notify: Notify) -> None:
+        """Wait until the nodes together have what the workers need, within the job's limit."""
+        need, shown = self._need(), None
+        deadline = time.monotonic() + self.job.cluster.wait_seconds
+        while any((have := _cluster_has(need))[name] < amount for name, amount in need.items()):
+            if time.monotonic() >= deadline:
+                raise ResourceError(
+                    f"parallel: {self.num_workers} workers need {_listed(need)}, the cluster has {_listed(have)}; lower parallel.workers "
+                    "or parallel.threads_per_worker, add nodes, or set cluster.wait_seconds where an autoscaler adds them"
+                )
+            if have != shown:
+                notify("waiting-for-nodes", have=have, need=need, wait_seconds=self.job.cluster.wait_seconds)
+            shown = have
+            time.sleep(WAIT_POLL_SECONDS)
+
+    def _new_actor(self) -> Any:
+        from rayprune.workers.worker import Worker
+
+        actor = ray.remote(Worker).options(
+            num_cpus=self.job.parallel.threads_per_worker,
+            num_gpus=1 if self._device == "cuda" else 0,
+            max_restarts=0,
+            max_task_retries=0,
+            scheduling_strategy="SPREAD",
+        )
+        return actor.remote(self.job, str(self.run_folder), self._device, self.memory)
+
+    def _ready(self, actors: Sequence[Any]) -> None:
+        limit = START_SECONDS + self.job.cluster.wait_seconds
+        try:
+            ray.get([actor.__ray_ready__.remote() for actor in actors], timeout=limit)
+        except ray_errors.GetTimeoutError:
+            detail = f"no answer within {limit:.0f} s; the cluster has {ray.cluster_resources()}"
+            raise WorkerFailure(Failure.UNSCHEDULABLE, detail) from None
+        except ray_errors.RayError as error:
+            raise self._translated(error) from None
+
+    def _translated(self, error: ray_errors.RayError) -> BaseException:
+        failure = classify(error)
+        if failure is not None:
+            return WorkerFailure(failure, str(error).splitlines()[0])
+        cause = getattr(error, "cause", None)
+        return cause if isinstance(cause, Exception) else error
+
+    def submit(self, worker: int, method: str, *args: Any) -> Call:
+        """Queue the step on its actor."""
+        self.start()
+        receipt, payload = getattr(self._actors[worker], method).options(num_returns=2).remote(*args)
+        return Call(worker, method, receipt, payload)
+
+    def _receipts(self, calls: Sequence[Call]) -> list[Receipt]:
+        pending = [call.receipt for call in calls]
+        try:
+            while pending:
+                done, pending = ray.wait(pending, num_returns=1, timeout=POLL_SECONDS)
+                ray.get(done, timeout=START_SECONDS)
+            receipts: list[Receipt] = ray.get([call.receipt for call in calls], timeout=START_SECONDS)
+        except ray_errors.RayError as error:
+            raise self._translated(error) from None
+        return receipts
+
+    def train(self, stage: Finetune) -> None:
+        """A gang of Ray Train in place of the actors, which start anew with their next step."""
+        from rayprune.orchestrator.execution.ray_train import train_on_ray
+
+        self.start()
+        self.drop_workers()
+        storage = self.run_folder / CACHE / "ray-train"
+        train_on_ray(stage, self.num_workers, self._device == "cuda", storage)
+
+    def replace_lost(self) -> list[int]:
+        """Replace the actors that do not answer; a busy one answers when its step ends, so only dead ones are replaced."""
+        lost = [number for number, actor in enumerate(self._actors) if not self._answers(actor)]
+        for number in lost:
+            ray.kill(self._actors[number])
+            self._actors[number] = self._new_actor()
+        self._ready([self._actors[number] for number in lost])
+        return lost
+
+    @staticmethod
+    def _answers(actor: Any) -> bool:
+        try:
+            ray.get(actor.__ray_ready__.remote(), timeout=PING_SECONDS)
+        except ray_errors.GetTimeoutError:
+            return True
+        except ray_errors.RayError:
+            return False
+        return True
+
+    def drop_workers(self) -> None:
+        """Stop the actors."""
+        for actor in self._actors:
+            ray.kill(actor)
+        self._actors = []
+
+    def close(self) -> None:
+        """Stop the actors, and Ray if it was started here."""
+        self.drop_workers()
+        if self._connected_here:
+            ray.shutdown()
+            self._connected_here = False

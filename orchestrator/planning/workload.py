@@ -1,0 +1,330 @@
+"""A job and its model as the numbers that the cost formulas work on, and what follows from these alone.
+
+Letters: T tokens, t tokens of a micro-batch, K kept columns, F width of a consumer's input, n tokens that reach one block
+of a group, L layers.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from rayprune.orchestrator.planning.shapes import Shape, units_by_group
+from rayprune.specs.allocation import CurvesAllocation, SearchAllocation, ThresholdAllocation
+from rayprune.specs.job import JobSpec
+from rayprune.specs.memory import MemoryPlan
+from rayprune.specs.methods import DressOptions, TrspOptions
+from rayprune.specs.training import TrainingSpec
+from rayprune.workers.model.checkpoint import PLANNED_BYTES, Checkpoint, config_dtype
+from rayprune.workers.model.families import config_int
+from rayprune.workers.model.shapes import CoupledGroup, LayerKind, alike_layers, attention_width, coupled_groups
+
+CANDIDATES_AT_ONCE = 32
+"""Allocations whose divergences are measured in one pass over the layers: what bounds the hidden states that are held."""
+GRADIENT_WINDOWS_AT_ONCE = 16
+"""Windows that a worker takes up and down all layers together, for which weights are read twice: what bounds its file of hidden states."""
+MICRO_BATCHES_AT_ONCE = 4
+"""Placement `layers`: steps that may be under way at the same time; so many micro-batches at most wait at a worker."""
+Placement = Literal["shards", "layers"]
+Propagation = Literal["pruned", "dense", "refit"]
+
+
+@dataclass(frozen=True)
+class TrainingLoad:
+    """A training, as far as memory goes."""
+
+    windows: int
+    """Windows that a rank computes together."""
+    keeps_activations: bool
+    """Whether activations inside the layers are kept."""
+    pass_bytes: int
+    """Bytes of a number in the passes, and of a weight that is not trained."""
+    teacher: bool = False
+    """Whether the dense model is there too."""
+    lora_rank: int = 0
+    """Rank of the adapters that alone are trained; 0: all weights are."""
+    each_layer: bool = False
+    """Whether a worker trains one layer at a time, on its own."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Everything the formulas need to know of a job and its model."""
+
+    kinds: tuple[LayerKind, ...]
+    kept: Mapping[str, int]
+    """Units that stay, for the groups that lose some."""
+    hidden: int
+    vocabulary: int
+    outer_parameters: int
+    bytes_on_disk: int
+    output_bytes: int
+    samples: int
+    sequence_length: int
+    shards: int
+    held_out_shards: int
+    micro_batch: int
+    workers: int
+    on_gpu: bool
+    element_bytes: int
+    written_element_bytes: int
+    num_candidates: int
+    checkpoint_layers: int
+    evaluation_tokens: int
+    evaluation_window: int
+    method: str = "stat"
+    exact: bool = False
+    """Whether rows or their R factor are kept instead of a Gram matrix, however many tokens there are (`MethodOptions.needs_rows`)."""
+    in_process: bool = False
+    """Whether payloads between steps lie in the worker's own memory instead of Ray's object store."""
+    drift: bool = False
+    """Whether the pruned path also makes up for its drift from the dense one, which then goes beside it."""
+    survey_levels: int = 0
+    """Corrections per group and layer by which a pass over the dense model finds out what each layer may lose; 0: no such pass."""
+    candidates: int = 0
+    """Allocations whose divergence from the dense model is measured."""
+    candidate_windows: int = 0
+    """Calibration windows on which it is."""
+    trainings: tuple[TrainingLoad, ...] = ()
+    """What is trained."""
+    gradient_windows: int = 0
+    """Calibration windows on which gradients of the loss are measured."""
+    placement: Placement = "shards"
+    propagation: Propagation = "pruned"
+    selects: bool = True
+    corrects: bool = True
+    writes: bool = True
+    """Whether this pass writes the layers."""
+
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        return sum(kind.num_layers for kind in self.kinds)
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return self.samples * self.sequence_length
+
+    @property
+    def batch_tokens(self) -> int:
+        """t."""
+        return min(self.micro_batch, self.samples) * self.sequence_length
+
+    @property
+    def share_tokens(self) -> int:
+        """Tokens of the worker with the most, placement `shards`."""
+        return math.ceil(self.shards / self.workers) * math.ceil(self.samples / self.shards) * self.sequence_length
+
+    @property
+    def layers_per_worker(self) -> int:
+        """Layers of the worker with the most, placement `layers`."""
+        return math.ceil(self.num_layers / self.workers)
+
+    def pruned(self, kind: LayerKind) -> list[CoupledGroup]:
+        """Groups of a layer that lose units."""
+        return [group for group in kind.groups if group.name in self.kept]
+
+    @property
+    def corrects_drift(self) -> bool:
+        """Whether this pass, or one of its phases, has a dense path beside the pruned one."""
+        return self.drift and self.corrects and self.propagation != "dense"
+
+    def decided(self, kind: LayerKind) -> list[CoupledGroup]:
+        """Groups of a layer that have statistics: those that lose units, with drift to make up for all of them."""
+        return list(kind.groups) if self.corrects_drift else self.pruned(kind)
+
+    def columns(self, group: CoupledGroup) -> int:
+        """K: columns of a consumer's input that stay."""
+        return self.kept.get(group.name, group.num_units) * group.columns
+
+    def kept_parameters(self, kind: LayerKind) -> int:
+        """Parameters of a layer that stay."""
+        lost = [(group.num_units - self.kept[group.name]) * group.count * group.unit_parameters for group in self.pruned(kind)]
+        return kind.parameters - sum(lost)
+
+    def written_layer_bytes(self, kind: LayerKind) -> int:
+        """A layer's kept parameters as they are on disk."""
+        return self.kept_parameters(kind) * self.written_element_bytes
+
+    @property
+    def active_parameters(self) -> int:
+        """Parameters of all layers that one token passes through."""
+        return sum(kind.num_layers * kind.active_parameters for kind in self.kinds)
+
+    @property
+    def layer_parameters(self) -> int:
+        """Parameters of the largest layer."""
+        return max(kind.parameters for kind in self.kinds)
+
+    @property
+    def active_width(self) -> int:
+        """Numbers of the widest consumer input that one token has, over the blocks it passes through."""
+        return max(group.active * group.width for kind in self.kinds for group in kind.groups)
+
+    def phases(self) -> dict[str, "Workload"]:
+        """The passes over the model: one, or with `refit` one on the dense path that selects and one on the pruned path that corrects.
+
+        Where layers may differ, a survey on the dense path comes before.
+        """
+        rest, survey = replace(self, survey_levels=0), dict[str, Workload]()
+        if self.survey_levels:
+            fits = self.num_candidates + self.survey_levels
+            survey["survey, "] = replace(rest, placement="layers", propagation="dense", writes=False, num_candidates=fits)
+        if self.propagation != "refit":
+            return survey | {"": rest}
+        dense = replace(rest, placement="layers", propagation="dense", corrects=False, writes=False)
+        return survey | {"": dense, "refit, ": replace(rest, placement="shards", propagation="pruned", selects=False)}
+
+
+def block_tokens(load: Workload, group: CoupledGroup) -> int:
+    """n: tokens that reach one block of a group, routing taken as even."""
+    return math.ceil(load.tokens * group.active / group.count)
+
+
+def in_rows(load: Workload, group: CoupledGroup) -> bool:
+    """Whether rows are kept instead of a Gram matrix: asked for, or fewer tokens than columns reach a consumer."""
+    return load.exact or block_tokens(load, group) < group.width
+
+
+def factorised_rows(load: Workload, group: CoupledGroup) -> int:
+    """Rows of the matrix that is factorised: F, or n where that is less and rows are kept."""
+    return min(block_tokens(load, group), group.width) if in_rows(load, group) else group.width
+
+
+def tokens_per_neuron(load: Workload) -> float:
+    """Calibration tokens that reach a block, per channel of it; of FFN and experts, the least."""
+    groups = [group for kind in load.kinds for group in kind.groups if group.name != "heads"]
+    return min(block_tokens(load, group) / group.num_units for group in groups)
+
+
+def num_chunks(load: Workload, choice: MemoryPlan) -> int:
+    """Placement `layers`: chunks the layers are cut into."""
+    return min(load.num_layers, max(math.ceil(load.num_layers / choice.layers_per_chunk), num_waves(load, choice) * load.workers))
+
+
+def num_waves(load: Workload, choice: MemoryPlan) -> int:
+    """Placement `layers`: how often all workers take a chunk."""
+    return math.ceil(load.num_layers / (load.workers * choice.layers_per_chunk))
+
+
+def layer_kinds(checkpoint: Checkpoint) -> tuple[LayerKind, ...]:
+    """The decoder layers, alike ones together, with their coupled groups counted from the tensors."""
+    return tuple(_layer_kind(checkpoint, layers) for layers in alike_layers(checkpoint.config))
+
+
+def _layer_kind(checkpoint: Checkpoint, layers: range) -> LayerKind:
+    infos = checkpoint.layer_tensors(layers.start)
+    groups = coupled_groups(checkpoint.config, layers.start, {name: info.shape for name, info in infos.items()})
+    parameters, num_bytes = (sum(getattr(info, name) for info in infos.values()) for name in ("num_parameters", "num_bytes"))
+    sides = sum(sum(info.shape) for info in infos.values() if len(info.shape) == 2)
+    return LayerKind(layers.start, len(layers), groups, parameters, num_bytes, attention_width(checkpoint.config), sides)
+
+
+def workload_of(job: JobSpec, checkpoint: Checkpoint, kinds: tuple[LayerKind, ...], shapes: tuple[Shape, ...], on_gpu: bool) -> Workload:
+    """What the cost formulas need. Of several open shapes, each group counts with most units; it is pruned if any shape prunes it."""
+    config, calibration, evaluation = checkpoint.config, job.calibration, job.evaluation
+    outer = sum(info.num_parameters for info in checkpoint.outer_tensors.values())
+    return Workload(
+        kinds=kinds,
+        kept=_least_cut(kinds, job) if job.budget.per_layer else _most_kept(kinds, shapes),
+        hidden=config_int(config, "hidden_size"),
+        vocabulary=config_int(config, "vocab_size"),
+        outer_parameters=outer,
+        bytes_on_disk=checkpoint.bytes_on_disk,
+        output_bytes=max(shape.parameters for shape in shapes) * _written_element_bytes(job, checkpoint),
+        samples=calibration.samples,
+        sequence_length=calibration.sequence_length,
+        shards=calibration.shards,
+        held_out_shards=calibration.held_out_shards,
+        micro_batch=job.parallel.micro_batch,
+        workers=job.parallel.workers,
+        on_gpu=on_gpu,
+        element_bytes=_element_bytes(job, checkpoint, on_gpu),
+        written_element_bytes=_written_element_bytes(job, checkpoint),
+        num_candidates=len(job.correction.candidates) if job.correction.damping == "held-out" else 1,
+        checkpoint_layers=job.memory.checkpoint_layers,
+        evaluation_tokens=(evaluation.max_windows or calibration.samples) * evaluation.window if evaluation else 0,
+        evaluation_window=evaluation.window if evaluation else 1,
+        method=job.method.name,
+        exact=job.method.needs_rows,
+        drift=job.correction.drift > 0,
+        in_process=job.cluster.executor == "in-process",
+        survey_levels=_survey_levels(job),
+        candidates=_candidates(job, checkpoint.num_layers),
+        trainings=_trainings(job),
+        gradient_windows=job.gradient_windows,
+        candidate_windows=job.divergence_windows,
+        placement=job.parallel.placement,
+        propagation=job.parallel.effective_propagation,
+    )
+
+
+def _trainings(job: JobSpec) -> tuple[TrainingLoad, ...]:
+    """The trainings of a job; that of TRSP's gates takes less than the one of all weights."""
+    loads = []
+    if isinstance(job.method, (DressOptions, TrspOptions)):
+        loads.append(replace(_training(job.method.training), each_layer=job.method.trains_layers_alone))
+    if recover := job.recover:
+        rank = recover.lora.rank if recover.lora else 0
+        loads.append(replace(_training(recover), teacher=recover.loss == "distillation", lora_rank=rank))
+    return tuple(loads)
+
+
+def _training(options: TrainingSpec) -> TrainingLoad:
+    return TrainingLoad(options.micro_batch, not options.activation_checkpointing, 4 if options.dtype == "float32" else 2)
+
+
+def _survey_levels(job: JobSpec) -> int:
+    """Corrections of a group in the survey: an error for every level, and the weights that are kept of it.
+
+    A mask, and layers that are trained alone, need none, but a pass like it.
+    """
+    if job.method.trains_layers_alone or (isinstance(job.method, DressOptions) and job.method.mask != "random"):
+        return 1
+    match job.budget.allocation:
+        case SearchAllocation(levels=levels):
+            return 2 * levels
+        case CurvesAllocation(levels=levels):
+            return levels + 1
+        case ThresholdAllocation():
+            return 1
+    return 0
+
+
+def _candidates(job: JobSpec, num_layers: int) -> int:
+    """Every group of every layer alone, and what the search tries."""
+    match job.budget.allocation:
+        case SearchAllocation(generations=generations, offspring=offspring):
+            return 2 * num_layers + generations * (offspring + 1)
+        case CurvesAllocation():
+            return 2 * num_layers
+    return 0
+
+
+def _least_cut(kinds: tuple[LayerKind, ...], job: JobSpec) -> dict[str, int]:
+    """Where layers may differ: what a layer keeps that loses as little as can be."""
+    units = units_by_group(kinds)
+    most = {"heads": units["heads"] - 1, "neurons": (units["neurons"] - 1) // job.budget.round_to * job.budget.round_to}
+    if job.budget.kv_groups != "auto":
+        most["heads"] = job.budget.kv_groups
+    return {name: count for name, count in most.items() if 0 < count < units[name]}
+
+
+def _most_kept(kinds: tuple[LayerKind, ...], shapes: tuple[Shape, ...]) -> dict[str, int]:
+    units = units_by_group(kinds)
+    fewer = {name: [shape.kept[name] for shape in shapes if shape.kept[name] < units[name]] for name in units}
+    return {name: max(kept) for name, kept in fewer.items() if kept}
+
+
+def _element_bytes(job: JobSpec, checkpoint: Checkpoint, on_gpu: bool) -> int:
+    """Bytes per element of the forward passes."""
+    if job.model.dtype == "auto":
+        return PLANNED_BYTES[config_dtype(checkpoint.config)] if on_gpu else 4
+    return 4 if job.model.dtype == "float32" else 2
+
+
+def _written_element_bytes(job: JobSpec, checkpoint: Checkpoint) -> int:
+    """Bytes per element of the pruned model on disk, the widest where they differ."""
+    widest = max(PLANNED_BYTES[info.dtype] for info in checkpoint.tensors.values())
+    return {"auto": widest, "float32": 4}.get(job.export.dtype, 2)

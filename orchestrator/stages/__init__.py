@@ -1,0 +1,1 @@
+"""The stages of a job, from tokens to the exported model."""

@@ -1,0 +1,120 @@
+"""The reducer: index, config, tokenizer and the exported folder's manifest. Weights are only given their final names.
+
+The folder loads with plain `AutoModelForCausalLM.from_pretrained`; the load gate proves it before the task is finished.
+"""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from rayprune.orchestrator.execution.run_folder import PLAN_FILE
+from rayprune.orchestrator.planning.footprint import footprint
+from rayprune.orchestrator.stages.context import Context
+from rayprune.specs.errors import VerificationError
+from rayprune.workers.model.checkpoint import INDEX_NAME, read_header, read_json
+from rayprune.workers.model.config_patch import config_of_layers, patched_config
+from rayprune.workers.model.per_layer import MODULE, per_layer_config, remote_code
+from rayprune.workers.store.files import Manifest, commit, copy_file, damaged_files, link_file, read_manifest, write_json, write_text
+from rayprune.workers.store.layout import EXPORT_TASK, LAYER_FILE, OUTER_FILE, OUTER_TASK, layer_task, model_folder, task_folder
+
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "tekken.json")
+CHAT_TEMPLATES = ("*.jinja", "chat_template.json", "additional_chat_templates/*.jinja")
+COPIED = (*TOKENIZER_FILES, *CHAT_TEMPLATES, "generation_config.json", "LICENSE*", "NOTICE*")
+NEVER_COPIED = (".py", ".bin", ".pt", ".pth", ".pkl")
+
+
+def export_model(context: Context, layers: Sequence[Manifest]) -> Manifest:
+    """Assemble `model/` from the finished layers and check that it loads; the manifest of the task.
+
+    Raises:
+        VerificationError: the folder does not load as planned.
+    """
+    folder, executor = context.folder, context.executor
+    with context.stage("export", 1):
+        outer = folder.fingerprint(OUTER_TASK, context.checkpoint.identity)
+        outer_done = context.once(OUTER_TASK, outer, lambda: executor.wait([executor.submit(0, "write_outer", outer)]))
+        expected = folder.fingerprint(EXPORT_TASK, outer_done.digest, *(manifest.digest for manifest in layers))
+        return context.once(EXPORT_TASK, expected, lambda: _assemble_and_check(context, expected))
+
+
+def _assemble_and_check(context: Context, expected: str) -> None:
+    _assemble(context)
+    job, model = context.job, model_folder(context.folder.path)
+    parameters = footprint(context.checkpoint, context.plan.written_layers(job.export.pad), job).parameters
+    if read_json(model / "config.json")["model_type"] != context.checkpoint.config["model_type"]:
+        context.executor.wait([context.executor.submit(0, "write_tokenizer")])
+    context.executor.wait([context.executor.submit(0, "check_export", parameters)])
+    files = sorted(str(file.relative_to(model)) for file in model.rglob("*") if file.is_file())
+    commit(model, EXPORT_TASK, expected, files, {"parameters": parameters})
+
+
+def _assemble(context: Context) -> None:
+    """Give every finished file its final name, then write config and, last, the index."""
+    run, model, source = context.folder.path, model_folder(context.folder.path), context.checkpoint
+    if model.is_dir():
+        shutil.rmtree(model)  # what an unfinished attempt left
+    there = context.plan.shape.remaining(source.num_layers)
+    total = len(there) + 1
+    finished = [task_folder(run, OUTER_TASK) / OUTER_FILE]
+    finished += [task_folder(run, layer_task(layer)) / LAYER_FILE for layer in there]
+    names = [f"model-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1)]
+    for file, name in zip(finished, names, strict=True):
+        link_file(file, model / name)
+    for file in side_files(source.path, COPIED):
+        copy_file(file, model / file.relative_to(source.path))
+    _write_config(context, model, there)
+    write_index(model, names)
+
+
+def _write_config(context: Context, model: Path, there: Sequence[int]) -> None:
+    """The patched config, of the layers that are there; where they differ in size, the class that builds them beside it."""
+    original, export = config_of_layers(context.checkpoint.config, there), context.job.export
+    layers = context.plan.written_layers(export.pad)
+    if all(kept == layers[0] for kept in layers):
+        write_json(model / "config.json", patched_config(original, layers[0], export.target, export.dtype))
+        return
+    write_json(model / "config.json", per_layer_config(original, layers, export.dtype))
+    write_text(model / f"{MODULE}.py", remote_code(original))
+
+
+def side_files(source: Path, patterns: Sequence[str]) -> list[Path]:
+    """Files of a model folder that match; never code, never pickles."""
+    found = {file for pattern in patterns for file in source.glob(pattern)}
+    return sorted(file for file in found if file.is_file() and file.suffix not in NEVER_COPIED)
+
+
+def write_index(model: Path, names: Sequence[str]) -> None:
+    """Write the index of a folder over these files."""
+    tensors = {tensor: info for name in names for tensor, info in read_header(model / name).items()}
+    metadata = {
+        "total_size": sum(info.num_bytes for info in tensors.values()),
+        "total_parameters": sum(info.num_parameters for info in tensors.values()),
+    }
+    write_json(model / INDEX_NAME, {"metadata": metadata, "weight_map": {name: tensors[name].file for name in sorted(tensors)}})
+
+
+def _planned_tasks(run: Path) -> list[str]:
+    try:
+        tasks: list[str] = json.loads((run / PLAN_FILE).read_text(encoding="utf-8"))["tasks"]
+    except (OSError, ValueError, KeyError):
+        raise VerificationError(f"{run / PLAN_FILE}: missing or damaged; run the job again") from None
+    return tasks
+
+
+def verify_run(run: Path) -> list[str]:
+    """Compare every recorded file of a finished run with its record; the names of the tasks that were checked.
+
+    Raises:
+        VerificationError: the run is not finished, or a file differs.
+    """
+    if read_manifest(model_folder(run)) is None:
+        raise VerificationError(f"{run}: no exported model here; run the job to its end first")
+    tasks = _planned_tasks(run)
+    for task in tasks:
+        manifest = read_manifest(task_folder(run, task))
+        if manifest is None:
+            raise VerificationError(f"{run}: task {task} is not finished; run the job again")
+        if damaged := damaged_files(task_folder(run, task), manifest):
+            raise VerificationError(f"{task_folder(run, task) / damaged[0]}: differs from its record; run the job again to rebuild it")
+    return tasks

@@ -1,0 +1,217 @@
+"""The budget spread over the layers: pure arithmetic on predicted losses, scores and exact sizes.
+
+A spread says for every layer how many units of each coupled group stay.
+"""
+
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from rayprune.orchestrator.planning.footprint import Footprint, footprint, footprint_sum, layer_footprint, limits
+from rayprune.specs.errors import SpecError
+from rayprune.specs.job import JobSpec
+from rayprune.workers.model.checkpoint import Checkpoint
+
+Kept = dict[str, int]
+Spread = list[Kept]
+Losses = Sequence[Mapping[str, Mapping[int, float]]]
+"""For every layer and group, the predicted loss by number of units that stay; of all units, 0."""
+Moved = tuple[int, str, int]
+"""A layer, a group, and the units that stay of it from then on."""
+
+
+@dataclass
+class Budget:
+    """What a model may take, and what each layer takes for what it keeps."""
+
+    job: JobSpec
+    checkpoint: Checkpoint
+    least: float = 0.0
+    """Decoder parameters that every layer loses, at least."""
+    most: float = math.inf
+    """Decoder parameters that a layer may lose."""
+    _sizes: dict[tuple[tuple[str, int], ...], Footprint] = field(default_factory=dict)
+
+    def layer(self, kept: Mapping[str, int]) -> Footprint:
+        """Size of one layer."""
+        key = tuple(sorted(kept.items()))
+        if key not in self._sizes:
+            self._sizes[key] = layer_footprint(self.checkpoint, kept, self.job)
+        return self._sizes[key]
+
+    def size(self, spread: Spread) -> Footprint:
+        """Size of the whole model."""
+        return footprint_sum([footprint(self.checkpoint, [], self.job), *map(self.layer, spread)])
+
+    def excess(self, size: Footprint) -> float:
+        """By what fraction a model exceeds its targets, summed over them; 0: it meets them."""
+        allowed = limits(self.job.budget, self.checkpoint.decoder_parameters)
+        return math.fsum(max(0.0, getattr(size, name) / limit - 1) for name, limit in allowed.items())
+
+    def lost(self, kept: Mapping[str, int]) -> int:
+        """Parameters that a layer has lost."""
+        dense = self.checkpoint.decoder_parameters // self.checkpoint.num_layers
+        return dense - self.layer(kept).decoder_parameters
+
+    def moved(self, size: Footprint, spread: Spread, move: Moved) -> Footprint:
+        """The model's size after one move."""
+        layer, name, count = move
+        before, after = self.layer(spread[layer]), self.layer({**spread[layer], name: count})
+        return Footprint(*(whole - old + new for whole, old, new in zip(_numbers(size), _numbers(before), _numbers(after), strict=True)))
+
+
+def _numbers(size: Footprint) -> tuple[Any, ...]:
+    return tuple(vars(size).values())
+
+
+def levels(units: int, unit_parameters: int, most: float, round_to: int, count: int) -> list[int]:
+    """About `count` evenly spaced numbers of units below `units`, descending; at the least, `most` parameters are lost."""
+    fewest = max(0, units - int(most // unit_parameters))
+    step = max(1, math.ceil((units - fewest) / count / round_to)) * round_to
+    spaced = list(range((units - 1) // round_to * round_to, max(fewest, 1) - 1, -step))
+    return [*spaced, 0] if fewest == 0 else spaced
+
+
+def cheapest(budget: Budget, losses: Losses) -> Spread:
+    """The spread that meets the budget, found by taking ever again the units with the least predicted loss for what they take.
+
+    A move may skip levels, so that a curve that is not convex is walked along its hull.
+
+    Raises:
+        SpecError: no spread within the bounds meets the budget.
+    """
+    spread = [{name: max(curve) for name, curve in layer.items()} for layer in losses]
+    for layer, kept in enumerate(spread):
+        while budget.lost(kept) < budget.least:
+            allowed = [move for move in _removals(budget, spread, losses) if move[0] == layer]
+            if not allowed:
+                break
+            _take(spread, min(allowed, key=lambda move: _price(losses, spread, move) / _parameters(budget, spread, move)))
+    size = budget.size(spread)
+    while (over := budget.excess(size)) > 0:
+        saved = {move: over - budget.excess(budget.moved(size, spread, move)) for move in _removals(budget, spread, losses)}
+        useful = [move for move, gain in saved.items() if gain > 0]
+        if not useful:
+            raise SpecError("budget: no allocation within its bounds meets the targets; raise budget.allocation.most, or ask for less")
+        best = min(useful, key=lambda move: _price(losses, spread, move) / saved[move])
+        size = budget.moved(size, spread, best)
+        _take(spread, best)
+    return spread
+
+
+def _removals(budget: Budget, spread: Spread, losses: Losses) -> Iterator[Moved]:
+    for layer, kept in enumerate(spread):
+        for name, curve in losses[layer].items():
+            for count in curve:
+                if count < kept[name] and budget.lost({**kept, name: count}) <= budget.most:
+                    yield layer, name, count
+
+
+def _price(losses: Losses, spread: Spread, move: Moved) -> float:
+    layer, name, _ = move
+    return loss_at(losses, move) - loss_at(losses, (layer, name, spread[layer][name]))
+
+
+def _parameters(budget: Budget, spread: Spread, move: Moved) -> int:
+    layer, name, count = move
+    return budget.lost({**spread[layer], name: count}) - budget.lost(spread[layer])
+
+
+def _take(spread: Spread, move: Moved) -> None:
+    layer, name, count = move
+    spread[layer][name] = count
+
+
+def loss_at(losses: Losses, at: Moved) -> float:
+    """The predicted loss of one group, between levels by linear interpolation."""
+    layer, name, count = at
+    curve = losses[layer][name]
+    counts = sorted(curve)
+    return float(np.interp(count, counts, [curve[known] for known in counts]))
+
+
+def predicted_loss(losses: Losses, spread: Spread) -> float:
+    """The losses of all groups together."""
+    return math.fsum(loss_at(losses, (layer, name, count)) for layer, kept in enumerate(spread) for name, count in kept.items())
+
+
+def filled(budget: Budget, spread: Spread, losses: Losses) -> Spread:
+    """The spread with what the budget still allows given back, in steps of `budget.round_to` neurons: most predicted loss first."""
+    spread, size = [dict(kept) for kept in spread], budget.size(spread)
+    while True:
+        fitting = [move for move in _returns(budget, spread, losses) if budget.excess(budget.moved(size, spread, move)) == 0]
+        if not fitting:
+            return spread
+        best = min(fitting, key=lambda move: _price(losses, spread, move))
+        size = budget.moved(size, spread, best)
+        _take(spread, best)
+
+
+def _returns(budget: Budget, spread: Spread, losses: Losses) -> Iterator[Moved]:
+    """A step more neurons, in any layer that would still have lost enough."""
+    for layer, kept in enumerate(spread):
+        count = min(kept["neurons"] + budget.job.budget.round_to, max(losses[layer]["neurons"]))
+        if kept["neurons"] and count > kept["neurons"] and budget.lost({**kept, "neurons": count}) >= budget.least:
+            yield layer, "neurons", count
+
+
+def mutated(budget: Budget, spread: Spread, losses: Losses, chance: random.Random) -> Spread:
+    """A neighbour: some groups lose a level, others, in random order, gain levels for as long as the budget is met."""
+    child, places = [dict(kept) for kept in spread], [(layer, name) for layer, groups in enumerate(losses) for name in groups]
+    lowered = set()
+    for _ in range(min(chance.randint(1, 3), chance.randint(1, 3))):
+        layer, name = place = chance.choice(places)
+        below = [count for count in losses[layer][name] if count < child[layer][name]]
+        if below and budget.lost({**child[layer], name: max(below)}) <= budget.most:
+            child[layer][name] = max(below)
+            lowered.add(place)
+    raised = [place for place in places if place not in lowered]
+    chance.shuffle(raised)
+    size = budget.size(child)
+    for layer, name in raised:
+        above = [count for count in losses[layer][name] if count > child[layer][name]]
+        if not above or budget.lost({**child[layer], name: min(above)}) < budget.least:
+            continue
+        if budget.excess(after := budget.moved(size, child, (layer, name, min(above)))) == 0:
+            size, child[layer][name] = after, min(above)
+    return child
+
+
+Scores = Sequence[Mapping[str, Sequence[float]]]
+"""For every layer and group, the score of each unit."""
+
+
+def above_threshold(budget: Budget, scores: Scores, fixed: Mapping[str, int]) -> Spread:
+    """The units with the highest scores of all layers, as many as the budget allows; neurons in multiples of `budget.round_to`.
+
+    A unit costs what it takes; the lowest scores go first (arXiv 2412.12441, arXiv 2312.11983). Groups that have no scores
+    keep the `fixed` numbers.
+    """
+    spread = [{**fixed, **{name: len(units) for name, units in layer.items()}} for layer in scores]
+    pooled = sorted((score, layer, name) for layer, groups in enumerate(scores) for name, units in groups.items() for score in units)
+    size = budget.size(spread)
+    for _, layer, name in pooled:
+        if budget.excess(size) == 0:
+            break
+        move = (layer, name, spread[layer][name] - 1)
+        size = budget.moved(size, spread, move)
+        _take(spread, move)
+    round_to = budget.job.budget.round_to
+    whole = [{**kept, "neurons": _rounded(kept["neurons"], len(scores[layer]["neurons"]), round_to)} for layer, kept in enumerate(spread)]
+    return filled(budget, whole, [{name: _regret(units) for name, units in layer.items()} for layer in scores])
+
+
+def _rounded(count: int, units: int, round_to: int) -> int:
+    """A number of units, down to a multiple; all of them stay all."""
+    return count if count == units else count // round_to * round_to
+
+
+def _regret(scores: Sequence[float]) -> dict[int, float]:
+    """What is lost with the lowest scores, by number of units that stay: scores above the least of all, summed."""
+    ordered = sorted(scores)
+    lost = np.concatenate([[0.0], np.cumsum(np.array(ordered) - ordered[0])]) if ordered else np.zeros(1)
+    return {len(ordered) - gone: float(sum_) for gone, sum_ in enumerate(lost)}

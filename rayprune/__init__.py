@@ -1,0 +1,1 @@
+"""rayprune: structured pruning of large language models, spread over a Ray cluster."""

@@ -1,0 +1,140 @@
+"""The Gram matrix of the activations, and corrections from it by normal equations.
+
+Letters: T tokens, F width, D hidden, K kept columns, P pruned columns, B block of output rows.
+"""
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from rayprune.workers.machine.scratch import Scratch
+from rayprune.workers.numerics import linalg, pivoting
+from rayprune.workers.numerics.codec import from_array, to_array
+from rayprune.workers.numerics.linalg import WIDE, Solver
+from rayprune.workers.numerics.statistics.moments import Drift, Moments
+from rayprune.workers.numerics.statistics.protocol import Refit, State, complement
+
+
+@dataclass
+class GramStatistic:
+    """Gram matrix Z'Z: fp32 products, fp64 sum. The fast route; squares the condition number of Z."""
+
+    gram_FF: Tensor
+    moments: Moments
+    scratch: Scratch
+    drift: Drift | None = None
+
+    @classmethod
+    def empty(cls, width: int, scratch: Scratch, drift_width: int = 0) -> Self:
+        """The statistic of no tokens."""
+        drift = Drift.empty(width, drift_width, scratch) if drift_width else None
+        return cls(scratch.zeros(width, width, dtype=WIDE), Moments.empty(width, scratch.device), scratch, drift)
+
+    @classmethod
+    def from_state(cls, state: State, scratch: Scratch) -> Self:
+        """Rebuild what `state` wrote, in memory of its own, since sums are formed in place."""
+        gram_FF = from_array(state["gram"], WIDE)
+        copy_FF = scratch.empty(*gram_FF.shape, dtype=WIDE).copy_(gram_FF)
+        return cls(copy_FF, Moments.from_state(state, scratch.device), scratch, Drift.from_state(state, scratch))
+
+    def update(self, z_TF: Tensor, drift_TD: Tensor | None = None) -> None:
+        """Add one micro-batch. Cost: T F^2 flops, and with drift 2 T F D."""
+        linalg.add_gram_(self.gram_FF, z_TF)
+        self.moments = self.moments.plus(z_TF)
+        if self.drift is not None and drift_TD is not None:
+            self.drift.update(z_TF, drift_TD)
+
+    def merge(self, other: Self) -> Self:
+        """Add the other sum to this one."""
+        self.gram_FF += other.gram_FF
+        self.moments = self.moments.merge(other.moments)
+        if self.drift is not None and other.drift is not None:
+            self.drift.merge_(other.drift)
+        return self
+
+    def finished(self) -> Self:
+        """Fill in the upper triangle."""
+        linalg.mirror_(self.gram_FF)
+        return self
+
+    def state(self) -> State:
+        """The whole matrix, the moments, and the drift."""
+        drift = self.drift.state() if self.drift else {}
+        return {"gram": to_array(self.finished().gram_FF)} | self.moments.state() | drift
+
+    @property
+    def mean_energy(self) -> float:
+        """Mean diagonal."""
+        return float(self.column_energy.mean())
+
+    @property
+    def column_energy(self) -> Tensor:
+        """The diagonal."""
+        return torch.diagonal(self.gram_FF)
+
+    @property
+    def column_variance(self) -> Tensor:
+        """The diagonal over the tokens, less the squared mean."""
+        return self.moments.variance(self.column_energy)
+
+    def gram(self) -> Tensor:
+        """Itself."""
+        return self.gram_FF
+
+    def is_finite(self) -> bool:
+        """A non-finite activation makes its diagonal entry non-finite."""
+        return bool(torch.isfinite(self.column_energy).all())
+
+    def order(self, scale_F: Tensor, unit: int, count: int) -> Tensor:
+        """Pivoted Cholesky; by blocks when a unit has more than one column."""
+        scale_F = scale_F.to(self.gram_FF.device)
+        if unit == 1:
+            return pivoting.pivot_gram(self.gram_FF, scale_F, count, self.scratch)
+        return pivoting.pivot_blocks_gram(self.gram_FF, scale_F, unit, count)
+
+    def refit(self, kept_K: Tensor) -> Refit:
+        """Normal equations."""
+        return _GramRefit(self.gram_FF, kept_K, self.drift, self.scratch)
+
+    def energy(self, rows_BF: Tensor) -> float:
+        """tr(M G M'). Cost: B F^2 flops."""
+        return linalg.gram_energy(self.gram_FF, rows_BF)
+
+    def misfit(self, change_BF: Tensor, outputs: slice) -> float:
+        """tr(M G M') - 2 tr(M Z'E) + |E|^2."""
+        energy = self.energy(change_BF)
+        if self.drift is None:
+            return energy
+        shared = float((change_BF * self.drift.cross_FD[:, outputs].T).sum())
+        return max(0.0, energy - 2 * shared + float(self.drift.energy_D[outputs].sum()))
+
+
+@dataclass(frozen=True)
+class _GramRefit:
+    """C (G_KK + ridge I) = W_P G_PK + E'Z_K."""
+
+    gram_FF: Tensor
+    kept_K: Tensor
+    drift: Drift | None
+    scratch: Scratch
+
+    def targets(self, weight_DF: Tensor) -> Tensor:
+        """W_P G_PK + E'Z_K, D x K. Cost: 2 D K P flops."""
+        pruned_P = complement(self.kept_K, len(self.gram_FF))
+        gram_PK = self._gathered(pruned_P)
+        targets_DK = self.scratch.empty(len(weight_DF), len(self.kept_K), dtype=WIDE)
+        for rows, weight_BF in linalg.wide_blocks(weight_DF, self.gram_FF.device):
+            torch.mm(weight_BF[:, pruned_P], gram_PK, out=targets_DK[rows])
+            if self.drift is not None:
+                targets_DK[rows] += self.drift.cross_FD[:, rows].index_select(0, self.kept_K).T
+        return targets_DK
+
+    def solver(self, ridge: float) -> Solver:
+        """Cholesky of a copy of G_KK."""
+        return linalg.cholesky_solver(self._gathered(self.kept_K), ridge)
+
+    def _gathered(self, rows: Tensor) -> Tensor:
+        out = self.scratch.empty(len(rows), len(self.kept_K), dtype=WIDE)
+        return linalg.gather_(out, self.gram_FF, rows, self.kept_K)

@@ -1,0 +1,75 @@
+"""How far the outputs of pruned models lie from the dense model's: many models at once, each layer loaded once.
+
+Models that agree in their first layers share these layers' hidden states. Letters: T tokens, D hidden, V vocabulary.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from rayprune.workers.model.families import UnitGroup
+from rayprune.workers.network import layers
+from rayprune.workers.network.layers import MicroBatch, StreamedModel
+from rayprune.workers.network.slicing import Cut
+from rayprune.workers.passes.sweep import embed_all
+
+Kept = Mapping[str, int]
+"""Units that stay, by group; a group that is left out stays whole."""
+Choice = tuple[tuple[str, int], ...]
+"""The groups of a layer that lose units, and how many stay."""
+
+
+@torch.inference_mode()
+def divergences(
+    model: StreamedModel,
+    groups: Mapping[str, UnitGroup],
+    windows: Sequence[Tensor],
+    candidates: Sequence[Sequence[Kept]],
+    cut: Callable[[int, str, int], Cut],
+) -> list[list[float]]:
+    """For each candidate and window the KL divergence (nats, summed over the window's tokens) of its next-token distribution.
+
+    A candidate says for every layer what stays; `cut` gives the cut of a layer's group for so many units. From the dense
+    model's distribution: sum p (log p - log q). Numerics: logits as computed, differences in fp32, sums in fp64.
+    """
+    choices = [[_choice(groups, kept) for kept in candidate] for candidate in candidates]
+    dense: tuple[Choice, ...] = ()
+    states: dict[tuple[Choice, ...], list[MicroBatch]] = {dense: embed_all(model, windows)}
+    for index in range(model.checkpoint.num_layers):
+        module, cuts = model.load_layer(index), dict[tuple[str, int], Cut]()
+        prefixes = sorted({tuple(candidate[: index + 1]) for candidate in choices} | {((),) * (index + 1)})
+        for name, count in {item for prefix in prefixes for item in prefix[-1]}:
+            cuts[name, count] = cut(index, name, count)
+        states = {prefix: [_behind(module, index, batch, groups, prefix[-1], cuts) for batch in states[prefix[:-1]]] for prefix in prefixes}
+    ends = [tuple(candidate) for candidate in choices]
+    dense = ((),) * model.checkpoint.num_layers
+    totals: dict[tuple[Choice, ...], list[float]] = {end: [] for end in ends}
+    for number, window in enumerate(windows):
+        log_p_TV = _log_probabilities(model, window, states[dense][number])
+        for end, found in totals.items():
+            found.append(_divergence(log_p_TV, _log_probabilities(model, window, states[end][number])) if end != dense else 0.0)
+    return [totals[end] for end in ends]
+
+
+def _choice(groups: Mapping[str, UnitGroup], kept: Kept) -> Choice:
+    return tuple((name, kept[name]) for name, group in groups.items() if kept.get(name, group.num_units) < group.num_units)
+
+
+def _behind(
+    module: nn.Module, index: int, batch: MicroBatch, groups: Mapping[str, UnitGroup], choice: Choice, cuts: Mapping[tuple[str, int], Cut]
+) -> MicroBatch:
+    """A copy of a micro-batch, behind a layer of which so many units stay."""
+    result = MicroBatch(batch.hidden_BTD, batch.arguments, store=batch.store)
+    for item in choice:
+        layers.apply_cut(module, index, result, groups, item[0], cuts[item])
+    layers.finish_layer(module, index, result, groups)
+    return result
+
+
+def _log_probabilities(model: StreamedModel, tokens_1T: Tensor, batch: MicroBatch) -> Tensor:
+    return torch.log_softmax(model.logits(tokens_1T, batch.hidden_BTD)[0].float(), dim=-1)
+
+
+def _divergence(log_p_TV: Tensor, log_q_TV: Tensor) -> float:
+    return float((log_p_TV.exp() * (log_p_TV - log_q_TV)).sum(-1, dtype=torch.float64).sum())

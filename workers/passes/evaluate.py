@@ -1,0 +1,41 @@
+"""Perplexity of a model folder, layer by layer: no process ever holds the model.
+
+Protocol: the text is tokenised as a whole and cut into windows; negative log-likelihoods are natural logarithms, summed
+over predicted tokens; with overlapping windows only tokens no earlier window predicted are counted.
+Letters: N windows, T tokens.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rayprune.workers.model.checkpoint import open_checkpoint
+from rayprune.workers.network import layers
+from rayprune.workers.network.layers import Store, StreamedModel
+from rayprune.workers.passes.sweep import embed_all
+
+
+@torch.inference_mode()
+def window_losses(
+    model_path: Path, windows_NT: Tensor, first_index: int, stride: int, dtype: torch.dtype, device: torch.device, store: Store
+) -> list[tuple[float, int]]:
+    """For each window the sum of negative log-likelihoods (nats) and the number of tokens in it.
+
+    `first_index` is the number of the first of these windows in the whole text; hidden states wait where `store` puts them.
+    """
+    checkpoint = open_checkpoint(model_path)
+    model = StreamedModel(checkpoint, dtype, device, store)
+    batches = embed_all(model, list(windows_NT.split(1)))
+    for index in range(checkpoint.num_layers):
+        layer = model.load_layer(index)
+        for batch in batches:
+            layers.finish_layer(layer, index, batch, {})
+    losses = []
+    for number, (batch, tokens_1T) in enumerate(zip(batches, windows_NT.split(1), strict=True)):
+        predicted = windows_NT.shape[1] - 1
+        count = predicted if first_index + number == 0 else min(stride, predicted)
+        logits = model.logits(tokens_1T, batch.hidden_BTD)[0, -count - 1 : -1].float()
+        loss = torch.nn.functional.cross_entropy(logits, tokens_1T[0, -count:].to(device), reduction="sum")
+        losses.append((float(loss), count))
+    return losses

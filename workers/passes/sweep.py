@@ -1,0 +1,233 @@
+"""Calibration shards on their way through the layers: forward only, each weight used once, on the already pruned path.
+
+Per layer and coupled group: run to the consumer's input, add it to a statistic, stop. Once the cut is decided, the
+block's output is the corrected projection of the kept units; the layer is entered again behind it. Every step is a pure
+function of (layer, cuts below, tokens): what a `Sweep` holds is a cache, rebuilt from saved hidden states or the tokens.
+Letters: S samples, T tokens, B windows of a micro-batch, D hidden, F width of a consumer's input.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from rayprune.specs.errors import ModelError, SpecError
+from rayprune.workers.model.families import UnitGroup
+from rayprune.workers.network import layers
+from rayprune.workers.network.layers import MicroBatch, StreamedModel
+from rayprune.workers.network.slicing import Cut
+from rayprune.workers.numerics.statistics import State, Statistic
+from rayprune.workers.store.files import Manifest, read_manifest, write_tensors
+from rayprune.workers.store.layout import CACHE, LAYER_FILE, layer_task, task_folder
+from rayprune.workers.store.shards import Node, grow_tree, owned_nodes
+
+Parts = dict[Node, State]
+
+
+def micro_batches(tokens_ST: Tensor, size: int) -> list[Tensor]:
+    """Windows in groups of `size`, in order; the last group may be smaller."""
+    return list(tokens_ST.split(size))
+
+
+def embed_all(model: StreamedModel, batches: Sequence[Tensor]) -> list[MicroBatch]:
+    """Embeddings of micro-batches; the layers' arguments are recorded once per shape."""
+    embedded: dict[torch.Size, MicroBatch] = {}
+    result = []
+    for tokens_BT in batches:
+        batch = model.embed(tokens_BT, embedded.get(tokens_BT.shape))
+        embedded.setdefault(tokens_BT.shape, batch)
+        result.append(batch)
+    return result
+
+
+def grow_states(trees: Sequence[Node], owned: tuple[int, int], leaf: Callable[[int], Statistic]) -> Parts:
+    """The states of the largest tree nodes that the owned shards cover."""
+    nodes = [node for root in trees for node in owned_nodes(root, range(*owned))]
+    return {node: grow_tree(node, leaf, lambda left, right: left.merge(right)).state() for node in nodes}
+
+
+@dataclass
+class Shard:
+    """One logical shard: its micro-batches stand before `layer`, and beside them, where drift is made up for, dense ones.
+
+    Of a dense one `outputs[group]` is the residual stream behind that group's block of the layer.
+    """
+
+    layer: int
+    batches: list[MicroBatch]
+    dense: list[MicroBatch]
+
+
+class Sweep:
+    """The shards one worker has been asked for, and the layer it has loaded."""
+
+    def __init__(
+        self,
+        model: StreamedModel,
+        groups: Sequence[UnitGroup],
+        statistic: Callable[[int], Statistic],
+        shards: Sequence[Sequence[Tensor]],
+        run_folder: Path,
+        checkpoint_layers: int,
+        keep_inputs: bool,
+        drift: float,
+    ) -> None:
+        """`drift` is the fraction of the drift from the dense model that statistics hold as a target."""
+        self._drift = drift
+        self._model, self._statistic, self._tokens, self._folder = model, statistic, shards, run_folder
+        self._groups = {group.name: group for group in groups}
+        self._checkpoint_layers, self._keep_inputs = checkpoint_layers, keep_inputs
+        self._shards: dict[int, Shard] = {}
+        self._loaded: tuple[int, nn.Module] | None = None
+
+    def collect(self, layer: int, name: str, owned: tuple[int, int], cuts: Mapping[str, Cut], trees: Sequence[Node]) -> Parts:
+        """Statistics of a consumer's input over the shards `owned[0] ... owned[1] - 1`, one per largest tree node they cover.
+
+        `cuts` are those of this layer's earlier groups.
+
+        Raises:
+            ModelError: an activation is not finite.
+        """
+        self._bring_to(layer, range(*owned))
+        module = self._layer(layer)
+        return grow_states(trees, owned, lambda shard: self._shard_statistic(module, layer, shard, name, cuts))
+
+    def _shard_statistic(self, module: nn.Module, layer: int, shard: int, name: str, cuts: Mapping[str, Cut]) -> Statistic:
+        statistic = self._statistic(self._groups[name].width)
+        for number, batch in enumerate(self._shards[shard].batches):
+            self._forget_from(batch, name)
+            self._apply(module, layer, batch, cuts)
+            z_BTF = layers.consumer_input(module, layer, batch, self._groups, name)
+            drift_BTD = self._drift_of(module, shard, number, name, z_BTF) if self._drift else None
+            statistic.update(z_BTF.flatten(0, -2), drift_BTD)
+            if not self._keep_inputs:
+                batch.inputs.clear()
+        if not statistic.is_finite():
+            raise ModelError(
+                f"layer {layer}, {name}: input of {self._groups[name].consumer} is not finite (shard {shard}); set model.dtype: float32"
+            )
+        return statistic
+
+    def _drift_of(self, module: nn.Module, shard: int, number: int, name: str, z_BTF: Tensor) -> Tensor:
+        """What the stream behind an uncut block would lack of the dense model's, as much of it as is to be made up for (tokens, D)."""
+        layer, batches, dense = self._shards[shard].layer, self._shards[shard].batches, self._shards[shard].dense
+        target_BTD = self._dense_streams(module, layer, dense[number])[name].to(z_BTF.device)
+        before_BTD = layers.stream_before(module, layer, batches[number], self._groups, name)
+        output_BTD = layers.project(module, self._groups[name], z_BTF)
+        return (self._drift * (target_BTD.float() - before_BTD.float() - output_BTD.float())).flatten(0, -2)
+
+    def _dense_streams(self, module: nn.Module, layer: int, dense: MicroBatch) -> dict[str, Tensor]:
+        if not dense.outputs:
+            dense.outputs = layers.dense_streams(module, layer, dense, self._groups)
+        return dense.outputs
+
+    def _forget_from(self, batch: MicroBatch, name: str) -> None:
+        """Drop what an earlier attempt at this layer has left of this group and those behind it."""
+        names = list(self._groups)
+        for later in names[names.index(name) :]:
+            batch.outputs.pop(self._groups[later].block, None)
+            batch.inputs.pop(later, None)
+
+    def _apply(self, module: nn.Module, layer: int, batch: MicroBatch, cuts: Mapping[str, Cut]) -> None:
+        for name, cut in cuts.items():
+            if self._groups[name].block not in batch.outputs:
+                layers.apply_cut(module, layer, batch, self._groups, name, cut)
+
+    def _layer(self, index: int) -> nn.Module:
+        if self._loaded is None or self._loaded[0] != index:
+            self._loaded = None  # free the old layer before the new one is read
+            self._loaded = (index, self._model.load_layer(index))
+        return self._loaded[1]
+
+    def _bring_to(self, layer: int, owned: range) -> None:
+        """Have the owned shards stand before `layer`, replaying finished layers where the cache is behind."""
+        for shard in owned:
+            if shard not in self._shards or self._shards[shard].layer > layer:
+                self._shards[shard] = self._restored(shard, layer)
+        while (behind := min(self._shards[shard].layer for shard in owned)) < layer:
+            module, cuts = self._layer(behind), self._finished_cuts(behind)
+            for number in (number for number in owned if self._shards[number].layer == behind):
+                self._advance(module, self._shards[number], cuts)
+                self._save(number)
+
+    def _manifest(self, layer: int) -> Manifest | None:
+        """A layer's manifest, if it is finished; it must have been computed as this worker computes."""
+        folder = task_folder(self._folder, layer_task(layer))
+        if manifest := read_manifest(folder):
+            check_computed_on(folder, manifest, self._model.computed_on)
+        return manifest
+
+    def _hidden_path(self, shard: int, layer: int) -> Path | None:
+        """Where a shard's hidden states before `layer` are saved; the name holds what they depend on."""
+        manifest = self._manifest(layer - 1)
+        if manifest is None:
+            return None
+        return self._folder / CACHE / f"shard-{shard:04d}" / f"layer-{layer:04d}-{manifest.fingerprint[:16]}.safetensors"
+
+    def _finished_cuts(self, layer: int) -> dict[str, Cut]:
+        """The cuts of a finished layer."""
+        manifest = self._manifest(layer)
+        assert manifest is not None, f"layer {layer} is not finished"
+        return read_cuts(task_folder(self._folder, layer_task(layer)) / LAYER_FILE, manifest, self._groups.values())
+
+    def _advance(self, module: nn.Module, shard: Shard, cuts: Mapping[str, Cut]) -> None:
+        for batch in shard.batches:
+            self._apply(module, shard.layer, batch, cuts)
+            layers.finish_layer(module, shard.layer, batch, self._groups)
+        for dense in shard.dense:
+            *_, dense.hidden_BTD = self._dense_streams(module, shard.layer, dense).values()
+            dense.outputs = {}
+        shard.layer += 1
+
+    def _save(self, index: int) -> None:
+        shard = self._shards[index]
+        if not self._checkpoint_layers or shard.layer % self._checkpoint_layers:
+            return
+        if path := self._hidden_path(index, shard.layer):
+            batches = [*shard.batches, *shard.dense]
+            write_tensors(path, {f"{number:05d}": batch.hidden_BTD.contiguous() for number, batch in enumerate(batches)})
+            for old in path.parent.glob("layer-*.safetensors"):
+                if old != path:
+                    old.unlink(missing_ok=True)
+
+    def _restored(self, index: int, layer: int) -> Shard:
+        batches, dense = (embed_all(self._model, self._tokens[index]) if wanted else [] for wanted in (True, self._drift > 0))
+        for saved in range(layer, 0, -1):
+            path = self._hidden_path(index, saved)
+            if path and path.is_file():
+                for batch, (_, hidden_BTD) in zip([*batches, *dense], sorted(load_file(path).items()), strict=True):
+                    batch.hidden_BTD = batch.store(hidden_BTD.to(self._model.device, copy=True))
+                return Shard(saved, batches, dense)
+        return Shard(0, batches, dense)
+
+
+def check_computed_on(folder: Path, manifest: Manifest, computed_on: str) -> None:
+    """Check that a finished task was computed as this worker computes.
+
+    Raises:
+        SpecError: it was on another kind of device or in another type; mixing them would mix roundings.
+    """
+    if manifest.info.get("computed_on", computed_on) != computed_on:  # a random mask is not computed
+        raise SpecError(
+            f"{folder}: was computed on {manifest.info['computed_on']}, this worker computes on {computed_on}; "
+            "set parallel.device and model.dtype as they were, or choose another --out"
+        )
+
+
+def read_cuts(file: Path, manifest: Manifest, groups: Iterable[UnitGroup]) -> dict[str, Cut]:
+    """The cuts of a finished layer, from its file (which may be padded) and manifest."""
+    kept = manifest.info["kept"]
+    assert isinstance(kept, dict)
+    cuts = {}
+    for group in (group for group in groups if group.name in kept):
+        units, weight_DK = torch.tensor(kept[group.name], dtype=torch.int64), torch.empty(0)
+        if len(units):
+            with safe_open(file, framework="pt") as handle:
+                (name,) = (name for name in handle.keys() if name.endswith(f".{group.consumer}.weight"))  # noqa: SIM118 - not a dict
+                weight_DK = handle.get_tensor(name)[:, : len(units) * group.columns].clone()
+        cuts[group.name] = Cut(group.name, units, weight_DK)
+    return cuts

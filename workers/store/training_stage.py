@@ -1,0 +1,107 @@
+"""A training stage as data, on its way from the driver to the ranks. No torch."""
+
+import json
+import shutil
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rayprune.specs.job import CalibrationSpec
+from rayprune.specs.training import LoraSpec, TrainingSpec
+from rayprune.workers.store.files import write_text
+from rayprune.workers.store.layout import STARTED_FILE
+
+LOG_FILE = "training.jsonl"
+STATE_PREFIX = "step-"
+Norm = Literal["l1", "l2"]
+Removed = Mapping[str, Collection[int]]
+"""Units of a layer that will go, by group."""
+
+
+@dataclass(frozen=True)
+class Penalty:
+    """The units that a group penalty drives out, by layer."""
+
+    removed: Sequence[Removed]
+    strength: float
+    norm: Norm
+
+
+@dataclass(frozen=True)
+class Gates:
+    """Layer gates to begin with, and the layers that are left out already."""
+
+    initial: Sequence[float]
+    removed: Sequence[int]
+    strength: float
+
+
+@dataclass(frozen=True)
+class Updates:
+    """The layers whose updates are driven to zero."""
+
+    removed: Sequence[int]
+    strength: float
+    norm: Norm
+
+
+@dataclass(frozen=True)
+class Shrink:
+    """The layers whose updates are scaled down."""
+
+    removed: Sequence[int]
+    strength: float
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """Training of a pruned model: on the text alone, or from a teacher; of all weights, or of adapters."""
+
+    teacher: str | None = None
+    hidden: float = 0.0
+    lora: LoraSpec | None = None
+
+
+Aim = Penalty | Gates | Updates | Shrink | Recovery
+"""What a training is for."""
+
+
+@dataclass(frozen=True)
+class Finetune:
+    """One training stage, as it goes to the ranks."""
+
+    model: str
+    """Folder of the model to begin with."""
+    folder: str
+    """The task's folder: log, checkpoints, and in the end the trained model."""
+    text: CalibrationSpec
+    options: TrainingSpec
+    aim: Aim
+    threads: int = 1
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """What was logged, step by step; a line torn by a crash is left out."""
+    lines = []
+    for line in (folder / LOG_FILE).read_text(encoding="utf-8").splitlines() if (folder / LOG_FILE).exists() else ():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            continue
+    return lines
+
+
+def forget_another(folder: Path, expected: str) -> None:
+    """Remove what a training with other options or from another model has left, so that this one does not go on from there."""
+    started = folder / STARTED_FILE
+    if not started.exists() or started.read_text(encoding="utf-8") != expected:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        write_text(started, expected)
+
+
+def forget_states(folder: Path) -> None:
+    """Remove the saved states of a training that has ended."""
+    for state in folder.glob(f"{STATE_PREFIX}*"):
+        shutil.rmtree(state)

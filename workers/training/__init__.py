@@ -1,0 +1,1 @@
+"""Trainings: the loop, what it minimises, adapters, one rank, one layer."""

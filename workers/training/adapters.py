@@ -1,0 +1,41 @@
+"""Low-rank adapters by peft: W + (alpha / rank) B A, of which B and A are trained.
+
+A (rank, in) begins at random, B (out, rank) at zero: an adapter changes nothing at first.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rayprune.specs.errors import ResourceError
+from rayprune.specs.training import LoraSpec
+
+_NAME = "default"
+
+
+def add_adapters(model: Any, options: LoraSpec, seed: int) -> set[nn.Parameter]:
+    """Freeze a model and put adapters on all linear maps of its layers; their parameters.
+
+    Raises:
+        ResourceError: peft is not installed.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise ResourceError(f"recover.lora needs peft ({error}); install rayprune with its extra 'train'") from None
+    maps = [f"model.layers.{name}" for name, module in model.model.layers.named_modules() if isinstance(module, nn.Linear)]
+    torch.manual_seed(seed)
+    inject_adapter_in_model(LoraConfig(r=options.rank, lora_alpha=options.alpha, target_modules=maps), model, _NAME)
+    return {parameter for parameter in model.parameters() if parameter.requires_grad}
+
+
+def adapted(model: nn.Module) -> dict[str, nn.Module]:
+    """The maps that have adapters, by the names of their weights; none has if peft was not asked for."""
+    return {f"{name}.weight": module for name, module in model.named_modules() if hasattr(module, "lora_A")}
+
+
+def merged(weight: Tensor, adapter: Any) -> Tensor:
+    """W + (alpha / rank) B A, of a weight as it is on disk; fp32."""
+    change: Tensor = adapter.get_delta_weight(_NAME).detach()
+    return weight.to(change.device, change.dtype) + change

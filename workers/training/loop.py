@@ -1,0 +1,228 @@
+"""The training loop: FSDP2 over the ranks of a gang, or one plain process. Nothing here knows of Ray.
+
+What is minimised is an `Objective`. The order of the windows follows from the job alone, every step takes the same windows whatever the
+number of ranks, and state is saved with torch.distributed.checkpoint: a training goes on from its last checkpoint, on fewer ranks too.
+Letters: B windows of a micro-batch, T tokens.
+"""
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from rayprune.specs.errors import ModelError
+from rayprune.specs.training import LoraSpec, TrainingSpec
+from rayprune.workers.model.checkpoint import Checkpoint
+from rayprune.workers.network.layers import whole_model
+from rayprune.workers.store.training_stage import LOG_FILE, STATE_PREFIX, read_log
+from rayprune.workers.training.adapters import add_adapters
+from rayprune.workers.training.objectives import Objective, local_part
+
+_TRAINED_ALONE = StateDictOptions(ignore_frozen_params=True, strict=False)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """One rank of a gang; the process group has been made where there is more than one."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    def summed(self, value: Tensor) -> Tensor:
+        """The sum over all ranks."""
+        if self.world > 1:
+            dist.all_reduce(value)
+        return value
+
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+def load_for_training(
+    checkpoint: Checkpoint, options: TrainingSpec, ranks: Ranks, frozen: bool = False, lora: LoraSpec | None = None
+) -> nn.Module:
+    """The model, its parameters spread over the ranks (FSDP2: per decoder layer, and the rest); not yet watched or gated.
+
+    Weights that are trained are in float32; those that are not (`frozen`, or beside adapters) in the type of the passes.
+    Adapters are whole on every rank. A layer is converted and sharded before the next one, so that no rank ever holds more than one
+    whole layer beside its shards.
+    """
+    model, dtype = whole_model(checkpoint), getattr(torch, options.dtype)
+    added = add_adapters(model, lora, options.seed) if lora else set()
+    if options.activation_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    sharding: dict[str, Any] = {}
+    if ranks.world > 1:
+        sharding["mesh"] = init_device_mesh(ranks.device.type, (ranks.world,))
+        sharding |= {"mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32), "ignored_params": added}
+    for part in (*model.model.layers, model):
+        for parameter in part.parameters():
+            if not isinstance(parameter, DTensor):
+                held = dtype if (frozen or lora) and parameter not in added else torch.float32
+                parameter.data = parameter.data.to(ranks.device, held, copy=True)  # files are never written to
+        part.to(ranks.device)
+        if sharding:
+            fully_shard(part, **sharding)
+    trained: nn.Module = model.train()
+    return trained
+
+
+def total_steps(options: TrainingSpec, num_windows: int) -> int:
+    """Steps of a training."""
+    return max(1, math.ceil(num_windows * options.epochs / options.batch))
+
+
+def windows_of(step: int, options: TrainingSpec, num_windows: int) -> list[int]:
+    """Numbers of the windows of one step: epoch after epoch, each in an order of its own."""
+    first, numbers = step * options.batch, []
+    for position in range(first, first + options.batch):
+        epoch, place = divmod(position, num_windows)
+        numbers.append(_order(options.seed, epoch, num_windows)[place])
+    return numbers
+
+
+@lru_cache(maxsize=2)  # a step reaches into two epochs at most, unless they are shorter than it
+def _order(seed: int, epoch: int, num_windows: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    order: list[int] = torch.randperm(num_windows, generator=generator).tolist()
+    return order
+
+
+def rate(step: int, steps: int, options: TrainingSpec) -> float:
+    """The learning rate of a step, as a part of the largest."""
+    warmup = math.ceil(options.warmup * steps)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    done = (step - warmup) / max(1, steps - warmup)
+    return {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[options.schedule]
+
+
+class Training:
+    """A model, its objective and optimizer, and where their state is saved."""
+
+    def __init__(
+        self, model: nn.Module, objective: Objective, windows_ST: Tensor, options: TrainingSpec, folder: Path, ranks: Ranks = ALONE
+    ) -> None:
+        self.model, self.objective, self.options, self.folder, self.ranks = model, objective, options, folder, ranks
+        self._windows_ST = windows_ST
+        self.parameters = objective.prepare(model, ranks.summed)
+        # fused: no temporary is as large as a parameter
+        self._optimizer = torch.optim.AdamW(self.parameters, lr=options.learning_rate, weight_decay=options.weight_decay, fused=True)
+        self.steps = total_steps(options, len(windows_ST))
+        self._rates = [rate(step, self.steps, options) for step in range(self.steps)]
+        self._done = [*accumulate(self._rates, initial=0.0)]
+
+    def run(self) -> None:
+        """Train to the end, from the last checkpoint if there is one.
+
+        Raises:
+            ModelError: the loss or its gradient is not finite.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        start = self._resume()
+        for step in range(start, self.steps):
+            begin = time.perf_counter()
+            numbers = windows_of(step, self.options, len(self._windows_ST))
+            facts = self._step(step, numbers)
+            for name, what in (("loss", "the loss"), ("gradient_norm", "the gradient's norm")):
+                if not math.isfinite(facts[name]):
+                    raise ModelError(f"step {step}: {what} is {facts[name]}; lower learning_rate, or set dtype: float32")
+            tokens = len(numbers) * self._windows_ST.shape[1]
+            self._log({"step": step, "of": self.steps, **facts, "tokens_per_second": tokens / (time.perf_counter() - begin)})
+            if (step + 1) % self.options.checkpoint_steps == 0 and step + 1 < self.steps:
+                self._save(step + 1)
+
+    def _step(self, step: int, numbers: Sequence[int]) -> dict[str, float]:
+        self.objective.before_step(self._done[step] / self._done[-1])
+        sums: dict[str, float] = {}
+        narrow = self.options.dtype == "bfloat16"
+        for batch_BT, weight in self._micro_batches(numbers):
+            with torch.autocast(self.ranks.device.type, torch.bfloat16, narrow, cache_enabled=False):  # a pass uses a weight once
+                parts = self.objective.losses(self.model, batch_BT)
+            loss = sum(parts.values()) * weight
+            (loss * self.ranks.world).backward()  # type: ignore[union-attr] # gradients are averaged over the ranks
+            for name, value in parts.items():
+                sums[name] = sums.get(name, 0.0) + float(value.detach()) * weight
+        self._average_whole()
+        facts = dict(zip(sums, self.ranks.summed(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist(), strict=True))
+        facts["loss"] = math.fsum(facts.values())
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.options.clip)
+        facts["gradient_norm"] = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.options.learning_rate * self._rates[step]
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return facts | self.objective.after_step(self._rates[step] / self._done[-1], self.ranks.summed)
+
+    def _average_whole(self) -> None:
+        """Average the gradients of parameters that every rank holds whole; FSDP does it for those it has spread."""
+        for parameter in self.parameters if self.ranks.world > 1 else ():
+            if not isinstance(parameter, DTensor) and parameter.grad is not None:
+                self.ranks.summed(parameter.grad).div_(self.ranks.world)
+
+    def _micro_batches(self, numbers: Sequence[int]) -> Iterator[tuple[Tensor, float]]:
+        """This rank's windows and their weight in the mean; every rank gets as many batches, at the end maybe some of no weight."""
+        mine = numbers[self.ranks.rank :: self.ranks.world]
+        size = self.options.micro_batch
+        for first in range(0, math.ceil(len(numbers) / self.ranks.world), size):
+            some = mine[first : first + size]
+            batch_BT = self._windows_ST[some or numbers[:1]].to(self.ranks.device)
+            yield batch_BT, len(some) / len(numbers)
+
+    def _log(self, facts: dict[str, Any]) -> None:
+        if self.ranks.rank == 0:
+            with (self.folder / LOG_FILE).open("a", encoding="utf-8") as handle:
+                handle.write(json.dumps(facts) + "\n")
+
+    def _save(self, step: int) -> None:
+        """Save all state; the checkpoint before is removed only afterwards."""
+        weights, optimizer = get_state_dict(self.model, self._optimizer, options=_TRAINED_ALONE)
+        save({"model": weights, "optimizer": optimizer}, checkpoint_id=self.folder / f"{STATE_PREFIX}{step:07d}")
+        if self.ranks.rank == 0:
+            for old in saved_steps(self.folder)[:-1]:
+                shutil.rmtree(self.folder / f"{STATE_PREFIX}{old:07d}")
+
+    def _resume(self) -> int:
+        """Load the last whole checkpoint; the step to go on with."""
+        done = saved_steps(self.folder)
+        if not done:
+            (self.folder / LOG_FILE).unlink(missing_ok=True)
+            return 0
+        weights, optimizer = get_state_dict(self.model, self._optimizer, options=_TRAINED_ALONE)
+        state: dict[str, Any] = {"model": weights, "optimizer": optimizer}
+        load(state, checkpoint_id=self.folder / f"{STATE_PREFIX}{done[-1]:07d}")
+        trained = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
+        set_state_dict(self.model, self._optimizer, **trained, options=_TRAINED_ALONE)
+        if self.ranks.rank == 0:
+            kept = [line for line in read_log(self.folder) if line["step"] < done[-1]]
+            (self.folder / LOG_FILE).write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        return done[-1]
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """Steps whose checkpoints are whole, ascending: a checkpoint's metadata is written last."""
+    return sorted(int(file.parent.name.removeprefix(STATE_PREFIX)) for file in folder.glob(f"{STATE_PREFIX}*/.metadata"))
+
+
+def state_bytes(training: Training) -> int:
+    """Bytes of parameters and optimizer state that this rank holds."""
+    tensors: list[Tensor] = [*training.model.parameters()]
+    tensors += [value for state in training._optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    return sum(local_part(tensor).nbytes for tensor in tensors)

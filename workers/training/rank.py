@@ -1,0 +1,98 @@
+"""What one rank of a training stage does: load and shard the model, train, gather and write."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from rayprune.workers.calibration import calibration_windows, load_tokenizer
+from rayprune.workers.machine.device import device_of, peak_memory_bytes
+from rayprune.workers.machine.memory import PeakMemory
+from rayprune.workers.model.checkpoint import Checkpoint, open_checkpoint
+from rayprune.workers.model.families import layer_prefix, unit_groups
+from rayprune.workers.network.layers import read_tensors
+from rayprune.workers.numerics.codec import trained
+from rayprune.workers.store.files import write_json, write_tensors
+from rayprune.workers.store.layout import RESULT_FILE, TRAINED_FOLDER
+from rayprune.workers.store.training_stage import Finetune, Gates, Penalty, Recovery, Shrink, Updates
+from rayprune.workers.training.adapters import adapted, merged
+from rayprune.workers.training.loop import Ranks, Training, load_for_training, state_bytes
+from rayprune.workers.training.objectives import Distillation, GroupPenalty, LayerGates, Objective, UpdatePenalty, UpdateShrink
+
+
+def finetune(stage: Finetune, ranks: Ranks) -> None:
+    """Train, and write what comes of it into the stage's folder: gates, or a model's weights.
+
+    Raises:
+        ModelError: the loss, its gradient or a weight is not finite, or the model cannot be read.
+    """
+    torch.set_num_threads(stage.threads)
+    peak, folder, checkpoint = PeakMemory(), Path(stage.folder), open_checkpoint(Path(stage.model))
+    text = stage.text if stage.options.samples is None else stage.text.model_copy(update={"samples": stage.options.samples})
+    windows_ST = calibration_windows(text, load_tokenizer(checkpoint.path))
+    lora = stage.aim.lora if isinstance(stage.aim, Recovery) else None
+    model = load_for_training(checkpoint, stage.options, ranks, lora=lora)
+    objective = _objective(stage, checkpoint, ranks)
+    training = Training(model, objective, windows_ST, stage.options, folder, ranks)
+    training.run()
+    result: dict[str, Any] = {
+        "steps": training.steps,
+        "state_bytes": state_bytes(training),
+        "peak_memory_bytes": peak_memory_bytes(peak, ranks.device),
+    }
+    if isinstance(objective, LayerGates):
+        result["gates"] = objective.values(model)
+    objective.release(model)
+    if not isinstance(objective, LayerGates):
+        _write_model(model, checkpoint, folder / TRAINED_FOLDER, ranks)
+    if ranks.rank == 0:
+        write_json(folder / RESULT_FILE, result)
+
+
+def train_rank(stage: Finetune, rank: int, world: int, device: str) -> None:
+    """Run a stage as one rank on a device, named as in `parallel.device`.
+
+    Raises:
+        ResourceError: there is no such device.
+    """
+    finetune(stage, Ranks(rank, world, device_of(device)))
+
+
+def _objective(stage: Finetune, checkpoint: Checkpoint, ranks: Ranks) -> Objective:
+    match stage.aim:
+        case Penalty(removed, strength, norm):
+            return GroupPenalty({group.name: group for group in unit_groups(checkpoint.config)}, removed, strength, norm)
+        case Gates(initial, gone, strength):
+            return LayerGates(initial, gone, strength)
+        case Updates(gone, strength, norm):
+            return UpdatePenalty(gone, strength, norm)
+        case Shrink(gone, strength):
+            return UpdateShrink(gone, strength)
+        case Recovery(teacher, hidden) if teacher:
+            return Distillation(load_for_training(open_checkpoint(Path(teacher)), stage.options, ranks, frozen=True), hidden)
+    return Objective()
+
+
+def _write_model(model: nn.Module, checkpoint: Checkpoint, folder: Path, ranks: Ranks) -> None:
+    """Gather layer after layer and write it as it was on disk: names, types, one file per layer and one for the rest; rank 0 writes."""
+    parts = {"outer": ("", checkpoint.outer_tensors)}
+    for layer in range(checkpoint.num_layers):
+        parts[f"layer-{layer:04d}"] = (layer_prefix(layer), checkpoint.layer_tensors(layer))
+    adapters, parameters = adapted(model), dict(model.named_parameters())
+    if adapters and ranks.rank:
+        return  # they are whole on every rank: there is nothing to gather
+    for part, (prefix, infos) in parts.items():
+        if adapters:
+            tensors = {prefix + name: tensor for name, tensor in read_tensors(checkpoint, infos, prefix).items()}
+            tensors |= {name: merged(tensors[name], module) for name, module in adapters.items() if name in tensors}
+        else:
+            tensors = {prefix + name: _whole(parameters[prefix + name]) for name in infos}
+        if ranks.rank == 0:
+            write_tensors(folder / f"{part}.safetensors", trained(tensors, {name: checkpoint.tensors[name].dtype for name in tensors}))
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    tensor = parameter.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
