@@ -180,8 +180,8 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _verify(options: argparse.Namespace) -> None:
+    from rayprune.orchestrator.execution.verify import verify_run
     from rayprune.orchestrator.reporting.report import read_report
-    from rayprune.orchestrator.stages.export import verify_run
     from rayprune.workers.store.layout import model_folder
 
     tasks = verify_run(options.run)

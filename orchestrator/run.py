@@ -15,7 +15,7 @@ from rayprune.orchestrator.execution.executor import Executor, InProcessExecutor
 from rayprune.orchestrator.execution.run_folder import RunFolder
 from rayprune.orchestrator.planning.plan import Plan, make_plan
 from rayprune.orchestrator.reporting.report import write_report
-from rayprune.orchestrator.stages import export, stages, sweep, training
+from rayprune.orchestrator.stages import evaluation, export, gradients, probe, start, sweep, texts, training
 from rayprune.orchestrator.stages.context import Context
 from rayprune.specs.errors import ResourceError
 from rayprune.specs.job import JobSpec
@@ -43,16 +43,16 @@ def run_job(job: JobSpec, out: Path, show: Show) -> dict[str, Any]:
         _check_disk(folder.path, plan)
         _check_packages(job)
         context.settle(plan)
-        stages.start(context)
-        tokens, evaluated = stages.tokenize(context)
-        context.gradients = stages.measure_gradients(context, tokens)
-        context.settle(plan.chosen(stages.choose_shape(context, tokens)))
+        start.start(context)
+        tokens, evaluated = texts.tokenize(context)
+        context.gradients = gradients.measure_gradients(context, tokens)
+        context.settle(plan.chosen(probe.choose_shape(context, tokens)))
         training.train_first(context, tokens)
         layers = sweep.prune_layers(context, tokens)
         exported = export.export_model(context, layers)
         recovered = training.recover(context, exported)
         shutil.rmtree(folder.path / CACHE, ignore_errors=True)  # it only serves what is not finished
-        losses = stages.evaluate(context, exported, recovered, evaluated)
+        losses = evaluation.evaluate(context, exported, recovered, evaluated)
         context.emit("run-finished")
         return write_report(context, layers, losses)
 

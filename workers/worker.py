@@ -20,9 +20,10 @@ from rayprune.workers.model.config_patch import needs_output_bias
 from rayprune.workers.model.families import config_int, layer_prefix
 from rayprune.workers.network import layers
 from rayprune.workers.network.layers import MicroBatch, read_tensors
-from rayprune.workers.network.slicing import Cut, CutArrays, pad_layer, slice_layer, unit_rows
-from rayprune.workers.numerics.codec import trained
+from rayprune.workers.network.slicing import Cut, CutArrays, pad_layer, slice_layer
+from rayprune.workers.network.written import trained
 from rayprune.workers.numerics.correction import Correction, correct
+from rayprune.workers.numerics.linalg import unit_rows
 from rayprune.workers.numerics.methods import scores, select
 from rayprune.workers.numerics.statistics import Statistic, restored
 from rayprune.workers.passes.divergence import Kept, divergences

@@ -23,7 +23,8 @@ from rayprune.workers.store.layout import CACHE, task_folder
 
 CODE_VERSION = 3
 """Raised whenever the same job would give other bytes."""
-JOB_FILE, EVENTS_FILE, PLAN_FILE, REPORT_FILE, LOCK_FILE = "job.yaml", "events.jsonl", "plan.json", "report.json", "run.lock"
+JOB_FILE, EVENTS_FILE, PLAN_FILE, LOCK_FILE = "job.yaml", "events.jsonl", "plan.json", "run.lock"
+REPORT_FILE, PAGE_FILE = "report.json", "report.html"
 NUMERIC_PACKAGES = ("torch", "transformers", "numpy", "scipy", "safetensors")
 
 
@@ -138,3 +139,9 @@ def seconds_per_stage(events: Sequence[dict[str, Any]]) -> dict[str, float]:
             seconds[stage] = seconds.get(stage, 0.0) + event["time"] - since
             stage = None
     return seconds
+
+
+def forget_report(run: Path) -> None:
+    """Remove a report of what is about to be done again."""
+    for name in (REPORT_FILE, PAGE_FILE):
+        (run / name).unlink(missing_ok=True)

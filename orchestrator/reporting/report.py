@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from rayprune.orchestrator.execution.run_folder import REPORT_FILE, environment, seconds_per_stage
+from rayprune.orchestrator.execution.run_folder import PAGE_FILE, REPORT_FILE, environment, seconds_per_stage
 from rayprune.orchestrator.reporting.html_report import html_report
 from rayprune.orchestrator.reporting.progress import print_table
 from rayprune.orchestrator.stages.context import Context
@@ -17,7 +17,6 @@ from rayprune.workers.store.files import Manifest, read_manifest, write_json, wr
 from rayprune.workers.store.layout import SHAPE_TASK, model_folder, task_folder
 from rayprune.workers.store.training_stage import read_log
 
-PAGE_FILE = "report.html"
 TRAININGS = {"regularise": "regularise", "layers": "regularised-*", "gates": "gates-*", "updates": "updates", "recover": "recover"}
 """The folders of every kind of training, by name."""
 SHOWN_STEPS = 400
@@ -53,12 +52,6 @@ def write_report(context: Context, layers: Sequence[Manifest], losses: Losses) -
     write_text(context.folder.path / PAGE_FILE, html_report(report))
     write_json(context.folder.path / REPORT_FILE, report)
     return report
-
-
-def forget_report(run: Path) -> None:
-    """Remove a report of what is about to be done again."""
-    for name in (REPORT_FILE, PAGE_FILE):
-        (run / name).unlink(missing_ok=True)
 
 
 def trainings(run: Path) -> dict[str, dict[str, Any]]:

@@ -3,25 +3,18 @@
 The folder loads with plain `AutoModelForCausalLM.from_pretrained`; the load gate proves it before the task is finished.
 """
 
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from rayprune.orchestrator.execution.run_folder import PLAN_FILE
 from rayprune.orchestrator.planning.footprint import footprint
 from rayprune.orchestrator.stages.context import Context
-from rayprune.specs.errors import VerificationError
 from rayprune.workers.model.checkpoint import INDEX_NAME, read_header, read_json
 from rayprune.workers.model.config_patch import config_of_layers, patched_config
 from rayprune.workers.model.per_layer import MODULE, per_layer_config, remote_code
-from rayprune.workers.store.files import Manifest, commit, copy_file, damaged_files, link_file, read_manifest, write_json, write_text
+from rayprune.workers.store.files import Manifest, commit, copy_file, link_file, write_json, write_text
 from rayprune.workers.store.layout import EXPORT_TASK, LAYER_FILE, OUTER_FILE, OUTER_TASK, layer_task, model_folder, task_folder
-
-TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "tekken.json")
-CHAT_TEMPLATES = ("*.jinja", "chat_template.json", "additional_chat_templates/*.jinja")
-COPIED = (*TOKENIZER_FILES, *CHAT_TEMPLATES, "generation_config.json", "LICENSE*", "NOTICE*")
-NEVER_COPIED = (".py", ".bin", ".pt", ".pth", ".pkl")
+from rayprune.workers.store.side_files import COPIED, side_files
 
 
 def export_model(context: Context, layers: Sequence[Manifest]) -> Manifest:
@@ -78,12 +71,6 @@ def _write_config(context: Context, model: Path, there: Sequence[int]) -> None:
     write_text(model / f"{MODULE}.py", remote_code(original))
 
 
-def side_files(source: Path, patterns: Sequence[str]) -> list[Path]:
-    """Files of a model folder that match; never code, never pickles."""
-    found = {file for pattern in patterns for file in source.glob(pattern)}
-    return sorted(file for file in found if file.is_file() and file.suffix not in NEVER_COPIED)
-
-
 def write_index(model: Path, names: Sequence[str]) -> None:
     """Write the index of a folder over these files."""
     tensors = {tensor: info for name in names for tensor, info in read_header(model / name).items()}
@@ -92,29 +79,3 @@ def write_index(model: Path, names: Sequence[str]) -> None:
         "total_parameters": sum(info.num_parameters for info in tensors.values()),
     }
     write_json(model / INDEX_NAME, {"metadata": metadata, "weight_map": {name: tensors[name].file for name in sorted(tensors)}})
-
-
-def _planned_tasks(run: Path) -> list[str]:
-    try:
-        tasks: list[str] = json.loads((run / PLAN_FILE).read_text(encoding="utf-8"))["tasks"]
-    except (OSError, ValueError, KeyError):
-        raise VerificationError(f"{run / PLAN_FILE}: missing or damaged; run the job again") from None
-    return tasks
-
-
-def verify_run(run: Path) -> list[str]:
-    """Compare every recorded file of a finished run with its record; the names of the tasks that were checked.
-
-    Raises:
-        VerificationError: the run is not finished, or a file differs.
-    """
-    if read_manifest(model_folder(run)) is None:
-        raise VerificationError(f"{run}: no exported model here; run the job to its end first")
-    tasks = _planned_tasks(run)
-    for task in tasks:
-        manifest = read_manifest(task_folder(run, task))
-        if manifest is None:
-            raise VerificationError(f"{run}: task {task} is not finished; run the job again")
-        if damaged := damaged_files(task_folder(run, task), manifest):
-            raise VerificationError(f"{task_folder(run, task) / damaged[0]}: differs from its record; run the job again to rebuild it")
-    return tasks

@@ -13,11 +13,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rayprune.orchestrator.execution.run_folder import forget_report
 from rayprune.orchestrator.planning.shapes import uneven_shape
-from rayprune.orchestrator.reporting.report import forget_report
 from rayprune.orchestrator.stages import sweep
 from rayprune.orchestrator.stages.context import Context
-from rayprune.orchestrator.stages.export import COPIED, side_files, write_index
+from rayprune.orchestrator.stages.export import write_index
 from rayprune.orchestrator.stages.stream import layer_tasks, stream_layers
 from rayprune.specs.methods import DressOptions, TrspOptions
 from rayprune.specs.training import HOW_TRAINED, TrainingSpec
@@ -39,6 +39,7 @@ from rayprune.workers.store.layout import (
     selection_task,
     task_folder,
 )
+from rayprune.workers.store.side_files import COPIED, side_files
 from rayprune.workers.store.training_stage import (
     Aim,
     Finetune,

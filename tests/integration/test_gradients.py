@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import load_file
 
 from rayprune.orchestrator.run import run_job
-from rayprune.orchestrator.stages import stages
+from rayprune.orchestrator.stages import gradients
 from rayprune.specs.loader import load_job
 from rayprune.workers.store.files import read_manifest
 from tests.conftest import MakeJob, MakeModel, folder_bytes
@@ -52,7 +52,7 @@ def test_the_file_holds_a_row_for_every_layer(make_model: MakeModel, make_job: M
 def test_rounds_give_the_same_bytes(make_model: MakeModel, make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = load_job(make_job(make_model(), budget={"kv_groups": 1}), GRADIENTS)
     run_job(job, tmp_path / "together", quiet)
-    monkeypatch.setattr(stages, "GRADIENT_WINDOWS_AT_ONCE", 3)
+    monkeypatch.setattr(gradients, "GRADIENT_WINDOWS_AT_ONCE", 3)
     events: list[dict[str, Any]] = []
     run_job(job, tmp_path / "rounds", events.append)
     steps = [event["windows"] for event in events if event["event"] == "step-finished" and event["stage"] == "gradients"]

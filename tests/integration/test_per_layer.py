@@ -7,11 +7,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from rayprune.orchestrator.execution.verify import verify_run
 from rayprune.orchestrator.planning.shapes import Shape, uneven_shape
 from rayprune.orchestrator.run import run_job
-from rayprune.orchestrator.stages import stages
+from rayprune.orchestrator.stages import probe
 from rayprune.orchestrator.stages.context import Context
-from rayprune.orchestrator.stages.export import verify_run
 from rayprune.specs.errors import ModelError, SpecError
 from rayprune.specs.loader import load_job
 from rayprune.workers.model.checkpoint import open_checkpoint
@@ -36,7 +36,7 @@ def by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     def allocated(context: Context, tokens: Manifest) -> Shape:
         return uneven_shape(context.job, context.checkpoint, BY_HAND)
 
-    monkeypatch.setattr(stages, "allocate", allocated)
+    monkeypatch.setattr(probe, "allocate", allocated)
 
 
 @torch.inference_mode()

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.random_model import byte_tokenizer
 from rayprune.orchestrator.cli import main
+from rayprune.orchestrator.execution.verify import verify_run
 from rayprune.orchestrator.run import run_job
-from rayprune.orchestrator.stages.export import verify_run
 from rayprune.specs.errors import ModelError
 from rayprune.specs.loader import load_job
 from rayprune.workers.model.checkpoint import open_checkpoint

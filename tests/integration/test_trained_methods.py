@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rayprune.orchestrator.cli import main
+from rayprune.orchestrator.execution.verify import verify_run
 from rayprune.orchestrator.run import run_job
-from rayprune.orchestrator.stages.export import verify_run
 from rayprune.specs.errors import ModelError, ResourceError, SpecError
 from rayprune.specs.loader import load_job
 from rayprune.workers.store.files import MANIFEST_NAME, read_manifest

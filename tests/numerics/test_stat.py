@@ -8,7 +8,7 @@ from torch import Tensor
 from rayprune.specs.methods import StatOptions
 from rayprune.workers.machine.scratch import Scratch
 from rayprune.workers.model.families import unit_groups
-from rayprune.workers.network.slicing import unit_rows
+from rayprune.workers.numerics.linalg import unit_rows
 from rayprune.workers.numerics.methods import select
 from rayprune.workers.numerics.statistics import GramStatistic, Moments, RowsStatistic, Statistic
 

@@ -28,7 +28,8 @@ from rayprune.workers.model.checkpoint import Checkpoint, TensorInfo
 from rayprune.workers.model.families import UnitGroup, layer_prefix
 from rayprune.workers.model.per_layer import CLASS, remote_code, silence_warnings
 from rayprune.workers.network.mapped import placed
-from rayprune.workers.network.slicing import Cut, unit_rows
+from rayprune.workers.network.slicing import Cut
+from rayprune.workers.numerics.linalg import unit_rows
 
 Store = Callable[[Tensor], Tensor]
 LayerArguments = tuple[tuple[Any, ...], dict[str, Any]]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rayprune.workers.model.families import UnitGroup
+from rayprune.workers.numerics.linalg import unit_rows
 
 
 class CutArrays(TypedDict):
@@ -43,11 +44,6 @@ class Cut:
     def from_arrays(cls, arrays: CutArrays) -> "Cut":
         """Rebuild what `arrays` wrote, in memory of its own."""
         return cls(arrays["group"], torch.tensor(arrays["units"]), torch.tensor(arrays["weight"]))
-
-
-def unit_rows(units: Tensor, rows_per_unit: int) -> Tensor:
-    """Indices of the rows (or columns) that belong to these units."""
-    return (units[:, None] * rows_per_unit + torch.arange(rows_per_unit, device=units.device)).flatten()
 
 
 def slice_layer(tensors: Mapping[str, Tensor], groups: Iterable[UnitGroup], cuts: Mapping[str, Cut]) -> dict[str, Tensor]:

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from rayprune.workers.machine.scratch import Scratch
-from rayprune.workers.network.slicing import unit_rows
-from rayprune.workers.numerics.linalg import WIDE, inverse_, row_slices, wide_blocks
+from rayprune.workers.numerics.linalg import WIDE, inverse_, row_slices, unit_rows, wide_blocks
 
 
 def _energies(blocks_UBB: Tensor, weight_UBD: Tensor) -> Tensor:

@@ -198,3 +198,8 @@ def _inverse_norm(solve: Solver, like_K: Tensor) -> float:
             return float("inf")
         start_K = torch.zeros_like(like_K).index_fill_(0, slope_K.abs().argmax(), 1.0)
     return estimate
+
+
+def unit_rows(units: Tensor, rows_per_unit: int) -> Tensor:
+    """Indices of the rows (or columns) that belong to these units."""
+    return (units[:, None] * rows_per_unit + torch.arange(rows_per_unit, device=units.device)).flatten()

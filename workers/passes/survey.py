@@ -13,8 +13,9 @@ from torch import Tensor
 
 from rayprune.specs.job import JobSpec
 from rayprune.workers.model.families import UnitGroup
-from rayprune.workers.network.slicing import Cut, unit_rows
+from rayprune.workers.network.slicing import Cut
 from rayprune.workers.numerics.correction import corrected, error_curve
+from rayprune.workers.numerics.linalg import unit_rows
 from rayprune.workers.numerics.methods import rank
 from rayprune.workers.numerics.statistics import Statistic
 from rayprune.workers.passes.stream import Fits

@@ -13,7 +13,7 @@ from rayprune.workers.machine.memory import PeakMemory
 from rayprune.workers.model.checkpoint import Checkpoint, open_checkpoint
 from rayprune.workers.model.families import layer_prefix, unit_groups
 from rayprune.workers.network.layers import read_tensors
-from rayprune.workers.numerics.codec import trained
+from rayprune.workers.network.written import trained
 from rayprune.workers.store.files import write_json, write_tensors
 from rayprune.workers.store.layout import RESULT_FILE, TRAINED_FOLDER
 from rayprune.workers.store.training_stage import Finetune, Gates, Penalty, Recovery, Shrink, Updates

@@ -13,7 +13,8 @@ from rayprune.workers.model.checkpoint import Checkpoint, open_checkpoint
 from rayprune.workers.model.config_patch import patched_config
 from rayprune.workers.model.families import FAMILIES, UnitGroup, layer_prefix, unit_groups
 from rayprune.workers.network.layers import StreamedModel, read_tensors
-from rayprune.workers.network.slicing import Cut, slice_layer, unit_rows
+from rayprune.workers.network.slicing import Cut, slice_layer
+from rayprune.workers.numerics.linalg import unit_rows
 from tests.conftest import MakeModel
 
 LAYER = 1

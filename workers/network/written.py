@@ -1,0 +1,28 @@
+"""Tensors in their types on disk."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from rayprune.specs.errors import ModelError
+from rayprune.workers.model.checkpoint import DTYPES
+
+_TYPES: dict[str, torch.dtype] = {code: getattr(torch, name) for name, code in DTYPES.items()}
+
+
+def on_disk(tensor: Tensor, code: str) -> Tensor:
+    """The tensor on the CPU, in the type that headers of safetensors files call `code`."""
+    return tensor.to("cpu", _TYPES[code]).contiguous()
+
+
+def trained(tensors: Mapping[str, Tensor], codes: Mapping[str, str]) -> dict[str, Tensor]:
+    """Weights of a training, by name, as they are written in the types of these codes.
+
+    Raises:
+        ModelError: one is not finite.
+    """
+    written = {name: on_disk(tensor, codes[name]) for name, tensor in tensors.items()}
+    if wrong := [name for name, tensor in written.items() if not tensor.isfinite().all()]:
+        raise ModelError(f"{wrong[0]} is not finite after the training; lower learning_rate")
+    return written

@@ -1,0 +1,15 @@
+"""The files of a model folder beside its weights, config and index: which of them go along."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "tekken.json")
+CHAT_TEMPLATES = ("*.jinja", "chat_template.json", "additional_chat_templates/*.jinja")
+COPIED = (*TOKENIZER_FILES, *CHAT_TEMPLATES, "generation_config.json", "LICENSE*", "NOTICE*")
+NEVER_COPIED = (".py", ".bin", ".pt", ".pth", ".pkl")
+
+
+def side_files(source: Path, patterns: Sequence[str]) -> list[Path]:
+    """Files of a model folder that match; never code, never pickles."""
+    found = {file for pattern in patterns for file in source.glob(pattern)}
+    return sorted(file for file in found if file.is_file() and file.suffix not in NEVER_COPIED)
