@@ -1,8 +1,11 @@
-"""The sweep on one GPU, without Ray or a network: seconds by kind of step, next to the floor that the hardware sets.
+"""The sweep on one GPU, without Ray or a network: seconds by kind of step, next to the floor that
+the hardware sets.
 
-    python -m benchmarks.gpu llama-2-7b [--layers 32] [--samples 128] [--sequence-length 2048] --folder /data
+    python -m benchmarks.gpu llama-2-7b [--layers 32] [--samples 128] [--sequence-length 2048]
+    --folder /data
 
-Random weights. The floor: matrix FLOPs over the measured rate, and weight bytes over the measured bandwidth.
+Random weights. The floor: matrix FLOPs over the measured rate, and weight bytes over the measured
+bandwidth.
 """
 
 import argparse
@@ -24,9 +27,18 @@ def job(model: Path, text: Path, options: argparse.Namespace) -> dict[str, Any]:
     """The job document."""
     return {
         "model": {"path": str(model)},
-        "calibration": {"path": str(text), "samples": options.samples, "sequence_length": options.sequence_length},
+        "calibration": {
+            "path": str(text),
+            "samples": options.samples,
+            "sequence_length": options.sequence_length,
+        },
         "budget": {"sparsity": 0.2, "kv_groups": SHAPES[options.shape]["num_key_value_heads"]},
-        "parallel": {"workers": 1, "placement": options.placement, "device": options.device, "micro_batch": options.micro_batch},
+        "parallel": {
+            "workers": 1,
+            "placement": options.placement,
+            "device": options.device,
+            "micro_batch": options.micro_batch,
+        },
         "memory": {"checkpoint_layers": 0},
         "cluster": {"executor": "in-process"},
     }
@@ -62,13 +74,19 @@ def floors(options: argparse.Namespace, device: torch.device) -> list[list[Any]]
     rates = {dtype: matrix_rate(dtype, device) for dtype in {fast, torch.float32, WIDE}}
     return [
         [name, f"{flops:.3g}", f"{rates[dtype] / 1e12:.3g}", f"{flops / rates[dtype]:.2f}"]
-        for name, flops, dtype in (("forward", forward, fast), ("statistics", gram, torch.float32), ("decisions", decide, WIDE))
+        for name, flops, dtype in (
+            ("forward", forward, fast),
+            ("statistics", gram, torch.float32),
+            ("decisions", decide, WIDE),
+        )
     ]
 
 
 def main() -> None:
     """Write the model if it is missing, run the sweep, print and record."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("--layers", type=int)
     parser.add_argument("--samples", type=int, default=128)
@@ -76,7 +94,9 @@ def main() -> None:
     parser.add_argument("--micro-batch", type=int, default=4)
     parser.add_argument("--placement", choices=["shards", "layers"], default="shards")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--folder", type=Path, required=True, help="folder for the model and the run")
+    parser.add_argument(
+        "--folder", type=Path, required=True, help="folder for the model and the run"
+    )
     options = parser.parse_args()
     options.layers = options.layers or SHAPES[options.shape]["num_hidden_layers"]
     folder = options.folder.absolute()
@@ -84,17 +104,33 @@ def main() -> None:
     if not (model / "config.json").exists():
         write_model(options.shape, model, options.layers)
     text = folder / "text.txt"
-    words = (f"{number} men went to mow, went to mow a meadow. " for number in range(options.samples * options.sequence_length // 30))
+    words = (
+        f"{number} men went to mow, went to mow a meadow. "
+        for number in range(options.samples * options.sequence_length // 30)
+    )
     text.write_text("".join(words))
     path = folder / "job.yaml"
     path.write_text(yaml.safe_dump(job(model, text, options)))
-    report = run_job(load_job(path), folder / f"run-{int(time.time())}", lambda event: print(event["event"], event.get("layer", "")))
+    report = run_job(
+        load_job(path),
+        folder / f"run-{int(time.time())}",
+        lambda event: print(event["event"], event.get("layer", "")),
+    )
     device = torch.device(options.device)
-    steps = table(["step", "seconds"], [[name, f"{value:.2f}"] for name, value in report["step_seconds"].items()])
+    steps = table(
+        ["step", "seconds"],
+        [[name, f"{value:.2f}"] for name, value in report["step_seconds"].items()],
+    )
     floor = table(["floor", "FLOPs", "measured rate, TFLOP/s", "seconds"], floors(options, device))
-    peaks = ", ".join(f"{name} {value / 2**30:.2f} GiB" for name, value in report["peak_memory_bytes"].items())
+    peaks = ", ".join(
+        f"{name} {value / 2**30:.2f} GiB" for name, value in report["peak_memory_bytes"].items()
+    )
     stages = ", ".join(f"{name} {value:.1f}" for name, value in report["seconds"].items())
-    record(f"gpu-{model.name}", f"{steps}\n\n{floor}\n\nStages, seconds: {stages}.\n\nPeak memory: {peaks}.", options.device)
+    record(
+        f"gpu-{model.name}",
+        f"{steps}\n\n{floor}\n\nStages, seconds: {stages}.\n\nPeak memory: {peaks}.",
+        options.device,
+    )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
-"""Large shapes on a small machine: is the memory budget kept, is the plan's peak right, does time per layer grow?
+"""Large shapes on a small machine: is the memory budget kept, is the plan's peak right, does time
+per layer grow?
 
-    python -m benchmarks.memory llama-2-7b --models /data/models --runs /data/runs
-    python -m benchmarks.memory llama-3-70b --layers 2 --models /data/models --runs /data/runs
-    python -m benchmarks.memory llama-2-7b --layers 2 --kv-groups 28 --method dress --models /data/models --runs /data/runs
+    python -m benchmarks.memory llama-2-7b --models /data/models --runs /data/runs python -m
+    benchmarks.memory llama-3-70b --layers 2 --models /data/models --runs /data/runs python -m
+    benchmarks.memory llama-2-7b --layers 2 --kv-groups 28 --method dress --models /data/models
+    --runs /data/runs
 
-Random weights (`benchmarks.random_model`), 4 x 512 calibration tokens, 20%, two Ray workers of 5 GiB and one thread each. `dress` trains
-every layer alone, one window at a time.
-A run that was interrupted goes on.
+Random weights (`benchmarks.random_model`), 4 x 512 calibration tokens, 20%, two Ray workers of 5
+GiB and one thread each. `dress` trains every layer alone, one window at a time. A run that was
+interrupted goes on.
 """
 
 import argparse
@@ -25,7 +27,14 @@ from rayprune.orchestrator.execution.run_folder import read_events
 from rayprune.specs.job import parse_bytes
 
 HERE = Path(__file__).parent
-METHODS = {"stat": "stat", "dress": {"name": "dress", "scope": "layer", "training": {"batch": 2, "epochs": 2, "dtype": "bfloat16"}}}
+METHODS = {
+    "stat": "stat",
+    "dress": {
+        "name": "dress",
+        "scope": "layer",
+        "training": {"batch": 2, "epochs": 2, "dtype": "bfloat16"},
+    },
+}
 
 
 def job(model: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -43,7 +52,11 @@ def job(model: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 def layer_seconds(events: list[dict[str, Any]]) -> list[float]:
     """Seconds of every layer of the sweep, in layer order."""
-    steps = {e["layer"]: e["seconds"] for e in events if e["event"] == "step-finished" and e.get("stage") == "sweep"}
+    steps = {
+        e["layer"]: e["seconds"]
+        for e in events
+        if e["event"] == "step-finished" and e.get("stage") == "sweep"
+    }
     return [steps[layer] for layer in sorted(steps)]
 
 
@@ -53,44 +66,72 @@ def page(report: dict[str, Any], plan: dict[str, Any], seconds: list[float], bud
     rows = []
     for name, peak in report["peak_memory_bytes"].items():
         is_worker = name != "driver"
-        limit, plans = (f"{allowed / 2**30:.2f}", f"{planned / peak:.2f}") if is_worker else ("1.00", "")
+        limit, plans = (
+            (f"{allowed / 2**30:.2f}", f"{planned / peak:.2f}") if is_worker else ("1.00", "")
+        )
         rows.append([name, f"{peak / 2**30:.2f}", limit, plans])
     half = len(seconds) // 2
     parts = [table(["process", "peak private memory, GiB", "limit, GiB", "plan / measured"], rows)]
-    parts.append("Seconds: " + ", ".join(f"{stage} {value:.0f}" for stage, value in report["seconds"].items()) + ".")
+    parts.append(
+        "Seconds: "
+        + ", ".join(f"{stage} {value:.0f}" for stage, value in report["seconds"].items())
+        + "."
+    )
     if half:
         medians = [statistics.median(part) for part in (seconds[:half], seconds[half:])]
-        parts.append(f"Seconds to a finished layer, median of the first and the second half: {medians[0]:.1f}, {medians[1]:.1f}.")
+        parts.append(
+            "Seconds to a finished layer, median of the first and the second half:"
+            f" {medians[0]:.1f}, {medians[1]:.1f}."
+        )
     before, after = (report["decoder_parameters"][key] for key in ("before", "after"))
-    parts.append(f"Decoder parameters {before:,} to {after:,}; shape {report['shape']}; `rayprune verify` accepts the result.")
+    parts.append(
+        f"Decoder parameters {before:,} to {after:,}; shape {report['shape']}; `rayprune verify`"
+        " accepts the result."
+    )
     return "\n\n".join(parts)
 
 
 def main() -> None:
     """Write the model if it is missing, run the job, verify it, print and record."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("--layers", type=int, help="only so many layers")
     parser.add_argument("--models", type=Path, required=True, help="folder for the model")
     parser.add_argument("--runs", type=Path, required=True, help="folder for the run")
     parser.add_argument("--budget", default="5GiB", help="private memory of one worker")
-    parser.add_argument("--placement", choices=["layers", "shards"], help="default: layers; dress has a way of its own")
+    parser.add_argument(
+        "--placement",
+        choices=["layers", "shards"],
+        help="default: layers; dress has a way of its own",
+    )
     parser.add_argument("--method", choices=METHODS, default="stat")
-    parser.add_argument("--kv-groups", type=int, help="KV groups that stay; default: found by the probe")
+    parser.add_argument(
+        "--kv-groups", type=int, help="KV groups that stay; default: found by the probe"
+    )
     options = parser.parse_args()
     options.placement = options.placement or ("layers" if options.method == "stat" else "shards")
     name = f"{options.shape}-{options.layers or SHAPES[options.shape]['num_hidden_layers']}-layers"
-    model, run = options.models.absolute() / name, options.runs.absolute() / f"{name}-{options.placement}-{options.method}"
+    model, run = (
+        options.models.absolute() / name,
+        options.runs.absolute() / f"{name}-{options.placement}-{options.method}",
+    )
     if not (model / "config.json").exists():
         write_model(options.shape, model, options.layers)
     run.parent.mkdir(parents=True, exist_ok=True)
     path = run.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(job(model, options)))
     for words in (["run", str(path), "--out", str(run)], ["verify", str(run)]):
-        subprocess.run([sys.executable, "-m", "rayprune.orchestrator.cli", *words], check=True, cwd=HERE.parent)
+        subprocess.run(
+            [sys.executable, "-m", "rayprune.orchestrator.cli", *words], check=True, cwd=HERE.parent
+        )
     report, plan = (json.loads((run / file).read_text()) for file in ("report.json", "plan.json"))
     method = "" if options.method == "stat" else f"-{options.method}"
-    record(f"memory-{name}-{options.placement}{method}", page(report, plan, layer_seconds(read_events(run)), options.budget))
+    record(
+        f"memory-{name}-{options.placement}{method}",
+        page(report, plan, layer_seconds(read_events(run)), options.budget),
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""Where activations come from, and how much of the drift is made up for, at several sparsities on the demo model: quality and time.
+"""Where activations come from, and how much of the drift is made up for, at several sparsities on
+the demo model: quality and time.
 
     python -m benchmarks.propagation TEXT [--sparsity 0.2 0.3 0.4] [--set a.b=c ...]
 
-Calibrates on the first windows of TEXT and evaluates on its last fifth, as `benchmarks.demo_model` does.
+Calibrates on the first windows of TEXT and evaluates on its last fifth, as `benchmarks.demo_model`
+does.
 """
 
 import argparse
@@ -31,11 +33,21 @@ VARIANTS = {
 def perplexity(model: Path, text: Path) -> float:
     """Perplexity on the held-out text, 1024-token windows."""
     windows_NT = evaluation_windows(EvaluationSpec(path=str(text)), load_tokenizer(model))
-    losses = window_losses(model, windows_NT, 0, windows_NT.shape[1], torch.float32, torch.device("cpu"), lambda tensor: tensor)
+    losses = window_losses(
+        model,
+        windows_NT,
+        0,
+        windows_NT.shape[1],
+        torch.float32,
+        torch.device("cpu"),
+        lambda tensor: tensor,
+    )
     return math.exp(math.fsum(loss for loss, _ in losses) / sum(count for _, count in losses))
 
 
-def row(text: Path, evaluated: Path, dense: float, sparsity: float, variant: str, overrides: list[str]) -> list[Any]:
+def row(
+    text: Path, evaluated: Path, dense: float, sparsity: float, variant: str, overrides: list[str]
+) -> list[Any]:
     """One run: what was asked, perplexity, seconds."""
     settings = [f"calibration.path={text}", "evaluation=null", f"budget.sparsity={sparsity}"]
     settings += [*VARIANTS[variant], *overrides]
@@ -46,12 +58,22 @@ def row(text: Path, evaluated: Path, dense: float, sparsity: float, variant: str
     removed = 1 - report["decoder_parameters"]["after"] / report["decoder_parameters"]["before"]
     shape = f"{report['shape']['heads']} KV groups, {report['shape']['neurons']} neurons"
     print(sparsity, variant, after / dense, seconds, flush=True)
-    return [f"{sparsity:.0%}", variant, shape, f"{removed:.2%}", f"{after:.3f}", f"{after / dense:.4f}", f"{seconds:.0f}"]
+    return [
+        f"{sparsity:.0%}",
+        variant,
+        shape,
+        f"{removed:.2%}",
+        f"{after:.3f}",
+        f"{after / dense:.4f}",
+        f"{seconds:.0f}",
+    ]
 
 
 def main() -> None:
     """Run all, print and record."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("text", type=Path, help="UTF-8 text, for instance WikiText-2")
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.2, 0.3, 0.4])
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="a.b=c")
@@ -61,9 +83,25 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         evaluated = held_out(text, Path(folder))
         dense = perplexity(JOB.parent / "model", evaluated)
-        rows = [row(text, evaluated, dense, s, v, options.overrides) for s in options.sparsity for v in VARIANTS]
-    heads = ["sparsity", "variant", "shape", "decoder removed", "perplexity", "ratio to dense", "seconds of sweep"]
-    record("propagation", f"{table(heads, rows)}\n\nDense perplexity {dense:.3f}, last fifth of the text, windows of 1024 tokens.")
+        rows = [
+            row(text, evaluated, dense, s, v, options.overrides)
+            for s in options.sparsity
+            for v in VARIANTS
+        ]
+    heads = [
+        "sparsity",
+        "variant",
+        "shape",
+        "decoder removed",
+        "perplexity",
+        "ratio to dense",
+        "seconds of sweep",
+    ]
+    record(
+        "propagation",
+        f"{table(heads, rows)}\n\nDense perplexity {dense:.3f}, last fifth of the text, windows of"
+        " 1024 tokens.",
+    )
 
 
 if __name__ == "__main__":

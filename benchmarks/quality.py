@@ -1,9 +1,12 @@
-"""Every method and selector, and what others do, on the demo model with the same text and token counts: quality, size, time, memory.
+"""Every method and selector, and what others do, on the demo model with the same text and token
+counts: quality, size, time, memory.
 
-    python -m benchmarks.quality TEXT [--sparsity 0.2 0.3 0.4] [--rows 'stat*' ...] [--jobs 2] [--device cuda] [--work FOLDER] [--no-run]
+    python -m benchmarks.quality TEXT [--sparsity 0.2 0.3 0.4] [--rows 'stat*' ...] [--jobs 2]
+    [--device cuda] [--work FOLDER] [--no-run]
 
-Calibrates on the first windows of TEXT (64 x 512 tokens unless a row says otherwise) and evaluates on its last fifth and on a second
-domain, CPython's help topics, in 1024-token windows. Rows that are in FOLDER already are not run again. Needs `pip install -e '.[bench]'`.
+Calibrates on the first windows of TEXT (64 x 512 tokens unless a row says otherwise) and evaluates
+on its last fifth and on a second domain, CPython's help topics, in 1024-token windows. Rows that
+are in FOLDER already are not run again. Needs `pip install -e '.[bench]'`.
 """
 
 import argparse
@@ -59,32 +62,70 @@ def perplexity(model: Path, texts: dict[str, Path], device: str) -> dict[str, fl
     """By text: 1024-token windows, the first 52 (a fifth of WikiText-2's validation text)."""
     found = {}
     for name, text in texts.items():
-        windows_NT = evaluation_windows(EvaluationSpec(path=str(text), max_windows=52), load_tokenizer(model))
-        losses = window_losses(model, windows_NT, 0, windows_NT.shape[1], torch.float32, torch.device(device), lambda tensor: tensor)
-        found[name] = math.exp(math.fsum(loss for loss, _ in losses) / sum(count for _, count in losses))
+        windows_NT = evaluation_windows(
+            EvaluationSpec(path=str(text), max_windows=52), load_tokenizer(model)
+        )
+        losses = window_losses(
+            model,
+            windows_NT,
+            0,
+            windows_NT.shape[1],
+            torch.float32,
+            torch.device(device),
+            lambda tensor: tensor,
+        )
+        found[name] = math.exp(
+            math.fsum(loss for loss, _ in losses) / sum(count for _, count in losses)
+        )
     return found
 
 
 def baseline(case: Case, folder: Path) -> dict[str, Any]:
     """Prune as another tool does, in a process of its own: seconds and peak memory."""
-    words = [OTHERS[case.name], str(case.text), "--sparsity", str(case.sparsity), "--out", str(folder / "model")]
-    subprocess.run([sys.executable, "-m", "benchmarks.baselines", *words], check=True, cwd=HERE.parent)
+    words = [
+        OTHERS[case.name],
+        str(case.text),
+        "--sparsity",
+        str(case.sparsity),
+        "--out",
+        str(folder / "model"),
+    ]
+    subprocess.run(
+        [sys.executable, "-m", "benchmarks.baselines", *words], check=True, cwd=HERE.parent
+    )
     facts: dict[str, Any] = json.loads((folder / "model" / "baseline.json").read_text())
     return facts
 
 
 def pruned(case: Case, folder: Path) -> dict[str, Any]:
-    """Prune as a row says, in a process of its own: seconds but for the export, and for recovery, and peak memory."""
-    settings = [f"calibration.path={case.text}", "evaluation=null", f"budget.sparsity={case.sparsity}", "cluster.executor=in-process"]
-    own = [setting.replace(OWN, str(case.work / "own.jsonl")) for setting in ROWS[case.name].settings]
+    """Prune as a row says, in a process of its own: seconds but for the export, and for recovery,
+    and peak memory.
+    """
+    settings = [
+        f"calibration.path={case.text}",
+        "evaluation=null",
+        f"budget.sparsity={case.sparsity}",
+        "cluster.executor=in-process",
+    ]
+    own = [
+        setting.replace(OWN, str(case.work / "own.jsonl")) for setting in ROWS[case.name].settings
+    ]
     report = run([*settings, "parallel.workers=1", f"parallel.device={case.device}", *own], folder)
     taken, peaks = report["seconds"], report["peak_memory_bytes"]
-    memory = max(peak for name, peak in peaks.items() if case.device == "cpu" or name.endswith(" GPU"))
-    return {"seconds": taken["total"] - taken.get("export", 0.0), "peak_memory_bytes": memory, "recover": taken.get("recover", 0.0)}
+    memory = max(
+        peak for name, peak in peaks.items() if case.device == "cpu" or name.endswith(" GPU")
+    )
+    return {
+        "seconds": taken["total"] - taken.get("export", 0.0),
+        "peak_memory_bytes": memory,
+        "recover": taken.get("recover", 0.0),
+    }
 
 
 def measure(case: Case, texts: dict[str, Path]) -> None:
-    """Write one row's file; a row that recovers writes that of the model as it was cut, too. A row that fails leaves the others alone."""
+    """Write one row's file; a row that recovers writes that of the model as it was cut, too. A row
+    that fails leaves the others alone.
+    """
     try:
         with tempfile.TemporaryDirectory(dir=case.work) as name:
             folder = Path(name)
@@ -93,14 +134,24 @@ def measure(case: Case, texts: dict[str, Path]) -> None:
             if recovery:
                 _note(case, recovered_folder(folder), texts, facts)
             if not case.unrecovered.file.exists():
-                _note(case.unrecovered, model_folder(folder), texts, facts | {"seconds": facts["seconds"] - recovery})
+                _note(
+                    case.unrecovered,
+                    model_folder(folder),
+                    texts,
+                    facts | {"seconds": facts["seconds"] - recovery},
+                )
     except subprocess.CalledProcessError as error:
         print(f"{case.name} at {case.sparsity}: {error}", file=sys.stderr, flush=True)
 
 
 def _note(case: Case, model: Path, texts: dict[str, Path], facts: dict[str, Any]) -> None:
     size, found = open_checkpoint(model).decoder_parameters, perplexity(model, texts, case.device)
-    result = {"name": case.name, "sparsity": case.sparsity, "decoder_parameters": size, "perplexity": found} | facts
+    result = {
+        "name": case.name,
+        "sparsity": case.sparsity,
+        "decoder_parameters": size,
+        "perplexity": found,
+    } | facts
     case.file.write_text(json.dumps(result))
     print(json.dumps(result), flush=True)
 
@@ -111,7 +162,14 @@ def line(result: dict[str, Any], dense: dict[str, float], decoder_parameters: in
     first = next(iter(dense))
     removed = 1 - result["decoder_parameters"] / decoder_parameters
     memory = f"{result['peak_memory_bytes'] / 2**30:.2f}"
-    return [result["name"], f"{removed:.2%}", f"{result['perplexity'][first]:.2f}", *ratios, f"{result['seconds']:.0f}", memory]
+    return [
+        result["name"],
+        f"{removed:.2%}",
+        f"{result['perplexity'][first]:.2f}",
+        *ratios,
+        f"{result['seconds']:.0f}",
+        memory,
+    ]
 
 
 def plot(results: Sequence[dict[str, Any]], dense: float, text: str, file: Path) -> None:
@@ -124,9 +182,15 @@ def plot(results: Sequence[dict[str, Any]], dense: float, text: str, file: Path)
     matplotlib.rcParams["svg.hashsalt"] = "quality"
     figure, axes = pyplot.subplots(figsize=(9, 6))
     for name in dict.fromkeys(result["name"] for result in results):
-        points = sorted((r["decoder_parameters"] / 1e6, r["perplexity"][text] / dense) for r in results if r["name"] == name)
+        points = sorted(
+            (r["decoder_parameters"] / 1e6, r["perplexity"][text] / dense)
+            for r in results
+            if r["name"] == name
+        )
         axes.plot(*zip(*points, strict=True), marker="o", label=name)
-    axes.set(xlabel="decoder parameters, millions", ylabel="perplexity, ratio to dense", yscale="log")
+    axes.set(
+        xlabel="decoder parameters, millions", ylabel="perplexity, ratio to dense", yscale="log"
+    )
     axes.set_ylim(1.1, 6)  # what is worse than that is only in the table
     axes.set_yticks([1.2, 1.4, 1.7, 2, 3, 5], ["1.2", "1.4", "1.7", "2", "3", "5"])
     axes.minorticks_off()
@@ -135,16 +199,34 @@ def plot(results: Sequence[dict[str, Any]], dense: float, text: str, file: Path)
 
 
 def own_text(text: Path, file: Path) -> None:
-    """Let the model write what the rows need of its own text, and a little more: tokenised again, text gives another number of tokens.
+    """Let the model write what the rows need of its own text, and a little more: tokenised again,
+    text gives another number of tokens.
 
-    It goes on from the windows that stand beside it in the rows' calibration, so that no other text is drawn on.
+    It goes on from the windows that stand beside it in the rows' calibration, so that no other text
+    is drawn on.
     """
     tokenizer, prompts = load_tokenizer(MODEL), file.with_name("prompts.txt")
-    given = calibration_windows(CalibrationSpec(path=str(text), samples=GIVEN_WINDOWS, sequence_length=512), tokenizer)
+    given = calibration_windows(
+        CalibrationSpec(path=str(text), samples=GIVEN_WINDOWS, sequence_length=512), tokenizer
+    )
     prompts.write_text(tokenizer.decode(given.flatten()), encoding="utf-8")
-    words = ["generate", str(MODEL), "--prompts", str(prompts), "--tokens", str(OWN_WINDOWS * 512 * 11 // 10), "--batch", "64"]
+    words = [
+        "generate",
+        str(MODEL),
+        "--prompts",
+        str(prompts),
+        "--tokens",
+        str(OWN_WINDOWS * 512 * 11 // 10),
+        "--batch",
+        "64",
+    ]
     with file.with_suffix(".part").open("w") as out:
-        subprocess.run([sys.executable, "-m", "rayprune.orchestrator.cli", *words], check=True, cwd=HERE.parent, stdout=out)
+        subprocess.run(
+            [sys.executable, "-m", "rayprune.orchestrator.cli", *words],
+            check=True,
+            cwd=HERE.parent,
+            stdout=out,
+        )
     file.with_suffix(".part").replace(file)
 
 
@@ -159,16 +241,27 @@ def second_domain(folder: Path) -> Path:
 
 def main() -> None:
     """Run what is missing, print and record everything."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("text", type=Path, help="UTF-8 text, for instance WikiText-2")
     parser.add_argument("--sparsity", type=float, nargs="+", default=ALL)
     parser.add_argument("--rows", nargs="+", default=["*"], help="patterns of the rows to run")
-    parser.add_argument("--jobs", type=int, default=2, help="rows that run at the same time, each on one thread")
     parser.add_argument(
-        "--device", choices=["cpu", "cuda"], default="cpu", help="where models are pruned and evaluated; others' tools: CPU"
+        "--jobs", type=int, default=2, help="rows that run at the same time, each on one thread"
     )
-    parser.add_argument("--no-run", action="store_true", help="record the rows that are in FOLDER, run none")
-    parser.add_argument("--work", type=Path, default=Path("runs/quality"), help="where results and models lie")
+    parser.add_argument(
+        "--device",
+        choices=["cpu", "cuda"],
+        default="cpu",
+        help="where models are pruned and evaluated; others' tools: CPU",
+    )
+    parser.add_argument(
+        "--no-run", action="store_true", help="record the rows that are in FOLDER, run none"
+    )
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/quality"), help="where results and models lie"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     work = options.work.absolute()
@@ -178,8 +271,15 @@ def main() -> None:
     first.write_text(content[: int(len(content) * (1 - HELD_OUT_FRACTION))], encoding="utf-8")
     texts = {"same domain": held_out(options.text, work), "help topics": second_domain(work)}
     rows = {name: row.sparsities for name, row in ROWS.items()} | dict.fromkeys(OTHERS, ALL)
-    names = [name for name in rows if any(fnmatch.fnmatch(name, pattern) for pattern in options.rows)]
-    cases = [Case(name, sparsity, first, work, options.device) for sparsity in options.sparsity for name in names if sparsity in rows[name]]
+    names = [
+        name for name in rows if any(fnmatch.fnmatch(name, pattern) for pattern in options.rows)
+    ]
+    cases = [
+        Case(name, sparsity, first, work, options.device)
+        for sparsity in options.sparsity
+        for name in names
+        if sparsity in rows[name]
+    ]
     known = work / "dense.json"
     if not known.exists():
         known.write_text(json.dumps(perplexity(MODEL, texts, options.device)))
@@ -188,15 +288,28 @@ def main() -> None:
         by_others = {case.unrecovered for case in cases if case.unrecovered != case}
         missing = [case for case in cases if case not in by_others and not case.file.exists()]
         own = work / "own.jsonl"
-        if not own.exists() and any(OWN in setting for case in missing if case.name in ROWS for setting in ROWS[case.name].settings):
+        if not own.exists() and any(
+            OWN in setting
+            for case in missing
+            if case.name in ROWS
+            for setting in ROWS[case.name].settings
+        ):
             own_text(first, own)
         with ThreadPoolExecutor(options.jobs) as pool:
             list(pool.map(lambda case: measure(case, texts), missing))
     results = [json.loads(case.file.read_text()) for case in cases if case.file.exists()]
     parameters = open_checkpoint(MODEL).decoder_parameters
-    columns = ["", "decoder removed", "perplexity", *(f"ratio, {name}" for name in dense), "seconds", "GiB"]
+    columns = [
+        "",
+        "decoder removed",
+        "perplexity",
+        *(f"ratio, {name}" for name in dense),
+        "seconds",
+        "GiB",
+    ]
     tables = [
-        f"## {sparsity:.0%} of the decoder\n\n" + table(columns, [line(r, dense, parameters) for r in results if r["sparsity"] == sparsity])
+        f"## {sparsity:.0%} of the decoder\n\n"
+        + table(columns, [line(r, dense, parameters) for r in results if r["sparsity"] == sparsity])
         for sparsity in dict.fromkeys(result["sparsity"] for result in results)
     ]
     notes = ", ".join(f"{name} {value:.3f}" for name, value in dense.items())
@@ -204,7 +317,10 @@ def main() -> None:
     file = record("quality", "\n\n".join([head, *tables]), options.device)
     plot(results, dense["same domain"], "same domain", RESULTS / f"{file.stem}.svg")
     if not options.no_run and len(results) < len(cases):
-        sys.exit(f"error: {len(cases) - len(results)} of {len(cases)} rows failed, see above; the others are recorded")
+        sys.exit(
+            f"error: {len(cases) - len(results)} of {len(cases)} rows failed, see above; the others"
+            " are recorded"
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""The rows of `benchmarks.quality`: settings of the demo's job, and the sparsities they are run at."""
+"""The rows of `benchmarks.quality`: settings of the demo's job, and the sparsities they are run
+at.
+"""
 
 import json
 from dataclasses import dataclass
@@ -25,32 +27,53 @@ MORE_GRADIENTS = (*GRADIENTS, "method.gradient_samples=128")
 ALL_WINDOWS = 392
 """All of the first 80% of WikiText-2's validation text, but for a rest."""
 OWN = "OWN_TEXT"
-"""Stands for the file of what the model has written itself: `rayprune generate`, going on from the calibration text."""
+"""Stands for the file of what the model has written itself: `rayprune generate`, going on from the
+calibration text.
+"""
 GIVEN_WINDOWS = 63
 OWN_WINDOWS = 3 * GIVEN_WINDOWS
 
 
 def own_text(windows: int) -> tuple[str, str]:
     """So many windows of the text, and the model's own beside them."""
-    return f"calibration.samples={windows + OWN_WINDOWS}", f"calibration.mix=[{{path: {OWN}, weight: {OWN_WINDOWS / windows}}}]"
+    return (
+        f"calibration.samples={windows + OWN_WINDOWS}",
+        f"calibration.mix=[{{path: {OWN}, weight: {OWN_WINDOWS / windows}}}]",
+    )
 
 
 OWN_TEXT = own_text(GIVEN_WINDOWS)
 
 
 def training(windows: int, used: int = 0, **options: object) -> str:
-    """Options of a training on so many windows, over and over until so many have been `used`; without that, once."""
-    steps = {"samples": windows, "epochs": (used or windows) / windows, "batch": 4, "micro_batch": 2, "dtype": "bfloat16"}
+    """Options of a training on so many windows, over and over until so many have been `used`;
+    without that, once.
+    """
+    steps = {
+        "samples": windows,
+        "epochs": (used or windows) / windows,
+        "batch": 4,
+        "micro_batch": 2,
+        "dtype": "bfloat16",
+    }
     return json.dumps(steps | {"learning_rate": 3e-4, "checkpoint_steps": 1000} | options)
 
 
 TRAINED_WINDOWS = ALL_WINDOWS // 2
 TRAINING = training(TRAINED_WINDOWS)
 RANDOM = (*ALIKE, "method.name=dress")
-UNTRAINED = (*RANDOM, "method.strength=1e-30", "method.training={samples: 1, learning_rate: 1.0e-30}")
+UNTRAINED = (
+    *RANDOM,
+    "method.strength=1e-30",
+    "method.training={samples: 1, learning_rate: 1.0e-30}",
+)
 DRESS = (*RANDOM, f"method.training={TRAINING}")
 GATED = ("method.name=trsp", "method.gate_strength=0.1")
-TRSP = (*GATED, f"method.gates={training(24, batch=1, micro_batch=1, learning_rate=0.05)}", f"method.training={TRAINING}")
+TRSP = (
+    *GATED,
+    f"method.gates={training(24, batch=1, micro_batch=1, learning_rate=0.05)}",
+    f"method.training={TRAINING}",
+)
 RECOVER = (f"recover={TRAINING}",)
 FAST = {"micro_batch": 4, "activation_checkpointing": False}
 """On a GPU, where it is operations that take time, not memory."""
@@ -59,21 +82,35 @@ THOUSAND = training(ALL_WINDOWS, 1000, **FAST)
 LONG_WINDOWS = 98
 """All of that text in windows of 2048 tokens."""
 LONG = (f"calibration.samples={LONG_WINDOWS}", "calibration.sequence_length=2048")
-PAPERS_GATES, PAPERS_UPDATES = training(LONG_WINDOWS, 128, **FAST, learning_rate=0.05), training(LONG_WINDOWS, 128, **FAST, batch=2)
+PAPERS_GATES, PAPERS_UPDATES = (
+    training(LONG_WINDOWS, 128, **FAST, learning_rate=0.05),
+    training(LONG_WINDOWS, 128, **FAST, batch=2),
+)
 """128 windows of 2048 tokens, as TRSP takes."""
 PAPERS_TRSP = (*GATED, *LONG, f"method.gates={PAPERS_GATES}", f"method.training={PAPERS_UPDATES}")
 
-PAPERS_DRESS, OF_STAT, BY_THOUSAND = (*RANDOM, f"method.training={THOUSAND}"), ("method.mask=stat",), (f"recover={THOUSAND}",)
+PAPERS_DRESS, OF_STAT, BY_THOUSAND = (
+    (*RANDOM, f"method.training={THOUSAND}"),
+    ("method.mask=stat",),
+    (f"recover={THOUSAND}",),
+)
 
 _PAPERS = {
     "dress, 1000 windows": PAPERS_DRESS,
     "dress, mask of stat, 1000 windows": (*PAPERS_DRESS, *OF_STAT),
     "trsp, 128 x 2048 tokens": PAPERS_TRSP,
     "stat, recovered by 1000 windows": (*ALIKE, *BY_THOUSAND),
-    "numerical, threshold (Numerical Pruning), recovered by 1000 windows": (*THRESHOLD, "method=numerical", *BY_THOUSAND),
+    "numerical, threshold (Numerical Pruning), recovered by 1000 windows": (
+        *THRESHOLD,
+        "method=numerical",
+        *BY_THOUSAND,
+    ),
     "dress, 1000 windows, recovered": (*PAPERS_DRESS, *BY_THOUSAND),
     "dress, mask of stat, 1000 windows, recovered": (*PAPERS_DRESS, *OF_STAT, *BY_THOUSAND),
-    "trsp, 128 x 2048 tokens, recovered": (*PAPERS_TRSP, f"recover={training(LONG_WINDOWS, 250, **FAST)}"),
+    "trsp, 128 x 2048 tokens, recovered": (
+        *PAPERS_TRSP,
+        f"recover={training(LONG_WINDOWS, 250, **FAST)}",
+    ),
 }
 """Training with as many windows as the papers; a GPU's work."""
 
@@ -93,8 +130,15 @@ _ABLATIONS = {
     "dress, uncorrected": (*DRESS, *UNCORRECTED),
     "dress, strength 1.5": (*DRESS, "method.strength=1.5"),
     "dress, without penalty": (*DRESS, "method.strength=1e-30"),
-    **{f"dress, mask of {name}": (*DRESS, f"method.mask={name}") for name in ("stat", "numerical", "obs", "flap", "wanda")},
-    "dress, layer by layer": (*DRESS, "method.scope=layer", f"calibration.samples={TRAINED_WINDOWS}"),
+    **{
+        f"dress, mask of {name}": (*DRESS, f"method.mask={name}")
+        for name in ("stat", "numerical", "obs", "flap", "wanda")
+    },
+    "dress, layer by layer": (
+        *DRESS,
+        "method.scope=layer",
+        f"calibration.samples={TRAINED_WINDOWS}",
+    ),
 }
 """What one thing changes."""
 
@@ -105,23 +149,41 @@ ROWS = {
     "stat, drift": Row((*ALIKE, *DRIFT)),
     "stat": Row(ALIKE),
     "numerical, threshold (Numerical Pruning)": Row((*THRESHOLD, "method=numerical")),
-    "flap, threshold, uncorrected (FLAP without its bias)": Row((*THRESHOLD, *UNCORRECTED, "budget.kv_groups=3", "method=flap")),
+    "flap, threshold, uncorrected (FLAP without its bias)": Row(
+        (*THRESHOLD, *UNCORRECTED, "budget.kv_groups=3", "method=flap")
+    ),
     "wanda, uncorrected (Wanda-sp)": Row((*ALIKE, *UNCORRECTED, "method=wanda")),
     "obs": Row((*ALIKE, "method=obs")),
     "dress": Row(DRESS, (0.2, 0.3)),
     "trsp": Row(TRSP, (0.2, 0.3)),
-    "stat, drift, all tokens": Row((*ALIKE, *DRIFT, f"calibration.samples={ALL_WINDOWS}"), (0.2, 0.3)),
-    "stat by gradients, drift, all tokens": Row((*ALIKE, *DRIFT, *GRADIENTS, f"calibration.samples={ALL_WINDOWS}"), (0.2, 0.3)),
-    "stat by gradients, drift, all tokens, own text": Row((*ALIKE, *DRIFT, *MORE_GRADIENTS, *own_text(ALL_WINDOWS)), (0.2, 0.3)),
-    "stat by gradients, drift, own text": Row((*ALIKE, *DRIFT, *MORE_GRADIENTS, *OWN_TEXT), (0.2, 0.3)),
+    "stat, drift, all tokens": Row(
+        (*ALIKE, *DRIFT, f"calibration.samples={ALL_WINDOWS}"), (0.2, 0.3)
+    ),
+    "stat by gradients, drift, all tokens": Row(
+        (*ALIKE, *DRIFT, *GRADIENTS, f"calibration.samples={ALL_WINDOWS}"), (0.2, 0.3)
+    ),
+    "stat by gradients, drift, all tokens, own text": Row(
+        (*ALIKE, *DRIFT, *MORE_GRADIENTS, *own_text(ALL_WINDOWS)), (0.2, 0.3)
+    ),
+    "stat by gradients, drift, own text": Row(
+        (*ALIKE, *DRIFT, *MORE_GRADIENTS, *OWN_TEXT), (0.2, 0.3)
+    ),
     "stat, drift, own text": Row((*ALIKE, *DRIFT, *OWN_TEXT), (0.2, 0.3)),
-    "stat by gradients, drift, curves, own text": Row((*PER_LAYER, *DRIFT, *MORE_GRADIENTS, *OWN_TEXT), (0.2, 0.3)),
+    "stat by gradients, drift, curves, own text": Row(
+        (*PER_LAYER, *DRIFT, *MORE_GRADIENTS, *OWN_TEXT), (0.2, 0.3)
+    ),
     **{name: Row(settings, (0.2,)) for name, settings in _ABLATIONS.items()},
     **{name: Row(settings, (0.2, 0.3)) for name, settings in _PAPERS.items()},
     "stat, recovered": Row((*ALIKE, *RECOVER), (0.3,)),
-    "numerical, threshold (Numerical Pruning), recovered": Row((*THRESHOLD, "method=numerical", *RECOVER), (0.3,)),
+    "numerical, threshold (Numerical Pruning), recovered": Row(
+        (*THRESHOLD, "method=numerical", *RECOVER), (0.3,)
+    ),
     "dress, recovered": Row((*DRESS, *RECOVER), (0.3,)),
     "trsp, recovered": Row((*TRSP, *RECOVER), (0.3,)),
 }
-OTHERS = {"torch-pruning, magnitude": "magnitude", "torch-pruning, Taylor": "taylor", "block influence (ShortGPT)": "block-influence"}
+OTHERS = {
+    "torch-pruning, magnitude": "magnitude",
+    "torch-pruning, Taylor": "taylor",
+    "block influence (ShortGPT)": "block-influence",
+}
 """What other tools do, see `benchmarks.baselines`; run at every sparsity."""

@@ -1,4 +1,5 @@
-"""Models of published shapes with random weights, written layer by layer: sizes and speeds are real, the text they predict is not.
+"""Models of published shapes with random weights, written layer by layer: sizes and speeds are
+real, the text they predict is not.
 
 python -m benchmarks.random_model llama-2-7b --out /data/llama-2-7b-random
 python -m benchmarks.random_model llama-3-70b --layers 2 --out /data/llama-3-70b-2-layers
@@ -53,7 +54,9 @@ SHAPES: dict[str, dict[str, Any]] = {
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """One token per byte, ids from 3: needs no network and fits any vocabulary."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={symbol: number + 3 for number, symbol in enumerate(alphabet)}, merges=[]))
+    tokenizer = Tokenizer(
+        models.BPE(vocab={symbol: number + 3 for number, symbol in enumerate(alphabet)}, merges=[])
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
@@ -68,10 +71,20 @@ def layer_tensors(config: dict[str, Any], layer: int) -> dict[str, Tensor]:
     """One decoder layer; norm weights differ, so that channels do."""
     hidden, width = config["hidden_size"], config["intermediate_size"]
     keys = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
-    outs = {"self_attn.q_proj": hidden, "self_attn.k_proj": keys, "self_attn.v_proj": keys, "self_attn.o_proj": hidden}
+    outs = {
+        "self_attn.q_proj": hidden,
+        "self_attn.k_proj": keys,
+        "self_attn.v_proj": keys,
+        "self_attn.o_proj": hidden,
+    }
     outs |= {"mlp.gate_proj": width, "mlp.up_proj": width}
-    tensors = {f"{name}.weight": _random(out, hidden) for name, out in outs.items()} | {"mlp.down_proj.weight": _random(hidden, width)}
-    tensors |= {f"{name}_layernorm.weight": (torch.rand(hidden) + 0.5).bfloat16() for name in ("input", "post_attention")}
+    tensors = {f"{name}.weight": _random(out, hidden) for name, out in outs.items()} | {
+        "mlp.down_proj.weight": _random(hidden, width)
+    }
+    tensors |= {
+        f"{name}_layernorm.weight": (torch.rand(hidden) + 0.5).bfloat16()
+        for name in ("input", "post_attention")
+    }
     return {f"model.layers.{layer}.{name}": tensor for name, tensor in tensors.items()}
 
 
@@ -92,14 +105,21 @@ def write_model(shape: str, out: Path, num_layers: int | None = None, seed: int 
         save(f"layer-{layer:05d}.safetensors", layer_tensors(config, layer))
     size = (config["vocab_size"], config["hidden_size"])
     outer = {"model.embed_tokens.weight": _random(*size), "lm_head.weight": _random(*size)}
-    save("outer.safetensors", outer | {"model.norm.weight": torch.ones(config["hidden_size"]).bfloat16()})
-    (out / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    save(
+        "outer.safetensors",
+        outer | {"model.norm.weight": torch.ones(config["hidden_size"]).bfloat16()},
+    )
+    (out / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
     (out / "config.json").write_text(json.dumps(config, indent=2))
     return out
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("--layers", type=int, help="only so many layers")
     parser.add_argument("--out", type=Path, required=True)

@@ -17,7 +17,10 @@ RESULTS = Path(__file__).parent / "results"
 def processor() -> str:
     """The processor's name, as Linux gives it."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.split(":")[1].strip() for line in lines if line.startswith("model name")),
+        platform.processor(),
+    )
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -31,7 +34,10 @@ def record(name: str, content: str, machine: str = "cpu") -> Path:
     words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
     command = shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *words])
     versions = ", ".join(f"{key} {value}" for key, value in environment().items())
-    head = f"# {name}, {datetime.date.today()}\n\n`{command}`\n\nMachine: {processor()}, {os.cpu_count()} cores. {versions}.\n\n"
+    head = (
+        f"# {name}, {datetime.date.today()}\n\n`{command}`\n\nMachine: {processor()},"
+        f" {os.cpu_count()} cores. {versions}.\n\n"
+    )
     file = RESULTS / f"{name}_{machine}_{datetime.date.today()}.md"
     file.write_text(head + content + "\n", encoding="utf-8")
     print(f"{head}{content}\nwritten to {file}")

@@ -1,4 +1,5 @@
-"""How the sweep scales: both placements with 1, 2, ... workers of one thread, and Ray against the same work in one process.
+"""How the sweep scales: both placements with 1, 2, ... workers of one thread, and Ray against the
+same work in one process.
 
     python -m benchmarks.scaling TEXT [--workers 1 2] [--repeats 2] [--set a.b=c ...]
 
@@ -16,7 +17,9 @@ from benchmarks.results import record, table
 PLACEMENTS = ("layers", "shards")
 
 
-def sweep_seconds(text: Path, placement: str, executor: str, workers: int, options: argparse.Namespace) -> float:
+def sweep_seconds(
+    text: Path, placement: str, executor: str, workers: int, options: argparse.Namespace
+) -> float:
     """Seconds of the sweep alone: start-up, tokens and probe left out."""
     settings = [f"calibration.path={text}", "evaluation=null", f"parallel.placement={placement}"]
     settings += [f"cluster.executor={executor}", f"parallel.workers={workers}"]
@@ -32,22 +35,41 @@ def sweep_seconds(text: Path, placement: str, executor: str, workers: int, optio
 def rows(placement: str, text: Path, options: argparse.Namespace) -> list[list[Any]]:
     """One placement: in process, then on Ray with growing worker counts."""
     alone = sweep_seconds(text, placement, "in-process", 1, options)
-    seconds = {workers: sweep_seconds(text, placement, "ray", workers, options) for workers in options.workers}
+    seconds = {
+        workers: sweep_seconds(text, placement, "ray", workers, options)
+        for workers in options.workers
+    }
     first = seconds[min(seconds)]
     result = [[placement, "in process", 1, f"{alone:.1f}", "", ""]]
-    return result + [[placement, "Ray", w, f"{s:.1f}", f"{first / s:.2f}", f"{s / alone - 1:+.1%}"] for w, s in seconds.items()]
+    return result + [
+        [placement, "Ray", w, f"{s:.1f}", f"{first / s:.2f}", f"{s / alone - 1:+.1%}"]
+        for w, s in seconds.items()
+    ]
 
 
 def main() -> None:
     """Run all, print and record."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("text", type=Path, help="UTF-8 text, for instance WikiText-2")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="a.b=c")
     options = parser.parse_args()
-    found = [line for placement in PLACEMENTS for line in rows(placement, options.text.absolute(), options)]
-    columns = ["placement", "executor", "workers", "seconds of sweep", "speed against the fewest workers", "time against one process"]
+    found = [
+        line
+        for placement in PLACEMENTS
+        for line in rows(placement, options.text.absolute(), options)
+    ]
+    columns = [
+        "placement",
+        "executor",
+        "workers",
+        "seconds of sweep",
+        "speed against the fewest workers",
+        "time against one process",
+    ]
     record("scaling", table(columns, found))
 
 

@@ -1,4 +1,6 @@
-"""The command line. Heavy imports wait until a command needs them: help, validate, schema and plan import neither torch nor ray."""
+"""The command line. Heavy imports wait until a command needs them: help, validate, schema and plan
+import neither torch nor ray.
+"""
 
 import argparse
 import errno
@@ -23,7 +25,9 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 ok, 2 spec, 3 model, 4 resources, 5 verification, 130 interrupted."""
+    """Run one command; returns the exit code: 0 ok, 2 spec, 3 model, 4 resources, 5 verification,
+    130 interrupted.
+    """
     options = _parser().parse_args(arguments)
     signal.signal(signal.SIGTERM, _interrupt)
     sys.unraisablehook = _unraisable
@@ -39,7 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.filename is None and error.errno not in _FULL:
             traceback.print_exc()
             return 1
-        print(f"rayprune: {error.filename or 'disk'}: {error.strerror}; finished tasks are kept", file=sys.stderr)
+        print(
+            f"rayprune: {error.filename or 'disk'}: {error.strerror}; finished tasks are kept",
+            file=sys.stderr,
+        )
         return ResourceError.exit_code if error.errno in _FULL else SpecError.exit_code
     except Exception:  # the process boundary: a bug, shown in full
         traceback.print_exc()
@@ -51,7 +58,9 @@ def _interrupt(*_: object) -> None:
 
 
 def _unraisable(ignored: "sys.UnraisableHookArgs") -> None:
-    """An interrupt that struck inside a finalizer is lost to the command: Python drops what these raise. Interrupt it again."""
+    """An interrupt that struck inside a finalizer is lost to the command: Python drops what these
+    raise. Interrupt it again.
+    """
     if isinstance(ignored.exc_value, KeyboardInterrupt):
         threading.Timer(RESEND_SECONDS, os.kill, (os.getpid(), signal.SIGTERM)).start()
     else:
@@ -59,32 +68,78 @@ def _unraisable(ignored: "sys.UnraisableHookArgs") -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="rayprune", description="Prune large language models, layer by layer, on Ray.")
+    parser = argparse.ArgumentParser(
+        prog="rayprune", description="Prune large language models, layer by layer, on Ray."
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    run = _job_command(commands, "run", _run, "run a job, or go on where an earlier attempt stopped")
-    run.add_argument("--out", type=Path, required=True, help="run folder: tasks, model/ and report.json")
-    submit = _job_command(commands, "submit", _submit, "run a job on a Ray cluster, from outside it")
-    submit.add_argument("--out", type=Path, required=True, help="run folder, an absolute path that every node of the cluster sees")
-    submit.add_argument("--address", required=True, metavar="http://HOST:8265", help="the cluster's dashboard")
-    submit.add_argument("--no-wait", action="store_true", help="return as soon as the cluster has the job")
-    plan = _job_command(commands, "plan", _plan, "show what a job will do and what it takes, from the model's config or headers alone")
-    plan.add_argument("--profile", metavar="NAME|FILE", help="machine the times are for: " + ", ".join(PROFILES) + ", or a YAML file")
-    profile = commands.add_parser("profile", help="measure this machine; prints a profile for `plan --profile`")
+    run = _job_command(
+        commands, "run", _run, "run a job, or go on where an earlier attempt stopped"
+    )
+    run.add_argument(
+        "--out", type=Path, required=True, help="run folder: tasks, model/ and report.json"
+    )
+    submit = _job_command(
+        commands, "submit", _submit, "run a job on a Ray cluster, from outside it"
+    )
+    submit.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="run folder, an absolute path that every node of the cluster sees",
+    )
+    submit.add_argument(
+        "--address", required=True, metavar="http://HOST:8265", help="the cluster's dashboard"
+    )
+    submit.add_argument(
+        "--no-wait", action="store_true", help="return as soon as the cluster has the job"
+    )
+    plan = _job_command(
+        commands,
+        "plan",
+        _plan,
+        "show what a job will do and what it takes, from the model's config or headers alone",
+    )
+    plan.add_argument(
+        "--profile",
+        metavar="NAME|FILE",
+        help="machine the times are for: " + ", ".join(PROFILES) + ", or a YAML file",
+    )
+    profile = commands.add_parser(
+        "profile", help="measure this machine; prints a profile for `plan --profile`"
+    )
     profile.set_defaults(command=_profile)
-    latency = commands.add_parser("latency", help="measure a model's layers by size; prints a table for budget.latency_table")
+    latency = commands.add_parser(
+        "latency", help="measure a model's layers by size; prints a table for budget.latency_table"
+    )
     latency.add_argument("model", type=Path, metavar="MODEL", help="model folder")
-    latency.add_argument("--batch", type=int, default=1, help="sequences that are computed together")
-    latency.add_argument("--tokens", type=int, default=512, help="tokens of each; 1: a step of decoding, without earlier tokens")
+    latency.add_argument(
+        "--batch", type=int, default=1, help="sequences that are computed together"
+    )
+    latency.add_argument(
+        "--tokens",
+        type=int,
+        default=512,
+        help="tokens of each; 1: a step of decoding, without earlier tokens",
+    )
     latency.add_argument("--threads", type=int, help="CPU threads; default: as torch chooses")
     latency.set_defaults(command=_latency)
-    generate = commands.add_parser("generate", help="let a model write text, as JSON Lines, for calibration.mix")
+    generate = commands.add_parser(
+        "generate", help="let a model write text, as JSON Lines, for calibration.mix"
+    )
     generate.add_argument("model", type=Path, metavar="MODEL", help="model folder")
     generate.add_argument("--tokens", type=int, default=65536, help="tokens in all, at least")
     generate.add_argument("--length", type=int, default=512, help="tokens of a document")
-    generate.add_argument("--batch", type=int, default=16, help="documents that are written together")
+    generate.add_argument(
+        "--batch", type=int, default=16, help="documents that are written together"
+    )
     generate.add_argument("--temperature", type=float, default=1.0, help="of the samples")
     generate.add_argument("--seed", type=int, default=0, help="of the samples")
-    generate.add_argument("--prompts", type=Path, metavar="TEXT", help="text whose parts the documents go on from; default: from nothing")
+    generate.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="TEXT",
+        help="text whose parts the documents go on from; default: from nothing",
+    )
     generate.set_defaults(command=_generate)
     _job_command(commands, "validate", _validate, "check a job file")
     schema = commands.add_parser("schema", help="print the JSON schema of job files")
@@ -102,7 +157,14 @@ def _parser() -> argparse.ArgumentParser:
 def _job_command(commands: Any, name: str, command: Any, text: str) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(name, help=text)
     parser.add_argument("job", type=Path, metavar="JOB.yaml", help="job file")
-    parser.add_argument("--set", action="append", default=[], metavar="a.b=c", dest="overrides", help="override a field; may be repeated")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="a.b=c",
+        dest="overrides",
+        help="override a field; may be repeated",
+    )
     parser.set_defaults(command=command)
     return parser
 
@@ -124,7 +186,9 @@ def _run(options: argparse.Namespace) -> None:
         report = run_job(job, options.out, view.show)
     print_summary(report)
     pruned = model_folder(options.out)
-    chosen = f"{recovered_folder(options.out)}, not recovered: {pruned}" if job.recover else f"{pruned}"
+    chosen = (
+        f"{recovered_folder(options.out)}, not recovered: {pruned}" if job.recover else f"{pruned}"
+    )
     print(f"model: {chosen}, report: {options.out / 'report.html'}")
 
 
@@ -155,13 +219,21 @@ def _latency(options: argparse.Namespace) -> None:
     from rayprune.specs.latency import latency_text
     from rayprune.workers.tools.latency import measure_latency
 
-    print(latency_text(measure_latency(options.model, options.batch, options.tokens, options.threads)), end="")
+    print(
+        latency_text(
+            measure_latency(options.model, options.batch, options.tokens, options.threads)
+        ),
+        end="",
+    )
 
 
 def _generate(options: argparse.Namespace) -> None:
     from rayprune.workers.tools.generate import generate
 
-    wanted = {name: getattr(options, name) for name in ("model", "tokens", "length", "batch", "temperature", "seed", "prompts")}
+    wanted = {
+        name: getattr(options, name)
+        for name in ("model", "tokens", "length", "batch", "temperature", "seed", "prompts")
+    }
     for text in generate(**wanted):
         print(json.dumps({"text": text}), flush=True)
 

@@ -1,4 +1,6 @@
-"""The story of a job: plan, start, tokenise, measure gradients, choose the shape, sweep, export, evaluate, report."""
+"""The story of a job: plan, start, tokenise, measure gradients, choose the shape, sweep, export,
+evaluate, report.
+"""
 
 import importlib
 import importlib.util
@@ -15,7 +17,16 @@ from rayprune.orchestrator.execution.executor import Executor, InProcessExecutor
 from rayprune.orchestrator.execution.run_folder import RunFolder
 from rayprune.orchestrator.planning.plan import Plan, make_plan
 from rayprune.orchestrator.reporting.report import write_report
-from rayprune.orchestrator.stages import evaluation, export, gradients, probe, start, sweep, texts, training
+from rayprune.orchestrator.stages import (
+    evaluation,
+    export,
+    gradients,
+    probe,
+    start,
+    sweep,
+    texts,
+    training,
+)
 from rayprune.orchestrator.stages.context import Context
 from rayprune.specs.errors import ResourceError
 from rayprune.specs.job import JobSpec
@@ -37,7 +48,12 @@ def run_job(job: JobSpec, out: Path, show: Show) -> dict[str, Any]:
         folder = stack.enter_context(RunFolder(out, job))
         executor = stack.enter_context(make_executor(job, folder.path, plan))
         context = Context(job, checkpoint, plan, folder, executor, show)
-        context.emit("run-started", job=str(folder.path), workers=executor.num_workers, executor=job.cluster.executor)
+        context.emit(
+            "run-started",
+            job=str(folder.path),
+            workers=executor.num_workers,
+            executor=job.cluster.executor,
+        )
         for warning in plan.warnings:
             context.emit("warning", text=warning)
         _check_disk(folder.path, plan)
@@ -51,7 +67,8 @@ def run_job(job: JobSpec, out: Path, show: Show) -> dict[str, Any]:
         layers = sweep.prune_layers(context, tokens)
         exported = export.export_model(context, layers)
         recovered = training.recover(context, exported)
-        shutil.rmtree(folder.path / CACHE, ignore_errors=True)  # it only serves what is not finished
+        # it only serves what is not finished
+        shutil.rmtree(folder.path / CACHE, ignore_errors=True)
         losses = evaluation.evaluate(context, exported, recovered, evaluated)
         context.emit("run-finished")
         return write_report(context, layers, losses)
@@ -69,7 +86,9 @@ def make_executor(job: JobSpec, run_folder: Path, plan: Plan) -> Executor:
 
 
 def _secure_local_ray() -> None:
-    """Give a private Ray a token of its own; it is read when Ray is imported, and left alone it would go to the home folder."""
+    """Give a private Ray a token of its own; it is read when Ray is imported, and left alone it
+    would go to the home folder.
+    """
     if "ray" not in sys.modules:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
@@ -81,13 +100,19 @@ def _check_packages(job: JobSpec) -> None:
     try:
         if job.trains_on_ranks and job.cluster.executor == "ray":
             importlib.import_module("ray.train")
-        if job.recover and job.recover.lora and importlib.util.find_spec("peft") is None:  # importing it would import torch
+        # importing it would import torch
+        if job.recover and job.recover.lora and importlib.util.find_spec("peft") is None:
             raise ImportError("no module named peft")
     except ImportError as error:
-        raise ResourceError(f"packages for training are missing ({error}); install rayprune with its extra 'train'") from None
+        raise ResourceError(
+            f"packages for training are missing ({error}); install rayprune with its extra 'train'"
+        ) from None
 
 
 def _check_disk(path: Path, plan: Plan) -> None:
     free = shutil.disk_usage(path).free
     if free < plan.output_bytes and not (path / "model").exists():
-        raise ResourceError(f"{path}: the pruned model needs {plan.output_bytes} bytes, {free} are free; choose another --out")
+        raise ResourceError(
+            f"{path}: the pruned model needs {plan.output_bytes} bytes, {free} are free; choose"
+            " another --out"
+        )

@@ -14,7 +14,9 @@ class UniformAllocation(Section):
 
 
 class ThresholdAllocation(Section):
-    """One threshold over the scores of all layers, for methods whose scores can be compared (`numerical`, `flap`)."""
+    """One threshold over the scores of all layers, for methods whose scores can be compared
+    (`numerical`, `flap`).
+    """
 
     name: Literal["threshold"] = "threshold"
 
@@ -22,8 +24,8 @@ class ThresholdAllocation(Section):
 class CurvesAllocation(Section):
     """Units go where the loss that is predicted for them is least for what they cost.
 
-    The prediction: the layer's error curve in closed form, scaled by the measured divergence (KL) of the model's output from the
-    dense model's when that layer's group alone is cut.
+    The prediction: the layer's error curve in closed form, scaled by the measured divergence (KL)
+    of the model's output from the dense model's when that layer's group alone is cut.
     """
 
     name: Literal["curves"] = "curves"
@@ -34,7 +36,9 @@ class CurvesAllocation(Section):
     least: float = Field(default=0.1, ge=0.0, le=1.0)
     """Every layer loses at least this part of the mean fraction that is removed."""
     most: float = Field(default=1.9, ge=1.0, le=1000.0)
-    """No layer loses more than so many times the mean fraction that is removed; blocks and layers go whole only where this allows it."""
+    """No layer loses more than so many times the mean fraction that is removed; blocks and layers
+    go whole only where this allows it.
+    """
 
 
 class SearchAllocation(CurvesAllocation):

@@ -13,7 +13,9 @@ CORE_SCHEMA = {
     TAG + "null": re.compile(r"(?:~|null|Null|NULL|)\Z"),
     TAG + "bool": re.compile(r"(?:true|True|TRUE|false|False|FALSE)\Z"),
     TAG + "int": re.compile(r"(?:[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)\Z"),
-    TAG + "float": re.compile(r"(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))\Z"),
+    TAG + "float": re.compile(
+        r"(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))\Z"
+    ),
 }
 NUMBER_TAGS = (TAG + "int", TAG + "float")
 
@@ -28,13 +30,16 @@ class CoreLoader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         """Compose a node within the bounds on aliases and depth."""
-        mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]  # the stubs leave it out
+        # the stubs leave it out
+        mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
         self._aliases += self.check_event(yaml.AliasEvent)
         self._depth += 1
         if self._aliases > MAX_ALIASES:
             raise yaml.composer.ComposerError(None, None, f"more than {MAX_ALIASES} aliases", mark)
         if self._depth > MAX_DEPTH:
-            raise yaml.composer.ComposerError(None, None, f"nested deeper than {MAX_DEPTH} levels", mark)
+            raise yaml.composer.ComposerError(
+                None, None, f"nested deeper than {MAX_DEPTH} levels", mark
+            )
         node = super().compose_node(parent, index)
         self._depth -= 1
         return node
@@ -46,4 +51,7 @@ class CoreDumper(yaml.SafeDumper):
 
 # The key None stands for scalars with any first character.
 CoreLoader.yaml_implicit_resolvers = {None: list(CORE_SCHEMA.items())}
-CoreDumper.yaml_implicit_resolvers = {**yaml.SafeDumper.yaml_implicit_resolvers, None: list(CORE_SCHEMA.items())}
+CoreDumper.yaml_implicit_resolvers = {
+    **yaml.SafeDumper.yaml_implicit_resolvers,
+    None: list(CORE_SCHEMA.items()),
+}

@@ -1,4 +1,6 @@
-"""The errors a user can meet. Each says what, where and what to do, and carries the exit code of the command line."""
+"""The errors a user can meet. Each says what, where and what to do, and carries the exit code of
+the command line.
+"""
 
 from typing import ClassVar
 

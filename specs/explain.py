@@ -1,4 +1,6 @@
-"""Validation errors in the user's words: which line or override, what was found, what is wanted, and what was probably meant."""
+"""Validation errors in the user's words: which line or override, what was found, what is wanted,
+and what was probably meant.
+"""
 
 import difflib
 import json
@@ -56,7 +58,9 @@ class Located:
 
 @dataclass(frozen=True, slots=True)
 class _Target:
-    """What an error is about: the key path, its declared type, the place to name and the section that holds it."""
+    """What an error is about: the key path, its declared type, the place to name and the section
+    that holds it.
+    """
 
     path: KeyPath
     annotation: Any
@@ -65,10 +69,16 @@ class _Target:
 
 
 def _target(loc: KeyPath, root: Located) -> _Target:
-    """Follow an error's location, leaving out the names pydantic gives to the branches of a union."""
+    """Follow an error's location, leaving out the names pydantic gives to the branches of a
+    union.
+    """
     target, node = _Target((), JobSpec, root.where, None), root
     for key in loc:
-        declared = [model.model_fields[key].annotation for model in models(target.annotation) if key in model.model_fields]
+        declared = [
+            model.model_fields[key].annotation
+            for model in models(target.annotation)
+            if key in model.model_fields
+        ]
         child = node.child(key)
         if not declared and child is None:
             target = replace(target, annotation=_branch(target.annotation, key))
@@ -88,14 +98,21 @@ def explain(error: ValidationError, root: Located) -> list[str]:
         target = _target(detail["loc"], root)
         targets[target.path] = target
         details.setdefault(target.path, []).append(detail)
-    # pydantic calls a list too short when only its values are wrong: then the values alone are reported.
+    # pydantic calls a list too short when only its values are wrong: then the values alone are
+    # reported.
     faulty_lists = {path[:-1] for path in details if path and isinstance(path[-1], int)}
     return [_line(targets[path], details[path]) for path in details if path not in faulty_lists]
 
 
 def _branch(annotation: Any, name: object) -> Any:
-    """The model of a discriminated union with that name, or all of the annotation where a union has no names."""
-    named = [model for model in models(annotation) if "name" in model.model_fields and model.model_fields["name"].default == name]
+    """The model of a discriminated union with that name, or all of the annotation where a union has
+    no names.
+    """
+    named = [
+        model
+        for model in models(annotation)
+        if "name" in model.model_fields and model.model_fields["name"].default == name
+    ]
     return named[0] if named else annotation
 
 
@@ -103,11 +120,18 @@ def _on_its_tag(detail: ErrorDetails) -> ErrorDetails:
     """An unknown branch of a discriminated union is an unknown value of the field `name`."""
     if detail["type"] != "union_tag_invalid":
         return detail
-    return {**detail, "type": "literal_error", "loc": (*detail["loc"], "name"), "input": detail["ctx"]["tag"]}
+    return {
+        **detail,
+        "type": "literal_error",
+        "loc": (*detail["loc"], "name"),
+        "input": detail["ctx"]["tag"],
+    }
 
 
 def _line(target: _Target, details: Sequence[ErrorDetails]) -> str:
-    name = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in target.path).removeprefix(".")
+    name = "".join(
+        f"[{key}]" if isinstance(key, int) else f".{key}" for key in target.path
+    ).removeprefix(".")
     return ": ".join(filter(None, (target.where, name, _problem(target, details))))
 
 
@@ -117,7 +141,10 @@ def _problem(target: _Target, details: Sequence[ErrorDetails]) -> str:
         return "is required; add it"
     if detail["type"] == "extra_forbidden":
         known = [name for model in models(target.section) for name in model.model_fields]
-        return f"unknown field; {_suggestion(target.path[-1], known) or 'known fields: ' + ', '.join(known)}"
+        return (
+            "unknown field;"
+            f" {_suggestion(target.path[-1], known) or 'known fields: ' + ', '.join(known)}"
+        )
     if detail["type"] == "value_error":
         return str(detail["ctx"]["error"])
     expected = ", or ".join(dict.fromkeys(_expectation(item, target) for item in details))
@@ -136,7 +163,11 @@ def _expectation(detail: ErrorDetails, target: _Target) -> str:
 def _hint(target: _Target, details: Sequence[ErrorDetails]) -> str:
     """What to do about a value of the wrong kind, where that can be guessed."""
     value, types = details[0]["input"], {detail["type"] for detail in details}
-    if types & {"int_type", "float_type"} and isinstance(value, str) and any(CORE_SCHEMA[tag].match(value) for tag in NUMBER_TAGS):
+    if (
+        types & {"int_type", "float_type"}
+        and isinstance(value, str)
+        and any(CORE_SCHEMA[tag].match(value) for tag in NUMBER_TAGS)
+    ):
         return "remove the quotes"
     if "string_type" in types and isinstance(value, (bool, int, float)):
         return "put it in quotes"
@@ -146,7 +177,12 @@ def _hint(target: _Target, details: Sequence[ErrorDetails]) -> str:
 
 
 def _literals(annotation: Any) -> list[Any]:
-    return [value for part in parts(annotation) if get_origin(part) is Literal for value in get_args(part)]
+    return [
+        value
+        for part in parts(annotation)
+        if get_origin(part) is Literal
+        for value in get_args(part)
+    ]
 
 
 def _suggestion(given: object, known: Iterable[object]) -> str:
@@ -162,7 +198,9 @@ def shown(value: object) -> str:
 
 
 def parts(annotation: Any) -> Iterator[Any]:
-    """The types and metadata an annotation is composed of, itself included; a tuple is several annotations."""
+    """The types and metadata an annotation is composed of, itself included; a tuple is several
+    annotations.
+    """
     yield annotation
     if get_origin(annotation) is not Literal:
         for argument in annotation if isinstance(annotation, tuple) else get_args(annotation):
@@ -171,4 +209,6 @@ def parts(annotation: Any) -> Iterator[Any]:
 
 def models(annotation: Any) -> list[type[BaseModel]]:
     """The pydantic models an annotation mentions."""
-    return [part for part in parts(annotation) if isinstance(part, type) and issubclass(part, BaseModel)]
+    return [
+        part for part in parts(annotation) if isinstance(part, type) and issubclass(part, BaseModel)
+    ]

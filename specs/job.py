@@ -14,7 +14,17 @@ from rayprune.specs.methods import DressOptions, MethodSpec, StatOptions
 from rayprune.specs.section import Section
 from rayprune.specs.training import HOW_TRAINED, RecoverSpec
 
-_UNITS = {"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_UNITS = {
+    "b": 1,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+    "tib": 2**40,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+}
 
 
 def parse_bytes(value: object) -> object:
@@ -30,15 +40,21 @@ def parse_bytes(value: object) -> object:
     try:
         return int(float(number) * _UNITS[unit])
     except (ValueError, KeyError, OverflowError):
-        raise ValueError(f"{value!r} is not a size; write for example 8GiB, 500MB or a number of bytes") from None
+        raise ValueError(
+            f"{value!r} is not a size; write for example 8GiB, 500MB or a number of bytes"
+        ) from None
 
 
 class PathMarker:
-    """Marks a field that holds a path, so that the loader can resolve it against the job file's folder."""
+    """Marks a field that holds a path, so that the loader can resolve it against the job file's
+    folder.
+    """
 
 
 LocalPath = Annotated[str, Field(min_length=1), PathMarker()]
-ByteSize = Annotated[int, BeforeValidator(parse_bytes, json_schema_input_type=int | str), Field(ge=1)]
+ByteSize = Annotated[
+    int, BeforeValidator(parse_bytes, json_schema_input_type=int | str), Field(ge=1)
+]
 
 
 class ModelSpec(Section):
@@ -47,7 +63,9 @@ class ModelSpec(Section):
     path: LocalPath
     """Folder with `config.json`, the tokenizer and safetensors weights."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Floating-point type of the forward passes; `auto`: the checkpoint's own on a GPU, float32 on a CPU."""
+    """Floating-point type of the forward passes; `auto`: the checkpoint's own on a GPU, float32 on
+    a CPU.
+    """
 
 
 class TextSpec(Section):
@@ -72,34 +90,52 @@ class CalibrationSpec(TextSpec):
     """The text whose activations decide what is kept."""
 
     mix: tuple[MixedTextSpec, ...] = Field(default=(), max_length=64)
-    """Further texts: windows of all of them alternate, in proportion to their weights; the first text's is 1."""
+    """Further texts: windows of all of them alternate, in proportion to their weights; the first
+    text's is 1.
+    """
     samples: int = Field(default=128, ge=2, le=1_000_000)
     """Number of windows, taken from the start of each text."""
     sequence_length: int = Field(default=2048, ge=8, le=1_048_576)
     """Length of one window, in tokens."""
     shards: int = Field(default=8, ge=2, le=4096)
-    """Number of logical shards the windows are split into, in order; at most one worker per shard. Part of the result."""
+    """Number of logical shards the windows are split into, in order; at most one worker per shard.
+    Part of the result.
+    """
     held_out_shards: int = Field(default=1, ge=1)
-    """How many of the last shards are held out while the damping is chosen (the final fit uses all of them)."""
+    """How many of the last shards are held out while the damping is chosen (the final fit uses all
+    of them).
+    """
 
     @model_validator(mode="after")
     def _shards_fit(self) -> Self:
         if self.shards > self.samples:
             raise ValueError(f"shards ({self.shards}) must not exceed samples ({self.samples})")
         if self.held_out_shards >= self.shards:
-            raise ValueError(f"held_out_shards ({self.held_out_shards}) must be smaller than shards ({self.shards})")
+            raise ValueError(
+                f"held_out_shards ({self.held_out_shards}) must be smaller than shards"
+                f" ({self.shards})"
+            )
         return self
 
 
 DEFAULT_SPARSITY = 0.2
-_TARGETS = ("sparsity", "parameters", "weight_bytes", "flops_per_token", "kv_bytes_per_token", "latency_ms")
+_TARGETS = (
+    "sparsity",
+    "parameters",
+    "weight_bytes",
+    "flops_per_token",
+    "kv_bytes_per_token",
+    "latency_ms",
+)
 
 
 class BudgetSpec(Section):
     """How much goes. Every target that is given is met."""
 
     sparsity: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
-    """Fraction of the decoder-layer parameters removed, at least; null: 0.2, or no such target where another one is given."""
+    """Fraction of the decoder-layer parameters removed, at least; null: 0.2, or no such target
+    where another one is given.
+    """
     parameters: Annotated[int, Field(ge=1)] | None = None
     """Parameters of the whole model, at most."""
     weight_bytes: ByteSize | None = None
@@ -111,15 +147,23 @@ class BudgetSpec(Section):
     latency_ms: Annotated[float, Field(gt=0.0)] | None = None
     """Milliseconds of a forward pass, at most, counted with `latency_table`."""
     latency_table: LocalPath | None = None
-    """Times of the model's layers by size on the machine that matters, as `rayprune latency` has measured them."""
+    """Times of the model's layers by size on the machine that matters, as `rayprune latency` has
+    measured them.
+    """
     per_layer: bool = False
-    """Layers may keep different numbers of units; stock model classes load such a model only if `export.pad` is set."""
+    """Layers may keep different numbers of units; stock model classes load such a model only if
+    `export.pad` is set.
+    """
     allocation: AllocationSpec = UniformAllocation()
-    """How the budget is spread over the layers; all but `uniform` need `per_layer`, which by itself means `curves`."""
+    """How the budget is spread over the layers; all but `uniform` need `per_layer`, which by itself
+    means `curves`.
+    """
     round_to: int = Field(default=64, ge=1, le=4096)
     """The FFN width that stays is a multiple of this, in channels."""
     kv_groups: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    """KV groups that stay in every layer; `auto`: chosen against the FFN width by predicted output error."""
+    """KV groups that stay in every layer; `auto`: chosen against the FFN width by predicted output
+    error.
+    """
     probe_samples: int = Field(default=4, ge=2, le=4096)
     """Calibration windows used to predict output errors when `kv_groups` is `auto`."""
     probe_layers: int = Field(default=5, ge=1, le=4096)
@@ -128,14 +172,23 @@ class BudgetSpec(Section):
     @model_validator(mode="after")
     def _latency_is_counted(self) -> Self:
         if self.latency_ms and not self.latency_table:
-            raise ValueError("latency_ms needs latency_table: write one with `rayprune latency MODEL > FILE`")
+            raise ValueError(
+                "latency_ms needs latency_table: write one with `rayprune latency MODEL > FILE`"
+            )
         return self
 
     @model_validator(mode="after")
     def _layers_may_differ(self) -> Self:
         if self.per_layer == (self.allocation.name == "uniform"):
-            change = "leave budget.allocation out, or set budget.per_layer: false" if self.per_layer else "set budget.per_layer: true"
-            raise ValueError(f"allocation {self.allocation.name} with per_layer {str(self.per_layer).lower()}; {change}")
+            change = (
+                "leave budget.allocation out, or set budget.per_layer: false"
+                if self.per_layer
+                else "set budget.per_layer: true"
+            )
+            raise ValueError(
+                f"allocation {self.allocation.name} with per_layer {str(self.per_layer).lower()};"
+                f" {change}"
+            )
         return self
 
     @model_validator(mode="before")
@@ -152,13 +205,17 @@ class CorrectionSpec(Section):
     """The least-squares correction that is folded into the next weight."""
 
     damping: Annotated[float, Field(ge=0.0, le=1e6)] | Literal["held-out"] = "held-out"
-    """Ridge added to the statistic, as a multiple of its mean diagonal; `held-out`: the candidate with the least held-out error."""
+    """Ridge added to the statistic, as a multiple of its mean diagonal; `held-out`: the candidate
+    with the least held-out error.
+    """
     candidates: tuple[Annotated[float, Field(gt=0.0, le=1e6)], ...] = Field(
         default=(1e-3, 1e-2, 3e-2, 1e-1, 3e-1), min_length=1, max_length=32
     )
     """Damping values tried when `damping` is `held-out`, as multiples of the mean diagonal."""
     drift: float = Field(default=0.0, ge=0.0, le=1.0)
-    """Fraction of what the residual stream has drifted from the dense model's that every block's correction also makes up for."""
+    """Fraction of what the residual stream has drifted from the dense model's that every block's
+    correction also makes up for.
+    """
 
 
 class ParallelSpec(Section):
@@ -167,13 +224,19 @@ class ParallelSpec(Section):
     workers: int = Field(default=1, ge=1, le=4096)
     """Number of worker processes."""
     placement: Literal["shards", "layers"] = "shards"
-    """`shards`: the calibration shards are split over the workers and every layer visits all of them; `layers`: every worker has
-    layers of its own, micro-batches flow from one to the next, and all decide at the same time. Part of the result."""
+    """`shards`: the calibration shards are split over the workers and every layer visits all of
+    them; `layers`: every worker has layers of its own, micro-batches flow from one to the next, and
+    all decide at the same time. Part of the result.
+    """
     propagation: Literal["auto", "pruned", "dense", "refit"] = "auto"
-    """Where activations come from; `pruned`: the pruned layers below; `dense`: the dense model; `refit`: selections from the dense model,
-    then corrections on the pruned path; `auto`: `pruned` for `shards`, `dense` for `layers`. Part of the result."""
+    """Where activations come from; `pruned`: the pruned layers below; `dense`: the dense model;
+    `refit`: selections from the dense model, then corrections on the pruned path; `auto`: `pruned`
+    for `shards`, `dense` for `layers`. Part of the result.
+    """
     threads_per_worker: int = Field(default=1, ge=1, le=1024)
-    """CPU threads of one worker. Part of the result: factorisations round differently with other thread counts."""
+    """CPU threads of one worker. Part of the result: factorisations round differently with other
+    thread counts.
+    """
     micro_batch: int = Field(default=4, ge=1, le=4096)
     """Windows that go through a layer together. Part of the result."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -200,9 +263,13 @@ class MemorySpec(Section):
     """What a worker may hold."""
 
     worker: ByteSize | None = None
-    """Memory of one worker in bytes (or `8GiB`); activations are recomputed instead of kept when they do not fit. null: no limit."""
+    """Memory of one worker in bytes (or `8GiB`); activations are recomputed instead of kept when
+    they do not fit. null: no limit.
+    """
     checkpoint_layers: int = Field(default=4, ge=0, le=10_000)
-    """Hidden states are saved every so many layers, so that a restart replays fewer layers; 0: never."""
+    """Hidden states are saved every so many layers, so that a restart replays fewer layers; 0:
+    never.
+    """
 
 
 class ExportSpec(Section):
@@ -211,9 +278,13 @@ class ExportSpec(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Floating-point type on disk; `auto`: as each tensor is in the original."""
     target: Literal["transformers", "vllm"] = "transformers"
-    """The loader it is written for; `vllm` writes a Qwen2 with fewer heads as a Llama, because vLLM ignores Qwen2's head_dim."""
+    """The loader it is written for; `vllm` writes a Qwen2 with fewer heads as a Llama, because vLLM
+    ignores Qwen2's head_dim.
+    """
     pad: bool = False
-    """Layers of different sizes are padded with zeros to the widest: stock classes load the model, but it takes what the widest takes."""
+    """Layers of different sizes are padded with zeros to the widest: stock classes load the model,
+    but it takes what the widest takes.
+    """
 
 
 class EvaluationSpec(TextSpec):
@@ -244,9 +315,13 @@ class ClusterSpec(Section):
     executor: Literal["ray", "in-process"] = "ray"
     """`ray`: one Ray actor per worker; `in-process`: all work in the driver's process."""
     address: str = Field(default="local", min_length=1)
-    """`local`: a private Ray on this machine; else the address of a Ray cluster, or `auto` for the one this runs in."""
+    """`local`: a private Ray on this machine; else the address of a Ray cluster, or `auto` for the
+    one this runs in.
+    """
     wait_seconds: int = Field(default=0, ge=0, le=86_400)
-    """How long a run waits, in seconds, for an autoscaler to bring missing CPUs and GPUs; 0: it stops at once."""
+    """How long a run waits, in seconds, for an autoscaler to bring missing CPUs and GPUs; 0: it
+    stops at once.
+    """
 
 
 class JobSpec(Section):
@@ -270,39 +345,60 @@ class JobSpec(Section):
     def _probe_fits(self) -> Self:
         if self.budget.kv_groups == "auto" and self.budget.probe_samples > self.calibration.samples:
             raise ValueError(
-                f"budget.probe_samples ({self.budget.probe_samples}) must not exceed calibration.samples ({self.calibration.samples})"
+                f"budget.probe_samples ({self.budget.probe_samples}) must not exceed"
+                f" calibration.samples ({self.calibration.samples})"
             )
         if self.method.removes_layers and self.budget.kv_groups != "auto":
-            raise ValueError(f"method {self.method.name} removes whole layers; leave out budget.kv_groups")
+            raise ValueError(
+                f"method {self.method.name} removes whole layers; leave out budget.kv_groups"
+            )
         if self.method.trainings and (self.budget.per_layer or self.parallel.placement == "layers"):
-            raise ValueError(f"method {self.method.name} leaves out budget.per_layer and parallel.placement: it has one way of its own")
+            raise ValueError(
+                f"method {self.method.name} leaves out budget.per_layer and parallel.placement: it"
+                " has one way of its own"
+            )
         if isinstance(self.method, DressOptions) and self.method.trains_layers_alone:
             wanted = self.method.training.samples or 0
             if wanted > self.calibration.samples:
-                raise ValueError(f"method.training.samples ({wanted}) must not exceed calibration.samples ({self.calibration.samples})")
+                raise ValueError(
+                    f"method.training.samples ({wanted}) must not exceed calibration.samples"
+                    f" ({self.calibration.samples})"
+                )
         if self.budget.allocation.name == "threshold" and not self.method.comparable_scores:
             raise ValueError(
-                f"budget.allocation: threshold: the scores of {self.method.name} cannot be compared between layers; use curves"
+                f"budget.allocation: threshold: the scores of {self.method.name} cannot be compared"
+                " between layers; use curves"
             )
         if self.budget.per_layer and self.export.target == "vllm" and not self.export.pad:
-            raise ValueError("export.target: vllm: it loads no layers of different sizes; set export.pad: true, or budget.per_layer: false")
+            raise ValueError(
+                "export.target: vllm: it loads no layers of different sizes; set export.pad: true,"
+                " or budget.per_layer: false"
+            )
         if self.correction.drift and self.parallel.effective_propagation == "dense":
-            raise ValueError("correction.drift: on the dense path nothing drifts; set it to 0, or parallel.propagation to pruned or refit")
+            raise ValueError(
+                "correction.drift: on the dense path nothing drifts; set it to 0, or"
+                " parallel.propagation to pruned or refit"
+            )
         if self.parallel.placement == "shards" and self.parallel.workers > self.calibration.shards:
             raise ValueError(
-                f"parallel.workers ({self.parallel.workers}) must not exceed calibration.shards ({self.calibration.shards}): "
-                "a shard is the unit of work; raise calibration.shards"
+                f"parallel.workers ({self.parallel.workers}) must not exceed calibration.shards"
+                f" ({self.calibration.shards}): a shard is the unit of work; raise"
+                " calibration.shards"
             )
         return self
 
     @property
     def trains_on_ranks(self) -> bool:
         """Whether a gang of ranks trains the whole model, before the cut or after it."""
-        return self.recover is not None or (len(self.method.trainings) > 0 and not self.method.trains_layers_alone)
+        return self.recover is not None or (
+            len(self.method.trainings) > 0 and not self.method.trains_layers_alone
+        )
 
     @property
     def windows_read(self) -> int:
-        """Windows that are read of the calibration text: those of the calibration, or of the training that takes most."""
+        """Windows that are read of the calibration text: those of the calibration, or of the
+        training that takes most.
+        """
         trainings = [*self.method.trainings, *([self.recover] if self.recover else [])]
         return max(self.calibration.samples, *(training.samples or 0 for training in trainings), 0)
 
@@ -310,7 +406,11 @@ class JobSpec(Section):
     def divergence_windows(self) -> int:
         """Calibration windows on which divergences are measured for an allocation; 0: none."""
         allocation = self.budget.allocation
-        return min(allocation.samples, self.calibration.samples) if isinstance(allocation, CurvesAllocation) else 0
+        return (
+            min(allocation.samples, self.calibration.samples)
+            if isinstance(allocation, CurvesAllocation)
+            else 0
+        )
 
     @property
     def gradient_windows(self) -> int:
@@ -323,8 +423,16 @@ class JobSpec(Section):
         return self.method.selects_first or self.parallel.effective_propagation == "refit"
 
     def result_part(self) -> dict[str, object]:
-        """The options the pruned model depends on: all but where, with how many workers, how it is judged and what is done with it."""
-        left_out: Any = {"cluster": True, "evaluation": True, "memory": True, "recover": True, "parallel": {"workers", "retries"}}
+        """The options the pruned model depends on: all but where, with how many workers, how it is
+        judged and what is done with it.
+        """
+        left_out: Any = {
+            "cluster": True,
+            "evaluation": True,
+            "memory": True,
+            "recover": True,
+            "parallel": {"workers", "retries"},
+        }
         left_out["method"] = {"training": HOW_TRAINED, "gates": HOW_TRAINED}
         document: dict[str, object] = self.model_dump(mode="json", exclude=left_out)
         return document

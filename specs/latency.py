@@ -1,4 +1,6 @@
-"""Measured times of a model's layers by size: what a latency budget is counted with. `rayprune latency` writes the file."""
+"""Measured times of a model's layers by size: what a latency budget is counted with. `rayprune
+latency` writes the file.
+"""
 
 from collections.abc import Mapping
 from functools import cache
@@ -30,17 +32,25 @@ class LatencyTable(Section):
     layer_ms: float = Field(gt=0.0)
     """One layer as it is."""
     narrowed_ms: dict[str, Annotated[dict[int, float], Field(min_length=1)]]
-    """By coupled group: one layer with so many units of that group, and all of the others; 0: without the block."""
+    """By coupled group: one layer with so many units of that group, and all of the others; 0:
+    without the block.
+    """
 
     @model_validator(mode="after")
     def _has_all_groups(self) -> Self:
         if missing := {"heads", "neurons"} - self.narrowed_ms.keys():
-            raise ValueError(f"narrowed_ms lacks {sorted(missing)}; write the table with `rayprune latency`")
+            raise ValueError(
+                f"narrowed_ms lacks {sorted(missing)}; write the table with `rayprune latency`"
+            )
         return self
 
     def layer(self, kept: Mapping[str, int]) -> float:
-        """Milliseconds of a layer that keeps so many units: what each group saves is taken to add up, linear between measured sizes."""
-        return self.layer_ms + sum(self._narrowed(name, count) - self.layer_ms for name, count in kept.items())
+        """Milliseconds of a layer that keeps so many units: what each group saves is taken to add
+        up, linear between measured sizes.
+        """
+        return self.layer_ms + sum(
+            self._narrowed(name, count) - self.layer_ms for name, count in kept.items()
+        )
 
     def _narrowed(self, name: str, count: int) -> float:
         counts = sorted(self.narrowed_ms[name])

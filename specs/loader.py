@@ -1,6 +1,7 @@
 """From a job file and `--set` overrides to a validated job, and back to a canonical file.
 
-Every value keeps the line or the override it came from, so that an error names the place to correct.
+Every value keeps the line or the override it came from, so that an error names the place to
+correct.
 """
 
 import json
@@ -14,7 +15,14 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, BeforeValidator, ValidationError
 
-from rayprune.specs.core_yaml import CORE_SCHEMA, MAX_DEPTH, NUMBER_TAGS, TAG, CoreDumper, CoreLoader
+from rayprune.specs.core_yaml import (
+    CORE_SCHEMA,
+    MAX_DEPTH,
+    NUMBER_TAGS,
+    TAG,
+    CoreDumper,
+    CoreLoader,
+)
 from rayprune.specs.errors import SpecError
 from rayprune.specs.explain import KeyPath, Located, explain, models, parts, shown
 from rayprune.specs.job import JobSpec, PathMarker
@@ -30,7 +38,9 @@ _UNUSABLE = re.compile("[\0\ud800-\udfff]")
 
 @dataclass(slots=True)
 class _Builder:
-    """Turns composed YAML nodes into located values; what is wrong with them is collected in `problems`."""
+    """Turns composed YAML nodes into located values; what is wrong with them is collected in
+    `problems`.
+    """
 
     name: str
     folder: str
@@ -39,14 +49,21 @@ class _Builder:
     _values: int = 0
 
     def build(self, node: yaml.Node, where: str, depth: int = 0) -> Located:
-        """The located value of a node. Aliases are expanded, so depth and number of values are bounded here again."""
+        """The located value of a node. Aliases are expanded, so depth and number of values are
+        bounded here again.
+        """
         self._values += 1
         if depth > MAX_DEPTH or self._values > MAX_VALUES:
-            raise SpecError(f"{where}: more than {MAX_DEPTH} levels or {MAX_VALUES} values, aliases expanded; make the file smaller")
+            raise SpecError(
+                f"{where}: more than {MAX_DEPTH} levels or {MAX_VALUES} values, aliases expanded;"
+                " make the file smaller"
+            )
         if isinstance(node, yaml.MappingNode) and node.tag == TAG + "map":
             return self._located(self._mapping(node, depth), where)
         if isinstance(node, yaml.SequenceNode) and node.tag == TAG + "seq":
-            return self._located([self.build(item, self.where(item), depth + 1) for item in node.value], where)
+            return self._located(
+                [self.build(item, self.where(item), depth + 1) for item in node.value], where
+            )
         return self._located(self._scalar(node, where), where)
 
     def where(self, node: yaml.Node) -> str:
@@ -57,7 +74,9 @@ class _Builder:
         """The place of a line and column, both counted from 0, as errors name it."""
         if not self.has_lines:
             return self.name
-        return f"{self.name}:{line + 1}" if column is None else f"{self.name}:{line + 1}:{column + 1}"
+        return (
+            f"{self.name}:{line + 1}" if column is None else f"{self.name}:{line + 1}:{column + 1}"
+        )
 
     def _located(self, value: Any, where: str) -> Located:
         return Located(value, where, self.folder)
@@ -68,12 +87,19 @@ class _Builder:
             where = self.where(key_node)
             item = self.build(value_node, where, depth + 1)
             if key_node.tag != TAG + "str":
-                given = shown(key_node.value) if isinstance(key_node, yaml.ScalarNode) else "a list or mapping"
+                given = (
+                    shown(key_node.value)
+                    if isinstance(key_node, yaml.ScalarNode)
+                    else "a list or mapping"
+                )
                 self.problems.append(f"{where}: {given} is not a field name; correct it")
                 continue
             key = self._scalar(key_node, where)
             if key in items:
-                self.problems.append(f"{where}: duplicate key {shown(key)}, first given at {items[key].where}; remove one")
+                self.problems.append(
+                    f"{where}: duplicate key {shown(key)}, first given at {items[key].where};"
+                    " remove one"
+                )
             items.setdefault(key, item)
         return items
 
@@ -81,21 +107,28 @@ class _Builder:
         text, kind = node.value, node.tag.replace(TAG, "!!")
         if kind == "!!str" and isinstance(node, yaml.ScalarNode):
             if _UNUSABLE.search(text):
-                self.problems.append(f"{where}: {shown(text)} holds a NUL or half a surrogate pair; remove it")
+                self.problems.append(
+                    f"{where}: {shown(text)} holds a NUL or half a surrogate pair; remove it"
+                )
             return _UNUSABLE.sub("?", text)
         if node.tag not in CORE_SCHEMA or not isinstance(node, yaml.ScalarNode):
             self.problems.append(f"{where}: unexpected tag {kind}; remove it")
         elif not CORE_SCHEMA[node.tag].match(text) or len(text) > MAX_DIGITS:
             self.problems.append(f"{where}: {shown(text)} cannot be read as {kind}; correct it")
         else:
-            return _number(text) if node.tag in NUMBER_TAGS else {"t": True, "f": False}.get(text[:1].lower())
+            return (
+                _number(text)
+                if node.tag in NUMBER_TAGS
+                else {"t": True, "f": False}.get(text[:1].lower())
+            )
         return None
 
 
 def load_job(path: Path, overrides: Sequence[str] = ()) -> JobSpec:
     """Read, override and validate a job.
 
-    Relative paths in the file start from the file's folder, those in overrides (`section.field=value`) from the current directory.
+    Relative paths in the file start from the file's folder, those in overrides
+    (`section.field=value`) from the current directory.
 
     Raises:
         SpecError: the file cannot be read or does not describe a job; one line per problem.
@@ -103,9 +136,16 @@ def load_job(path: Path, overrides: Sequence[str] = ()) -> JobSpec:
     file = _Builder(str(path), os.path.abspath(path.parent), has_lines=True)
     root = _parse(_read(path), file)
     if not isinstance(root.value, dict):
-        raise SpecError("\n".join(file.problems or [f"{root.where}: the file must be a mapping of sections, such as `model:`"]))
+        raise SpecError(
+            "\n".join(
+                file.problems
+                or [f"{root.where}: the file must be a mapping of sections, such as `model:`"]
+            )
+        )
     root, problems = _apply(root, overrides)
-    root = _resolve_paths(root, frozenset(_fields(JobSpec, lambda part: isinstance(part, PathMarker))))
+    root = _resolve_paths(
+        root, frozenset(_fields(JobSpec, lambda part: isinstance(part, PathMarker)))
+    )
     problems = file.problems + problems
     job: JobSpec | None = None
     try:
@@ -120,12 +160,20 @@ def load_job(path: Path, overrides: Sequence[str] = ()) -> JobSpec:
 def dump_job(job: JobSpec) -> str:
     """The whole job, defaults included, as YAML that `load_job` reads back to an equal job."""
     # Without a bound on the width no text is folded over lines.
-    text: str = yaml.dump(job.model_dump(mode="json"), Dumper=CoreDumper, sort_keys=False, allow_unicode=True, width=2**31)
+    text: str = yaml.dump(
+        job.model_dump(mode="json"),
+        Dumper=CoreDumper,
+        sort_keys=False,
+        allow_unicode=True,
+        width=2**31,
+    )
     return text
 
 
 def differing_fields(a: JobSpec, b: JobSpec) -> list[str]:
-    """The options in which the results of two jobs differ, as lines such as `budget.sparsity: 0.2 -> 0.3`."""
+    """The options in which the results of two jobs differ, as lines such as `budget.sparsity: 0.2
+    -> 0.3`.
+    """
     return list(_differences(a.result_part(), b.result_part(), ""))
 
 
@@ -142,14 +190,19 @@ def _read(path: Path) -> str:
         with path.open("rb") as stream:
             content = stream.read(MAX_FILE_BYTES + 1)
     except OSError as error:
-        raise SpecError(f"{path}: cannot read the job file: {error.strerror}; check the path and its permissions") from error
+        raise SpecError(
+            f"{path}: cannot read the job file: {error.strerror}; check the path and its"
+            " permissions"
+        ) from error
     if len(content) > MAX_FILE_BYTES:
         raise SpecError(f"{path}: larger than {MAX_FILE_BYTES} bytes; is this a job file?")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise SpecError(f"{path}:{line}: not valid UTF-8 at byte {error.start}; save the file as UTF-8") from error
+        raise SpecError(
+            f"{path}:{line}: not valid UTF-8 at byte {error.start}; save the file as UTF-8"
+        ) from error
 
 
 def _parse(text: str, builder: _Builder) -> Located:
@@ -164,9 +217,15 @@ def _parse(text: str, builder: _Builder) -> Located:
     except yaml.reader.ReaderError as error:
         before = text[: error.position]
         place = builder.at(before.count("\n"), len(before) - before.rfind("\n") - 1)
-        raise SpecError(f"{place}: the character U+{ord(text[error.position]):04X} is not allowed in YAML; remove it") from error
-    except (ValueError, OverflowError) as error:  # PyYAML does not check that an escape such as "\UFFFFFFFF" is a character
-        raise SpecError(f"{builder.name}: not valid YAML: {error}; correct the number or escape sequence") from error
+        raise SpecError(
+            f"{place}: the character U+{ord(text[error.position]):04X} is not allowed in YAML;"
+            " remove it"
+        ) from error
+    # PyYAML does not check that an escape such as "\UFFFFFFFF" is a character
+    except (ValueError, OverflowError) as error:
+        raise SpecError(
+            f"{builder.name}: not valid YAML: {error}; correct the number or escape sequence"
+        ) from error
     if node is None:
         return Located(None, builder.name, builder.folder)
     return builder.build(node, builder.where(node))
@@ -180,7 +239,9 @@ def _number(text: str) -> int | float:
 
 def _apply(root: Located, overrides: Iterable[str]) -> tuple[Located, list[str]]:
     problems: list[str] = []
-    short = frozenset(_fields(JobSpec, lambda part: isinstance(part, BeforeValidator) and part.func is named))
+    short = frozenset(
+        _fields(JobSpec, lambda part: isinstance(part, BeforeValidator) and part.func is named)
+    )
     for override in overrides:
         try:
             keys, value, found = _override(override)
@@ -195,13 +256,19 @@ def _override(text: str) -> tuple[list[str], Located, list[str]]:
     name, equals, value = text.partition("=")
     keys = [key.strip() for key in name.split(".")]
     if not equals or not all(keys):
-        raise SpecError(f"--set {text}: not an override; write section.field=value, such as budget.sparsity=0.3")
+        raise SpecError(
+            f"--set {text}: not an override; write section.field=value, such as budget.sparsity=0.3"
+        )
     builder = _Builder(f"--set {text}", os.getcwd(), has_lines=False)
     return keys, _parse(value, builder), builder.problems
 
 
-def _assign(node: Located, keys: Sequence[str], value: Located, short: Set[KeyPath], at: KeyPath = ()) -> Located:
-    """A copy of `node` with the value at the key path; null and missing sections on the way are created, `short` names written out."""
+def _assign(
+    node: Located, keys: Sequence[str], value: Located, short: Set[KeyPath], at: KeyPath = ()
+) -> Located:
+    """A copy of `node` with the value at the key path; null and missing sections on the way are
+    created, `short` names written out.
+    """
     if not keys:
         return value
     if node.value is None:
@@ -209,12 +276,19 @@ def _assign(node: Located, keys: Sequence[str], value: Located, short: Set[KeyPa
     if isinstance(node.value, str) and at in short:
         node = replace(node, value={"name": node})
     if not isinstance(node.value, dict):
-        raise SpecError(f"{value.where}: {keys[0]!r} cannot be set inside {shown(node.plain())}, which is no section; correct the name")
+        raise SpecError(
+            f"{value.where}: {keys[0]!r} cannot be set inside {shown(node.plain())}, which is no"
+            " section; correct the name"
+        )
     child = node.child(keys[0]) or replace(value, value=None)
-    return replace(node, value={**node.value, keys[0]: _assign(child, keys[1:], value, short, (*at, keys[0]))})
+    return replace(
+        node, value={**node.value, keys[0]: _assign(child, keys[1:], value, short, (*at, keys[0]))}
+    )
 
 
-def _fields(model: type[BaseModel], marked: Callable[[object], bool], prefix: KeyPath = ()) -> Iterator[KeyPath]:
+def _fields(
+    model: type[BaseModel], marked: Callable[[object], bool], prefix: KeyPath = ()
+) -> Iterator[KeyPath]:
     """The key paths of all fields that are marked so."""
     for name, info in model.model_fields.items():
         if any(marked(part) for part in (*info.metadata, *parts(info.annotation))):
@@ -225,9 +299,17 @@ def _fields(model: type[BaseModel], marked: Callable[[object], bool], prefix: Ke
 
 def _resolve_paths(node: Located, fields: frozenset[KeyPath], at: KeyPath = ()) -> Located:
     if isinstance(node.value, dict):
-        return replace(node, value={key: _resolve_paths(item, fields, (*at, key)) for key, item in node.value.items()})
+        return replace(
+            node,
+            value={
+                key: _resolve_paths(item, fields, (*at, key)) for key, item in node.value.items()
+            },
+        )
     if isinstance(node.value, list):
         return replace(node, value=[_resolve_paths(item, fields, at) for item in node.value])
-    if at in fields and isinstance(node.value, str) and node.value:  # an empty path is left for the validation to refuse
-        return replace(node, value=os.path.abspath(os.path.join(node.folder, os.path.expanduser(node.value))))
+    # an empty path is left for the validation to refuse
+    if at in fields and isinstance(node.value, str) and node.value:
+        return replace(
+            node, value=os.path.abspath(os.path.join(node.folder, os.path.expanduser(node.value)))
+        )
     return node

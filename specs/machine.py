@@ -1,8 +1,9 @@
 """Machine profiles: the rates from which a plan takes its times.
 
-Built-in profiles are data-sheet peaks times what dense code usually reaches: 50% for products in the forward type, 70%
-for fp32 and fp64 products, 80% of memory bandwidth. Disk (2 GB/s) and network (12.5 GB/s, 1 GB/s for `cpu-core`) are
-assumed, not looked up. `rayprune profile` measures a machine; its numbers are taken as they are.
+Built-in profiles are data-sheet peaks times what dense code usually reaches: 50% for products in
+the forward type, 70% for fp32 and fp64 products, 80% of memory bandwidth. Disk (2 GB/s) and network
+(12.5 GB/s, 1 GB/s for `cpu-core`) are assumed, not looked up. `rayprune profile` measures a
+machine; its numbers are taken as they are.
 """
 
 from collections.abc import Mapping
@@ -43,7 +44,9 @@ class MachineProfile(Section):
     """Memory of one worker: of its GPU, or its share of the machine's."""
 
 
-def _gpu(name: str, bf16: float, fp32: float, fp64: float, bandwidth: float, memory_gib: float) -> MachineProfile:
+def _gpu(
+    name: str, bf16: float, fp32: float, fp64: float, bandwidth: float, memory_gib: float
+) -> MachineProfile:
     """A profile from data-sheet peaks: dense TFLOP/s, TB/s, and GiB that a process can use."""
     return MachineProfile(
         name=name,

@@ -16,7 +16,9 @@ class MethodOptions(Section):
 
     @property
     def needs_rows(self) -> bool:
-        """Whether rows of activations are kept instead of a Gram matrix, however many tokens there are."""
+        """Whether rows of activations are kept instead of a Gram matrix, however many tokens there
+        are.
+        """
         return False
 
     @property
@@ -26,7 +28,9 @@ class MethodOptions(Section):
 
     @property
     def gradient_windows(self) -> int:
-        """Calibration windows on which gradients of the loss are measured; 0: they are not needed."""
+        """Calibration windows on which gradients of the loss are measured; 0: they are not
+        needed.
+        """
         return 0
 
     @property
@@ -56,16 +60,24 @@ class MethodOptions(Section):
 
 
 class StatOptions(MethodOptions):
-    """STAT (arXiv 2406.00061): column-pivoted QR picks heads and neurons, an interpolative correction folds into the next weight."""
+    """STAT (arXiv 2406.00061): column-pivoted QR picks heads and neurons, an interpolative
+    correction folds into the next weight.
+    """
 
     name: Literal["stat"] = "stat"
     factorization: Literal["gram", "qr"] = "gram"
-    """`gram`: pivoted Cholesky of the Gram matrix (fast); `qr`: tall-skinny QR, then column-pivoted QR of R (exact)."""
+    """`gram`: pivoted Cholesky of the Gram matrix (fast); `qr`: tall-skinny QR, then column-pivoted
+    QR of R (exact).
+    """
     scale: Literal["weights", "gradients"] = "weights"
-    """What an activation counts for in the pivoting. `weights`, the paper's: the norm of the next weight's column; `gradients`: the root
-    mean square of the loss's gradient with respect to it, for one backward pass through the dense model, layer by layer."""
+    """What an activation counts for in the pivoting. `weights`, the paper's: the norm of the next
+    weight's column; `gradients`: the root mean square of the loss's gradient with respect to it,
+    for one backward pass through the dense model, layer by layer.
+    """
     gradient_samples: int = Field(default=64, ge=1)
-    """`gradients`: calibration windows, spread evenly, on which they are measured; at most all of them."""
+    """`gradients`: calibration windows, spread evenly, on which they are measured; at most all of
+    them.
+    """
 
     @property
     def needs_rows(self) -> bool:
@@ -79,16 +91,22 @@ class StatOptions(MethodOptions):
 
 
 class NumericalOptions(MethodOptions):
-    """Numerical Pruning (arXiv 2412.12441): Newton scores of attention and MLP, closed-form compensation."""
+    """Numerical Pruning (arXiv 2412.12441): Newton scores of attention and MLP, closed-form
+    compensation.
+    """
 
     name: Literal["numerical"] = "numerical"
     penalty: float = Field(default=1e4, gt=0.0)
-    """Weight (lambda) of the constraint on how many units stay; as it grows, a layer's mean score becomes the fraction that stays."""
+    """Weight (lambda) of the constraint on how many units stay; as it grows, a layer's mean score
+    becomes the fraction that stays.
+    """
     damping: Damping = 1e-2
     """Added to the Hessian, as a multiple of its mean diagonal."""
     head_score: Literal["cost", "times-cost"] = "cost"
-    """With `allocation: threshold`, `cost`: a head's score is compared as it is and its parameters are what it costs; `times-cost`: it is
-    multiplied by the parameters of a head over those of a neuron first, the paper's formula as printed."""
+    """With `allocation: threshold`, `cost`: a head's score is compared as it is and its parameters
+    are what it costs; `times-cost`: it is multiplied by the parameters of a head over those of a
+    neuron first, the paper's formula as printed.
+    """
 
     @property
     def comparable_scores(self) -> bool:
@@ -97,19 +115,27 @@ class NumericalOptions(MethodOptions):
 
 
 class ObsOptions(MethodOptions):
-    """Optimal Brain Surgeon for units (ZipLM, OSSCAR): the unit whose loss costs least after the exact refit goes first."""
+    """Optimal Brain Surgeon for units (ZipLM, OSSCAR): the unit whose loss costs least after the
+    exact refit goes first.
+    """
 
     name: Literal["obs"] = "obs"
     rounds: int = Field(default=32, ge=1, le=100_000)
-    """Rounds of removal; scores are exact at the start of each. As many as there are units: one at a time."""
+    """Rounds of removal; scores are exact at the start of each. As many as there are units: one at
+    a time.
+    """
     swaps: int = Field(default=0, ge=0, le=100_000)
-    """Exchanges of a removed unit for a kept one that are tried afterwards, as long as each helps."""
+    """Exchanges of a removed unit for a kept one that are tried afterwards, as long as each
+    helps.
+    """
     damping: Damping = 1e-2
     """Ridge of the refit behind the scores, as a multiple of the mean diagonal."""
 
 
 class FlapOptions(MethodOptions):
-    """FLAP's score (arXiv 2312.11983): variance of a channel times the squared norm of the weights that read it. A baseline."""
+    """FLAP's score (arXiv 2312.11983): variance of a channel times the squared norm of the weights
+    that read it. A baseline.
+    """
 
     name: Literal["flap"] = "flap"
 
@@ -120,25 +146,35 @@ class FlapOptions(MethodOptions):
 
 
 class WandaOptions(MethodOptions):
-    """Wanda's score for structures (arXiv 2306.11695, Wanda-sp): norm of a channel times the weights that read it. A baseline."""
+    """Wanda's score for structures (arXiv 2306.11695, Wanda-sp): norm of a channel times the
+    weights that read it. A baseline.
+    """
 
     name: Literal["wanda"] = "wanda"
 
 
 class DressOptions(MethodOptions):
-    """DReSS (arXiv 2501.17905): what will go is chosen first and driven towards zero while the model is trained; then it is cut."""
+    """DReSS (arXiv 2501.17905): what will go is chosen first and driven towards zero while the
+    model is trained; then it is cut.
+    """
 
     name: Literal["dress"] = "dress"
     mask: Literal["random", "stat", "numerical", "obs", "flap", "wanda"] = "random"
-    """How the units that will go are chosen: at random, or by a method, with its default options, on the dense model."""
+    """How the units that will go are chosen: at random, or by a method, with its default options,
+    on the dense model.
+    """
     scope: Literal["model", "layer"] = "model"
-    """`model`: all layers are trained together on the language-model loss, as in the paper; `layer`: every layer alone, towards its own
-    output in the dense model, many at a time, in the memory of one layer."""
+    """`model`: all layers are trained together on the language-model loss, as in the paper;
+    `layer`: every layer alone, towards its own output in the dense model, many at a time, in the
+    memory of one layer.
+    """
     norm: Literal["l1", "l2"] = "l2"
     """Norm of a unit's weights in the penalty."""
     strength: float = Field(default=0.5, gt=0.0, le=1e3)
-    """How far the penalty takes the norm of a unit down over the whole training, if nothing else moves it; 1: to zero. At half its norm
-    an eighth of a channel's output is left, a product of three weights; the correction takes that."""
+    """How far the penalty takes the norm of a unit down over the whole training, if nothing else
+    moves it; 1: to zero. At half its norm an eighth of a channel's output is left, a product of
+    three weights; the correction takes that.
+    """
     seed: int = Field(default=0, ge=0)
     """Seed of a random mask."""
     training: TrainingSpec = TrainingSpec()
@@ -166,16 +202,22 @@ class DressOptions(MethodOptions):
 
 
 class TrspOptions(MethodOptions):
-    """TRSP (arXiv 2505.18232): gates choose the layers, a penalty on their updates moves what they do elsewhere, then they go."""
+    """TRSP (arXiv 2505.18232): gates choose the layers, a penalty on their updates moves what they
+    do elsewhere, then they go.
+    """
 
     name: Literal["trsp"] = "trsp"
     gate_strength: float = Field(default=5e-3, ge=0.0)
     """Weight of the l1 norm of the gates (lambda 1) beside the language-model loss."""
     transfer: Literal["shrink", "penalty"] = "shrink"
-    """How the layers that will go hand over what they do; `penalty`, the paper's: a penalty on the size of their updates beside the loss;
-    `shrink`, its decoupled form: their updates are scaled down while all weights are trained on the loss alone."""
+    """How the layers that will go hand over what they do; `penalty`, the paper's: a penalty on the
+    size of their updates beside the loss; `shrink`, its decoupled form: their updates are scaled
+    down while all weights are trained on the loss alone.
+    """
     shrink_strength: float = Field(default=1.5, gt=0.0, le=1e3)
-    """`shrink`: how far the updates are scaled down over the whole training; 1: to zero just at its end, 2: by its middle."""
+    """`shrink`: how far the updates are scaled down over the whole training; 1: to zero just at its
+    end, 2: by its middle.
+    """
     update_strength: float = Field(default=1e-3, ge=0.0)
     """`penalty`: weight of the updates of the layers that will go (lambda 2)."""
     norm: Literal["l1", "l2"] = "l2"
@@ -201,7 +243,8 @@ class TrspOptions(MethodOptions):
 
 
 SELECTORS: Mapping[str, MethodOptions] = {
-    options.name: options for options in (StatOptions(), NumericalOptions(), ObsOptions(), FlapOptions(), WandaOptions())
+    options.name: options
+    for options in (StatOptions(), NumericalOptions(), ObsOptions(), FlapOptions(), WandaOptions())
 }
 """The methods that choose units of one layer, with their default options."""
 

@@ -15,7 +15,9 @@ S = TypeVar("S", bound="Section")
 class Section(BaseModel):
     """Base of every section: frozen, closed, documented by the docstrings under its fields."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 def named(options: Any) -> Any:
@@ -24,10 +26,16 @@ def named(options: Any) -> Any:
 
 
 def told_apart_by_name(default: str) -> Discriminator:
-    """Chooses among the classes of a section by the option `name`, `default` where there is none."""
+    """Chooses among the classes of a section by the option `name`, `default` where there is
+    none.
+    """
 
     def name(options: Any) -> str:
-        return str(options.get("name", default) if isinstance(options, Mapping) else getattr(options, "name", default))
+        return str(
+            options.get("name", default)
+            if isinstance(options, Mapping)
+            else getattr(options, "name", default)
+        )
 
     return Discriminator(name)
 
@@ -45,5 +53,8 @@ def load_section(section: type[S], path: Path) -> S:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SpecError(f"{path}: not valid YAML: {error}") from None
     except ValidationError as error:
-        problems = [f"{path}: {'.'.join(map(str, part['loc'])) or 'file'}: {part['msg']}" for part in error.errors()]
+        problems = [
+            f"{path}: {'.'.join(map(str, part['loc'])) or 'file'}: {part['msg']}"
+            for part in error.errors()
+        ]
         raise SpecError("\n".join(problems)) from None

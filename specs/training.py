@@ -7,7 +7,9 @@ from pydantic import Field
 from rayprune.specs.section import Section
 
 HOW_TRAINED = {"micro_batch", "activation_checkpointing", "checkpoint_steps"}
-"""Options of a training that its result does not depend on, but for rounding; they may change between attempts."""
+"""Options of a training that its result does not depend on, but for rounding; they may change
+between attempts.
+"""
 
 
 class TrainingSpec(Section):
@@ -32,17 +34,23 @@ class TrainingSpec(Section):
     clip: float = Field(default=1.0, gt=0.0)
     """Largest norm of the gradient; larger ones are scaled down."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of weights and activations in forward and backward passes; weights that are trained are kept in float32."""
+    """Type of weights and activations in forward and backward passes; weights that are trained are
+    kept in float32.
+    """
     activation_checkpointing: bool = True
     """Activations inside a layer are computed again in the backward pass instead of kept."""
     checkpoint_steps: int = Field(default=50, ge=1)
-    """Weights and optimizer state are saved every so many steps; a training that was cut off goes on from there."""
+    """Weights and optimizer state are saved every so many steps; a training that was cut off goes
+    on from there.
+    """
     seed: int = Field(default=0, ge=0)
     """Seed of the order of the windows."""
 
 
 class LoraSpec(Section):
-    """Low-rank adapters (LoRA, arXiv 2106.09685) on every linear map of the layers; merged into the weights on export."""
+    """Low-rank adapters (LoRA, arXiv 2106.09685) on every linear map of the layers; merged into the
+    weights on export.
+    """
 
     rank: int = Field(default=16, ge=1, le=4096)
     """Rank of an adapter's two factors."""
@@ -57,6 +65,8 @@ class RecoverSpec(TrainingSpec):
     """Train adapters alone, beside weights that are held in `dtype`; null: train all weights."""
 
     loss: Literal["lm", "distillation"] = "lm"
-    """`lm`: next-token prediction; `distillation`: the dense model's next-token distribution is the goal."""
+    """`lm`: next-token prediction; `distillation`: the dense model's next-token distribution is the
+    goal.
+    """
     hidden: float = Field(default=0.0, ge=0.0)
     """`distillation`: weight of the squared relative distance between the last hidden states."""

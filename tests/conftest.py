@@ -1,4 +1,6 @@
-"""Small models built from configs in milliseconds, a tokenizer without a network, and jobs over both."""
+"""Small models built from configs in milliseconds, a tokenizer without a network, and jobs over
+both.
+"""
 
 import json
 import os
@@ -10,7 +12,11 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
+os.environ |= {
+    "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_TOKEN": secrets.token_hex(32),
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
 
 import pytest
 import torch
@@ -39,14 +45,26 @@ MakeModel = Callable[..., Path]
 MakeJob = Callable[..., Path]
 
 
-def build_model(folder: Path, model_type: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
-    """Write a tiny random model of a family with a byte-level tokenizer; activations are made unlike by random norm weights."""
+def build_model(
+    folder: Path,
+    model_type: str = "llama",
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    **changes: Any,
+) -> Path:
+    """Write a tiny random model of a family with a byte-level tokenizer; activations are made
+    unlike by random norm weights.
+    """
     torch.manual_seed(seed)
     config = AutoConfig.for_model(model_type, **(SIZES | changes))
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(torch.rand_like(parameter) + 0.5 if "norm" in name else torch.randn_like(parameter) * 0.15)
+            parameter.copy_(
+                torch.rand_like(parameter) + 0.5
+                if "norm" in name
+                else torch.randn_like(parameter) * 0.15
+            )
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
@@ -79,9 +97,15 @@ def make_job(tmp_path: Path, text_file: Path) -> MakeJob:
     def make(model: Path, name: str = "job.yaml", **sections: Any) -> Path:
         document: dict[str, Any] = {
             "model": {"path": str(model)},
-            "calibration": {"path": str(text_file), "samples": 16, "sequence_length": 64, "shards": 4},
+            "calibration": {
+                "path": str(text_file),
+                "samples": 16,
+                "sequence_length": 64,
+                "shards": 4,
+            },
             "budget": {"sparsity": 0.25, "round_to": 4},
-            "parallel": {"workers": 1, "micro_batch": 2, "device": "cpu"},  # on machines with a GPU too: tests/gpu has its own
+            # on machines with a GPU too: tests/gpu has its own
+            "parallel": {"workers": 1, "micro_batch": 2, "device": "cpu"},
             "cluster": {"executor": "in-process"},
         }
         for section, values in sections.items():
@@ -112,20 +136,36 @@ def force_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
-    """One private Ray for all tests that need it; jobs with `cluster.address: local` use it as they find it."""
+    """One private Ray for all tests that need it; jobs with `cluster.address: local` use it as they
+    find it.
+    """
     import ray
 
-    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, object_store_memory=200 * 2**20)
+    ray.init(
+        address="local",
+        num_cpus=8,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=200 * 2**20,
+    )
     yield
     ray.shutdown()
 
 
 def edit_json(path: Path, **changes: Any) -> None:
     """Change keys of a JSON file; None removes a key."""
-    value = {key: entry for key, entry in (json.loads(path.read_text()) | changes).items() if entry is not None}
+    value = {
+        key: entry
+        for key, entry in (json.loads(path.read_text()) | changes).items()
+        if entry is not None
+    }
     path.write_text(json.dumps(value))
 
 
 def folder_bytes(folder: Path) -> dict[str, bytes]:
     """Content of every file below a folder."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }

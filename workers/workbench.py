@@ -1,4 +1,6 @@
-"""What every step of a worker stands on: the job, the device, the model, the tokens, and room for large tensors."""
+"""What every step of a worker stands on: the job, the device, the model, the tokens, and room for
+large tensors.
+"""
 
 import time
 from collections.abc import Callable
@@ -30,8 +32,12 @@ P = ParamSpec("P")
 W = TypeVar("W", bound="Workbench")
 
 
-def step(method: Callable[Concatenate[W, P], tuple[Receipt, Any]]) -> Callable[Concatenate[W, P], tuple[Receipt, Any]]:
-    """Add the seconds a step took and the worker's peak memory (bytes, per kind) to its receipt; keep no free memory behind it."""
+def step(
+    method: Callable[Concatenate[W, P], tuple[Receipt, Any]],
+) -> Callable[Concatenate[W, P], tuple[Receipt, Any]]:
+    """Add the seconds a step took and the worker's peak memory (bytes, per kind) to its receipt;
+    keep no free memory behind it.
+    """
 
     @wraps(method)
     def timed(worker: W, /, *args: P.args, **kwargs: P.kwargs) -> tuple[Receipt, Any]:
@@ -40,10 +46,18 @@ def step(method: Callable[Concatenate[W, P], tuple[Receipt, Any]]) -> Callable[C
             receipt, payload = method(worker, *args, **kwargs)
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise ResourceError(
-                f"{method.__name__}: out of memory ({error}): lower parallel.micro_batch, raise parallel.workers or set memory.worker"
+                f"{method.__name__}: out of memory ({error}): lower parallel.micro_batch, raise"
+                " parallel.workers or set memory.worker"
             ) from None
         give_back_free_memory()
-        return receipt | {"seconds": time.perf_counter() - start, "peak_memory_bytes": worker.peak_memory_bytes()}, payload
+        return (
+            receipt
+            | {
+                "seconds": time.perf_counter() - start,
+                "peak_memory_bytes": worker.peak_memory_bytes(),
+            },
+            payload,
+        )
 
     return timed
 
@@ -75,13 +89,19 @@ class Workbench:
     def _dtype(self) -> torch.dtype:
         name = self.job.model.dtype
         if name == "auto":
-            on_disk = str(self._checkpoint.config.get("dtype") or self._checkpoint.config.get("torch_dtype") or "float32")
+            on_disk = str(
+                self._checkpoint.config.get("dtype")
+                or self._checkpoint.config.get("torch_dtype")
+                or "float32"
+            )
             name = "float32" if self.device.type == "cpu" else on_disk  # type: ignore[assignment]
         return _torch_dtype(name)
 
     @cached_property
     def _model(self) -> StreamedModel:
-        return StreamedModel(self._checkpoint, self._dtype, self.device, self._spill(self._memory.spill_hidden).store)
+        return StreamedModel(
+            self._checkpoint, self._dtype, self.device, self._spill(self._memory.spill_hidden).store
+        )
 
     def _spill(self, to_files: bool) -> Scratch:
         return Scratch(self.device, self.run_folder / CACHE / "spill" if to_files else None)
@@ -96,13 +116,18 @@ class Workbench:
     def _statistic(self, num_windows: int, width: int, drift_width: int = 0) -> Statistic:
         """The statistic of no tokens, of the kind for so many windows."""
         num_tokens = num_windows * self.job.calibration.sequence_length
-        return statistic_type(self.job.method.needs_rows, num_tokens, width).empty(width, self._scratch, drift_width)
+        return statistic_type(self.job.method.needs_rows, num_tokens, width).empty(
+            width, self._scratch, drift_width
+        )
 
     def _shards(self) -> list[list[Tensor]]:
         """Micro-batches of every logical shard."""
         windows_ST, options = self._tokens(CALIBRATION_TASK), self.job.calibration
         parts = even_parts(options.samples, options.shards)
-        return [micro_batches(windows_ST[part.start : part.stop], self.job.parallel.micro_batch) for part in parts]
+        return [
+            micro_batches(windows_ST[part.start : part.stop], self.job.parallel.micro_batch)
+            for part in parts
+        ]
 
     def _spread_windows(self, count: int, numbers: range) -> list[Tensor]:
         """Some of `count` calibration windows that are spread evenly over the text."""
@@ -112,10 +137,16 @@ class Workbench:
 
     def _consumer_weight(self, layer: int, group: UnitGroup) -> Tensor:
         name = f"{group.consumer}.weight"
-        return read_tensors(self._checkpoint, {name: self._checkpoint.layer_tensors(layer)[name]}, layer_prefix(layer))[name]
+        return read_tensors(
+            self._checkpoint,
+            {name: self._checkpoint.layer_tensors(layer)[name]},
+            layer_prefix(layer),
+        )[name]
 
     def _disk_dtype(self, tensor: Tensor) -> torch.dtype:
-        return tensor.dtype if self.job.export.dtype == "auto" else _torch_dtype(self.job.export.dtype)
+        return (
+            tensor.dtype if self.job.export.dtype == "auto" else _torch_dtype(self.job.export.dtype)
+        )
 
 
 def _torch_dtype(name: str) -> torch.dtype:

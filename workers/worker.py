@@ -1,7 +1,8 @@
-"""One worker: a plain class whose methods are the steps the driver asks for. Ray wraps it; nothing here knows of Ray.
+"""One worker: a plain class whose methods are the steps the driver asks for. Ray wraps it; nothing
+here knows of Ray.
 
-Every method returns `(receipt, payload)`: the receipt is small JSON for the driver, the payload (arrays or None) goes
-from worker to worker.
+Every method returns `(receipt, payload)`: the receipt is small JSON for the driver, the payload
+(arrays or None) goes from worker to worker.
 """
 
 from collections.abc import Mapping, Sequence
@@ -49,7 +50,9 @@ from rayprune.workers.workbench import Receipt, step
 
 
 class Worker(SideSteps):
-    """The steps of a job. What it keeps between calls is a cache that can be rebuilt from the run folder."""
+    """The steps of a job. What it keeps between calls is a cache that can be rebuilt from the run
+    folder.
+    """
 
     def __init__(self, job: JobSpec, run_folder: str, device: str, memory: MemoryPlan) -> None:
         super().__init__(job, run_folder, device, memory)
@@ -85,11 +88,19 @@ class Worker(SideSteps):
         )
 
     @step
-    def probe(self, layer: int, owned: tuple[int, int], num_held_out: int) -> tuple[Receipt, dict[str, Parts]]:
-        """Statistics of every group of a layer on the dense path, over some of the probe's windows."""
+    def probe(
+        self, layer: int, owned: tuple[int, int], num_held_out: int
+    ) -> tuple[Receipt, dict[str, Parts]]:
+        """Statistics of every group of a layer on the dense path, over some of the probe's
+        windows.
+        """
         count = self.job.budget.probe_samples
-        if self._probe.get(owned, (layer + 1, []))[0] > layer:  # first call, or an earlier attempt went further
-            self._probe[owned] = (0, embed_all(self._model, self._spread_windows(count, range(*owned))))
+        # first call, or an earlier attempt went further
+        if self._probe.get(owned, (layer + 1, []))[0] > layer:
+            self._probe[owned] = (
+                0,
+                embed_all(self._model, self._spread_windows(count, range(*owned))),
+            )
         at, batches = self._probe[owned]
         inputs: list[dict[str, Tensor]] = []
         for index in range(at, layer + 1):
@@ -106,15 +117,25 @@ class Worker(SideSteps):
         return {}, {name: grow_states(trees, owned, partial(leaf, name)) for name in self._groups}
 
     @step
-    def predict(self, layer: int, group: str, num_kept: int, num_held_out: int, *parts: dict[str, Parts]) -> tuple[Receipt, None]:
-        """Relative held-out output error if so many units of a group stayed, from the probe's statistics."""
+    def predict(
+        self, layer: int, group: str, num_kept: int, num_held_out: int, *parts: dict[str, Parts]
+    ) -> tuple[Receipt, None]:
+        """Relative held-out output error if so many units of a group stayed, from the probe's
+        statistics.
+        """
         trees = roots(self.job.budget.probe_samples, num_held_out)
-        _, correction = self._cut(layer, group, num_kept, self._merged(trees, [part[group] for part in parts]))
+        _, correction = self._cut(
+            layer, group, num_kept, self._merged(trees, [part[group] for part in parts])
+        )
         return {"held_out_error": correction.held_out_error}, None
 
     @step
-    def collect(self, layer: int, group: str, owned: tuple[int, int], *cuts: CutArrays) -> tuple[Receipt, Parts]:
-        """Statistics of a group's consumer input over some calibration shards; `cuts` are this layer's earlier ones."""
+    def collect(
+        self, layer: int, group: str, owned: tuple[int, int], *cuts: CutArrays
+    ) -> tuple[Receipt, Parts]:
+        """Statistics of a group's consumer input over some calibration shards; `cuts` are this
+        layer's earlier ones.
+        """
         self._probe.clear()
         self.__dict__.pop("_stream", None)  # the dense path is through
         known = {arrays["group"]: Cut.from_arrays(arrays) for arrays in cuts}
@@ -122,15 +143,20 @@ class Worker(SideSteps):
         return {}, self._sweep.collect(layer, group, owned, known, trees)
 
     @step
-    def decide(self, layer: int, group: str, num_kept: int, *parts: Parts) -> tuple[Receipt, CutArrays]:
-        """Select the units of a group that stay (or take those of the selection pass) and correct the consumer's weight.
+    def decide(
+        self, layer: int, group: str, num_kept: int, *parts: Parts
+    ) -> tuple[Receipt, CutArrays]:
+        """Select the units of a group that stay (or take those of the selection pass) and correct
+        the consumer's weight.
 
         Where none stays no statistics are needed.
         """
         if num_kept == 0:
             nothing = torch.empty(0)
             cut = Cut(group, torch.arange(0), nothing)
-            return {"group": self._summary(group, 0, Correction(nothing, 0.0, 1.0, 1.0))}, cut.arrays()
+            return {
+                "group": self._summary(group, 0, Correction(nothing, 0.0, 1.0, 1.0))
+            }, cut.arrays()
         trees = roots(self.job.calibration.shards, self.job.calibration.held_out_shards)
         fits = self._merged(trees, parts)
         is_cut = num_kept < self._groups[group].num_units
@@ -143,15 +169,27 @@ class Worker(SideSteps):
         return training, held_out
 
     def _siblings(self, tree: Node, parts: Sequence[Parts]) -> dict[Node, Statistic]:
-        under = ((node, state) for part in parts for node, state in part.items() if tree[0] <= node[0] and node[1] <= tree[1])
+        under = (
+            (node, state)
+            for part in parts
+            for node, state in part.items()
+            if tree[0] <= node[0] and node[1] <= tree[1]
+        )
         rebuilt = {node: restored(state, self._scratch) for node, state in under}
-        return {node: fit.finished() for node, fit in merge_siblings(tree, rebuilt, lambda left, right: left.merge(right)).items()}
+        return {
+            node: fit.finished()
+            for node, fit in merge_siblings(
+                tree, rebuilt, lambda left, right: left.merge(right)
+            ).items()
+        }
 
     @step
     def reduce(self, *parts: Parts) -> tuple[Receipt, Parts]:
         """Merge statistics of several workers as far as the tree over the shards allows."""
         trees = roots(self.job.calibration.shards, self.job.calibration.held_out_shards)
-        return {}, {node: fit.state() for tree in trees for node, fit in self._siblings(tree, parts).items()}
+        return {}, {
+            node: fit.state() for tree in trees for node, fit in self._siblings(tree, parts).items()
+        }
 
     def _summary(self, group: str, num_kept: int, correction: Correction) -> Receipt:
         return {
@@ -165,7 +203,13 @@ class Worker(SideSteps):
     def _select(self, layer: int, name: str, num_kept: int, training: Statistic) -> Tensor:
         if num_kept in (0, self._groups[name].num_units):
             return torch.arange(num_kept)
-        return select(self.job.method.selector, training, self._ranked_by(layer, name), self._groups[name].columns, num_kept)
+        return select(
+            self.job.method.selector,
+            training,
+            self._ranked_by(layer, name),
+            self._groups[name].columns,
+            num_kept,
+        )
 
     def _selected(self, layer: int, name: str) -> Tensor:
         manifest = read_manifest(task_folder(self.run_folder, selection_task(layer)))
@@ -174,70 +218,134 @@ class Worker(SideSteps):
         return torch.tensor(kept[name])
 
     @torch.inference_mode()
-    def _cut(self, layer: int, name: str, num_kept: int, fits: Fits, units: Tensor | None = None) -> tuple[Cut, Correction]:
+    def _cut(
+        self, layer: int, name: str, num_kept: int, fits: Fits, units: Tensor | None = None
+    ) -> tuple[Cut, Correction]:
         units = self._select(layer, name, num_kept, fits[0]) if units is None else units
         weight_DF = self._consumer_weight(layer, self._groups[name])
         columns_K = unit_rows(units, self._groups[name].columns).to(self.device)
-        correction = correct(*fits, weight_DF, columns_K, self.job.correction, self._disk_dtype(weight_DF))
+        correction = correct(
+            *fits, weight_DF, columns_K, self.job.correction, self._disk_dtype(weight_DF)
+        )
         return Cut(name, units, correction.weight_DK), correction
 
     @step
     def flow(
-        self, chunk: tuple[int, int], number: int, wanted: Wanted, end_of_wave: bool, before: np.ndarray | None
+        self,
+        chunk: tuple[int, int],
+        number: int,
+        wanted: Wanted,
+        end_of_wave: bool,
+        before: np.ndarray | None,
     ) -> tuple[Receipt, np.ndarray | None]:
         """Take a micro-batch through a chunk of layers on the dense path; see `Stream.flow`."""
         self._probe.clear()
         return {}, self._stream.flow(range(*chunk), number, wanted, before, end_of_wave)
 
     @step
-    def select(self, layer: int, task_fingerprint: str, kept: Mapping[str, int]) -> tuple[Receipt, None]:
+    def select(
+        self, layer: int, task_fingerprint: str, kept: Mapping[str, int]
+    ) -> tuple[Receipt, None]:
         """Select the units of a layer that stay, from the statistics this worker has."""
-        fits = {name: self._stream.fit(layer, name) for name, count in kept.items() if count < self._groups[name].num_units}
-        units = {name: self._select(layer, name, kept[name], training).tolist() for name, (training, _) in fits.items()}
+        fits = {
+            name: self._stream.fit(layer, name)
+            for name, count in kept.items()
+            if count < self._groups[name].num_units
+        }
+        units = {
+            name: self._select(layer, name, kept[name], training).tolist()
+            for name, (training, _) in fits.items()
+        }
         folder = task_folder(self.run_folder, selection_task(layer))
-        commit(folder, selection_task(layer), task_fingerprint, [], {"result": units, "computed_on": self._model.computed_on})
+        commit(
+            folder,
+            selection_task(layer),
+            task_fingerprint,
+            [],
+            {"result": units, "computed_on": self._model.computed_on},
+        )
         return {"groups": {}}, None
 
     @step
-    def regularise(self, layer: int, task_fingerprint: str, removed: Removed) -> tuple[Receipt, None]:
-        """Train a layer alone, from the hidden states this worker has, with a penalty on what will go; write it as it was on disk."""
-        from rayprune.workers.training.layer import train_layer  # torch's training machinery takes a second to import
+    def regularise(
+        self, layer: int, task_fingerprint: str, removed: Removed
+    ) -> tuple[Receipt, None]:
+        """Train a layer alone, from the hidden states this worker has, with a penalty on what will
+        go; write it as it was on disk.
+        """
+        # torch's training machinery takes a second to import
+        from rayprune.workers.training.layer import train_layer
 
         method, name = self.job.method, regularised_task(layer)
         assert isinstance(method, DressOptions)
         folder = task_folder(self.run_folder, name)
         forget_another(folder, task_fingerprint)
-        module = train_layer(self._model, layer, self._stream.passed(layer), self._groups, removed, method, folder)
+        module = train_layer(
+            self._model, layer, self._stream.passed(layer), self._groups, removed, method, folder
+        )
         infos, prefix = self._checkpoint.layer_tensors(layer), layer_prefix(layer)
         tensors = trained(module.state_dict(), {key: info.dtype for key, info in infos.items()})
-        write_tensors(folder / LAYER_FILE, {prefix + key: tensor for key, tensor in tensors.items()})
+        write_tensors(
+            folder / LAYER_FILE, {prefix + key: tensor for key, tensor in tensors.items()}
+        )
         last = read_log(folder)[-1]
-        commit(folder, name, task_fingerprint, [LAYER_FILE], {"last_step": last, "computed_on": self._model.computed_on})
+        commit(
+            folder,
+            name,
+            task_fingerprint,
+            [LAYER_FILE],
+            {"last_step": last, "computed_on": self._model.computed_on},
+        )
         forget_states(folder)
         return {"groups": {}}, None
 
     @step
     def settle(
-        self, layer: int, task_fingerprint: str, kept: Mapping[str, int], written: Mapping[str, int], position: int | None
+        self,
+        layer: int,
+        task_fingerprint: str,
+        kept: Mapping[str, int],
+        written: Mapping[str, int],
+        position: int | None,
     ) -> tuple[Receipt, None]:
         """Decide all groups of a layer from the statistics this worker has, and write the layer."""
-        fits = {name: self._stream.fit(layer, name) for name, count in kept.items() if count < self._groups[name].num_units}
+        fits = {
+            name: self._stream.fit(layer, name)
+            for name, count in kept.items()
+            if count < self._groups[name].num_units
+        }
         decided = {name: self._cut(layer, name, kept[name], fits.pop(name)) for name in list(fits)}
-        groups = {name: self._summary(name, kept[name], correction) for name, (_, correction) in decided.items()}
-        self._write_layer(layer, task_fingerprint, written, position, groups, [cut for cut, _ in decided.values()])
+        groups = {
+            name: self._summary(name, kept[name], correction)
+            for name, (_, correction) in decided.items()
+        }
+        self._write_layer(
+            layer, task_fingerprint, written, position, groups, [cut for cut, _ in decided.values()]
+        )
         return {"groups": groups}, None
 
     @step
     def survey(
-        self, layer: int, task_fingerprint: str, counts: Mapping[str, Sequence[int]], stored: Mapping[str, Sequence[int]]
+        self,
+        layer: int,
+        task_fingerprint: str,
+        counts: Mapping[str, Sequence[int]],
+        stored: Mapping[str, Sequence[int]],
     ) -> tuple[Receipt, None]:
-        """Error curves of a layer's groups from the statistics this worker has, and cuts for the `stored` numbers of units."""
+        """Error curves of a layer's groups from the statistics this worker has, and cuts for the
+        `stored` numbers of units.
+        """
         fits = {name: self._stream.fit(layer, name) for name in counts}
         errors: dict[str, dict[int, float]] = {}
         tensors: dict[str, Tensor] = {}
         for name in counts:
             weight_DF = self._consumer_weight(layer, self._groups[name])
-            part = (self._ranked_by(layer, name), counts[name], stored[name], self._disk_dtype(weight_DF))
+            part = (
+                self._ranked_by(layer, name),
+                counts[name],
+                stored[name],
+                self._disk_dtype(weight_DF),
+            )
             found = curve(self.job, fits.pop(name), weight_DF, self._groups[name], *part)
             errors[name] = found.errors
             tensors |= tensors_of(found.cuts)
@@ -248,35 +356,74 @@ class Worker(SideSteps):
         return {"groups": {}}, None
 
     @step
-    def score(self, layer: int, task_fingerprint: str, kept: Mapping[str, float]) -> tuple[Receipt, None]:
-        """Scores of the units of a layer's groups, comparable between layers, when about so many units are to stay."""
+    def score(
+        self, layer: int, task_fingerprint: str, kept: Mapping[str, float]
+    ) -> tuple[Receipt, None]:
+        """Scores of the units of a layer's groups, comparable between layers, when about so many
+        units are to stay.
+        """
         fits = {name: self._stream.fit(layer, name) for name in kept}
         found: dict[str, list[float]] = {}
         for name, count in kept.items():
             training, held_out = fits.pop(name)
             weight_DF = self._consumer_weight(layer, self._groups[name])
-            found[name] = scores(self.job.method, training.merge(held_out), weight_DF, self._groups[name].columns, count).tolist()
+            found[name] = scores(
+                self.job.method,
+                training.merge(held_out),
+                weight_DF,
+                self._groups[name].columns,
+                count,
+            ).tolist()
         info = {"result": found, "computed_on": self._model.computed_on}
-        commit(task_folder(self.run_folder, survey_task(layer)), survey_task(layer), task_fingerprint, [], info)
+        commit(
+            task_folder(self.run_folder, survey_task(layer)),
+            survey_task(layer),
+            task_fingerprint,
+            [],
+            info,
+        )
         return {"groups": {}}, None
 
     @step
-    def divergences(self, candidates: Sequence[Sequence[Kept]], owned: tuple[int, int]) -> tuple[Receipt, None]:
-        """For every candidate allocation its divergence from the dense model, on each of some of the calibration windows."""
+    def divergences(
+        self, candidates: Sequence[Sequence[Kept]], owned: tuple[int, int]
+    ) -> tuple[Receipt, None]:
+        """For every candidate allocation its divergence from the dense model, on each of some of
+        the calibration windows.
+        """
         self.__dict__.pop("_stream", None)  # its statistics are not needed any more
         windows = self._spread_windows(self.job.divergence_windows, range(*owned))
-        return {"sums": divergences(self._model, self._groups, windows, candidates, partial(stored_cut, self.run_folder))}, None
+        return {
+            "sums": divergences(
+                self._model, self._groups, windows, candidates, partial(stored_cut, self.run_folder)
+            )
+        }, None
 
     @step
     def write_layer(
-        self, layer: int, task_fingerprint: str, written: Mapping[str, int], position: int | None, groups: Receipt, *cuts: CutArrays
+        self,
+        layer: int,
+        task_fingerprint: str,
+        written: Mapping[str, int],
+        position: int | None,
+        groups: Receipt,
+        *cuts: CutArrays,
     ) -> tuple[Receipt, None]:
-        """Write a pruned layer's tensors under their final names, then the manifest: the layer is finished.
+        """Write a pruned layer's tensors under their final names, then the manifest: the layer is
+        finished.
 
-        `written` are the units of every group that the file holds: those that stay, and zeros where layers are padded.
-        `position` is the layer's number in the pruned model; a layer of which nothing stays has none, and no file.
+        `written` are the units of every group that the file holds: those that stay, and zeros where
+        layers are padded. `position` is the layer's number in the pruned model; a layer of which
+        nothing stays has none, and no file.
         """
-        self._write_layer(layer, task_fingerprint, written, position, groups, [Cut.from_arrays(arrays) for arrays in cuts])
+        self._write_layer(
+            layer,
+            task_fingerprint,
+            written,
+            position,
+            groups,
+            [Cut.from_arrays(arrays) for arrays in cuts],
+        )
         return {}, None
 
     def _write_layer(
@@ -288,16 +435,31 @@ class Worker(SideSteps):
         groups: Receipt,
         cuts: Sequence[Cut],
     ) -> None:
-        folder, units = task_folder(self.run_folder, layer_task(layer)), {cut.group: cut.units.tolist() for cut in cuts}
+        folder, units = (
+            task_folder(self.run_folder, layer_task(layer)),
+            {cut.group: cut.units.tolist() for cut in cuts},
+        )
         if position is not None:
-            write_tensors(folder / LAYER_FILE, self._written_tensors(layer, written, position, cuts))
+            write_tensors(
+                folder / LAYER_FILE, self._written_tensors(layer, written, position, cuts)
+            )
         info = {"groups": groups, "kept": units, "computed_on": self._model.computed_on}
-        commit(folder, layer_task(layer), task_fingerprint, [] if position is None else [LAYER_FILE], info)
+        commit(
+            folder,
+            layer_task(layer),
+            task_fingerprint,
+            [] if position is None else [LAYER_FILE],
+            info,
+        )
 
-    def _written_tensors(self, layer: int, written: Mapping[str, int], position: int, cuts: Sequence[Cut]) -> dict[str, Tensor]:
+    def _written_tensors(
+        self, layer: int, written: Mapping[str, int], position: int, cuts: Sequence[Cut]
+    ) -> dict[str, Tensor]:
         """A pruned layer's tensors, by their names in the pruned model."""
         export = self.job.export
-        tensors = read_tensors(self._checkpoint, self._checkpoint.layer_tensors(layer), layer_prefix(layer))
+        tensors = read_tensors(
+            self._checkpoint, self._checkpoint.layer_tensors(layer), layer_prefix(layer)
+        )
         dtypes = {name: self._disk_dtype(tensor) for name, tensor in tensors.items()}
         sliced = slice_layer(tensors, self._groups.values(), {cut.group: cut for cut in cuts})
         if export.pad:
@@ -311,10 +473,15 @@ class Worker(SideSteps):
 
     @step
     def write_outer(self, task_fingerprint: str) -> tuple[Receipt, None]:
-        """Write the embeddings, the last norm and the head (unless tied), unchanged but for the type."""
+        """Write the embeddings, the last norm and the head (unless tied), unchanged but for the
+        type.
+        """
         tensors = read_tensors(self._checkpoint, self._checkpoint.outer_tensors)
         folder = task_folder(self.run_folder, OUTER_TASK)
-        write_tensors(folder / OUTER_FILE, {name: tensor.to(self._disk_dtype(tensor)) for name, tensor in tensors.items()})
+        write_tensors(
+            folder / OUTER_FILE,
+            {name: tensor.to(self._disk_dtype(tensor)) for name, tensor in tensors.items()},
+        )
         commit(folder, OUTER_TASK, task_fingerprint, [OUTER_FILE], {})
         return {}, None
 

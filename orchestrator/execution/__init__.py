@@ -1,1 +1,3 @@
-"""Where steps run and what is recorded: executors, failures, the run folder, jobs sent to a cluster."""
+"""Where steps run and what is recorded: executors, failures, the run folder, jobs sent to a
+cluster.
+"""

@@ -1,4 +1,5 @@
-"""Where steps run. An executor starts workers on first use, hands them steps, and returns their small receipts.
+"""Where steps run. An executor starts workers on first use, hands them steps, and returns their
+small receipts.
 
 A step's payload stays where it was made, behind a handle that can be given to another step.
 """
@@ -49,13 +50,16 @@ class Executor(ABC):
         self.close()
 
     def shares(self, count: int) -> list[tuple[int, tuple[int, int]]]:
-        """So many items spread over the workers: each worker that gets some, with the first one and the one behind its last."""
+        """So many items spread over the workers: each worker that gets some, with the first one and
+        the one behind its last.
+        """
         parts = [part for part in even_parts(count, self.num_workers) if part]
         return [(worker, (part.start, part.stop)) for worker, part in enumerate(parts)]
 
     @abstractmethod
     def start(self, notify: Notify = unheard) -> None:
-        """Start the workers, unless they run; the first step does it too. What is waited for goes to `notify`.
+        """Start the workers, unless they run; the first step does it too. What is waited for goes
+        to `notify`.
 
         Raises:
             WorkerFailure: they cannot be started.
@@ -63,7 +67,9 @@ class Executor(ABC):
 
     @abstractmethod
     def submit(self, worker: int, method: str, *args: Any) -> Call:
-        """Start a step on a worker; payload handles among `args` are resolved where the step runs."""
+        """Start a step on a worker; payload handles among `args` are resolved where the step
+        runs.
+        """
 
     @abstractmethod
     def _receipts(self, calls: Sequence[Call]) -> list[Receipt]:
@@ -81,12 +87,16 @@ class Executor(ABC):
             for kind, peak in receipt["peak_memory_bytes"].items():
                 name = f"worker-{call.worker}{kind}"
                 self.peak_memory_bytes[name] = max(self.peak_memory_bytes.get(name, 0), peak)
-            self.step_seconds[call.method] = self.step_seconds.get(call.method, 0.0) + receipt["seconds"]
+            self.step_seconds[call.method] = (
+                self.step_seconds.get(call.method, 0.0) + receipt["seconds"]
+            )
         return receipts
 
     def use_model(self, path: Path) -> None:
         """Let the workers work on another model from now on."""
-        self.job = self.job.model_copy(update={"model": self.job.model.model_copy(update={"path": str(path)})})
+        self.job = self.job.model_copy(
+            update={"model": self.job.model.model_copy(update={"path": str(path)})}
+        )
         self.drop_workers()
 
     @abstractmethod
@@ -95,7 +105,8 @@ class Executor(ABC):
 
     @abstractmethod
     def train(self, stage: Finetune) -> None:
-        """Run a training stage on as many ranks as there are workers; the workers give up what they hold.
+        """Run a training stage on as many ranks as there are workers; the workers give up what they
+        hold.
 
         Raises:
             RaypruneError: the stage's own error.
@@ -124,7 +135,9 @@ class InProcessExecutor(Executor):
         if self._worker is None:
             from rayprune.workers.worker import Worker
 
-            self._worker = Worker(self.job, str(self.run_folder), self.job.parallel.device, self.memory)
+            self._worker = Worker(
+                self.job, str(self.run_folder), self.job.parallel.device, self.memory
+            )
 
     def submit(self, worker: int, method: str, *args: Any) -> Call:
         """Run the step now."""

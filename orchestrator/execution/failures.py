@@ -21,14 +21,20 @@ class Decision(StrEnum):
 
 
 ADVICE = {
-    Failure.PROCESS_LOST: "look at the worker's log, then run the same command again: finished tasks are kept",
-    Failure.OUT_OF_MEMORY: "lower parallel.micro_batch, set memory.worker, or use fewer workers per machine",
+    Failure.PROCESS_LOST: (
+        "look at the worker's log, then run the same command again: finished tasks are kept"
+    ),
+    Failure.OUT_OF_MEMORY: (
+        "lower parallel.micro_batch, set memory.worker, or use fewer workers per machine"
+    ),
     Failure.UNSCHEDULABLE: "lower parallel.workers or parallel.threads_per_worker, or add nodes",
 }
 
 
 class WorkerFailure(Exception):  # noqa: N818 - a value for `decide`, not a verdict
-    """A failure of the machinery under a worker; errors from our own or the user's code are never one."""
+    """A failure of the machinery under a worker; errors from our own or the user's code are never
+    one.
+    """
 
     def __init__(self, failure: Failure, detail: str) -> None:
         super().__init__(f"{failure.value}: {detail}")
@@ -37,7 +43,11 @@ class WorkerFailure(Exception):  # noqa: N818 - a value for `decide`, not a verd
 
 def decide(failure: Failure, failed_attempts: int, retries: int) -> Decision:
     """Only lost processes are tried again, at most `retries` times."""
-    return Decision.RETRY if failure is Failure.PROCESS_LOST and failed_attempts <= retries else Decision.STOP
+    return (
+        Decision.RETRY
+        if failure is Failure.PROCESS_LOST and failed_attempts <= retries
+        else Decision.STOP
+    )
 
 
 def stopping_error(error: WorkerFailure, task: str, attempts: int) -> ResourceError:

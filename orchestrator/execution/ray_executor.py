@@ -1,6 +1,8 @@
-"""The one module that knows Ray's actors: one actor per worker, Ray's own retries off, waits polled so that signals get through.
+"""The one module that knows Ray's actors: one actor per worker, Ray's own retries off, waits polled
+so that signals get through.
 
-Ray's retries stay off because with them on it re-runs an actor's calls in another order, silently. The driver retries.
+Ray's retries stay off because with them on it re-runs an actor's calls in another order, silently.
+The driver retries.
 """
 
 import logging
@@ -41,9 +43,12 @@ _LOST = (
 
 
 def classify(error: BaseException) -> Failure | None:
-    """The failure behind an exception, or None when it is the step's own error (a task error is a RayError too)."""
+    """The failure behind an exception, or None when it is the step's own error (a task error is a
+    RayError too).
+    """
     if isinstance(error, ray_errors.RayTaskError):
-        cause = getattr(error, "cause", None)  # a lost argument is found out inside the step that needs it
+        # a lost argument is found out inside the step that needs it
+        cause = getattr(error, "cause", None)
         return Failure.PROCESS_LOST if isinstance(cause, _LOST) else None
     if isinstance(error, ray_errors.OutOfMemoryError):
         return Failure.OUT_OF_MEMORY
@@ -63,7 +68,9 @@ def check_reachable(host: str, port: int, problem: str) -> None:
     try:
         socket.create_connection((host, port), timeout=CONNECT_SECONDS).close()
     except (OSError, UnicodeError) as error:
-        raise ResourceError(f"{problem}: cannot connect: {error}; is the head node up, and this its port?") from None
+        raise ResourceError(
+            f"{problem}: cannot connect: {error}; is the head node up, and this its port?"
+        ) from None
 
 
 def _cluster_has(names: Iterable[str]) -> dict[str, float]:
@@ -87,7 +94,8 @@ class RayExecutor(Executor):
     def start(self, notify: Notify = unheard) -> None:
         """Connect and start one actor per worker; waits for their nodes as long as the job allows.
 
-        An autoscaler sees the actors that wait. They go with the driver, however it ends, so nothing keeps nodes up afterwards.
+        An autoscaler sees the actors that wait. They go with the driver, however it ends, so
+        nothing keeps nodes up afterwards.
         """
         if self._actors:
             return
@@ -103,7 +111,9 @@ class RayExecutor(Executor):
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         handler = signal.getsignal(signal.SIGTERM)
         if self.job.cluster.address == "local":
-            slots = max(os.cpu_count() or 1, self.num_workers * self.job.parallel.threads_per_worker)
+            slots = max(
+                os.cpu_count() or 1, self.num_workers * self.job.parallel.threads_per_worker
+            )
             ray.init(address="local", num_cpus=slots, include_dashboard=False, **quiet)
         else:
             host, _, port = self.job.cluster.address.rpartition(":")
@@ -112,7 +122,9 @@ class RayExecutor(Executor):
             try:
                 ray.init(address=self.job.cluster.address, **quiet)
             except (ConnectionError, ValueError, RuntimeError, ray_errors.RayError) as error:
-                raise ResourceError(f"cluster.address {self.job.cluster.address!r}: cannot connect: {error}") from None
+                raise ResourceError(
+                    f"cluster.address {self.job.cluster.address!r}: cannot connect: {error}"
+                ) from None
         signal.signal(signal.SIGTERM, handler)  # ray.init replaces it
         self._connected_here = True
 
@@ -132,11 +144,17 @@ class RayExecutor(Executor):
         while any((have := _cluster_has(need))[name] < amount for name, amount in need.items()):
             if time.monotonic() >= deadline:
                 raise ResourceError(
-                    f"parallel: {self.num_workers} workers need {_listed(need)}, the cluster has {_listed(have)}; lower parallel.workers "
-                    "or parallel.threads_per_worker, add nodes, or set cluster.wait_seconds where an autoscaler adds them"
+                    f"parallel: {self.num_workers} workers need {_listed(need)}, the cluster has"
+                    f" {_listed(have)}; lower parallel.workers or parallel.threads_per_worker, add"
+                    " nodes, or set cluster.wait_seconds where an autoscaler adds them"
                 )
             if have != shown:
-                notify("waiting-for-nodes", have=have, need=need, wait_seconds=self.job.cluster.wait_seconds)
+                notify(
+                    "waiting-for-nodes",
+                    have=have,
+                    need=need,
+                    wait_seconds=self.job.cluster.wait_seconds,
+                )
             shown = have
             time.sleep(WAIT_POLL_SECONDS)
 
@@ -172,7 +190,9 @@ class RayExecutor(Executor):
     def submit(self, worker: int, method: str, *args: Any) -> Call:
         """Queue the step on its actor."""
         self.start()
-        receipt, payload = getattr(self._actors[worker], method).options(num_returns=2).remote(*args)
+        receipt, payload = (
+            getattr(self._actors[worker], method).options(num_returns=2).remote(*args)
+        )
         return Call(worker, method, receipt, payload)
 
     def _receipts(self, calls: Sequence[Call]) -> list[Receipt]:
@@ -181,7 +201,9 @@ class RayExecutor(Executor):
             while pending:
                 done, pending = ray.wait(pending, num_returns=1, timeout=POLL_SECONDS)
                 ray.get(done, timeout=START_SECONDS)
-            receipts: list[Receipt] = ray.get([call.receipt for call in calls], timeout=START_SECONDS)
+            receipts: list[Receipt] = ray.get(
+                [call.receipt for call in calls], timeout=START_SECONDS
+            )
         except ray_errors.RayError as error:
             raise self._translated(error) from None
         return receipts
@@ -196,7 +218,9 @@ class RayExecutor(Executor):
         train_on_ray(stage, self.num_workers, self._device == "cuda", storage)
 
     def replace_lost(self) -> list[int]:
-        """Replace the actors that do not answer; a busy one answers when its step ends, so only dead ones are replaced."""
+        """Replace the actors that do not answer; a busy one answers when its step ends, so only
+        dead ones are replaced.
+        """
         lost = [number for number, actor in enumerate(self._actors) if not self._answers(actor)]
         for number in lost:
             ray.kill(self._actors[number])

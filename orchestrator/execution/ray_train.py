@@ -1,4 +1,6 @@
-"""The one module that knows Ray Train: a gang of ranks in one placement group. Its retries are off: the driver retries."""
+"""The one module that knows Ray Train: a gang of ranks in one placement group. Its retries are off:
+the driver retries.
+"""
 
 import logging
 import os
@@ -19,14 +21,17 @@ from rayprune.workers.store.training_stage import Finetune
 
 
 class _Trainer(TorchTrainer):
-    """A trainer that leaves interrupts to the command: Ray's handler would end the process as if all were well, and stay for good."""
+    """A trainer that leaves interrupts to the command: Ray's handler would end the process as if
+    all were well, and stay for good.
+    """
 
     def _register_sigint_handler(self, controller: Any) -> None:
         """Register none."""
 
 
 def train_on_ray(stage: Finetune, num_ranks: int, on_gpu: bool, storage: Path) -> None:
-    """Run a training stage on so many ranks, from its last checkpoint if there is one. Ray Train's own retries are off, the driver retries.
+    """Run a training stage on so many ranks, from its last checkpoint if there is one. Ray Train's
+    own retries are off, the driver retries.
 
     Raises:
         RaypruneError: the stage's own error.
@@ -38,8 +43,12 @@ def train_on_ray(stage: Finetune, num_ranks: int, on_gpu: bool, storage: Path) -
         _rank,
         train_loop_config={"stage": stage, "device": "cuda" if on_gpu else "cpu"},
         torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
-        scaling_config=ScalingConfig(num_workers=num_ranks, use_gpu=on_gpu, resources_per_worker=resources),
-        run_config=RunConfig(name=f"{Path(stage.folder).name}-{time.time_ns()}", storage_path=str(storage)),
+        scaling_config=ScalingConfig(
+            num_workers=num_ranks, use_gpu=on_gpu, resources_per_worker=resources
+        ),
+        run_config=RunConfig(
+            name=f"{Path(stage.folder).name}-{time.time_ns()}", storage_path=str(storage)
+        ),
     )
     try:
         trainer.fit()
@@ -50,18 +59,30 @@ def train_on_ray(stage: Finetune, num_ranks: int, on_gpu: bool, storage: Path) -
 
 
 def _cause(error: WorkerGroupError) -> BaseException:
-    """What stopped a gang: our own error in a rank; a rank that was lost, or that lost its peers; else a bug in a rank."""
-    raised: list[BaseException] = [getattr(failure, "_base_exc", failure) for failure in error.worker_failures.values()]
+    """What stopped a gang: our own error in a rank; a rank that was lost, or that lost its peers;
+    else a bug in a rank.
+    """
+    raised: list[BaseException] = [
+        getattr(failure, "_base_exc", failure) for failure in error.worker_failures.values()
+    ]
     if own := [cause for cause in raised if isinstance(cause, RaypruneError)]:
         return own[0]
-    if lost := [cause for cause in raised if isinstance(cause, (RayTrainError, RayError)) or _lost_its_peers(cause)]:
+    if lost := [
+        cause
+        for cause in raised
+        if isinstance(cause, (RayTrainError, RayError)) or _lost_its_peers(cause)
+    ]:
         return WorkerFailure(Failure.PROCESS_LOST, str(lost[0]).splitlines()[0])
     return raised[0]
 
 
 def _lost_its_peers(error: BaseException) -> bool:
-    """Whether a collective failed because another rank is gone: torch has no class of its own for what gloo raises."""
-    return type(error).__name__.startswith("Dist") or any(word in str(error).lower() for word in ("gloo", "nccl", "connection"))
+    """Whether a collective failed because another rank is gone: torch has no class of its own for
+    what gloo raises.
+    """
+    return type(error).__name__.startswith("Dist") or any(
+        word in str(error).lower() for word in ("gloo", "nccl", "connection")
+    )
 
 
 def _rank(config: dict[str, Any]) -> None:

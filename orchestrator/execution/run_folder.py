@@ -1,7 +1,7 @@
 """The run folder: one job, one writer at a time, and the record of what is finished.
 
-A folder belongs to the job that first wrote to it. Fields the result does not depend on (workers, cluster, memory,
-evaluation) may change between attempts; any other difference is an error.
+A folder belongs to the job that first wrote to it. Fields the result does not depend on (workers,
+cluster, memory, evaluation) may change between attempts; any other difference is an error.
 """
 
 import json
@@ -18,7 +18,13 @@ from filelock import FileLock, Timeout
 from rayprune.specs.errors import SpecError, VerificationError
 from rayprune.specs.job import JobSpec
 from rayprune.specs.loader import differing_fields, dump_job, load_job
-from rayprune.workers.store.files import Manifest, damaged_files, fingerprint, read_manifest, write_text
+from rayprune.workers.store.files import (
+    Manifest,
+    damaged_files,
+    fingerprint,
+    read_manifest,
+    write_text,
+)
 from rayprune.workers.store.layout import CACHE, task_folder
 
 CODE_VERSION = 3
@@ -30,7 +36,10 @@ NUMERIC_PACKAGES = ("torch", "transformers", "numpy", "scipy", "safetensors")
 
 def environment() -> dict[str, str]:
     """What besides the job decides the bits of a result."""
-    return {name: version(name) for name in NUMERIC_PACKAGES} | {"machine": platform.machine(), "code": str(CODE_VERSION)}
+    return {name: version(name) for name in NUMERIC_PACKAGES} | {
+        "machine": platform.machine(),
+        "code": str(CODE_VERSION),
+    }
 
 
 class RunFolder:
@@ -48,12 +57,21 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            strange = [item for item in self.path.iterdir() if item.name != LOCK_FILE and item.suffix != ".tmp"]
+            strange = [
+                item
+                for item in self.path.iterdir()
+                if item.name != LOCK_FILE and item.suffix != ".tmp"
+            ]
             if strange and not (self.path / JOB_FILE).exists():
-                raise SpecError(f"{self.path}: is not empty and holds no {JOB_FILE}; --out must name a new folder or an earlier run")
+                raise SpecError(
+                    f"{self.path}: is not empty and holds no {JOB_FILE}; --out must name a new"
+                    " folder or an earlier run"
+                )
             self._lock.acquire()
         except Timeout:
-            raise SpecError(f"{self.path}: another run is writing here; wait for it, or choose another --out") from None
+            raise SpecError(
+                f"{self.path}: another run is writing here; wait for it, or choose another --out"
+            ) from None
         except OSError as error:
             raise SpecError(f"{self.path}: cannot be used as the run folder: {error}") from None
         with ExitStack() as stack:
@@ -68,12 +86,16 @@ class RunFolder:
     def _bind(self) -> None:
         path = self.path / JOB_FILE
         if path.exists() and (changes := differing_fields(load_job(path), self.job)):
-            raise SpecError(f"{self.path}: belongs to another job; choose another --out, or take back: " + "; ".join(changes))
+            raise SpecError(
+                f"{self.path}: belongs to another job; choose another --out, or take back: "
+                + "; ".join(changes)
+            )
         write_text(path, dump_job(self.job))
         events = self.path / EVENTS_FILE
         if events.exists() and not events.read_bytes().endswith(b"\n"):
             with events.open("ab") as handle:
-                handle.write(b"\n")  # end a line that a crash has torn, so that it does not swallow the next one
+                # end a line that a crash has torn, so that it does not swallow the next one
+                handle.write(b"\n")
 
     def emit(self, event: dict[str, Any]) -> None:
         """Append an event to events.jsonl."""
@@ -85,14 +107,20 @@ class RunFolder:
         return read_events(self.path)
 
     def fingerprint(self, task: str, *inputs: str, part: object = None) -> str:
-        """What a task's result depends on: the job (or the given part of it), the software, and its inputs' digests."""
+        """What a task's result depends on: the job (or the given part of it), the software, and its
+        inputs' digests.
+        """
         spec = self.job.result_part() if part is None else part
-        return fingerprint({"task": task, "spec": spec, "environment": environment(), "inputs": list(inputs)})
+        return fingerprint(
+            {"task": task, "spec": spec, "environment": environment(), "inputs": list(inputs)}
+        )
 
     def finished(self, task: str, expected: str, redo_stale: bool = False) -> Manifest | None:
-        """The manifest of a task that is done; None when it has to be done (again, if its files are damaged).
+        """The manifest of a task that is done; None when it has to be done (again, if its files are
+        damaged).
 
-        With `redo_stale` a task that was done from other inputs has to be done again; otherwise that is an error.
+        With `redo_stale` a task that was done from other inputs has to be done again; otherwise
+        that is an error.
 
         Raises:
             VerificationError: the task was done from other inputs or by other software.
@@ -105,8 +133,9 @@ class RunFolder:
             return None
         if manifest.fingerprint != expected:
             raise VerificationError(
-                f"{folder}: was made from other inputs (model, text) or by other package versions (now {_versions()}); "
-                f"choose another --out, or delete {folder} and {self.path / CACHE}"
+                f"{folder}: was made from other inputs (model, text) or by other package versions"
+                f" (now {_versions()}); choose another --out, or delete {folder} and"
+                f" {self.path / CACHE}"
             )
         return manifest
 
@@ -128,7 +157,9 @@ def read_events(path: Path) -> list[dict[str, Any]]:
 
 
 def seconds_per_stage(events: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Time spent in each stage over all attempts, in seconds; an attempt that was cut off counts up to its last event."""
+    """Time spent in each stage over all attempts, in seconds; an attempt that was cut off counts up
+    to its last event.
+    """
     seconds: dict[str, float] = {}
     stage, since = None, 0.0
     for index, event in enumerate(events):

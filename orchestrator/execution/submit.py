@@ -1,7 +1,8 @@
-"""Ray Jobs from both sides: a job is sent to a cluster and followed from here; inside one, paths that get lost are refused.
+"""Ray Jobs from both sides: a job is sent to a cluster and followed from here; inside one, paths
+that get lost are refused.
 
-The job travels inside the command that the cluster runs, so no node needs a runtime environment of its own. Ray is imported when it is
-used, after the environment says how to authenticate.
+The job travels inside the command that the cluster runs, so no node needs a runtime environment of
+its own. Ray is imported when it is used, after the environment says how to authenticate.
 """
 
 import importlib.util
@@ -28,7 +29,8 @@ _OUR_CODES = (0, 1, 2, 3, 4, 5, INTERRUPTED)
 
 
 def refuse_lost_paths(job: JobSpec, out: Path) -> None:
-    """Inside a Ray job, refuse a relative run folder, and paths in the job's working directory: Ray throws that away.
+    """Inside a Ray job, refuse a relative run folder, and paths in the job's working directory: Ray
+    throws that away.
 
     Raises:
         SpecError: names the option.
@@ -37,30 +39,46 @@ def refuse_lost_paths(job: JobSpec, out: Path) -> None:
     if config is None:
         return
     if not out.is_absolute():
-        raise SpecError(f"--out {out}: is relative, and a Ray job's folder is thrown away; give an absolute path that every node sees")
+        raise SpecError(
+            f"--out {out}: is relative, and a Ray job's folder is thrown away; give an absolute"
+            " path that every node sees"
+        )
     if (json.loads(config).get("runtime_env") or {}).get("working_dir"):
         for option, path in _paths(job, out).items():
             if path.is_relative_to(Path.cwd()):
-                raise SpecError(f"{option} {path}: lies in the Ray job's working directory, which is thrown away; use shared storage")
+                raise SpecError(
+                    f"{option} {path}: lies in the Ray job's working directory, which is thrown"
+                    " away; use shared storage"
+                )
 
 
 def _paths(job: JobSpec, out: Path) -> dict[str, Path]:
-    paths = {"--out": str(out), "model.path": job.model.path, "calibration.path": job.calibration.path}
-    paths |= {f"calibration.mix.{number}.path": text.path for number, text in enumerate(job.calibration.mix)}
+    paths = {
+        "--out": str(out),
+        "model.path": job.model.path,
+        "calibration.path": job.calibration.path,
+    }
+    paths |= {
+        f"calibration.mix.{number}.path": text.path
+        for number, text in enumerate(job.calibration.mix)
+    }
     paths |= {"budget.latency_table": job.budget.latency_table} if job.budget.latency_table else {}
     paths |= {"evaluation.path": job.evaluation.path} if job.evaluation else {}
     return {option: Path(path) for option, path in paths.items()}
 
 
 def submit(job: JobSpec, out: Path, address: str, wait: bool) -> int:
-    """Run a job on a cluster, show its log, and return its exit code; without `wait` return when the cluster has accepted it.
+    """Run a job on a cluster, show its log, and return its exit code; without `wait` return when
+    the cluster has accepted it.
 
     Raises:
         SpecError: the address, the run folder or this machine's set-up is wrong.
         ResourceError: the cluster does not answer, or the job ended without an exit code of ours.
     """
     if not out.is_absolute():
-        raise SpecError(f"--out {out}: is relative; the cluster needs an absolute path that every node sees")
+        raise SpecError(
+            f"--out {out}: is relative; the cluster needs an absolute path that every node sees"
+        )
     client = _connect(address)
     command = entrypoint(job, out)
     submission = _accepted(client, command, submission_id(out))
@@ -71,24 +89,37 @@ def submit(job: JobSpec, out: Path, address: str, wait: bool) -> int:
             return 0
         return _exit_code(submission, _follow(client, submission, command, address))
     except KeyboardInterrupt:
-        print(f"rayprune: {submission} goes on without this terminal\n{_hints(submission, address)}", file=sys.stderr)
+        print(
+            f"rayprune: {submission} goes on without this terminal\n{_hints(submission, address)}",
+            file=sys.stderr,
+        )
         return INTERRUPTED
 
 
 def submission_id(out: Path) -> str:
-    """A new id for every attempt, since Ray refuses one that was used: the run folder's name, the time (UTC), random digits."""
+    """A new id for every attempt, since Ray refuses one that was used: the run folder's name, the
+    time (UTC), random digits.
+    """
     name = re.sub(r"[^A-Za-z0-9_.-]", "-", out.name)
     return f"rayprune-{name}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
 
 
 def entrypoint(job: JobSpec, out: Path) -> str:
-    """The shell command that runs a job on the cluster; the job is its standard input. `exec`: signals reach the driver itself."""
+    """The shell command that runs a job on the cluster; the job is its standard input. `exec`:
+    signals reach the driver itself.
+    """
     here = job.model_copy(update={"cluster": job.cluster.model_copy(update={"address": "auto"})})
-    return f"exec rayprune run /dev/stdin --out {shlex.quote(str(out))} <<'{_END}'\n{dump_job(here)}{_END}\n"
+    return (
+        f"exec rayprune run /dev/stdin --out {shlex.quote(str(out))}"
+        f" <<'{_END}'\n{dump_job(here)}{_END}\n"
+    )
 
 
 def _connect(address: str) -> Any:
-    wrong = SpecError(f"--address {address}: write the address of the cluster's dashboard, such as http://HOST:8265")
+    wrong = SpecError(
+        f"--address {address}: write the address of the cluster's dashboard, such as"
+        " http://HOST:8265"
+    )
     try:
         url = urlsplit(address)
         host, port = url.hostname, url.port or {"http": 80, "https": 443}[url.scheme]
@@ -106,21 +137,31 @@ def _connect(address: str) -> Any:
     try:
         return JobSubmissionClient(address)
     except AuthenticationError as error:
-        raise ResourceError(f"--address {address}: {error}; use the cluster's own token: RAY_AUTH_TOKEN or ~/.ray/auth_token") from None
+        raise ResourceError(
+            f"--address {address}: {error}; use the cluster's own token: RAY_AUTH_TOKEN or"
+            " ~/.ray/auth_token"
+        ) from None
     except (OSError, RuntimeError, ValueError) as error:
-        raise ResourceError(f"--address {address}: no Ray dashboard answers there: {error}") from None
+        raise ResourceError(
+            f"--address {address}: no Ray dashboard answers there: {error}"
+        ) from None
 
 
 def _prepare_ray() -> None:
-    """What has to be decided before Ray is imported: tokens are asked for unless the user says otherwise."""
+    """What has to be decided before Ray is imported: tokens are asked for unless the user says
+    otherwise.
+    """
     if importlib.util.find_spec("aiohttp") is None or importlib.util.find_spec("requests") is None:
-        raise SpecError('submit: Ray\'s job client is not installed here; install rayprune with its extra "cluster"')
+        raise SpecError(
+            "submit: Ray's job client is not installed here; install rayprune with its extra"
+            ' "cluster"'
+        )
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):  # Ray would prefer them to --address
         os.environ.pop(name, None)
     if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token" and not _has_token():
         raise SpecError(
-            "submit: no Ray token on this machine; set RAY_AUTH_TOKEN or write ~/.ray/auth_token, the same as on the cluster "
-            "(RAY_AUTH_MODE=disabled for a cluster without one)"
+            "submit: no Ray token on this machine; set RAY_AUTH_TOKEN or write ~/.ray/auth_token,"
+            " the same as on the cluster (RAY_AUTH_MODE=disabled for a cluster without one)"
         )
 
 
@@ -137,11 +178,16 @@ def _accepted(client: Any, command: str, submission: str) -> str:
 
 
 def _hints(submission: str, address: str) -> str:
-    return f"  look: ray job logs --address {address} --follow {submission}\n  stop: ray job stop --address {address} {submission}"
+    return (
+        f"  look: ray job logs --address {address} --follow {submission}\n  stop: ray job stop"
+        f" --address {address} {submission}"
+    )
 
 
 def _follow(client: Any, submission: str, command: str, address: str) -> Any:
-    """Show the job's log until it ends; a connection that breaks may come back. Returns what Ray knows of the job."""
+    """Show the job's log until it ends; a connection that breaks may come back. Returns what Ray
+    knows of the job.
+    """
     shown, last = 0, time.monotonic()
     while True:
         try:
@@ -150,9 +196,13 @@ def _follow(client: Any, submission: str, command: str, address: str) -> Any:
             last = time.monotonic()
         except (OSError, RuntimeError) as error:
             if time.monotonic() - last > PATIENCE_SECONDS:
-                raise ResourceError(f"{submission}: the cluster has stopped answering: {error}\n{_hints(submission, address)}") from None
+                raise ResourceError(
+                    f"{submission}: the cluster has stopped answering:"
+                    f" {error}\n{_hints(submission, address)}"
+                ) from None
         else:
-            shown = max(shown, log.find(command) + len(command) if command in log else 0)  # Ray's echo of the command says nothing new
+            # Ray's echo of the command says nothing new
+            shown = max(shown, log.find(command) + len(command) if command in log else 0)
             print(log[shown:], end="", flush=True)
             shown = max(shown, len(log))
             if info.status.is_terminal():
@@ -167,7 +217,13 @@ def _exit_code(submission: str, info: Any) -> int:
         print(f"rayprune: {submission} was stopped; submit it again to go on", file=sys.stderr)
         return INTERRUPTED
     if code == 127:
-        raise ResourceError(f"{submission}: the head node finds no rayprune; install it there, on the PATH that Ray is started with")
+        raise ResourceError(
+            f"{submission}: the head node finds no rayprune; install it there, on the PATH that Ray"
+            " is started with"
+        )
     if code not in _OUR_CODES:
-        raise ResourceError(f"{submission}: the driver was lost: {info.message}; submit it again: finished tasks are kept")
+        raise ResourceError(
+            f"{submission}: the driver was lost: {info.message}; submit it again: finished tasks"
+            " are kept"
+        )
     return int(code)

@@ -13,12 +13,15 @@ def _planned_tasks(run: Path) -> list[str]:
     try:
         tasks: list[str] = json.loads((run / PLAN_FILE).read_text(encoding="utf-8"))["tasks"]
     except (OSError, ValueError, KeyError):
-        raise VerificationError(f"{run / PLAN_FILE}: missing or damaged; run the job again") from None
+        raise VerificationError(
+            f"{run / PLAN_FILE}: missing or damaged; run the job again"
+        ) from None
     return tasks
 
 
 def verify_run(run: Path) -> list[str]:
-    """Compare every recorded file of a finished run with its record; the names of the tasks that were checked.
+    """Compare every recorded file of a finished run with its record; the names of the tasks that
+    were checked.
 
     Raises:
         VerificationError: the run is not finished, or a file differs.
@@ -31,5 +34,8 @@ def verify_run(run: Path) -> list[str]:
         if manifest is None:
             raise VerificationError(f"{run}: task {task} is not finished; run the job again")
         if damaged := damaged_files(task_folder(run, task), manifest):
-            raise VerificationError(f"{task_folder(run, task) / damaged[0]}: differs from its record; run the job again to rebuild it")
+            raise VerificationError(
+                f"{task_folder(run, task) / damaged[0]}: differs from its record; run the job again"
+                " to rebuild it"
+            )
     return tasks

@@ -1,1 +1,3 @@
-"""From a job and a model to a plan: shapes, footprints, memory, arithmetic, time. Computes nothing of the model."""
+"""From a job and a model to a plan: shapes, footprints, memory, arithmetic, time. Computes nothing
+of the model.
+"""

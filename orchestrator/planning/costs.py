@@ -1,7 +1,7 @@
 """What a sweep does: arithmetic of its layer tasks, and what they read, send and write.
 
-Letters: T tokens, D hidden, Z a consumer's input, F its width, K kept columns, n tokens that reach one block of a group,
-M the smaller of n and K.
+Letters: T tokens, D hidden, Z a consumer's input, F its width, K kept columns, n tokens that reach
+one block of a group, M the smaller of n and K.
 """
 
 from collections.abc import Iterable
@@ -9,7 +9,13 @@ from dataclasses import dataclass, fields
 
 from rayprune.orchestrator.planning.group_memory import factorisation_bytes, statistics_bytes
 from rayprune.orchestrator.planning.messages import layer_messages
-from rayprune.orchestrator.planning.workload import Workload, block_tokens, factorised_rows, in_rows, num_waves
+from rayprune.orchestrator.planning.workload import (
+    Workload,
+    block_tokens,
+    factorised_rows,
+    in_rows,
+    num_waves,
+)
 from rayprune.specs.memory import MemoryPlan
 from rayprune.workers.model.shapes import CoupledGroup, LayerKind
 
@@ -68,7 +74,12 @@ def over_layers(costs: Iterable[LayerCost], name: str) -> int:
 
 def _together(costs: tuple[LayerCost, ...]) -> LayerCost:
     names = [field.name for field in fields(LayerCost)]
-    return LayerCost(**{name: (sum if name in _ADDED else max)(getattr(cost, name) for cost in costs) for name in names})
+    return LayerCost(
+        **{
+            name: (sum if name in _ADDED else max)(getattr(cost, name) for cost in costs)
+            for name in names
+        }
+    )
 
 
 def _layer_cost(load: Workload, choice: MemoryPlan, kind: LayerKind) -> LayerCost:
@@ -82,13 +93,19 @@ def _layer_cost(load: Workload, choice: MemoryPlan, kind: LayerKind) -> LayerCos
         active_parameters=kind.active_parameters,
         weight_bytes=kind.num_bytes,
         hidden_bytes=load.tokens * load.hidden * load.element_bytes,
-        input_bytes=sum(load.tokens * group.active * group.width * load.element_bytes for group in groups),
+        input_bytes=sum(
+            load.tokens * group.active * group.width * load.element_bytes for group in groups
+        ),
         statistics_bytes=sum(statistics_bytes(load, group) for group in groups),
         decision_bytes=max((factorisation_bytes(load, group) for group in groups), default=0),
         forward_flops=_forward_passes(load, choice) * forward_flops(load, kind),
         statistics_flops=sum(statistics_flops(load, group) for group in groups),
-        selection_flops=sum(selection_flops(load, group) for group in load.pruned(kind)) if load.selects else 0,
-        correction_flops=sum(correction_flops(load, group) for group in groups) if load.corrects else 0,
+        selection_flops=(
+            sum(selection_flops(load, group) for group in load.pruned(kind)) if load.selects else 0
+        ),
+        correction_flops=(
+            sum(correction_flops(load, group) for group in groups) if load.corrects else 0
+        ),
         num_messages=num_messages,
         message_bytes=message_bytes,
         read_bytes=readers * kind.num_bytes,
@@ -102,42 +119,58 @@ def _forward_passes(load: Workload, choice: MemoryPlan) -> int:
 
 
 def forward_flops(load: Workload, kind: LayerKind) -> int:
-    """2 T per active parameter, and T (sequence length) of causal attention for every number a query meets."""
+    """2 T per active parameter, and T (sequence length) of causal attention for every number a
+    query meets.
+    """
     return load.tokens * (2 * kind.active_parameters + load.sequence_length * kind.attention_width)
 
 
 def statistics_flops(load: Workload, group: CoupledGroup) -> int:
-    """T F^2, half of the product, for the blocks a token passes through; rows cost nothing, their R factor 2 T F^2.
+    """T F^2, half of the product, for the blocks a token passes through; rows cost nothing, their R
+    factor 2 T F^2.
 
     With drift, its product with Z and the uncut output: 4 T F D.
     """
     if not in_rows(load, group):
         drift = 4 * group.width * load.hidden if load.corrects_drift else 0
         return load.tokens * group.active * (group.width**2 + drift)
-    return 0 if block_tokens(load, group) < group.width else 2 * load.tokens * group.active * group.width**2
+    return (
+        0
+        if block_tokens(load, group) < group.width
+        else 2 * load.tokens * group.active * group.width**2
+    )
 
 
 def selection_flops(load: Workload, group: CoupledGroup) -> int:
     """Ranking the units, for every block, by method.
 
-    stat: pivoting, F^3/3 on a Gram matrix, 4 n^2 F on rows. obs: an inverse F^3, and 2 P F (F + D) for P columns removed.
-    numerical: 2 D F^2 and F^3/3. Those two form the Gram matrix of rows, 2 n F^2. Scores: next to nothing.
+    stat: pivoting, F^3/3 on a Gram matrix, 4 n^2 F on rows. obs: an inverse F^3, and 2 P F (F + D)
+    for P columns removed. numerical: 2 D F^2 and F^3/3. Those two form the Gram matrix of rows, 2 n
+    F^2. Scores: next to nothing.
     """
     width, rows = group.width, factorised_rows(load, group)
     products = 2 * rows * width**2 if in_rows(load, group) else 0
     flops = {
         "stat": 4 * rows**2 * width if in_rows(load, group) else width**3 // 3,
-        "obs": products + width**3 + 2 * (width - load.columns(group)) * width * (width + load.hidden),
+        "obs": (
+            products + width**3 + 2 * (width - load.columns(group)) * width * (width + load.hidden)
+        ),
         "numerical": products + 2 * load.hidden * width**2 + width**3 // 3,
     }
     return group.count * flops.get(load.method, 0)
 
 
 def correction_flops(load: Workload, group: CoupledGroup) -> int:
-    """For every candidate, and three times for the rest: K^3/3 + 2 K^2 D + F^2 D; on rows 6 M^3 + 3 M^2 D + 2 n (F + K) D, and one QR."""
+    """For every candidate, and three times for the rest: K^3/3 + 2 K^2 D + F^2 D; on rows 6 M^3 + 3
+    M^2 D + 2 n (F + K) D, and one QR.
+    """
     kept, fits, rows = load.columns(group), load.num_candidates + 3, factorised_rows(load, group)
     if not in_rows(load, group):
-        return group.count * fits * (kept**3 // 3 + 2 * kept**2 * load.hidden + group.width**2 * load.hidden)
+        return (
+            group.count
+            * fits
+            * (kept**3 // 3 + 2 * kept**2 * load.hidden + group.width**2 * load.hidden)
+        )
     small, large = sorted((rows, kept))
     each = 6 * small**3 + 3 * small**2 * load.hidden + 2 * rows * (group.width + kept) * load.hidden
     return group.count * (4 * large * small**2 + fits * each)
@@ -155,7 +188,9 @@ class Traffic:
 
 
 def traffic(load: Workload, choice: MemoryPlan) -> Traffic:
-    """Messages, weights that are read, hidden states that are saved, and what goes through files instead of memory."""
+    """Messages, weights that are read, hidden states that are saved, and what goes through files
+    instead of memory.
+    """
     costs = layer_costs(load, choice)
     return Traffic(
         num_messages=over_layers(costs, "num_messages"),
@@ -167,7 +202,9 @@ def traffic(load: Workload, choice: MemoryPlan) -> Traffic:
 
 
 def checkpoint_bytes(load: Workload, choice: MemoryPlan) -> int:
-    """Hidden states written to disk in a sweep: every `memory.checkpoint_layers` layers, or behind every wave but the last."""
+    """Hidden states written to disk in a sweep: every `memory.checkpoint_layers` layers, or behind
+    every wave but the last.
+    """
     times = 0
     for phase in load.phases().values():
         if phase.placement == "layers":
@@ -180,18 +217,38 @@ def checkpoint_bytes(load: Workload, choice: MemoryPlan) -> int:
 def spilled_bytes(load: Workload, choice: MemoryPlan) -> int:
     """What goes through files instead of memory, over all workers, written and read."""
     alone = any(training.each_layer for training in load.trainings)
-    phases = sum(spilled_statistics_bytes(phase, choice) + spilled_hidden_bytes(phase, choice) for phase in load.phases().values())
-    return phases + gradient_states_bytes(load) + alone * 4 * load.num_layers * load.tokens * load.hidden * load.element_bytes
+    phases = sum(
+        spilled_statistics_bytes(phase, choice) + spilled_hidden_bytes(phase, choice)
+        for phase in load.phases().values()
+    )
+    return (
+        phases
+        + gradient_states_bytes(load)
+        + alone * 4 * load.num_layers * load.tokens * load.hidden * load.element_bytes
+    )
 
 
 def gradient_states_bytes(load: Workload) -> int:
-    """Hidden states before every layer of the windows on which gradients are measured, written and read."""
-    return 2 * load.num_layers * load.gradient_windows * load.sequence_length * load.hidden * load.element_bytes
+    """Hidden states before every layer of the windows on which gradients are measured, written and
+    read.
+    """
+    return (
+        2
+        * load.num_layers
+        * load.gradient_windows
+        * load.sequence_length
+        * load.hidden
+        * load.element_bytes
+    )
 
 
 def spilled_statistics_bytes(load: Workload, choice: MemoryPlan) -> int:
     """Statistics in files, written once and read once."""
-    sizes = (kind.num_layers * statistics_bytes(load, group) for kind in load.kinds for group in load.decided(kind))
+    sizes = (
+        kind.num_layers * statistics_bytes(load, group)
+        for kind in load.kinds
+        for group in load.decided(kind)
+    )
     return 2 * sum(sizes) if choice.spill_statistics else 0
 
 

@@ -1,7 +1,8 @@
 """Bytes that one coupled group takes: its statistics, and the decision made from them.
 
-Letters: Z a consumer's input, F its width, K kept columns, P pruned columns, D hidden, n tokens that reach one block of a
-group, M the smaller of n and K, Q an orthogonal factor, w bytes per element on disk.
+Letters: Z a consumer's input, F its width, K kept columns, P pruned columns, D hidden, n tokens
+that reach one block of a group, M the smaller of n and K, Q an orthogonal factor, w bytes per
+element on disk.
 """
 
 import math
@@ -16,22 +17,35 @@ BLOCKS = 3
 
 
 def gram_bytes(load: Workload, group: CoupledGroup) -> int:
-    """One Gram matrix for every block, count F^2 8; with drift its product with Z beside it, F D 8."""
-    return group.count * group.width * (group.width + (load.hidden if load.corrects_drift else 0)) * 8
+    """One Gram matrix for every block, count F^2 8; with drift its product with Z beside it, F
+    D 8.
+    """
+    return (
+        group.count * group.width * (group.width + (load.hidden if load.corrects_drift else 0)) * 8
+    )
 
 
 def statistics_bytes(load: Workload, group: CoupledGroup) -> int:
-    """Training and held-out statistic: two Gram matrices (or R factors) for every block; rows, of which each is in one, once."""
+    """Training and held-out statistic: two Gram matrices (or R factors) for every block; rows, of
+    which each is in one, once.
+    """
     if in_rows(load, group) and block_tokens(load, group) < group.width:
         return group.count * block_tokens(load, group) * group.width * load.element_bytes
     return 2 * gram_bytes(load, group)
 
 
 def partial_bytes(load: Workload, group: CoupledGroup) -> int:
-    """Statistics of one worker while it collects its shards: a sum for every level of their merge tree, or its share of the rows."""
+    """Statistics of one worker while it collects its shards: a sum for every level of their merge
+    tree, or its share of the rows.
+    """
     if in_rows(load, group):
-        return min(math.ceil(statistics_bytes(load, group) * load.share_tokens / load.tokens), 2 * gram_bytes(load, group))
-    return gram_bytes(load, group) * (1 + math.ceil(math.log2(math.ceil(load.shards / load.workers))))
+        return min(
+            math.ceil(statistics_bytes(load, group) * load.share_tokens / load.tokens),
+            2 * gram_bytes(load, group),
+        )
+    return gram_bytes(load, group) * (
+        1 + math.ceil(math.log2(math.ceil(load.shards / load.workers)))
+    )
 
 
 @dataclass(frozen=True)
@@ -47,7 +61,9 @@ class Decision:
 
 
 def r_factor_bytes(load: Workload, group: CoupledGroup) -> Decision:
-    """While collected rows become their R factor: two factors, or one and a micro-batch, a copy that QR works on, the new one twice."""
+    """While collected rows become their R factor: two factors, or one and a micro-batch, a copy
+    that QR works on, the new one twice.
+    """
     if not load.exact or block_tokens(load, group) < group.width:
         return Decision(0, 0)
     rows = group.width + max(group.width, load.batch_tokens)
@@ -55,38 +71,57 @@ def r_factor_bytes(load: Workload, group: CoupledGroup) -> Decision:
 
 
 def decision_bytes(load: Workload, group: CoupledGroup) -> Decision:
-    """The larger of selecting and correcting; the corrected weight D K w lies beside the original, on the host."""
-    moments = ([_selection_bytes(load, group)] if load.selects else []) + (_correction_bytes(load, group) if load.corrects else [])
+    """The larger of selecting and correcting; the corrected weight D K w lies beside the original,
+    on the host.
+    """
+    moments = ([_selection_bytes(load, group)] if load.selects else []) + (
+        _correction_bytes(load, group) if load.corrects else []
+    )
     largest = max(moments, key=lambda moment: moment.spillable + moment.plain)
-    result = load.hidden * load.columns(group) * load.written_element_bytes if load.corrects and not load.on_gpu else 0
+    result = (
+        load.hidden * load.columns(group) * load.written_element_bytes
+        if load.corrects and not load.on_gpu
+        else 0
+    )
     return Decision(largest.spillable, max(moment.plain for moment in moments) + result)
 
 
 def _selection_bytes(load: Workload, group: CoupledGroup) -> Decision:
     """What ranking the units takes beside the statistic, by method.
 
-    stat: pivoting destroys a scaled copy, F^2 8 or of rows n F 8. obs: the swept matrix and the weight, F (F + D) 8.
-    numerical: the Hessian, F^2 8. Those two need the Gram matrix where only rows are kept, F^2 8. Scores: nothing.
+    stat: pivoting destroys a scaled copy, F^2 8 or of rows n F 8. obs: the swept matrix and the
+    weight, F (F + D) 8. numerical: the Hessian, F^2 8. Those two need the Gram matrix where only
+    rows are kept, F^2 8. Scores: nothing.
     """
     width = group.width
     products = width if in_rows(load, group) else 0
-    numbers = {"stat": factorised_rows(load, group), "obs": products + width + load.hidden, "numerical": products + width}
+    numbers = {
+        "stat": factorised_rows(load, group),
+        "obs": products + width + load.hidden,
+        "numerical": products + width,
+    }
     return Decision(8 * width * numbers.get(load.method, 0), 0)
 
 
 def _correction_bytes(load: Workload, group: CoupledGroup) -> list[Decision]:
     """Moments of a correction.
 
-    Gram: targets D K 8 with the pruned part P K 8, then with the factor K^2 8 (twice on a GPU). Rows: Z_K and its QR,
-    3 n K 8; then the targets D M 8 with Q (n K 8), and Z_P (n P 8) or the damped factor, 6 M^2 8. Besides, blocks of rows.
+    Gram: targets D K 8 with the pruned part P K 8, then with the factor K^2 8 (twice on a GPU).
+    Rows: Z_K and its QR, 3 n K 8; then the targets D M 8 with Q (n K 8), and Z_P (n P 8) or the
+    damped factor, 6 M^2 8. Besides, blocks of rows.
     """
     kept, rows = load.columns(group), factorised_rows(load, group)
     blocks = BLOCKS * 8 * min(BLOCK_ROWS, load.hidden) * group.width
     if not in_rows(load, group):
         factor = kept**2 * (2 if load.on_gpu else 1)
-        return [Decision(8 * (load.hidden * kept + max((group.width - kept) * kept, factor)), blocks)]
+        return [
+            Decision(8 * (load.hidden * kept + max((group.width - kept) * kept, factor)), blocks)
+        ]
     small = min(rows, kept)
-    pruned = Decision(8 * (load.hidden * small + rows * (group.width - kept)), 8 * (rows * kept + small**2) + blocks)
+    pruned = Decision(
+        8 * (load.hidden * small + rows * (group.width - kept)),
+        8 * (rows * kept + small**2) + blocks,
+    )
     return [
         Decision(8 * rows * kept, 16 * rows * kept),
         pruned,

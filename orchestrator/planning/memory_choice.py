@@ -1,20 +1,35 @@
-"""What a worker keeps and where: the first of the ways to use memory that fits, what it takes, or what would have to change."""
+"""What a worker keeps and where: the first of the ways to use memory that fits, what it takes, or
+what would have to change.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from rayprune.orchestrator.planning.worker_memory import Kinds, gib, host_bytes, memory_by_step, peak_bytes, total
+from rayprune.orchestrator.planning.worker_memory import (
+    Kinds,
+    gib,
+    host_bytes,
+    memory_by_step,
+    peak_bytes,
+    total,
+)
 from rayprune.orchestrator.planning.workload import Workload
 from rayprune.specs.errors import ResourceError
 from rayprune.specs.memory import MemoryPlan
 
 
 def choices(load: Workload) -> Iterator[MemoryPlan]:
-    """Ways to use memory, the fastest first; of chunks, the longest first. A GPU does not compute on statistics in files."""
+    """Ways to use memory, the fastest first; of chunks, the longest first. A GPU does not compute
+    on statistics in files.
+    """
     kept = MemoryPlan()
     without_inputs = replace(kept, keep_inputs=False)
     hidden_in_files = replace(without_inputs, spill_hidden=True)
-    by_phase = {"pruned": (kept, without_inputs, hidden_in_files), "dense": (kept,), "refit": (kept, without_inputs, hidden_in_files)}
+    by_phase = {
+        "pruned": (kept, without_inputs, hidden_in_files),
+        "dense": (kept,),
+        "refit": (kept, without_inputs, hidden_in_files),
+    }
     in_memory = by_phase[load.propagation]
     in_chunks = load.propagation != "pruned" or load.survey_levels
     chunks = range(load.layers_per_worker if in_chunks else 1, 0, -1)
@@ -25,10 +40,19 @@ def choices(load: Workload) -> Iterator[MemoryPlan]:
 
 def fitting(load: Workload, limit_bytes: int | None) -> MemoryPlan | None:
     """The first choice whose peak is within the limit; None: there is none."""
-    return next((choice for choice in choices(load) if limit_bytes is None or peak_bytes(load, choice) <= limit_bytes), None)
+    return next(
+        (
+            choice
+            for choice in choices(load)
+            if limit_bytes is None or peak_bytes(load, choice) <= limit_bytes
+        ),
+        None,
+    )
 
 
-def choose_memory(load: Workload, limit_bytes: int | None, limit_name: str = "memory.worker") -> MemoryPlan:
+def choose_memory(
+    load: Workload, limit_bytes: int | None, limit_name: str = "memory.worker"
+) -> MemoryPlan:
     """The first choice that fits.
 
     Raises:
@@ -37,14 +61,21 @@ def choose_memory(load: Workload, limit_bytes: int | None, limit_name: str = "me
     if choice := fitting(load, limit_bytes):
         return choice
     assert limit_bytes is not None
-    grow = "raise memory.worker" if limit_name == "memory.worker" else "take machines with more memory, up"
+    grow = (
+        "raise memory.worker"
+        if limit_name == "memory.worker"
+        else "take machines with more memory, up"
+    )
     table = memory_by_step(load, least := list(choices(load))[-1])
     step = max(table, key=lambda name: total(table[name]))
     parts = sorted(table[step].items(), key=lambda item: -item[1])[:3]
-    need, largest = gib(peak_bytes(load, least)), ", ".join(f"{name} {gib(size)}" for name, size in parts)
+    need, largest = (
+        gib(peak_bytes(load, least)),
+        ", ".join(f"{name} {gib(size)}" for name, size in parts),
+    )
     raise ResourceError(
-        f"{limit_name}: a worker needs at least {need} (step {step}: {largest}), it may use {gib(limit_bytes)}; "
-        f"{grow} to {need}{_remedies(load, limit_bytes)}"
+        f"{limit_name}: a worker needs at least {need} (step {step}: {largest}), it may use"
+        f" {gib(limit_bytes)}; {grow} to {need}{_remedies(load, limit_bytes)}"
     )
 
 
@@ -57,23 +88,38 @@ def _remedies(load: Workload, limit_bytes: int) -> str:
         found.append("lower parallel.micro_batch to 1")
     if samples := _fewer_samples(load, limit_bytes):
         found.append(f"lower calibration.samples to {samples}")
-    if load.propagation == "pruned" and fitting(replace(load, placement="layers", propagation="dense"), limit_bytes):
+    if load.propagation == "pruned" and fitting(
+        replace(load, placement="layers", propagation="dense"), limit_bytes
+    ):
         found.append("set parallel.placement: layers")
     return ", or ".join(found)
 
 
 def _fewer_samples(load: Workload, limit_bytes: int) -> int | None:
     fewer = [load.samples >> shift for shift in range(1, load.samples.bit_length())]
-    return next((count for count in fewer if count >= load.shards and fitting(replace(load, samples=count), limit_bytes)), None)
+    return next(
+        (
+            count
+            for count in fewer
+            if count >= load.shards and fitting(replace(load, samples=count), limit_bytes)
+        ),
+        None,
+    )
 
 
 def fewest_workers(load: Workload, limit_bytes: int, keep_all: bool = False) -> int | None:
-    """The smallest number of workers with which the job fits; with `keep_all`, with nothing recomputed or in files and in one wave."""
+    """The smallest number of workers with which the job fits; with `keep_all`, with nothing
+    recomputed or in files and in one wave.
+    """
     bound = load.shards if load.placement == "shards" else load.num_layers
 
     def fits(workers: int) -> bool:
         attempt = replace(load, workers=workers)
-        return peak_bytes(attempt, next(choices(attempt))) <= limit_bytes if keep_all else fitting(attempt, limit_bytes) is not None
+        return (
+            peak_bytes(attempt, next(choices(attempt))) <= limit_bytes
+            if keep_all
+            else fitting(attempt, limit_bytes) is not None
+        )
 
     return next((workers for workers in range(1, bound + 1) if fits(workers)), None)
 
@@ -98,5 +144,7 @@ def memory_needs(load: Workload, choice: MemoryPlan, limit_bytes: int | None) ->
         worker_memory_bytes=peak_bytes(load, choice),
         host_memory_bytes=host_bytes(load),
         fewest_workers=fewest_workers(load, limit_bytes) if limit_bytes else None,
-        fewest_workers_keeping_all=fewest_workers(load, limit_bytes, keep_all=True) if limit_bytes else None,
+        fewest_workers_keeping_all=(
+            fewest_workers(load, limit_bytes, keep_all=True) if limit_bytes else None
+        ),
     )

@@ -1,7 +1,9 @@
-"""From a job and a model's headers, or its config alone, to a plan: shapes with exact parameter counts, tasks, costs. No weights are read.
+"""From a job and a model's headers, or its config alone, to a plan: shapes with exact parameter
+counts, tasks, costs. No weights are read.
 
-Where several shapes meet the budget the plan lists them all, and a probe of the calibration text picks one before the
-sweep. Numbers come from `rayprune.orchestrator.planning.memory_choice`, `costs` and `timing`.
+Where several shapes meet the budget the plan lists them all, and a probe of the calibration text
+picks one before the sweep. Numbers come from `rayprune.orchestrator.planning.memory_choice`,
+`costs` and `timing`.
 """
 
 import math
@@ -12,7 +14,13 @@ from rayprune.orchestrator.planning.costs import LayerCost, Traffic, layer_costs
 from rayprune.orchestrator.planning.memory_choice import MemoryNeeds, choose_memory, memory_needs
 from rayprune.orchestrator.planning.shapes import Shape, open_shapes, planned_shape, units_by_group
 from rayprune.orchestrator.planning.timing import Stage, stages
-from rayprune.orchestrator.planning.workload import Workload, in_rows, layer_kinds, tokens_per_neuron, workload_of
+from rayprune.orchestrator.planning.workload import (
+    Workload,
+    in_rows,
+    layer_kinds,
+    tokens_per_neuron,
+    workload_of,
+)
 from rayprune.specs.allocation import CurvesAllocation, SearchAllocation
 from rayprune.specs.errors import ModelError, SpecError
 from rayprune.specs.job import JobSpec
@@ -41,7 +49,9 @@ from rayprune.workers.store.layout import (
 )
 
 FEW_TOKENS = 10
-"""Calibration tokens per FFN channel below which corrections overfit, measured on SmolLM2-135M (docs/methods/stat.md)."""
+"""Calibration tokens per FFN channel below which corrections overfit, measured on SmolLM2-135M
+(docs/methods/stat.md).
+"""
 FLAT_PARTS = ("model", "needs", "traffic")
 """Parts of a plan whose fields stand side by side with the rest in plan.json."""
 
@@ -103,48 +113,71 @@ class Plan:
             return ()
         given, each = self.calibration_tokens, self.tokens_per_neuron
         return (
-            f"{given:,} calibration tokens are {each:.1f} per FFN channel: below {FEW_TOKENS} corrections overfit; "
-            f"{math.ceil(given * FEW_TOKENS / each):,} tokens would do (calibration.samples, calibration.sequence_length)",
+            (
+                f"{given:,} calibration tokens are {each:.1f} per FFN channel: below {FEW_TOKENS}"
+                f" corrections overfit; {math.ceil(given * FEW_TOKENS / each):,} tokens would do"
+                " (calibration.samples, calibration.sequence_length)"
+            ),
         )
 
     def pruned_groups(self, layer: int) -> list[str]:
         """Groups of a layer that lose units, in the order in which it computes them."""
-        return [name for name, kept in self.shape.kept_in(layer).items() if kept < self.model.units[name]]
+        return [
+            name
+            for name, kept in self.shape.kept_in(layer).items()
+            if kept < self.model.units[name]
+        ]
 
     def decided_groups(self, layer: int) -> list[str]:
-        """Groups whose consumer gets a correction in the sweep: those that lose units, with drift to make up for all of them."""
+        """Groups whose consumer gets a correction in the sweep: those that lose units, with drift
+        to make up for all of them.
+        """
         return list(self.shape.kept) if self.corrects_drift else self.pruned_groups(layer)
 
     def written_layers(self, pad: bool) -> list[dict[str, int]]:
         """Units of every layer in the exported files, of the layers that stay."""
-        return [self.shape.written_in(layer, pad) for layer in self.shape.remaining(self.model.num_layers)]
+        return [
+            self.shape.written_in(layer, pad)
+            for layer in self.shape.remaining(self.model.num_layers)
+        ]
 
     def chosen(self, shape: Shape) -> "Plan":
         """The plan with its shape decided; costs stay those of the dearest shape."""
         return replace(self, shapes=(shape,))
 
     def document(self) -> dict[str, Any]:
-        """As written to plan.json, parts laid flat; the parameters that remain stand there once the shape is decided."""
+        """As written to plan.json, parts laid flat; the parameters that remain stand there once the
+        shape is decided.
+        """
         flat: dict[str, Any] = {}
         for name, value in asdict(self).items():
             flat |= value if name in FLAT_PARTS else {name: value}
         if len(self.shapes) > 1:
             return flat
-        return flat | {"remaining_parameters": self.shape.parameters, "remaining_decoder_parameters": self.shape.decoder_parameters}
+        return flat | {
+            "remaining_parameters": self.shape.parameters,
+            "remaining_decoder_parameters": self.shape.decoder_parameters,
+        }
 
 
 def make_plan(job: JobSpec, checkpoint: Checkpoint, machine: MachineProfile | None = None) -> Plan:
     """Plan a job from its model's config and headers; times and GPU memory need a machine profile.
 
     Raises:
-        SpecError: the budget cannot be met, no loader accepts the result, or the profile is of another kind of device.
+        SpecError: the budget cannot be met, no loader accepts the result, or the profile is of
+            another kind of device.
         ModelError: the model's layers differ in size.
         ResourceError: a worker needs more than it may use.
     """
     if checkpoint.config.get("per_layer_config"):
-        raise ModelError(f"{checkpoint.path}: its layers differ in size; such a model is not pruned again: prune the original further")
+        raise ModelError(
+            f"{checkpoint.path}: its layers differ in size; such a model is not pruned again: prune"
+            " the original further"
+        )
     kinds, not_pruned = layer_kinds(checkpoint), why_not_pruned(checkpoint.config)
-    shapes = (planned_shape(job, checkpoint, kinds),) if not_pruned else open_shapes(job, checkpoint)
+    shapes = (
+        (planned_shape(job, checkpoint, kinds),) if not_pruned else open_shapes(job, checkpoint)
+    )
     if job.budget.per_layer:
         shapes = shapes[:1]  # what is removed from the mean layer
     load = workload_of(job, checkpoint, kinds, shapes, _on_gpu(job, machine))
@@ -174,19 +207,22 @@ def make_plan(job: JobSpec, checkpoint: Checkpoint, machine: MachineProfile | No
     )
 
 
-def _check_drift(job: JobSpec, checkpoint: Checkpoint, load: Workload, not_pruned: str | None) -> None:
+def _check_drift(
+    job: JobSpec, checkpoint: Checkpoint, load: Workload, not_pruned: str | None
+) -> None:
     """Refuse to make up for drift where it is not known or not kept."""
     if not load.corrects_drift:
         return
     if not_pruned or any(group.stream is None for group in unit_groups(checkpoint.config)):
         raise SpecError(
-            f"correction.drift: model_type {checkpoint.config['model_type']} does not add its blocks' outputs to the stream as they are; "
-            "set it to 0"
+            f"correction.drift: model_type {checkpoint.config['model_type']} does not add its"
+            " blocks' outputs to the stream as they are; set it to 0"
         )
     if rows := [group for kind in load.kinds for group in kind.groups if in_rows(load, group)]:
         raise SpecError(
-            f"correction.drift: needs Gram matrices, but the {load.tokens} calibration tokens for {rows[0].width} columns of the "
-            f"{rows[0].name} are kept as rows; take more tokens, a method that keeps Gram matrices, or set it to 0"
+            f"correction.drift: needs Gram matrices, but the {load.tokens} calibration tokens for"
+            f" {rows[0].width} columns of the {rows[0].name} are kept as rows; take more tokens, a"
+            " method that keeps Gram matrices, or set it to 0"
         )
 
 
@@ -216,15 +252,24 @@ def _trained_first(job: JobSpec, shape: Shape, num_layers: int) -> tuple[str, ..
     """Trainings before the cut."""
     match job.method:
         case DressOptions():
-            alone = map(regularised_task, range(num_layers)) if job.method.trains_layers_alone else ()
+            alone = (
+                map(regularised_task, range(num_layers)) if job.method.trains_layers_alone else ()
+            )
             return (*map(selection_task, range(num_layers)), *alone, REGULARISE_TASK)
         case TrspOptions():
-            return (*map(gates_task, range(num_layers - len(shape.remaining(num_layers)))), UPDATES_TASK)
+            return (
+                *map(gates_task, range(num_layers - len(shape.remaining(num_layers)))),
+                UPDATES_TASK,
+            )
     return ()
 
 
 def _tasks(job: JobSpec, num_layers: int, shape: Shape, num_shapes: int) -> tuple[str, ...]:
-    names = (selection_task, layer_task) if job.parallel.effective_propagation == "refit" else (layer_task,)
+    names = (
+        (selection_task, layer_task)
+        if job.parallel.effective_propagation == "refit"
+        else (layer_task,)
+    )
     layers = tuple(name(layer) for name in names for layer in range(num_layers))
     allocation = job.budget.allocation
     spread: tuple[str, ...] = _trained_first(job, shape, num_layers)
@@ -235,7 +280,9 @@ def _tasks(job: JobSpec, num_layers: int, shape: Shape, num_shapes: int) -> tupl
     if isinstance(allocation, SearchAllocation):
         spread = (*map(generation_task, range(allocation.generations)), *spread)
     evaluation = (EVALUATION_TASK, "evaluate-before", "evaluate-after") if job.evaluation else ()
-    recovery = (RECOVER_TASK, *(("evaluate-recovered",) if job.evaluation else ())) if job.recover else ()
+    recovery = (
+        (RECOVER_TASK, *(("evaluate-recovered",) if job.evaluation else ())) if job.recover else ()
+    )
     gradients = (GRADIENTS_TASK,) if job.gradient_windows else ()
     return (
         CALIBRATION_TASK,
@@ -254,5 +301,8 @@ def _on_gpu(job: JobSpec, machine: MachineProfile | None) -> bool:
     """Where workers will compute; `auto` follows the profile, and means the CPU without one."""
     device = job.parallel.device
     if machine and device not in ("auto", machine.device):
-        raise SpecError(f"--profile {machine.name} computes on {machine.device}, but parallel.device is {device}; change one of them")
+        raise SpecError(
+            f"--profile {machine.name} computes on {machine.device}, but parallel.device is"
+            f" {device}; change one of them"
+        )
     return (machine.device if machine and device == "auto" else device) == "cuda"

@@ -1,4 +1,6 @@
-"""How long a sweep takes on a machine: for each stage the largest of arithmetic, memory, disk and network time."""
+"""How long a sweep takes on a machine: for each stage the largest of arithmetic, memory, disk and
+network time.
+"""
 
 import math
 from dataclasses import dataclass
@@ -13,7 +15,13 @@ from rayprune.orchestrator.planning.costs import (
     spilled_statistics_bytes,
 )
 from rayprune.orchestrator.planning.messages import message_path_bytes
-from rayprune.orchestrator.planning.workload import CANDIDATES_AT_ONCE, GRADIENT_WINDOWS_AT_ONCE, Workload, in_rows, num_chunks
+from rayprune.orchestrator.planning.workload import (
+    CANDIDATES_AT_ONCE,
+    GRADIENT_WINDOWS_AT_ONCE,
+    Workload,
+    in_rows,
+    num_chunks,
+)
 from rayprune.specs.machine import MachineProfile
 from rayprune.specs.memory import MemoryPlan
 from rayprune.workers.machine.blocks import PANEL, PRODUCT_TOKENS
@@ -27,7 +35,9 @@ STAGES = (*WORK, "messages", "files", "write")
 
 @dataclass(frozen=True)
 class Stage:
-    """One kind of work of a sweep: its arithmetic over the cluster, and what bounds it on the critical path."""
+    """One kind of work of a sweep: its arithmetic over the cluster, and what bounds it on the
+    critical path.
+    """
 
     name: str
     flops: int
@@ -36,19 +46,32 @@ class Stage:
 
 
 def stages(load: Workload, choice: MemoryPlan, machine: MachineProfile | None) -> tuple[Stage, ...]:
-    """Arithmetic by stage, and with a profile its seconds: the largest of arithmetic, memory, disk and network time.
+    """Arithmetic by stage, and with a profile its seconds: the largest of arithmetic, memory, disk
+    and network time.
 
-    Stages of a layer follow one another. `shards`: forward passes and statistics are split over the workers, one worker
-    decides and writes while the others wait. `layers`: every worker does all of it for its own layers, after the first
-    micro-batch has reached it. `refit` is one after the other.
+    Stages of a layer follow one another. `shards`: forward passes and statistics are split over the
+    workers, one worker decides and writes while the others wait. `layers`: every worker does all of
+    it for its own layers, after the first micro-batch has reached it. `refit` is one after the
+    other.
     """
     costs = layer_costs(load, choice)
     flops = {name: over_layers(costs, f"{name}_flops") for name in WORK}
     if machine is None:
-        return (*(Stage(name, flops[name]) for name in WORK), *_gradients_stage(load, None), *_divergence_stage(load, None))
+        return (
+            *(Stage(name, flops[name]) for name in WORK),
+            *_gradients_stage(load, None),
+            *_divergence_stage(load, None),
+        )
     phases = [_bounds(phase, choice, machine) for phase in load.phases().values()]
-    timed = [_timed(name, flops.get(name, 0), [bounds[name] for bounds in phases]) for name in STAGES]
-    return (*timed, *_gradients_stage(load, machine), *_divergence_stage(load, machine), *_evaluation_stage(load, machine))
+    timed = [
+        _timed(name, flops.get(name, 0), [bounds[name] for bounds in phases]) for name in STAGES
+    ]
+    return (
+        *timed,
+        *_gradients_stage(load, machine),
+        *_divergence_stage(load, machine),
+        *_evaluation_stage(load, machine),
+    )
 
 
 def _timed(name: str, flops: int, phases: list[Bounds]) -> Stage:
@@ -65,11 +88,25 @@ def _bounds(load: Workload, choice: MemoryPlan, machine: MachineProfile) -> dict
     batches = math.ceil(load.tokens / load.batch_tokens)
     products = math.ceil(load.tokens / min(load.batch_tokens, PRODUCT_TOKENS))
     readers = load.workers if load.placement == "shards" else deciders
-    spilled = spilled_statistics_bytes(load, choice) / deciders + spilled_hidden_bytes(load, choice) / spread
+    spilled = (
+        spilled_statistics_bytes(load, choice) / deciders
+        + spilled_hidden_bytes(load, choice) / spread
+    )
     return {
         "forward": {
-            "arithmetic": work("forward_flops") / spread / machine.forward_flops * _filling(load, batches, choice),
-            "memory": batches * work("parameters") * load.element_bytes / spread / machine.memory_bandwidth,
+            "arithmetic": (
+                work("forward_flops")
+                / spread
+                / machine.forward_flops
+                * _filling(load, batches, choice)
+            ),
+            "memory": (
+                batches
+                * work("parameters")
+                * load.element_bytes
+                / spread
+                / machine.memory_bandwidth
+            ),
             "disk": work("read_bytes") / readers / machine.disk_bandwidth,
         },
         "statistics": {
@@ -81,52 +118,79 @@ def _bounds(load: Workload, choice: MemoryPlan, machine: MachineProfile) -> dict
             "memory": work("selection_flops") * 8 / PANEL / deciders / machine.memory_bandwidth,
         },
         "correction": {"arithmetic": work("correction_flops") / deciders / machine.fp64_flops},
-        "messages": {"network": message_path_bytes(load, work("message_bytes")) / machine.network_bandwidth},
+        "messages": {
+            "network": message_path_bytes(load, work("message_bytes")) / machine.network_bandwidth
+        },
         "files": {"disk": spilled / machine.disk_bandwidth},
         "write": {"disk": work("written_bytes") / deciders / machine.disk_bandwidth},
     }
 
 
 def _parallel(load: Workload) -> tuple[float, float]:
-    """Workers that share the tokens, and workers that decide at the same time, unevenness taken off."""
+    """Workers that share the tokens, and workers that decide at the same time, unevenness taken
+    off.
+    """
     if load.placement == "shards":
         return load.tokens / load.share_tokens, 1.0
     return load.num_layers / load.layers_per_worker, load.num_layers / load.layers_per_worker
 
 
 def _filling(load: Workload, batches: int, choice: MemoryPlan) -> float:
-    """Placement `layers`: a wave takes as many steps as there are micro-batches, and one less than workers to fill."""
+    """Placement `layers`: a wave takes as many steps as there are micro-batches, and one less than
+    workers to fill.
+    """
     workers = min(load.workers, num_chunks(load, choice))
     return (batches + workers - 1) / batches if load.placement == "layers" else 1.0
 
 
 def _gram_traffic(load: Workload) -> int:
-    """Memory traffic of adding one product to the Gram matrices of all layers: half of fp64 read and written, fp32 twice."""
-    groups = [(kind, group) for kind in load.kinds for group in load.decided(kind) if not in_rows(load, group)]
+    """Memory traffic of adding one product to the Gram matrices of all layers: half of fp64 read
+    and written, fp32 twice.
+    """
+    groups = [
+        (kind, group)
+        for kind in load.kinds
+        for group in load.decided(kind)
+        if not in_rows(load, group)
+    ]
     return sum(kind.num_layers * group.count * group.width**2 * 12 for kind, group in groups)
 
 
 def _gradients_stage(load: Workload, machine: MachineProfile | None) -> tuple[Stage, ...]:
-    """Up through all layers, and down again with gradients of activations alone: three forward passes."""
+    """Up through all layers, and down again with gradients of activations alone: three forward
+    passes.
+    """
     if not load.gradient_windows:
         return ()
-    flops = 3 * load.gradient_windows * load.sequence_length * 2 * (load.active_parameters + load.vocabulary * load.hidden)
+    flops = (
+        3
+        * load.gradient_windows
+        * load.sequence_length
+        * 2
+        * (load.active_parameters + load.vocabulary * load.hidden)
+    )
     if machine is None:
         return (Stage("gradients", flops),)
     rounds = math.ceil(math.ceil(load.gradient_windows / load.workers) / GRADIENT_WINDOWS_AT_ONCE)
     bounds = {
         "arithmetic": flops / min(load.workers, load.gradient_windows) / machine.forward_flops,
-        "disk": (2 * rounds * load.bytes_on_disk + gradient_states_bytes(load)) / machine.disk_bandwidth,
+        "disk": (
+            (2 * rounds * load.bytes_on_disk + gradient_states_bytes(load)) / machine.disk_bandwidth
+        ),
     }
     return (_timed("gradients", flops, [bounds]),)
 
 
 def _divergence_stage(load: Workload, machine: MachineProfile | None) -> tuple[Stage, ...]:
-    """Candidates for the allocation of the budget: each shares half of its layers with another, none its scores."""
+    """Candidates for the allocation of the budget: each shares half of its layers with another,
+    none its scores.
+    """
     if not load.candidates:
         return ()
     tokens = load.candidate_windows * load.sequence_length
-    flops = load.candidates * tokens * 2 * (load.active_parameters // 2 + load.vocabulary * load.hidden)
+    flops = (
+        load.candidates * tokens * 2 * (load.active_parameters // 2 + load.vocabulary * load.hidden)
+    )
     if machine is None:
         return (Stage("divergence", flops),)
     passes = math.ceil(load.candidates / CANDIDATES_AT_ONCE)
@@ -141,7 +205,9 @@ def _evaluation_stage(load: Workload, machine: MachineProfile) -> tuple[Stage, .
     """Perplexity of the dense and of the pruned model, each counted as dense."""
     if not load.evaluation_tokens:
         return ()
-    flops = 2 * load.evaluation_tokens * 2 * (load.active_parameters + load.vocabulary * load.hidden)
+    flops = (
+        2 * load.evaluation_tokens * 2 * (load.active_parameters + load.vocabulary * load.hidden)
+    )
     bounds = {
         "arithmetic": flops / load.workers / machine.forward_flops,
         "disk": (load.bytes_on_disk + load.output_bytes) / machine.disk_bandwidth,

@@ -6,7 +6,12 @@ Letters: Z a consumer's input.
 import math
 from dataclasses import replace
 
-from rayprune.orchestrator.planning.group_memory import decision_bytes, partial_bytes, r_factor_bytes, statistics_bytes
+from rayprune.orchestrator.planning.group_memory import (
+    decision_bytes,
+    partial_bytes,
+    r_factor_bytes,
+    statistics_bytes,
+)
 from rayprune.orchestrator.planning.workload import (
     CANDIDATES_AT_ONCE,
     GRADIENT_WINDOWS_AT_ONCE,
@@ -23,18 +28,31 @@ Kinds = dict[str, int]
 """Bytes by kind."""
 
 RUNTIME_BYTES = 320 * 2**20
-"""Private memory of a worker that has opened a model and done nothing: 280 MiB measured on Linux x86-64, and some for Ray."""
+"""Private memory of a worker that has opened a model and done nothing: 280 MiB measured on Linux
+x86-64, and some for Ray.
+"""
 ACTIVATIONS = 4
-"""Tensors of a consumer's width that a forward pass holds at once: gate, up, their product, one temporary."""
+"""Tensors of a consumer's width that a forward pass holds at once: gate, up, their product, one
+temporary.
+"""
 
 
 def memory_by_step(load: Workload, choice: MemoryPlan) -> dict[str, Kinds]:
-    """Bytes a worker needs, by step and by kind; of layers and groups that differ, those that need most."""
+    """Bytes a worker needs, by step and by kind; of layers and groups that differ, those that need
+    most.
+    """
     table: dict[str, Kinds] = {}
     for name, phase in load.phases().items():
-        table |= {name + step: max(rows, key=total) for step, rows in _steps(phase, choice).items() if rows}
+        table |= {
+            name + step: max(rows, key=total)
+            for step, rows in _steps(phase, choice).items()
+            if rows
+        }
     if not load.on_gpu:
-        table["write outer"] = {"runtime": RUNTIME_BYTES, "output": load.outer_parameters * load.written_element_bytes}
+        table["write outer"] = {
+            "runtime": RUNTIME_BYTES,
+            "output": load.outer_parameters * load.written_element_bytes,
+        }
     if load.candidates:
         table["divergence"] = _divergence(load, choice)
     if load.gradient_windows:
@@ -53,20 +71,35 @@ def _steps(load: Workload, choice: MemoryPlan) -> dict[str, list[Kinds]]:
     steps: dict[str, list[Kinds]] = {"collect": [], "decide": [], "write": []}
     for kind in load.kinds:
         for group in load.decided(kind):
-            collected = {"statistics": _collected(load, choice, kind, group)} | _factorising(load, choice, group)
+            collected = {"statistics": _collected(load, choice, kind, group)} | _factorising(
+                load, choice, group
+            )
             steps["collect"].append(standing | _activations(load) | collected)
         for group in load.decided(kind):
-            deciding = {"statistics": _decided(load, choice, kind, group), "decision": _deciding(load, choice, group)}
+            deciding = {
+                "statistics": _decided(load, choice, kind, group),
+                "decision": _deciding(load, choice, group),
+            }
             steps["decide"].append(standing | _payloads(load, group) | deciding)
         if load.writes and not load.on_gpu:
-            steps["write"].append(standing | _left_while_writing(load, choice) | {"output": 2 * load.written_layer_bytes(kind)})
+            steps["write"].append(
+                standing
+                | _left_while_writing(load, choice)
+                | {"output": 2 * load.written_layer_bytes(kind)}
+            )
     return steps
 
 
 def host_bytes(load: Workload) -> int:
-    """Memory of the machine that a GPU worker needs: two copies of a layer, or one of embeddings and head, while it writes."""
+    """Memory of the machine that a GPU worker needs: two copies of a layer, or one of embeddings
+    and head, while it writes.
+    """
     layer = 2 * max(load.written_layer_bytes(kind) for kind in load.kinds)
-    return RUNTIME_BYTES + max(layer, load.outer_parameters * load.written_element_bytes) if load.on_gpu else 0
+    return (
+        RUNTIME_BYTES + max(layer, load.outer_parameters * load.written_element_bytes)
+        if load.on_gpu
+        else 0
+    )
 
 
 def total(kinds: Kinds) -> int:
@@ -90,7 +123,9 @@ def _standing(load: Workload, choice: MemoryPlan) -> Kinds:
 
 
 def _weights_bytes(load: Workload, layers_per_chunk: int) -> int:
-    """GPU: embeddings and head, and the layer with its successor, or the chunk. CPU: mapped from the file, but for a part."""
+    """GPU: embeddings and head, and the layer with its successor, or the chunk. CPU: mapped from
+    the file, but for a part.
+    """
     if not load.on_gpu:
         return CONVERTED_BYTES
     layers = 2 if load.placement == "shards" else layers_per_chunk
@@ -98,18 +133,26 @@ def _weights_bytes(load: Workload, layers_per_chunk: int) -> int:
 
 
 def _hidden_bytes(load: Workload, choice: MemoryPlan) -> int:
-    """Hidden states, and attention outputs of the same size: the share, the window in flight, or in a file but for a micro-batch.
+    """Hidden states, and attention outputs of the same size: the share, the window in flight, or in
+    a file but for a micro-batch.
 
     With drift also the dense path's hidden states and its streams behind both blocks.
     """
     if load.placement == "layers":
         return MICRO_BATCHES_AT_ONCE * load.batch_tokens * load.hidden * load.element_bytes
     streams = 5 if load.corrects_drift else 2
-    return streams * (load.batch_tokens if choice.spill_hidden else load.share_tokens) * load.hidden * load.element_bytes
+    return (
+        streams
+        * (load.batch_tokens if choice.spill_hidden else load.share_tokens)
+        * load.hidden
+        * load.element_bytes
+    )
 
 
 def _inputs_bytes(load: Workload, choice: MemoryPlan) -> int:
-    """Z of the widest group for the whole share, where it is kept; a micro-batch's is among the activations."""
+    """Z of the widest group for the whole share, where it is kept; a micro-batch's is among the
+    activations.
+    """
     if load.placement == "layers" or not choice.keep_inputs:
         return 0
     return load.share_tokens * load.active_width * load.element_bytes
@@ -132,7 +175,9 @@ def _decided(load: Workload, choice: MemoryPlan, kind: LayerKind, group: Coupled
 
 
 def _payloads(load: Workload, group: CoupledGroup) -> Kinds:
-    """One process, placement `shards`: Gram matrices as they were handed over, of which the decision makes copies; rows are not copied."""
+    """One process, placement `shards`: Gram matrices as they were handed over, of which the
+    decision makes copies; rows are not copied.
+    """
     copied = load.in_process and load.placement == "shards" and not in_rows(load, group)
     return {"payloads": statistics_bytes(load, group)} if copied else {}
 
@@ -160,9 +205,13 @@ def _left_while_writing(load: Workload, choice: MemoryPlan) -> Kinds:
 
 
 def _evaluation(load: Workload, choice: MemoryPlan) -> Kinds:
-    """Hidden states of a worker's windows, and the scores of one window: as computed, in fp32, and their logarithms."""
+    """Hidden states of a worker's windows, and the scores of one window: as computed, in fp32, and
+    their logarithms.
+    """
     window = load.evaluation_window
-    windows = 1 if choice.spill_hidden else math.ceil(load.evaluation_tokens / window / load.workers)
+    windows = (
+        1 if choice.spill_hidden else math.ceil(load.evaluation_tokens / window / load.workers)
+    )
     scores = load.vocabulary * (load.element_bytes + 8)
     return {
         "runtime": RUNTIME_BYTES,
@@ -173,9 +222,15 @@ def _evaluation(load: Workload, choice: MemoryPlan) -> Kinds:
 
 
 def _divergence(load: Workload, choice: MemoryPlan) -> Kinds:
-    """Hidden states of all candidates of a pass before and behind a layer; logarithms of two models' scores, and two temporaries."""
+    """Hidden states of all candidates of a pass before and behind a layer; logarithms of two
+    models' scores, and two temporaries.
+    """
     window = load.sequence_length
-    windows = 1 if choice.spill_hidden else 2 * (CANDIDATES_AT_ONCE + 1) * math.ceil(load.candidate_windows / load.workers)
+    windows = (
+        1
+        if choice.spill_hidden
+        else 2 * (CANDIDATES_AT_ONCE + 1) * math.ceil(load.candidate_windows / load.workers)
+    )
     scores = load.vocabulary * (load.element_bytes + 4 * 4)
     return {
         "runtime": RUNTIME_BYTES,
@@ -186,62 +241,92 @@ def _divergence(load: Workload, choice: MemoryPlan) -> Kinds:
 
 
 def _gradients(load: Workload, choice: MemoryPlan) -> Kinds:
-    """Hidden states of windows on their way up together, those before every layer in a file; one window backwards through a layer.
+    """Hidden states of windows on their way up together, those before every layer in a file; one
+    window backwards through a layer.
 
-    On the CPU the layer's weights are whole in the type of the passes, and so are gradients of the parts they are converted in.
+    On the CPU the layer's weights are whole in the type of the passes, and so are gradients of the
+    parts they are converted in.
     """
     windows = min(GRADIENT_WINDOWS_AT_ONCE, math.ceil(load.gradient_windows / load.workers))
-    numbers = sum(kind.num_layers * group.count * group.width for kind in load.kinds for group in kind.groups)
+    numbers = sum(
+        kind.num_layers * group.count * group.width for kind in load.kinds for group in kind.groups
+    )
     scores = load.sequence_length * load.vocabulary * (load.element_bytes + 4 * 3)
     converted = 0 if load.on_gpu else load.layer_parameters * load.element_bytes
     return {
         "runtime": RUNTIME_BYTES,
         "weights": _weights_bytes(replace(load, placement="shards"), 1) + converted,
-        "hidden states": (1 if choice.spill_hidden else windows) * load.sequence_length * load.hidden * load.element_bytes,
+        "hidden states": (
+            (1 if choice.spill_hidden else windows)
+            * load.sequence_length
+            * load.hidden
+            * load.element_bytes
+        ),
         "squares": (windows + 1) * 8 * numbers,
         "activations": max(scores, 2 * _inside(load, 1)),
     }
 
 
 def _inside(load: Workload, windows: int) -> int:
-    """Activations inside one layer: about 7 D + 3 F numbers for a token, as many in fp32 as in bf16 (measured)."""
+    """Activations inside one layer: about 7 D + 3 F numbers for a token, as many in fp32 as in bf16
+    (measured).
+    """
     return 6 * windows * load.sequence_length * (7 * load.hidden + 3 * load.active_width)
 
 
 def _layer_training(load: Workload, choice: MemoryPlan, training: TrainingLoad) -> Kinds:
-    """One layer of its own beside the dense model's on their way; what it was given and should give lies in files.
+    """One layer of its own beside the dense model's on their way; what it was given and should give
+    lies in files.
 
-    Passes in bf16 work on a copy of its weights, and a matrix's gradient is there as computed and in fp32 before it is added.
+    Passes in bf16 work on a copy of its weights, and a matrix's gradient is there as computed and
+    in fp32 before it is added.
     """
     copied = 2 if training.pass_bytes == 2 else 0
     return {
         "runtime": RUNTIME_BYTES,
-        "weights": _weights_bytes(replace(load, placement="layers"), choice.layers_per_chunk) + (4 + copied) * load.layer_parameters,
+        "weights": (
+            _weights_bytes(replace(load, placement="layers"), choice.layers_per_chunk)
+            + (4 + copied) * load.layer_parameters
+        ),
         "optimizer": 12 * load.layer_parameters + (4 + copied) * load.hidden * load.active_width,
         "activations": _inside(load, training.windows),
     }
 
 
 def _training(load: Workload, training: TrainingLoad) -> Kinds:
-    """One rank: fp32 weights, their gradients and two moments, spread over the ranks; what is gathered of the weights.
+    """One rank: fp32 weights, their gradients and two moments, spread over the ranks; what is
+    gathered of the weights.
 
-    Beside adapters, which every rank holds, the weights lie in the type of the passes, like the teacher's. Activations: what every
-    layer was given, and inside one layer, or in all; the scores, their logarithms and gradients, and the teacher's.
+    Beside adapters, which every rank holds, the weights lie in the type of the passes, like the
+    teacher's. Activations: what every layer was given, and inside one layer, or in all; the scores,
+    their logarithms and gradients, and the teacher's.
     """
     tokens, layers = training.windows * load.sequence_length, load.num_layers
     ranks = 1 if load.in_process else load.workers
-    parameters = load.outer_parameters + sum(kind.num_layers * kind.parameters for kind in load.kinds)
+    parameters = load.outer_parameters + sum(
+        kind.num_layers * kind.parameters for kind in load.kinds
+    )
     adapters = training.lora_rank * sum(kind.num_layers * kind.matrix_sides for kind in load.kinds)
-    held, trained = (training.pass_bytes * parameters, adapters) if adapters else (4 * parameters, parameters // ranks)
+    held, trained = (
+        (training.pass_bytes * parameters, adapters)
+        if adapters
+        else (4 * parameters, parameters // ranks)
+    )
     held += training.pass_bytes * parameters * training.teacher
-    gathered = training.pass_bytes * (2 * load.layer_parameters + load.outer_parameters) if ranks > 1 else 0
+    gathered = (
+        training.pass_bytes * (2 * load.layer_parameters + load.outer_parameters)
+        if ranks > 1
+        else 0
+    )
     head_gradients = 0 if adapters else 2 * 4 * load.vocabulary * load.hidden
     return {
         "runtime": RUNTIME_BYTES,
         "weights": held // ranks + gathered + 4 * adapters,
         "optimizer": 12 * trained + head_gradients,
         "hidden states": 4 * layers * tokens * load.hidden,
-        "activations": _inside(load, training.windows) * (layers if training.keeps_activations else 1),
+        "activations": (
+            _inside(load, training.windows) * (layers if training.keeps_activations else 1)
+        ),
         "scores": tokens * load.vocabulary * (14 + training.pass_bytes + 10 * training.teacher),
     }
 

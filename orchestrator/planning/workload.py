@@ -1,7 +1,8 @@
-"""A job and its model as the numbers that the cost formulas work on, and what follows from these alone.
+"""A job and its model as the numbers that the cost formulas work on, and what follows from these
+alone.
 
-Letters: T tokens, t tokens of a micro-batch, K kept columns, F width of a consumer's input, n tokens that reach one block
-of a group, L layers.
+Letters: T tokens, t tokens of a micro-batch, K kept columns, F width of a consumer's input, n
+tokens that reach one block of a group, L layers.
 """
 
 import math
@@ -17,14 +18,26 @@ from rayprune.specs.methods import DressOptions, TrspOptions
 from rayprune.specs.training import TrainingSpec
 from rayprune.workers.model.checkpoint import PLANNED_BYTES, Checkpoint, config_dtype
 from rayprune.workers.model.families import config_int
-from rayprune.workers.model.shapes import CoupledGroup, LayerKind, alike_layers, attention_width, coupled_groups
+from rayprune.workers.model.shapes import (
+    CoupledGroup,
+    LayerKind,
+    alike_layers,
+    attention_width,
+    coupled_groups,
+)
 
 CANDIDATES_AT_ONCE = 32
-"""Allocations whose divergences are measured in one pass over the layers: what bounds the hidden states that are held."""
+"""Allocations whose divergences are measured in one pass over the layers: what bounds the hidden
+states that are held.
+"""
 GRADIENT_WINDOWS_AT_ONCE = 16
-"""Windows that a worker takes up and down all layers together, for which weights are read twice: what bounds its file of hidden states."""
+"""Windows that a worker takes up and down all layers together, for which weights are read twice:
+what bounds its file of hidden states.
+"""
 MICRO_BATCHES_AT_ONCE = 4
-"""Placement `layers`: steps that may be under way at the same time; so many micro-batches at most wait at a worker."""
+"""Placement `layers`: steps that may be under way at the same time; so many micro-batches at most
+wait at a worker.
+"""
 Placement = Literal["shards", "layers"]
 Propagation = Literal["pruned", "dense", "refit"]
 
@@ -74,13 +87,21 @@ class Workload:
     evaluation_window: int
     method: str = "stat"
     exact: bool = False
-    """Whether rows or their R factor are kept instead of a Gram matrix, however many tokens there are (`MethodOptions.needs_rows`)."""
+    """Whether rows or their R factor are kept instead of a Gram matrix, however many tokens there
+    are (`MethodOptions.needs_rows`).
+    """
     in_process: bool = False
-    """Whether payloads between steps lie in the worker's own memory instead of Ray's object store."""
+    """Whether payloads between steps lie in the worker's own memory instead of Ray's object
+    store.
+    """
     drift: bool = False
-    """Whether the pruned path also makes up for its drift from the dense one, which then goes beside it."""
+    """Whether the pruned path also makes up for its drift from the dense one, which then goes
+    beside it.
+    """
     survey_levels: int = 0
-    """Corrections per group and layer by which a pass over the dense model finds out what each layer may lose; 0: no such pass."""
+    """Corrections per group and layer by which a pass over the dense model finds out what each
+    layer may lose; 0: no such pass.
+    """
     candidates: int = 0
     """Allocations whose divergence from the dense model is measured."""
     candidate_windows: int = 0
@@ -114,7 +135,11 @@ class Workload:
     @property
     def share_tokens(self) -> int:
         """Tokens of the worker with the most, placement `shards`."""
-        return math.ceil(self.shards / self.workers) * math.ceil(self.samples / self.shards) * self.sequence_length
+        return (
+            math.ceil(self.shards / self.workers)
+            * math.ceil(self.samples / self.shards)
+            * self.sequence_length
+        )
 
     @property
     def layers_per_worker(self) -> int:
@@ -131,7 +156,9 @@ class Workload:
         return self.drift and self.corrects and self.propagation != "dense"
 
     def decided(self, kind: LayerKind) -> list[CoupledGroup]:
-        """Groups of a layer that have statistics: those that lose units, with drift to make up for all of them."""
+        """Groups of a layer that have statistics: those that lose units, with drift to make up for
+        all of them.
+        """
         return list(kind.groups) if self.corrects_drift else self.pruned(kind)
 
     def columns(self, group: CoupledGroup) -> int:
@@ -140,7 +167,10 @@ class Workload:
 
     def kept_parameters(self, kind: LayerKind) -> int:
         """Parameters of a layer that stay."""
-        lost = [(group.num_units - self.kept[group.name]) * group.count * group.unit_parameters for group in self.pruned(kind)]
+        lost = [
+            (group.num_units - self.kept[group.name]) * group.count * group.unit_parameters
+            for group in self.pruned(kind)
+        ]
         return kind.parameters - sum(lost)
 
     def written_layer_bytes(self, kind: LayerKind) -> int:
@@ -159,22 +189,30 @@ class Workload:
 
     @property
     def active_width(self) -> int:
-        """Numbers of the widest consumer input that one token has, over the blocks it passes through."""
+        """Numbers of the widest consumer input that one token has, over the blocks it passes
+        through.
+        """
         return max(group.active * group.width for kind in self.kinds for group in kind.groups)
 
     def phases(self) -> dict[str, "Workload"]:
-        """The passes over the model: one, or with `refit` one on the dense path that selects and one on the pruned path that corrects.
+        """The passes over the model: one, or with `refit` one on the dense path that selects and
+        one on the pruned path that corrects.
 
         Where layers may differ, a survey on the dense path comes before.
         """
         rest, survey = replace(self, survey_levels=0), dict[str, Workload]()
         if self.survey_levels:
             fits = self.num_candidates + self.survey_levels
-            survey["survey, "] = replace(rest, placement="layers", propagation="dense", writes=False, num_candidates=fits)
+            survey["survey, "] = replace(
+                rest, placement="layers", propagation="dense", writes=False, num_candidates=fits
+            )
         if self.propagation != "refit":
             return survey | {"": rest}
         dense = replace(rest, placement="layers", propagation="dense", corrects=False, writes=False)
-        return survey | {"": dense, "refit, ": replace(rest, placement="shards", propagation="pruned", selects=False)}
+        return survey | {
+            "": dense,
+            "refit, ": replace(rest, placement="shards", propagation="pruned", selects=False),
+        }
 
 
 def block_tokens(load: Workload, group: CoupledGroup) -> int:
@@ -183,7 +221,9 @@ def block_tokens(load: Workload, group: CoupledGroup) -> int:
 
 
 def in_rows(load: Workload, group: CoupledGroup) -> bool:
-    """Whether rows are kept instead of a Gram matrix: asked for, or fewer tokens than columns reach a consumer."""
+    """Whether rows are kept instead of a Gram matrix: asked for, or fewer tokens than columns reach
+    a consumer.
+    """
     return load.exact or block_tokens(load, group) < group.width
 
 
@@ -200,7 +240,13 @@ def tokens_per_neuron(load: Workload) -> float:
 
 def num_chunks(load: Workload, choice: MemoryPlan) -> int:
     """Placement `layers`: chunks the layers are cut into."""
-    return min(load.num_layers, max(math.ceil(load.num_layers / choice.layers_per_chunk), num_waves(load, choice) * load.workers))
+    return min(
+        load.num_layers,
+        max(
+            math.ceil(load.num_layers / choice.layers_per_chunk),
+            num_waves(load, choice) * load.workers,
+        ),
+    )
 
 
 def num_waves(load: Workload, choice: MemoryPlan) -> int:
@@ -209,20 +255,43 @@ def num_waves(load: Workload, choice: MemoryPlan) -> int:
 
 
 def layer_kinds(checkpoint: Checkpoint) -> tuple[LayerKind, ...]:
-    """The decoder layers, alike ones together, with their coupled groups counted from the tensors."""
+    """The decoder layers, alike ones together, with their coupled groups counted from the
+    tensors.
+    """
     return tuple(_layer_kind(checkpoint, layers) for layers in alike_layers(checkpoint.config))
 
 
 def _layer_kind(checkpoint: Checkpoint, layers: range) -> LayerKind:
     infos = checkpoint.layer_tensors(layers.start)
-    groups = coupled_groups(checkpoint.config, layers.start, {name: info.shape for name, info in infos.items()})
-    parameters, num_bytes = (sum(getattr(info, name) for info in infos.values()) for name in ("num_parameters", "num_bytes"))
+    groups = coupled_groups(
+        checkpoint.config, layers.start, {name: info.shape for name, info in infos.items()}
+    )
+    parameters, num_bytes = (
+        sum(getattr(info, name) for info in infos.values())
+        for name in ("num_parameters", "num_bytes")
+    )
     sides = sum(sum(info.shape) for info in infos.values() if len(info.shape) == 2)
-    return LayerKind(layers.start, len(layers), groups, parameters, num_bytes, attention_width(checkpoint.config), sides)
+    return LayerKind(
+        layers.start,
+        len(layers),
+        groups,
+        parameters,
+        num_bytes,
+        attention_width(checkpoint.config),
+        sides,
+    )
 
 
-def workload_of(job: JobSpec, checkpoint: Checkpoint, kinds: tuple[LayerKind, ...], shapes: tuple[Shape, ...], on_gpu: bool) -> Workload:
-    """What the cost formulas need. Of several open shapes, each group counts with most units; it is pruned if any shape prunes it."""
+def workload_of(
+    job: JobSpec,
+    checkpoint: Checkpoint,
+    kinds: tuple[LayerKind, ...],
+    shapes: tuple[Shape, ...],
+    on_gpu: bool,
+) -> Workload:
+    """What the cost formulas need. Of several open shapes, each group counts with most units; it is
+    pruned if any shape prunes it.
+    """
     config, calibration, evaluation = checkpoint.config, job.calibration, job.evaluation
     outer = sum(info.num_parameters for info in checkpoint.outer_tensors.values())
     return Workload(
@@ -232,7 +301,8 @@ def workload_of(job: JobSpec, checkpoint: Checkpoint, kinds: tuple[LayerKind, ..
         vocabulary=config_int(config, "vocab_size"),
         outer_parameters=outer,
         bytes_on_disk=checkpoint.bytes_on_disk,
-        output_bytes=max(shape.parameters for shape in shapes) * _written_element_bytes(job, checkpoint),
+        output_bytes=max(shape.parameters for shape in shapes)
+        * _written_element_bytes(job, checkpoint),
         samples=calibration.samples,
         sequence_length=calibration.sequence_length,
         shards=calibration.shards,
@@ -242,9 +312,13 @@ def workload_of(job: JobSpec, checkpoint: Checkpoint, kinds: tuple[LayerKind, ..
         on_gpu=on_gpu,
         element_bytes=_element_bytes(job, checkpoint, on_gpu),
         written_element_bytes=_written_element_bytes(job, checkpoint),
-        num_candidates=len(job.correction.candidates) if job.correction.damping == "held-out" else 1,
+        num_candidates=(
+            len(job.correction.candidates) if job.correction.damping == "held-out" else 1
+        ),
         checkpoint_layers=job.memory.checkpoint_layers,
-        evaluation_tokens=(evaluation.max_windows or calibration.samples) * evaluation.window if evaluation else 0,
+        evaluation_tokens=(
+            (evaluation.max_windows or calibration.samples) * evaluation.window if evaluation else 0
+        ),
         evaluation_window=evaluation.window if evaluation else 1,
         method=job.method.name,
         exact=job.method.needs_rows,
@@ -264,23 +338,34 @@ def _trainings(job: JobSpec) -> tuple[TrainingLoad, ...]:
     """The trainings of a job; that of TRSP's gates takes less than the one of all weights."""
     loads = []
     if isinstance(job.method, (DressOptions, TrspOptions)):
-        loads.append(replace(_training(job.method.training), each_layer=job.method.trains_layers_alone))
+        loads.append(
+            replace(_training(job.method.training), each_layer=job.method.trains_layers_alone)
+        )
     if recover := job.recover:
         rank = recover.lora.rank if recover.lora else 0
-        loads.append(replace(_training(recover), teacher=recover.loss == "distillation", lora_rank=rank))
+        loads.append(
+            replace(_training(recover), teacher=recover.loss == "distillation", lora_rank=rank)
+        )
     return tuple(loads)
 
 
 def _training(options: TrainingSpec) -> TrainingLoad:
-    return TrainingLoad(options.micro_batch, not options.activation_checkpointing, 4 if options.dtype == "float32" else 2)
+    return TrainingLoad(
+        options.micro_batch,
+        not options.activation_checkpointing,
+        4 if options.dtype == "float32" else 2,
+    )
 
 
 def _survey_levels(job: JobSpec) -> int:
-    """Corrections of a group in the survey: an error for every level, and the weights that are kept of it.
+    """Corrections of a group in the survey: an error for every level, and the weights that are kept
+    of it.
 
     A mask, and layers that are trained alone, need none, but a pass like it.
     """
-    if job.method.trains_layers_alone or (isinstance(job.method, DressOptions) and job.method.mask != "random"):
+    if job.method.trains_layers_alone or (
+        isinstance(job.method, DressOptions) and job.method.mask != "random"
+    ):
         return 1
     match job.budget.allocation:
         case SearchAllocation(levels=levels):
@@ -305,7 +390,10 @@ def _candidates(job: JobSpec, num_layers: int) -> int:
 def _least_cut(kinds: tuple[LayerKind, ...], job: JobSpec) -> dict[str, int]:
     """Where layers may differ: what a layer keeps that loses as little as can be."""
     units = units_by_group(kinds)
-    most = {"heads": units["heads"] - 1, "neurons": (units["neurons"] - 1) // job.budget.round_to * job.budget.round_to}
+    most = {
+        "heads": units["heads"] - 1,
+        "neurons": (units["neurons"] - 1) // job.budget.round_to * job.budget.round_to,
+    }
     if job.budget.kv_groups != "auto":
         most["heads"] = job.budget.kv_groups
     return {name: count for name, count in most.items() if 0 < count < units[name]}
@@ -313,7 +401,10 @@ def _least_cut(kinds: tuple[LayerKind, ...], job: JobSpec) -> dict[str, int]:
 
 def _most_kept(kinds: tuple[LayerKind, ...], shapes: tuple[Shape, ...]) -> dict[str, int]:
     units = units_by_group(kinds)
-    fewer = {name: [shape.kept[name] for shape in shapes if shape.kept[name] < units[name]] for name in units}
+    fewer = {
+        name: [shape.kept[name] for shape in shapes if shape.kept[name] < units[name]]
+        for name in units
+    }
     return {name: max(kept) for name, kept in fewer.items() if kept}
 
 

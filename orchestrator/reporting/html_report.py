@@ -3,83 +3,150 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from rayprune.orchestrator.reporting.charts import HEIGHT, WIDTH, bars, curve, frame, height, label, line, places, point, svg, text, ticks
+from rayprune.orchestrator.reporting.charts import (
+    HEIGHT,
+    WIDTH,
+    bars,
+    curve,
+    frame,
+    height,
+    label,
+    line,
+    places,
+    point,
+    svg,
+    text,
+    ticks,
+)
 
 SERIES = {"training": "training_error", "held-out": "held_out_error"}
 COUNTS = ((1e9, " B"), (1e6, " M"), (1e3, " k"), (1.0, ""))
 BYTES = ((2.0**30, " GiB"), (2.0**20, " MiB"), (2.0**10, " KiB"))
 STYLE = """
-:root { color-scheme: light dark; --page: #fff; --text: #1b1f24; --muted: #57606a; --line: #d5dae0; --card: #f6f8fa;
+:root { color-scheme: light dark; --page: #fff; --text: #1b1f24; --muted: #57606a; --line: #d5dae0;
+  --card: #f6f8fa;
   --training: #a8480b; --held-out: #1a56b0; }
-@media screen and (prefers-color-scheme: dark) { :root { --page: #14171b; --text: #e6e9ed; --muted: #a2abb6; --line: #363d46;
+@media screen and (prefers-color-scheme: dark) { :root { --page: #14171b; --text: #e6e9ed; --muted:
+  #a2abb6; --line: #363d46;
   --card: #1d2127; --training: #f0a060; --held-out: #7db0ff; } }
 * { box-sizing: border-box; } p, dt, thead th, .exact { color: var(--muted); }
-body { margin: 0 auto; max-width: 62rem; padding: 2rem 1.25rem 4rem; background: var(--page); color: var(--text);
-  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; font-variant-numeric: tabular-nums; }
-h1 { margin: 0; font-size: 1.65rem; line-height: 1.25; } h2 { margin: 2.25rem 0 .4rem; font-size: 1.15rem; } p { margin: .35rem 0; }
+body { margin: 0 auto; max-width: 62rem; padding: 2rem 1.25rem 4rem; background: var(--page); color:
+  var(--text);
+  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
+  font-variant-numeric: tabular-nums; }
+h1 { margin: 0; font-size: 1.65rem; line-height: 1.25; } h2 { margin: 2.25rem 0 .4rem; font-size:
+  1.15rem; } p { margin: .35rem 0; }
 h1, p, .names tbody * { overflow-wrap: anywhere; } dd { margin: 0; } .exact { font-size: .8rem; }
-dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: .75rem; margin: 1.5rem 0 .75rem; }
-dl div { padding: .7rem .9rem; border: 1px solid var(--line); border-radius: 6px; background: var(--card); }
-.large { font-size: 1.6rem; font-weight: 600; line-height: 1.3; } figure { margin: .75rem 0; overflow-x: auto; }
-svg { display: block; width: 100%; min-width: 35rem; height: auto; } svg text { fill: var(--muted); font-size: 14px; }
-svg .name { fill: var(--text); } svg .panel { font-weight: 600; } .end { text-anchor: end; } .middle { text-anchor: middle; }
-path { fill: none; stroke-width: 1.75; stroke-linejoin: round; } .grid { stroke: var(--line); stroke-width: 1; }
-.training { stroke: var(--training); stroke-width: 1.5; } path.training { stroke-dasharray: 6 4; } circle.training { fill: var(--page); }
-.held-out { stroke: var(--held-out); stroke-width: 1.5; } circle.held-out, .bar { fill: var(--held-out); }
+dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: .75rem;
+  margin: 1.5rem 0 .75rem; }
+dl div { padding: .7rem .9rem; border: 1px solid var(--line); border-radius: 6px; background:
+  var(--card); }
+.large { font-size: 1.6rem; font-weight: 600; line-height: 1.3; } figure { margin: .75rem 0;
+  overflow-x: auto; }
+svg { display: block; width: 100%; min-width: 35rem; height: auto; } svg text { fill: var(--muted);
+  font-size: 14px; }
+svg .name { fill: var(--text); } svg .panel { font-weight: 600; } .end { text-anchor: end; } .middle
+  { text-anchor: middle; }
+path { fill: none; stroke-width: 1.75; stroke-linejoin: round; } .grid { stroke: var(--line);
+  stroke-width: 1; }
+.training { stroke: var(--training); stroke-width: 1.5; } path.training { stroke-dasharray: 6 4; }
+  circle.training { fill: var(--page); }
+.held-out { stroke: var(--held-out); stroke-width: 1.5; } circle.held-out, .bar { fill:
+  var(--held-out); }
 table { border-collapse: collapse; } .wide { width: 100%; } .wide td { white-space: nowrap; }
-th, td { padding: .2rem 0 .2rem 1.25rem; border-bottom: 1px solid var(--line); text-align: right; font-weight: 400; }
-th:first-child { padding-left: 0; } th:first-child, .wide :nth-child(2), .text * { text-align: left; }
-@media print { :root { font-size: 12px; } body { max-width: none; padding: 0; font-size: 1rem; } h2 { break-after: avoid; }
-  svg { min-width: 0; } svg, tr { break-inside: avoid; } dl { grid-template-columns: repeat(4, 1fr); } * { print-color-adjust: exact; } }
+th, td { padding: .2rem 0 .2rem 1.25rem; border-bottom: 1px solid var(--line); text-align: right;
+  font-weight: 400; }
+th:first-child { padding-left: 0; } th:first-child, .wide :nth-child(2), .text * { text-align: left;
+  }
+@media print { :root { font-size: 12px; } body { max-width: none; padding: 0; font-size: 1rem; } h2
+  { break-after: avoid; }
+  svg { min-width: 0; } svg, tr { break-inside: avoid; } dl { grid-template-columns: repeat(4, 1fr);
+  } * { print-color-adjust: exact; } }
 """
 
 
 def html_report(report: Mapping[str, Any]) -> str:
     """The whole page, from the content of report.json; everything in it that is text is escaped."""
     method, decoder = report["method"], report["decoder_parameters"]
-    title = f"{text(method['name'])}: {1 - decoder['after'] / decoder['before']:.1%} of the decoder parameters removed"
+    title = (
+        f"{text(method['name'])}: {1 - decoder['after'] / decoder['before']:.1%} of the decoder"
+        " parameters removed"
+    )
     least = report["shape"] | report["narrowest"]
-    ranges = {group: f"{kept:,}" if kept == least[group] else f"{least[group]:,} to {kept:,}" for group, kept in report["shape"].items()}
+    ranges = {
+        group: f"{kept:,}" if kept == least[group] else f"{least[group]:,} to {kept:,}"
+        for group, kept in report["shape"].items()
+    }
     facts = [", ".join(f"{text(group)} {kept}" for group, kept in ranges.items())]
-    facts += [f"{text(name)} {text(value)}" for name, value in method.items() if name != "name" and not isinstance(value, Mapping)]
+    facts += [
+        f"{text(name)} {text(value)}"
+        for name, value in method.items()
+        if name != "name" and not isinstance(value, Mapping)
+    ]
     versions = {"rayprune": report["rayprune_version"]} | report["environment"]
     memory = [(name, f"{peak / 2**30:,.2f}") for name, peak in report["peak_memory_bytes"].items()]
     body = [
-        f"<header><h1>{title}</h1><p>Kept in every layer: {' · '.join(facts)}</p></header>{_figures(report)}",
+        (
+            f"<header><h1>{title}</h1><p>Kept in every layer:"
+            f" {' · '.join(facts)}</p></header>{_figures(report)}"
+        ),
         f"<h2>Output error per layer</h2>{_errors(report['layers'])}",
         *([f"<h2>Training</h2>{_trainings(report['training'])}"] if report["training"] else []),
         f"<h2>Time per stage</h2>{_stages(report['seconds'])}",
         f"<h2>Peak memory</h2>{_table('Peak memory', 'names', ['Process', 'GiB private'], memory)}",
         f"<h2>Layers</h2>{_layers(report['layers'])}",
-        f"<h2>Environment</h2>{_table('Environment', 'names text', ['Name', 'Version'], versions.items())}",
+        "<h2>Environment</h2>",
+        _table("Environment", "names text", ["Name", "Version"], versions.items()),
     ]
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title><style>{STYLE}</style>'
-    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body><main>\n' + "\n".join(body) + "\n</main></body></html>\n"
+    head = (
+        '<meta charset="utf-8"><meta name="viewport"'
+        f' content="width=device-width"><title>{title}</title><style>{STYLE}</style>'
+    )
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body><main>\n'
+        + "\n".join(body)
+        + "\n</main></body></html>\n"
+    )
 
 
 def _figures(report: Mapping[str, Any]) -> str:
     """What it cost, in figures, and the protocol behind the perplexities."""
-    figures = [_figure("Parameters", report["parameters"], COUNTS), _figure("Decoder parameters", report["decoder_parameters"], COUNTS)]
+    figures = [
+        _figure("Parameters", report["parameters"], COUNTS),
+        _figure("Decoder parameters", report["decoder_parameters"], COUNTS),
+    ]
     figures.append(_figure("Bytes on disk", report["bytes_on_disk"], BYTES))
     note = "Perplexity was not measured."
     if report["perplexity"]:
         figures.append(_figure("Perplexity", report["perplexity"], ()))
         if recovered := report["perplexity"].get("recovered"):
-            figures.append(_figure("Perplexity, recovered", report["perplexity"] | {"after": recovered}, ()))
+            figures.append(
+                _figure("Perplexity, recovered", report["perplexity"] | {"after": recovered}, ())
+            )
         used = report["evaluation"]
         counts = f"{used['windows']:,} windows · {used['scored_tokens']:,} scored tokens"
-        note = f"Perplexity: text {used['path']} · window {used['window']:,} · stride {used['stride']:,} · {counts}"
-    warnings = "".join(f"<p><strong>Warning:</strong> {text(warning)}</p>" for warning in report["warnings"])
+        note = (
+            f"Perplexity: text {used['path']} · window {used['window']:,} · stride"
+            f" {used['stride']:,} · {counts}"
+        )
+    warnings = "".join(
+        f"<p><strong>Warning:</strong> {text(warning)}</p>" for warning in report["warnings"]
+    )
     return f"<dl>{''.join(figures)}</dl><p>{text(note)}</p>{warnings}"
 
 
 def _figure(name: str, values: Mapping[str, float], units: Sequence[tuple[float, str]]) -> str:
     """One figure before and after, in the unit that fits the first; without units, as it is."""
     before, after = values["before"], values["after"]
-    size, unit = next((unit for unit in units if before >= unit[0]), units[-1] if units else (1.0, ""))
+    size, unit = next(
+        (unit for unit in units if before >= unit[0]), units[-1] if units else (1.0, "")
+    )
     large, origin = (f"{value / size:,.{2 if units else 3}f}{unit}" for value in (after, before))
     exact = f'<dd class="exact">{before:,} → {after:,}</dd>' if units else ""
-    return f'<div><dt>{name}</dt><dd class="large">{large}</dd><dd>from {origin}</dd><dd>ratio {after / before:.4f}</dd>{exact}</div>'
+    return (
+        f'<div><dt>{name}</dt><dd class="large">{large}</dd><dd>from {origin}</dd><dd>ratio'
+        f" {after / before:.4f}</dd>{exact}</div>"
+    )
 
 
 def _errors(layers: Sequence[Mapping[str, Any]]) -> str:
@@ -87,26 +154,64 @@ def _errors(layers: Sequence[Mapping[str, Any]]) -> str:
     groups = list(dict.fromkeys(name for layer in layers for name in layer["groups"]))
     if not groups:
         return "<p>Nothing was pruned.</p>"
-    marks = ticks(0, max(info[key] for layer in layers for info in layer["groups"].values() for key in SERIES.values()), 5)
-    note = "|pruned − original| / |original| of a group's output, on the training shards (which the correction fits) and the held-out ones."
-    return f"<p>{note}</p>" + "".join(_panel(number, name, layers, marks) for number, name in enumerate(groups))
+    marks = ticks(
+        0,
+        max(
+            info[key]
+            for layer in layers
+            for info in layer["groups"].values()
+            for key in SERIES.values()
+        ),
+        5,
+    )
+    note = (
+        "|pruned − original| / |original| of a group's output, on the training shards (which the"
+        " correction fits) and the held-out ones."
+    )
+    return f"<p>{note}</p>" + "".join(
+        _panel(number, name, layers, marks) for number, name in enumerate(groups)
+    )
 
 
-def _panel(number: int, group: str, layers: Sequence[Mapping[str, Any]], marks: Sequence[float]) -> str:
+def _panel(
+    number: int, group: str, layers: Sequence[Mapping[str, Any]], marks: Sequence[float]
+) -> str:
     """Both errors of one group over the layers; a layer where it was not pruned leaves a gap."""
     xs = places(len(layers))
-    parts = [label(0, 15, "name panel", group), frame([layer["layer"] for layer in layers], "layer", marks)]
+    parts = [
+        label(0, 15, "name panel", group),
+        frame([layer["layer"] for layer in layers], "layer", marks),
+    ]
     for x, series in zip((WIDTH - 240, WIDTH - 120), SERIES, strict=True):
-        parts += [f'<path class="{series}" d="M{x} 11H{x + 36}"/>', point((x + 18, 11), series, 3, series), label(x + 44, 15, "", series)]
+        parts += [
+            f'<path class="{series}" d="M{x} 11H{x + 36}"/>',
+            point((x + 18, 11), series, 3, series),
+            label(x + 44, 15, "", series),
+        ]
     for series, key in SERIES.items():
         infos = [layer["groups"].get(group) for layer in layers]
-        points = [(x, height(info[key], marks)) if info else None for x, info in zip(xs, infos, strict=True)]
+        points = [
+            (x, height(info[key], marks)) if info else None
+            for x, info in zip(xs, infos, strict=True)
+        ]
         parts.append(f'<path class="{series}" d="{line(points)}"/>')
-        hints = [f"layer {layer['layer']}, {series}: {info[key]:.4f}" if info else "" for layer, info in zip(layers, infos, strict=True)]
+        hints = [
+            f"layer {layer['layer']}, {series}: {info[key]:.4f}" if info else ""
+            for layer, info in zip(layers, infos, strict=True)
+        ]
         radius = min(3.0, WIDTH / len(layers) * 0.3)
-        parts += [point(place, series, radius, hint) for place, hint in zip(points, hints, strict=True) if place]
-    description = "Training: dashed line, open circles. Held-out: solid line, filled circles. The table of layers has the values."
-    return svg(f"error-{number}", f"{group}: relative output error per layer", description, HEIGHT, parts)
+        parts += [
+            point(place, series, radius, hint)
+            for place, hint in zip(points, hints, strict=True)
+            if place
+        ]
+    description = (
+        "Training: dashed line, open circles. Held-out: solid line, filled circles. The table of"
+        " layers has the values."
+    )
+    return svg(
+        f"error-{number}", f"{group}: relative output error per layer", description, HEIGHT, parts
+    )
 
 
 def _trainings(trainings: Mapping[str, Mapping[str, Any]]) -> str:
@@ -115,7 +220,15 @@ def _trainings(trainings: Mapping[str, Mapping[str, Any]]) -> str:
     for task, training in trainings.items():
         parts.append(f"<p>{text(task)}: {training['tokens_per_second']:,.0f} tokens per second</p>")
         for name, values in training["curves"].items():
-            parts.append(curve(f"{task}-{name}", f"{task}: {name.replace('_', ' ')}", values, "step", training["steps"]))
+            parts.append(
+                curve(
+                    f"{task}-{name}",
+                    f"{task}: {name.replace('_', ' ')}",
+                    values,
+                    "step",
+                    training["steps"],
+                )
+            )
     return "".join(parts)
 
 
@@ -123,16 +236,24 @@ def _stages(seconds: Mapping[str, float]) -> str:
     """A bar per stage, and the total in words."""
     stages = {name: value for name, value in seconds.items() if name != "total"}
     total = sum(stages.values())
-    hints = {name: f"{value:,.1f} s · {value / (total or 1.0):.1%}" for name, value in stages.items()}
+    hints = {
+        name: f"{value:,.1f} s · {value / (total or 1.0):.1%}" for name, value in stages.items()
+    }
     return f"<p>{total:,.1f} s in all</p>" + bars("stages", "Seconds per stage", stages, hints)
 
 
 def _table(label: str, style: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A table whose first column names the rows."""
     head = "".join(f'<th scope="col">{column}</th>' for column in columns)
-    cells = (f'<th scope="row">{text(name)}</th>' + "".join(f"<td>{text(cell)}</td>" for cell in rest) for name, *rest in rows)
+    cells = (
+        f'<th scope="row">{text(name)}</th>' + "".join(f"<td>{text(cell)}</td>" for cell in rest)
+        for name, *rest in rows
+    )
     body = "</tr><tr>".join(cells)
-    return f'<table class="{style}" aria-label="{label}"><thead><tr>{head}</tr></thead><tbody><tr>{body}</tr></tbody></table>'
+    return (
+        f'<table class="{style}" aria-label="{label}">'
+        f"<thead><tr>{head}</tr></thead><tbody><tr>{body}</tr></tbody></table>"
+    )
 
 
 def _layers(layers: Sequence[Mapping[str, Any]]) -> str:
@@ -141,6 +262,19 @@ def _layers(layers: Sequence[Mapping[str, Any]]) -> str:
     for layer in layers:
         for group, info in layer["groups"].items():
             errors = (f"{info[key]:.4f}" for key in SERIES.values())
-            rows.append((layer["layer"], group, f"{info['kept']:,} / {info['of']:,}", f"{info['damping']:g}", *errors))
+            rows.append(
+                (
+                    layer["layer"],
+                    group,
+                    f"{info['kept']:,} / {info['of']:,}",
+                    f"{info['damping']:g}",
+                    *errors,
+                )
+            )
         rows += [] if layer["groups"] else [(layer["layer"], "not pruned", *[""] * 4)]
-    return _table("Layers", "wide", ["Layer", "Group", "Kept / of", "Damping", "Training error", "Held-out error"], rows)
+    return _table(
+        "Layers",
+        "wide",
+        ["Layer", "Group", "Kept / of", "Damping", "Training error", "Held-out error"],
+        rows,
+    )

@@ -7,7 +7,15 @@ import time
 from typing import Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 
@@ -42,17 +50,29 @@ class ProgressView:
         """Show one event."""
         if not self._live:
             self._console.print(
-                f"[{time.monotonic() - self._start:8.1f}s] {plain_line(event)}", highlight=False, markup=False, soft_wrap=True
+                f"[{time.monotonic() - self._start:8.1f}s] {plain_line(event)}",
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
             )
             return
         match event["event"]:
             case "stage-started":
-                self._task = self._progress.add_task(event["stage"], total=event.get("steps"), note="")
+                self._task = self._progress.add_task(
+                    event["stage"], total=event.get("steps"), note=""
+                )
             case "step-finished" | "task-found" if self._task is not None:
-                self._progress.update(self._task, advance=1, note=f"{event.get('seconds', 0):.1f} s/step, {_note(event)}")
+                self._progress.update(
+                    self._task,
+                    advance=1,
+                    note=f"{event.get('seconds', 0):.1f} s/step, {_note(event)}",
+                )
             case "stage-finished" if self._task is not None:
                 self._progress.update(
-                    self._task, total=event.get("steps", 1), completed=event.get("steps", 1), note=f"{event['seconds']:.1f} s"
+                    self._task,
+                    total=event.get("steps", 1),
+                    completed=event.get("steps", 1),
+                    note=f"{event['seconds']:.1f} s",
                 )
             case _:
                 self._progress.console.print(plain_line(event), highlight=False, markup=False)
@@ -60,20 +80,32 @@ class ProgressView:
 
 def plain_line(event: dict[str, Any]) -> str:
     """One event as one line."""
-    rest = {key: value for key, value in event.items() if key not in ("event", "peak_memory_bytes", "groups", "candidates")}
-    words = [f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in rest.items()]
+    rest = {
+        key: value
+        for key, value in event.items()
+        if key not in ("event", "peak_memory_bytes", "groups", "candidates")
+    }
+    words = [
+        f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}"
+        for key, value in rest.items()
+    ]
     return " ".join([event["event"], *words, *([note] if (note := _note(event)) else [])])
 
 
 def _note(event: dict[str, Any]) -> str:
     """Kept units and held-out error of a layer, and the largest worker's memory."""
-    parts = [f"{name} {info['kept']}/{info['of']} error {info['held_out_error']:.3f}" for name, info in event.get("groups", {}).items()]
+    parts = [
+        f"{name} {info['kept']}/{info['of']} error {info['held_out_error']:.3f}"
+        for name, info in event.get("groups", {}).items()
+    ]
     if memory := event.get("peak_memory_bytes"):
         parts.append(f"memory {max(memory.values()) / 2**30:.2f} GiB")
     return ", ".join(parts)
 
 
-def print_table(title: str, columns: list[str], rows: list[list[str]], console: Console | None = None) -> None:
+def print_table(
+    title: str, columns: list[str], rows: list[list[str]], console: Console | None = None
+) -> None:
     """Print a small table; words are left-aligned, numbers right."""
     table = Table(title=title, title_justify="left")
     for number, column in enumerate(columns):

@@ -1,4 +1,6 @@
-"""report.json and report.html: what was removed, what it cost, how good the result is; and the same as tables."""
+"""report.json and report.html: what was removed, what it cost, how good the result is; and the same
+as tables.
+"""
 
 import json
 from collections.abc import Sequence
@@ -7,7 +9,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from rayprune.orchestrator.execution.run_folder import PAGE_FILE, REPORT_FILE, environment, seconds_per_stage
+from rayprune.orchestrator.execution.run_folder import (
+    PAGE_FILE,
+    REPORT_FILE,
+    environment,
+    seconds_per_stage,
+)
 from rayprune.orchestrator.reporting.html_report import html_report
 from rayprune.orchestrator.reporting.progress import print_table
 from rayprune.orchestrator.stages.context import Context
@@ -17,14 +24,22 @@ from rayprune.workers.store.files import Manifest, read_manifest, write_json, wr
 from rayprune.workers.store.layout import SHAPE_TASK, model_folder, task_folder
 from rayprune.workers.store.training_stage import read_log
 
-TRAININGS = {"regularise": "regularise", "layers": "regularised-*", "gates": "gates-*", "updates": "updates", "recover": "recover"}
+TRAININGS = {
+    "regularise": "regularise",
+    "layers": "regularised-*",
+    "gates": "gates-*",
+    "updates": "updates",
+    "recover": "recover",
+}
 """The folders of every kind of training, by name."""
 SHOWN_STEPS = 400
 Losses = dict[str, dict[str, float]] | None
 
 
 def write_report(context: Context, layers: Sequence[Manifest], losses: Losses) -> dict[str, Any]:
-    """Write report.html, then report.json; sizes are read off the exported folder, not the plan. Returns the report."""
+    """Write report.html, then report.json; sizes are read off the exported folder, not the plan.
+    Returns the report.
+    """
     before, after = context.original, open_checkpoint(model_folder(context.folder.path))
     events = context.folder.events()
     seconds = seconds_per_stage(events)
@@ -37,9 +52,14 @@ def write_report(context: Context, layers: Sequence[Manifest], losses: Losses) -
         "narrowest": context.plan.shape.narrowest,
         "allocation": _allocation(context),
         "parameters": {"before": before.parameters, "after": after.parameters},
-        "decoder_parameters": {"before": before.decoder_parameters, "after": after.decoder_parameters},
+        "decoder_parameters": {
+            "before": before.decoder_parameters,
+            "after": after.decoder_parameters,
+        },
         "bytes_on_disk": {"before": before.bytes_on_disk, "after": after.bytes_on_disk},
-        "perplexity": {name: result["perplexity"] for name, result in losses.items()} if losses else None,
+        "perplexity": (
+            {name: result["perplexity"] for name, result in losses.items()} if losses else None
+        ),
         "evaluation": _evaluation(context, losses),
         "calibration": context.job.calibration.model_dump(mode="json"),
         "warnings": list(context.plan.warnings),
@@ -47,7 +67,10 @@ def write_report(context: Context, layers: Sequence[Manifest], losses: Losses) -
         "step_seconds": context.executor.step_seconds,
         "peak_memory_bytes": _peaks(events),
         "training": trainings(context.folder.path),
-        "layers": [{"layer": number} | {"groups": manifest.info["groups"]} for number, manifest in enumerate(layers)],
+        "layers": [
+            {"layer": number} | {"groups": manifest.info["groups"]}
+            for number, manifest in enumerate(layers)
+        ],
     }
     write_text(context.folder.path / PAGE_FILE, html_report(report))
     write_json(context.folder.path / REPORT_FILE, report)
@@ -55,7 +78,8 @@ def write_report(context: Context, layers: Sequence[Manifest], losses: Losses) -
 
 
 def trainings(run: Path) -> dict[str, dict[str, Any]]:
-    """Of every training the steps (some, where they are many), the terms of its loss and its gradient's norm; gates one after another.
+    """Of every training the steps (some, where they are many), the terms of its loss and its
+    gradient's norm; gates one after another.
 
     Layers that were trained alone are one training, the mean over them.
     """
@@ -64,10 +88,17 @@ def trainings(run: Path) -> dict[str, dict[str, Any]]:
         logs = [read_log(folder) for folder in sorted((run / "tasks").glob(pattern))]
         if not any(logs):
             continue
-        steps = [[line] for log in logs for line in log] if name == "gates" else list(zip(*logs, strict=True))
+        steps = (
+            [[line] for log in logs for line in log]
+            if name == "gates"
+            else list(zip(*logs, strict=True))
+        )
         shown = range(0, len(steps), -(-len(steps) // SHOWN_STEPS))
         terms = [term for term in steps[0][0] if term not in ("step", "of", "tokens_per_second")]
-        curves = {term: [fmean(line[term] for line in steps[number]) for number in shown] for term in terms}
+        curves = {
+            term: [fmean(line[term] for line in steps[number]) for number in shown]
+            for term in terms
+        }
         if any(curves[term] == curves["loss"] for term in terms if term != "loss"):
             del curves["loss"]  # it has one term
         speed = fmean(line["tokens_per_second"] for step in steps for line in step)
@@ -89,7 +120,11 @@ def _evaluation(context: Context, losses: Losses) -> dict[str, Any] | None:
     if context.job.evaluation is None or losses is None:
         return None
     counts = {key: losses["before"][key] for key in ("windows", "scored_tokens")}
-    return context.job.evaluation.model_dump(mode="json") | {"stride": context.job.evaluation.effective_stride} | counts
+    return (
+        context.job.evaluation.model_dump(mode="json")
+        | {"stride": context.job.evaluation.effective_stride}
+        | counts
+    )
 
 
 def _peaks(events: Sequence[dict[str, Any]]) -> dict[str, int]:
@@ -110,32 +145,61 @@ def read_report(run: Path) -> dict[str, Any]:
     try:
         report: dict[str, Any] = json.loads((run / REPORT_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise SpecError(f"{run}: no {REPORT_FILE} here; name the folder of a finished run") from None
+        raise SpecError(
+            f"{run}: no {REPORT_FILE} here; name the folder of a finished run"
+        ) from None
     return report
 
 
 def print_summary(report: dict[str, Any]) -> None:
     """Show what a run has achieved and cost."""
-    rows = [_change(name, report[name], "{:,.0f}") for name in ("parameters", "decoder_parameters", "bytes_on_disk")]
+    rows = [
+        _change(name, report[name], "{:,.0f}")
+        for name in ("parameters", "decoder_parameters", "bytes_on_disk")
+    ]
     if report["perplexity"]:
         rows.append(_change("perplexity", report["perplexity"], "{:.3f}"))
     print_table("result", ["", "before", "after", "after / before"], rows)
     if report["perplexity"] and (recovered := report["perplexity"].get("recovered")):
-        print(f"perplexity after recovery: {recovered:.3f} ({recovered / report['perplexity']['before']:.4f} of before)")
+        print(
+            f"perplexity after recovery: {recovered:.3f}"
+            f" ({recovered / report['perplexity']['before']:.4f} of before)"
+        )
     if protocol := report["evaluation"]:
-        print(f"perplexity of {protocol['path']}: window {protocol['window']}, stride {protocol['stride']}, ", end="")
+        print(
+            f"perplexity of {protocol['path']}: window {protocol['window']}, stride"
+            f" {protocol['stride']}, ",
+            end="",
+        )
         print(f"{protocol['windows']} windows, {protocol['scored_tokens']} scored tokens")
     if allocation := report["allocation"]:
-        shown = {key.replace("_", " "): value for key, value in allocation.items() if key not in ("name", "by_generation")}
-        print(f"allocation: {allocation['name']}, " + ", ".join(f"{key} {value:.6g}" for key, value in shown.items()))
-    print("seconds: " + ", ".join(f"{stage} {value:.1f}" for stage, value in report["seconds"].items()))
-    print("peak memory: " + ", ".join(f"{name} {value / 2**30:.2f} GiB" for name, value in report["peak_memory_bytes"].items()))
+        shown = {
+            key.replace("_", " "): value
+            for key, value in allocation.items()
+            if key not in ("name", "by_generation")
+        }
+        print(
+            f"allocation: {allocation['name']}, "
+            + ", ".join(f"{key} {value:.6g}" for key, value in shown.items())
+        )
+    print(
+        "seconds: "
+        + ", ".join(f"{stage} {value:.1f}" for stage, value in report["seconds"].items())
+    )
+    print(
+        "peak memory: "
+        + ", ".join(
+            f"{name} {value / 2**30:.2f} GiB" for name, value in report["peak_memory_bytes"].items()
+        )
+    )
 
 
 def print_layers(report: dict[str, Any]) -> None:
     """Show what was kept in every layer, and how well the correction reproduces what was cut."""
     columns = ["layer", "group", "kept", "damping", "training error", "held-out error"]
-    print_table("layers", columns, [row for layer in report["layers"] for row in _layer_rows(layer)])
+    print_table(
+        "layers", columns, [row for layer in report["layers"] for row in _layer_rows(layer)]
+    )
 
 
 def _change(name: str, values: dict[str, float], form: str) -> list[str]:

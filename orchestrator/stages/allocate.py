@@ -1,7 +1,9 @@
-"""The stage that gives every layer its number of units: a survey on the dense path, measured divergences, curves, search.
+"""The stage that gives every layer its number of units: a survey on the dense path, measured
+divergences, curves, search.
 
-The survey is one pass over the dense model (`stages.stream`). Divergences of whole models are measured by all workers,
-each on its part of the windows; what follows from the numbers is decided in `stages.spread`.
+The survey is one pass over the dense model (`stages.stream`). Divergences of whole models are
+measured by all workers, each on its part of the windows; what follows from the numbers is decided
+in `stages.spread`.
 """
 
 import itertools
@@ -32,7 +34,13 @@ from rayprune.specs.allocation import CurvesAllocation, SearchAllocation
 from rayprune.specs.methods import NumericalOptions
 from rayprune.workers.model.families import unit_groups, unit_parameters
 from rayprune.workers.store.files import Manifest, commit
-from rayprune.workers.store.layout import SENSITIVITY_TASK, SHAPE_TASK, generation_task, survey_task, task_folder
+from rayprune.workers.store.layout import (
+    SENSITIVITY_TASK,
+    SHAPE_TASK,
+    generation_task,
+    survey_task,
+    task_folder,
+)
 
 
 def allocate(context: Context, tokens: Manifest) -> Shape:
@@ -57,10 +65,18 @@ def allocate(context: Context, tokens: Manifest) -> Shape:
     return Shape(**done.info["result"])  # type: ignore[arg-type]
 
 
-def _commit_shape(context: Context, expected: str, spread: Spread, facts: Mapping[str, object]) -> None:
+def _commit_shape(
+    context: Context, expected: str, spread: Spread, facts: Mapping[str, object]
+) -> None:
     shape = uneven_shape(context.job, context.checkpoint, spread)
     context.emit("layers-allocated", layers=spread, **facts)
-    commit(task_folder(context.folder.path, SHAPE_TASK), SHAPE_TASK, expected, [], {"result": asdict(shape), "allocation": dict(facts)})
+    commit(
+        task_folder(context.folder.path, SHAPE_TASK),
+        SHAPE_TASK,
+        expected,
+        [],
+        {"result": asdict(shape), "allocation": dict(facts)},
+    )
 
 
 def _fixed(context: Context) -> Kept:
@@ -84,9 +100,13 @@ def _scores(context: Context, inputs: Sequence[str]) -> list[Manifest]:
     return _survey(context, "score", inputs, kept)
 
 
-def _survey(context: Context, step: str, inputs: Sequence[str], *arguments: Mapping[str, Any]) -> list[Manifest]:
+def _survey(
+    context: Context, step: str, inputs: Sequence[str], *arguments: Mapping[str, Any]
+) -> list[Manifest]:
     layers, groups = context.plan.model.num_layers, list(context.plan.model.units)
-    tasks = layer_tasks(context, step, survey_task, [inputs] * layers, [arguments] * layers, [groups] * layers)
+    tasks = layer_tasks(
+        context, step, survey_task, [inputs] * layers, [arguments] * layers, [groups] * layers
+    )
     return stream_layers(context, "survey", tasks)
 
 
@@ -94,9 +114,14 @@ def _threshold(context: Context, surveys: Sequence[Manifest]) -> tuple[Spread, d
     method, scores = context.job.method, [_result(survey) for survey in surveys]
     if isinstance(method, NumericalOptions) and method.head_score == "times-cost":
         heads, neurons = _unit_parameters(context).values()
-        scores = [groups | {"heads": [score * heads / neurons for score in groups["heads"]]} for groups in scores]
+        scores = [
+            groups | {"heads": [score * heads / neurons for score in groups["heads"]]}
+            for groups in scores
+        ]
     fixed = _fixed(context)
-    scores = [{name: units for name, units in groups.items() if name not in fixed} for groups in scores]
+    scores = [
+        {name: units for name, units in groups.items() if name not in fixed} for groups in scores
+    ]
     return above_threshold(Budget(context.job, context.checkpoint), scores, fixed), {}
 
 
@@ -122,23 +147,50 @@ def _unit_parameters(context: Context) -> dict[str, int]:
 
 
 def _counts(context: Context, budget: Budget, allocation: CurvesAllocation) -> dict[str, list[int]]:
-    """For every group the numbers of units that a layer may keep, descending, without all of them."""
-    units, cost, round_to = context.plan.model.units, _unit_parameters(context), context.job.budget.round_to
+    """For every group the numbers of units that a layer may keep, descending, without all of
+    them.
+    """
+    units, cost, round_to = (
+        context.plan.model.units,
+        _unit_parameters(context),
+        context.job.budget.round_to,
+    )
     steps = {"heads": 1, "neurons": round_to}
-    counts = {name: levels(count, cost[name], budget.most, steps[name], allocation.levels) for name, count in units.items()}
-    return counts | {name: [count] if count < units[name] else [] for name, count in _fixed(context).items()}
+    counts = {
+        name: levels(count, cost[name], budget.most, steps[name], allocation.levels)
+        for name, count in units.items()
+    }
+    return counts | {
+        name: [count] if count < units[name] else [] for name, count in _fixed(context).items()
+    }
 
 
-def _losses(context: Context, budget: Budget, allocation: CurvesAllocation, inputs: Sequence[str]) -> tuple[list[Manifest], Losses]:
-    """The surveys, and for every layer and group the predicted divergence by number of units that stay."""
+def _losses(
+    context: Context, budget: Budget, allocation: CurvesAllocation, inputs: Sequence[str]
+) -> tuple[list[Manifest], Losses]:
+    """The surveys, and for every layer and group the predicted divergence by number of units that
+    stay.
+    """
     counts, planned = _counts(context, budget, allocation), context.plan.shapes[0].kept
-    reference = {name: min(known, key=lambda count: (count == 0, abs(count - planned[name]))) for name, known in counts.items() if known}
+    reference = {
+        name: min(known, key=lambda count: (count == 0, abs(count - planned[name])))
+        for name, known in counts.items()
+        if known
+    }
     searched = isinstance(allocation, SearchAllocation) or bool(_fixed(context))
-    stored = counts if searched else {name: [reference[name]] if known else [] for name, known in counts.items()}
+    stored = (
+        counts
+        if searched
+        else {name: [reference[name]] if known else [] for name, known in counts.items()}
+    )
     surveys = _survey(context, "survey", inputs, counts, stored)
-    alone = [(layer, name, count) for layer in range(len(surveys)) for name, count in reference.items()]
+    alone = [
+        (layer, name, count) for layer in range(len(surveys)) for name, count in reference.items()
+    ]
     expected = context.folder.fingerprint(SENSITIVITY_TASK, *(survey.digest for survey in surveys))
-    done = context.once(SENSITIVITY_TASK, expected, lambda: _measure_alone(context, alone, expected))
+    done = context.once(
+        SENSITIVITY_TASK, expected, lambda: _measure_alone(context, alone, expected)
+    )
     found: Any = done.info["result"]
     measured = dict(zip(alone, found, strict=True))
     units = context.plan.model.units | _fixed(context)
@@ -148,34 +200,61 @@ def _losses(context: Context, budget: Budget, allocation: CurvesAllocation, inpu
         for name, count in reference.items():
             errors = {int(number): error for number, error in _result(survey)[name].items()}
             scale = measured[layer, name, count] / max(errors[count], 1e-12)
-            losses[layer][name] |= _falling({number: scale * errors[number] for number in counts[name] if number < units[name]})
+            losses[layer][name] |= _falling(
+                {number: scale * errors[number] for number in counts[name] if number < units[name]}
+            )
     return surveys, losses
 
 
 def _falling(curve: Mapping[int, float]) -> dict[int, float]:
-    """A curve by falling number of units, without the noise that would make a loss smaller where fewer units stay."""
+    """A curve by falling number of units, without the noise that would make a loss smaller where
+    fewer units stay.
+    """
     losses = itertools.accumulate(curve.values(), max)
     return dict(zip(curve, losses, strict=True))
 
 
 def _measure_alone(context: Context, alone: Sequence[tuple[int, str, int]], expected: str) -> None:
     num_layers = context.plan.model.num_layers
-    candidates: list[Spread] = [[{name: count} if index == layer else {} for index in range(num_layers)] for layer, name, count in alone]
+    candidates: list[Spread] = [
+        [{name: count} if index == layer else {} for index in range(num_layers)]
+        for layer, name, count in alone
+    ]
     with context.stage("sensitivity", math.ceil(len(candidates) / CANDIDATES_AT_ONCE)):
         found = _measured(context, candidates, "sensitivity")
-    commit(task_folder(context.folder.path, SENSITIVITY_TASK), SENSITIVITY_TASK, expected, [], {"result": found})
+    commit(
+        task_folder(context.folder.path, SENSITIVITY_TASK),
+        SENSITIVITY_TASK,
+        expected,
+        [],
+        {"result": found},
+    )
 
 
 def _measured(context: Context, candidates: Sequence[Spread], stage: str) -> list[float]:
-    """The divergence from the dense model (nats per token) of every candidate; the same for any number of workers."""
+    """The divergence from the dense model (nats per token) of every candidate; the same for any
+    number of workers.
+    """
     executor, found = context.executor, list[float]()
     for start in range(0, len(candidates), CANDIDATES_AT_ONCE):
         some = candidates[start : start + CANDIDATES_AT_ONCE]
-        calls = [executor.submit(worker, "divergences", some, owned) for worker, owned in executor.shares(context.job.divergence_windows)]
+        calls = [
+            executor.submit(worker, "divergences", some, owned)
+            for worker, owned in executor.shares(context.job.divergence_windows)
+        ]
         sums = [receipt["sums"] for receipt in executor.wait(calls)]
         tokens = context.job.divergence_windows * context.job.calibration.sequence_length
-        found += [math.fsum(value for part in sums for value in part[index]) / tokens for index in range(len(some))]
-        context.emit("candidates-measured", stage=stage, done=len(found), of=len(candidates), peak_memory_bytes=context.peak_memory_bytes())
+        found += [
+            math.fsum(value for part in sums for value in part[index]) / tokens
+            for index in range(len(some))
+        ]
+        context.emit(
+            "candidates-measured",
+            stage=stage,
+            done=len(found),
+            of=len(candidates),
+            peak_memory_bytes=context.peak_memory_bytes(),
+        )
     return found
 
 
@@ -183,7 +262,11 @@ def _measured(context: Context, candidates: Sequence[Spread], stage: str) -> lis
 
 
 def _best_spread(
-    context: Context, budget: Budget, allocation: CurvesAllocation, losses: Losses, inputs: Sequence[str]
+    context: Context,
+    budget: Budget,
+    allocation: CurvesAllocation,
+    losses: Losses,
+    inputs: Sequence[str],
 ) -> tuple[Spread, dict[str, object]]:
     spread = cheapest(budget, losses)
     facts: dict[str, object] = {"predicted_divergence": predicted_loss(losses, spread)}
@@ -194,9 +277,16 @@ def _best_spread(
 
 
 def _search(
-    context: Context, budget: Budget, allocation: SearchAllocation, losses: Losses, spread: Spread, inputs: Sequence[str]
+    context: Context,
+    budget: Budget,
+    allocation: SearchAllocation,
+    losses: Losses,
+    spread: Spread,
+    inputs: Sequence[str],
 ) -> tuple[Spread, dict[str, object]]:
-    """Generation after generation, each a task of its own: a search that was cut off goes on behind the last one that ended."""
+    """Generation after generation, each a task of its own: a search that was cut off goes on behind
+    the last one that ended.
+    """
     history: list[float] = []
     below = list(inputs)
     with context.stage("search", allocation.generations):
@@ -204,7 +294,11 @@ def _search(
             task = generation_task(number)
             expected = context.folder.fingerprint(task, *below)
             parent = spread
-            done = context.once(task, expected, partial(_generation, context, budget, allocation, losses, parent, number, expected))
+            done = context.once(
+                task,
+                expected,
+                partial(_generation, context, budget, allocation, losses, parent, number, expected),
+            )
             below = [done.digest]
             result = _result(done)
             spread = result["spread"]
@@ -212,16 +306,39 @@ def _search(
             context.emit("step-finished", stage="search", generation=number, divergence=history[-1])
     tokens = context.job.divergence_windows * context.job.calibration.sequence_length
     candidates = 1 + allocation.generations * allocation.offspring
-    return spread, {"divergence": history[-1], "by_generation": history, "candidates": candidates, "tokens_per_candidate": tokens}
+    return spread, {
+        "divergence": history[-1],
+        "by_generation": history,
+        "candidates": candidates,
+        "tokens_per_candidate": tokens,
+    }
 
 
 def _generation(
-    context: Context, budget: Budget, allocation: SearchAllocation, losses: Losses, parent: Spread, number: int, expected: str
+    context: Context,
+    budget: Budget,
+    allocation: SearchAllocation,
+    losses: Losses,
+    parent: Spread,
+    number: int,
+    expected: str,
 ) -> None:
-    """The parent and its offspring are measured; the best one is the next parent, the parent itself if none is better."""
+    """The parent and its offspring are measured; the best one is the next parent, the parent itself
+    if none is better.
+    """
     chance = random.Random(f"{allocation.seed}-{number}")
     children = [mutated(budget, parent, losses, chance) for _ in range(allocation.offspring)]
     found = _measured(context, [parent, *children], "search")
     best = min(range(len(found)), key=found.__getitem__)
-    result = {"spread": [parent, *children][best], "divergence": found[best], "parent_divergence": found[0]}
-    commit(task_folder(context.folder.path, generation_task(number)), generation_task(number), expected, [], {"result": result})
+    result = {
+        "spread": [parent, *children][best],
+        "divergence": found[best],
+        "parent_divergence": found[0],
+    }
+    commit(
+        task_folder(context.folder.path, generation_task(number)),
+        generation_task(number),
+        expected,
+        [],
+        {"result": result},
+    )

@@ -43,10 +43,15 @@ class Context:
         return self.source or self.checkpoint
 
     def inputs(self, tokens: Manifest) -> list[str]:
-        """What everything that looks at activations depends on; a latency table, since it may decide what stays."""
+        """What everything that looks at activations depends on; a latency table, since it may
+        decide what stays.
+        """
         budget = self.job.budget
         table = budget.latency_table if budget.latency_ms else None
-        others = [*([self.gradients.digest] if self.gradients else []), *([record_of(Path(table)).sha256] if table else [])]
+        others = [
+            *([self.gradients.digest] if self.gradients else []),
+            *([record_of(Path(table)).sha256] if table else []),
+        ]
         return [tokens.digest, self.checkpoint.identity, *others]
 
     def settle(self, plan: Plan) -> None:
@@ -66,17 +71,26 @@ class Context:
         start = time.monotonic()
         self.emit("stage-started", stage=name, steps=steps)
         yield
-        self.emit("stage-finished", stage=name, steps=steps, seconds=time.monotonic() - start, peak_memory_bytes=self.peak_memory_bytes())
+        self.emit(
+            "stage-finished",
+            stage=name,
+            steps=steps,
+            seconds=time.monotonic() - start,
+            peak_memory_bytes=self.peak_memory_bytes(),
+        )
 
     def peak_memory_bytes(self) -> dict[str, int]:
         """Peak private memory of the driver and of every worker that has answered, in bytes."""
         return {"driver": self.memory.bytes} | self.executor.peak_memory_bytes
 
-    def once(self, task: str, expected: str, work: Callable[[], object], redo_stale: bool = False) -> Manifest:
+    def once(
+        self, task: str, expected: str, work: Callable[[], object], redo_stale: bool = False
+    ) -> Manifest:
         """The manifest of a task, after doing its work unless it is done already.
 
         Raises:
-            VerificationError: it was done from other inputs (and `redo_stale` does not say to do it again).
+            VerificationError: it was done from other inputs (and `redo_stale` does not say to do it
+                again).
             ResourceError: the failure policy says stop.
         """
         if done := self.folder.finished(task, expected, redo_stale):

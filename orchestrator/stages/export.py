@@ -1,6 +1,8 @@
-"""The reducer: index, config, tokenizer and the exported folder's manifest. Weights are only given their final names.
+"""The reducer: index, config, tokenizer and the exported folder's manifest. Weights are only given
+their final names.
 
-The folder loads with plain `AutoModelForCausalLM.from_pretrained`; the load gate proves it before the task is finished.
+The folder loads with plain `AutoModelForCausalLM.from_pretrained`; the load gate proves it before
+the task is finished.
 """
 
 import shutil
@@ -12,8 +14,23 @@ from rayprune.orchestrator.stages.context import Context
 from rayprune.workers.model.checkpoint import INDEX_NAME, read_header, read_json
 from rayprune.workers.model.config_patch import config_of_layers, patched_config
 from rayprune.workers.model.per_layer import MODULE, per_layer_config, remote_code
-from rayprune.workers.store.files import Manifest, commit, copy_file, link_file, write_json, write_text
-from rayprune.workers.store.layout import EXPORT_TASK, LAYER_FILE, OUTER_FILE, OUTER_TASK, layer_task, model_folder, task_folder
+from rayprune.workers.store.files import (
+    Manifest,
+    commit,
+    copy_file,
+    link_file,
+    write_json,
+    write_text,
+)
+from rayprune.workers.store.layout import (
+    EXPORT_TASK,
+    LAYER_FILE,
+    OUTER_FILE,
+    OUTER_TASK,
+    layer_task,
+    model_folder,
+    task_folder,
+)
 from rayprune.workers.store.side_files import COPIED, side_files
 
 
@@ -26,15 +43,21 @@ def export_model(context: Context, layers: Sequence[Manifest]) -> Manifest:
     folder, executor = context.folder, context.executor
     with context.stage("export", 1):
         outer = folder.fingerprint(OUTER_TASK, context.checkpoint.identity)
-        outer_done = context.once(OUTER_TASK, outer, lambda: executor.wait([executor.submit(0, "write_outer", outer)]))
-        expected = folder.fingerprint(EXPORT_TASK, outer_done.digest, *(manifest.digest for manifest in layers))
+        outer_done = context.once(
+            OUTER_TASK, outer, lambda: executor.wait([executor.submit(0, "write_outer", outer)])
+        )
+        expected = folder.fingerprint(
+            EXPORT_TASK, outer_done.digest, *(manifest.digest for manifest in layers)
+        )
         return context.once(EXPORT_TASK, expected, lambda: _assemble_and_check(context, expected))
 
 
 def _assemble_and_check(context: Context, expected: str) -> None:
     _assemble(context)
     job, model = context.job, model_folder(context.folder.path)
-    parameters = footprint(context.checkpoint, context.plan.written_layers(job.export.pad), job).parameters
+    parameters = footprint(
+        context.checkpoint, context.plan.written_layers(job.export.pad), job
+    ).parameters
     if read_json(model / "config.json")["model_type"] != context.checkpoint.config["model_type"]:
         context.executor.wait([context.executor.submit(0, "write_tokenizer")])
     context.executor.wait([context.executor.submit(0, "check_export", parameters)])
@@ -61,11 +84,15 @@ def _assemble(context: Context) -> None:
 
 
 def _write_config(context: Context, model: Path, there: Sequence[int]) -> None:
-    """The patched config, of the layers that are there; where they differ in size, the class that builds them beside it."""
+    """The patched config, of the layers that are there; where they differ in size, the class that
+    builds them beside it.
+    """
     original, export = config_of_layers(context.checkpoint.config, there), context.job.export
     layers = context.plan.written_layers(export.pad)
     if all(kept == layers[0] for kept in layers):
-        write_json(model / "config.json", patched_config(original, layers[0], export.target, export.dtype))
+        write_json(
+            model / "config.json", patched_config(original, layers[0], export.target, export.dtype)
+        )
         return
     write_json(model / "config.json", per_layer_config(original, layers, export.dtype))
     write_text(model / f"{MODULE}.py", remote_code(original))
@@ -78,4 +105,10 @@ def write_index(model: Path, names: Sequence[str]) -> None:
         "total_size": sum(info.num_bytes for info in tensors.values()),
         "total_parameters": sum(info.num_parameters for info in tensors.values()),
     }
-    write_json(model / INDEX_NAME, {"metadata": metadata, "weight_map": {name: tensors[name].file for name in sorted(tensors)}})
+    write_json(
+        model / INDEX_NAME,
+        {
+            "metadata": metadata,
+            "weight_map": {name: tensors[name].file for name in sorted(tensors)},
+        },
+    )

@@ -4,13 +4,13 @@ from rayprune.orchestrator.execution.executor import Call
 from rayprune.orchestrator.planning.workload import GRADIENT_WINDOWS_AT_ONCE
 from rayprune.orchestrator.stages.context import Context
 from rayprune.workers.store.files import Manifest
-from rayprune.workers.store.layout import (
-    GRADIENTS_TASK,
-)
+from rayprune.workers.store.layout import GRADIENTS_TASK
 
 
 def measure_gradients(context: Context, tokens: Manifest) -> Manifest | None:
-    """The root mean square of the loss's gradient at every consumer's input of the dense model, where the method asks for it."""
+    """The root mean square of the loss's gradient at every consumer's input of the dense model,
+    where the method asks for it.
+    """
     if not context.job.gradient_windows:
         return None
     expected = context.folder.fingerprint(GRADIENTS_TASK, *context.inputs(tokens))
@@ -18,15 +18,30 @@ def measure_gradients(context: Context, tokens: Manifest) -> Manifest | None:
 
 
 def _measure_gradients(context: Context, expected: str) -> None:
-    executor, count, at_once = context.executor, context.job.gradient_windows, GRADIENT_WINDOWS_AT_ONCE
+    executor, count, at_once = (
+        context.executor,
+        context.job.gradient_windows,
+        GRADIENT_WINDOWS_AT_ONCE,
+    )
     shares, measured = executor.shares(count), list[Call]()
     rounds = range(0, max(stop - start for _, (start, stop) in shares), at_once)
     with context.stage("gradients", len(rounds)):
         for done in rounds:
-            parts = {worker: range(start, stop)[done : done + at_once] for worker, (start, stop) in shares}
-            calls = [executor.submit(worker, "gradients", (part.start, part.stop)) for worker, part in parts.items() if part]
+            parts = {
+                worker: range(start, stop)[done : done + at_once]
+                for worker, (start, stop) in shares
+            }
+            calls = [
+                executor.submit(worker, "gradients", (part.start, part.stop))
+                for worker, part in parts.items()
+                if part
+            ]
             executor.wait(calls)
             measured += calls
             windows, memory = sum(map(len, parts.values())), context.peak_memory_bytes()
-            context.emit("step-finished", stage="gradients", windows=windows, peak_memory_bytes=memory)
-        executor.wait([executor.submit(0, "write_gradients", expected, *(call.payload for call in measured))])
+            context.emit(
+                "step-finished", stage="gradients", windows=windows, peak_memory_bytes=memory
+            )
+        executor.wait(
+            [executor.submit(0, "write_gradients", expected, *(call.payload for call in measured))]
+        )

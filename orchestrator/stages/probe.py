@@ -6,18 +6,17 @@ from rayprune.orchestrator.planning.shapes import Shape
 from rayprune.orchestrator.stages.allocate import allocate
 from rayprune.orchestrator.stages.context import Context
 from rayprune.workers.store.files import Manifest, commit
-from rayprune.workers.store.layout import (
-    SHAPE_TASK,
-    task_folder,
-)
+from rayprune.workers.store.layout import SHAPE_TASK, task_folder
 from rayprune.workers.store.shards import even_parts
 
 
 def choose_shape(context: Context, tokens: Manifest) -> Shape:
-    """The shape with the least predicted output error: mean over probed layers of each group's squared relative error.
+    """The shape with the least predicted output error: mean over probed layers of each group's
+    squared relative error.
 
-    The dense model is run on a few calibration windows; errors are those of the method's own selection and correction,
-    on held-out windows. Where layers may differ, `rayprune.orchestrator.stages.allocate` decides.
+    The dense model is run on a few calibration windows; errors are those of the method's own
+    selection and correction, on held-out windows. Where layers may differ,
+    `rayprune.orchestrator.stages.allocate` decides.
     """
     if context.job.budget.per_layer:
         return allocate(context, tokens)
@@ -31,13 +30,28 @@ def choose_shape(context: Context, tokens: Manifest) -> Shape:
 def _probe(context: Context, expected: str) -> None:
     """Predict the errors of all open shapes and record the best."""
     plan, num_layers = context.plan, context.plan.model.num_layers
-    probed = [part.start for part in even_parts(num_layers, min(context.job.budget.probe_layers, num_layers))]
+    probed = [
+        part.start
+        for part in even_parts(num_layers, min(context.job.budget.probe_layers, num_layers))
+    ]
     with context.stage("probe", len(probed)):
         predicted = [_probe_layer(context, layer) for layer in probed]
-    errors = [sum(layer[index] for layer in predicted) / len(predicted) for index in range(len(plan.shapes))]
+    errors = [
+        sum(layer[index] for layer in predicted) / len(predicted)
+        for index in range(len(plan.shapes))
+    ]
     best = plan.shapes[min(range(len(errors)), key=errors.__getitem__)]
-    candidates = [asdict(shape) | {"predicted_error": error} for shape, error in zip(plan.shapes, errors, strict=True)]
-    commit(task_folder(context.folder.path, SHAPE_TASK), SHAPE_TASK, expected, [], {"result": asdict(best), "candidates": candidates})
+    candidates = [
+        asdict(shape) | {"predicted_error": error}
+        for shape, error in zip(plan.shapes, errors, strict=True)
+    ]
+    commit(
+        task_folder(context.folder.path, SHAPE_TASK),
+        SHAPE_TASK,
+        expected,
+        [],
+        {"result": asdict(best), "candidates": candidates},
+    )
     context.emit("shape-chosen", **asdict(best), candidates=candidates)
 
 
@@ -45,12 +59,35 @@ def _probe_layer(context: Context, layer: int) -> list[float]:
     """Squared relative output error of every open shape at one layer, summed over its groups."""
     executor, samples = context.executor, context.job.budget.probe_samples
     held_out = max(1, samples // 4)
-    collected = [executor.submit(worker, "probe", layer, owned, held_out) for worker, owned in executor.shares(samples)]
+    collected = [
+        executor.submit(worker, "probe", layer, owned, held_out)
+        for worker, owned in executor.shares(samples)
+    ]
     executor.wait(collected)
     units = context.plan.model.units
-    wanted = sorted({(name, kept) for shape in context.plan.shapes for name, kept in shape.kept.items() if kept < units[name]})
+    wanted = sorted(
+        {
+            (name, kept)
+            for shape in context.plan.shapes
+            for name, kept in shape.kept.items()
+            if kept < units[name]
+        }
+    )
     payloads = [call.payload for call in collected]
-    calls = [executor.submit(i % executor.num_workers, "predict", layer, *unit, held_out, *payloads) for i, unit in enumerate(wanted)]
-    errors = dict(zip(wanted, (receipt["held_out_error"] ** 2 for receipt in executor.wait(calls)), strict=True))
-    context.emit("step-finished", stage="probe", layer=layer, peak_memory_bytes=context.peak_memory_bytes())
-    return [sum(errors.get(item, 0.0) for item in shape.kept.items()) for shape in context.plan.shapes]
+    calls = [
+        executor.submit(i % executor.num_workers, "predict", layer, *unit, held_out, *payloads)
+        for i, unit in enumerate(wanted)
+    ]
+    errors = dict(
+        zip(
+            wanted,
+            (receipt["held_out_error"] ** 2 for receipt in executor.wait(calls)),
+            strict=True,
+        )
+    )
+    context.emit(
+        "step-finished", stage="probe", layer=layer, peak_memory_bytes=context.peak_memory_bytes()
+    )
+    return [
+        sum(errors.get(item, 0.0) for item in shape.kept.items()) for shape in context.plan.shapes
+    ]

@@ -11,7 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from rayprune.orchestrator.planning.footprint import Footprint, footprint, footprint_sum, layer_footprint, limits
+from rayprune.orchestrator.planning.footprint import (
+    Footprint,
+    footprint,
+    footprint_sum,
+    layer_footprint,
+    limits,
+)
 from rayprune.specs.errors import SpecError
 from rayprune.specs.job import JobSpec
 from rayprune.workers.model.checkpoint import Checkpoint
@@ -50,7 +56,9 @@ class Budget:
     def excess(self, size: Footprint) -> float:
         """By what fraction a model exceeds its targets, summed over them; 0: it meets them."""
         allowed = limits(self.job.budget, self.checkpoint.decoder_parameters)
-        return math.fsum(max(0.0, getattr(size, name) / limit - 1) for name, limit in allowed.items())
+        return math.fsum(
+            max(0.0, getattr(size, name) / limit - 1) for name, limit in allowed.items()
+        )
 
     def lost(self, kept: Mapping[str, int]) -> int:
         """Parameters that a layer has lost."""
@@ -61,7 +69,14 @@ class Budget:
         """The model's size after one move."""
         layer, name, count = move
         before, after = self.layer(spread[layer]), self.layer({**spread[layer], name: count})
-        return Footprint(*(whole - old + new for whole, old, new in zip(_numbers(size), _numbers(before), _numbers(after), strict=True)))
+        return Footprint(
+            *(
+                whole - old + new
+                for whole, old, new in zip(
+                    _numbers(size), _numbers(before), _numbers(after), strict=True
+                )
+            )
+        )
 
 
 def _numbers(size: Footprint) -> tuple[Any, ...]:
@@ -69,7 +84,9 @@ def _numbers(size: Footprint) -> tuple[Any, ...]:
 
 
 def levels(units: int, unit_parameters: int, most: float, round_to: int, count: int) -> list[int]:
-    """About `count` evenly spaced numbers of units below `units`, descending; at the least, `most` parameters are lost."""
+    """About `count` evenly spaced numbers of units below `units`, descending; at the least, `most`
+    parameters are lost.
+    """
     fewest = max(0, units - int(most // unit_parameters))
     step = max(1, math.ceil((units - fewest) / count / round_to)) * round_to
     spaced = list(range((units - 1) // round_to * round_to, max(fewest, 1) - 1, -step))
@@ -77,7 +94,8 @@ def levels(units: int, unit_parameters: int, most: float, round_to: int, count: 
 
 
 def cheapest(budget: Budget, losses: Losses) -> Spread:
-    """The spread that meets the budget, found by taking ever again the units with the least predicted loss for what they take.
+    """The spread that meets the budget, found by taking ever again the units with the least
+    predicted loss for what they take.
 
     A move may skip levels, so that a curve that is not convex is walked along its hull.
 
@@ -90,13 +108,27 @@ def cheapest(budget: Budget, losses: Losses) -> Spread:
             allowed = [move for move in _removals(budget, spread, losses) if move[0] == layer]
             if not allowed:
                 break
-            _take(spread, min(allowed, key=lambda move: _price(losses, spread, move) / _parameters(budget, spread, move)))
+            _take(
+                spread,
+                min(
+                    allowed,
+                    key=lambda move: (
+                        _price(losses, spread, move) / _parameters(budget, spread, move)
+                    ),
+                ),
+            )
     size = budget.size(spread)
     while (over := budget.excess(size)) > 0:
-        saved = {move: over - budget.excess(budget.moved(size, spread, move)) for move in _removals(budget, spread, losses)}
+        saved = {
+            move: over - budget.excess(budget.moved(size, spread, move))
+            for move in _removals(budget, spread, losses)
+        }
         useful = [move for move, gain in saved.items() if gain > 0]
         if not useful:
-            raise SpecError("budget: no allocation within its bounds meets the targets; raise budget.allocation.most, or ask for less")
+            raise SpecError(
+                "budget: no allocation within its bounds meets the targets; raise"
+                " budget.allocation.most, or ask for less"
+            )
         best = min(useful, key=lambda move: _price(losses, spread, move) / saved[move])
         size = budget.moved(size, spread, best)
         _take(spread, best)
@@ -136,14 +168,24 @@ def loss_at(losses: Losses, at: Moved) -> float:
 
 def predicted_loss(losses: Losses, spread: Spread) -> float:
     """The losses of all groups together."""
-    return math.fsum(loss_at(losses, (layer, name, count)) for layer, kept in enumerate(spread) for name, count in kept.items())
+    return math.fsum(
+        loss_at(losses, (layer, name, count))
+        for layer, kept in enumerate(spread)
+        for name, count in kept.items()
+    )
 
 
 def filled(budget: Budget, spread: Spread, losses: Losses) -> Spread:
-    """The spread with what the budget still allows given back, in steps of `budget.round_to` neurons: most predicted loss first."""
+    """The spread with what the budget still allows given back, in steps of `budget.round_to`
+    neurons: most predicted loss first.
+    """
     spread, size = [dict(kept) for kept in spread], budget.size(spread)
     while True:
-        fitting = [move for move in _returns(budget, spread, losses) if budget.excess(budget.moved(size, spread, move)) == 0]
+        fitting = [
+            move
+            for move in _returns(budget, spread, losses)
+            if budget.excess(budget.moved(size, spread, move)) == 0
+        ]
         if not fitting:
             return spread
         best = min(fitting, key=lambda move: _price(losses, spread, move))
@@ -155,13 +197,22 @@ def _returns(budget: Budget, spread: Spread, losses: Losses) -> Iterator[Moved]:
     """A step more neurons, in any layer that would still have lost enough."""
     for layer, kept in enumerate(spread):
         count = min(kept["neurons"] + budget.job.budget.round_to, max(losses[layer]["neurons"]))
-        if kept["neurons"] and count > kept["neurons"] and budget.lost({**kept, "neurons": count}) >= budget.least:
+        if (
+            kept["neurons"]
+            and count > kept["neurons"]
+            and budget.lost({**kept, "neurons": count}) >= budget.least
+        ):
             yield layer, "neurons", count
 
 
 def mutated(budget: Budget, spread: Spread, losses: Losses, chance: random.Random) -> Spread:
-    """A neighbour: some groups lose a level, others, in random order, gain levels for as long as the budget is met."""
-    child, places = [dict(kept) for kept in spread], [(layer, name) for layer, groups in enumerate(losses) for name in groups]
+    """A neighbour: some groups lose a level, others, in random order, gain levels for as long as
+    the budget is met.
+    """
+    child, places = (
+        [dict(kept) for kept in spread],
+        [(layer, name) for layer, groups in enumerate(losses) for name in groups],
+    )
     lowered = set()
     for _ in range(min(chance.randint(1, 3), chance.randint(1, 3))):
         layer, name = place = chance.choice(places)
@@ -186,13 +237,19 @@ Scores = Sequence[Mapping[str, Sequence[float]]]
 
 
 def above_threshold(budget: Budget, scores: Scores, fixed: Mapping[str, int]) -> Spread:
-    """The units with the highest scores of all layers, as many as the budget allows; neurons in multiples of `budget.round_to`.
+    """The units with the highest scores of all layers, as many as the budget allows; neurons in
+    multiples of `budget.round_to`.
 
-    A unit costs what it takes; the lowest scores go first (arXiv 2412.12441, arXiv 2312.11983). Groups that have no scores
-    keep the `fixed` numbers.
+    A unit costs what it takes; the lowest scores go first (arXiv 2412.12441, arXiv 2312.11983).
+    Groups that have no scores keep the `fixed` numbers.
     """
     spread = [{**fixed, **{name: len(units) for name, units in layer.items()}} for layer in scores]
-    pooled = sorted((score, layer, name) for layer, groups in enumerate(scores) for name, units in groups.items() for score in units)
+    pooled = sorted(
+        (score, layer, name)
+        for layer, groups in enumerate(scores)
+        for name, units in groups.items()
+        for score in units
+    )
     size = budget.size(spread)
     for _, layer, name in pooled:
         if budget.excess(size) == 0:
@@ -201,8 +258,13 @@ def above_threshold(budget: Budget, scores: Scores, fixed: Mapping[str, int]) ->
         size = budget.moved(size, spread, move)
         _take(spread, move)
     round_to = budget.job.budget.round_to
-    whole = [{**kept, "neurons": _rounded(kept["neurons"], len(scores[layer]["neurons"]), round_to)} for layer, kept in enumerate(spread)]
-    return filled(budget, whole, [{name: _regret(units) for name, units in layer.items()} for layer in scores])
+    whole = [
+        {**kept, "neurons": _rounded(kept["neurons"], len(scores[layer]["neurons"]), round_to)}
+        for layer, kept in enumerate(spread)
+    ]
+    return filled(
+        budget, whole, [{name: _regret(units) for name, units in layer.items()} for layer in scores]
+    )
 
 
 def _rounded(count: int, units: int, round_to: int) -> int:
@@ -211,7 +273,13 @@ def _rounded(count: int, units: int, round_to: int) -> int:
 
 
 def _regret(scores: Sequence[float]) -> dict[int, float]:
-    """What is lost with the lowest scores, by number of units that stay: scores above the least of all, summed."""
+    """What is lost with the lowest scores, by number of units that stay: scores above the least of
+    all, summed.
+    """
     ordered = sorted(scores)
-    lost = np.concatenate([[0.0], np.cumsum(np.array(ordered) - ordered[0])]) if ordered else np.zeros(1)
+    lost = (
+        np.concatenate([[0.0], np.cumsum(np.array(ordered) - ordered[0])])
+        if ordered
+        else np.zeros(1)
+    )
     return {len(ordered) - gone: float(sum_) for gone, sum_ in enumerate(lost)}

@@ -7,7 +7,9 @@ from rayprune.workers.store.storage import marker_file
 
 
 def start(context: Context) -> None:
-    """Start the workers, so that no other stage's time holds it; not when a report shows that all may be done."""
+    """Start the workers, so that no other stage's time holds it; not when a report shows that all
+    may be done.
+    """
     if not (context.folder.path / REPORT_FILE).exists():
         with context.stage("start", 1):
             context.attempt("start", lambda: _start(context))
@@ -18,6 +20,13 @@ def _start(context: Context) -> None:
     executor = context.executor
     executor.start(context.emit)
     with marker_file(context.folder.path) as marker:
-        expected = {str(path): record_of(path) for path in (marker, context.checkpoint.path / "config.json")}
-        executor.wait([executor.submit(worker, "check_storage", expected) for worker in range(executor.num_workers)])
+        expected = {
+            str(path): record_of(path) for path in (marker, context.checkpoint.path / "config.json")
+        }
+        executor.wait(
+            [
+                executor.submit(worker, "check_storage", expected)
+                for worker in range(executor.num_workers)
+            ]
+        )
     executor.wait([executor.submit(0, "check_head")])

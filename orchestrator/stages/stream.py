@@ -1,9 +1,10 @@
-"""`placement: layers`: chunks of consecutive layers on all workers at once, micro-batches flowing from chunk to chunk.
+"""`placement: layers`: chunks of consecutive layers on all workers at once, micro-batches flowing
+from chunk to chunk.
 
 A wave is one chunk per worker. Within a wave hidden states go from worker to worker, at most
-MICRO_BATCHES_AT_ONCE micro-batches ahead of the slowest; where a wave ends they are written to files, from which a restart
-goes on. Once a wave's micro-batches are through, all its layers are decided at the same time, each by the worker that has
-its statistics.
+MICRO_BATCHES_AT_ONCE micro-batches ahead of the slowest; where a wave ends they are written to
+files, from which a restart goes on. Once a wave's micro-batches are through, all its layers are
+decided at the same time, each by the worker that has its statistics.
 """
 
 import math
@@ -25,15 +26,26 @@ Wave = list[range]
 
 
 def waves(layers: range, num_workers: int, layers_per_chunk: int) -> list[Wave]:
-    """Layers as waves of at most `num_workers` chunks of at most `layers_per_chunk` layers, as even as can be."""
+    """Layers as waves of at most `num_workers` chunks of at most `layers_per_chunk` layers, as even
+    as can be.
+    """
     count = math.ceil(len(layers) / (num_workers * layers_per_chunk))
-    parts = [layers[part.start : part.stop] for part in even_parts(len(layers), count)] if layers else []
-    return [[part[chunk.start : chunk.stop] for chunk in even_parts(len(part), num_workers) if chunk] for part in parts]
+    parts = (
+        [layers[part.start : part.stop] for part in even_parts(len(layers), count)]
+        if layers
+        else []
+    )
+    return [
+        [part[chunk.start : chunk.stop] for chunk in even_parts(len(part), num_workers) if chunk]
+        for part in parts
+    ]
 
 
 @dataclass(frozen=True)
 class LayerTask:
-    """What is done with a layer's statistics once they are complete: a step of the worker that has them."""
+    """What is done with a layer's statistics once they are complete: a step of the worker that has
+    them.
+    """
 
     name: str
     fingerprint: str
@@ -53,8 +65,13 @@ def layer_tasks(
 ) -> list[LayerTask]:
     """One task for each layer, with what it depends on beside the layers below."""
     names = [name(layer) for layer in range(len(inputs))]
-    prints = [context.folder.fingerprint(task, *known) for task, known in zip(names, inputs, strict=True)]
-    return [LayerTask(names[layer], prints[layer], step, arguments[layer], groups[layer]) for layer in range(len(inputs))]
+    prints = [
+        context.folder.fingerprint(task, *known) for task, known in zip(names, inputs, strict=True)
+    ]
+    return [
+        LayerTask(names[layer], prints[layer], step, arguments[layer], groups[layer])
+        for layer in range(len(inputs))
+    ]
 
 
 def stream_layers(context: Context, stage: str, expected: Sequence[LayerTask]) -> list[Manifest]:
@@ -68,7 +85,9 @@ def stream_layers(context: Context, stage: str, expected: Sequence[LayerTask]) -
         for layer in sorted(set(range(len(expected))) - set(missing)):
             context.emit("task-found", task=expected[layer].name)
         layers = range(_first_layer(context, missing[0]), len(expected)) if missing else range(0)
-        for wave in waves(layers, context.executor.num_workers, context.plan.memory.layers_per_chunk):
+        for wave in waves(
+            layers, context.executor.num_workers, context.plan.memory.layers_per_chunk
+        ):
             name = f"layers {wave[0].start} to {wave[-1].stop - 1}"
             context.attempt(name, partial(_run_wave, context, stage, wave, expected))
     return [_finished(context, task) for task in expected]
@@ -81,18 +100,31 @@ def _finished(context: Context, task: LayerTask) -> Manifest:
 
 
 def _unfinished(context: Context, expected: Sequence[LayerTask], layers: range) -> list[int]:
-    return [layer for layer in layers if context.folder.finished(expected[layer].name, expected[layer].fingerprint) is None]
+    return [
+        layer
+        for layer in layers
+        if context.folder.finished(expected[layer].name, expected[layer].fingerprint) is None
+    ]
 
 
 def _num_batches(context: Context) -> int:
     calibration = context.job.calibration
-    return num_micro_batches(calibration.samples, calibration.shards, context.job.parallel.micro_batch, calibration.shards)
+    return num_micro_batches(
+        calibration.samples,
+        calibration.shards,
+        context.job.parallel.micro_batch,
+        calibration.shards,
+    )
 
 
 def _first_layer(context: Context, missing: int) -> int:
     """The last layer, at most `missing`, before which all hidden states are at hand."""
     numbers = range(_num_batches(context))
-    boundaries = (layer for layer in range(missing, 0, -1) if all(boundary_file(context.folder.path, layer, n).exists() for n in numbers))
+    boundaries = (
+        layer
+        for layer in range(missing, 0, -1)
+        if all(boundary_file(context.folder.path, layer, n).exists() for n in numbers)
+    )
     return next(boundaries, 0)
 
 
@@ -102,18 +134,34 @@ def _run_wave(context: Context, stage: str, wave: Wave, expected: Sequence[Layer
     missing = _unfinished(context, expected, range(wave[0].start, wave[-1].stop))
     wanted = {layer: expected[layer].groups for layer in missing}
     _flow(context, wave, wanted)
-    places = [(place, layer, expected[layer]) for place, chunk in enumerate(wave) for layer in chunk if layer in wanted]
-    settled = [
-        (layer, context.executor.submit(place, task.step, layer, task.fingerprint, *task.arguments)) for place, layer, task in places
+    places = [
+        (place, layer, expected[layer])
+        for place, chunk in enumerate(wave)
+        for layer in chunk
+        if layer in wanted
     ]
-    for layer, call in sorted(settled, key=lambda item: item[0] - wave[item[1].worker].start):  # in the order in which they end
+    settled = [
+        (layer, context.executor.submit(place, task.step, layer, task.fingerprint, *task.arguments))
+        for place, layer, task in places
+    ]
+    # in the order in which they end
+    for layer, call in sorted(settled, key=lambda item: item[0] - wave[item[1].worker].start):
         (receipt,) = context.executor.wait([call])
         seconds, memory = time.monotonic() - start, context.peak_memory_bytes()
-        context.emit("step-finished", stage=stage, layer=layer, seconds=seconds, groups=receipt["groups"], peak_memory_bytes=memory)
+        context.emit(
+            "step-finished",
+            stage=stage,
+            layer=layer,
+            seconds=seconds,
+            groups=receipt["groups"],
+            peak_memory_bytes=memory,
+        )
 
 
 def _flow(context: Context, wave: Wave, wanted: dict[int, Sequence[str]]) -> None:
-    """Send all micro-batches through the wave: at each step every chunk works on the one its predecessor has just left."""
+    """Send all micro-batches through the wave: at each step every chunk works on the one its
+    predecessor has just left.
+    """
     executor, count = context.executor, _num_batches(context)
     handed: list[Any] = [None] * len(wave)
     under_way: deque[list[Call]] = deque()
@@ -126,7 +174,11 @@ def _flow(context: Context, wave: Wave, wanted: dict[int, Sequence[str]]) -> Non
             if 0 <= (number := step - place) < count:
                 chunk, last = wave[place], place == len(wave) - 1
                 before = handed[place - 1] if place else None
-                calls.append(executor.submit(place, "flow", (chunk.start, chunk.stop), number, wanted, last, before))
+                calls.append(
+                    executor.submit(
+                        place, "flow", (chunk.start, chunk.stop), number, wanted, last, before
+                    )
+                )
                 handed[place] = calls[-1].payload
         under_way.append(calls)
 

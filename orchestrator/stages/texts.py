@@ -7,23 +7,28 @@ from typing import Any
 from rayprune.orchestrator.stages.context import Context
 from rayprune.specs.job import TextSpec
 from rayprune.workers.store.files import Manifest, record_of
-from rayprune.workers.store.layout import (
-    CALIBRATION_TASK,
-    EVALUATION_TASK,
-)
+from rayprune.workers.store.layout import CALIBRATION_TASK, EVALUATION_TASK
 from rayprune.workers.store.side_files import TOKENIZER_FILES, side_files
 
 
 def tokenize(context: Context) -> tuple[Manifest, Manifest | None]:
-    """The calibration and the evaluation text as tokens, so that a text that will not do is found before any other work."""
+    """The calibration and the evaluation text as tokens, so that a text that will not do is found
+    before any other work.
+    """
     job, spec = context.job.calibration, context.job.evaluation
-    cutting = job.model_dump(mode="json", include={"samples", "sequence_length"}) | {"texts": [_reading(text) for text in (job, *job.mix)]}
+    cutting = job.model_dump(mode="json", include={"samples", "sequence_length"}) | {
+        "texts": [_reading(text) for text in (job, *job.mix)]
+    }
     with context.stage("tokenize", 1 + (spec is not None)):
-        calibration = _tokens(context, CALIBRATION_TASK, cutting, [job.path, *(text.path for text in job.mix)])
+        calibration = _tokens(
+            context, CALIBRATION_TASK, cutting, [job.path, *(text.path for text in job.mix)]
+        )
         if spec is None:
             return calibration, None
         part = spec.model_dump(mode="json") | {"apart_from": context.job.windows_read}
-        return calibration, _tokens(context, EVALUATION_TASK, part, [spec.path], calibration.digest, redo_stale=True)
+        return calibration, _tokens(
+            context, EVALUATION_TASK, part, [spec.path], calibration.digest, redo_stale=True
+        )
 
 
 def _reading(text: TextSpec) -> dict[str, Any]:
@@ -31,10 +36,27 @@ def _reading(text: TextSpec) -> dict[str, Any]:
     return text.model_dump(mode="json", include={"format", "field", "weight"})
 
 
-def _tokens(context: Context, task: str, part: dict[str, Any], texts: Sequence[str], *inputs: str, redo_stale: bool = False) -> Manifest:
-    """Tokenise texts, once; depends on the texts, the tokenizer, the cutting and `inputs`, not on the rest of the job."""
-    tokenizer = [record_of(file).sha256 for file in side_files(context.checkpoint.path, TOKENIZER_FILES)]
-    digests = [record_of(Path(text)).sha256 if Path(text).is_file() else "" for text in texts]  # the worker reports a missing text
+def _tokens(
+    context: Context,
+    task: str,
+    part: dict[str, Any],
+    texts: Sequence[str],
+    *inputs: str,
+    redo_stale: bool = False,
+) -> Manifest:
+    """Tokenise texts, once; depends on the texts, the tokenizer, the cutting and `inputs`, not on
+    the rest of the job.
+    """
+    tokenizer = [
+        record_of(file).sha256 for file in side_files(context.checkpoint.path, TOKENIZER_FILES)
+    ]
+    # the worker reports a missing text
+    digests = [record_of(Path(text)).sha256 if Path(text).is_file() else "" for text in texts]
     expected = context.folder.fingerprint(task, *tokenizer, *digests, *inputs, part=part)
     submit = context.executor.submit
-    return context.once(task, expected, lambda: context.executor.wait([submit(0, "tokenize", task, expected)]), redo_stale)
+    return context.once(
+        task,
+        expected,
+        lambda: context.executor.wait([submit(0, "tokenize", task, expected)]),
+        redo_stale,
+    )

@@ -1,7 +1,7 @@
 """Training stages from the driver's side: DReSS and TRSP before the cut, recovery after it.
 
-A stage is a task: a gang of ranks trains (`Executor.train`), the model that comes of it is a folder in the Hugging Face format,
-and what follows works on that folder.
+A stage is a task: a gang of ranks trains (`Executor.train`), the model that comes of it is a folder
+in the Hugging Face format, and what follows works on that folder.
 """
 
 import random
@@ -58,7 +58,9 @@ REPORT_SECONDS = 5.0
 
 
 def train_first(context: Context, tokens: Manifest) -> None:
-    """What the method trains before it cuts; afterwards the context's checkpoint is the trained model."""
+    """What the method trains before it cuts; afterwards the context's checkpoint is the trained
+    model.
+    """
     match context.job.method:
         case DressOptions() as dress:
             trained = _regularise(context, dress, tokens)
@@ -68,18 +70,26 @@ def train_first(context: Context, tokens: Manifest) -> None:
             return
     folder = task_folder(context.folder.path, trained.task) / TRAINED_FOLDER
     context.source, found = context.checkpoint, open_checkpoint(folder)
-    context.checkpoint = replace(found, identity=fingerprint({"model": found.identity, "trained": trained.digest}))
+    context.checkpoint = replace(
+        found, identity=fingerprint({"model": found.identity, "trained": trained.digest})
+    )
     context.executor.use_model(folder)
 
 
 def _regularise(context: Context, dress: DressOptions, tokens: Manifest) -> Manifest:
     """DReSS: choose what goes, then train with a penalty on it."""
-    context.selections = _random_mask(context, dress) if dress.mask == "random" else sweep.select_units(context, tokens)
+    context.selections = (
+        _random_mask(context, dress)
+        if dress.mask == "random"
+        else sweep.select_units(context, tokens)
+    )
     units = context.plan.model.units
     removed: list[Removed] = []
     for selection in context.selections:
         kept: Any = selection.info["result"]
-        removed.append({name: sorted(set(range(units[name])) - set(stay)) for name, stay in kept.items()})
+        removed.append(
+            {name: sorted(set(range(units[name])) - set(stay)) for name, stay in kept.items()}
+        )
     inputs = [*context.inputs(tokens), *(selection.digest for selection in context.selections)]
     if dress.trains_layers_alone:
         return _regularise_layers(context, removed, inputs)
@@ -87,11 +97,20 @@ def _regularise(context: Context, dress: DressOptions, tokens: Manifest) -> Mani
     return _trained(context, REGULARISE_TASK, context.checkpoint.path, dress.training, aim, inputs)
 
 
-def _regularise_layers(context: Context, removed: Sequence[Removed], inputs: Sequence[str]) -> Manifest:
+def _regularise_layers(
+    context: Context, removed: Sequence[Removed], inputs: Sequence[str]
+) -> Manifest:
     """Train every layer alone, each where its activations arrive; then put the layers together."""
     count = len(removed)
     watched = [[RESIDUAL_STREAM]] * count
-    tasks = layer_tasks(context, "regularise", regularised_task, [inputs] * count, [(gone,) for gone in removed], watched)
+    tasks = layer_tasks(
+        context,
+        "regularise",
+        regularised_task,
+        [inputs] * count,
+        [(gone,) for gone in removed],
+        watched,
+    )
     layers = stream_layers(context, REGULARISE_TASK, tasks)
     expected = context.folder.fingerprint(REGULARISE_TASK, *(layer.digest for layer in layers))
     folder = task_folder(context.folder.path, REGULARISE_TASK)
@@ -100,7 +119,10 @@ def _regularise_layers(context: Context, removed: Sequence[Removed], inputs: Seq
         trained = folder / TRAINED_FOLDER
         context.executor.wait([context.executor.submit(0, "copy_outer", str(trained / OUTER_FILE))])
         for layer in layers:
-            link_file(task_folder(context.folder.path, layer.task) / LAYER_FILE, trained / f"{layer.task}.safetensors")
+            link_file(
+                task_folder(context.folder.path, layer.task) / LAYER_FILE,
+                trained / f"{layer.task}.safetensors",
+            )
         _complete(context.checkpoint.path, trained, own=False)
         commit(folder, REGULARISE_TASK, expected, _files_in(trained), {"result": {}})
 
@@ -112,32 +134,53 @@ def _random_mask(context: Context, dress: DressOptions) -> list[Manifest]:
     chance, masks = random.Random(dress.seed), []
     units, shape = context.plan.model.units, context.plan.shape
     for layer in range(context.plan.model.num_layers):
-        kept = {name: sorted(chance.sample(range(units[name]), shape.kept[name])) for name in context.plan.pruned_groups(layer)}
+        kept = {
+            name: sorted(chance.sample(range(units[name]), shape.kept[name]))
+            for name in context.plan.pruned_groups(layer)
+        }
         task = selection_task(layer)
         expected = context.folder.fingerprint(task, context.checkpoint.identity, str(kept))
         folder = task_folder(context.folder.path, task)
-        masks.append(context.once(task, expected, partial(commit, folder, task, expected, [], {"result": kept})))
+        masks.append(
+            context.once(
+                task, expected, partial(commit, folder, task, expected, [], {"result": kept})
+            )
+        )
     return masks
 
 
 def _shrink_layers(context: Context, trsp: TrspOptions, tokens: Manifest) -> Manifest:
-    """TRSP: one layer after the other is chosen by its gate, then all weights are trained with a penalty on their updates."""
+    """TRSP: one layer after the other is chosen by its gate, then all weights are trained with a
+    penalty on their updates.
+    """
     num_layers = context.plan.model.num_layers
     gone = num_layers - len(context.plan.shape.remaining(num_layers))
     open_to_choice = range(trsp.protect_first, num_layers - trsp.protect_last)
     gates, removed, inputs = [1.0] * num_layers, list[int](), context.inputs(tokens)
     for number in range(gone):
         aim = Gates(tuple(gates), tuple(removed), trsp.gate_strength)
-        chosen = _trained(context, gates_task(number), context.checkpoint.path, trsp.gates, aim, inputs)
+        chosen = _trained(
+            context, gates_task(number), context.checkpoint.path, trsp.gates, aim, inputs
+        )
         found: Any = chosen.info["result"]
         gates = found["gates"]
-        removed.append(min((layer for layer in open_to_choice if layer not in removed), key=lambda layer: abs(gates[layer])))
+        removed.append(
+            min(
+                (layer for layer in open_to_choice if layer not in removed),
+                key=lambda layer: abs(gates[layer]),
+            )
+        )
         inputs = [*context.inputs(tokens), chosen.digest]
-        context.emit("layer-chosen", layer=removed[-1], gate=gates[removed[-1]], number=number + 1, of=gone)
+        context.emit(
+            "layer-chosen", layer=removed[-1], gate=gates[removed[-1]], number=number + 1, of=gone
+        )
     dense, nothing = dict(context.plan.model.units), dict.fromkeys(context.plan.model.units, 0)
     spread = [nothing if layer in removed else dense for layer in range(num_layers)]
     context.settle(context.plan.chosen(uneven_shape(context.job, context.checkpoint, spread)))
-    penalty, shrink = Updates(tuple(removed), trsp.update_strength, trsp.norm), Shrink(tuple(removed), trsp.shrink_strength)
+    penalty, shrink = (
+        Updates(tuple(removed), trsp.update_strength, trsp.norm),
+        Shrink(tuple(removed), trsp.shrink_strength),
+    )
     transfer = penalty if trsp.transfer == "penalty" else shrink
     return _trained(context, UPDATES_TASK, context.checkpoint.path, trsp.training, transfer, inputs)
 
@@ -149,11 +192,22 @@ def recover(context: Context, exported: Manifest) -> Manifest | None:
         return None
     teacher = str(context.original.path) if spec.loss == "distillation" else None
     inputs = [exported.digest, context.original.identity]
-    return _trained(context, RECOVER_TASK, model_folder(context.folder.path), spec, Recovery(teacher, spec.hidden, spec.lora), inputs)
+    return _trained(
+        context,
+        RECOVER_TASK,
+        model_folder(context.folder.path),
+        spec,
+        Recovery(teacher, spec.hidden, spec.lora),
+        inputs,
+    )
 
 
-def _trained(context: Context, task: str, model: Path, options: TrainingSpec, aim: Aim, inputs: list[str]) -> Manifest:
-    what = context.job.result_part() | {"training": options.model_dump(mode="json", exclude=HOW_TRAINED)}
+def _trained(
+    context: Context, task: str, model: Path, options: TrainingSpec, aim: Aim, inputs: list[str]
+) -> Manifest:
+    what = context.job.result_part() | {
+        "training": options.model_dump(mode="json", exclude=HOW_TRAINED)
+    }
     expected = context.folder.fingerprint(task, *inputs, part=what)
     folder = task_folder(context.folder.path, task)
     threads = context.job.parallel.threads_per_worker
@@ -161,7 +215,8 @@ def _trained(context: Context, task: str, model: Path, options: TrainingSpec, ai
 
     def work() -> None:
         if context.job.windows_read > context.job.calibration.samples:
-            context.executor.wait([context.executor.submit(0, "check_text")])  # before what another training has left is removed
+            # before what another training has left is removed
+            context.executor.wait([context.executor.submit(0, "check_text")])
         forget_report(context.folder.path)
         forget_another(folder, expected)
         with context.stage(task, 1):
@@ -173,7 +228,9 @@ def _trained(context: Context, task: str, model: Path, options: TrainingSpec, ai
                 files += _files_in(folder / TRAINED_FOLDER)
             facts: dict[str, Any] = read_json(folder / RESULT_FILE)
             result = {"gates": facts.pop("gates", None)}
-            facts["peak_memory_bytes"] = {f"rank-0{kind}": peak for kind, peak in facts["peak_memory_bytes"].items()}
+            facts["peak_memory_bytes"] = {
+                f"rank-0{kind}": peak for kind, peak in facts["peak_memory_bytes"].items()
+            }
             context.emit("trained", task=task, **facts)
             commit(folder, task, expected, files, {"result": result, "facts": facts})
         forget_states(folder)
@@ -183,7 +240,9 @@ def _trained(context: Context, task: str, model: Path, options: TrainingSpec, ai
 
 @contextmanager
 def _reported(context: Context, task: str, folder: Path) -> Iterator[None]:
-    """Report the newest step that was logged, every few seconds and at the end: meanwhile the driver waits for the ranks."""
+    """Report the newest step that was logged, every few seconds and at the end: meanwhile the
+    driver waits for the ranks.
+    """
     ended, shown = threading.Event(), [-1]
 
     def report() -> None:
@@ -206,11 +265,17 @@ def _reported(context: Context, task: str, folder: Path) -> Iterator[None]:
 
 
 def _files_in(trained: Path) -> list[str]:
-    return [f"{TRAINED_FOLDER}/{file.relative_to(trained)}" for file in trained.rglob("*") if file.is_file()]
+    return [
+        f"{TRAINED_FOLDER}/{file.relative_to(trained)}"
+        for file in trained.rglob("*")
+        if file.is_file()
+    ]
 
 
 def _complete(source: Path, trained: Path, own: bool) -> None:
-    """Config, tokenizer and index beside the trained weights; all is the source's, code only if this run has written it (`own`)."""
+    """Config, tokenizer and index beside the trained weights; all is the source's, code only if
+    this run has written it (`own`).
+    """
     code = [file for file in (source / f"{MODULE}.py",) if own and file.exists()]
     for file in (source / "config.json", *side_files(source, COPIED), *code):
         copy_file(file, trained / file.relative_to(source))

@@ -1,4 +1,6 @@
-"""The architecture, checked on the source: who may import whom, and that everything public is documented and typed."""
+"""The architecture, checked on the source: who may import whom, and that everything public is
+documented and typed.
+"""
 
 import ast
 import subprocess
@@ -14,7 +16,9 @@ ROOT = Path(__file__).parents[2]
 LAYERS = ("specs", "workers", "orchestrator")
 """From the bottom up: a package imports from those before it and from itself."""
 FILES = {
-    ".".join(("rayprune", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): path
+    ".".join(("rayprune", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(
+        ".__init__"
+    ): path
     for package in LAYERS
     for path in sorted((ROOT / package).rglob("*.py"))
 }
@@ -42,7 +46,11 @@ WITHOUT_TORCH = {
 
 
 def is_type_checking(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+    return (
+        isinstance(node, ast.If)
+        and isinstance(node.test, ast.Name)
+        and node.test.id == "TYPE_CHECKING"
+    )
 
 
 def nodes(tree: ast.AST) -> Iterator[ast.AST]:
@@ -62,7 +70,14 @@ def imports(tree: ast.AST) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute"
             assert node.module is not None
-            found |= {f"{node.module}.{alias.name}" if f"{node.module}.{alias.name}" in FILES else node.module for alias in node.names}
+            found |= {
+                (
+                    f"{node.module}.{alias.name}"
+                    if f"{node.module}.{alias.name}" in FILES
+                    else node.module
+                )
+                for alias in node.names
+            }
     return found
 
 
@@ -95,21 +110,29 @@ def test_every_package_is_looked_at() -> None:
 def test_imports_point_downwards(name: str) -> None:
     above = LAYERS[LAYERS.index(package(name)) + 1 :]
     assert not {module for module in IMPORTS[name] if package(module) in above}
-    assert not {module for module in IMPORTS[name] if package(module) in ("tests", "examples", "benchmarks")}
+    assert not {
+        module for module in IMPORTS[name] if package(module) in ("tests", "examples", "benchmarks")
+    }
 
 
 @pytest.mark.parametrize("library", ONLY_IN)
 def test_one_module_knows_the_library(library: str) -> None:
-    assert {name for name, modules in IMPORTS.items() if library in map(package, modules)} == ONLY_IN[library]
+    assert {
+        name for name, modules in IMPORTS.items() if library in map(package, modules)
+    } == ONLY_IN[library]
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if package(name) != "workers" or name in WITHOUT_TORCH])
+@pytest.mark.parametrize(
+    "name", [name for name in FILES if package(name) != "workers" or name in WITHOUT_TORCH]
+)
 def test_no_torch_outside_the_workers(name: str) -> None:
     assert not TORCH & set(map(package, IMPORTS[name]))
 
 
 def test_one_module_touches_the_inside_of_transformers() -> None:
-    """Others load whole models or tokenizers by the public Auto classes, in places known by name."""
+    """Others load whole models or tokenizers by the public Auto classes, in places known by
+    name.
+    """
     users = {name for name, modules in IMPORTS.items() if "transformers" in map(package, modules)}
     assert users == {
         "rayprune.workers.network.layers",
@@ -137,13 +160,19 @@ def is_public(name: str) -> bool:
     """Whether no part of a dotted name is private, and nothing in it lies inside a function."""
     parts = name.split(".")
     outer = [".".join(parts[:length]) for length in range(1, len(parts))]
-    inside = any(not isinstance(DEFINITIONS[part], ast.ClassDef) for part in outer if part in DEFINITIONS)
+    inside = any(
+        not isinstance(DEFINITIONS[part], ast.ClassDef) for part in outer if part in DEFINITIONS
+    )
     return not inside and not any(part.startswith("_") for part in parts)
 
 
 def test_everything_public_is_documented() -> None:
     assert [name for name, tree in TREES.items() if not ast.get_docstring(tree)] == []
-    assert [name for name, node in DEFINITIONS.items() if is_public(name) and not ast.get_docstring(node)] == []
+    assert [
+        name
+        for name, node in DEFINITIONS.items()
+        if is_public(name) and not ast.get_docstring(node)
+    ] == []
 
 
 def test_everything_is_typed() -> None:
@@ -153,8 +182,14 @@ def test_everything_is_typed() -> None:
             continue
         given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
         given += [argument for argument in (node.args.vararg, node.args.kwarg) if argument]
-        missing = [argument.arg for argument in given if argument.annotation is None and argument.arg not in ("self", "cls")]
-        untyped += [f"{name}({argument})" for argument in missing] + ([] if node.returns else [f"{name} -> ?"])
+        missing = [
+            argument.arg
+            for argument in given
+            if argument.annotation is None and argument.arg not in ("self", "cls")
+        ]
+        untyped += [f"{name}({argument})" for argument in missing] + (
+            [] if node.returns else [f"{name} -> ?"]
+        )
     assert untyped == []
 
 
@@ -180,9 +215,17 @@ run("plan", job)
 """
 
 
-def test_light_commands_import_neither_torch_nor_ray(make_model: MakeModel, make_job: MakeJob) -> None:
+def test_light_commands_import_neither_torch_nor_ray(
+    make_model: MakeModel, make_job: MakeJob
+) -> None:
     job = make_job(make_model())
-    done = subprocess.run([sys.executable, "-c", LIGHT_COMMANDS, str(job)], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", LIGHT_COMMANDS, str(job)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 0, done.stderr
     for words in ("usage: rayprune", "rayprune job", ": valid", "FFN width"):
         assert words in done.stdout

@@ -1,4 +1,6 @@
-"""The shipped cluster files are ones that Ray accepts, or that KubeRay's fields allow, and their clusters ask for a token."""
+"""The shipped cluster files are ones that Ray accepts, or that KubeRay's fields allow, and their
+clusters ask for a token.
+"""
 
 import re
 import shlex
@@ -13,9 +15,19 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from rayprune.orchestrator.cli import _parser
 
 ROOT = Path(__file__).parents[2]
-LAUNCHED = {"cloud": ROOT / "cluster.yaml", "on-premises": ROOT / "examples" / "clusters" / "on-premises.yaml"}
+LAUNCHED = {
+    "cloud": ROOT / "cluster.yaml",
+    "on-premises": ROOT / "examples" / "clusters" / "on-premises.yaml",
+}
 RAYJOB = ROOT / "examples" / "clusters" / "kuberay-rayjob.yaml"
-SAME = ("setup_commands", "file_mounts", "rsync_exclude", "rsync_filter", "head_start_ray_commands", "worker_start_ray_commands")
+SAME = (
+    "setup_commands",
+    "file_mounts",
+    "rsync_exclude",
+    "rsync_filter",
+    "head_start_ray_commands",
+    "worker_start_ray_commands",
+)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -42,7 +54,11 @@ def test_gpu_workers_are_two_to_eight() -> None:
 
 def test_machines_on_premises_are_all_kept_up() -> None:
     machines = read(LAUNCHED["on-premises"])
-    assert machines["min_workers"] == machines["max_workers"] == len(machines["provider"]["worker_ips"])
+    assert (
+        machines["min_workers"]
+        == machines["max_workers"]
+        == len(machines["provider"]["worker_ips"])
+    )
 
 
 @pytest.mark.parametrize("key", SAME)
@@ -67,13 +83,17 @@ def rayjob() -> dict[str, Any]:
 def pods(rayjob: dict[str, Any]) -> list[dict[str, Any]]:
     """The pod of the head, then one of each worker group."""
     spec = rayjob["spec"]["rayClusterSpec"]
-    return [group["template"]["spec"] for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"])]
+    return [
+        group["template"]["spec"] for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"])
+    ]
 
 
 def ray_version() -> str:
     """The lowest Ray that the package allows, as written in its dependencies."""
     dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    (found,) = [re.match(r"ray>=([\d.]+)", entry) for entry in dependencies if entry.startswith("ray>")]
+    (found,) = [
+        re.match(r"ray>=([\d.]+)", entry) for entry in dependencies if entry.startswith("ray>")
+    ]
     assert found
     return found[1]
 
@@ -89,7 +109,9 @@ def test_rayjob_has_what_kuberay_requires(rayjob: dict[str, Any]) -> None:
         assert {"groupName", "rayStartParams", "template"} <= group.keys()
         assert 0 <= group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
     for pod in pods(rayjob):
-        assert [set(container) >= {"name", "image", "resources"} for container in pod["containers"]] == [True]
+        assert [
+            set(container) >= {"name", "image", "resources"} for container in pod["containers"]
+        ] == [True]
 
 
 def test_rayjob_runs_the_pinned_ray(rayjob: dict[str, Any]) -> None:
@@ -98,15 +120,26 @@ def test_rayjob_runs_the_pinned_ray(rayjob: dict[str, Any]) -> None:
 
 
 def test_rayjob_asks_for_a_token(rayjob: dict[str, Any]) -> None:
-    assert rayjob["spec"]["rayClusterSpec"]["authOptions"] == {"mode": "token", "secretName": "rayprune-token"}
-    assert "kubectl create secret generic rayprune-token --from-literal=auth_token=" in RAYJOB.read_text()
+    assert rayjob["spec"]["rayClusterSpec"]["authOptions"] == {
+        "mode": "token",
+        "secretName": "rayprune-token",
+    }
+    assert (
+        "kubectl create secret generic rayprune-token --from-literal=auth_token="
+        in RAYJOB.read_text()
+    )
 
 
 def test_rayjob_pods_share_one_volume(rayjob: dict[str, Any]) -> None:
     for pod in pods(rayjob):
-        volumes = {volume["name"]: volume["persistentVolumeClaim"]["claimName"] for volume in pod["volumes"]}
+        volumes = {
+            volume["name"]: volume["persistentVolumeClaim"]["claimName"]
+            for volume in pod["volumes"]
+        }
         assert volumes == {"shared": "rayprune-shared"}
-        assert [mount["name"] for container in pod["containers"] for mount in container["volumeMounts"]] == ["shared"]
+        assert [
+            mount["name"] for container in pod["containers"] for mount in container["volumeMounts"]
+        ] == ["shared"]
 
 
 def test_rayjob_resources_have_limits(rayjob: dict[str, Any]) -> None:

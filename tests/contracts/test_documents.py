@@ -31,5 +31,9 @@ def test_every_option_is_documented(name: str) -> None:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_somewhere(document: Path) -> None:
     targets = re.findall(r"\]\(([^)#\s]+)", document.read_text())
-    missing = [target for target in targets if "://" not in target and not (document.parent / target).exists()]
+    missing = [
+        target
+        for target in targets
+        if "://" not in target and not (document.parent / target).exists()
+    ]
     assert not missing

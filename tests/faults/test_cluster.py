@@ -1,4 +1,6 @@
-"""A real multi-node Ray cluster on this machine: a node is killed in mid-sweep, or comes late; the job ends with the same bytes."""
+"""A real multi-node Ray cluster on this machine: a node is killed in mid-sweep, or comes late; the
+job ends with the same bytes.
+"""
 
 import json
 import subprocess
@@ -21,7 +23,8 @@ from rayprune.specs.loader import load_job
 
 names = ("initial_delay_ms", "period_ms", "timeout_ms")
 checks = {f"health_check_{name}": 500 for name in names} | {"health_check_failure_threshold": 3}
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, "_system_config": checks})
+head = {"num_cpus": 0, "include_dashboard": False, "_system_config": checks}
+cluster = Cluster(initialize_head=True, head_node_args=head)
 nodes = [cluster.add_node(num_cpus=1) for _ in range(3)]
 
 
@@ -39,16 +42,26 @@ cluster.shutdown()
 
 @pytest.mark.slow
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize(("placement", "interrupted"), [("shards", "layer-0003"), ("layers", "layers 0 to 4")])
-def test_killed_node(placement: str, interrupted: str, make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("placement", "interrupted"), [("shards", "layer-0003"), ("layers", "layers 0 to 4")]
+)
+def test_killed_node(
+    placement: str, interrupted: str, make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+) -> None:
     parallel = {"placement": placement, "micro_batch": 1}
     job = make_job(make_model(num_hidden_layers=5), budget={"kv_groups": 1}, parallel=parallel)
     assert main(["run", str(job), "--out", str(tmp_path / "calm")]) == 0
     finished = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(job), str(tmp_path / "cluster")], capture_output=True, timeout=200, text=True
+        [sys.executable, "-c", SCRIPT, str(job), str(tmp_path / "cluster")],
+        capture_output=True,
+        timeout=200,
+        text=True,
     )
     assert finished.returncode == 0, finished.stderr
-    events = [json.loads(line) for line in (tmp_path / "cluster" / "events.jsonl").read_text().splitlines()]
+    events = [
+        json.loads(line)
+        for line in (tmp_path / "cluster" / "events.jsonl").read_text().splitlines()
+    ]
     assert [event["task"] for event in events if event["event"] == "worker-failed"] == [interrupted]
     assert folder_bytes(tmp_path / "cluster" / "model") == folder_bytes(tmp_path / "calm" / "model")
 
@@ -69,7 +82,8 @@ settings = ["cluster.executor=ray", f"cluster.address={cluster.address}", "paral
 
 
 def run(wait, show):
-    run_job(load_job(Path(sys.argv[1]), [*settings, f"cluster.wait_seconds={wait}"]), Path(sys.argv[2]), show)
+    job = load_job(Path(sys.argv[1]), [*settings, f"cluster.wait_seconds={wait}"])
+    run_job(job, Path(sys.argv[2]), show)
 
 
 def add_a_node(event):
@@ -93,7 +107,12 @@ def test_late_node(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> 
     """The first run waits two seconds in vain; the second gets its node while it waits."""
     job, out = make_job(make_model(), budget={"kv_groups": 1}), tmp_path / "late"
     assert main(["run", str(job), "--out", str(tmp_path / "calm")]) == 0
-    finished = subprocess.run([sys.executable, "-c", LATE, str(job), str(out)], capture_output=True, timeout=200, text=True)
+    finished = subprocess.run(
+        [sys.executable, "-c", LATE, str(job), str(out)],
+        capture_output=True,
+        timeout=200,
+        text=True,
+    )
     assert finished.returncode == 0, finished.stderr
     assert "2 workers need 2 CPUs, the cluster has 1 CPUs" in finished.stdout
     events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]

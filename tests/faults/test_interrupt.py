@@ -1,4 +1,6 @@
-"""An interrupt ends a command wherever it strikes, in a finalizer too: Python throws away what these raise."""
+"""An interrupt ends a command wherever it strikes, in a finalizer too: Python throws away what
+these raise.
+"""
 
 import errno
 import signal
@@ -23,13 +25,25 @@ class Connection:
 @pytest.mark.parametrize(
     ("error", "code", "words"),
     [
-        (PermissionError(errno.EACCES, "Permission denied", "/texts/a.txt"), 2, "/texts/a.txt: Permission denied"),
-        (OSError(errno.ENOSPC, "No space left on device"), 4, "No space left on device; finished tasks are kept"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/texts/a.txt"),
+            2,
+            "/texts/a.txt: Permission denied",
+        ),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            4,
+            "No space left on device; finished tasks are kept",
+        ),
         (OSError("a socket's"), 1, "Traceback"),
     ],
 )
 def test_what_the_machine_refuses_has_an_exit_code(
-    error: OSError, code: int, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    error: OSError,
+    code: int,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def command(_: object) -> None:
         raise error
@@ -40,10 +54,20 @@ def test_what_the_machine_refuses_has_an_exit_code(
 
 
 @pytest.mark.slow
-def test_ctrl_c_in_a_training_on_ray(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
+def test_ctrl_c_in_a_training_on_ray(
+    make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+) -> None:
     training = {"epochs": 200, "batch": 2, "checkpoint_steps": 1000}
     job = make_job(make_model(), recover=training, cluster={"executor": "ray", "address": "local"})
-    words = [sys.executable, "-m", "rayprune.orchestrator.cli", "run", str(job), "--out", str(tmp_path / "run")]
+    words = [
+        sys.executable,
+        "-m",
+        "rayprune.orchestrator.cli",
+        "run",
+        str(job),
+        "--out",
+        str(tmp_path / "run"),
+    ]
     run = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
     log = task_folder(tmp_path / "run", "recover") / "training.jsonl"
     deadline = time.monotonic() + 120
@@ -55,7 +79,9 @@ def test_ctrl_c_in_a_training_on_ray(make_model: MakeModel, make_job: MakeJob, t
     assert "run the same command again" in complaint
 
 
-def test_an_interrupt_inside_a_finalizer(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_interrupt_inside_a_finalizer(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     def command(_: object) -> None:
         connection = Connection()
         weakref.finalize(connection, signal.raise_signal, signal.SIGTERM)

@@ -1,4 +1,6 @@
-"""`rayprune submit` against a real head node of its own: end to end, exit codes, a killed driver, lost paths, waiting for nodes."""
+"""`rayprune submit` against a real head node of its own: end to end, exit codes, a killed driver,
+lost paths, waiting for nodes.
+"""
 
 import importlib.util
 import json
@@ -22,7 +24,10 @@ from tests.conftest import MakeJob, MakeModel, folder_bytes
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(300),
-    pytest.mark.skipif(importlib.util.find_spec("aiohttp_cors") is None, reason='needs Ray\'s dashboard: pip install "rayprune[cluster]"'),
+    pytest.mark.skipif(
+        importlib.util.find_spec("aiohttp_cors") is None,
+        reason='needs Ray\'s dashboard: pip install "rayprune[cluster]"',
+    ),
 ]
 ROOT, BIN = Path(__file__).parents[2], Path(sys.executable).parent
 
@@ -36,13 +41,22 @@ class Cluster:
 
     def rayprune(self, *words: str, timeout: float = 200) -> subprocess.CompletedProcess[str]:
         """Run our command line as a user would, on another machine."""
-        return subprocess.run(self.command(*words), env=self.environment, capture_output=True, text=True, timeout=timeout, cwd="/")
+        return subprocess.run(
+            self.command(*words),
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            cwd="/",
+        )
 
     def command(self, *words: str) -> list[str]:
         return [sys.executable, "-m", "rayprune.orchestrator.cli", *words]
 
     def submit(self, job: Path, out: Path, *words: str) -> subprocess.CompletedProcess[str]:
-        return self.rayprune("submit", str(job), "--out", str(out), "--address", self.address, *words)
+        return self.rayprune(
+            "submit", str(job), "--out", str(out), "--address", self.address, *words
+        )
 
 
 def free_ports(number: int) -> list[int]:
@@ -55,7 +69,9 @@ def free_ports(number: int) -> list[int]:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """A head node with ports, a folder and a token of its own, killed with all its processes in the end."""
+    """A head node with ports, a folder and a token of its own, killed with all its processes in the
+    end.
+    """
     home = tmp_path_factory.mktemp("home")
     script = home / "rayprune"
     script.write_text(f'#!/bin/sh\nexec {sys.executable} -m rayprune.orchestrator.cli "$@"\n')
@@ -63,15 +79,45 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_USAGE_STATS_ENABLED")
     environment = kept | {name: os.environ[name] for name in names}
-    environment |= {"PATH": f"{home}:{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "HOME": str(home)}
+    environment |= {
+        "PATH": f"{home}:{BIN}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "HOME": str(home),
+    }
     gcs, dashboard, agent, client = free_ports(4)
-    start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={gcs}", "--num-cpus=3"]
-    start += [f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}"]
-    start += ["--include-dashboard=true", "--dashboard-host=127.0.0.1", "--object-store-memory=100000000"]
+    start = [
+        sys.executable,
+        "-m",
+        "ray.scripts.scripts",
+        "start",
+        "--head",
+        "--block",
+        f"--port={gcs}",
+        "--num-cpus=3",
+    ]
+    start += [
+        f"--dashboard-port={dashboard}",
+        f"--dashboard-agent-listen-port={agent}",
+        f"--ray-client-server-port={client}",
+    ]
+    start += [
+        "--include-dashboard=true",
+        "--dashboard-host=127.0.0.1",
+        "--object-store-memory=100000000",
+    ]
     with (home / "head.log").open("w") as log:
         # Ray's sockets lie in this folder, and the name of a socket is at most 107 bytes long.
-        folder = subprocess.run(["mktemp", "-d", "/tmp/rp-XXXXXX"], capture_output=True, text=True, check=True).stdout.strip()
-        head = subprocess.Popen([*start, f"--temp-dir={folder}"], env=environment, stdout=log, stderr=log, start_new_session=True, cwd="/")
+        folder = subprocess.run(
+            ["mktemp", "-d", "/tmp/rp-XXXXXX"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        head = subprocess.Popen(
+            [*start, f"--temp-dir={folder}"],
+            env=environment,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            cwd="/",
+        )
         try:
             deadline = time.monotonic() + 60
             while socket.socket().connect_ex(("127.0.0.1", dashboard)):
@@ -84,7 +130,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 def end(folder: str, head: subprocess.Popen[bytes]) -> None:
-    """Kill every process of this head: its daemons name its folder, its workers go with their daemon."""
+    """Kill every process of this head: its daemons name its folder, its workers go with their
+    daemon.
+    """
     os.killpg(head.pid, signal.SIGKILL)
     head.wait(20)
     for process in processes(folder):
@@ -110,8 +158,15 @@ def events(out: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
 
 
-def test_end_to_end(cluster: Cluster, make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
-    job, out = make_job(make_model(), budget={"kv_groups": 1}, cluster={"executor": "ray", "address": "local"}), tmp_path / "run"
+def test_end_to_end(
+    cluster: Cluster, make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+) -> None:
+    job, out = (
+        make_job(
+            make_model(), budget={"kv_groups": 1}, cluster={"executor": "ray", "address": "local"}
+        ),
+        tmp_path / "run",
+    )
     start = time.monotonic()
     done = cluster.submit(job, out, "--set", "parallel.workers=2")
     print(f"{time.monotonic() - start:.1f} s from submit to finish")
@@ -121,11 +176,25 @@ def test_end_to_end(cluster: Cluster, make_model: MakeModel, make_job: MakeJob, 
     assert "calibration:" not in done.stdout, "Ray's echo of the command is left out"
     AutoModelForCausalLM.from_pretrained(out / "model")
     assert cluster.submit(job, out).returncode == 0, "submitting again is allowed"
-    assert main(["run", str(job), "--out", str(tmp_path / "calm"), "--set", "cluster.executor=in-process"]) == 0
+    assert (
+        main(
+            [
+                "run",
+                str(job),
+                "--out",
+                str(tmp_path / "calm"),
+                "--set",
+                "cluster.executor=in-process",
+            ]
+        )
+        == 0
+    )
     assert folder_bytes(out / "model") == folder_bytes(tmp_path / "calm" / "model")
 
 
-def test_the_jobs_own_exit_code(cluster: Cluster, make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
+def test_the_jobs_own_exit_code(
+    cluster: Cluster, make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+) -> None:
     model = make_model()
     job = make_job(model, cluster={"executor": "ray"})
     too_many = cluster.submit(job, tmp_path / "four", "--set", "parallel.workers=4")
@@ -137,11 +206,25 @@ def test_the_jobs_own_exit_code(cluster: Cluster, make_model: MakeModel, make_jo
     assert "not a whole safetensors file" in damaged.stdout
 
 
-def test_killed_driver_goes_on_when_submitted_again(cluster: Cluster, make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
-    job = make_job(make_model(num_hidden_layers=40), memory={"checkpoint_layers": 3}, budget={"kv_groups": 1}, cluster={"executor": "ray"})
+def test_killed_driver_goes_on_when_submitted_again(
+    cluster: Cluster, make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+) -> None:
+    job = make_job(
+        make_model(num_hidden_layers=40),
+        memory={"checkpoint_layers": 3},
+        budget={"kv_groups": 1},
+        cluster={"executor": "ray"},
+    )
     out = tmp_path / "run"
     words = cluster.command("submit", str(job), "--out", str(out), "--address", cluster.address)
-    client = subprocess.Popen(words, env=cluster.environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd="/")
+    client = subprocess.Popen(
+        words,
+        env=cluster.environment,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd="/",
+    )
     deadline = time.monotonic() + 90
     while not (out / "tasks" / "layer-0005" / "manifest.json").exists():
         assert time.monotonic() < deadline
@@ -159,17 +242,40 @@ def test_killed_driver_goes_on_when_submitted_again(cluster: Cluster, make_model
     assert again.returncode == 0, again.stdout + again.stderr
     seen = events(out)
     restart = max(number for number, event in enumerate(seen) if event["event"] == "run-started")
-    repeated = {f"layer-{event['layer']:04d}" for event in seen[restart:] if event["event"] == "step-finished" and "seconds" in event}
+    repeated = {
+        f"layer-{event['layer']:04d}"
+        for event in seen[restart:]
+        if event["event"] == "step-finished" and "seconds" in event
+    }
     assert not repeated & done
-    assert main(["run", str(job), "--out", str(tmp_path / "calm"), "--set", "cluster.executor=in-process"]) == 0
+    assert (
+        main(
+            [
+                "run",
+                str(job),
+                "--out",
+                str(tmp_path / "calm"),
+                "--set",
+                "cluster.executor=in-process",
+            ]
+        )
+        == 0
+    )
     assert folder_bytes(out / "model") == folder_bytes(tmp_path / "calm" / "model")
 
 
 @pytest.mark.parametrize("interrupting", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_client_leaves_the_job_alone(
-    interrupting: signal.Signals, cluster: Cluster, make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+    interrupting: signal.Signals,
+    cluster: Cluster,
+    make_model: MakeModel,
+    make_job: MakeJob,
+    tmp_path: Path,
 ) -> None:
-    job, out = make_job(make_model(), cluster={"executor": "ray"}, budget={"kv_groups": 1}), tmp_path / "run"
+    job, out = (
+        make_job(make_model(), cluster={"executor": "ray"}, budget={"kv_groups": 1}),
+        tmp_path / "run",
+    )
     words = cluster.command("submit", str(job), "--out", str(out), "--address", cluster.address)
     client = subprocess.Popen(
         words,
@@ -178,7 +284,8 @@ def test_interrupted_client_leaves_the_job_alone(
         stdout=subprocess.PIPE,
         text=True,
         cwd="/",
-        preexec_fn=lambda: signal.signal(interrupting, signal.SIG_DFL),  # tests run in the background inherit that SIGINT is ignored
+        # tests run in the background inherit that SIGINT is ignored
+        preexec_fn=lambda: signal.signal(interrupting, signal.SIG_DFL),
     )
     assert client.stdout is not None
     assert "submitted rayprune-run-" in client.stdout.readline()
@@ -193,9 +300,16 @@ def test_interrupted_client_leaves_the_job_alone(
         time.sleep(0.1)
 
 
-def test_stopped_job(cluster: Cluster, make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
+def test_stopped_job(
+    cluster: Cluster, make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+) -> None:
     """`--no-wait` says how to stop a job; stopping is quick and leaves a run that can go on."""
-    job, out = make_job(make_model(num_hidden_layers=40), cluster={"executor": "ray"}, budget={"kv_groups": 1}), tmp_path / "run"
+    job, out = (
+        make_job(
+            make_model(num_hidden_layers=40), cluster={"executor": "ray"}, budget={"kv_groups": 1}
+        ),
+        tmp_path / "run",
+    )
     sent = cluster.submit(job, out, "--no-wait")
     assert sent.returncode == 0
     submission = sent.stdout.split()[1]
@@ -203,8 +317,20 @@ def test_stopped_job(cluster: Cluster, make_model: MakeModel, make_job: MakeJob,
     while not (out / "tasks" / "layer-0001" / "manifest.json").exists():
         assert time.monotonic() < deadline, sent.stdout
         time.sleep(0.01)
-    stop = [sys.executable, "-m", "ray.scripts.scripts", "job", "stop", "--address", cluster.address, submission]
-    assert subprocess.run(stop, env=cluster.environment, capture_output=True, timeout=60).returncode == 0
+    stop = [
+        sys.executable,
+        "-m",
+        "ray.scripts.scripts",
+        "job",
+        "stop",
+        "--address",
+        cluster.address,
+        submission,
+    ]
+    assert (
+        subprocess.run(stop, env=cluster.environment, capture_output=True, timeout=60).returncode
+        == 0
+    )
     deadline = time.monotonic() + 20  # Ray does not wait for what it has killed to be gone
     while processes("rayprune.orchestrator.cli", "/dev/stdin", str(out)):
         assert time.monotonic() < deadline
@@ -212,13 +338,27 @@ def test_stopped_job(cluster: Cluster, make_model: MakeModel, make_job: MakeJob,
     assert not (out / "report.json").exists()
 
 
-def test_lost_paths_are_refused_inside_a_job(cluster: Cluster, make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
-    """A job that Ray's own client submits with its folder: what it names by relative paths would be lost."""
+def test_lost_paths_are_refused_inside_a_job(
+    cluster: Cluster, make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+) -> None:
+    """A job that Ray's own client submits with its folder: what it names by relative paths would be
+    lost.
+    """
     folder = tmp_path / "sent"
     folder.mkdir()
     job = make_job(make_model(), cluster={"executor": "in-process"})
     (folder / "job.yaml").write_text(job.read_text().replace(str(tmp_path / "dense"), "dense"))
-    ray_submit = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--address", cluster.address, "--working-dir", str(folder)]
+    ray_submit = [
+        sys.executable,
+        "-m",
+        "ray.scripts.scripts",
+        "job",
+        "submit",
+        "--address",
+        cluster.address,
+        "--working-dir",
+        str(folder),
+    ]
     for out, words in (("run", "--out run: is relative"), (str(tmp_path / "run"), "model.path /")):
         sent = subprocess.run(
             [*ray_submit, "--", "rayprune", "run", "job.yaml", "--out", out],
@@ -231,7 +371,9 @@ def test_lost_paths_are_refused_inside_a_job(cluster: Cluster, make_model: MakeM
         assert "thrown away" in sent.stdout + sent.stderr
 
 
-def test_a_wrong_token(cluster: Cluster, make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
+def test_a_wrong_token(
+    cluster: Cluster, make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+) -> None:
     wrong = Cluster(cluster.address, cluster.environment | {"RAY_AUTH_TOKEN": "0" * 64})
     refused = wrong.submit(make_job(make_model()), tmp_path / "run")
     assert refused.returncode == 4

@@ -1,4 +1,6 @@
-"""The same jobs on a GPU: the same units stay, the weights agree to rounding, trainings follow the same curve."""
+"""The same jobs on a GPU: the same units stay, the weights agree to rounding, trainings follow the
+same curve.
+"""
 
 import json
 from pathlib import Path
@@ -13,7 +15,10 @@ from rayprune.orchestrator.reporting.report import read_report
 from rayprune.workers.store.training_stage import read_log
 from tests.conftest import MakeJob, MakeModel
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 ALIKE: dict[str, Any] = {"budget": {"kv_groups": 1}}
 TRAINING = {"epochs": 2, "batch": 4, "learning_rate": 1e-3, "checkpoint_steps": 3}
@@ -23,14 +28,23 @@ def both(job: Path, folder: Path) -> list[Path]:
     """The run folders of a job on the CPU and on the GPU."""
     folders = [folder / device for device in ("cpu", "cuda")]
     for run in folders:
-        assert main(["run", str(job), "--out", str(run), "--set", f"parallel.device={run.name}"]) == 0
+        assert (
+            main(["run", str(job), "--out", str(run), "--set", f"parallel.device={run.name}"]) == 0
+        )
     return folders
 
 
 @pytest.mark.parametrize(
     "sections",
     [
-        *(ALIKE | {"method": method} for method in ({"factorization": "gram"}, {"factorization": "qr"}, {"scale": "gradients"})),
+        *(
+            ALIKE | {"method": method}
+            for method in (
+                {"factorization": "gram"},
+                {"factorization": "qr"},
+                {"scale": "gradients"},
+            )
+        ),
         *(ALIKE | {"method": {"name": name}} for name in ("numerical", "obs", "flap", "wanda")),
         ALIKE | {"correction": {"drift": 0.5}},
         {"parallel": {"placement": "layers"}},
@@ -39,21 +53,34 @@ def both(job: Path, folder: Path) -> list[Path]:
     ],
     ids=str,
 )
-def test_gpu_agrees_with_cpu(sections: dict[str, Any], make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
+def test_gpu_agrees_with_cpu(
+    sections: dict[str, Any], make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+) -> None:
     on_cpu, on_gpu = both(make_job(make_model(), **sections), tmp_path)
     for layer in range(3):
         folders = [run / "tasks" / f"layer-{layer:04d}" for run in (on_cpu, on_gpu)]
-        kept = [json.loads((folder / "manifest.json").read_text())["info"]["kept"] for folder in folders]
+        kept = [
+            json.loads((folder / "manifest.json").read_text())["info"]["kept"] for folder in folders
+        ]
         assert kept[0] == kept[1]
         tensors = [load_file(folder / "layer.safetensors") for folder in folders]
         for name, tensor in tensors[0].items():
             torch.testing.assert_close(tensors[1][name], tensor, rtol=1e-3, atol=1e-4, msg=name)
 
 
-def test_hidden_states_in_files_change_nothing(make_model: MakeModel, make_job: MakeJob, tmp_path: Path, force_memory: Any) -> None:
-    (tmp_path / "other.txt").write_text("Nothing of this stands in the text for calibration, nowhere at all. " * 8)
-    sections = {"budget": {"per_layer": True}, "evaluation": {"path": str(tmp_path / "other.txt"), "window": 16}}
-    job = make_job(make_model(), **sections, parallel={"device": "cuda", "workers": 1, "micro_batch": 2})
+def test_hidden_states_in_files_change_nothing(
+    make_model: MakeModel, make_job: MakeJob, tmp_path: Path, force_memory: Any
+) -> None:
+    (tmp_path / "other.txt").write_text(
+        "Nothing of this stands in the text for calibration, nowhere at all. " * 8
+    )
+    sections = {
+        "budget": {"per_layer": True},
+        "evaluation": {"path": str(tmp_path / "other.txt"), "window": 16},
+    }
+    job = make_job(
+        make_model(), **sections, parallel={"device": "cuda", "workers": 1, "micro_batch": 2}
+    )
     reports = []
     for name in ("kept", "tight"):
         assert main(["run", str(job), "--out", str(tmp_path / name)]) == 0
@@ -66,9 +93,22 @@ def test_hidden_states_in_files_change_nothing(make_model: MakeModel, make_job: 
     ("task", "sections"),
     [
         ("regularise", ALIKE | {"method": {"name": "dress", "mask": "stat", "training": TRAINING}}),
-        ("regularised-0001", ALIKE | {"method": {"name": "dress", "scope": "layer", "training": TRAINING}}),
+        (
+            "regularised-0001",
+            ALIKE | {"method": {"name": "dress", "scope": "layer", "training": TRAINING}},
+        ),
         ("gates-0000", {"method": {"name": "trsp", "gates": TRAINING, "training": TRAINING}}),
-        ("updates", {"method": {"name": "trsp", "gates": TRAINING, "training": TRAINING, "transfer": "penalty"}}),
+        (
+            "updates",
+            {
+                "method": {
+                    "name": "trsp",
+                    "gates": TRAINING,
+                    "training": TRAINING,
+                    "transfer": "penalty",
+                }
+            },
+        ),
         ("recover", ALIKE | {"recover": TRAINING | {"loss": "distillation", "hidden": 0.1}}),
         ("recover", ALIKE | {"recover": TRAINING | {"lora": {"rank": 4}}}),
     ],

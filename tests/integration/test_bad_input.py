@@ -1,4 +1,6 @@
-"""Bad input: a clear error on stderr that says what and where, the right exit code, nothing half-done."""
+"""Bad input: a clear error on stderr that says what and where, the right exit code, nothing
+half-done.
+"""
 
 import json
 from collections.abc import Callable
@@ -38,22 +40,48 @@ def fails(arguments: list[str], code: int, capsys: Capture) -> str:
         ("calibration.path=/nowhere.txt", ["/nowhere.txt", "cannot be read"]),
     ],
 )
-def test_bad_option(override: str, words: list[str], make_model: MakeModel, make_job: MakeJob, tmp_path: Path, capsys: Capture) -> None:
-    message = fails(["run", str(make_job(make_model())), "--out", str(tmp_path / "run"), "--set", override], 2, capsys)
+def test_bad_option(
+    override: str,
+    words: list[str],
+    make_model: MakeModel,
+    make_job: MakeJob,
+    tmp_path: Path,
+    capsys: Capture,
+) -> None:
+    message = fails(
+        ["run", str(make_job(make_model())), "--out", str(tmp_path / "run"), "--set", override],
+        2,
+        capsys,
+    )
     assert all(word in message for word in words), message
 
 
-@pytest.mark.parametrize(("path", "words"), [("/nowhere.txt", "cannot be read"), (None, "stand in the windows for calibration")])
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [("/nowhere.txt", "cannot be read"), (None, "stand in the windows for calibration")],
+)
 def test_an_evaluation_text_that_will_not_do_is_found_before_any_layer(
-    path: str | None, words: str, make_model: MakeModel, make_job: MakeJob, text_file: Path, tmp_path: Path, capsys: Capture
+    path: str | None,
+    words: str,
+    make_model: MakeModel,
+    make_job: MakeJob,
+    text_file: Path,
+    tmp_path: Path,
+    capsys: Capture,
 ) -> None:
-    job = make_job(make_model(), evaluation={"path": path or str(text_file), "window": 128, "max_windows": 8})
+    job = make_job(
+        make_model(), evaluation={"path": path or str(text_file), "window": 128, "max_windows": 8}
+    )
     message = fails(["run", str(job), "--out", str(tmp_path / "run")], 2, capsys)
     assert words in message
-    assert {folder.name for folder in (tmp_path / "run" / "tasks").iterdir()} == {"calibration-tokens"}
+    assert {folder.name for folder in (tmp_path / "run" / "tasks").iterdir()} == {
+        "calibration-tokens"
+    }
 
 
-def test_exponent_notation_is_a_number(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
+def test_exponent_notation_is_a_number(
+    make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+) -> None:
     job = make_job(make_model())
     job.write_text(job.read_text() + "correction:\n  damping: 1e-3\n")
     assert main(["run", str(job), "--out", str(tmp_path / "run")]) == 0
@@ -104,22 +132,41 @@ def _drop_tokenizer(model: Path) -> None:
     ],
 )
 def test_bad_model(
-    damage: Callable[[Path], None], words: list[str], make_model: MakeModel, make_job: MakeJob, tmp_path: Path, capsys: Capture
+    damage: Callable[[Path], None],
+    words: list[str],
+    make_model: MakeModel,
+    make_job: MakeJob,
+    tmp_path: Path,
+    capsys: Capture,
 ) -> None:
     model = make_model()
     damage(model)
-    message = fails(["run", str(make_job(model, budget={"kv_groups": 2})), "--out", str(tmp_path / "run")], 3, capsys)
+    message = fails(
+        ["run", str(make_job(model, budget={"kv_groups": 2})), "--out", str(tmp_path / "run")],
+        3,
+        capsys,
+    )
     assert all(word in message for word in words), message
 
 
-def test_poisoned_layer_keeps_the_finished_ones(make_model: MakeModel, make_job: MakeJob, tmp_path: Path, capsys: Capture) -> None:
+def test_poisoned_layer_keeps_the_finished_ones(
+    make_model: MakeModel, make_job: MakeJob, tmp_path: Path, capsys: Capture
+) -> None:
     model = make_model()
     _poison(model)
-    fails(["run", str(make_job(model, budget={"kv_groups": 2})), "--out", str(tmp_path / "run")], 3, capsys)
-    assert [path.parent.name for path in sorted((tmp_path / "run").rglob("layer-*/manifest.json"))] == ["layer-0000", "layer-0001"]
+    fails(
+        ["run", str(make_job(model, budget={"kv_groups": 2})), "--out", str(tmp_path / "run")],
+        3,
+        capsys,
+    )
+    assert [
+        path.parent.name for path in sorted((tmp_path / "run").rglob("layer-*/manifest.json"))
+    ] == ["layer-0000", "layer-0001"]
 
 
-def test_run_folder_of_another_job(make_model: MakeModel, make_job: MakeJob, tmp_path: Path, capsys: Capture) -> None:
+def test_run_folder_of_another_job(
+    make_model: MakeModel, make_job: MakeJob, tmp_path: Path, capsys: Capture
+) -> None:
     arguments = ["run", str(make_job(make_model())), "--out", str(tmp_path / "run")]
     assert main(arguments) == 0
     message = fails([*arguments, "--set", "budget.sparsity=0.3"], 2, capsys)
@@ -128,14 +175,20 @@ def test_run_folder_of_another_job(make_model: MakeModel, make_job: MakeJob, tmp
     assert main([*arguments, "--set", "parallel.retries=5"]) == 0
 
 
-def test_folder_that_is_no_run(make_model: MakeModel, make_job: MakeJob, tmp_path: Path, capsys: Capture) -> None:
+def test_folder_that_is_no_run(
+    make_model: MakeModel, make_job: MakeJob, tmp_path: Path, capsys: Capture
+) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter1.tex").write_text("words")
-    message = fails(["run", str(make_job(make_model())), "--out", str(tmp_path / "thesis")], 2, capsys)
+    message = fails(
+        ["run", str(make_job(make_model())), "--out", str(tmp_path / "thesis")], 2, capsys
+    )
     assert "is not empty" in message
 
 
-def test_changed_model_under_an_old_run(make_model: MakeModel, make_job: MakeJob, tmp_path: Path, capsys: Capture) -> None:
+def test_changed_model_under_an_old_run(
+    make_model: MakeModel, make_job: MakeJob, tmp_path: Path, capsys: Capture
+) -> None:
     job = make_job(make_model())
     arguments = ["run", str(job), "--out", str(tmp_path / "run"), "--set", "budget.kv_groups=2"]
     assert main(arguments) == 0
@@ -143,7 +196,20 @@ def test_changed_model_under_an_old_run(make_model: MakeModel, make_job: MakeJob
     assert "made from other inputs" in fails(arguments, 5, capsys)
 
 
-def test_too_little_memory(make_model: MakeModel, make_job: MakeJob, tmp_path: Path, capsys: Capture) -> None:
-    message = fails(["run", str(make_job(make_model())), "--out", str(tmp_path / "run"), "--set", "memory.worker=100MB"], 4, capsys)
+def test_too_little_memory(
+    make_model: MakeModel, make_job: MakeJob, tmp_path: Path, capsys: Capture
+) -> None:
+    message = fails(
+        [
+            "run",
+            str(make_job(make_model())),
+            "--out",
+            str(tmp_path / "run"),
+            "--set",
+            "memory.worker=100MB",
+        ],
+        4,
+        capsys,
+    )
     assert "memory.worker" in message
     assert "needs at least" in message

@@ -1,4 +1,6 @@
-"""Corrections that also make up for the drift from the dense model: same bytes whatever happens, and less drift."""
+"""Corrections that also make up for the drift from the dense model: same bytes whatever happens,
+and less drift.
+"""
 
 import json
 from pathlib import Path
@@ -23,10 +25,21 @@ def quiet(event: dict[str, Any]) -> None:
 
 @pytest.fixture
 def job(make_model: MakeModel, make_job: MakeJob) -> Path:
-    """A job over 5 layers with the FFN pruned, 22 windows in 5 shards of uneven size, half of the drift made up for."""
-    calibration, memory = {"samples": 22, "shards": 5, "held_out_shards": 2}, {"checkpoint_layers": 2}
+    """A job over 5 layers with the FFN pruned, 22 windows in 5 shards of uneven size, half of the
+    drift made up for.
+    """
+    calibration, memory = (
+        {"samples": 22, "shards": 5, "held_out_shards": 2},
+        {"checkpoint_layers": 2},
+    )
     dense = make_model(num_hidden_layers=5)
-    return make_job(dense, budget={"kv_groups": 2}, calibration=calibration, memory=memory, correction={"drift": 0.5})
+    return make_job(
+        dense,
+        budget={"kv_groups": 2},
+        calibration=calibration,
+        memory=memory,
+        correction={"drift": 0.5},
+    )
 
 
 @pytest.fixture
@@ -38,27 +51,44 @@ def expected(job: Path, tmp_path: Path) -> dict[str, bytes]:
 
 @torch.inference_mode()
 def last_hidden(model: Path) -> Tensor:
-    return AutoModelForCausalLM.from_pretrained(model)(WINDOWS_NT, output_hidden_states=True).hidden_states[-1]
+    return AutoModelForCausalLM.from_pretrained(model)(
+        WINDOWS_NT, output_hidden_states=True
+    ).hidden_states[-1]
 
 
-def test_the_pruned_model_stays_closer_to_the_dense_one(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
+def test_the_pruned_model_stays_closer_to_the_dense_one(
+    make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+) -> None:
     text = tmp_path / "random.txt"
-    text.write_bytes(bytes(WINDOWS_NT.flatten() % 96 + 32))  # as long as the windows; the tokenizer has one token for a byte
+    # as long as the windows; the tokenizer has one token for a byte
+    text.write_bytes(bytes(WINDOWS_NT.flatten() % 96 + 32))
     dense = make_model(num_hidden_layers=6)
     errors = {}
     for drift in (0.0, 0.5, 1.0):
         calibration = {"path": str(text), "samples": 32}
-        job = make_job(dense, budget={"kv_groups": 2, "sparsity": 0.3}, calibration=calibration, correction={"drift": drift})
+        job = make_job(
+            dense,
+            budget={"kv_groups": 2, "sparsity": 0.3},
+            calibration=calibration,
+            correction={"drift": drift},
+        )
         report = run_job(load_job(job), tmp_path / f"run-{drift}", quiet)
-        errors[drift] = float((last_hidden(tmp_path / f"run-{drift}" / "model") - last_hidden(dense)).norm())
+        errors[drift] = float(
+            (last_hidden(tmp_path / f"run-{drift}" / "model") - last_hidden(dense)).norm()
+        )
         names = {name for layer in report["layers"] for name in layer["groups"]}
-        assert names == ({"heads", "neurons"} if drift else {"neurons"}), "blocks that lose nothing make up for drift too"
+        assert names == ({"heads", "neurons"} if drift else {"neurons"}), (
+            "blocks that lose nothing make up for drift too"
+        )
     assert errors[0.5] < errors[0.0]
 
 
 @pytest.mark.parametrize(
     "memory",
-    [{"keep_inputs": False}, {"spill_statistics": True, "spill_hidden": True, "keep_inputs": False}],
+    [
+        {"keep_inputs": False},
+        {"spill_statistics": True, "spill_hidden": True, "keep_inputs": False},
+    ],
     ids=str,
 )
 def test_what_memory_holds_never_changes_the_bytes(
@@ -70,7 +100,9 @@ def test_what_memory_holds_never_changes_the_bytes(
 
 
 @pytest.mark.parametrize("stop_after", [0, 1, 3])
-def test_a_restart_has_its_dense_path_again(stop_after: int, job: Path, expected: Any, tmp_path: Path) -> None:
+def test_a_restart_has_its_dense_path_again(
+    stop_after: int, job: Path, expected: Any, tmp_path: Path
+) -> None:
     def stop(event: dict[str, Any]) -> None:
         if event["event"] == "step-finished" and event.get("layer") == stop_after:
             raise KeyboardInterrupt
@@ -84,13 +116,21 @@ def test_a_restart_has_its_dense_path_again(stop_after: int, job: Path, expected
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 @pytest.mark.parametrize("workers", [1, 3])
-def test_workers_give_the_same_bytes(workers: int, job: Path, expected: Any, tmp_path: Path) -> None:
-    run_job(load_job(job, ["cluster.executor=ray", f"parallel.workers={workers}"]), tmp_path / "ray", quiet)
+def test_workers_give_the_same_bytes(
+    workers: int, job: Path, expected: Any, tmp_path: Path
+) -> None:
+    run_job(
+        load_job(job, ["cluster.executor=ray", f"parallel.workers={workers}"]),
+        tmp_path / "ray",
+        quiet,
+    )
     assert folder_bytes(tmp_path / "ray" / "model") == expected
 
 
 @pytest.mark.parametrize("model_type", ["mistral", "qwen3", "gemma", "smollm3"])
-def test_families(model_type: str, make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
+def test_families(
+    model_type: str, make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+) -> None:
     job = make_job(make_model(model_type), budget={"kv_groups": 1}, correction={"drift": 0.5})
     assert main(["run", str(job), "--out", str(tmp_path / "run")]) == 0
     assert main(["verify", str(tmp_path / "run")]) == 0
@@ -118,7 +158,13 @@ def test_refit_makes_up_for_drift_in_its_second_pass(job: Path, tmp_path: Path) 
     ],
 )
 def test_where_drift_is_not_known_it_is_refused(
-    model_type: str, settings: list[str], words: str, make_model: MakeModel, make_job: MakeJob, tmp_path: Path, capsys: Any
+    model_type: str,
+    settings: list[str],
+    words: str,
+    make_model: MakeModel,
+    make_job: MakeJob,
+    tmp_path: Path,
+    capsys: Any,
 ) -> None:
     job = make_job(make_model(model_type), budget={"kv_groups": 2}, correction={"drift": 0.5})
     arguments = [word for setting in settings for word in ("--set", setting)]

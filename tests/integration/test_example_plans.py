@@ -18,7 +18,13 @@ from rayprune.specs.machine import PROFILES
 from rayprune.workers.model.checkpoint import planned_checkpoint
 
 PLANS = Path(__file__).parents[2] / "examples" / "plans"
-BILLIONS = {"llama-3-8b": 8.03, "llama-3-70b": 70.55, "llama-3.1-405b": 405.85, "mixtral-8x22b": 140.62, "deepseek-v3": 671.03}
+BILLIONS = {
+    "llama-3-8b": 8.03,
+    "llama-3-70b": 70.55,
+    "llama-3.1-405b": 405.85,
+    "mixtral-8x22b": 140.62,
+    "deepseek-v3": 671.03,
+}
 ACTIVE_BILLIONS = {"mixtral-8x22b": 39.15, "deepseek-v3": 37.55}
 COMMAND = """
 import sys
@@ -41,7 +47,9 @@ def test_every_example_is_looked_at() -> None:
 def test_parameters_are_the_published_ones(name: str) -> None:
     plan = planned(name)
     assert plan.model.parameters / 1e9 == pytest.approx(BILLIONS[name], abs=0.005)
-    assert plan.model.active_parameters / 1e9 == pytest.approx(ACTIVE_BILLIONS.get(name, BILLIONS[name]), abs=0.005)
+    assert plan.model.active_parameters / 1e9 == pytest.approx(
+        ACTIVE_BILLIONS.get(name, BILLIONS[name]), abs=0.005
+    )
     assert 0.2 <= 1 - plan.shape.decoder_parameters / plan.model.decoder_parameters < 0.22
     assert plan.needs.worker_memory_bytes <= PROFILES["h200-141gb"].memory_bytes
     assert plan.seconds is not None
@@ -51,7 +59,15 @@ def test_parameters_are_the_published_ones(name: str) -> None:
 @pytest.mark.parametrize("name", BILLIONS)
 def test_a_plan_takes_less_than_two_seconds(name: str) -> None:
     start = time.perf_counter()
-    words = [sys.executable, "-c", COMMAND, "plan", str(PLANS / name / "job.yaml"), "--profile", "h200-141gb"]
+    words = [
+        sys.executable,
+        "-c",
+        COMMAND,
+        "plan",
+        str(PLANS / name / "job.yaml"),
+        "--profile",
+        "h200-141gb",
+    ]
     done = subprocess.run(words, cwd=PLANS.parents[1], capture_output=True, text=True, timeout=30)
     seconds = time.perf_counter() - start
     assert done.returncode == 0, done.stderr
@@ -71,7 +87,9 @@ def test_a_run_without_weights_is_refused(name: str, tmp_path: Path) -> None:
 
 
 def test_fp8_weights_are_counted_as_such() -> None:
-    """688 GB are published with the layer of multi-token prediction (11.5 B parameters), which is no part of the plan."""
+    """688 GB are published with the layer of multi-token prediction (11.5 B parameters), which is
+    no part of the plan.
+    """
     assert planned("deepseek-v3").model.bytes_on_disk == pytest.approx(673e9, rel=0.005)
 
 
@@ -83,7 +101,15 @@ def test_both_placements_can_be_planned(name: str) -> None:
 
 @pytest.mark.parametrize("name", BILLIONS)
 def test_the_table_says_what_the_plans_say(name: str) -> None:
-    (row,) = (line for line in (PLANS / "README.md").read_text().splitlines() if f"({name}/job.yaml)" in line)
+    (row,) = (
+        line
+        for line in (PLANS / "README.md").read_text().splitlines()
+        if f"({name}/job.yaml)" in line
+    )
     plans = [planned(name, f"parallel.placement={placement}") for placement in ("shards", "layers")]
-    cells = [cell for plan in plans for cell in (f"{plan.needs.worker_memory_bytes / 2**30:.1f} GiB", duration(plan.seconds))]
+    cells = [
+        cell
+        for plan in plans
+        for cell in (f"{plan.needs.worker_memory_bytes / 2**30:.1f} GiB", duration(plan.seconds))
+    ]
     assert [cell.strip() for cell in row.split("|")[-5:-1]] == cells

@@ -38,14 +38,27 @@ def test_what_it_writes_serves_as_calibration_text(
 ) -> None:
     model, own = make_model(), tmp_path / "own.jsonl"
     (tmp_path / "prompts.txt").write_text("Something to go on from, and some more. " * 9)
-    texts = written(capsys, str(model), "--tokens", "600", "--length", "64", "--prompts", str(tmp_path / "prompts.txt"))
+    texts = written(
+        capsys,
+        str(model),
+        "--tokens",
+        "600",
+        "--length",
+        "64",
+        "--prompts",
+        str(tmp_path / "prompts.txt"),
+    )
     own.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    job = load_job(make_job(model, budget={"kv_groups": 1}, calibration={"mix": [{"path": str(own)}]}))
+    job = load_job(
+        make_job(model, budget={"kv_groups": 1}, calibration={"mix": [{"path": str(own)}]})
+    )
     report = run_job(job, tmp_path / "run", lambda _: None)
     assert report["decoder_parameters"]["after"] < report["decoder_parameters"]["before"]
 
 
-def test_what_cannot_be_is_said(make_model: MakeModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_is_said(
+    make_model: MakeModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model, empty = str(make_model()), tmp_path / "empty.txt"
     empty.write_text("")
     for words, code, said in (

@@ -25,7 +25,9 @@ def kept(run: Path) -> list[Any]:
     return [manifest.info["kept"] for manifest in manifests if manifest]
 
 
-def test_they_are_measured_once_and_change_what_stays(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
+def test_they_are_measured_once_and_change_what_stays(
+    make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+) -> None:
     job = make_job(make_model(), budget={"kv_groups": 1})
     run_job(load_job(job), tmp_path / "weights", quiet)
     run_job(load_job(job, GRADIENTS), tmp_path / "run", quiet)
@@ -40,21 +42,36 @@ def test_they_are_measured_once_and_change_what_stays(make_model: MakeModel, mak
     assert folder_bytes(tmp_path / "run" / "model") == expected
 
 
-def test_the_file_holds_a_row_for_every_layer(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
+def test_the_file_holds_a_row_for_every_layer(
+    make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+) -> None:
     """More windows asked for than there are: all are taken."""
-    job = make_job(make_model(num_hidden_layers=4), budget={"kv_groups": 1}, parallel={"placement": "layers"})
+    job = make_job(
+        make_model(num_hidden_layers=4), budget={"kv_groups": 1}, parallel={"placement": "layers"}
+    )
     run_job(load_job(job, [*GRADIENTS, "method.gradient_samples=1000"]), tmp_path / "run", quiet)
     scales = load_file(tmp_path / "run" / "tasks" / "gradients" / "gradients.safetensors")
-    assert {name: tuple(scale.shape) for name, scale in scales.items()} == {"heads": (4, 32), "neurons": (4, 48)}
+    assert {name: tuple(scale.shape) for name, scale in scales.items()} == {
+        "heads": (4, 32),
+        "neurons": (4, 48),
+    }
     assert all(bool((scale > 0).all()) for scale in scales.values())
 
 
-def test_rounds_give_the_same_bytes(make_model: MakeModel, make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rounds_give_the_same_bytes(
+    make_model: MakeModel, make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     job = load_job(make_job(make_model(), budget={"kv_groups": 1}), GRADIENTS)
     run_job(job, tmp_path / "together", quiet)
     monkeypatch.setattr(gradients, "GRADIENT_WINDOWS_AT_ONCE", 3)
     events: list[dict[str, Any]] = []
     run_job(job, tmp_path / "rounds", events.append)
-    steps = [event["windows"] for event in events if event["event"] == "step-finished" and event["stage"] == "gradients"]
+    steps = [
+        event["windows"]
+        for event in events
+        if event["event"] == "step-finished" and event["stage"] == "gradients"
+    ]
     assert steps == [3, 3, 3, 3, 3, 1]
-    assert folder_bytes(tmp_path / "rounds" / "model") == folder_bytes(tmp_path / "together" / "model")
+    assert folder_bytes(tmp_path / "rounds" / "model") == folder_bytes(
+        tmp_path / "together" / "model"
+    )

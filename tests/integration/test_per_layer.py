@@ -1,4 +1,6 @@
-"""Layers that differ in size: exported as remote code or padded, from an allocation given by hand or found."""
+"""Layers that differ in size: exported as remote code or padded, from an allocation given by hand
+or found.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,12 @@ from rayprune.workers.store.layout import SENSITIVITY_TASK, SHAPE_TASK, generati
 from tests.conftest import MakeJob, MakeModel
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "smollm3")
-BY_HAND = [{"heads": 0, "neurons": 40}, {"heads": 1, "neurons": 48}, {"heads": 2, "neurons": 0}, {"heads": 1, "neurons": 20}]
+BY_HAND = [
+    {"heads": 0, "neurons": 40},
+    {"heads": 1, "neurons": 48},
+    {"heads": 2, "neurons": 0},
+    {"heads": 1, "neurons": 20},
+]
 TOKENS = torch.tensor([[3, 77, 15, 200, 9, 31, 8, 120]])
 
 
@@ -67,7 +74,11 @@ def test_remote_code_padded_and_own_models_agree(
     dense = make_model(model_type, num_hidden_layers=4)
     folders = {}
     for pad in (False, True):
-        sections = {"budget": {"per_layer": True}, "export": {"pad": pad}, "correction": {"drift": drift}}
+        sections = {
+            "budget": {"per_layer": True},
+            "export": {"pad": pad},
+            "correction": {"drift": drift},
+        }
         run_job(load_job(make_job(dense, **sections)), tmp_path / f"pad-{pad}", quiet)
         folders[pad] = tmp_path / f"pad-{pad}" / "model"
     own_code = AutoModelForCausalLM.from_pretrained(folders[False], trust_remote_code=True)
@@ -83,53 +94,93 @@ def test_remote_code_padded_and_own_models_agree(
 
 
 @pytest.mark.usefixtures("by_hand")
-@pytest.mark.parametrize(("model_type", "window"), [("qwen3", {}), ("gemma2", {"sliding_window": 8})])
+@pytest.mark.parametrize(
+    ("model_type", "window"), [("qwen3", {}), ("gemma2", {"sliding_window": 8})]
+)
 def test_generation_with_the_cache_equals_generation_without(
-    model_type: str, window: dict[str, int], make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+    model_type: str,
+    window: dict[str, int],
+    make_model: MakeModel,
+    make_job: MakeJob,
+    tmp_path: Path,
 ) -> None:
     dense = make_model(model_type, num_hidden_layers=4, **window)
     run_job(load_job(make_job(dense, budget={"per_layer": True})), tmp_path / "run", quiet)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", trust_remote_code=True).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "run" / "model", trust_remote_code=True
+    ).eval()
     options = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    assert torch.equal(model.generate(TOKENS, use_cache=True, **options), model.generate(TOKENS, use_cache=False, **options))
+    assert torch.equal(
+        model.generate(TOKENS, use_cache=True, **options),
+        model.generate(TOKENS, use_cache=False, **options),
+    )
 
 
 def test_a_cache_that_could_not_count_is_refused(make_model: MakeModel, make_job: MakeJob) -> None:
     dense, kept = make_model("gemma2", num_hidden_layers=4), {"heads": 2, "neurons": 40}
     spread = [kept | {"heads": 0}, kept, kept | {"heads": 0}, kept]  # all sliding windows go
-    with pytest.raises(SpecError, match=r"no layer of sliding_attention would keep its attention; set export\.pad"):
-        uneven_shape(load_job(make_job(dense, budget={"per_layer": True})), open_checkpoint(dense), spread)
-    uneven_shape(load_job(make_job(dense, budget={"per_layer": True}, export={"pad": True})), open_checkpoint(dense), spread)
+    with pytest.raises(
+        SpecError, match=r"no layer of sliding_attention would keep its attention; set export\.pad"
+    ):
+        uneven_shape(
+            load_job(make_job(dense, budget={"per_layer": True})), open_checkpoint(dense), spread
+        )
+    uneven_shape(
+        load_job(make_job(dense, budget={"per_layer": True}, export={"pad": True})),
+        open_checkpoint(dense),
+        spread,
+    )
 
 
 @pytest.mark.usefixtures("by_hand")
-def test_stock_classes_refuse_layers_of_different_sizes(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
-    run_job(load_job(make_job(make_model(num_hidden_layers=4), budget={"per_layer": True})), tmp_path / "run", quiet)
+def test_stock_classes_refuse_layers_of_different_sizes(
+    make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+) -> None:
+    run_job(
+        load_job(make_job(make_model(num_hidden_layers=4), budget={"per_layer": True})),
+        tmp_path / "run",
+        quiet,
+    )
     with pytest.raises((RuntimeError, ValueError)):
         AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", trust_remote_code=False)
 
 
 @pytest.mark.usefixtures("by_hand")
-def test_a_model_whose_layers_differ_is_not_pruned_again(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
-    run_job(load_job(make_job(make_model(num_hidden_layers=4), budget={"per_layer": True})), tmp_path / "run", quiet)
+def test_a_model_whose_layers_differ_is_not_pruned_again(
+    make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+) -> None:
+    run_job(
+        load_job(make_job(make_model(num_hidden_layers=4), budget={"per_layer": True})),
+        tmp_path / "run",
+        quiet,
+    )
     again = load_job(make_job(tmp_path / "run" / "model"))
     with pytest.raises(ModelError, match="layers differ in size"):
         run_job(again, tmp_path / "again", quiet)
 
 
 @pytest.mark.parametrize("propagation", ["pruned", "dense", "refit"])
-def test_curves_meet_the_budget_to_one_step(propagation: str, make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
+def test_curves_meet_the_budget_to_one_step(
+    propagation: str, make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+) -> None:
     dense = make_model(num_hidden_layers=5)
     placement = "shards" if propagation == "pruned" else "layers"
     parallel = {"workers": 1, "micro_batch": 2, "placement": placement, "propagation": propagation}
-    report = run_job(load_job(make_job(dense, budget={"per_layer": True}, parallel=parallel)), tmp_path / "run", quiet)
+    report = run_job(
+        load_job(make_job(dense, budget={"per_layer": True}, parallel=parallel)),
+        tmp_path / "run",
+        quiet,
+    )
     sizes = report["decoder_parameters"]
     assert 0 <= 0.75 * sizes["before"] - sizes["after"] < 4 * 3 * 32  # four channels
     assert len({str(layer["groups"]) for layer in report["layers"]}) > 1
     verify_run(tmp_path / "run")
 
 
-SEARCH = {"per_layer": True, "allocation": {"name": "search", "generations": 3, "offspring": 4, "samples": 3, "levels": 6}}
+SEARCH = {
+    "per_layer": True,
+    "allocation": {"name": "search", "generations": 3, "offspring": 4, "samples": 3, "levels": 6},
+}
 
 
 def test_search_is_never_worse_than_curves_and_goes_on_where_it_was_cut_off(
@@ -137,7 +188,9 @@ def test_search_is_never_worse_than_curves_and_goes_on_where_it_was_cut_off(
 ) -> None:
     job = load_job(make_job(make_model(num_hidden_layers=5), budget=SEARCH))
     run_job(job, tmp_path / "run", quiet)
-    generations = [read_manifest(task_folder(tmp_path / "run", generation_task(number))) for number in range(3)]
+    generations = [
+        read_manifest(task_folder(tmp_path / "run", generation_task(number))) for number in range(3)
+    ]
     history = [manifest.info["result"]["divergence"] for manifest in generations if manifest]  # type: ignore[index]
     first: Any = generations[0].info["result"] if generations[0] else None
     assert history == sorted(history, reverse=True)
@@ -156,9 +209,13 @@ def test_search_is_never_worse_than_curves_and_goes_on_where_it_was_cut_off(
 
 
 @pytest.mark.parametrize("method", ["numerical", "flap"])
-def test_one_threshold_for_all_layers(method: str, make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
+def test_one_threshold_for_all_layers(
+    method: str, make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+) -> None:
     budget = {"per_layer": True, "allocation": "threshold"}
-    job = load_job(make_job(make_model(num_hidden_layers=5), budget=budget, method={"name": method}))
+    job = load_job(
+        make_job(make_model(num_hidden_layers=5), budget=budget, method={"name": method})
+    )
     sizes = run_job(job, tmp_path / "run", quiet)["decoder_parameters"]
     assert 0 <= 0.75 * sizes["before"] - sizes["after"] < 4 * 3 * 32
 
@@ -167,7 +224,16 @@ def test_the_sensitivity_of_a_layer_is_the_divergence_of_a_model_cut_there_alone
     make_model: MakeModel, make_job: MakeJob, tmp_path: Path
 ) -> None:
     dense = make_model(num_hidden_layers=3)
-    job = load_job(make_job(dense, budget={"per_layer": True, "kv_groups": 2, "allocation": {"name": "curves", "samples": 2}}))
+    job = load_job(
+        make_job(
+            dense,
+            budget={
+                "per_layer": True,
+                "kv_groups": 2,
+                "allocation": {"name": "curves", "samples": 2},
+            },
+        )
+    )
     run_job(job, tmp_path / "run", quiet)
     measured: Any = read_manifest(task_folder(tmp_path / "run", SENSITIVITY_TASK))
     assert len(measured.info["result"]) == 3

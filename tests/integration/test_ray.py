@@ -1,4 +1,6 @@
-"""The same job on real Ray actors: same bytes from every executor and worker count, errors as in process."""
+"""The same job on real Ray actors: same bytes from every executor and worker count, errors as in
+process.
+"""
 
 import os
 import signal
@@ -29,15 +31,23 @@ def workers_alive() -> list[int]:
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            if (process / "cmdline").read_bytes().startswith(b"ray::Worker") and TOKEN in (process / "environ").read_bytes():
+            if (process / "cmdline").read_bytes().startswith(b"ray::Worker") and TOKEN in (
+                process / "environ"
+            ).read_bytes():
                 found.append(int(process.name))
         except OSError:
             continue
     return found
 
 
-def test_same_bytes_from_every_executor(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
-    job = make_job(make_model(), budget={"kv_groups": 1}, calibration={"samples": 22, "shards": 5, "held_out_shards": 2})
+def test_same_bytes_from_every_executor(
+    make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+) -> None:
+    job = make_job(
+        make_model(),
+        budget={"kv_groups": 1},
+        calibration={"samples": 22, "shards": 5, "held_out_shards": 2},
+    )
     run_job(load_job(job), tmp_path / "in-process", quiet)
     expected = folder_bytes(tmp_path / "in-process" / "model")
     for workers in (1, 2, 4):
@@ -46,13 +56,17 @@ def test_same_bytes_from_every_executor(make_model: MakeModel, make_job: MakeJob
         assert folder_bytes(out / "model") == expected
 
 
-def test_gradients_are_the_same_on_many_workers(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
+def test_gradients_are_the_same_on_many_workers(
+    make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+) -> None:
     method = {"name": "stat", "scale": "gradients", "gradient_samples": 7}
     job = make_job(make_model(), budget={"per_layer": True, "round_to": 4}, method=method)
     run_job(load_job(job), tmp_path / "in-process", quiet)
     run_job(load_job(job, ["cluster.executor=ray", "parallel.workers=3"]), tmp_path / "ray", quiet)
     for folder in ("model", "tasks/gradients"):
-        assert folder_bytes(tmp_path / "ray" / folder) == folder_bytes(tmp_path / "in-process" / folder)
+        assert folder_bytes(tmp_path / "ray" / folder) == folder_bytes(
+            tmp_path / "in-process" / folder
+        )
 
 
 def test_layers_trained_alone_are_the_same_on_many_workers_and_after_a_killed_one(
@@ -66,40 +80,75 @@ def test_layers_trained_alone_are_the_same_on_many_workers_and_after_a_killed_on
 
     def kill_after_layer_2(event: dict[str, Any]) -> None:
         events.append(event)
-        ended = event["event"] == "step-finished" and event["stage"] == "regularise" and event["layer"] == 2
+        ended = (
+            event["event"] == "step-finished"
+            and event["stage"] == "regularise"
+            and event["layer"] == 2
+        )
         if ended and not any(e["event"] == "worker-failed" for e in events):
             os.kill(workers_alive()[0], signal.SIGKILL)
 
-    run_job(load_job(job, ["cluster.executor=ray", "parallel.workers=3"]), tmp_path / "ray", kill_after_layer_2)
+    run_job(
+        load_job(job, ["cluster.executor=ray", "parallel.workers=3"]),
+        tmp_path / "ray",
+        kill_after_layer_2,
+    )
     assert any(e["event"] == "worker-failed" for e in events)
-    assert folder_bytes(tmp_path / "ray" / "model") == folder_bytes(tmp_path / "in-process" / "model")
+    assert folder_bytes(tmp_path / "ray" / "model") == folder_bytes(
+        tmp_path / "in-process" / "model"
+    )
 
 
-def test_killed_worker_is_replaced(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
-    """SIGKILL in mid-sweep: the driver starts another worker, repeats no finished layer, and the bytes are the same."""
-    job = make_job(make_model(num_hidden_layers=6), budget={"kv_groups": 1}, memory={"checkpoint_layers": 2}, parallel={"workers": 2})
+def test_killed_worker_is_replaced(
+    make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+) -> None:
+    """SIGKILL in mid-sweep: the driver starts another worker, repeats no finished layer, and the
+    bytes are the same.
+    """
+    job = make_job(
+        make_model(num_hidden_layers=6),
+        budget={"kv_groups": 1},
+        memory={"checkpoint_layers": 2},
+        parallel={"workers": 2},
+    )
     run_job(load_job(job), tmp_path / "calm", quiet)
     events: list[dict[str, Any]] = []
 
     def kill_after_layer_3(event: dict[str, Any]) -> None:
         events.append(event)
-        if event["event"] == "step-finished" and event.get("layer") == 3 and not any(e["event"] == "worker-failed" for e in events):
+        if (
+            event["event"] == "step-finished"
+            and event.get("layer") == 3
+            and not any(e["event"] == "worker-failed" for e in events)
+        ):
             os.kill(workers_alive()[0], signal.SIGKILL)
 
     run_job(load_job(job, ["cluster.executor=ray"]), tmp_path / "killed", kill_after_layer_3)
-    assert [event["task"] for event in events if event["event"] == "worker-failed"] == ["layer-0004"]
-    assert [event["layer"] for event in events if event["event"] == "step-finished" and event["stage"] == "sweep"] == list(range(6))
+    assert [event["task"] for event in events if event["event"] == "worker-failed"] == [
+        "layer-0004"
+    ]
+    assert [
+        event["layer"]
+        for event in events
+        if event["event"] == "step-finished" and event["stage"] == "sweep"
+    ] == list(range(6))
     assert folder_bytes(tmp_path / "killed" / "model") == folder_bytes(tmp_path / "calm" / "model")
 
 
 @pytest.mark.timeout(300)
-def test_a_search_ends_the_same_with_any_number_of_workers(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
+def test_a_search_ends_the_same_with_any_number_of_workers(
+    make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+) -> None:
     """One worker, four, and two of which one is killed between two generations."""
     search = {"name": "search", "generations": 3, "offspring": 5, "samples": 5, "levels": 6}
-    job = make_job(make_model(num_hidden_layers=6), budget={"per_layer": True, "allocation": search})
+    job = make_job(
+        make_model(num_hidden_layers=6), budget={"per_layer": True, "allocation": search}
+    )
     run_job(load_job(job), tmp_path / "in-process", quiet)
     expected = folder_bytes(tmp_path / "in-process" / "model")
-    run_job(load_job(job, ["cluster.executor=ray", "parallel.workers=4"]), tmp_path / "ray-4", quiet)
+    run_job(
+        load_job(job, ["cluster.executor=ray", "parallel.workers=4"]), tmp_path / "ray-4", quiet
+    )
     assert folder_bytes(tmp_path / "ray-4" / "model") == expected
     failed = []
 
@@ -109,29 +158,47 @@ def test_a_search_ends_the_same_with_any_number_of_workers(make_model: MakeModel
         if event["event"] == "step-finished" and event.get("generation") == 0 and not failed:
             os.kill(workers_alive()[0], signal.SIGKILL)
 
-    run_job(load_job(job, ["cluster.executor=ray", "parallel.workers=2"]), tmp_path / "killed", kill_after_generation_0)
+    run_job(
+        load_job(job, ["cluster.executor=ray", "parallel.workers=2"]),
+        tmp_path / "killed",
+        kill_after_generation_0,
+    )
     assert failed == ["generation-0001"]
     assert folder_bytes(tmp_path / "killed" / "model") == expected
 
 
 @pytest.mark.timeout(300)
-def test_a_gang_of_ranks_trains_between_the_steps_of_workers(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
-    """TRSP on two ranks: the workers make room for the gang and come back; the layers that go are those of one process."""
+def test_a_gang_of_ranks_trains_between_the_steps_of_workers(
+    make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+) -> None:
+    """TRSP on two ranks: the workers make room for the gang and come back; the layers that go are
+    those of one process.
+    """
     training = {"batch": 4, "learning_rate": 1e-3}
     method = {"name": "trsp", "gates": training, "training": training}
     job = make_job(make_model(num_hidden_layers=4), method=method)
     chosen: dict[str, list[int]] = {"in-process": [], "ray": []}
     for executor, layers in chosen.items():
         overrides = [f"cluster.executor={executor}", "parallel.workers=2"]
-        run_job(load_job(job, overrides), tmp_path / executor, lambda e, to=layers: to.append(e["layer"]) if "gate" in e else None)
+        run_job(
+            load_job(job, overrides),
+            tmp_path / executor,
+            lambda e, to=layers: to.append(e["layer"]) if "gate" in e else None,
+        )
     assert chosen["ray"] == chosen["in-process"] != []
 
 
-def test_no_retries_stops_with_advice(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
+def test_no_retries_stops_with_advice(
+    make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+) -> None:
     job = make_job(make_model(), cluster={"executor": "ray"}, parallel={"retries": 0})
 
     def kill_first(event: dict[str, Any]) -> None:
-        if event.get("layer") == 0 and event["event"] == "step-finished" and event["stage"] == "sweep":
+        if (
+            event.get("layer") == 0
+            and event["event"] == "step-finished"
+            and event["stage"] == "sweep"
+        ):
             os.kill(workers_alive()[0], signal.SIGKILL)
 
     with pytest.raises(ResourceError, match=r"layer-0001.*run the same command again"):
@@ -139,7 +206,9 @@ def test_no_retries_stops_with_advice(make_model: MakeModel, make_job: MakeJob, 
     run_job(load_job(job), tmp_path / "run", quiet)
 
 
-def test_a_steps_own_error_is_not_retried(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
+def test_a_steps_own_error_is_not_retried(
+    make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+) -> None:
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -149,21 +218,40 @@ def test_a_steps_own_error_is_not_retried(make_model: MakeModel, make_job: MakeJ
     save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
     events: list[dict[str, Any]] = []
     with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds NaN"):
-        run_job(load_job(make_job(dense, cluster={"executor": "ray"}, budget={"kv_groups": 2})), tmp_path / "run", events.append)
+        run_job(
+            load_job(make_job(dense, cluster={"executor": "ray"}, budget={"kv_groups": 2})),
+            tmp_path / "run",
+            events.append,
+        )
     assert not any(event["event"] == "worker-failed" for event in events)
 
 
-def test_a_worker_that_does_not_see_the_run_folder(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
+def test_a_worker_that_does_not_see_the_run_folder(
+    make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+) -> None:
     """The worker's error reaches the driver as it is: its node, the path, what to do."""
-    executor = RayExecutor(load_job(make_job(make_model(), cluster={"executor": "ray"})), tmp_path, True)
+    executor = RayExecutor(
+        load_job(make_job(make_model(), cluster={"executor": "ray"})), tmp_path, True
+    )
     missing = {str(tmp_path / "elsewhere" / "marker"): FileRecord(32, "00")}
-    with executor, pytest.raises(ResourceError, match=rf"node {socket.gethostname()}.*elsewhere/marker.*mount the storage"):
+    with (
+        executor,
+        pytest.raises(
+            ResourceError,
+            match=rf"node {socket.gethostname()}.*elsewhere/marker.*mount the storage",
+        ),
+    ):
         executor.wait([executor.submit(0, "check_storage", missing)])
 
 
 def test_missing_gpus_are_refused_before_any_work(
     make_model: MakeModel, make_job: MakeJob, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    job = make_job(make_model(), cluster={"executor": "ray"}, parallel={"device": "cuda", "workers": 3})
+    job = make_job(
+        make_model(), cluster={"executor": "ray"}, parallel={"device": "cuda", "workers": 3}
+    )
     assert main(["run", str(job), "--out", str(tmp_path / "run")]) == 4
-    assert "3 workers need 3 CPUs and 3 GPUs, the cluster has 8 CPUs and 0 GPUs" in capsys.readouterr().err
+    assert (
+        "3 workers need 3 CPUs and 3 GPUs, the cluster has 8 CPUs and 0 GPUs"
+        in capsys.readouterr().err
+    )

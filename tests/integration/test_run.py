@@ -36,7 +36,9 @@ def load(folder: Path) -> Any:
     return model.eval()
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "smollm3"])
+@pytest.mark.parametrize(
+    "model_type", ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "smollm3"]
+)
 @pytest.mark.parametrize("kv_groups", [2, 1])
 def test_every_family_loads_and_generates(
     model_type: str, kv_groups: int, make_model: MakeModel, make_job: MakeJob, tmp_path: Path
@@ -49,75 +51,134 @@ def test_every_family_loads_and_generates(
     assert plan["remaining_parameters"] == report["parameters"]["after"]
     assert report["decoder_parameters"]["after"] <= 0.75 * report["decoder_parameters"]["before"]
     tokens = torch.randint(3, 259, (2, 12), generator=torch.Generator().manual_seed(0))
-    cached, plain = (model.generate(tokens, max_new_tokens=8, do_sample=False, use_cache=use) for use in (True, False))
+    cached, plain = (
+        model.generate(tokens, max_new_tokens=8, do_sample=False, use_cache=use)
+        for use in (True, False)
+    )
     assert torch.equal(cached, plain)
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_tied_and_untied_embeddings(tied: bool, make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
+def test_tied_and_untied_embeddings(
+    tied: bool, make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+) -> None:
     dense = make_model(tie_word_embeddings=tied)
     report = run(make_job(dense), tmp_path / "run")
     names = open_checkpoint(tmp_path / "run" / "model").tensors
     assert ("lm_head.weight" in names) is not tied
     embedding = 260 * 32
-    assert report["parameters"]["before"] - report["decoder_parameters"]["before"] == embedding * (1 if tied else 2) + 32
+    assert (
+        report["parameters"]["before"] - report["decoder_parameters"]["before"]
+        == embedding * (1 if tied else 2) + 32
+    )
 
 
-def test_uneven_heads_of_llama_are_written_as_mistral(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
-    """Six heads in three groups to four heads of a hidden size of 30 (30 % 4 != 0), which LlamaConfig refuses."""
+def test_uneven_heads_of_llama_are_written_as_mistral(
+    make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+) -> None:
+    """Six heads in three groups to four heads of a hidden size of 30 (30 % 4 != 0), which
+    LlamaConfig refuses.
+    """
     dense = make_model(hidden_size=30, num_attention_heads=6, num_key_value_heads=3)
     run(make_job(dense, budget={"kv_groups": 2, "sparsity": 0.2}), tmp_path / "run")
     config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
-    assert (config["model_type"], config["sliding_window"], config["head_dim"]) == ("mistral", None, 8)
+    assert (config["model_type"], config["sliding_window"], config["head_dim"]) == (
+        "mistral",
+        None,
+        8,
+    )
     load(tmp_path / "run" / "model")
 
 
-def test_a_model_type_of_another_tokenizer_class_gives_the_same_tokens(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
-    """Llama 2's tokenizer: of a Llama transformers builds its class from `tokenizer_class`, of a Mistral it takes the file literally."""
+def test_a_model_type_of_another_tokenizer_class_gives_the_same_tokens(
+    make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+) -> None:
+    """Llama 2's tokenizer: of a Llama transformers builds its class from `tokenizer_class`, of a
+    Mistral it takes the file literally.
+    """
     dense = make_model(hidden_size=30, num_attention_heads=6, num_key_value_heads=3, vocab_size=300)
     letters = ["<unk>", "<s>", "</s>", "\u2581", *string.printable.replace(" ", "")]
-    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[], unk_token="<unk>", fuse_unk=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in ("<unk>", "<s>", "</s>")])
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab={letter: i for i, letter in enumerate(letters)},
+            merges=[],
+            unk_token="<unk>",
+            fuse_unk=True,
+        )
+    )
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in ("<unk>", "<s>", "</s>")]
+    )
     tokenizer.save(str(dense / "tokenizer.json"))
-    settings = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    settings = {
+        "tokenizer_class": "LlamaTokenizer",
+        "legacy": False,
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+    }
     (dense / "tokenizer_config.json").write_text(json.dumps(settings))
     (dense / "additional_chat_templates").mkdir()
     (dense / "additional_chat_templates" / "tool.jinja").write_text("{{ messages }}")
     run(make_job(dense, budget={"kv_groups": 2, "sparsity": 0.2}), tmp_path / "run")
-    before, after = (AutoTokenizer.from_pretrained(folder) for folder in (dense, tmp_path / "run" / "model"))
+    before, after = (
+        AutoTokenizer.from_pretrained(folder) for folder in (dense, tmp_path / "run" / "model")
+    )
     for text in ("a b", " a", "x</s>a", "<s>[INST] a [/INST] b </s><s>[INST] a"):
         assert before(text)["input_ids"] == after(text)["input_ids"]
     assert list((tmp_path / "run" / "model").rglob("tool.jinja"))
     verify_run(tmp_path / "run")
 
 
-def test_qwen2_for_vllm_is_written_as_llama(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
+def test_qwen2_for_vllm_is_written_as_llama(
+    make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+) -> None:
     dense = make_model("qwen2")
-    edit_json(dense / "config.json", sliding_window=8, use_sliding_window=False, layer_types=None)  # as it is published
+    # as it is published
+    edit_json(dense / "config.json", sliding_window=8, use_sliding_window=False, layer_types=None)
     job = make_job(dense, budget={"kv_groups": 1, "sparsity": 0.3})
     plain, vllm = run(job, tmp_path / "plain"), run(job, tmp_path / "vllm", "export.target=vllm")
     loaded = [load(tmp_path / name / "model") for name in ("plain", "vllm")]
     assert loaded[1].config.model_type == "llama"
     tokens = torch.arange(3, 40)[None]
-    torch.testing.assert_close(loaded[0](tokens).logits, loaded[1](tokens).logits, rtol=0, atol=1e-5)  # a zero bias, another kernel
+    # a zero bias, another kernel
+    torch.testing.assert_close(
+        loaded[0](tokens).logits, loaded[1](tokens).logits, rtol=0, atol=1e-5
+    )
     assert vllm["parameters"]["after"] - plain["parameters"]["after"] == 3 * 32
     options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    assert torch.equal(loaded[1].generate(tokens, **options), loaded[1].generate(tokens, use_cache=False, **options))
+    assert torch.equal(
+        loaded[1].generate(tokens, **options),
+        loaded[1].generate(tokens, use_cache=False, **options),
+    )
 
 
-def test_a_head_of_its_own_that_is_called_tied_is_refused(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
+def test_a_head_of_its_own_that_is_called_tied_is_refused(
+    make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+) -> None:
     dense = make_model(tie_word_embeddings=False)
     edit_json(dense / "config.json", tie_word_embeddings=True)
-    with pytest.raises(ModelError, match=r"lm_head\.weight differs .* set tie_word_embeddings: false"):
+    with pytest.raises(
+        ModelError, match=r"lm_head\.weight differs .* set tie_word_embeddings: false"
+    ):
         run_job(load_job(make_job(dense)), tmp_path / "run", lambda event: None)
 
 
-def test_the_class_of_layers_that_differ_is_the_family_s(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
+def test_the_class_of_layers_that_differ_is_the_family_s(
+    make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+) -> None:
     dense = make_model()
     edit_json(dense / "config.json", architectures=["LLaMAForCausalLM"])  # as in early conversions
     run(make_job(dense, budget={"per_layer": True}), tmp_path / "run")
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", trust_remote_code=True).config.model_type == "llama"
+    assert (
+        AutoModelForCausalLM.from_pretrained(
+            tmp_path / "run" / "model", trust_remote_code=True
+        ).config.model_type
+        == "llama"
+    )
 
 
 def test_biases_follow_their_rows(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
@@ -127,24 +188,32 @@ def test_biases_follow_their_rows(make_model: MakeModel, make_job: MakeJob, tmp_
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_checkpoints_keep_their_type(dtype: str, make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
+def test_half_precision_checkpoints_keep_their_type(
+    dtype: str, make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+) -> None:
     dense = make_model(dtype=getattr(torch, dtype))
     run(make_job(dense), tmp_path / "run")
-    assert {info.dtype for info in open_checkpoint(tmp_path / "run" / "model").tensors.values()} == {
-        {"bfloat16": "BF16", "float16": "F16"}[dtype]
-    }
+    assert {
+        info.dtype for info in open_checkpoint(tmp_path / "run" / "model").tensors.values()
+    } == {{"bfloat16": "BF16", "float16": "F16"}[dtype]}
     assert load(tmp_path / "run" / "model").dtype == getattr(torch, dtype)
 
 
 @pytest.mark.parametrize("pad", [False, True])
-def test_corrections_are_rounded_to_the_type_that_is_asked_for(pad: bool, make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
+def test_corrections_are_rounded_to_the_type_that_is_asked_for(
+    pad: bool, make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+) -> None:
     dense = make_model(dtype=torch.bfloat16)
     budget = {"per_layer": True} if pad else {"kv_groups": 1}
     job = make_job(dense, export={"dtype": "float32", "pad": pad}, budget=budget)
     run(job, tmp_path / "run")
 
     def cut_off(event: dict[str, Any]) -> None:
-        if event["event"] == "step-finished" and event.get("stage") == "sweep" and event["layer"] == 0:
+        if (
+            event["event"] == "step-finished"
+            and event.get("stage") == "sweep"
+            and event["layer"] == 0
+        ):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -180,11 +249,19 @@ def test_every_method_gives_a_model_that_loads_from_memory_and_from_files(
 
 @pytest.mark.parametrize(
     "memory",
-    [{"keep_inputs": False}, {"spill_hidden": True}, {"spill_statistics": True, "spill_hidden": True, "keep_inputs": False}],
+    [
+        {"keep_inputs": False},
+        {"spill_hidden": True},
+        {"spill_statistics": True, "spill_hidden": True, "keep_inputs": False},
+    ],
     ids=str,
 )
 def test_what_memory_holds_never_changes_the_bytes(
-    memory: dict[str, bool], make_model: MakeModel, make_job: MakeJob, tmp_path: Path, force_memory: Any
+    memory: dict[str, bool],
+    make_model: MakeModel,
+    make_job: MakeJob,
+    tmp_path: Path,
+    force_memory: Any,
 ) -> None:
     job = make_job(make_model(), budget={"kv_groups": 1})
     run(job, tmp_path / "kept")
@@ -193,16 +270,33 @@ def test_what_memory_holds_never_changes_the_bytes(
     assert folder_bytes(tmp_path / "kept" / "model") == folder_bytes(tmp_path / "tight" / "model")
 
 
-def test_report_and_evaluation(make_model: MakeModel, make_job: MakeJob, text_file: Path, tmp_path: Path) -> None:
+def test_report_and_evaluation(
+    make_model: MakeModel, make_job: MakeJob, text_file: Path, tmp_path: Path
+) -> None:
     dense, held_out = make_model(), tmp_path / "held_out.txt"
     held_out.write_text(text_file.read_text(encoding="utf-8")[30_000:], encoding="utf-8")
-    report = run(make_job(dense, evaluation={"path": str(held_out), "window": 32, "stride": 16, "max_windows": 4}), tmp_path / "run")
-    assert {"parameters", "decoder_parameters", "bytes_on_disk", "perplexity", "seconds", "peak_memory_bytes", "layers"} <= report.keys()
+    report = run(
+        make_job(
+            dense, evaluation={"path": str(held_out), "window": 32, "stride": 16, "max_windows": 4}
+        ),
+        tmp_path / "run",
+    )
+    assert {
+        "parameters",
+        "decoder_parameters",
+        "bytes_on_disk",
+        "perplexity",
+        "seconds",
+        "peak_memory_bytes",
+        "layers",
+    } <= report.keys()
     for name, folder in (("before", dense), ("after", tmp_path / "run" / "model")):
         assert report["perplexity"][name] == pytest.approx(_perplexity(folder, held_out), rel=1e-5)
     assert report["evaluation"]["scored_tokens"] == 31 + 3 * 16
     for layer in report["layers"]:
-        assert {"kept", "of", "damping", "training_error", "held_out_error"} <= layer["groups"]["neurons"].keys()
+        assert {"kept", "of", "damping", "training_error", "held_out_error"} <= layer["groups"][
+            "neurons"
+        ].keys()
     assert {"driver", "worker-0"} <= report["peak_memory_bytes"].keys()
     assert report["bytes_on_disk"]["after"] < report["bytes_on_disk"]["before"]
 
@@ -211,16 +305,22 @@ def _perplexity(folder: Path, text_file: Path) -> float:
     """By whole-model forward passes."""
     from transformers import AutoTokenizer
 
-    tokens = torch.tensor(AutoTokenizer.from_pretrained(folder)(text_file.read_text())["input_ids"][: 3 * 16 + 32])
+    tokens = torch.tensor(
+        AutoTokenizer.from_pretrained(folder)(text_file.read_text())["input_ids"][: 3 * 16 + 32]
+    )
     model, losses = AutoModelForCausalLM.from_pretrained(folder), []
     for number in range(4):
         window = tokens[number * 16 : number * 16 + 32]
-        loss = torch.nn.functional.cross_entropy(model(window[None]).logits[0, :-1], window[1:], reduction="none")
+        loss = torch.nn.functional.cross_entropy(
+            model(window[None]).logits[0, :-1], window[1:], reduction="none"
+        )
         losses.append(loss if number == 0 else loss[-16:])
     return float(torch.cat(losses).detach().mean().exp())
 
 
-def test_verify_and_report_commands(make_model: MakeModel, make_job: MakeJob, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_and_report_commands(
+    make_model: MakeModel, make_job: MakeJob, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "run"
     run(make_job(make_model()), out)
     assert main(["verify", str(out)]) == 0
@@ -235,11 +335,18 @@ def test_verify_and_report_commands(make_model: MakeModel, make_job: MakeJob, tm
     assert "model-00002" in capsys.readouterr().err
 
 
-def test_original_config_is_patched_not_resaved(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
+def test_original_config_is_patched_not_resaved(
+    make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+) -> None:
     from tests.conftest import edit_json
 
     dense = make_model()
-    edit_json(dense / "config.json", rope_theta=77777.0, torch_dtype="float32", an_unknown_key={"kept": [1]})
+    edit_json(
+        dense / "config.json",
+        rope_theta=77777.0,
+        torch_dtype="float32",
+        an_unknown_key={"kept": [1]},
+    )
     (dense / "modeling_evil.py").write_text("raise SystemExit")
     (dense / "LICENSE").write_text("a licence")
     run(make_job(dense), tmp_path / "run")
@@ -254,10 +361,16 @@ def test_original_config_is_patched_not_resaved(make_model: MakeModel, make_job:
 def test_mixed_texts_are_found_beside_the_job_and_belong_to_the_result(
     make_model: MakeModel, make_job: MakeJob, text_file: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "second.txt").write_text(text_file.read_text(encoding="utf-8")[20_000:40_000], encoding="utf-8")
+    (tmp_path / "second.txt").write_text(
+        text_file.read_text(encoding="utf-8")[20_000:40_000], encoding="utf-8"
+    )
     job = make_job(make_model(), calibration={"mix": [{"path": "second.txt", "weight": 0.5}]})
     run(job, tmp_path / "run")
-    tokens = load_file(tmp_path / "run" / "tasks" / "calibration-tokens" / "tokens.safetensors")["tokens"]
-    assert byte_tokenizer().decode(tokens[1]) == text_file.read_text(encoding="utf-8")[20_000:20_064], "11 windows of the first, 5 of this"
+    tokens = load_file(tmp_path / "run" / "tasks" / "calibration-tokens" / "tokens.safetensors")[
+        "tokens"
+    ]
+    assert (
+        byte_tokenizer().decode(tokens[1]) == text_file.read_text(encoding="utf-8")[20_000:20_064]
+    ), "11 windows of the first, 5 of this"
     (tmp_path / "second.txt").write_text("other text " * 1000, encoding="utf-8")
     assert main(["run", str(job), "--out", str(tmp_path / "run")]) == 5

@@ -1,4 +1,6 @@
-"""`placement: layers`: chunks, waves, executors and restarts never change the bytes; every propagation gives a model that loads."""
+"""`placement: layers`: chunks, waves, executors and restarts never change the bytes; every
+propagation gives a model that loads.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,12 @@ def job(make_model: MakeModel, make_job: MakeJob) -> Path:
     """A job over 7 layers with both groups pruned, 22 windows in 5 shards of uneven size."""
     calibration = {"samples": 22, "shards": 5, "held_out_shards": 2}
     parallel = {"placement": "layers", "micro_batch": 2}
-    return make_job(make_model(num_hidden_layers=7), budget={"kv_groups": 1}, calibration=calibration, parallel=parallel)
+    return make_job(
+        make_model(num_hidden_layers=7),
+        budget={"kv_groups": 1},
+        calibration=calibration,
+        parallel=parallel,
+    )
 
 
 @pytest.fixture
@@ -38,7 +45,9 @@ def expected(job: Path, tmp_path: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("layers_per_chunk", [1, 3])
-def test_waves_give_the_same_bytes(layers_per_chunk: int, job: Path, expected: Any, tmp_path: Path, force_memory: Any) -> None:
+def test_waves_give_the_same_bytes(
+    layers_per_chunk: int, job: Path, expected: Any, tmp_path: Path, force_memory: Any
+) -> None:
     force_memory(layers_per_chunk=layers_per_chunk)
     run_job(load_job(job), tmp_path / "waves", quiet)
     assert folder_bytes(tmp_path / "waves" / "model") == expected
@@ -52,12 +61,18 @@ def test_workers_give_the_same_bytes(
     workers: int, layers_per_chunk: int, job: Path, expected: Any, tmp_path: Path, force_memory: Any
 ) -> None:
     force_memory(layers_per_chunk=layers_per_chunk)
-    run_job(load_job(job, ["cluster.executor=ray", f"parallel.workers={workers}"]), tmp_path / "ray", quiet)
+    run_job(
+        load_job(job, ["cluster.executor=ray", f"parallel.workers={workers}"]),
+        tmp_path / "ray",
+        quiet,
+    )
     assert folder_bytes(tmp_path / "ray" / "model") == expected
 
 
 @pytest.mark.parametrize("stop_after", [0, 1, 3])
-def test_a_restart_goes_on_behind_the_last_wave(stop_after: int, job: Path, expected: Any, tmp_path: Path, force_memory: Any) -> None:
+def test_a_restart_goes_on_behind_the_last_wave(
+    stop_after: int, job: Path, expected: Any, tmp_path: Path, force_memory: Any
+) -> None:
     """The driver is stopped after a layer of some wave, then goes on with other waves."""
 
     def stop(event: dict[str, Any]) -> None:
@@ -70,14 +85,22 @@ def test_a_restart_goes_on_behind_the_last_wave(stop_after: int, job: Path, expe
     again: list[dict[str, Any]] = []
     force_memory(layers_per_chunk=3)
     run_job(load_job(job), tmp_path / "run", again.append)
-    finished = [event["layer"] for event in again if event["event"] == "step-finished" and event["stage"] == "sweep"]
+    finished = [
+        event["layer"]
+        for event in again
+        if event["event"] == "step-finished" and event["stage"] == "sweep"
+    ]
     assert finished
     assert min(finished) > stop_after, "a finished layer is not decided again"
     assert folder_bytes(tmp_path / "run" / "model") == expected
 
 
-@pytest.mark.parametrize(("propagation", "task"), [("dense", "layer-0001"), ("refit", "selection-0001")])
-def test_a_restart_on_another_kind_of_device_is_refused(propagation: str, task: str, job: Path, tmp_path: Path, force_memory: Any) -> None:
+@pytest.mark.parametrize(
+    ("propagation", "task"), [("dense", "layer-0001"), ("refit", "selection-0001")]
+)
+def test_a_restart_on_another_kind_of_device_is_refused(
+    propagation: str, task: str, job: Path, tmp_path: Path, force_memory: Any
+) -> None:
     def stop(event: dict[str, Any]) -> None:
         if event["event"] == "step-finished" and event.get("layer") == 1:
             raise KeyboardInterrupt
@@ -88,21 +111,46 @@ def test_a_restart_on_another_kind_of_device_is_refused(propagation: str, task: 
         run_job(load_job(job, settings), tmp_path / "run", stop)
     manifest = tmp_path / "run" / "tasks" / task / MANIFEST_NAME
     manifest.write_text(manifest.read_text().replace("cpu in float32", "cuda in bfloat16"))
-    with pytest.raises(SpecError, match=f"{task}: was computed on cuda in bfloat16, this worker computes on cpu in float32"):
+    with pytest.raises(
+        SpecError,
+        match=f"{task}: was computed on cuda in bfloat16, this worker computes on cpu in float32",
+    ):
         run_job(load_job(job, settings), tmp_path / "run", quiet)
 
 
-def test_statistics_of_a_group_that_loses_nothing_are_not_collected(job: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_statistics_of_a_group_that_loses_nothing_are_not_collected(
+    job: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
     watched: list[str] = []
-    monkeypatch.setattr(Stream, "_empty_fits", lambda stream, name: watched.append(name) or _empty_fits(stream, name))
+    monkeypatch.setattr(
+        Stream,
+        "_empty_fits",
+        lambda stream, name: watched.append(name) or _empty_fits(stream, name),
+    )
     run_job(load_job(job, ["budget.kv_groups=2"]), tmp_path / "run", quiet)
     assert set(watched) == {"neurons"}
 
 
 @pytest.mark.parametrize("propagation", ["dense", "refit"])
-def test_every_propagation_gives_a_model_that_loads(propagation: str, job: Path, tmp_path: Path) -> None:
-    assert main(["run", str(job), "--out", str(tmp_path / "run"), "--set", f"parallel.propagation={propagation}"]) == 0
-    _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", output_loading_info=True)
+def test_every_propagation_gives_a_model_that_loads(
+    propagation: str, job: Path, tmp_path: Path
+) -> None:
+    assert (
+        main(
+            [
+                "run",
+                str(job),
+                "--out",
+                str(tmp_path / "run"),
+                "--set",
+                f"parallel.propagation={propagation}",
+            ]
+        )
+        == 0
+    )
+    _, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "run" / "model", output_loading_info=True
+    )
     assert not any(info.values())
     assert main(["verify", str(tmp_path / "run")]) == 0
 

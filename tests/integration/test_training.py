@@ -1,4 +1,6 @@
-"""Training on one process and on gangs of Ray Train: same loss curve, real sharding, going on after a rank dies, on fewer ranks too."""
+"""Training on one process and on gangs of Ray Train: same loss curve, real sharding, going on after
+a rank dies, on fewer ranks too.
+"""
 
 import json
 import os
@@ -64,10 +66,14 @@ def test_the_loss_and_the_penalty_fall(stage: Finetune) -> None:
     assert len(curve(stage.folder)) == 9
     assert curve(stage.folder, "penalty")[-1] < curve(stage.folder, "penalty")[0]
     assert min(curve(stage.folder)[-3:]) < curve(stage.folder)[0]
-    assert {"step", "of", "lm", "loss", "penalty", "gradient_norm", "tokens_per_second"} == set(read_log(Path(stage.folder))[0])
+    assert {"step", "of", "lm", "loss", "penalty", "gradient_norm", "tokens_per_second"} == set(
+        read_log(Path(stage.folder))[0]
+    )
 
 
-def test_a_training_that_was_cut_off_ends_with_the_same_weights(stage: Finetune, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_training_that_was_cut_off_ends_with_the_same_weights(
+    stage: Finetune, monkeypatch: pytest.MonkeyPatch
+) -> None:
     finetune(stage, ALONE)
     cut = replace(stage, folder=stage.folder + "-cut")
 
@@ -91,7 +97,9 @@ def test_a_training_that_was_cut_off_ends_with_the_same_weights(stage: Finetune,
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
-def test_the_written_model_has_the_names_and_types_of_the_original(make_model: MakeModel, stage: Finetune) -> None:
+def test_the_written_model_has_the_names_and_types_of_the_original(
+    make_model: MakeModel, stage: Finetune
+) -> None:
     model = make_model("qwen3", name="bf16", dtype=torch.bfloat16, tie_word_embeddings=True)
     trained = replace(stage, model=str(model), aim=Recovery())
     finetune(trained, ALONE)
@@ -103,8 +111,14 @@ def test_the_written_model_has_the_names_and_types_of_the_original(make_model: M
 
 
 def test_adapters_alone_are_trained_saved_and_merged(stage: Finetune) -> None:
-    """A training that goes on from its checkpoint, of the adapters alone, writes what the model with adapters computes."""
-    stage = replace(stage, aim=Recovery(lora=LoraSpec(rank=4)), options=OPTIONS.model_copy(update={"learning_rate": 1e-1}))
+    """A training that goes on from its checkpoint, of the adapters alone, writes what the model
+    with adapters computes.
+    """
+    stage = replace(
+        stage,
+        aim=Recovery(lora=LoraSpec(rank=4)),
+        options=OPTIONS.model_copy(update={"learning_rate": 1e-1}),
+    )
     finetune(stage, ALONE)
     state = Path(stage.folder) / f"step-{saved_steps(Path(stage.folder))[-1]:07d}"
     shutil.rmtree(Path(stage.folder) / TRAINED_FOLDER)
@@ -117,7 +131,15 @@ def test_adapters_alone_are_trained_saved_and_merged(stage: Finetune) -> None:
     assert min(expected[-3:]) < expected[0]
     dense, found = load_file(Path(stage.model) / "model.safetensors"), weights(stage.folder)
     changed = {name for name in dense if not torch.equal(dense[name], found[name])}
-    assert {name.split(".")[-2] for name in changed} == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert {name.split(".")[-2] for name in changed} == {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    }
     change = found["model.layers.1.mlp.up_proj.weight"] - dense["model.layers.1.mlp.up_proj.weight"]
     assert int(torch.linalg.matrix_rank(change, rtol=1e-3)) == 4
 
@@ -149,11 +171,16 @@ def gang(ray_session: None, text_file: Path, tmp_path_factory: pytest.TempPathFa
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.usefixtures("ray_session")
-def test_two_ranks_have_the_loss_curve_of_one_and_half_of_the_state(gang: Finetune, tmp_path: Path) -> None:
+def test_two_ranks_have_the_loss_curve_of_one_and_half_of_the_state(
+    gang: Finetune, tmp_path: Path
+) -> None:
     alone = replace(gang, folder=str(tmp_path / "one"))
     finetune(alone, ALONE)
     assert curve(gang.folder) == pytest.approx(curve(alone.folder), abs=1e-4)
-    state = [json.loads((Path(folder) / RESULT_FILE).read_text())["state_bytes"] for folder in (alone.folder, gang.folder)]
+    state = [
+        json.loads((Path(folder) / RESULT_FILE).read_text())["state_bytes"]
+        for folder in (alone.folder, gang.folder)
+    ]
     assert state[1] <= 0.6 * state[0]
     fewer = replace(gang, folder=str(tmp_path / "fewer"))
     shutil.copytree(gang.folder, fewer.folder)
@@ -165,7 +192,11 @@ def test_two_ranks_have_the_loss_curve_of_one_and_half_of_the_state(gang: Finetu
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.usefixtures("ray_session")
-@pytest.mark.parametrize("aim", [Recovery(lora=LoraSpec(rank=4)), Shrink((1,), 1.5)], ids=["adapters", "a layer that fades"])
+@pytest.mark.parametrize(
+    "aim",
+    [Recovery(lora=LoraSpec(rank=4)), Shrink((1,), 1.5)],
+    ids=["adapters", "a layer that fades"],
+)
 def test_two_ranks_train_as_one_does(aim: Aim, gang: Finetune, tmp_path: Path) -> None:
     one, two = (replace(gang, folder=str(tmp_path / name), aim=aim) for name in ("one", "two"))
     finetune(one, ALONE)
@@ -179,14 +210,20 @@ def test_two_ranks_train_as_one_does(aim: Aim, gang: Finetune, tmp_path: Path) -
 @pytest.mark.timeout(300)
 @pytest.mark.usefixtures("ray_session")
 def test_a_killed_rank_changes_nothing(gang: Finetune, tmp_path: Path) -> None:
-    """SIGKILL of one rank once the first checkpoint is there: the next gang goes on from it and ends with the same weights."""
+    """SIGKILL of one rank once the first checkpoint is there: the next gang goes on from it and
+    ends with the same weights.
+    """
     killed = replace(gang, folder=str(tmp_path / "killed"))
     victims: list[int] = []
 
     def kill() -> None:
         while not saved_steps(Path(killed.folder)):
             time.sleep(0.005)
-        victims.extend(int(process.name) for process in Path("/proc").glob("[0-9]*") if b"RayTrainWorker" in _command(process))
+        victims.extend(
+            int(process.name)
+            for process in Path("/proc").glob("[0-9]*")
+            if b"RayTrainWorker" in _command(process)
+        )
         os.kill(victims[0], signal.SIGKILL)
 
     thread = threading.Thread(target=kill, daemon=True)

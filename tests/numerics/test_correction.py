@@ -1,6 +1,7 @@
 """The correction against closed forms and against brute force on the activations themselves.
 
-Letters: T tokens, F width, D hidden, K kept columns, P pruned columns. Weights are (D, F), outputs Z W'.
+Letters: T tokens, F width, D hidden, K kept columns, P pruned columns. Weights are (D, F), outputs
+Z W'.
 """
 
 import numpy as np
@@ -13,14 +14,22 @@ from rayprune.specs.errors import ModelError
 from rayprune.specs.job import CorrectionSpec
 from rayprune.workers.machine.scratch import Scratch
 from rayprune.workers.numerics.correction import Correction, correct
-from rayprune.workers.numerics.statistics import GramStatistic, Moments, RowsStatistic, Statistic, complement
+from rayprune.workers.numerics.statistics import (
+    GramStatistic,
+    Moments,
+    RowsStatistic,
+    Statistic,
+    complement,
+)
 
 ROUTES = ["gram", "qr"]
 SCRATCH = Scratch(torch.device("cpu"), None)
 TRAINING = 150
 
 
-def data(tokens: int = 200, width: int = 20, hidden: int = 6, rank: int | None = None, seed: int = 0) -> tuple[Tensor, Tensor]:
+def data(
+    tokens: int = 200, width: int = 20, hidden: int = 6, rank: int | None = None, seed: int = 0
+) -> tuple[Tensor, Tensor]:
     """Correlated activations Z (of some rank) and a weight, fp64."""
     generator = torch.Generator().manual_seed(seed)
     base = torch.randn(tokens, rank or width, generator=generator, dtype=torch.float64)
@@ -32,21 +41,41 @@ def data(tokens: int = 200, width: int = 20, hidden: int = 6, rank: int | None =
 
 def statistic(route: str, z_TF: Tensor) -> Statistic:
     if route == "gram":
-        return GramStatistic(z_TF.T @ z_TF, Moments.empty(z_TF.shape[1], SCRATCH.device).plus(z_TF), SCRATCH)
+        return GramStatistic(
+            z_TF.T @ z_TF, Moments.empty(z_TF.shape[1], SCRATCH.device).plus(z_TF), SCRATCH
+        )
     rows = RowsStatistic.empty(z_TF.shape[1], SCRATCH)
     rows.update(z_TF)
     return rows
 
 
 def pivots(route: str, z_TF: Tensor, weight_DF: Tensor, count: int) -> Tensor:
-    return statistic(route, z_TF).order(torch.linalg.vector_norm(weight_DF, dim=0), 1, count).sort().values
+    return (
+        statistic(route, z_TF)
+        .order(torch.linalg.vector_norm(weight_DF, dim=0), 1, count)
+        .sort()
+        .values
+    )
 
 
 def corrected(
-    route: str, z_TF: Tensor, weight_DF: Tensor, kept_K: Tensor, damping: float | str = 0.0, training: int = TRAINING, **options: object
+    route: str,
+    z_TF: Tensor,
+    weight_DF: Tensor,
+    kept_K: Tensor,
+    damping: float | str = 0.0,
+    training: int = TRAINING,
+    **options: object,
 ) -> Correction:
     spec = CorrectionSpec.model_validate({"damping": damping} | options)
-    return correct(statistic(route, z_TF[:training]), statistic(route, z_TF[training:]), weight_DF, kept_K, spec, torch.float64)
+    return correct(
+        statistic(route, z_TF[:training]),
+        statistic(route, z_TF[training:]),
+        weight_DF,
+        kept_K,
+        spec,
+        torch.float64,
+    )
 
 
 def closed_form(z_TF: Tensor, weight_DF: Tensor, kept_K: Tensor, damping: float) -> Tensor:
@@ -68,7 +97,8 @@ def test_exact_rank_activations_prune_without_loss(route: str, rank: int) -> Non
     kept_K = pivots(route, z_TF, weight_DF, rank)
     result = corrected(route, z_TF, weight_DF, kept_K)
     assert relative_error(z_TF, weight_DF, kept_K, result.weight_DK) < 1e-9
-    assert max(result.training_error, result.held_out_error) < (1e-9 if route == "qr" else 1e-6)  # a Gram error is a difference of squares
+    # a Gram error is a difference of squares
+    assert max(result.training_error, result.held_out_error) < (1e-9 if route == "qr" else 1e-6)
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -97,23 +127,41 @@ def test_damped_correction_is_its_closed_form(route: str, damping: float) -> Non
     kept_K = pivots(route, z_TF, weight_DF, 9)
     result = corrected(route, z_TF, weight_DF, kept_K, damping)
     assert result.damping == damping
-    torch.testing.assert_close(result.weight_DK, closed_form(z_TF, weight_DF, kept_K, damping), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        result.weight_DK, closed_form(z_TF, weight_DF, kept_K, damping), rtol=1e-10, atol=1e-10
+    )
 
 
 @pytest.mark.parametrize("route", ROUTES)
-def test_held_out_damping_is_the_best_candidate_and_errors_are_those_of_the_data(route: str) -> None:
+def test_held_out_damping_is_the_best_candidate_and_errors_are_those_of_the_data(
+    route: str,
+) -> None:
     candidates, chosen = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0), set()
     for seed in range(12):
         z_TF, weight_DF = data(tokens=60, width=20, seed=seed)
         training, held_out = z_TF[:24], z_TF[24:]
         kept_K = pivots(route, training, weight_DF, 14)
-        result = corrected(route, z_TF, weight_DF, kept_K, "held-out", training=24, candidates=candidates)
-        fits = {damping: closed_form(training, weight_DF, kept_K, damping) for damping in candidates}
-        errors = {damping: relative_error(held_out, weight_DF, kept_K, fit) for damping, fit in fits.items()}
+        result = corrected(
+            route, z_TF, weight_DF, kept_K, "held-out", training=24, candidates=candidates
+        )
+        fits = {
+            damping: closed_form(training, weight_DF, kept_K, damping) for damping in candidates
+        }
+        errors = {
+            damping: relative_error(held_out, weight_DF, kept_K, fit)
+            for damping, fit in fits.items()
+        }
         assert result.damping == min(errors, key=errors.__getitem__)
         assert result.held_out_error == pytest.approx(errors[result.damping], rel=1e-9)
-        assert result.training_error == pytest.approx(relative_error(training, weight_DF, kept_K, fits[result.damping]), rel=1e-9)
-        torch.testing.assert_close(result.weight_DK, closed_form(z_TF, weight_DF, kept_K, result.damping), rtol=1e-10, atol=1e-10)
+        assert result.training_error == pytest.approx(
+            relative_error(training, weight_DF, kept_K, fits[result.damping]), rel=1e-9
+        )
+        torch.testing.assert_close(
+            result.weight_DK,
+            closed_form(z_TF, weight_DF, kept_K, result.damping),
+            rtol=1e-10,
+            atol=1e-10,
+        )
         chosen.add(result.damping)
     assert len(chosen) >= 3
 
@@ -121,7 +169,8 @@ def test_held_out_damping_is_the_best_candidate_and_errors_are_those_of_the_data
 @pytest.mark.parametrize("route", ROUTES)
 def test_equal_held_out_errors_go_to_the_larger_damping(route: str) -> None:
     z_TF, weight_DF = data()
-    assert corrected(route, z_TF, weight_DF, torch.arange(20), "held-out").damping == 0.3  # nothing is pruned: all errors are zero
+    # nothing is pruned: all errors are zero
+    assert corrected(route, z_TF, weight_DF, torch.arange(20), "held-out").damping == 0.3
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -141,7 +190,10 @@ def test_both_routes_keep_the_same_and_correct_alike(seed: int, damping: float |
 def test_pruning_commutes_with_permuting_neurons(route: str, seed: int) -> None:
     z_TF, weight_DF = data(seed=seed)
     moved = torch.randperm(20, generator=torch.Generator().manual_seed(seed))
-    kept_K, kept_of_moved_K = pivots(route, z_TF, weight_DF, 9), pivots(route, z_TF[:, moved], weight_DF[:, moved], 9)
+    kept_K, kept_of_moved_K = (
+        pivots(route, z_TF, weight_DF, 9),
+        pivots(route, z_TF[:, moved], weight_DF[:, moved], 9),
+    )
     assert torch.equal(moved[kept_of_moved_K].sort().values, kept_K)
     plain = corrected(route, z_TF, weight_DF, kept_K, 0.01)
     permuted = corrected(route, z_TF[:, moved], weight_DF[:, moved], kept_of_moved_K, 0.01)
@@ -155,7 +207,12 @@ def test_large_damping_leaves_the_weight_alone(route: str) -> None:
     z_TF, weight_DF = data()
     kept_K = pivots(route, z_TF, weight_DF, 9)
     changes = [
-        float((corrected(route, z_TF, weight_DF, kept_K, damping).weight_DK - weight_DF[:, kept_K]).norm()) for damping in (1e2, 1e4, 1e6)
+        float(
+            (
+                corrected(route, z_TF, weight_DF, kept_K, damping).weight_DK - weight_DF[:, kept_K]
+            ).norm()
+        )
+        for damping in (1e2, 1e4, 1e6)
     ]
     assert changes[0] > changes[1] > changes[2]
     assert changes[2] < 1e-5
@@ -167,7 +224,9 @@ def test_large_damping_leaves_the_weight_alone(route: str) -> None:
 
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("damping", [1e-3, "held-out"])
-def test_activations_without_energy_leave_the_weight_alone(route: str, damping: float | str) -> None:
+def test_activations_without_energy_leave_the_weight_alone(
+    route: str, damping: float | str
+) -> None:
     _, weight_DF = data()
     kept_K = torch.arange(5)
     result = corrected(route, torch.zeros(200, 20, dtype=torch.float64), weight_DF, kept_K, damping)
@@ -180,7 +239,12 @@ def test_dead_kept_columns_are_no_obstacle_with_damping(route: str) -> None:
     z_TF, weight_DF = data()
     z_TF[:, :3] = 0
     result = corrected(route, z_TF, weight_DF, torch.arange(8), 0.01)
-    torch.testing.assert_close(result.weight_DK, closed_form(z_TF, weight_DF, torch.arange(8), 0.01), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        result.weight_DK,
+        closed_form(z_TF, weight_DF, torch.arange(8), 0.01),
+        rtol=1e-10,
+        atol=1e-10,
+    )
     assert torch.equal(result.weight_DK[:, :3], weight_DF[:, :3])
 
 
@@ -188,9 +252,16 @@ def test_dead_kept_columns_are_no_obstacle_with_damping(route: str) -> None:
 def test_fewer_tokens_than_columns(route: str) -> None:
     z_TF, weight_DF = data(tokens=12)
     result = corrected(route, z_TF, weight_DF, torch.arange(15), 0.1, training=9)
-    torch.testing.assert_close(result.weight_DK, closed_form(z_TF, weight_DF, torch.arange(15), 0.1), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        result.weight_DK,
+        closed_form(z_TF, weight_DF, torch.arange(15), 0.1),
+        rtol=1e-10,
+        atol=1e-10,
+    )
     fit = closed_form(z_TF[:9], weight_DF, torch.arange(15), 0.1)
-    assert result.held_out_error == pytest.approx(relative_error(z_TF[9:], weight_DF, torch.arange(15), fit), rel=1e-9)
+    assert result.held_out_error == pytest.approx(
+        relative_error(z_TF[9:], weight_DF, torch.arange(15), fit), rel=1e-9
+    )
 
 
 def with_drift(z_TF: Tensor, drift_TD: Tensor) -> GramStatistic:
@@ -207,9 +278,14 @@ def with_drift(z_TF: Tensor, drift_TD: Tensor) -> GramStatistic:
 @pytest.mark.parametrize("num_kept", [7, 13, 20])
 @pytest.mark.parametrize("damping", [1e-6, 0.1])
 def test_with_drift_the_kept_columns_make_up_for_it_too(num_kept: int, damping: float) -> None:
-    """W_K + argmin over C of |Z_K C - Z_P W_P' - E|^2 + ridge |C|^2, by least squares on the stacked rows."""
+    """W_K + argmin over C of |Z_K C - Z_P W_P' - E|^2 + ridge |C|^2, by least squares on the
+    stacked rows.
+    """
     z_TF, weight_DF = data()
-    drift_TD = 0.3 * z_TF @ data(seed=5)[1].T + 0.1 * torch.randn(200, 6, generator=torch.Generator().manual_seed(1)).double()
+    drift_TD = (
+        0.3 * z_TF @ data(seed=5)[1].T
+        + 0.1 * torch.randn(200, 6, generator=torch.Generator().manual_seed(1)).double()
+    )
     kept_K = torch.arange(20)[-num_kept:]
     spec = CorrectionSpec(damping=damping)
     result = correct(
@@ -225,14 +301,25 @@ def test_with_drift_the_kept_columns_make_up_for_it_too(num_kept: int, damping: 
         pruned_P = complement(kept_K, 20)
         target_TD = z_TF[rows][:, pruned_P] @ weight_DF[:, pruned_P].T + drift_TD[rows]
         ridge = damping * float(z_TF[rows].square().sum()) / 20
-        stacked = torch.cat([z_TF[rows][:, kept_K], ridge**0.5 * torch.eye(num_kept, dtype=torch.float64)])
-        return torch.linalg.lstsq(stacked, torch.cat([target_TD, torch.zeros(num_kept, 6, dtype=torch.float64)])).solution.T
+        stacked = torch.cat(
+            [z_TF[rows][:, kept_K], ridge**0.5 * torch.eye(num_kept, dtype=torch.float64)]
+        )
+        return torch.linalg.lstsq(
+            stacked, torch.cat([target_TD, torch.zeros(num_kept, 6, dtype=torch.float64)])
+        ).solution.T
 
-    torch.testing.assert_close(result.weight_DK, weight_DF[:, kept_K] + change(slice(None)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        result.weight_DK, weight_DF[:, kept_K] + change(slice(None)), rtol=1e-5, atol=1e-5
+    )
     fitted_DK = weight_DF[:, kept_K] + change(slice(None, TRAINING))
-    for rows, error in ((slice(None, TRAINING), result.training_error), (slice(TRAINING, None), result.held_out_error)):
+    for rows, error in (
+        (slice(None, TRAINING), result.training_error),
+        (slice(TRAINING, None), result.held_out_error),
+    ):
         output_TD = z_TF[rows] @ weight_DF.T
-        misfit = (z_TF[rows][:, kept_K] @ fitted_DK.T - output_TD - drift_TD[rows]).norm() / output_TD.norm()
+        misfit = (
+            z_TF[rows][:, kept_K] @ fitted_DK.T - output_TD - drift_TD[rows]
+        ).norm() / output_TD.norm()
         assert error == pytest.approx(float(misfit), rel=1e-4)
 
 
@@ -243,9 +330,18 @@ def test_a_candidate_that_rounding_makes_singular_is_passed_over() -> None:
         training = statistic("gram", z_TF[:TRAINING])
         assert isinstance(training, GramStatistic)
         values, vectors = torch.linalg.eigh(training.gram_FF[:12, :12])
-        training.gram_FF[:12, :12] -= (values[0] + 0.02 * training.mean_energy) * torch.outer(vectors[:, 0], vectors[:, 0])
+        training.gram_FF[:12, :12] -= (values[0] + 0.02 * training.mean_energy) * torch.outer(
+            vectors[:, 0], vectors[:, 0]
+        )
         options = CorrectionSpec(candidates=candidates)
-        return correct(training, statistic("gram", z_TF[TRAINING:]), weight_DF, torch.arange(12), options, torch.float64).damping
+        return correct(
+            training,
+            statistic("gram", z_TF[TRAINING:]),
+            weight_DF,
+            torch.arange(12),
+            options,
+            torch.float64,
+        ).damping
 
     assert chosen(1e-3, 1e-2, 3e-2, 1e-1) in (3e-2, 1e-1)
     with pytest.raises(ModelError, match=r"raise correction\.damping"):

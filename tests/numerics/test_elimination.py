@@ -57,10 +57,16 @@ def test_changes_are_exact_whatever_went_and_came_back(columns: int, seed: int) 
         state.flip_(torch.tensor(flipped))
         kept ^= set(flipped)
         objective, weight_KD = refit(gram_FF, weight_DF, columns_of(sorted(kept), columns))
-        torch.testing.assert_close(state.weight_FD[columns_of(sorted(kept), columns)], weight_KD, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(
+            state.weight_FD[columns_of(sorted(kept), columns)], weight_KD, rtol=1e-9, atol=1e-9
+        )
         assert state.kept_U.nonzero().flatten().tolist() == sorted(kept)
         for unit, change in enumerate(state.changes().tolist()):
-            after = refit(gram_FF, weight_DF, columns_of(sorted(kept ^ {unit}), columns))[0] if kept != {unit} else None
+            after = (
+                refit(gram_FF, weight_DF, columns_of(sorted(kept ^ {unit}), columns))[0]
+                if kept != {unit}
+                else None
+            )
             assert after is None or change == pytest.approx(abs(after - objective), rel=1e-8)
 
 
@@ -70,7 +76,9 @@ def test_all_units_back_is_the_beginning(columns: int) -> None:
     state = start(gram_FF, weight_DF, columns)
     for units in ([1, 2], [2], [1]):
         state.flip_(torch.tensor(units))
-    torch.testing.assert_close(-state.matrix_FF, torch.linalg.inv(damped(gram_FF)), rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(
+        -state.matrix_FF, torch.linalg.inv(damped(gram_FF)), rtol=1e-9, atol=1e-11
+    )
     torch.testing.assert_close(state.weight_FD, weight_DF.T, rtol=1e-9, atol=1e-11)
 
 
@@ -80,7 +88,10 @@ def test_one_at_a_time_is_greedy_by_brute_force(columns: int, seed: int) -> None
     gram_FF, weight_DF = problem(seed)
     units, expected = list(range(WIDTH // columns)), []
     while len(units) > 2:
-        losses = {unit: refit(gram_FF, weight_DF, columns_of([u for u in units if u != unit], columns))[0] for unit in units}
+        losses = {
+            unit: refit(gram_FF, weight_DF, columns_of([u for u in units if u != unit], columns))[0]
+            for unit in units
+        }
         expected.append(min(losses, key=losses.__getitem__))
         units.remove(expected[-1])
     assert start(gram_FF, weight_DF, columns).removal_order(2, 100) == expected
@@ -97,7 +108,10 @@ def test_swaps_only_help_and_end_where_no_best_return_does(seed: int) -> None:
     after = refit(gram_FF, weight_DF, kept)[0]
     assert len(kept) == 6
     assert after <= before * (1 + 1e-12)
-    best = min(refit(gram_FF, weight_DF, list(chosen))[0] for chosen in itertools.combinations(range(WIDTH), 6))
+    best = min(
+        refit(gram_FF, weight_DF, list(chosen))[0]
+        for chosen in itertools.combinations(range(WIDTH), 6)
+    )
     assert best <= after * (1 + 1e-12)
     assert state.swap_(50) == 0
 

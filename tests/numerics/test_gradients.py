@@ -1,4 +1,6 @@
-"""Gradients of the loss at the consumers' inputs, against autograd on the whole model and against finite differences."""
+"""Gradients of the loss at the consumers' inputs, against autograd on the whole model and against
+finite differences.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,10 @@ from rayprune.workers.network.layers import StreamedModel, whole_model
 from rayprune.workers.passes.gradients import added, squared_gradients
 from tests.conftest import MakeModel
 
-WINDOWS = [torch.tensor([[3, 77, 15, 200, 9, 31, 8, 120]]), torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8]])]
+WINDOWS = [
+    torch.tensor([[3, 77, 15, 200, 9, 31, 8, 120]]),
+    torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8]]),
+]
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2"]
 
 
@@ -30,12 +35,16 @@ def measured(folder: Path, dtype: torch.dtype = torch.float32) -> list[dict[str,
 def loss_of(model: Any, window: Tensor, seed: int = 0) -> Tensor:
     """The negative log-likelihood of tokens drawn from the predictions."""
     log_p = torch.log_softmax(model(input_ids=window, use_cache=False).logits.flatten(0, 1), -1)
-    drawn = torch.multinomial(log_p.detach().float().exp(), 1, generator=torch.Generator().manual_seed(seed))
+    drawn = torch.multinomial(
+        log_p.detach().float().exp(), 1, generator=torch.Generator().manual_seed(seed)
+    )
     return -log_p.gather(1, drawn).sum()
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_layer_by_layer_they_are_those_of_the_whole_model(model_type: str, make_model: MakeModel) -> None:
+def test_layer_by_layer_they_are_those_of_the_whole_model(
+    model_type: str, make_model: MakeModel
+) -> None:
     folder = make_model(model_type)
     checkpoint, model = open_checkpoint(folder), whole_model(open_checkpoint(folder)).eval()
     inputs: dict[tuple[str, int], Tensor] = {}
@@ -51,13 +60,18 @@ def test_layer_by_layer_they_are_those_of_the_whole_model(model_type: str, make_
         gradients = torch.autograd.grad(loss, list(inputs.values()))
         for (name, index), gradient in zip(inputs, gradients, strict=True):
             expected_F = gradient.flatten(0, -2).double().square().sum(0)
-            torch.testing.assert_close(found[name][index], expected_F, rtol=1e-4, atol=float(expected_F.max()) * 1e-6)
+            torch.testing.assert_close(
+                found[name][index], expected_F, rtol=1e-4, atol=float(expected_F.max()) * 1e-6
+            )
 
 
 def test_the_gradient_of_one_number_by_finite_differences(make_model: MakeModel) -> None:
     """One token's number is moved: with one token its gradient is all there is of a column."""
     folder, window = make_model(), torch.tensor([[3]])
-    checkpoint, model = open_checkpoint(folder), whole_model(open_checkpoint(folder)).double().eval()
+    checkpoint, model = (
+        open_checkpoint(folder),
+        whole_model(open_checkpoint(folder)).double().eval(),
+    )
     streamed = StreamedModel(checkpoint, torch.float32, torch.device("cpu"))
     groups = {group.name: group for group in unit_groups(checkpoint.config)}
     (found,) = squared_gradients(streamed, groups, [window], 0, Scratch(streamed.device, None))
@@ -85,14 +99,23 @@ def test_sums_are_added_by_group() -> None:
 
 
 def test_weights_in_another_type_give_the_same_gradients(make_model: MakeModel) -> None:
-    """Weights in bfloat16 on disk stay there and are converted part by part, in a backward pass, too."""
+    """Weights in bfloat16 on disk stay there and are converted part by part, in a backward pass,
+    too.
+    """
     folder = make_model("llama", dtype="bfloat16")
     model = whole_model(open_checkpoint(folder)).float().eval()
     caught: list[Tensor] = []
-    model.model.layers[0].mlp.down_proj.register_forward_pre_hook(lambda _, args: caught.append(args[0]))
+    model.model.layers[0].mlp.down_proj.register_forward_pre_hook(
+        lambda _, args: caught.append(args[0])
+    )
     (gradient,) = torch.autograd.grad(loss_of(model, WINDOWS[0]), caught)
     expected_F = gradient.flatten(0, -2).double().square().sum(0)
-    torch.testing.assert_close(measured(folder)[0]["neurons"][0], expected_F, rtol=1e-4, atol=float(expected_F.max()) * 1e-6)
+    torch.testing.assert_close(
+        measured(folder)[0]["neurons"][0],
+        expected_F,
+        rtol=1e-4,
+        atol=float(expected_F.max()) * 1e-6,
+    )
 
 
 def test_predictions_that_are_not_finite_are_named(make_model: MakeModel) -> None:

@@ -24,7 +24,14 @@ from rayprune.workers.numerics.statistics import RowsStatistic
 
 SCRATCH = Scratch(torch.device("cpu"), None)
 UNITS, HIDDEN = 10, 4
-METHODS = [StatOptions(), StatOptions(factorization="qr"), NumericalOptions(), ObsOptions(), ObsOptions(rounds=3, swaps=5), FlapOptions()]
+METHODS = [
+    StatOptions(),
+    StatOptions(factorization="qr"),
+    NumericalOptions(),
+    ObsOptions(),
+    ObsOptions(rounds=3, swaps=5),
+    FlapOptions(),
+]
 METHODS += [WandaOptions()]
 
 
@@ -33,7 +40,12 @@ def data(columns: int, seed: int = 0, tokens: int = 80) -> tuple[Tensor, Tensor]
     generator = torch.Generator().manual_seed(seed)
     width = UNITS * columns
     mixing = torch.eye(width) + 0.3 * torch.randn(width, width, generator=generator)
-    z_TF = torch.randn(tokens, width, generator=generator) @ mixing * (torch.rand(width, generator=generator) + 0.1) + 0.2
+    z_TF = (
+        torch.randn(tokens, width, generator=generator)
+        @ mixing
+        * (torch.rand(width, generator=generator) + 0.1)
+        + 0.2
+    )
     return z_TF.double(), torch.randn(HIDDEN, width, generator=generator).double()
 
 
@@ -57,7 +69,9 @@ def test_every_method_of_the_job_has_a_ranking() -> None:
 class TestContract:
     """What the sweep relies on, for every method."""
 
-    def test_kept_units_are_distinct_and_ascend(self, options: MethodOptions, columns: int, tokens: int) -> None:
+    def test_kept_units_are_distinct_and_ascend(
+        self, options: MethodOptions, columns: int, tokens: int
+    ) -> None:
         z_TF, weight_DF = data(columns, tokens=tokens)
         for count in (1, 4, UNITS - 1):
             kept = select(options, statistic(z_TF), weight_DF, columns, count).tolist()
@@ -65,20 +79,29 @@ class TestContract:
             assert len(kept) == count
             assert set(kept) <= set(range(UNITS))
 
-    def test_same_input_same_answer_and_the_weight_in_any_type(self, options: MethodOptions, columns: int, tokens: int) -> None:
+    def test_same_input_same_answer_and_the_weight_in_any_type(
+        self, options: MethodOptions, columns: int, tokens: int
+    ) -> None:
         z_TF, weight_DF = data(columns, tokens=tokens)
         weight_DF = weight_DF.bfloat16()
-        first, second = (select(options, statistic(z_TF), given, columns, 4) for given in (weight_DF, weight_DF.double()))
+        first, second = (
+            select(options, statistic(z_TF), given, columns, 4)
+            for given in (weight_DF, weight_DF.double())
+        )
         assert torch.equal(first, second)
 
-    def test_units_that_carry_nothing_go_first(self, options: MethodOptions, columns: int, tokens: int) -> None:
+    def test_units_that_carry_nothing_go_first(
+        self, options: MethodOptions, columns: int, tokens: int
+    ) -> None:
         z_TF, weight_DF = data(columns, tokens=tokens)
         for unit in (2, 5):
             z_TF[:, unit * columns : (unit + 1) * columns] = 0
         kept = select(options, statistic(z_TF), weight_DF, columns, 3).tolist()
         assert not {2, 5} & set(kept)
 
-    def test_a_ranking_serves_a_range_of_counts(self, options: MethodOptions, columns: int, tokens: int) -> None:
+    def test_a_ranking_serves_a_range_of_counts(
+        self, options: MethodOptions, columns: int, tokens: int
+    ) -> None:
         z_TF, weight_DF = data(columns, tokens=tokens)
         ranking = rank(options, statistic(z_TF), weight_DF, columns, range(3, 9)).tolist()
         assert len(set(ranking)) == len(ranking) >= 8
@@ -90,16 +113,22 @@ def test_scores_of_flap_and_wanda(columns: int) -> None:
     flap = (z_TF.var(0, correction=0) * weight_DF.square().sum(0)).reshape(UNITS, columns).mean(1)
     wanda = (weight_DF.abs() * z_TF.norm(dim=0)).sum(0).reshape(UNITS, columns).sum(1)
     for options, score in ((FlapOptions(), flap), (WandaOptions(), wanda)):
-        assert rank(options, statistic(z_TF), weight_DF, columns, range(4, 5)).tolist() == score.argsort(descending=True).tolist()
+        assert (
+            rank(options, statistic(z_TF), weight_DF, columns, range(4, 5)).tolist()
+            == score.argsort(descending=True).tolist()
+        )
 
 
 def test_elimination_looks_behind_a_duplicate_that_scores_do_not_see() -> None:
-    """Two strong copies: either may go at no cost. Scores keep both and lose a weak column that nothing replaces."""
+    """Two strong copies: either may go at no cost. Scores keep both and lose a weak column that
+    nothing replaces.
+    """
     z_TF, weight_DF = data(1)
     weight_DF[:] = 1.0
     z_TF[:, 1] = z_TF[:, 0] = 50 * z_TF[:, 0]
     obs, wanda = (
-        select(options, statistic(z_TF), weight_DF, 1, UNITS - 1).tolist() for options in (ObsOptions(damping=1e-9), WandaOptions())
+        select(options, statistic(z_TF), weight_DF, 1, UNITS - 1).tolist()
+        for options in (ObsOptions(damping=1e-9), WandaOptions())
     )
     assert len({0, 1} & set(obs)) == 1
     assert {0, 1} <= set(wanda)
@@ -122,32 +151,55 @@ class TestNumericalPruning:
         return 0.5 * residual.square().sum() + 0.5 * self.LAMBDA * (z_F.sum() - self.kept) ** 2
 
     def test_gradient_and_hessian_by_finite_differences(self) -> None:
-        z_F, step = torch.rand(UNITS, dtype=torch.float64, generator=torch.Generator().manual_seed(1)), 1e-4
+        z_F, step = (
+            torch.rand(UNITS, dtype=torch.float64, generator=torch.Generator().manual_seed(1)),
+            1e-4,
+        )
         units = torch.eye(UNITS, dtype=torch.float64) * step
         gradient = [(self.objective(z_F + e) - self.objective(z_F - e)) / (2 * step) for e in units]
         expected = self.hessian_FF @ (z_F - 1) + self.LAMBDA * (z_F.sum() - self.kept)
         torch.testing.assert_close(torch.stack(gradient), expected, rtol=1e-6, atol=1e-7)
         second = [
-            (self.objective(z_F + a + b) - self.objective(z_F + a - b) - self.objective(z_F - a + b) + self.objective(z_F - a - b))
+            (
+                self.objective(z_F + a + b)
+                - self.objective(z_F + a - b)
+                - self.objective(z_F - a + b)
+                + self.objective(z_F - a - b)
+            )
             / (4 * step**2)
             for a in units
             for b in units
         ]
-        torch.testing.assert_close(torch.stack(second).view(UNITS, UNITS), self.hessian_FF + self.LAMBDA, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            torch.stack(second).view(UNITS, UNITS),
+            self.hessian_FF + self.LAMBDA,
+            rtol=1e-4,
+            atol=1e-5,
+        )
 
     @pytest.mark.parametrize("penalty", [1e-2, 1.0, 1e4])
     def test_one_step_is_fifty_and_the_closed_form(self, penalty: float) -> None:
         for seed in range(3):
-            z_F = torch.rand(UNITS, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+            z_F = torch.rand(
+                UNITS, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+            )
             first = z_F = numerical.newton_step(z_F, self.hessian_FF, penalty, self.kept)
             for _ in range(49):
                 z_F = numerical.newton_step(z_F, self.hessian_FF, penalty, self.kept)
             torch.testing.assert_close(first, z_F, rtol=1e-9, atol=1e-9)
-            torch.testing.assert_close(numerical.mask(self.hessian_FF.clone(), penalty, self.kept, 0.0), z_F, rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(
+                numerical.mask(self.hessian_FF.clone(), penalty, self.kept, 0.0),
+                z_F,
+                rtol=1e-9,
+                atol=1e-9,
+            )
 
     def test_the_mask_has_no_gradient_and_its_mean_becomes_the_fraction_that_stays(self) -> None:
         mask = numerical.mask(self.hessian_FF.clone(), self.LAMBDA, self.kept, 0.0)
-        others = [mask + 0.01 * torch.randn(UNITS, generator=torch.Generator().manual_seed(seed)).double() for seed in range(50)]
+        others = [
+            mask + 0.01 * torch.randn(UNITS, generator=torch.Generator().manual_seed(seed)).double()
+            for seed in range(50)
+        ]
         assert all(self.objective(mask) < self.objective(other) for other in others)
         strict = numerical.mask(self.hessian_FF.clone(), 1e9, self.kept, 0.0)
         assert float(strict.mean()) == pytest.approx(self.RATIO, abs=1e-6)
@@ -157,7 +209,12 @@ class TestNumericalPruning:
         z_TF, weight_DF = data(columns, seed=2)
         gram_FF = z_TF.T @ z_TF
         hessian_FF = numerical.hessian(gram_FF, weight_DF, torch.empty_like(gram_FF))
-        torch.testing.assert_close(hessian_FF, (weight_DF.T @ weight_DF) * gram_FF / gram_FF.diagonal().max(), rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(
+            hessian_FF,
+            (weight_DF.T @ weight_DF) * gram_FF / gram_FF.diagonal().max(),
+            rtol=1e-12,
+            atol=1e-14,
+        )
         options = NumericalOptions(damping=1e-9)
         mask = numerical.mask(hessian_FF, options.penalty, 4 * columns, options.damping)
         expected = mask.reshape(UNITS, columns).mean(1).argsort(descending=True).tolist()
@@ -170,8 +227,14 @@ class TestNumericalPruning:
         damping = 1e-3
         ridge = damping * float(self.z_TF.square().sum()) / UNITS
         pruned = [unit for unit in range(UNITS) if unit not in kept_K.tolist()]
-        inverse = torch.linalg.inv(2 * self.z_TF.T @ self.z_TF + 2 * ridge * torch.eye(UNITS, dtype=torch.float64))
-        paper = self.weight_DF.T - inverse[:, pruned] @ torch.linalg.solve(inverse[pruned][:, pruned], self.weight_DF.T[pruned])
+        inverse = torch.linalg.inv(
+            2 * self.z_TF.T @ self.z_TF + 2 * ridge * torch.eye(UNITS, dtype=torch.float64)
+        )
+        paper = self.weight_DF.T - inverse[:, pruned] @ torch.linalg.solve(
+            inverse[pruned][:, pruned], self.weight_DF.T[pruned]
+        )
         halves: Any = [statistic(part) for part in self.z_TF.split(40)]
-        ours = correct(*halves, self.weight_DF, kept_K, CorrectionSpec(damping=damping), torch.float64)
+        ours = correct(
+            *halves, self.weight_DF, kept_K, CorrectionSpec(damping=damping), torch.float64
+        )
         torch.testing.assert_close(ours.weight_DK.T, paper[kept_K], rtol=1e-8, atol=1e-10)

@@ -1,4 +1,6 @@
-"""STAT's selection against greedy pivoting written out, and against the definition of a KV group."""
+"""STAT's selection against greedy pivoting written out, and against the definition of a KV
+group.
+"""
 
 import numpy as np
 import pytest
@@ -21,21 +23,33 @@ def data(width: int, seed: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.eye(width) + 0.4 * torch.randn(width, width, generator=generator)
     z_TF = torch.randn(40, width, generator=generator) @ mixing
-    weight_DF = torch.randn(3, width, generator=generator) * (torch.rand(width, generator=generator) + 0.2)
+    weight_DF = torch.randn(3, width, generator=generator) * (
+        torch.rand(width, generator=generator) + 0.2
+    )
     return z_TF.double(), weight_DF.double()
 
 
 def statistic(route: str, z_TF: Tensor) -> Statistic:
     moments = Moments.empty(z_TF.shape[1], SCRATCH.device).plus(z_TF)
-    return GramStatistic(z_TF.T @ z_TF, moments, SCRATCH) if route == "gram" else RowsStatistic([z_TF], moments, SCRATCH)
+    return (
+        GramStatistic(z_TF.T @ z_TF, moments, SCRATCH)
+        if route == "gram"
+        else RowsStatistic([z_TF], moments, SCRATCH)
+    )
 
 
 def greedy(z_TF: Tensor, weight_DF: Tensor, columns: int, count: int) -> list[int]:
-    """Take the unit whose scaled columns have the most energy outside the span of those taken; by Gram-Schmidt, column by column."""
+    """Take the unit whose scaled columns have the most energy outside the span of those taken; by
+    Gram-Schmidt, column by column.
+    """
     rest = (z_TF * weight_DF.norm(dim=0)).numpy().copy()
     units, taken = rest.shape[1] // columns, list[int]()
     for _ in range(count):
-        energy = {unit: (rest[:, unit * columns : (unit + 1) * columns] ** 2).sum() for unit in range(units) if unit not in taken}
+        energy = {
+            unit: (rest[:, unit * columns : (unit + 1) * columns] ** 2).sum()
+            for unit in range(units)
+            if unit not in taken
+        }
         taken.append(max(energy, key=energy.__getitem__))
         for column in range(taken[-1] * columns, (taken[-1] + 1) * columns):
             direction = rest[:, column] / np.linalg.norm(rest[:, column])
@@ -46,7 +60,9 @@ def greedy(z_TF: Tensor, weight_DF: Tensor, columns: int, count: int) -> list[in
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize(("units", "columns"), [(7, 1), (4, 3), (3, 2), (2, 6)])
 @pytest.mark.parametrize("seed", range(5))
-def test_selection_is_greedy_pivoting_on_scaled_columns(route: str, units: int, columns: int, seed: int) -> None:
+def test_selection_is_greedy_pivoting_on_scaled_columns(
+    route: str, units: int, columns: int, seed: int
+) -> None:
     z_TF, weight_DF = data(units * columns, seed)
     for count in range(1, units):
         kept = select(STAT, statistic(route, z_TF), weight_DF, columns, count)
@@ -97,6 +113,8 @@ def test_kv_groups_are_never_split_and_query_heads_follow() -> None:
         assert units.tolist() == greedy(z_TF, weight_DF, 12, 2)
     units = torch.tensor([0, 2])
     assert unit_rows(units, heads.columns).tolist() == [*range(12), *range(24, 36)]
-    queries, keys, values = (unit_rows(units, producer.rows).tolist() for producer in heads.producers)
+    queries, keys, values = (
+        unit_rows(units, producer.rows).tolist() for producer in heads.producers
+    )
     assert queries == [*range(12), *range(24, 36)]  # query heads 0, 1 and 4, 5
     assert keys == values == [*range(6), *range(12, 18)]

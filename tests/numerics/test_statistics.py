@@ -1,4 +1,5 @@
-"""Both statistics against each other and against the activations; files against memory; blocks against the whole.
+"""Both statistics against each other and against the activations; files against memory; blocks
+against the whole.
 
 Letters: T tokens, F width, D hidden, K kept columns.
 """
@@ -19,7 +20,15 @@ from rayprune.workers.machine.scratch import Scratch
 from rayprune.workers.numerics import linalg
 from rayprune.workers.numerics.correction import Correction, correct
 from rayprune.workers.numerics.methods import select
-from rayprune.workers.numerics.statistics import GramStatistic, Moments, RowsStatistic, Statistic, complement, restored, statistic_type
+from rayprune.workers.numerics.statistics import (
+    GramStatistic,
+    Moments,
+    RowsStatistic,
+    Statistic,
+    complement,
+    restored,
+    statistic_type,
+)
 
 MEMORY = Scratch(torch.device("cpu"), None)
 WIDTH, HIDDEN = 24, 9
@@ -29,12 +38,16 @@ Kind = Callable[..., Statistic]
 
 def activations(tokens: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    mixing = torch.eye(WIDTH, dtype=torch.float64) + 0.2 * torch.randn(WIDTH, WIDTH, generator=generator, dtype=torch.float64)
+    mixing = torch.eye(WIDTH, dtype=torch.float64) + 0.2 * torch.randn(
+        WIDTH, WIDTH, generator=generator, dtype=torch.float64
+    )
     return torch.randn(tokens, WIDTH, generator=generator, dtype=torch.float64) @ mixing
 
 
 def weight(seed: int = 9) -> Tensor:
-    return torch.randn(HIDDEN, WIDTH, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(
+        HIDDEN, WIDTH, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
 
 
 def rows(*batches: Tensor, place: Scratch = MEMORY) -> RowsStatistic:
@@ -50,32 +63,51 @@ def gram(z_TF: Tensor, place: Scratch = MEMORY) -> GramStatistic:
 
 
 def corrected(
-    training: Statistic, held_out: Statistic, weight_DF: Tensor, kept_K: Tensor, dtype: torch.dtype = torch.float64
+    training: Statistic,
+    held_out: Statistic,
+    weight_DF: Tensor,
+    kept_K: Tensor,
+    dtype: torch.dtype = torch.float64,
 ) -> Correction:
     return correct(training, held_out, weight_DF, kept_K, CorrectionSpec(), dtype)
 
 
 @pytest.mark.parametrize(
     ("factorization", "tokens", "expected"),
-    [("gram", 23, RowsStatistic), ("gram", 24, GramStatistic), ("qr", 23, RowsStatistic), ("qr", 9999, RowsStatistic)],
+    [
+        ("gram", 23, RowsStatistic),
+        ("gram", 24, GramStatistic),
+        ("qr", 23, RowsStatistic),
+        ("qr", 9999, RowsStatistic),
+    ],
 )
-def test_gram_only_where_it_is_no_larger_than_the_rows(factorization: str, tokens: int, expected: type[Statistic]) -> None:
+def test_gram_only_where_it_is_no_larger_than_the_rows(
+    factorization: str, tokens: int, expected: type[Statistic]
+) -> None:
     options = StatOptions(factorization=factorization)  # type: ignore[arg-type]
     assert statistic_type(options.needs_rows, tokens, WIDTH) is expected
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 10, 24, 25, 60])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rows_stay_as_they_are_until_there_are_more_than_columns(tokens: int, dtype: torch.dtype) -> None:
+def test_rows_stay_as_they_are_until_there_are_more_than_columns(
+    tokens: int, dtype: torch.dtype
+) -> None:
     z_TF = activations(tokens).to(dtype)
     statistic = rows(*z_TF.split(7)) if tokens else rows()
     if 0 < tokens <= WIDTH:
         assert torch.equal(torch.cat(statistic.parts), z_TF)
     elif tokens > WIDTH:
-        assert [(part.shape, part.dtype) for part in statistic.parts] == [((WIDTH, WIDTH), torch.float64)]
+        assert [(part.shape, part.dtype) for part in statistic.parts] == [
+            ((WIDTH, WIDTH), torch.float64)
+        ]
     weight_DF = weight()
-    assert statistic.energy(weight_DF) == pytest.approx(float((z_TF.double() @ weight_DF.T).square().sum()), rel=1e-12)
-    assert statistic.mean_energy == pytest.approx(float(z_TF.double().square().sum()) / WIDTH, rel=1e-6)
+    assert statistic.energy(weight_DF) == pytest.approx(
+        float((z_TF.double() @ weight_DF.T).square().sum()), rel=1e-12
+    )
+    assert statistic.mean_energy == pytest.approx(
+        float(z_TF.double().square().sum()) / WIDTH, rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("tokens", [(5, 6), (12, 13), (40, 3), (0, 4), (30, 30)])
@@ -107,7 +139,9 @@ def test_gram_leaves_the_arrays_of_its_state_alone() -> None:
     assert np.array_equal(state["gram"], before)
 
 
-def test_rows_lie_in_files_where_statistics_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_lie_in_files_where_statistics_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(scratch, "MAPPED_FROM_BYTES", 1)
     place, z_TF = Scratch(MEMORY.device, tmp_path), activations(10)
     statistic = rows(z_TF, place=place)
@@ -122,7 +156,9 @@ def test_moments_and_products_are_those_of_all_tokens(tokens: int, kind: Kind) -
     z_TF = activations(tokens) + 3.0
     statistic = kind(z_TF[:5]).merge(restored(kind(z_TF[5:]).state(), MEMORY))
     torch.testing.assert_close(statistic.gram(), z_TF.T @ z_TF, rtol=1e-11, atol=1e-11)
-    torch.testing.assert_close(statistic.column_energy, z_TF.square().sum(0), rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(
+        statistic.column_energy, z_TF.square().sum(0), rtol=1e-11, atol=1e-11
+    )
     expected = z_TF.var(0, correction=0) if tokens else torch.zeros(WIDTH, dtype=torch.float64)
     torch.testing.assert_close(statistic.column_variance, expected, rtol=1e-10, atol=1e-10)
 
@@ -131,7 +167,10 @@ def test_moments_and_products_are_those_of_all_tokens(tokens: int, kind: Kind) -
 @pytest.mark.parametrize("num_kept", [6, 17])
 def test_rows_and_gram_decide_alike(tokens: int, num_kept: int) -> None:
     training, held_out, weight_DF = activations(tokens, 1), activations(20, 2), weight()
-    kept = [select(STAT, statistic, weight_DF, 1, num_kept) for statistic in (gram(training), rows(training))]
+    kept = [
+        select(STAT, statistic, weight_DF, 1, num_kept)
+        for statistic in (gram(training), rows(training))
+    ]
     assert torch.equal(*kept)
     by_gram = corrected(gram(training), gram(held_out), weight_DF, kept[0])
     by_rows = corrected(rows(training), rows(held_out), weight_DF, kept[0])
@@ -149,7 +188,9 @@ def test_refit_of_rows_solves_the_normal_equations(tokens: int, ridge: float) ->
     pruned_P = complement(kept_K, WIDTH)
     z_TK = z_TF[:, kept_K]
     left_KK = z_TK.T @ z_TK + ridge * torch.eye(12, dtype=torch.float64)
-    expected_KD = torch.linalg.solve(left_KK, z_TK.T @ (z_TF[:, pruned_P] @ weight_DF[:, pruned_P].T))
+    expected_KD = torch.linalg.solve(
+        left_KK, z_TK.T @ (z_TF[:, pruned_P] @ weight_DF[:, pruned_P].T)
+    )
     refit = rows(z_TF).refit(kept_K)
     targets = refit.targets(weight_DF)
     assert targets.shape == (HIDDEN, min(tokens, 12))
@@ -158,26 +199,39 @@ def test_refit_of_rows_solves_the_normal_equations(tokens: int, ridge: float) ->
 
 def test_fewer_tokens_than_kept_columns_need_damping() -> None:
     refit = rows(activations(5)).refit(torch.arange(6))
-    with pytest.raises(ModelError, match=r"6 kept columns, but only 5 tokens: raise correction\.damping"):
+    with pytest.raises(
+        ModelError, match=r"6 kept columns, but only 5 tokens: raise correction\.damping"
+    ):
         refit.solver(0.0)
 
 
 def test_few_rows_keep_the_condition_number_of_z() -> None:
     """Row sizes over six decades and a tiny ridge: squared they would leave fp64 nothing."""
-    z_TF, weight_DF, kept_K = activations(6) * torch.logspace(0, -6, 6, dtype=torch.float64)[:, None], weight(), torch.arange(12)
+    z_TF, weight_DF, kept_K = (
+        activations(6) * torch.logspace(0, -6, 6, dtype=torch.float64)[:, None],
+        weight(),
+        torch.arange(12),
+    )
     refit = rows(z_TF).refit(kept_K)
     change_DK = refit.solver(1e-20)(refit.targets(weight_DF))
-    least = torch.linalg.lstsq(z_TF[:, :12], z_TF[:, 12:] @ weight_DF[:, 12:].T, driver="gelsd").solution
+    least = torch.linalg.lstsq(
+        z_TF[:, :12], z_TF[:, 12:] @ weight_DF[:, 12:].T, driver="gelsd"
+    ).solution
     torch.testing.assert_close(change_DK, least.T, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", [gram, rows])
 @pytest.mark.parametrize("tokens", [12, 24, 60])
-def test_mapped_files_give_the_bits_of_memory(kind: Kind, tokens: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mapped_files_give_the_bits_of_memory(
+    kind: Kind, tokens: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(scratch, "MAPPED_FROM_BYTES", 1)
     results = []
     for place in (MEMORY, Scratch(torch.device("cpu"), tmp_path)):
-        training, held_out = kind(activations(tokens, 1), place=place), kind(activations(9, 2), place=place)
+        training, held_out = (
+            kind(activations(tokens, 1), place=place),
+            kind(activations(9, 2), place=place),
+        )
         kept_K = select(STAT, training, weight(), 1, 14)
         results.append((kept_K, corrected(training, held_out, weight(), kept_K)))
     assert torch.equal(results[0][0], results[1][0])

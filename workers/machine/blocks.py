@@ -1,10 +1,20 @@
-"""How much is worked on at once: what the workers keep to and the plan counts with, so it needs no torch."""
+"""How much is worked on at once: what the workers keep to and the plan counts with, so it needs no
+torch.
+"""
 
 BLOCK_ROWS = 512
-"""Rows of a block. 512 x 28672 numbers of fp64 are 112 MiB. Part of the result: sums over blocks round accordingly."""
+"""Rows of a block. 512 x 28672 numbers of fp64 are 112 MiB. Part of the result: sums over blocks
+round accordingly.
+"""
 PRODUCT_TOKENS = 1024
-"""Tokens of one fp32 product: rounding is at most about 6e-5 of such a sum, and adding it in fp64 costs less than the product."""
+"""Tokens of one fp32 product: rounding is at most about 6e-5 of such a sum, and adding it in fp64
+costs less than the product.
+"""
 PANEL = 128
-"""Columns that pivoting takes before it updates the matrix: what its memory traffic is divided by."""
+"""Columns that pivoting takes before it updates the matrix: what its memory traffic is divided
+by.
+"""
 CONVERTED_BYTES = 64 * 2**20
-"""Of a mapped weight matrix, so much at most is converted to the type of the forward passes at a time."""
+"""Of a mapped weight matrix, so much at most is converted to the type of the forward passes at a
+time.
+"""

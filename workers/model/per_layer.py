@@ -1,6 +1,8 @@
-"""Layers of different sizes, as transformers can hold them: `per_layer_config`, and a small class that builds layers from it.
+"""Layers of different sizes, as transformers can hold them: `per_layer_config`, and a small class
+that builds layers from it.
 
-Stock model classes ignore `per_layer_config` (transformers 5.23); the class goes with the exported folder as remote code.
+Stock model classes ignore `per_layer_config` (transformers 5.23); the class goes with the exported
+folder as remote code.
 """
 
 import logging
@@ -51,14 +53,22 @@ class $name($base):
 ''')
 
 
-def per_layer_config(config: Mapping[str, object], layers: Sequence[Mapping[str, int]], dtype: str) -> dict[str, object]:
-    """The config of a model whose layers keep different numbers of units; sizes of the whole stay those of the original."""
+def per_layer_config(
+    config: Mapping[str, object], layers: Sequence[Mapping[str, int]], dtype: str
+) -> dict[str, object]:
+    """The config of a model whose layers keep different numbers of units; sizes of the whole stay
+    those of the original.
+    """
     groups = unit_groups(config)
     dense = {group.name: group.num_units for group in groups}
     result = patched_config(config, dense, "transformers", dtype)
     sizes = {index: layer_sizes(config, kept) for index, kept in enumerate(layers) if kept != dense}
     auto_map = {"AutoModelForCausalLM": f"{MODULE}.{CLASS}"}
-    return result | {"per_layer_config": sizes, "allow_global_per_layer_attribute_access": True, "auto_map": auto_map}
+    return result | {
+        "per_layer_config": sizes,
+        "allow_global_per_layer_attribute_access": True,
+        "auto_map": auto_map,
+    }
 
 
 def layer_sizes(config: Mapping[str, object], kept: Mapping[str, int]) -> dict[str, object]:
@@ -66,7 +76,10 @@ def layer_sizes(config: Mapping[str, object], kept: Mapping[str, int]) -> dict[s
     blocks = {"heads": "attention", "neurons": "mlp"}
     sizes: dict[str, object] = {}
     if kept["heads"]:
-        sizes |= {"num_attention_heads": kept_heads(config, kept["heads"]), "num_key_value_heads": kept["heads"]}
+        sizes |= {
+            "num_attention_heads": kept_heads(config, kept["heads"]),
+            "num_key_value_heads": kept["heads"],
+        }
     if kept["neurons"]:
         sizes |= {"intermediate_size": kept["neurons"]}
     skipped = [block for name, block in blocks.items() if not kept[name]]
@@ -74,8 +87,12 @@ def layer_sizes(config: Mapping[str, object], kept: Mapping[str, int]) -> dict[s
 
 
 def silence_warnings() -> None:
-    """Keep transformers from warning of every size that is read from the config as a whole: the class above never relies on one."""
-    logging.getLogger("transformers.integrations.heterogeneity.configuration_utils").setLevel(logging.ERROR)
+    """Keep transformers from warning of every size that is read from the config as a whole: the
+    class above never relies on one.
+    """
+    logging.getLogger("transformers.integrations.heterogeneity.configuration_utils").setLevel(
+        logging.ERROR
+    )
 
 
 def remote_code(config: Mapping[str, object]) -> str:

@@ -1,14 +1,22 @@
-"""Tensor shapes of every family from its config alone, and its layers as data for the plan. No torch.
+"""Tensor shapes of every family from its config alone, and its layers as data for the plan. No
+torch.
 
-Names are those of the published files. Formulas work on `LayerKind` and `CoupledGroup`, never on a family's name.
-Letters: D hidden, F width of a consumer's input, E experts, H head size.
+Names are those of the published files. Formulas work on `LayerKind` and `CoupledGroup`, never on a
+family's name. Letters: D hidden, F width of a consumer's input, E experts, H head size.
 """
 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from rayprune.workers.model.families import config_int, expected_shapes, family_of, ties_embeddings, unit_groups, unit_parameters
+from rayprune.workers.model.families import (
+    config_int,
+    expected_shapes,
+    family_of,
+    ties_embeddings,
+    unit_groups,
+    unit_parameters,
+)
 
 Config = Mapping[str, object]
 Shapes = dict[str, tuple[int, ...]]
@@ -17,9 +25,11 @@ NORMS = ("input_layernorm", "post_attention_layernorm")
 
 @dataclass(frozen=True)
 class CoupledGroup:
-    """`count` alike blocks of a layer (one attention, or the experts), each with `num_units` units and a consumer of its own.
+    """`count` alike blocks of a layer (one attention, or the experts), each with `num_units` units
+    and a consumer of its own.
 
-    A token passes through `active` of the blocks. A unit is `columns` columns of the consumer's input.
+    A token passes through `active` of the blocks. A unit is `columns` columns of the consumer's
+    input.
     """
 
     name: str
@@ -57,7 +67,10 @@ class LayerKind:
     @property
     def active_parameters(self) -> int:
         """Parameters of a layer that one token passes through."""
-        idle = sum((group.count - group.active) * group.num_units * group.unit_parameters for group in self.groups)
+        idle = sum(
+            (group.count - group.active) * group.num_units * group.unit_parameters
+            for group in self.groups
+        )
         return self.parameters - idle
 
 
@@ -81,7 +94,9 @@ def layer_shapes(config: Config, layer: int) -> Shapes:
 
 
 def outer_shapes(config: Config) -> Shapes:
-    """Shapes of the tensors outside the decoder layers, by their full names; a tied head is left out."""
+    """Shapes of the tensors outside the decoder layers, by their full names; a tied head is left
+    out.
+    """
     hidden = config_int(config, "hidden_size")
     embeddings = (config_int(config, "vocab_size"), hidden)
     head = {} if ties_embeddings(config) else {"lm_head.weight": embeddings}
@@ -119,17 +134,32 @@ def _dense_shapes(config: Config, layer: int) -> Shapes:
     del layer  # all are alike
     shapes: Shapes = {**expected_shapes(config)}
     family, head_size = family_of(config), unit_groups(config)[0].producers[1].rows
-    prefixes = tuple({"attention_bias": "self_attn.", "mlp_bias": "mlp."}[key] for key in family.bias_keys if config.get(key))
+    prefixes = tuple(
+        {"attention_bias": "self_attn.", "mlp_bias": "mlp."}[key]
+        for key in family.bias_keys
+        if config.get(key)
+    )
     modules = [name.removesuffix(".weight") for name in shapes]
-    biased = [name for name in modules if name in family.biased or (prefixes and name.startswith(prefixes))]
+    biased = [
+        name
+        for name in modules
+        if name in family.biased or (prefixes and name.startswith(prefixes))
+    ]
     shapes |= {f"{name}.bias": (shapes[f"{name}.weight"][0],) for name in biased}
-    return shapes | _norms(config, family.norms) | {f"self_attn.{name}.weight": (head_size,) for name in family.head_norms}
+    return (
+        shapes
+        | _norms(config, family.norms)
+        | {f"self_attn.{name}.weight": (head_size,) for name in family.head_norms}
+    )
 
 
 def _dense_groups(config: Config, layer: int, shapes: Shapes) -> tuple[CoupledGroup, ...]:
     del layer
     units = unit_groups(config)
-    return tuple(CoupledGroup(unit.name, 1, 1, unit.num_units, unit.columns, unit_parameters(shapes, unit)) for unit in units)
+    return tuple(
+        CoupledGroup(unit.name, 1, 1, unit.num_units, unit.columns, unit_parameters(shapes, unit))
+        for unit in units
+    )
 
 
 def _even_attention(config: Config) -> int:
@@ -137,16 +167,28 @@ def _even_attention(config: Config) -> int:
 
 
 def _head_size(config: Config) -> int:
-    return config_int(config, "head_dim", config_int(config, "hidden_size") // config_int(config, "num_attention_heads"))
+    return config_int(
+        config,
+        "head_dim",
+        config_int(config, "hidden_size") // config_int(config, "num_attention_heads"),
+    )
 
 
 def _mixtral_shapes(config: Config, layer: int) -> Shapes:
     del layer
-    hidden, width, experts = (config_int(config, key) for key in ("hidden_size", "intermediate_size", "num_local_experts"))
+    hidden, width, experts = (
+        config_int(config, key) for key in ("hidden_size", "intermediate_size", "num_local_experts")
+    )
     heads, size = config_int(config, "num_attention_heads"), _head_size(config)
     kv = config_int(config, "num_key_value_heads", heads)
-    shapes: Shapes = {f"self_attn.{name}_proj.weight": (rows * size, hidden) for name, rows in (("q", heads), ("k", kv), ("v", kv))}
-    shapes |= {"self_attn.o_proj.weight": (hidden, heads * size), "block_sparse_moe.gate.weight": (experts, hidden)}
+    shapes: Shapes = {
+        f"self_attn.{name}_proj.weight": (rows * size, hidden)
+        for name, rows in (("q", heads), ("k", kv), ("v", kv))
+    }
+    shapes |= {
+        "self_attn.o_proj.weight": (hidden, heads * size),
+        "block_sparse_moe.gate.weight": (experts, hidden),
+    }
     for expert in range(experts):
         shapes |= _ffn(f"block_sparse_moe.experts.{expert}.", ("w1", "w3", "w2"), hidden, width)
     return shapes | _norms(config)
@@ -154,13 +196,22 @@ def _mixtral_shapes(config: Config, layer: int) -> Shapes:
 
 def _mixtral_groups(config: Config, layer: int, shapes: Shapes) -> tuple[CoupledGroup, ...]:
     del layer, shapes
-    hidden, heads, size = config_int(config, "hidden_size"), config_int(config, "num_attention_heads"), _head_size(config)
+    hidden, heads, size = (
+        config_int(config, "hidden_size"),
+        config_int(config, "num_attention_heads"),
+        _head_size(config),
+    )
     kv = config_int(config, "num_key_value_heads", heads)
     queries = heads // kv * size
-    experts, active = config_int(config, "num_local_experts"), config_int(config, "num_experts_per_tok")
+    experts, active = (
+        config_int(config, "num_local_experts"),
+        config_int(config, "num_experts_per_tok"),
+    )
     return (
         CoupledGroup("heads", 1, 1, kv, queries, 2 * (queries + size) * hidden),
-        CoupledGroup("neurons", experts, active, config_int(config, "intermediate_size"), 1, 3 * hidden),
+        CoupledGroup(
+            "neurons", experts, active, config_int(config, "intermediate_size"), 1, 3 * hidden
+        ),
     )
 
 
@@ -175,24 +226,37 @@ def _is_moe(config: Config, layer: int) -> bool:
 
 def _num_dense(config: Config) -> int:
     value = config.get("first_k_dense_replace") or 0
-    return min(config_int(config, "first_k_dense_replace") if value else 0, config_int(config, "num_hidden_layers"))
+    return min(
+        config_int(config, "first_k_dense_replace") if value else 0,
+        config_int(config, "num_hidden_layers"),
+    )
 
 
 def _latent_alike(config: Config) -> list[range]:
-    layers, first, every = config_int(config, "num_hidden_layers"), _num_dense(config), config_int(config, "moe_layer_freq", 1)
+    layers, first, every = (
+        config_int(config, "num_hidden_layers"),
+        _num_dense(config),
+        config_int(config, "moe_layer_freq", 1),
+    )
     if every == 1:
         return [range(first), range(first, layers)]
     return [range(layer, layer + 1) for layer in range(layers)]
 
 
 def _latent_sizes(config: Config) -> tuple[int, int, int, int]:
-    """Heads, and per head the rows of queries, of keys and values out of the latent, and of values alone."""
-    nope, rope, value = (config_int(config, key) for key in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
+    """Heads, and per head the rows of queries, of keys and values out of the latent, and of values
+    alone.
+    """
+    nope, rope, value = (
+        config_int(config, key) for key in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    )
     return config_int(config, "num_attention_heads"), nope + rope, nope + value, value
 
 
 def _latent_shapes(config: Config, layer: int) -> Shapes:
-    hidden, rank, rope = (config_int(config, key) for key in ("hidden_size", "kv_lora_rank", "qk_rope_head_dim"))
+    hidden, rank, rope = (
+        config_int(config, key) for key in ("hidden_size", "kv_lora_rank", "qk_rope_head_dim")
+    )
     heads, query, key_value, value = _latent_sizes(config)
     shapes: Shapes = {
         **_latent_queries(config, hidden, heads * query),
@@ -216,11 +280,19 @@ def _latent_mlp(config: Config, layer: int, hidden: int) -> Shapes:
     names = ("gate_proj", "up_proj", "down_proj")
     if not _is_moe(config, layer):
         return _ffn("mlp.", names, hidden, config_int(config, "intermediate_size"))
-    experts, width = config_int(config, "n_routed_experts"), config_int(config, "moe_intermediate_size")
-    shapes: Shapes = {"mlp.gate.weight": (experts, hidden), "mlp.gate.e_score_correction_bias": (experts,)}
+    experts, width = (
+        config_int(config, "n_routed_experts"),
+        config_int(config, "moe_intermediate_size"),
+    )
+    shapes: Shapes = {
+        "mlp.gate.weight": (experts, hidden),
+        "mlp.gate.e_score_correction_bias": (experts,),
+    }
     for expert in range(experts):
         shapes |= _ffn(f"mlp.experts.{expert}.", names, hidden, width)
-    return shapes | _ffn("mlp.shared_experts.", names, hidden, width * config_int(config, "n_shared_experts", 1))
+    return shapes | _ffn(
+        "mlp.shared_experts.", names, hidden, width * config_int(config, "n_shared_experts", 1)
+    )
 
 
 def _latent_groups(config: Config, layer: int, shapes: Shapes) -> tuple[CoupledGroup, ...]:
@@ -228,11 +300,20 @@ def _latent_groups(config: Config, layer: int, shapes: Shapes) -> tuple[CoupledG
     hidden, rank = config_int(config, "hidden_size"), config_int(config, "kv_lora_rank")
     heads, query, key_value, value = _latent_sizes(config)
     query_input = hidden if config.get("q_lora_rank") is None else config_int(config, "q_lora_rank")
-    attention = CoupledGroup("heads", 1, 1, heads, value, query * query_input + key_value * rank + value * hidden)
+    attention = CoupledGroup(
+        "heads", 1, 1, heads, value, query * query_input + key_value * rank + value * hidden
+    )
     if not _is_moe(config, layer):
-        return attention, CoupledGroup("neurons", 1, 1, config_int(config, "intermediate_size"), 1, 3 * hidden)
-    experts, active, width = (config_int(config, key) for key in ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size"))
-    shared = CoupledGroup("shared", 1, 1, width * config_int(config, "n_shared_experts", 1), 1, 3 * hidden)
+        return attention, CoupledGroup(
+            "neurons", 1, 1, config_int(config, "intermediate_size"), 1, 3 * hidden
+        )
+    experts, active, width = (
+        config_int(config, key)
+        for key in ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size")
+    )
+    shared = CoupledGroup(
+        "shared", 1, 1, width * config_int(config, "n_shared_experts", 1), 1, 3 * hidden
+    )
     return attention, CoupledGroup("experts", experts, active, width, 1, 3 * hidden), shared
 
 

@@ -1,1 +1,3 @@
-"""The living layers: the only room that touches modules of transformers, and the one that slices weights."""
+"""The living layers: the only room that touches modules of transformers, and the one that slices
+weights.
+"""

@@ -1,4 +1,6 @@
-"""Modules whose weights stay in their mapped files, in their types on disk, and are converted part by part as they are used."""
+"""Modules whose weights stay in their mapped files, in their types on disk, and are converted part
+by part as they are used.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +12,9 @@ from rayprune.workers.machine.blocks import CONVERTED_BYTES
 
 
 class _MappedLinear(nn.Module):
-    """A linear map whose weight stays in its mapped file, in its type on disk; some rows are converted at a time."""
+    """A linear map whose weight stays in its mapped file, in its type on disk; some rows are
+    converted at a time.
+    """
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
         super().__init__()
@@ -25,12 +29,16 @@ class _MappedLinear(nn.Module):
         for start in range(0, out_features, step):
             rows = slice(start, start + step)
             bias = self._parameters["bias"]
-            result[..., rows] = nn.functional.linear(x, self.weight[rows].to(self._dtype), None if bias is None else bias[rows])
+            result[..., rows] = nn.functional.linear(
+                x, self.weight[rows].to(self._dtype), None if bias is None else bias[rows]
+            )
         return result
 
 
 class _MappedEmbedding(nn.Module):
-    """An embedding whose table stays in its mapped file; the rows that are looked up are converted."""
+    """An embedding whose table stays in its mapped file; the rows that are looked up are
+    converted.
+    """
 
     def __init__(self, embedding: nn.Embedding, dtype: torch.dtype) -> None:
         super().__init__()
@@ -41,15 +49,29 @@ class _MappedEmbedding(nn.Module):
         return nn.functional.embedding(tokens, self.weight).to(self._dtype)
 
 
-_MAPPED: dict[type, Callable[[Any, torch.dtype], nn.Module]] = {nn.Linear: _MappedLinear, nn.Embedding: _MappedEmbedding}
+_MAPPED: dict[type, Callable[[Any, torch.dtype], nn.Module]] = {
+    nn.Linear: _MappedLinear,
+    nn.Embedding: _MappedEmbedding,
+}
 
 
 def placed(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """The module ready for forward passes: moved to a GPU; on the CPU large weights stay in their mapped files."""
-    unmapped = {id(weight) for child in module.modules() if type(child) not in _MAPPED for weight in child.parameters(recurse=False)}
+    """The module ready for forward passes: moved to a GPU; on the CPU large weights stay in their
+    mapped files.
+    """
+    unmapped = {
+        id(weight)
+        for child in module.modules()
+        if type(child) not in _MAPPED
+        for weight in child.parameters(recurse=False)
+    }
     mapped: set[int] = set()
     for name, child in list(module.named_modules()) if device.type == "cpu" else ():
-        if type(child) in _MAPPED and child.weight.dtype != dtype and id(child.weight) not in unmapped:
+        if (
+            type(child) in _MAPPED
+            and child.weight.dtype != dtype
+            and id(child.weight) not in unmapped
+        ):
             module.set_submodule(name, _MAPPED[type(child)](child, dtype))
             mapped.add(id(child.weight))
     for parameter in module.parameters():

@@ -27,8 +27,8 @@ class CutArrays(TypedDict):
 class Cut:
     """The decision for one coupled group of one layer.
 
-    `units`: kept units, ascending; `weight_DK`: the consumer's corrected weight, rounded to its type on disk; of no units,
-    nothing.
+    `units`: kept units, ascending; `weight_DK`: the consumer's corrected weight, rounded to its
+    type on disk; of no units, nothing.
     """
 
     group: str
@@ -36,9 +36,15 @@ class Cut:
     weight_DK: Tensor
 
     def arrays(self) -> CutArrays:
-        """As it travels between workers: numpy has no bfloat16, and fp32 holds every 16-bit type exactly."""
+        """As it travels between workers: numpy has no bfloat16, and fp32 holds every 16-bit type
+        exactly.
+        """
         dtype = torch.promote_types(self.weight_DK.dtype, torch.float32)
-        return {"group": self.group, "units": self.units.numpy(), "weight": self.weight_DK.to("cpu", dtype).numpy()}
+        return {
+            "group": self.group,
+            "units": self.units.numpy(),
+            "weight": self.weight_DK.to("cpu", dtype).numpy(),
+        }
 
     @classmethod
     def from_arrays(cls, arrays: CutArrays) -> "Cut":
@@ -46,11 +52,14 @@ class Cut:
         return cls(arrays["group"], torch.tensor(arrays["units"]), torch.tensor(arrays["weight"]))
 
 
-def slice_layer(tensors: Mapping[str, Tensor], groups: Iterable[UnitGroup], cuts: Mapping[str, Cut]) -> dict[str, Tensor]:
+def slice_layer(
+    tensors: Mapping[str, Tensor], groups: Iterable[UnitGroup], cuts: Mapping[str, Cut]
+) -> dict[str, Tensor]:
     """One layer's tensors without the pruned units; tensors no cut touches pass through.
 
-    Producers lose rows (and bias entries), the consumer gets the corrected weight, in the cut's type, and keeps its bias. A block
-    of which no unit stays loses all its tensors. Names are those inside the layer, weights (out, in).
+    Producers lose rows (and bias entries), the consumer gets the corrected weight, in the cut's
+    type, and keeps its bias. A block of which no unit stays loses all its tensors. Names are those
+    inside the layer, weights (out, in).
     """
     result = dict(tensors)
     for group in groups:
@@ -70,15 +79,23 @@ def slice_layer(tensors: Mapping[str, Tensor], groups: Iterable[UnitGroup], cuts
 
 
 def pad_layer(
-    sliced: Mapping[str, Tensor], dense: Mapping[str, Tensor], groups: Iterable[UnitGroup], widths: Mapping[str, int]
+    sliced: Mapping[str, Tensor],
+    dense: Mapping[str, Tensor],
+    groups: Iterable[UnitGroup],
+    widths: Mapping[str, int],
 ) -> dict[str, Tensor]:
-    """A sliced layer with units of zeros behind its own, up to so many of each group: it computes the same.
+    """A sliced layer with units of zeros behind its own, up to so many of each group: it computes
+    the same.
 
     `dense` holds the layer's tensors before they were sliced.
     """
     lengths: dict[str, tuple[int, int]] = {}
     for group in groups:
-        lengths |= {f"{p.module}.{kind}": (0, p.rows * widths[group.name]) for p in group.producers for kind in ("weight", "bias")}
+        lengths |= {
+            f"{p.module}.{kind}": (0, p.rows * widths[group.name])
+            for p in group.producers
+            for kind in ("weight", "bias")
+        }
         lengths[f"{group.consumer}.weight"] = (1, group.columns * widths[group.name])
     padded = {}
     for name, tensor in dense.items():

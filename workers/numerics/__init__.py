@@ -1,1 +1,3 @@
-"""The mathematics: products, factorisations, statistics, methods, corrections. Knows no model and no run folder."""
+"""The mathematics: products, factorisations, statistics, methods, corrections. Knows no model and
+no run folder.
+"""

@@ -1,9 +1,11 @@
-"""The one correction of all methods: least squares for the kept columns, damped towards the uncorrected weight.
+"""The one correction of all methods: least squares for the kept columns, damped towards the
+uncorrected weight.
 
-W_K' = (S_KK + gI)^-1 (S_K: W + g W_K) = W_K + (S_KK + gI)^-1 S_KP W_P, with S = Z'Z. For g = 0 this is STAT's
-interpolative fold, Numerical Pruning's compensation and the OBS refit alike. Where the statistics know the drift E of the
-residual stream, the output is also to make up for it: + (S_KK + gI)^-1 Z_K'E.
-Letters: F width, D hidden, K kept columns, M size of a solver's targets, B block of output rows.
+W_K' = (S_KK + gI)^-1 (S_K: W + g W_K) = W_K + (S_KK + gI)^-1 S_KP W_P, with S = Z'Z. For g = 0 this
+is STAT's interpolative fold, Numerical Pruning's compensation and the OBS refit alike. Where the
+statistics know the drift E of the residual stream, the output is also to make up for it: + (S_KK +
+gI)^-1 Z_K'E. Letters: F width, D hidden, K kept columns, M size of a solver's targets, B block of
+output rows.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,8 +24,8 @@ from rayprune.workers.numerics.statistics import Refit, Statistic
 class Correction:
     """A corrected weight, and how well it reproduces the output that was cut.
 
-    The errors are |Z_K W_K' - Z W - E| / |Z W| of the fit on the training shards alone, on those and on the held-out shards;
-    the weight itself is fitted on all of them.
+    The errors are |Z_K W_K' - Z W - E| / |Z W| of the fit on the training shards alone, on those
+    and on the held-out shards; the weight itself is fitted on all of them.
     """
 
     weight_DK: Tensor
@@ -33,21 +35,29 @@ class Correction:
 
 
 def correct(
-    training: Statistic, held_out: Statistic, weight_DF: Tensor, kept_K: Tensor, options: CorrectionSpec, dtype: torch.dtype
+    training: Statistic,
+    held_out: Statistic,
+    weight_DF: Tensor,
+    kept_K: Tensor,
+    options: CorrectionSpec,
+    dtype: torch.dtype,
 ) -> Correction:
     """Correct a consumer's weight for the loss of all but the kept columns.
 
-    Of no columns the whole output is lost: an error of 1.
-    Shapes: `weight_DF` in any type, maybe in a file: it is read in blocks of rows. `kept_K` ascending column indices, on the
-    statistics' device. The result has `dtype` and lies beside `weight_DF`. Both statistics are consumed.
+    Of no columns the whole output is lost: an error of 1. Shapes: `weight_DF` in any type, maybe in
+    a file: it is read in blocks of rows. `kept_K` ascending column indices, on the statistics'
+    device. The result has `dtype` and lies beside `weight_DF`. Both statistics are consumed.
     Numerics: fp64. The damping is a multiple of the mean column energy; ties go to the larger one.
-    Cost: with a Gram matrix K^3/3 + 2 K^2 D + F^2 D flops per damping candidate, and about three times that for the rest.
+    Cost: with a Gram matrix K^3/3 + 2 K^2 D + F^2 D flops per damping candidate, and about three
+    times that for the rest.
     """
     if len(kept_K) == 0:
         return Correction(weight_DF[:, :0].to(dtype), 0.0, 1.0, 1.0)
     fit = _Fit.of(training, weight_DF, kept_K)
     damping, error = fit.best_damping(held_out, options)
-    training_error = _relative(fit.error(damping, training), _output_energy(training, weight_DF, kept_K.device))
+    training_error = _relative(
+        fit.error(damping, training), _output_energy(training, weight_DF, kept_K.device)
+    )
     held_out_error = _relative(error, _output_energy(held_out, weight_DF, kept_K.device))
     del fit  # its memory
     weight_DK = _Fit.of(training.merge(held_out), weight_DF, kept_K).weight(damping, dtype)
@@ -55,26 +65,37 @@ def correct(
 
 
 def error_curve(
-    training: Statistic, held_out: Statistic, weight_DF: Tensor, kept_sets: Sequence[Tensor], options: CorrectionSpec
+    training: Statistic,
+    held_out: Statistic,
+    weight_DF: Tensor,
+    kept_sets: Sequence[Tensor],
+    options: CorrectionSpec,
 ) -> tuple[float, list[float]]:
-    """The damping that is best for the middle one of several kept sets, and the squared relative held-out error of each with it.
+    """The damping that is best for the middle one of several kept sets, and the squared relative
+    held-out error of each with it.
 
     Shapes as for `correct`; neither statistic is consumed.
     """
     energy = _output_energy(held_out, weight_DF, kept_sets[0].device)
-    damping, _ = _Fit.of(training, weight_DF, kept_sets[len(kept_sets) // 2]).best_damping(held_out, options)
+    damping, _ = _Fit.of(training, weight_DF, kept_sets[len(kept_sets) // 2]).best_damping(
+        held_out, options
+    )
     fits = (_Fit.of(training, weight_DF, kept_K) for kept_K in kept_sets)
     return damping, [_relative(fit.error(damping, held_out), energy) ** 2 for fit in fits]
 
 
-def corrected(statistic: Statistic, weight_DF: Tensor, kept_K: Tensor, damping: float, dtype: torch.dtype) -> Tensor:
+def corrected(
+    statistic: Statistic, weight_DF: Tensor, kept_K: Tensor, damping: float, dtype: torch.dtype
+) -> Tensor:
     """The corrected weight (D, K) for a damping that is known; the statistic is not consumed."""
     return _Fit.of(statistic, weight_DF, kept_K).weight(damping, dtype)
 
 
 @dataclass(frozen=True)
 class _Fit:
-    """Corrections of one weight from one statistic, block by block: no more than one ridge's factor is held."""
+    """Corrections of one weight from one statistic, block by block: no more than one ridge's factor
+    is held.
+    """
 
     statistic: Statistic
     refit: Refit
@@ -89,13 +110,15 @@ class _Fit:
 
     def _changes(self, damping: float) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Per block its rows, the weight in fp64, and the change of its kept columns."""
-        energy = self.statistic.mean_energy or 1.0  # without any energy every ridge gives no change, but none would be singular
+        # without any energy every ridge gives no change, but none would be singular
+        energy = self.statistic.mean_energy or 1.0
         solve = self.refit.solver(damping * energy)
         for rows, weight_BF in wide_blocks(self.weight_DF, self.kept_K.device):
             yield rows, weight_BF, solve(self.targets_DM[rows])
 
     def best_damping(self, held_out: Statistic, options: CorrectionSpec) -> tuple[float, float]:
-        """The damping to take, the larger one of equals, and its squared error on the held-out tokens.
+        """The damping to take, the larger one of equals, and its squared error on the held-out
+        tokens.
 
         Candidates that are too small to solve with are passed over.
 
@@ -123,9 +146,13 @@ class _Fit:
 
     def weight(self, damping: float, dtype: torch.dtype) -> Tensor:
         """W_K', rounded to `dtype`."""
-        result_DK = torch.empty(len(self.weight_DF), len(self.kept_K), dtype=dtype, device=self.weight_DF.device)
+        result_DK = torch.empty(
+            len(self.weight_DF), len(self.kept_K), dtype=dtype, device=self.weight_DF.device
+        )
         for rows, weight_BF, change_BK in self._changes(damping):
-            result_DK[rows] = weight_BF[:, self.kept_K].add_(change_BK).to(self.weight_DF.device, dtype)
+            result_DK[rows] = (
+                weight_BF[:, self.kept_K].add_(change_BK).to(self.weight_DF.device, dtype)
+            )
         return result_DK
 
 

@@ -1,8 +1,9 @@
 """Linear algebra on calibration statistics: the one module that chooses its dtypes.
 
-Letters: T tokens, F width of the consumer's input, D hidden, K kept columns, P pruned columns, B block of output rows,
-N rows of a least-squares problem. Everything is fp64, except the fp32 products inside `add_gram_` and `add_cross_` (summed in fp64).
-Nothing falls back silently. Large matrices are worked on in place or in blocks of rows, so that they may lie in files.
+Letters: T tokens, F width of the consumer's input, D hidden, K kept columns, P pruned columns, B
+block of output rows, N rows of a least-squares problem. Everything is fp64, except the fp32
+products inside `add_gram_` and `add_cross_` (summed in fp64). Nothing falls back silently. Large
+matrices are worked on in place or in blocks of rows, so that they may lie in files.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,8 +26,11 @@ def row_slices(count: int) -> Iterator[slice]:
 
 
 def wide_blocks(matrix: Tensor, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
-    """Copies of blocks of rows, fp64, on `device`; the whole matrix, of any type and maybe in a file, is never converted at once."""
-    # moved first: torch converts what goes to a GPU on the CPU, and would send four times as many bytes
+    """Copies of blocks of rows, fp64, on `device`; the whole matrix, of any type and maybe in a
+    file, is never converted at once.
+    """
+    # moved first: torch converts what goes to a GPU on the CPU, and would send four times as many
+    # bytes
     return ((rows, matrix[rows].to(device).to(WIDE, copy=True)) for rows in row_slices(len(matrix)))
 
 
@@ -41,10 +45,12 @@ def column_norms(weight_DF: Tensor) -> Tensor:
 def add_gram_(gram_FF: Tensor, z_TF: Tensor) -> None:
     """Add z'z to the lower block triangle of `gram_FF` (fp64), in place.
 
-    Products are fp32 (TF32 must be off) over `PRODUCT_TOKENS` tokens, their sum is fp64. bf16 activations are widened on a
-    GPU too: its bf16 products sum in fp32, but cut off instead of rounding, which on an H200 left errors of 3e-3 of the mean
-    diagonal in the norm of the matrix where fp32 products left 1e-5, and made it indefinite beyond the smallest damping.
-    Cost: about T F^2 flops, half of a full product, since blocks above the diagonal are left alone (`mirror_` fills them).
+    Products are fp32 (TF32 must be off) over `PRODUCT_TOKENS` tokens, their sum is fp64. bf16
+    activations are widened on a GPU too: its bf16 products sum in fp32, but cut off instead of
+    rounding, which on an H200 left errors of 3e-3 of the mean diagonal in the norm of the matrix
+    where fp32 products left 1e-5, and made it indefinite beyond the smallest damping. Cost: about T
+    F^2 flops, half of a full product, since blocks above the diagonal are left alone (`mirror_`
+    fills them).
     """
     for some_TF in z_TF.split(PRODUCT_TOKENS):
         some_TF = some_TF.float()
@@ -53,8 +59,12 @@ def add_gram_(gram_FF: Tensor, z_TF: Tensor) -> None:
 
 
 def add_cross_(cross_FD: Tensor, z_TF: Tensor, e_TD: Tensor) -> None:
-    """Add z'e to `cross_FD` (fp64), in place; fp32 products, as in `add_gram_`. Cost: 2 T F D flops."""
-    for some_TF, some_TD in zip(z_TF.split(PRODUCT_TOKENS), e_TD.split(PRODUCT_TOKENS), strict=True):
+    """Add z'e to `cross_FD` (fp64), in place; fp32 products, as in `add_gram_`. Cost: 2 T F D
+    flops.
+    """
+    for some_TF, some_TD in zip(
+        z_TF.split(PRODUCT_TOKENS), e_TD.split(PRODUCT_TOKENS), strict=True
+    ):
         some_TF, some_TD = some_TF.float(), some_TD.float()
         for columns in row_slices(z_TF.shape[1]):
             cross_FD[columns] += some_TF[:, columns].T @ some_TD
@@ -77,26 +87,32 @@ def gather_(out: Tensor, matrix: Tensor, rows: Tensor, columns: Tensor) -> Tenso
 
 
 def gram_energy(gram_FF: Tensor, rows_BF: Tensor) -> float:
-    """|Z M'|^2 = tr(M G M') from the lower block triangle of G = Z'Z. Accurate to about 1e-16 |Z|^2 |M|^2. Cost: B F^2 flops."""
+    """|Z M'|^2 = tr(M G M') from the lower block triangle of G = Z'Z. Accurate to about 1e-16 |Z|^2
+    |M|^2. Cost: B F^2 flops.
+    """
     total = torch.zeros((), dtype=WIDE, device=rows_BF.device)
     for block in row_slices(len(gram_FF)):
         own, below = rows_BF[:, block], rows_BF[:, block.stop :]
-        total += (own @ gram_FF[block, block]).mul_(own).sum() + 2 * (below @ gram_FF[block.stop :, block]).mul_(own).sum()
+        total += (own @ gram_FF[block, block]).mul_(own).sum() + 2 * (
+            below @ gram_FF[block.stop :, block]
+        ).mul_(own).sum()
     return max(0.0, float(total))
 
 
 def r_factor(rows_NF: Tensor) -> Tensor:
     """The R factor of QR, with a non-negative diagonal. Householder QR, 2 N F^2 flops.
 
-    Of [R; rows] it is a step of tall-skinny QR, as backward stable as QR of all rows at once (Demmel et al.,
-    communication-avoiding QR).
+    Of [R; rows] it is a step of tall-skinny QR, as backward stable as QR of all rows at once
+    (Demmel et al., communication-avoiding QR).
     """
     r: Tensor = torch.linalg.qr(rows_NF.to(WIDE), mode="r").R
-    return r.mul_(torch.where(torch.diagonal(r) < 0, -1.0, 1.0).to(WIDE)[:, None]).contiguous()  # as a file holds it: alike in all bits
+    # as a file holds it: alike in all bits
+    return r.mul_(torch.where(torch.diagonal(r) < 0, -1.0, 1.0).to(WIDE)[:, None]).contiguous()
 
 
 def cholesky_solver(gram_KK: Tensor, ridge: float) -> Solver:
-    """Solves X (G + ridge I) = B for blocks B of rows. The lower triangle of `gram_KK` becomes the factor, in place.
+    """Solves X (G + ridge I) = B for blocks B of rows. The lower triangle of `gram_KK` becomes the
+    factor, in place.
 
     Cost: K^3/3 flops, 2 K^2 for each right side.
 
@@ -115,7 +131,9 @@ def cholesky_solver(gram_KK: Tensor, ridge: float) -> Solver:
 
 
 def _cholesky_in_place(gram_KK: Tensor) -> Solver | None:
-    """LAPACK potrf and potrs. The transposed view has Fortran's order: its upper triangle is the lower one, and nothing is copied."""
+    """LAPACK potrf and potrs. The transposed view has Fortran's order: its upper triangle is the
+    lower one, and nothing is copied.
+    """
     factor, info = lapack.dpotrf(gram_KK.numpy().T, lower=0, overwrite_a=1, clean=0)
 
     def solve(target_BK: Tensor) -> Tensor:
@@ -136,7 +154,8 @@ def _cholesky_on_gpu(gram_KK: Tensor) -> Solver | None:
 
 
 def inverse_(gram_FF: Tensor) -> Tensor:
-    """The inverse of a symmetric positive definite matrix, both triangles, in its memory. Cost: F^3 flops.
+    """The inverse of a symmetric positive definite matrix, both triangles, in its memory. Cost: F^3
+    flops.
 
     Raises:
         ModelError: it is not positive definite in fp64.
@@ -149,7 +168,8 @@ def inverse_(gram_FF: Tensor) -> Tensor:
         _, info = (factor, info) if info else lapack.dpotri(factor, lower=0, overwrite_c=1)
     if int(info):
         raise ModelError(
-            f"the Gram matrix of {len(gram_FF)} columns is singular: raise the method's damping, or take more calibration tokens"
+            f"the Gram matrix of {len(gram_FF)} columns is singular: raise the method's damping, or"
+            " take more calibration tokens"
         )
     return mirror_(gram_FF)
 
@@ -157,13 +177,16 @@ def inverse_(gram_FF: Tensor) -> Tensor:
 def least_squares_solver(rows_MM: Tensor, ridge: float) -> Solver:
     """Minimises |R x - b|^2 + ridge |x|^2 for every row b of a block, by QR of [R; sqrt(ridge) I].
 
-    Works on the square root of `cholesky_solver`'s condition number. Cost: about 6 M^3 flops, 3 M^2 for each right side.
+    Works on the square root of `cholesky_solver`'s condition number. Cost: about 6 M^3 flops, 3 M^2
+    for each right side.
 
     Raises:
         ModelError: R has dependent columns and there is no ridge.
     """
     size = len(rows_MM)
-    q, r = torch.linalg.qr(torch.cat([rows_MM, torch.eye(size, dtype=WIDE, device=rows_MM.device) * ridge**0.5]))
+    q, r = torch.linalg.qr(
+        torch.cat([rows_MM, torch.eye(size, dtype=WIDE, device=rows_MM.device) * ridge**0.5])
+    )
     largest_M = torch.linalg.vector_norm(r, dim=0)
 
     def back(columns_MB: Tensor) -> Tensor:
@@ -175,21 +198,29 @@ def least_squares_solver(rows_MM: Tensor, ridge: float) -> Solver:
 
     rounding = float(largest_M.max()) * size * torch.finfo(WIDE).eps if size else 0.0
     if not rounding * _inverse_norm(normal, largest_M) ** 0.5 < 1:
-        raise ModelError("the kept columns are linearly dependent: raise correction.damping, or take more calibration tokens")
+        raise ModelError(
+            "the kept columns are linearly dependent: raise correction.damping, or take more"
+            " calibration tokens"
+        )
     top_MM = q[:size]
     return lambda target_BM: back((target_BM @ top_MM).T)
 
 
 def _inverse_norm(solve: Solver, like_K: Tensor) -> float:
-    """The 1-norm of the inverse of a symmetric matrix, estimated from below by a few solves (Hager and Higham; LAPACK's pocon).
+    """The 1-norm of the inverse of a symmetric matrix, estimated from below by a few solves (Hager
+    and Higham; LAPACK's pocon).
 
-    Not finite where a solve is not. Pivots alone do not tell: rounding can leave all of them positive. The ascent from the
-    uniform vector never sees the difference of two equal columns; Higham's alternating vector does.
+    Not finite where a solve is not. Pivots alone do not tell: rounding can leave all of them
+    positive. The ascent from the uniform vector never sees the difference of two equal columns;
+    Higham's alternating vector does.
     """
     size = len(like_K)
     alternating_K = torch.linspace(1, 2, size, dtype=WIDE, device=like_K.device)
     alternating_K[1::2].neg_()
-    start_K, estimate = torch.full_like(like_K, 1 / max(1, size)), float(solve(alternating_K[None])[0].abs().sum()) * 2 / max(1, 3 * size)
+    start_K, estimate = (
+        torch.full_like(like_K, 1 / max(1, size)),
+        float(solve(alternating_K[None])[0].abs().sum()) * 2 / max(1, 3 * size),
+    )
     for _ in range(5):
         image_K = solve(start_K[None])[0]
         slope_K = solve(torch.where(image_K < 0, -1.0, 1.0).to(WIDE)[None])[0]
@@ -202,4 +233,6 @@ def _inverse_norm(solve: Solver, like_K: Tensor) -> float:
 
 def unit_rows(units: Tensor, rows_per_unit: int) -> Tensor:
     """Indices of the rows (or columns) that belong to these units."""
-    return (units[:, None] * rows_per_unit + torch.arange(rows_per_unit, device=units.device)).flatten()
+    return (
+        units[:, None] * rows_per_unit + torch.arange(rows_per_unit, device=units.device)
+    ).flatten()

@@ -1,7 +1,7 @@
 """Greedy choice of columns: column-pivoted QR of Z diag(s), from the Gram matrix or from rows of Z.
 
-Letters: F width, N rows, B columns of a panel, M columns that remain. fp64. Columns beyond the numerical rank follow by
-their energy |z_j s_j|^2, largest first; ties go to the lower index.
+Letters: F width, N rows, B columns of a panel, M columns that remain. fp64. Columns beyond the
+numerical rank follow by their energy |z_j s_j|^2, largest first; ties go to the lower index.
 """
 
 from collections.abc import Sequence
@@ -20,20 +20,25 @@ _STALE = 8  # the residual is compacted once one in so many of its columns is ta
 
 
 def pivot_gram(gram_FF: Tensor, scale_F: Tensor, count: int, scratch: Scratch) -> Tensor:
-    """The first `count` columns of pivoted Cholesky on diag(s) G diag(s): the pivots of column-pivoted QR of Z diag(s).
+    """The first `count` columns of pivoted Cholesky on diag(s) G diag(s): the pivots of
+    column-pivoted QR of Z diag(s).
 
     LAPACK pstrf on the CPU; on a GPU the same rule and rank tolerance in `cholesky_pivots_`.
     Resolves residual column norms down to about 1e-8 of the largest; below that use `pivot_rows`.
     Cost: F^3/3 flops; one copy of the matrix, in `scratch`.
     """
-    residual = torch.mul(gram_FF, scale_F[:, None], out=scratch.empty(*gram_FF.shape, dtype=WIDE)).mul_(scale_F)
+    residual = torch.mul(
+        gram_FF, scale_F[:, None], out=scratch.empty(*gram_FF.shape, dtype=WIDE)
+    ).mul_(scale_F)
     energy_F = torch.diagonal(residual).clone()
     taken = cholesky_pivots_(residual, count) if residual.is_cuda else _lapack_pivots_(residual)
     return by_energy(taken, energy_F, count)
 
 
 def _lapack_pivots_(matrix_FF: Tensor) -> Tensor:
-    """The pivots up to the numerical rank, in place: the transposed view of a symmetric matrix has Fortran's order without a copy."""
+    """The pivots up to the numerical rank, in place: the transposed view of a symmetric matrix has
+    Fortran's order without a copy.
+    """
     _, pivots, rank, info = lapack.dpstrf(matrix_FF.numpy().T, lower=1, overwrite_a=1)
     if info < 0:
         raise ValueError(f"pstrf: argument {-info} is illegal")
@@ -42,7 +47,8 @@ def _lapack_pivots_(matrix_FF: Tensor) -> Tensor:
 
 @dataclass
 class _Residual:
-    """What is left of the Gram matrix (lower triangle, in the leading corner of its memory), with the taken columns still in it.
+    """What is left of the Gram matrix (lower triangle, in the leading corner of its memory), with
+    the taken columns still in it.
 
     Taken columns have an energy of minus infinity.
     """
@@ -55,27 +61,38 @@ class _Residual:
         """The column at a position known to the device only; `position_M` counts from 0."""
         stride = self.matrix_MM.stride(0)
         places_M = torch.add(position_M.minimum(at), position_M.maximum(at), alpha=stride)
-        return self.matrix_MM.as_strided((stride * len(position_M),), (1,)).index_select(0, places_M)
+        return self.matrix_MM.as_strided((stride * len(position_M),), (1,)).index_select(
+            0, places_M
+        )
 
     def subtract_(self, panel_BM: Tensor) -> None:
         """Take the panel's outer product away, below the diagonal."""
         for block in row_slices(len(self.index_M)):
-            self.matrix_MM[block.start :, block].addmm_(panel_BM[:, block.start :].T, panel_BM[:, block], alpha=-1)
+            self.matrix_MM[block.start :, block].addmm_(
+                panel_BM[:, block.start :].T, panel_BM[:, block], alpha=-1
+            )
 
     def compacted(self) -> "_Residual":
         """Without the taken columns. In place: what stays keeps its order, so rows move up only."""
         rest_M = self.energy_M.isfinite().nonzero().flatten()
         for block in row_slices(len(rest_M)):
-            self.matrix_MM[block, : block.stop] = self.matrix_MM[rest_M[block]].index_select(1, rest_M[: block.stop])
-        return _Residual(self.matrix_MM[: len(rest_M), : len(rest_M)], self.energy_M[rest_M], self.index_M[rest_M])
+            self.matrix_MM[block, : block.stop] = self.matrix_MM[rest_M[block]].index_select(
+                1, rest_M[: block.stop]
+            )
+        return _Residual(
+            self.matrix_MM[: len(rest_M), : len(rest_M)],
+            self.energy_M[rest_M],
+            self.index_M[rest_M],
+        )
 
 
 def cholesky_pivots_(matrix_FF: Tensor, count: int) -> Tensor:
-    """Pivots of pivoted Cholesky until `count` or the numerical rank. Destroys the lower triangle of its argument.
+    """Pivots of pivoted Cholesky until `count` or the numerical rank. Destroys the lower triangle
+    of its argument.
 
-    Source: LAPACK pstrf, right-looking in panels. Made for GPUs: pivots stay on the device, the driver of the loop waits
-    once for each panel. Ties go to the lower index. Cost: F^3/3 flops at most (a tenth more for taken columns that are
-    still updated), and 2 B F for each pivot.
+    Source: LAPACK pstrf, right-looking in panels. Made for GPUs: pivots stay on the device, the
+    driver of the loop waits once for each panel. Ties go to the lower index. Cost: F^3/3 flops at
+    most (a tenth more for taken columns that are still updated), and 2 B F for each pivot.
     """
     energy_F = torch.diagonal(matrix_FF).clone()
     floor = energy_F.max() * len(matrix_FF) * torch.finfo(WIDE).eps
@@ -97,17 +114,23 @@ def cholesky_pivots_(matrix_FF: Tensor, count: int) -> Tensor:
 
 
 def _panel(residual: _Residual, size: int, floor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`size` pivots in a row: their factor columns (as rows), their positions, and whether each had energy above the floor.
+    """`size` pivots in a row: their factor columns (as rows), their positions, and whether each had
+    energy above the floor.
 
     Takes their energy away from `residual`, but leaves its matrix as it is. Cost: 2 B^2 M flops.
     """
     panel_BM = residual.energy_M.new_empty(size, len(residual.energy_M))
-    position_M, picked_B = torch.arange(len(residual.index_M), device=floor.device), residual.index_M.new_empty(size)
+    position_M, picked_B = (
+        torch.arange(len(residual.index_M), device=floor.device),
+        residual.index_M.new_empty(size),
+    )
     solid_B = torch.empty(size, dtype=torch.bool, device=floor.device)
     for step in range(size):
         at = torch.argmax(residual.energy_M, dim=0, keepdim=True)
         energy = residual.energy_M[at]
-        column_M = residual.column(at, position_M).addmv_(panel_BM[:step].T, panel_BM[:step].index_select(1, at).flatten(), alpha=-1)
+        column_M = residual.column(at, position_M).addmv_(
+            panel_BM[:step].T, panel_BM[:step].index_select(1, at).flatten(), alpha=-1
+        )
         is_solid = energy > floor
         torch.mul(column_M, torch.where(is_solid, energy.rsqrt(), 0.0), out=panel_BM[step])
         residual.energy_M.addcmul_(panel_BM[step], panel_BM[step], value=-1)
@@ -117,9 +140,11 @@ def _panel(residual: _Residual, size: int, floor: Tensor) -> tuple[Tensor, Tenso
 
 
 def pivot_rows(parts: Sequence[Tensor], scale_F: Tensor, count: int, scratch: Scratch) -> Tensor:
-    """The first `count` columns of column-pivoted QR of Z diag(s), from rows of Z or from its R factor, in parts.
+    """The first `count` columns of column-pivoted QR of Z diag(s), from rows of Z or from its R
+    factor, in parts.
 
-    LAPACK geqp3, about 4 N^2 F flops where N < F, half of them BLAS-2; one fp64 copy of the rows, in `scratch`.
+    LAPACK geqp3, about 4 N^2 F flops where N < F, half of them BLAS-2; one fp64 copy of the rows,
+    in `scratch`.
     """
     scaled_FN = scratch.empty(len(scale_F), sum(map(len, parts)), dtype=WIDE)
     rest_FN = scaled_FN
@@ -134,7 +159,9 @@ def pivot_rows(parts: Sequence[Tensor], scale_F: Tensor, count: int, scratch: Sc
         raise ValueError(f"geqp3: argument {-info} is illegal")
     diagonal = np.abs(np.diagonal(factor))
     rank = int(np.count_nonzero(diagonal > diagonal[:1] * len(pivots) * np.finfo(np.float64).eps))
-    return by_energy(torch.from_numpy(pivots[:rank].astype(np.int64) - 1).to(energy_F.device), energy_F, count)
+    return by_energy(
+        torch.from_numpy(pivots[:rank].astype(np.int64) - 1).to(energy_F.device), energy_F, count
+    )
 
 
 def by_energy(taken: Tensor, energy: Tensor, count: int) -> Tensor:
@@ -144,10 +171,12 @@ def by_energy(taken: Tensor, energy: Tensor, count: int) -> Tensor:
 
 
 def pivot_blocks_gram(gram_FF: Tensor, scale_F: Tensor, block: int, count: int) -> Tensor:
-    """Greedy block pivoting: the block of columns of Z diag(s) with the most energy left is taken whole, and projected out.
+    """Greedy block pivoting: the block of columns of Z diag(s) with the most energy left is taken
+    whole, and projected out.
 
-    The block form of column-pivoted QR: STAT's pivoting with a KV group as the unit (the paper's text has heads only).
-    A block that is numerically dependent is projected out by its numerical rank. Cost: 2 F^2 per column taken.
+    The block form of column-pivoted QR: STAT's pivoting with a KV group as the unit (the paper's
+    text has heads only). A block that is numerically dependent is projected out by its numerical
+    rank. Cost: 2 F^2 per column taken.
 
     Returns:
         The first `count` block indices, in the order taken; ties go to the lower index.
@@ -170,7 +199,9 @@ def pivot_blocks_gram(gram_FF: Tensor, scale_F: Tensor, block: int, count: int) 
 
 
 def pivot_blocks_rows(rows_NF: Tensor, scale_F: Tensor, block: int, count: int) -> Tensor:
-    """`pivot_blocks_gram` on rows of Z or on its R factor: the same greedy order without squaring the condition number."""
+    """`pivot_blocks_gram` on rows of Z or on its R factor: the same greedy order without squaring
+    the condition number.
+    """
     residual = rows_NF * scale_F
     norms_F = torch.linalg.vector_norm(residual, dim=0)
     energy = _block_energy(norms_F.square(), block)
@@ -178,7 +209,9 @@ def pivot_blocks_rows(rows_NF: Tensor, scale_F: Tensor, block: int, count: int) 
     taken: list[int] = []
     while len(taken) < count:
         heaviest = _heaviest(_block_energy(residual.square().sum(0), block), taken)
-        basis, values, _ = torch.linalg.svd(residual[:, heaviest * block : (heaviest + 1) * block], full_matrices=False)
+        basis, values, _ = torch.linalg.svd(
+            residual[:, heaviest * block : (heaviest + 1) * block], full_matrices=False
+        )
         basis = basis[:, values > rounding]
         if not basis.shape[1]:
             break

@@ -1,1 +1,3 @@
-"""Forward and backward passes over the layers: sweep, stream, survey, gradients, divergence, perplexity."""
+"""Forward and backward passes over the layers: sweep, stream, survey, gradients, divergence,
+perplexity.
+"""

@@ -1,6 +1,8 @@
-"""How far the outputs of pruned models lie from the dense model's: many models at once, each layer loaded once.
+"""How far the outputs of pruned models lie from the dense model's: many models at once, each layer
+loaded once.
 
-Models that agree in their first layers share these layers' hidden states. Letters: T tokens, D hidden, V vocabulary.
+Models that agree in their first layers share these layers' hidden states. Letters: T tokens, D
+hidden, V vocabulary.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,36 +30,59 @@ def divergences(
     candidates: Sequence[Sequence[Kept]],
     cut: Callable[[int, str, int], Cut],
 ) -> list[list[float]]:
-    """For each candidate and window the KL divergence (nats, summed over the window's tokens) of its next-token distribution.
+    """For each candidate and window the KL divergence (nats, summed over the window's tokens) of
+    its next-token distribution.
 
-    A candidate says for every layer what stays; `cut` gives the cut of a layer's group for so many units. From the dense
-    model's distribution: sum p (log p - log q). Numerics: logits as computed, differences in fp32, sums in fp64.
+    A candidate says for every layer what stays; `cut` gives the cut of a layer's group for so many
+    units. From the dense model's distribution: sum p (log p - log q). Numerics: logits as computed,
+    differences in fp32, sums in fp64.
     """
     choices = [[_choice(groups, kept) for kept in candidate] for candidate in candidates]
     dense: tuple[Choice, ...] = ()
     states: dict[tuple[Choice, ...], list[MicroBatch]] = {dense: embed_all(model, windows)}
     for index in range(model.checkpoint.num_layers):
         module, cuts = model.load_layer(index), dict[tuple[str, int], Cut]()
-        prefixes = sorted({tuple(candidate[: index + 1]) for candidate in choices} | {((),) * (index + 1)})
+        prefixes = sorted(
+            {tuple(candidate[: index + 1]) for candidate in choices} | {((),) * (index + 1)}
+        )
         for name, count in {item for prefix in prefixes for item in prefix[-1]}:
             cuts[name, count] = cut(index, name, count)
-        states = {prefix: [_behind(module, index, batch, groups, prefix[-1], cuts) for batch in states[prefix[:-1]]] for prefix in prefixes}
+        states = {
+            prefix: [
+                _behind(module, index, batch, groups, prefix[-1], cuts)
+                for batch in states[prefix[:-1]]
+            ]
+            for prefix in prefixes
+        }
     ends = [tuple(candidate) for candidate in choices]
     dense = ((),) * model.checkpoint.num_layers
     totals: dict[tuple[Choice, ...], list[float]] = {end: [] for end in ends}
     for number, window in enumerate(windows):
         log_p_TV = _log_probabilities(model, window, states[dense][number])
         for end, found in totals.items():
-            found.append(_divergence(log_p_TV, _log_probabilities(model, window, states[end][number])) if end != dense else 0.0)
+            found.append(
+                _divergence(log_p_TV, _log_probabilities(model, window, states[end][number]))
+                if end != dense
+                else 0.0
+            )
     return [totals[end] for end in ends]
 
 
 def _choice(groups: Mapping[str, UnitGroup], kept: Kept) -> Choice:
-    return tuple((name, kept[name]) for name, group in groups.items() if kept.get(name, group.num_units) < group.num_units)
+    return tuple(
+        (name, kept[name])
+        for name, group in groups.items()
+        if kept.get(name, group.num_units) < group.num_units
+    )
 
 
 def _behind(
-    module: nn.Module, index: int, batch: MicroBatch, groups: Mapping[str, UnitGroup], choice: Choice, cuts: Mapping[tuple[str, int], Cut]
+    module: nn.Module,
+    index: int,
+    batch: MicroBatch,
+    groups: Mapping[str, UnitGroup],
+    choice: Choice,
+    cuts: Mapping[tuple[str, int], Cut],
 ) -> MicroBatch:
     """A copy of a micro-batch, behind a layer of which so many units stay."""
     result = MicroBatch(batch.hidden_BTD, batch.arguments, store=batch.store)

@@ -1,8 +1,8 @@
 """Perplexity of a model folder, layer by layer: no process ever holds the model.
 
-Protocol: the text is tokenised as a whole and cut into windows; negative log-likelihoods are natural logarithms, summed
-over predicted tokens; with overlapping windows only tokens no earlier window predicted are counted.
-Letters: N windows, T tokens.
+Protocol: the text is tokenised as a whole and cut into windows; negative log-likelihoods are
+natural logarithms, summed over predicted tokens; with overlapping windows only tokens no earlier
+window predicted are counted. Letters: N windows, T tokens.
 """
 
 from pathlib import Path
@@ -18,11 +18,18 @@ from rayprune.workers.passes.sweep import embed_all
 
 @torch.inference_mode()
 def window_losses(
-    model_path: Path, windows_NT: Tensor, first_index: int, stride: int, dtype: torch.dtype, device: torch.device, store: Store
+    model_path: Path,
+    windows_NT: Tensor,
+    first_index: int,
+    stride: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    store: Store,
 ) -> list[tuple[float, int]]:
     """For each window the sum of negative log-likelihoods (nats) and the number of tokens in it.
 
-    `first_index` is the number of the first of these windows in the whole text; hidden states wait where `store` puts them.
+    `first_index` is the number of the first of these windows in the whole text; hidden states wait
+    where `store` puts them.
     """
     checkpoint = open_checkpoint(model_path)
     model = StreamedModel(checkpoint, dtype, device, store)
@@ -36,6 +43,8 @@ def window_losses(
         predicted = windows_NT.shape[1] - 1
         count = predicted if first_index + number == 0 else min(stride, predicted)
         logits = model.logits(tokens_1T, batch.hidden_BTD)[0, -count - 1 : -1].float()
-        loss = torch.nn.functional.cross_entropy(logits, tokens_1T[0, -count:].to(device), reduction="sum")
+        loss = torch.nn.functional.cross_entropy(
+            logits, tokens_1T[0, -count:].to(device), reduction="sum"
+        )
         losses.append((float(loss), count))
     return losses

@@ -1,8 +1,9 @@
-"""Calibration micro-batches on their way through a chunk of consecutive layers, on the dense path (`placement: layers`).
+"""Calibration micro-batches on their way through a chunk of consecutive layers, on the dense path
+(`placement: layers`).
 
-Every layer's statistics grow at the same time, one micro-batch after the other in the order of the calibration text:
-sums have the same bits wherever a chunk begins or ends. Hidden states come from the worker of the chunk before, or from
-files where a wave of chunks has ended.
+Every layer's statistics grow at the same time, one micro-batch after the other in the order of the
+calibration text: sums have the same bits wherever a chunk begins or ends. Hidden states come from
+the worker of the chunk before, or from files where a wave of chunks has ended.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -52,19 +53,35 @@ class Stream:
         run_folder: Path,
         keep: Store,
     ) -> None:
-        """`empty(width)` makes a statistic; the first `num_training` micro-batches are for training; `keep` puts away hidden states."""
+        """`empty(width)` makes a statistic; the first `num_training` micro-batches are for
+        training; `keep` puts away hidden states.
+        """
         self._keep, self._passed = keep, dict[int, list[Passed]]()
-        self._model, self._empty, self._batches, self._num_training, self._folder = model, empty, batches, num_training, run_folder
+        self._model, self._empty, self._batches, self._num_training, self._folder = (
+            model,
+            empty,
+            batches,
+            num_training,
+            run_folder,
+        )
         self._groups = {group.name: group for group in groups}
         self._modules: dict[int, nn.Module] = {}
         self._arguments: dict[torch.Size, MicroBatch] = {}
         self._fits: dict[tuple[int, str], Fits] = {}
 
-    def flow(self, chunk: range, number: int, wanted: Wanted, before: np.ndarray | None, end_of_wave: bool) -> np.ndarray | None:
+    def flow(
+        self,
+        chunk: range,
+        number: int,
+        wanted: Wanted,
+        before: np.ndarray | None,
+        end_of_wave: bool,
+    ) -> np.ndarray | None:
         """Take one micro-batch through the chunk and add it to the wanted statistics.
 
-        `before` holds its hidden states from the chunk before (None: embeddings, or the file of the wave before); those
-        behind the chunk are returned, or at the end of a wave written to a file.
+        `before` holds its hidden states from the chunk before (None: embeddings, or the file of the
+        wave before); those behind the chunk are returned, or at the end of a wave written to a
+        file.
 
         Raises:
             SpecError: an earlier attempt computed on another kind of device or in another type.
@@ -73,27 +90,45 @@ class Stream:
             self._begin(chunk, wanted)
         batch = self._entering(chunk.start, number, before)
         for index in chunk:
-            watched = {name: self._groups[name] for name in wanted.get(index, ()) if name in self._groups}
+            watched = {
+                name: self._groups[name] for name in wanted.get(index, ()) if name in self._groups
+            }
             given_BTD = batch.hidden_BTD
-            self._note(index, number, layers.dense_pass(self._modules[index], index, batch, watched))
+            self._note(
+                index, number, layers.dense_pass(self._modules[index], index, batch, watched)
+            )
             if RESIDUAL_STREAM in wanted.get(index, ()):
                 kept = self._keep(given_BTD), self._keep(batch.hidden_BTD)
                 self._passed.setdefault(index, []).extend(zip(*kept, strict=True))
         if not end_of_wave:
             return to_array(batch.hidden_BTD)
         if chunk.stop < len(batch.arguments):
-            write_tensors(boundary_file(self._folder, chunk.stop, number), {"hidden": batch.hidden_BTD.contiguous()})
+            write_tensors(
+                boundary_file(self._folder, chunk.stop, number),
+                {"hidden": batch.hidden_BTD.contiguous()},
+            )
         return None
 
     def _begin(self, chunk: range, wanted: Wanted) -> None:
         for layer in range(self._model.checkpoint.num_layers):
-            for task in (name(layer) for name in (survey_task, selection_task, regularised_task, layer_task)):
+            for task in (
+                name(layer) for name in (survey_task, selection_task, regularised_task, layer_task)
+            ):
                 if finished := read_manifest(task_folder(self._folder, task)):
-                    check_computed_on(task_folder(self._folder, task), finished, self._model.computed_on)
+                    check_computed_on(
+                        task_folder(self._folder, task), finished, self._model.computed_on
+                    )
         self._modules = {}  # freed before the new ones are read
-        self._modules = {index: self._model.load_layer(index, prefetch=index + 1 < chunk.stop) for index in chunk}
+        self._modules = {
+            index: self._model.load_layer(index, prefetch=index + 1 < chunk.stop) for index in chunk
+        }
         self._passed = {}
-        self._fits = {(layer, name): self._empty_fits(name) for layer in chunk for name in wanted.get(layer, ()) if name in self._groups}
+        self._fits = {
+            (layer, name): self._empty_fits(name)
+            for layer in chunk
+            for name in wanted.get(layer, ())
+            if name in self._groups
+        }
 
     def _empty_fits(self, name: str) -> Fits:
         width = self._groups[name].width
@@ -109,7 +144,11 @@ class Stream:
         if layer == 0:
             return known
         saved = boundary_file(self._folder, layer, number)
-        hidden_BTD = from_array(before, self._model.dtype) if before is not None else load_file(saved)["hidden"]
+        hidden_BTD = (
+            from_array(before, self._model.dtype)
+            if before is not None
+            else load_file(saved)["hidden"]
+        )
         return MicroBatch(hidden_BTD, known.arguments)
 
     def _note(self, layer: int, number: int, inputs: dict[str, Tensor]) -> None:
@@ -126,7 +165,10 @@ class Stream:
         fits = self._fits.pop((layer, name))
         if not all(statistic.is_finite() for statistic in fits):
             consumer = self._groups[name].consumer
-            raise ModelError(f"layer {layer}, {name}: input of {consumer} is not finite; set model.dtype: float32")
+            raise ModelError(
+                f"layer {layer}, {name}: input of {consumer} is not finite; set model.dtype:"
+                " float32"
+            )
         training, held_out = fits
         return training.finished(), held_out.finished()
 

@@ -1,9 +1,11 @@
-"""Calibration shards on their way through the layers: forward only, each weight used once, on the already pruned path.
+"""Calibration shards on their way through the layers: forward only, each weight used once, on the
+already pruned path.
 
-Per layer and coupled group: run to the consumer's input, add it to a statistic, stop. Once the cut is decided, the
-block's output is the corrected projection of the kept units; the layer is entered again behind it. Every step is a pure
-function of (layer, cuts below, tokens): what a `Sweep` holds is a cache, rebuilt from saved hidden states or the tokens.
-Letters: S samples, T tokens, B windows of a micro-batch, D hidden, F width of a consumer's input.
+Per layer and coupled group: run to the consumer's input, add it to a statistic, stop. Once the cut
+is decided, the block's output is the corrected projection of the kept units; the layer is entered
+again behind it. Every step is a pure function of (layer, cuts below, tokens): what a `Sweep` holds
+is a cache, rebuilt from saved hidden states or the tokens. Letters: S samples, T tokens, B windows
+of a micro-batch, D hidden, F width of a consumer's input.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -44,15 +46,20 @@ def embed_all(model: StreamedModel, batches: Sequence[Tensor]) -> list[MicroBatc
     return result
 
 
-def grow_states(trees: Sequence[Node], owned: tuple[int, int], leaf: Callable[[int], Statistic]) -> Parts:
+def grow_states(
+    trees: Sequence[Node], owned: tuple[int, int], leaf: Callable[[int], Statistic]
+) -> Parts:
     """The states of the largest tree nodes that the owned shards cover."""
     nodes = [node for root in trees for node in owned_nodes(root, range(*owned))]
-    return {node: grow_tree(node, leaf, lambda left, right: left.merge(right)).state() for node in nodes}
+    return {
+        node: grow_tree(node, leaf, lambda left, right: left.merge(right)).state() for node in nodes
+    }
 
 
 @dataclass
 class Shard:
-    """One logical shard: its micro-batches stand before `layer`, and beside them, where drift is made up for, dense ones.
+    """One logical shard: its micro-batches stand before `layer`, and beside them, where drift is
+    made up for, dense ones.
 
     Of a dense one `outputs[group]` is the residual stream behind that group's block of the layer.
     """
@@ -76,16 +83,31 @@ class Sweep:
         keep_inputs: bool,
         drift: float,
     ) -> None:
-        """`drift` is the fraction of the drift from the dense model that statistics hold as a target."""
+        """`drift` is the fraction of the drift from the dense model that statistics hold as a
+        target.
+        """
         self._drift = drift
-        self._model, self._statistic, self._tokens, self._folder = model, statistic, shards, run_folder
+        self._model, self._statistic, self._tokens, self._folder = (
+            model,
+            statistic,
+            shards,
+            run_folder,
+        )
         self._groups = {group.name: group for group in groups}
         self._checkpoint_layers, self._keep_inputs = checkpoint_layers, keep_inputs
         self._shards: dict[int, Shard] = {}
         self._loaded: tuple[int, nn.Module] | None = None
 
-    def collect(self, layer: int, name: str, owned: tuple[int, int], cuts: Mapping[str, Cut], trees: Sequence[Node]) -> Parts:
-        """Statistics of a consumer's input over the shards `owned[0] ... owned[1] - 1`, one per largest tree node they cover.
+    def collect(
+        self,
+        layer: int,
+        name: str,
+        owned: tuple[int, int],
+        cuts: Mapping[str, Cut],
+        trees: Sequence[Node],
+    ) -> Parts:
+        """Statistics of a consumer's input over the shards `owned[0] ... owned[1] - 1`, one per
+        largest tree node they cover.
 
         `cuts` are those of this layer's earlier groups.
 
@@ -94,9 +116,13 @@ class Sweep:
         """
         self._bring_to(layer, range(*owned))
         module = self._layer(layer)
-        return grow_states(trees, owned, lambda shard: self._shard_statistic(module, layer, shard, name, cuts))
+        return grow_states(
+            trees, owned, lambda shard: self._shard_statistic(module, layer, shard, name, cuts)
+        )
 
-    def _shard_statistic(self, module: nn.Module, layer: int, shard: int, name: str, cuts: Mapping[str, Cut]) -> Statistic:
+    def _shard_statistic(
+        self, module: nn.Module, layer: int, shard: int, name: str, cuts: Mapping[str, Cut]
+    ) -> Statistic:
         statistic = self._statistic(self._groups[name].width)
         for number, batch in enumerate(self._shards[shard].batches):
             self._forget_from(batch, name)
@@ -108,17 +134,28 @@ class Sweep:
                 batch.inputs.clear()
         if not statistic.is_finite():
             raise ModelError(
-                f"layer {layer}, {name}: input of {self._groups[name].consumer} is not finite (shard {shard}); set model.dtype: float32"
+                f"layer {layer}, {name}: input of {self._groups[name].consumer} is not finite"
+                f" (shard {shard}); set model.dtype: float32"
             )
         return statistic
 
-    def _drift_of(self, module: nn.Module, shard: int, number: int, name: str, z_BTF: Tensor) -> Tensor:
-        """What the stream behind an uncut block would lack of the dense model's, as much of it as is to be made up for (tokens, D)."""
-        layer, batches, dense = self._shards[shard].layer, self._shards[shard].batches, self._shards[shard].dense
+    def _drift_of(
+        self, module: nn.Module, shard: int, number: int, name: str, z_BTF: Tensor
+    ) -> Tensor:
+        """What the stream behind an uncut block would lack of the dense model's, as much of it as
+        is to be made up for (tokens, D).
+        """
+        layer, batches, dense = (
+            self._shards[shard].layer,
+            self._shards[shard].batches,
+            self._shards[shard].dense,
+        )
         target_BTD = self._dense_streams(module, layer, dense[number])[name].to(z_BTF.device)
         before_BTD = layers.stream_before(module, layer, batches[number], self._groups, name)
         output_BTD = layers.project(module, self._groups[name], z_BTF)
-        return (self._drift * (target_BTD.float() - before_BTD.float() - output_BTD.float())).flatten(0, -2)
+        return (
+            self._drift * (target_BTD.float() - before_BTD.float() - output_BTD.float())
+        ).flatten(0, -2)
 
     def _dense_streams(self, module: nn.Module, layer: int, dense: MicroBatch) -> dict[str, Tensor]:
         if not dense.outputs:
@@ -132,7 +169,9 @@ class Sweep:
             batch.outputs.pop(self._groups[later].block, None)
             batch.inputs.pop(later, None)
 
-    def _apply(self, module: nn.Module, layer: int, batch: MicroBatch, cuts: Mapping[str, Cut]) -> None:
+    def _apply(
+        self, module: nn.Module, layer: int, batch: MicroBatch, cuts: Mapping[str, Cut]
+    ) -> None:
         for name, cut in cuts.items():
             if self._groups[name].block not in batch.outputs:
                 layers.apply_cut(module, layer, batch, self._groups, name, cut)
@@ -144,7 +183,9 @@ class Sweep:
         return self._loaded[1]
 
     def _bring_to(self, layer: int, owned: range) -> None:
-        """Have the owned shards stand before `layer`, replaying finished layers where the cache is behind."""
+        """Have the owned shards stand before `layer`, replaying finished layers where the cache is
+        behind.
+        """
         for shard in owned:
             if shard not in self._shards or self._shards[shard].layer > layer:
                 self._shards[shard] = self._restored(shard, layer)
@@ -155,24 +196,37 @@ class Sweep:
                 self._save(number)
 
     def _manifest(self, layer: int) -> Manifest | None:
-        """A layer's manifest, if it is finished; it must have been computed as this worker computes."""
+        """A layer's manifest, if it is finished; it must have been computed as this worker
+        computes.
+        """
         folder = task_folder(self._folder, layer_task(layer))
         if manifest := read_manifest(folder):
             check_computed_on(folder, manifest, self._model.computed_on)
         return manifest
 
     def _hidden_path(self, shard: int, layer: int) -> Path | None:
-        """Where a shard's hidden states before `layer` are saved; the name holds what they depend on."""
+        """Where a shard's hidden states before `layer` are saved; the name holds what they depend
+        on.
+        """
         manifest = self._manifest(layer - 1)
         if manifest is None:
             return None
-        return self._folder / CACHE / f"shard-{shard:04d}" / f"layer-{layer:04d}-{manifest.fingerprint[:16]}.safetensors"
+        return (
+            self._folder
+            / CACHE
+            / f"shard-{shard:04d}"
+            / f"layer-{layer:04d}-{manifest.fingerprint[:16]}.safetensors"
+        )
 
     def _finished_cuts(self, layer: int) -> dict[str, Cut]:
         """The cuts of a finished layer."""
         manifest = self._manifest(layer)
         assert manifest is not None, f"layer {layer} is not finished"
-        return read_cuts(task_folder(self._folder, layer_task(layer)) / LAYER_FILE, manifest, self._groups.values())
+        return read_cuts(
+            task_folder(self._folder, layer_task(layer)) / LAYER_FILE,
+            manifest,
+            self._groups.values(),
+        )
 
     def _advance(self, module: nn.Module, shard: Shard, cuts: Mapping[str, Cut]) -> None:
         for batch in shard.batches:
@@ -189,17 +243,28 @@ class Sweep:
             return
         if path := self._hidden_path(index, shard.layer):
             batches = [*shard.batches, *shard.dense]
-            write_tensors(path, {f"{number:05d}": batch.hidden_BTD.contiguous() for number, batch in enumerate(batches)})
+            write_tensors(
+                path,
+                {
+                    f"{number:05d}": batch.hidden_BTD.contiguous()
+                    for number, batch in enumerate(batches)
+                },
+            )
             for old in path.parent.glob("layer-*.safetensors"):
                 if old != path:
                     old.unlink(missing_ok=True)
 
     def _restored(self, index: int, layer: int) -> Shard:
-        batches, dense = (embed_all(self._model, self._tokens[index]) if wanted else [] for wanted in (True, self._drift > 0))
+        batches, dense = (
+            embed_all(self._model, self._tokens[index]) if wanted else []
+            for wanted in (True, self._drift > 0)
+        )
         for saved in range(layer, 0, -1):
             path = self._hidden_path(index, saved)
             if path and path.is_file():
-                for batch, (_, hidden_BTD) in zip([*batches, *dense], sorted(load_file(path).items()), strict=True):
+                for batch, (_, hidden_BTD) in zip(
+                    [*batches, *dense], sorted(load_file(path).items()), strict=True
+                ):
                     batch.hidden_BTD = batch.store(hidden_BTD.to(self._model.device, copy=True))
                 return Shard(saved, batches, dense)
         return Shard(0, batches, dense)
@@ -209,12 +274,15 @@ def check_computed_on(folder: Path, manifest: Manifest, computed_on: str) -> Non
     """Check that a finished task was computed as this worker computes.
 
     Raises:
-        SpecError: it was on another kind of device or in another type; mixing them would mix roundings.
+        SpecError: it was on another kind of device or in another type; mixing them would mix
+            roundings.
     """
-    if manifest.info.get("computed_on", computed_on) != computed_on:  # a random mask is not computed
+    # a random mask is not computed
+    if manifest.info.get("computed_on", computed_on) != computed_on:
         raise SpecError(
-            f"{folder}: was computed on {manifest.info['computed_on']}, this worker computes on {computed_on}; "
-            "set parallel.device and model.dtype as they were, or choose another --out"
+            f"{folder}: was computed on {manifest.info['computed_on']}, this worker computes on"
+            f" {computed_on}; set parallel.device and model.dtype as they were, or choose another"
+            " --out"
         )
 
 
@@ -227,7 +295,8 @@ def read_cuts(file: Path, manifest: Manifest, groups: Iterable[UnitGroup]) -> di
         units, weight_DK = torch.tensor(kept[group.name], dtype=torch.int64), torch.empty(0)
         if len(units):
             with safe_open(file, framework="pt") as handle:
-                (name,) = (name for name in handle.keys() if name.endswith(f".{group.consumer}.weight"))  # noqa: SIM118 - not a dict
+                names = handle.keys()  # of what is no dict
+                (name,) = (name for name in names if name.endswith(f".{group.consumer}.weight"))
                 weight_DK = handle.get_tensor(name)[:, : len(units) * group.columns].clone()
         cuts[group.name] = Cut(group.name, units, weight_DK)
     return cuts

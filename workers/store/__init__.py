@@ -1,1 +1,3 @@
-"""What lies on disk: files and their records, names in a run folder, storage, logical shards. No torch at import."""
+"""What lies on disk: files and their records, names in a run folder, storage, logical shards. No
+torch at import.
+"""

@@ -1,6 +1,8 @@
-"""The one module that writes files: temp file, fsync, rename, fsync of the folder; a task's manifest last.
+"""The one module that writes files: temp file, fsync, rename, fsync of the folder; a task's
+manifest last.
 
-No torch at import. A task is done when its manifest exists, carries the planned fingerprint and fits its files.
+No torch at import. A task is done when its manifest exists, carries the planned fingerprint and
+fits its files.
 """
 
 import hashlib
@@ -40,7 +42,12 @@ class Manifest:
     @property
     def digest(self) -> str:
         """SHA-256 over what the task made: the input of the tasks that follow."""
-        return fingerprint({"files": {name: asdict(record) for name, record in self.files.items()}, "info": self.info.get("result")})
+        return fingerprint(
+            {
+                "files": {name: asdict(record) for name, record in self.files.items()},
+                "info": self.info.get("result"),
+            }
+        )
 
 
 def fingerprint(value: object) -> str:
@@ -49,7 +56,9 @@ def fingerprint(value: object) -> str:
     Raises:
         TypeError: the value has no JSON form.
     """
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    ).hexdigest()
 
 
 def record_of(path: Path) -> FileRecord:
@@ -68,7 +77,9 @@ def sync_folder(folder: Path) -> None:
 
 
 def _write(path: Path, save: Callable[[Path], None]) -> None:
-    """Have `save` write a temporary neighbour, then move it into place; nothing half-written ever has the final name."""
+    """Have `save` write a temporary neighbour, then move it into place; nothing half-written ever
+    has the final name.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
@@ -109,7 +120,9 @@ def link_file(source: Path, path: Path) -> None:
 
 
 def write_tensors(path: Path, tensors: "Mapping[str, Tensor]") -> None:
-    """Write a safetensors file atomically, with bytes that depend on the tensors alone, readable as the umask allows."""
+    """Write a safetensors file atomically, with bytes that depend on the tensors alone, readable as
+    the umask allows.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -127,12 +140,20 @@ def write_tensors(path: Path, tensors: "Mapping[str, Tensor]") -> None:
     _write(path, _save)
 
 
-def commit(folder: Path, task: str, task_fingerprint: str, files: Iterable[str], info: Mapping[str, object]) -> Manifest:
+def commit(
+    folder: Path, task: str, task_fingerprint: str, files: Iterable[str], info: Mapping[str, object]
+) -> Manifest:
     """Record a task as finished: the last thing its maker does.
 
-    Shapes and units: `files` are names inside `folder`; `info` is JSON, its key `result` enters the digest.
+    Shapes and units: `files` are names inside `folder`; `info` is JSON, its key `result` enters the
+    digest.
     """
-    manifest = Manifest(task, task_fingerprint, {name: record_of(folder / name) for name in sorted(files)}, dict(info))
+    manifest = Manifest(
+        task,
+        task_fingerprint,
+        {name: record_of(folder / name) for name in sorted(files)},
+        dict(info),
+    )
     write_json(folder / MANIFEST_NAME, asdict(manifest))
     return manifest
 
@@ -149,7 +170,11 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 def damaged_files(folder: Path, manifest: Manifest) -> list[str]:
     """Names of recorded files that are missing or differ from their record."""
-    return [name for name, record in manifest.files.items() if not (folder / name).is_file() or record_of(folder / name) != record]
+    return [
+        name
+        for name, record in manifest.files.items()
+        if not (folder / name).is_file() or record_of(folder / name) != record
+    ]
 
 
 def _ignore(_: object) -> None:

@@ -5,7 +5,11 @@ from pathlib import Path
 CACHE = "cache"
 LAYER_FILE = "layer.safetensors"
 OUTER_TASK, OUTER_FILE = "outer", "outer.safetensors"
-CALIBRATION_TASK, EVALUATION_TASK, TOKENS_FILE = "calibration-tokens", "evaluation-tokens", "tokens.safetensors"
+CALIBRATION_TASK, EVALUATION_TASK, TOKENS_FILE = (
+    "calibration-tokens",
+    "evaluation-tokens",
+    "tokens.safetensors",
+)
 SHAPE_TASK, EXPORT_TASK = "shape", "export"
 REGULARISE_TASK, UPDATES_TASK, RECOVER_TASK = "regularise", "updates", "recover"
 RESULT_FILE, STARTED_FILE, TRAINED_FOLDER = "result.json", "started", "model"

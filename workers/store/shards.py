@@ -1,6 +1,7 @@
 """Logical shards and the fixed tree in which their statistics are summed. No torch.
 
-The tree depends on the number of shards alone, so sums have the same bits however the shards are spread over workers.
+The tree depends on the number of shards alone, so sums have the same bits however the shards are
+spread over workers.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +25,9 @@ def num_micro_batches(samples: int, shards: int, micro_batch: int, first_shards:
 
 
 def owned_nodes(root: Node, owned: range) -> list[Node]:
-    """The largest nodes under `root` whose shards all lie in the contiguous range `owned`, from left to right."""
+    """The largest nodes under `root` whose shards all lie in the contiguous range `owned`, from
+    left to right.
+    """
     start, stop = root
     if stop <= owned.start or owned.stop <= start or start == stop:
         return []
@@ -35,15 +38,20 @@ def owned_nodes(root: Node, owned: range) -> list[Node]:
 
 
 def grow_tree(node: Node, leaf: Callable[[int], T], merge: Callable[[T, T], T]) -> T:
-    """The sum over a node's shards, each made by `leaf` when its turn comes; at most one per level of the tree is held."""
+    """The sum over a node's shards, each made by `leaf` when its turn comes; at most one per level
+    of the tree is held.
+    """
     if node[1] - node[0] == 1:
         return leaf(node[0])
     left, right = _children(node)
     return merge(grow_tree(left, leaf, merge), grow_tree(right, leaf, merge))
 
 
-def merge_siblings(root: Node, parts: Mapping[Node, T], merge: Callable[[T, T], T]) -> dict[Node, T]:
-    """The parts under `root`, merged wherever both children of a node are there; only `root` is left once all are.
+def merge_siblings(
+    root: Node, parts: Mapping[Node, T], merge: Callable[[T, T], T]
+) -> dict[Node, T]:
+    """The parts under `root`, merged wherever both children of a node are there; only `root` is
+    left once all are.
 
     Whoever merges what, and in however many rounds: the sums are those of the tree.
     """
@@ -52,8 +60,16 @@ def merge_siblings(root: Node, parts: Mapping[Node, T], merge: Callable[[T, T], 
     if root[1] - root[0] <= 1:
         return {}
     children = _children(root)
-    merged = {node: part for child in children for node, part in merge_siblings(child, parts, merge).items()}
-    return {root: merge(*(merged[child] for child in children))} if merged.keys() >= set(children) else merged
+    merged = {
+        node: part
+        for child in children
+        for node, part in merge_siblings(child, parts, merge).items()
+    }
+    return (
+        {root: merge(*(merged[child] for child in children))}
+        if merged.keys() >= set(children)
+        else merged
+    )
 
 
 def roots(num_shards: int, num_held_out: int) -> tuple[Node, Node]:

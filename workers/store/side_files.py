@@ -3,7 +3,15 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "tekken.json")
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "tekken.json",
+)
 CHAT_TEMPLATES = ("*.jinja", "chat_template.json", "additional_chat_templates/*.jinja")
 COPIED = (*TOKENIZER_FILES, *CHAT_TEMPLATES, "generation_config.json", "LICENSE*", "NOTICE*")
 NEVER_COPIED = (".py", ".bin", ".pt", ".pth", ".pkl")

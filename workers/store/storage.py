@@ -1,4 +1,6 @@
-"""Whether a worker sees the driver's files: a run on several nodes stands on storage that all of them share. No torch."""
+"""Whether a worker sees the driver's files: a run on several nodes stands on storage that all of
+them share. No torch.
+"""
 
 import secrets
 import socket
@@ -12,7 +14,9 @@ from rayprune.workers.store.files import FileRecord, record_of, write_text
 
 @contextmanager
 def marker_file(folder: Path) -> Iterator[Path]:
-    """A file with a random content, under a name that no node has looked up before, so that no cache can answer for it."""
+    """A file with a random content, under a name that no node has looked up before, so that no
+    cache can answer for it.
+    """
     token = secrets.token_hex(16)
     path = folder / f".storage.{token}.tmp"
     write_text(path, token)
@@ -30,13 +34,17 @@ def check_same_files(expected: Mapping[str, FileRecord]) -> None:
     """
     for path, record in expected.items():
         try:
-            problem = "" if record_of(Path(path)) == record else "is another file here than on the driver's node"
+            problem = (
+                ""
+                if record_of(Path(path)) == record
+                else "is another file here than on the driver's node"
+            )
         except OSError as error:
             problem = f"cannot be read here: {error.strerror}"
         if problem:
             raise ResourceError(
-                f"node {node_name()}: {path}: {problem}; mount the storage that holds model, texts and run folder on every node, "
-                "under the same path"
+                f"node {node_name()}: {path}: {problem}; mount the storage that holds model, texts"
+                " and run folder on every node, under the same path"
             )
 
 

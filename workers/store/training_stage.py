@@ -56,7 +56,9 @@ class Shrink:
 
 @dataclass(frozen=True)
 class Recovery:
-    """Training of a pruned model: on the text alone, or from a teacher; of all weights, or of adapters."""
+    """Training of a pruned model: on the text alone, or from a teacher; of all weights, or of
+    adapters.
+    """
 
     teacher: str | None = None
     hidden: float = 0.0
@@ -84,7 +86,11 @@ class Finetune:
 def read_log(folder: Path) -> list[dict[str, Any]]:
     """What was logged, step by step; a line torn by a crash is left out."""
     lines = []
-    for line in (folder / LOG_FILE).read_text(encoding="utf-8").splitlines() if (folder / LOG_FILE).exists() else ():
+    for line in (
+        (folder / LOG_FILE).read_text(encoding="utf-8").splitlines()
+        if (folder / LOG_FILE).exists()
+        else ()
+    ):
         try:
             lines.append(json.loads(line))
         except ValueError:
@@ -93,7 +99,9 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
 
 
 def forget_another(folder: Path, expected: str) -> None:
-    """Remove what a training with other options or from another model has left, so that this one does not go on from there."""
+    """Remove what a training with other options or from another model has left, so that this one
+    does not go on from there.
+    """
     started = folder / STARTED_FILE
     if not started.exists() or started.read_text(encoding="utf-8") != expected:
         shutil.rmtree(folder, ignore_errors=True)

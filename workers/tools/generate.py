@@ -1,6 +1,8 @@
-"""Text that a model writes itself: calibration on it beside text of one domain keeps what the model can do in others.
+"""Text that a model writes itself: calibration on it beside text of one domain keeps what the model
+can do in others.
 
-After Williams et al. 2024, "Self-calibration for Language Model Quantization and Pruning" (arXiv 2410.17170).
+After Williams et al. 2024, "Self-calibration for Language Model Quantization and Pruning" (arXiv
+2410.17170).
 """
 
 import math
@@ -23,12 +25,20 @@ PROMPT = 32
 
 
 def generate(
-    model: Path, tokens: int, length: int = 512, batch: int = 16, temperature: float = 1.0, seed: int = 0, prompts: Path | None = None
+    model: Path,
+    tokens: int,
+    length: int = 512,
+    batch: int = 16,
+    temperature: float = 1.0,
+    seed: int = 0,
+    prompts: Path | None = None,
 ) -> Iterator[str]:
-    """Sample documents of `length` tokens, `batch` at a time, until they hold `tokens` tokens; without their prompts.
+    """Sample documents of `length` tokens, `batch` at a time, until they hold `tokens` tokens;
+    without their prompts.
 
-    Prompts are `PROMPT` tokens of a text, one in every 8 `PROMPT` tokens; without a text a document begins with nothing but the first
-    token. The whole model is loaded, over all GPUs of the machine if there are any.
+    Prompts are `PROMPT` tokens of a text, one in every 8 `PROMPT` tokens; without a text a document
+    begins with nothing but the first token. The whole model is loaded, over all GPUs of the machine
+    if there are any.
 
     Raises:
         ModelError: no such model, or one that cannot be loaded.
@@ -37,7 +47,10 @@ def generate(
     if min(tokens, length, batch) < 1 or temperature <= 0:
         raise SpecError("--tokens, --length and --batch must be at least 1, --temperature above 0")
     open_checkpoint(model)
-    tokenizer, device_map = load_tokenizer(model), "auto" if device_of("auto").type == "cuda" else "cpu"
+    tokenizer, device_map = (
+        load_tokenizer(model),
+        ("auto" if device_of("auto").type == "cuda" else "cpu"),
+    )
     network = AutoModelForCausalLM.from_pretrained(
         model, dtype="auto", device_map=device_map, trust_remote_code=False, local_files_only=True
     )
@@ -45,7 +58,9 @@ def generate(
     torch.manual_seed(seed)
     first = written = 0
     while written < tokens:
-        prompts_BP = prompts_NP[[(first + number) % len(prompts_NP) for number in range(batch)]].to(network.device)
+        prompts_BP = prompts_NP[[(first + number) % len(prompts_NP) for number in range(batch)]].to(
+            network.device
+        )
         first += batch
         for found_T in _sampled(network, prompts_BP, length, temperature):
             text = str(tokenizer.decode(found_T, skip_special_tokens=True))
@@ -59,16 +74,22 @@ def _sampled(network: Any, prompts_BP: Tensor, length: int, temperature: float) 
     """What the model goes on with, (B, length); every token may follow, but for an end."""
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     exact = {"max_new_tokens": length, "min_new_tokens": length}
-    found: Tensor = network.generate(prompts_BP, attention_mask=torch.ones_like(prompts_BP), pad_token_id=0, **sampling, **exact)
+    found: Tensor = network.generate(
+        prompts_BP, attention_mask=torch.ones_like(prompts_BP), pad_token_id=0, **sampling, **exact
+    )
     return found[:, prompts_BP.shape[1] :]
 
 
 def _prompts(tokenizer: PreTrainedTokenizerBase, text: Path | None, count: int) -> Tensor:
     """Prompts (N, P), int64."""
     if text is None:
-        first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        first = (
+            tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        )
         if first is None:
-            raise ModelError(f"{tokenizer.name_or_path}: its tokenizer has no first token; give --prompts")
+            raise ModelError(
+                f"{tokenizer.name_or_path}: its tokenizer has no first token; give --prompts"
+            )
         return torch.tensor([[first]])
     ids_T = tokenize(TextSpec(path=str(text)), tokenizer, count * 8 * PROMPT)
     if len(ids_T) == 0:

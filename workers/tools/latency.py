@@ -1,4 +1,6 @@
-"""Measures how long a model's layers take, by size, on this machine: random weights of the right shapes, the real code."""
+"""Measures how long a model's layers take, by size, on this machine: random weights of the right
+shapes, the real code.
+"""
 
 import statistics
 import time
@@ -27,8 +29,11 @@ SIZES = 12
 
 
 @torch.inference_mode()
-def measure_latency(model: Path, batch: int, tokens: int, threads: int | None = None) -> LatencyTable:
-    """Time one layer with each of several sizes of each group, and what is outside the layers; bf16 on a GPU, fp32 on a CPU.
+def measure_latency(
+    model: Path, batch: int, tokens: int, threads: int | None = None
+) -> LatencyTable:
+    """Time one layer with each of several sizes of each group, and what is outside the layers; bf16
+    on a GPU, fp32 on a CPU.
 
     Raises:
         ModelError: no such model, or not one that can be pruned.
@@ -47,11 +52,20 @@ def measure_latency(model: Path, batch: int, tokens: int, threads: int | None = 
     embedded = streamed.embed(tokens_BT)
     like = streamed.load_layer(0, prefetch=False)
     full = {name: group.num_units for name, group in groups.items()}
-    work: dict[tuple[str, int], Callable[[], object]] = {("", 0): lambda: streamed.logits(tokens_BT, embedded.hidden_BTD)}
-    for name, count in [("whole", 0), *((name, count) for name, group in groups.items() for count in _sizes(group))]:
+    work: dict[tuple[str, int], Callable[[], object]] = {
+        ("", 0): lambda: streamed.logits(tokens_BT, embedded.hidden_BTD)
+    }
+    for name, count in [
+        ("whole", 0),
+        *((name, count) for name, group in groups.items() for count in _sizes(group)),
+    ]:
         kept = full | ({name: count} if count else {})
         layer = _random_layer(checkpoint, like, kept, dtype, device)
-        absent = {groups[name].block: torch.zeros_like(embedded.hidden_BTD)} if name in groups and count == 0 else {}
+        absent = (
+            {groups[name].block: torch.zeros_like(embedded.hidden_BTD)}
+            if name in groups and count == 0
+            else {}
+        )
         work[name, count] = _pass(layer, embedded, groups, absent)
     times: dict[tuple[str, int], list[float]] = {key: [] for key in work}
     for _ in range(ROUNDS):
@@ -68,26 +82,41 @@ def measure_latency(model: Path, batch: int, tokens: int, threads: int | None = 
         tokens=tokens,
         outer_ms=medians["", 0],
         layer_ms=whole,
-        narrowed_ms={name: _rising({count: medians[name, count] for count in _sizes(groups[name])}, full[name], whole) for name in groups},
+        narrowed_ms={
+            name: _rising(
+                {count: medians[name, count] for count in _sizes(groups[name])}, full[name], whole
+            )
+            for name in groups
+        },
     )
 
 
 def _sizes(group: UnitGroup) -> list[int]:
-    """Numbers of units to time, ascending from none; channels in multiples of 64 where there are enough."""
+    """Numbers of units to time, ascending from none; channels in multiples of 64 where there are
+    enough.
+    """
     unit = 64 if group.num_units >= 64 * SIZES else 1
     step = max(1, group.num_units // SIZES // unit) * unit
     return list(range(0, group.num_units, step))
 
 
 def _rising(measured: dict[int, float], units: int, whole: float) -> dict[int, float]:
-    """Times by rising number of units, none above that of the whole layer or of more units: what noise makes of equal times."""
+    """Times by rising number of units, none above that of the whole layer or of more units: what
+    noise makes of equal times.
+    """
     result, least = {units: whole}, whole
     for count in sorted(measured, reverse=True):
         result[count] = least = min(least, measured[count])
     return dict(sorted(result.items()))
 
 
-def _random_layer(checkpoint: Checkpoint, like: Any, kept: dict[str, int], dtype: torch.dtype, device: torch.device) -> nn.Module:
+def _random_layer(
+    checkpoint: Checkpoint,
+    like: Any,
+    kept: dict[str, int],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> nn.Module:
     """A layer that keeps so many units, its weights random, attention as in `like`."""
     config = copy(like.self_attn.config)
     for name, value in layer_sizes(checkpoint.config, kept).items():
@@ -96,8 +125,12 @@ def _random_layer(checkpoint: Checkpoint, like: Any, kept: dict[str, int], dtype
     return layer.to(device, dtype).eval()
 
 
-def _pass(layer: nn.Module, embedded: MicroBatch, groups: dict[str, UnitGroup], absent: dict[str, Tensor]) -> Callable[[], object]:
-    return lambda: layers.finish_layer(layer, 0, MicroBatch(embedded.hidden_BTD, embedded.arguments, outputs=dict(absent)), groups)
+def _pass(
+    layer: nn.Module, embedded: MicroBatch, groups: dict[str, UnitGroup], absent: dict[str, Tensor]
+) -> Callable[[], object]:
+    return lambda: layers.finish_layer(
+        layer, 0, MicroBatch(embedded.hidden_BTD, embedded.arguments, outputs=dict(absent)), groups
+    )
 
 
 def _milliseconds(work: Callable[[], object], device: torch.device) -> float:

@@ -1,4 +1,6 @@
-"""Measures this machine for a plan: products, memory, disk. Takes some seconds; the network cannot be measured alone."""
+"""Measures this machine for a plan: products, memory, disk. Takes some seconds; the network cannot
+be measured alone.
+"""
 
 import os
 import tempfile
@@ -20,14 +22,18 @@ SECONDS = 1.0
 
 
 def measure() -> MachineProfile:
-    """Rates of one worker on this machine with as many threads as torch uses, and the memory that is free for it."""
+    """Rates of one worker on this machine with as many threads as torch uses, and the memory that
+    is free for it.
+    """
     device = device_of("auto")
     size = 8192 if device.type == "cuda" else 1024
     torch.backends.cuda.matmul.allow_tf32 = False
     return MachineProfile(
         name=machine_name(device),
         device="cuda" if device.type == "cuda" else "cpu",
-        forward_flops=_flops(size, torch.bfloat16 if device.type == "cuda" else torch.float32, device),
+        forward_flops=_flops(
+            size, torch.bfloat16 if device.type == "cuda" else torch.float32, device
+        ),
         fp32_flops=_flops(size, torch.float32, device),
         fp64_flops=_flops(size // 2, torch.float64, device),
         memory_bandwidth=_memory_bandwidth(device),
@@ -39,7 +45,11 @@ def measure() -> MachineProfile:
 
 def machine_name(device: torch.device) -> str:
     """What a device is called in profiles and tables."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu with {torch.get_num_threads()} threads"
+    return (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"cpu with {torch.get_num_threads()} threads"
+    )
 
 
 def _repeated(work: Callable[[], object], device: torch.device) -> float:

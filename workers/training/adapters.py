@@ -23,16 +23,30 @@ def add_adapters(model: Any, options: LoraSpec, seed: int) -> set[nn.Parameter]:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
-        raise ResourceError(f"recover.lora needs peft ({error}); install rayprune with its extra 'train'") from None
-    maps = [f"model.layers.{name}" for name, module in model.model.layers.named_modules() if isinstance(module, nn.Linear)]
+        raise ResourceError(
+            f"recover.lora needs peft ({error}); install rayprune with its extra 'train'"
+        ) from None
+    maps = [
+        f"model.layers.{name}"
+        for name, module in model.model.layers.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
     torch.manual_seed(seed)
-    inject_adapter_in_model(LoraConfig(r=options.rank, lora_alpha=options.alpha, target_modules=maps), model, _NAME)
+    inject_adapter_in_model(
+        LoraConfig(r=options.rank, lora_alpha=options.alpha, target_modules=maps), model, _NAME
+    )
     return {parameter for parameter in model.parameters() if parameter.requires_grad}
 
 
 def adapted(model: nn.Module) -> dict[str, nn.Module]:
-    """The maps that have adapters, by the names of their weights; none has if peft was not asked for."""
-    return {f"{name}.weight": module for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    """The maps that have adapters, by the names of their weights; none has if peft was not asked
+    for.
+    """
+    return {
+        f"{name}.weight": module
+        for name, module in model.named_modules()
+        if hasattr(module, "lora_A")
+    }
 
 
 def merged(weight: Tensor, adapter: Any) -> Tensor:

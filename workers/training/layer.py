@@ -1,7 +1,8 @@
-"""DReSS with `scope: layer`: a layer trained alone towards its own output in the dense model, with a penalty on what will go.
+"""DReSS with `scope: layer`: a layer trained alone towards its own output in the dense model, with
+a penalty on what will go.
 
-No gradient crosses a layer, so all layers can be trained at the same time, each in the memory of one.
-Letters: S windows, B windows of a micro-batch, T tokens, D hidden.
+No gradient crosses a layer, so all layers can be trained at the same time, each in the memory of
+one. Letters: S windows, B windows of a micro-batch, T tokens, D hidden.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,8 +24,9 @@ from rayprune.workers.training.objectives import GroupPenalty
 class LayerTransfer(GroupPenalty):
     """How much of its update the layer loses, and the penalty on the units that will go.
 
-    sum_t |f(x_t) - y_t|^2 / |y_t|^2 over sum_t |y_t - x_t|^2 / |y_t|^2, with y_t the dense layer's output for x_t: the next layer's norm
-    sees each token relative to its length. 0 is the dense layer, 1 a layer that does nothing.
+    sum_t |f(x_t) - y_t|^2 / |y_t|^2 over sum_t |y_t - x_t|^2 / |y_t|^2, with y_t the dense layer's
+    output for x_t: the next layer's norm sees each token relative to its length. 0 is the dense
+    layer, 1 a layer that does nothing.
     """
 
     def __init__(
@@ -36,10 +38,14 @@ class LayerTransfer(GroupPenalty):
         strength: float,
         norm: Norm,
     ) -> None:
-        """`passed`: x and y of every window; `arguments(B)`: what a layer gets besides hidden states for so many windows."""
+        """`passed`: x and y of every window; `arguments(B)`: what a layer gets besides hidden
+        states for so many windows.
+        """
         super().__init__(groups, [removed], strength, norm)
         self._passed, self._arguments = passed, arguments
-        self._update = sum(float(_lengths(y_TD - x_TD, y_TD).mean()) for x_TD, y_TD in passed) / len(passed)
+        self._update = sum(
+            float(_lengths(y_TD - x_TD, y_TD).mean()) for x_TD, y_TD in passed
+        ) / len(passed)
 
     def layers(self, model: nn.Module) -> list[nn.Module]:
         """The layer is all there is."""
@@ -48,22 +54,32 @@ class LayerTransfer(GroupPenalty):
     def losses(self, model: nn.Module, batch_BT: Tensor) -> dict[str, Tensor]:
         """`batch_BT` holds the windows' numbers."""
         given_BTD, wanted_BTD = (
-            torch.stack([self._passed[number][side] for number in batch_BT[:, 0].tolist()]).to(batch_BT.device, torch.float32)
+            torch.stack([self._passed[number][side] for number in batch_BT[:, 0].tolist()]).to(
+                batch_BT.device, torch.float32
+            )
             for side in (0, 1)
         )
         args, kwargs = self._arguments(len(batch_BT))
         found_BTD: Tensor = model(given_BTD, *args, **kwargs)
-        return {"transfer": _lengths(found_BTD - wanted_BTD, wanted_BTD).mean() / (self._update or 1.0)}
+        return {
+            "transfer": _lengths(found_BTD - wanted_BTD, wanted_BTD).mean() / (self._update or 1.0)
+        }
 
 
 def _lengths(error: Tensor, output: Tensor) -> Tensor:
     """|error|^2 / |output|^2 of every token."""
-    return error.float().square().sum(-1) / output.float().square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
+    return error.float().square().sum(-1) / output.float().square().sum(-1).clamp_min(
+        torch.finfo(torch.float32).tiny
+    )
 
 
 def _trainable(argument: Tensor) -> Tensor:
-    """A copy in the type of the weights; what was made in inference mode is of no use in a gradient."""
-    return argument.to(torch.float32, copy=True) if argument.is_floating_point() else argument.clone()
+    """A copy in the type of the weights; what was made in inference mode is of no use in a
+    gradient.
+    """
+    return (
+        argument.to(torch.float32, copy=True) if argument.is_floating_point() else argument.clone()
+    )
 
 
 def train_layer(
@@ -75,7 +91,8 @@ def train_layer(
     method: DressOptions,
     folder: Path,
 ) -> nn.Module:
-    """Train one layer of the dense model in float32, from its last checkpoint in `folder` if there is one; the layer.
+    """Train one layer of the dense model in float32, from its last checkpoint in `folder` if there
+    is one; the layer.
 
     Raises:
         ModelError: the loss or its gradient is not finite.
@@ -86,7 +103,9 @@ def train_layer(
     def arguments(num_windows: int) -> LayerArguments:
         if num_windows not in known:
             tokens_BT = torch.zeros(num_windows, len(passed[0][0]), dtype=torch.int64)
-            known[num_windows] = pytree.tree_map_only(Tensor, _trainable, model.embed(tokens_BT).arguments[index])
+            known[num_windows] = pytree.tree_map_only(
+                Tensor, _trainable, model.embed(tokens_BT).arguments[index]
+            )
         return known[num_windows]
 
     layer = model.trainable_layer(index)

@@ -1,7 +1,9 @@
-"""The training loop: FSDP2 over the ranks of a gang, or one plain process. Nothing here knows of Ray.
+"""The training loop: FSDP2 over the ranks of a gang, or one plain process. Nothing here knows of
+Ray.
 
-What is minimised is an `Objective`. The order of the windows follows from the job alone, every step takes the same windows whatever the
-number of ranks, and state is saved with torch.distributed.checkpoint: a training goes on from its last checkpoint, on fewer ranks too.
+What is minimised is an `Objective`. The order of the windows follows from the job alone, every step
+takes the same windows whatever the number of ranks, and state is saved with
+torch.distributed.checkpoint: a training goes on from its last checkpoint, on fewer ranks too.
 Letters: B windows of a micro-batch, T tokens.
 """
 
@@ -56,13 +58,18 @@ ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
 def load_for_training(
-    checkpoint: Checkpoint, options: TrainingSpec, ranks: Ranks, frozen: bool = False, lora: LoraSpec | None = None
+    checkpoint: Checkpoint,
+    options: TrainingSpec,
+    ranks: Ranks,
+    frozen: bool = False,
+    lora: LoraSpec | None = None,
 ) -> nn.Module:
-    """The model, its parameters spread over the ranks (FSDP2: per decoder layer, and the rest); not yet watched or gated.
+    """The model, its parameters spread over the ranks (FSDP2: per decoder layer, and the rest); not
+    yet watched or gated.
 
-    Weights that are trained are in float32; those that are not (`frozen`, or beside adapters) in the type of the passes.
-    Adapters are whole on every rank. A layer is converted and sharded before the next one, so that no rank ever holds more than one
-    whole layer beside its shards.
+    Weights that are trained are in float32; those that are not (`frozen`, or beside adapters) in
+    the type of the passes. Adapters are whole on every rank. A layer is converted and sharded
+    before the next one, so that no rank ever holds more than one whole layer beside its shards.
     """
     model, dtype = whole_model(checkpoint), getattr(torch, options.dtype)
     added = add_adapters(model, lora, options.seed) if lora else set()
@@ -71,12 +78,16 @@ def load_for_training(
     sharding: dict[str, Any] = {}
     if ranks.world > 1:
         sharding["mesh"] = init_device_mesh(ranks.device.type, (ranks.world,))
-        sharding |= {"mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32), "ignored_params": added}
+        sharding |= {
+            "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
+            "ignored_params": added,
+        }
     for part in (*model.model.layers, model):
         for parameter in part.parameters():
             if not isinstance(parameter, DTensor):
                 held = dtype if (frozen or lora) and parameter not in added else torch.float32
-                parameter.data = parameter.data.to(ranks.device, held, copy=True)  # files are never written to
+                # files are never written to
+                parameter.data = parameter.data.to(ranks.device, held, copy=True)
         part.to(ranks.device)
         if sharding:
             fully_shard(part, **sharding)
@@ -111,20 +122,36 @@ def rate(step: int, steps: int, options: TrainingSpec) -> float:
     if step < warmup:
         return (step + 1) / (warmup + 1)
     done = (step - warmup) / max(1, steps - warmup)
-    return {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[options.schedule]
+    return {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[
+        options.schedule
+    ]
 
 
 class Training:
     """A model, its objective and optimizer, and where their state is saved."""
 
     def __init__(
-        self, model: nn.Module, objective: Objective, windows_ST: Tensor, options: TrainingSpec, folder: Path, ranks: Ranks = ALONE
+        self,
+        model: nn.Module,
+        objective: Objective,
+        windows_ST: Tensor,
+        options: TrainingSpec,
+        folder: Path,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.model, self.objective, self.options, self.folder, self.ranks = model, objective, options, folder, ranks
+        self.model, self.objective, self.options, self.folder, self.ranks = (
+            model,
+            objective,
+            options,
+            folder,
+            ranks,
+        )
         self._windows_ST = windows_ST
         self.parameters = objective.prepare(model, ranks.summed)
         # fused: no temporary is as large as a parameter
-        self._optimizer = torch.optim.AdamW(self.parameters, lr=options.learning_rate, weight_decay=options.weight_decay, fused=True)
+        self._optimizer = torch.optim.AdamW(
+            self.parameters, lr=options.learning_rate, weight_decay=options.weight_decay, fused=True
+        )
         self.steps = total_steps(options, len(windows_ST))
         self._rates = [rate(step, self.steps, options) for step in range(self.steps)]
         self._done = [*accumulate(self._rates, initial=0.0)]
@@ -143,9 +170,19 @@ class Training:
             facts = self._step(step, numbers)
             for name, what in (("loss", "the loss"), ("gradient_norm", "the gradient's norm")):
                 if not math.isfinite(facts[name]):
-                    raise ModelError(f"step {step}: {what} is {facts[name]}; lower learning_rate, or set dtype: float32")
+                    raise ModelError(
+                        f"step {step}: {what} is {facts[name]}; lower learning_rate, or set dtype:"
+                        " float32"
+                    )
             tokens = len(numbers) * self._windows_ST.shape[1]
-            self._log({"step": step, "of": self.steps, **facts, "tokens_per_second": tokens / (time.perf_counter() - begin)})
+            self._log(
+                {
+                    "step": step,
+                    "of": self.steps,
+                    **facts,
+                    "tokens_per_second": tokens / (time.perf_counter() - begin),
+                }
+            )
             if (step + 1) % self.options.checkpoint_steps == 0 and step + 1 < self.steps:
                 self._save(step + 1)
 
@@ -154,14 +191,24 @@ class Training:
         sums: dict[str, float] = {}
         narrow = self.options.dtype == "bfloat16"
         for batch_BT, weight in self._micro_batches(numbers):
-            with torch.autocast(self.ranks.device.type, torch.bfloat16, narrow, cache_enabled=False):  # a pass uses a weight once
+            # a pass uses a weight once
+            with torch.autocast(
+                self.ranks.device.type, torch.bfloat16, narrow, cache_enabled=False
+            ):
                 parts = self.objective.losses(self.model, batch_BT)
             loss = sum(parts.values()) * weight
-            (loss * self.ranks.world).backward()  # type: ignore[union-attr] # gradients are averaged over the ranks
+            # gradients are averaged over the ranks
+            (loss * self.ranks.world).backward()  # type: ignore[union-attr]
             for name, value in parts.items():
                 sums[name] = sums.get(name, 0.0) + float(value.detach()) * weight
         self._average_whole()
-        facts = dict(zip(sums, self.ranks.summed(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist(), strict=True))
+        facts = dict(
+            zip(
+                sums,
+                self.ranks.summed(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist(),
+                strict=True,
+            )
+        )
         facts["loss"] = math.fsum(facts.values())
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.options.clip)
         facts["gradient_norm"] = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
@@ -169,16 +216,22 @@ class Training:
             group["lr"] = self.options.learning_rate * self._rates[step]
         self._optimizer.step()
         self._optimizer.zero_grad()
-        return facts | self.objective.after_step(self._rates[step] / self._done[-1], self.ranks.summed)
+        return facts | self.objective.after_step(
+            self._rates[step] / self._done[-1], self.ranks.summed
+        )
 
     def _average_whole(self) -> None:
-        """Average the gradients of parameters that every rank holds whole; FSDP does it for those it has spread."""
+        """Average the gradients of parameters that every rank holds whole; FSDP does it for those
+        it has spread.
+        """
         for parameter in self.parameters if self.ranks.world > 1 else ():
             if not isinstance(parameter, DTensor) and parameter.grad is not None:
                 self.ranks.summed(parameter.grad).div_(self.ranks.world)
 
     def _micro_batches(self, numbers: Sequence[int]) -> Iterator[tuple[Tensor, float]]:
-        """This rank's windows and their weight in the mean; every rank gets as many batches, at the end maybe some of no weight."""
+        """This rank's windows and their weight in the mean; every rank gets as many batches, at the
+        end maybe some of no weight.
+        """
         mine = numbers[self.ranks.rank :: self.ranks.world]
         size = self.options.micro_batch
         for first in range(0, math.ceil(len(numbers) / self.ranks.world), size):
@@ -194,7 +247,10 @@ class Training:
     def _save(self, step: int) -> None:
         """Save all state; the checkpoint before is removed only afterwards."""
         weights, optimizer = get_state_dict(self.model, self._optimizer, options=_TRAINED_ALONE)
-        save({"model": weights, "optimizer": optimizer}, checkpoint_id=self.folder / f"{STATE_PREFIX}{step:07d}")
+        save(
+            {"model": weights, "optimizer": optimizer},
+            checkpoint_id=self.folder / f"{STATE_PREFIX}{step:07d}",
+        )
         if self.ranks.rank == 0:
             for old in saved_steps(self.folder)[:-1]:
                 shutil.rmtree(self.folder / f"{STATE_PREFIX}{old:07d}")
@@ -212,17 +268,27 @@ class Training:
         set_state_dict(self.model, self._optimizer, **trained, options=_TRAINED_ALONE)
         if self.ranks.rank == 0:
             kept = [line for line in read_log(self.folder) if line["step"] < done[-1]]
-            (self.folder / LOG_FILE).write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            (self.folder / LOG_FILE).write_text(
+                "".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8"
+            )
         return done[-1]
 
 
 def saved_steps(folder: Path) -> list[int]:
     """Steps whose checkpoints are whole, ascending: a checkpoint's metadata is written last."""
-    return sorted(int(file.parent.name.removeprefix(STATE_PREFIX)) for file in folder.glob(f"{STATE_PREFIX}*/.metadata"))
+    return sorted(
+        int(file.parent.name.removeprefix(STATE_PREFIX))
+        for file in folder.glob(f"{STATE_PREFIX}*/.metadata")
+    )
 
 
 def state_bytes(training: Training) -> int:
     """Bytes of parameters and optimizer state that this rank holds."""
     tensors: list[Tensor] = [*training.model.parameters()]
-    tensors += [value for state in training._optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    tensors += [
+        value
+        for state in training._optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, Tensor)
+    ]
     return sum(local_part(tensor).nbytes for tensor in tensors)

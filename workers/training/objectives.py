@@ -1,4 +1,5 @@
-"""What a training minimises beside the language-model loss: penalties on what is to go, gates on layers, a teacher.
+"""What a training minimises beside the language-model loss: penalties on what is to go, gates on
+layers, a teacher.
 
 Letters: B windows, T tokens, D hidden, V vocabulary, U units of a coupled group, L layers.
 """
@@ -32,10 +33,14 @@ class Objective:
         return {"lm": model(input_ids=batch_BT, labels=batch_BT, use_cache=False).loss}
 
     def before_step(self, done: float) -> None:
-        """What changes in the course of a training: `done` is the part of the sum of all learning rates that has been."""
+        """What changes in the course of a training: `done` is the part of the sum of all learning
+        rates that has been.
+        """
 
     def after_step(self, share: float, summed: Sum) -> dict[str, float]:
-        """Follow a step of the optimizer, `share` of the sum of all learning rates, for terms of weights alone; their values, by name."""
+        """Follow a step of the optimizer, `share` of the sum of all learning rates, for terms of
+        weights alone; their values, by name.
+        """
         del share, summed
         return {}
 
@@ -48,7 +53,9 @@ class Objective:
 
 @dataclass(frozen=True)
 class _Part:
-    """The part of a parameter that this rank holds: `index_N` says which unit each of its rows (or columns, `dim` 1) belongs to."""
+    """The part of a parameter that this rank holds: `index_N` says which unit each of its rows (or
+    columns, `dim` 1) belongs to.
+    """
 
     parameter: nn.Parameter
     dim: int
@@ -59,8 +66,13 @@ class _Part:
         return local_part(self.parameter.data)
 
     def per_unit(self, amount: Callable[[Tensor], Tensor], units: int) -> Tensor:
-        """An amount of every weight, summed by unit in fp64; a few rows at a time, so that nothing as large as the matrix is made."""
-        sums = [amount(rows).double()[..., None].flatten(1).sum(1 - self.dim) for rows in self.values.split(ROWS_AT_ONCE)]
+        """An amount of every weight, summed by unit in fp64; a few rows at a time, so that nothing
+        as large as the matrix is made.
+        """
+        sums = [
+            amount(rows).double()[..., None].flatten(1).sum(1 - self.dim)
+            for rows in self.values.split(ROWS_AT_ONCE)
+        ]
         along_N = torch.cat(sums) if self.dim == 0 else torch.stack(sums).sum(0)
         return along_N.new_zeros(units).index_add_(0, self.index_N, along_N)
 
@@ -76,7 +88,9 @@ def local_part(tensor: Tensor) -> Tensor:
 
 
 def _first_row(parameter: nn.Parameter) -> int:
-    """Number of the first row that this rank holds: FSDP2 cuts rows into chunks of equal size, the last ones smaller."""
+    """Number of the first row that this rank holds: FSDP2 cuts rows into chunks of equal size, the
+    last ones smaller.
+    """
     if not isinstance(parameter.data, DTensor):
         return 0
     mesh = parameter.data.device_mesh
@@ -84,7 +98,9 @@ def _first_row(parameter: nn.Parameter) -> int:
 
 
 def group_parts(layer: nn.Module, group: UnitGroup) -> list[_Part]:
-    """Everything in a layer that goes with the units of a group: rows (and bias entries) of producers, columns of the consumer."""
+    """Everything in a layer that goes with the units of a group: rows (and bias entries) of
+    producers, columns of the consumer.
+    """
     parts = []
     for producer in group.producers:
         for parameter in layer.get_submodule(producer.module).parameters():
@@ -98,7 +114,9 @@ def group_parts(layer: nn.Module, group: UnitGroup) -> list[_Part]:
 
 @dataclass(frozen=True)
 class _Going:
-    """Units of one group of one layer that will go: all their weights, and their norms at first; 0 for units that stay."""
+    """Units of one group of one layer that will go: all their weights, and their norms at first; 0
+    for units that stay.
+    """
 
     parts: list[_Part]
     initial_U: Tensor
@@ -106,23 +124,35 @@ class _Going:
 
     def per_unit(self, amount: Callable[[Tensor], Tensor], summed: Sum) -> Tensor:
         """An amount of every weight, summed over each unit."""
-        return summed(torch.stack([part.per_unit(amount, len(self.initial_U)) for part in self.parts]).sum(0))
+        return summed(
+            torch.stack([part.per_unit(amount, len(self.initial_U)) for part in self.parts]).sum(0)
+        )
 
 
 class GroupPenalty(Objective):
-    """DReSS (arXiv 2501.17905): the weights of the units that will go are driven to zero, so that others take over.
+    """DReSS (arXiv 2501.17905): the weights of the units that will go are driven to zero, so that
+    others take over.
 
-    P(w) = sum over these units of |w0_u| |w_u|, with w_u all weights of a unit at once and w0_u what they were at first (l2); or
-    a_u |w_u|_1, with a_u the mean |w| of w0_u (l1). The optimizer does not see P: after each of its steps comes P's proximal map,
-    of step c = strength x learning rate / sum of all learning rates. For l2, |w_u| falls by c |w0_u|, not below 0; for l1, every
-    |w| by c a_u. So with strength 1 a unit that nothing else moves is gone just at the end (l2). Adam would scale P's gradient as it
-    does the loss's, to steps that depend on neither's size; this is to P what AdamW is to weight decay (ProxGen, Yun et al. 2021).
+    P(w) = sum over these units of |w0_u| |w_u|, with w_u all weights of a unit at once and w0_u
+    what they were at first (l2); or a_u |w_u|_1, with a_u the mean |w| of w0_u (l1). The optimizer
+    does not see P: after each of its steps comes P's proximal map, of step c = strength x learning
+    rate / sum of all learning rates. For l2, |w_u| falls by c |w0_u|, not below 0; for l1, every
+    |w| by c a_u. So with strength 1 a unit that nothing else moves is gone just at the end (l2).
+    Adam would scale P's gradient as it does the loss's, to steps that depend on neither's size;
+    this is to P what AdamW is to weight decay (ProxGen, Yun et al. 2021).
 
-    A norm is over all of a unit's matrices at once. Scaling up_proj down and down_proj up by the same factor changes nothing in the
-    network, and never brings it below sqrt(2 |up| |down|): it cannot be dodged, though it is not invariant itself.
+    A norm is over all of a unit's matrices at once. Scaling up_proj down and down_proj up by the
+    same factor changes nothing in the network, and never brings it below sqrt(2 |up| |down|): it
+    cannot be dodged, though it is not invariant itself.
     """
 
-    def __init__(self, groups: Mapping[str, UnitGroup], removed: Sequence[Removed], strength: float, norm: Norm) -> None:
+    def __init__(
+        self,
+        groups: Mapping[str, UnitGroup],
+        removed: Sequence[Removed],
+        strength: float,
+        norm: Norm,
+    ) -> None:
         """`removed`: for every layer and group the units that will go."""
         self._groups, self._removed, self._strength, self._norm = groups, removed, strength, norm
         self._going: list[_Going] = []
@@ -137,15 +167,25 @@ class GroupPenalty(Objective):
             for name, units in removed.items():
                 group = self._groups[name]
                 parts = group_parts(layer, group)
-                nothing_U = torch.zeros(group.num_units, dtype=torch.float64, device=parts[0].index_N.device)
+                nothing_U = torch.zeros(
+                    group.num_units, dtype=torch.float64, device=parts[0].index_N.device
+                )
                 going = _Going(parts, nothing_U, nothing_U)
-                mask_U = nothing_U.index_fill(0, torch.tensor(list(units), dtype=torch.int64, device=nothing_U.device), 1.0)
+                mask_U = nothing_U.index_fill(
+                    0, torch.tensor(list(units), dtype=torch.int64, device=nothing_U.device), 1.0
+                )
                 count_U = going.per_unit(torch.ones_like, summed)
-                self._going.append(replace(going, initial_U=mask_U * self._sizes(going, summed), count_U=count_U))
+                self._going.append(
+                    replace(going, initial_U=mask_U * self._sizes(going, summed), count_U=count_U)
+                )
         return super().prepare(model, summed)
 
     def _sizes(self, going: _Going, summed: Sum) -> Tensor:
-        return going.per_unit(torch.square, summed).sqrt() if self._norm == "l2" else going.per_unit(torch.abs, summed)
+        return (
+            going.per_unit(torch.square, summed).sqrt()
+            if self._norm == "l2"
+            else going.per_unit(torch.abs, summed)
+        )
 
     def after_step(self, share: float, summed: Sum) -> dict[str, float]:
         """The proximal map; what is left of the units before it, times strength."""
@@ -169,13 +209,21 @@ class GroupPenalty(Objective):
 
 
 class Watched(nn.Module):
-    """A decoder layer x + f(x) whose update is scaled, x + gate scale f(x), and which notes how large it is.
+    """A decoder layer x + f(x) whose update is scaled, x + gate scale f(x), and which notes how
+    large it is.
 
-    How large: the sum over a window's tokens of |f(x_t)|, over the square root of their number. It is the norm of the whole window's
-    update where all tokens are alike, but not ruled by a few tokens with massive activations where they are not. Mean over the windows.
+    How large: the sum over a window's tokens of |f(x_t)|, over the square root of their number. It
+    is the norm of the whole window's update where all tokens are alike, but not ruled by a few
+    tokens with massive activations where they are not. Mean over the windows.
     """
 
-    def __init__(self, inner: nn.Module, gate: nn.Parameter | None = None, norm: Norm | None = None, scale: float = 1.0) -> None:
+    def __init__(
+        self,
+        inner: nn.Module,
+        gate: nn.Parameter | None = None,
+        norm: Norm | None = None,
+        scale: float = 1.0,
+    ) -> None:
         super().__init__()
         self.inner, self.norm, self.scale = inner, norm, scale
         self.register_parameter("gate", gate)
@@ -202,7 +250,9 @@ class Watched(nn.Module):
 
 
 class LayerGates(Objective):
-    """TRSP, stage 1 (arXiv 2505.18232): a gate on every layer's update is trained, strength x sum |gate| on top; weights are frozen."""
+    """TRSP, stage 1 (arXiv 2505.18232): a gate on every layer's update is trained, strength x sum
+    |gate| on top; weights are frozen.
+    """
 
     def __init__(self, gates: Sequence[float], removed: Collection[int], strength: float) -> None:
         """Gates to begin with; those of `removed` layers stay at 0."""
@@ -213,8 +263,14 @@ class LayerGates(Objective):
         model.requires_grad_(False)
         device = next(model.parameters()).device
         for index, layer in enumerate(model.model.layers):
-            gate = None if index in self._removed else nn.Parameter(torch.tensor(self._initial[index], device=device))
-            model.model.layers[index] = Watched(layer, gate, scale=0.0 if index in self._removed else 1.0)
+            gate = (
+                None
+                if index in self._removed
+                else nn.Parameter(torch.tensor(self._initial[index], device=device))
+            )
+            model.model.layers[index] = Watched(
+                layer, gate, scale=0.0 if index in self._removed else 1.0
+            )
         return self._gates(model)
 
     def _gates(self, model: Any) -> list[Any]:
@@ -222,15 +278,22 @@ class LayerGates(Objective):
 
     def losses(self, model: nn.Module, batch_BT: Tensor) -> dict[str, Tensor]:
         """The language-model loss and the penalty on the gates."""
-        return super().losses(model, batch_BT) | {"penalty": self._strength * torch.stack(self._gates(model)).abs().sum()}
+        return super().losses(model, batch_BT) | {
+            "penalty": self._strength * torch.stack(self._gates(model)).abs().sum()
+        }
 
     def values(self, model: Any) -> list[float]:
         """All gates as they are now; 0 where a layer is left out."""
-        return [0.0 if layer.gate is None else float(layer.gate.detach()) for layer in model.model.layers]
+        return [
+            0.0 if layer.gate is None else float(layer.gate.detach())
+            for layer in model.model.layers
+        ]
 
 
 class UpdatePenalty(Objective):
-    """TRSP, stage 2: all weights are trained; strength x sum over the layers that will go of |x_out - x_in| (`Watched`)."""
+    """TRSP, stage 2: all weights are trained; strength x sum over the layers that will go of |x_out
+    - x_in| (`Watched`).
+    """
 
     def __init__(self, removed: Collection[int], strength: float, norm: Norm) -> None:
         self._removed, self._strength, self._norm = sorted(removed), strength, norm
@@ -249,11 +312,13 @@ class UpdatePenalty(Objective):
 
 
 class UpdateShrink(Objective):
-    """TRSP, stage 2, decoupled: all weights are trained on the language-model loss alone, while the layers that will go fade.
+    """TRSP, stage 2, decoupled: all weights are trained on the language-model loss alone, while the
+    layers that will go fade.
 
-    x_in + scale (x_out - x_in), scale = 1 - strength x the part of the sum of all learning rates that has been, not below 0: the
-    proximal map of the penalty on the updates, as `GroupPenalty` has one for weights. From where the scale is 0, at the latest, what
-    is trained is the model without these layers: leaving them out then changes nothing.
+    x_in + scale (x_out - x_in), scale = 1 - strength x the part of the sum of all learning rates
+    that has been, not below 0: the proximal map of the penalty on the updates, as `GroupPenalty`
+    has one for weights. From where the scale is 0, at the latest, what is trained is the model
+    without these layers: leaving them out then changes nothing.
     """
 
     def __init__(self, removed: Collection[int], strength: float) -> None:
@@ -278,7 +343,9 @@ class UpdateShrink(Objective):
 
 
 class Distillation(Objective):
-    """Recovery from a teacher, the dense model: KL of the next-token distributions, and how far the last hidden states lie apart."""
+    """Recovery from a teacher, the dense model: KL of the next-token distributions, and how far the
+    last hidden states lie apart.
+    """
 
     def __init__(self, teacher: nn.Module, hidden: float) -> None:
         """`hidden` weighs the squared relative distance of the last hidden states."""
@@ -287,9 +354,14 @@ class Distillation(Objective):
     def losses(self, model: Any, batch_BT: Tensor) -> dict[str, Tensor]:
         """KL(teacher, student), mean over tokens, and the distance."""
         states: list[Tensor] = []
-        handles = [m.model.norm.register_forward_hook(lambda _, args, out: states.append(out)) for m in (self._teacher, model)]  # type: ignore[union-attr]
+        handles = [
+            norm.register_forward_hook(lambda _, args, out: states.append(out))
+            for norm in (self._teacher.model.norm, model.model.norm)  # type: ignore[union-attr]
+        ]
         with torch.no_grad():
-            log_p = torch.log_softmax(self._teacher(input_ids=batch_BT, use_cache=False).logits.float(), -1)
+            log_p = torch.log_softmax(
+                self._teacher(input_ids=batch_BT, use_cache=False).logits.float(), -1
+            )
         log_q = torch.log_softmax(model(input_ids=batch_BT, use_cache=False).logits.float(), -1)
         for handle in handles:
             handle.remove()

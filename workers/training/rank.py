@@ -16,10 +16,24 @@ from rayprune.workers.network.layers import read_tensors
 from rayprune.workers.network.written import trained
 from rayprune.workers.store.files import write_json, write_tensors
 from rayprune.workers.store.layout import RESULT_FILE, TRAINED_FOLDER
-from rayprune.workers.store.training_stage import Finetune, Gates, Penalty, Recovery, Shrink, Updates
+from rayprune.workers.store.training_stage import (
+    Finetune,
+    Gates,
+    Penalty,
+    Recovery,
+    Shrink,
+    Updates,
+)
 from rayprune.workers.training.adapters import adapted, merged
 from rayprune.workers.training.loop import Ranks, Training, load_for_training, state_bytes
-from rayprune.workers.training.objectives import Distillation, GroupPenalty, LayerGates, Objective, UpdatePenalty, UpdateShrink
+from rayprune.workers.training.objectives import (
+    Distillation,
+    GroupPenalty,
+    LayerGates,
+    Objective,
+    UpdatePenalty,
+    UpdateShrink,
+)
 
 
 def finetune(stage: Finetune, ranks: Ranks) -> None:
@@ -30,7 +44,11 @@ def finetune(stage: Finetune, ranks: Ranks) -> None:
     """
     torch.set_num_threads(stage.threads)
     peak, folder, checkpoint = PeakMemory(), Path(stage.folder), open_checkpoint(Path(stage.model))
-    text = stage.text if stage.options.samples is None else stage.text.model_copy(update={"samples": stage.options.samples})
+    text = (
+        stage.text
+        if stage.options.samples is None
+        else stage.text.model_copy(update={"samples": stage.options.samples})
+    )
     windows_ST = calibration_windows(text, load_tokenizer(checkpoint.path))
     lora = stage.aim.lora if isinstance(stage.aim, Recovery) else None
     model = load_for_training(checkpoint, stage.options, ranks, lora=lora)
@@ -63,7 +81,12 @@ def train_rank(stage: Finetune, rank: int, world: int, device: str) -> None:
 def _objective(stage: Finetune, checkpoint: Checkpoint, ranks: Ranks) -> Objective:
     match stage.aim:
         case Penalty(removed, strength, norm):
-            return GroupPenalty({group.name: group for group in unit_groups(checkpoint.config)}, removed, strength, norm)
+            return GroupPenalty(
+                {group.name: group for group in unit_groups(checkpoint.config)},
+                removed,
+                strength,
+                norm,
+            )
         case Gates(initial, gone, strength):
             return LayerGates(initial, gone, strength)
         case Updates(gone, strength, norm):
@@ -71,12 +94,19 @@ def _objective(stage: Finetune, checkpoint: Checkpoint, ranks: Ranks) -> Objecti
         case Shrink(gone, strength):
             return UpdateShrink(gone, strength)
         case Recovery(teacher, hidden) if teacher:
-            return Distillation(load_for_training(open_checkpoint(Path(teacher)), stage.options, ranks, frozen=True), hidden)
+            return Distillation(
+                load_for_training(
+                    open_checkpoint(Path(teacher)), stage.options, ranks, frozen=True
+                ),
+                hidden,
+            )
     return Objective()
 
 
 def _write_model(model: nn.Module, checkpoint: Checkpoint, folder: Path, ranks: Ranks) -> None:
-    """Gather layer after layer and write it as it was on disk: names, types, one file per layer and one for the rest; rank 0 writes."""
+    """Gather layer after layer and write it as it was on disk: names, types, one file per layer and
+    one for the rest; rank 0 writes.
+    """
     parts = {"outer": ("", checkpoint.outer_tensors)}
     for layer in range(checkpoint.num_layers):
         parts[f"layer-{layer:04d}"] = (layer_prefix(layer), checkpoint.layer_tensors(layer))
@@ -85,12 +115,22 @@ def _write_model(model: nn.Module, checkpoint: Checkpoint, folder: Path, ranks: 
         return  # they are whole on every rank: there is nothing to gather
     for part, (prefix, infos) in parts.items():
         if adapters:
-            tensors = {prefix + name: tensor for name, tensor in read_tensors(checkpoint, infos, prefix).items()}
-            tensors |= {name: merged(tensors[name], module) for name, module in adapters.items() if name in tensors}
+            tensors = {
+                prefix + name: tensor
+                for name, tensor in read_tensors(checkpoint, infos, prefix).items()
+            }
+            tensors |= {
+                name: merged(tensors[name], module)
+                for name, module in adapters.items()
+                if name in tensors
+            }
         else:
             tensors = {prefix + name: _whole(parameters[prefix + name]) for name in infos}
         if ranks.rank == 0:
-            write_tensors(folder / f"{part}.safetensors", trained(tensors, {name: checkpoint.tensors[name].dtype for name in tensors}))
+            write_tensors(
+                folder / f"{part}.safetensors",
+                trained(tensors, {name: checkpoint.tensors[name].dtype for name in tensors}),
+            )
 
 
 def _whole(parameter: Tensor) -> Tensor:

@@ -13,7 +13,17 @@ from rayprune.orchestrator.planning.costs import (
 )
 from rayprune.orchestrator.planning.workload import TrainingLoad, Workload
 from rayprune.specs.memory import MemoryPlan
-from tests.unit.orchestrator.workloads import DENSE, EXACT, EXPERTS, FEW, LAYERS, LOAD, MIXTURE, NEURONS, REFIT
+from tests.unit.orchestrator.workloads import (
+    DENSE,
+    EXACT,
+    EXPERTS,
+    FEW,
+    LAYERS,
+    LOAD,
+    MIXTURE,
+    NEURONS,
+    REFIT,
+)
 
 
 def test_arithmetic() -> None:
@@ -72,7 +82,9 @@ def test_hidden_states_are_saved_between_waves_or_every_so_many_layers() -> None
 def test_files_instead_of_memory_are_written_and_read() -> None:
     spilled = MemoryPlan(keep_inputs=False, spill_hidden=True, spill_statistics=True)
     assert spilled_bytes(LOAD, spilled) == 2 * 6 * 1600 + 2 * 6 * 128 * 4 * 4
-    assert spilled_bytes(replace(LOAD, gradient_windows=3), MemoryPlan()) == 2 * 6 * (3 * 16) * 4 * 4
+    assert (
+        spilled_bytes(replace(LOAD, gradient_windows=3), MemoryPlan()) == 2 * 6 * (3 * 16) * 4 * 4
+    )
     alone = TrainingLoad(windows=1, keeps_activations=False, pass_bytes=4, each_layer=True)
     assert spilled_bytes(replace(LOAD, trainings=(alone,)), MemoryPlan()) == 2 * 2 * 6 * 128 * 4 * 4
 
@@ -83,16 +95,22 @@ def test_ranking_costs_what_the_method_does() -> None:
 
     assert flops("stat") == 10**3 // 3
     assert flops("obs") == 10**3 + 2 * 3 * 10 * (10 + 4)
-    assert flops("obs", FEW) == 2 * 8 * 10**2 + 10**3 + 2 * 3 * 10 * (10 + 4)  # rows become a Gram matrix
+    # rows become a Gram matrix
+    assert flops("obs", FEW) == 2 * 8 * 10**2 + 10**3 + 2 * 3 * 10 * (10 + 4)
     assert flops("numerical") == 2 * 4 * 10**2 + 10**3 // 3
     assert flops("flap") == flops("wanda") == 0
 
 
 def test_drift_has_a_dense_path_beside_the_pruned_one_and_corrects_every_group() -> None:
-    (cost,), (plain,) = layer_costs(replace(LOAD, drift=True), MemoryPlan()), layer_costs(LOAD, MemoryPlan())
+    (cost,), (plain,) = (
+        layer_costs(replace(LOAD, drift=True), MemoryPlan()),
+        layer_costs(LOAD, MemoryPlan()),
+    )
     assert cost.forward_flops == 2 * plain.forward_flops
     assert cost.statistics_flops == 128 * (6 * (6 + 4 * 4) + 10 * (10 + 4 * 4))
     assert cost.statistics_bytes == 2 * 8 * (6 * (6 + 4) + 10 * (10 + 4))
     assert cost.selection_flops == plain.selection_flops
     assert cost.correction_flops > plain.correction_flops
-    assert layer_costs(replace(LAYERS, drift=True), MemoryPlan()) == layer_costs(LAYERS, MemoryPlan()), "nothing drifts on the dense path"
+    assert layer_costs(replace(LAYERS, drift=True), MemoryPlan()) == layer_costs(
+        LAYERS, MemoryPlan()
+    ), "nothing drifts on the dense path"

@@ -2,7 +2,14 @@
 
 import pytest
 
-from rayprune.orchestrator.execution.failures import ADVICE, Decision, Failure, WorkerFailure, decide, stopping_error
+from rayprune.orchestrator.execution.failures import (
+    ADVICE,
+    Decision,
+    Failure,
+    WorkerFailure,
+    decide,
+    stopping_error,
+)
 from rayprune.specs.errors import RaypruneError, ResourceError
 
 

@@ -16,7 +16,13 @@ SCRIPT = "<script>alert('1')</script>&\""
 
 
 def group(kept: int, of: int, error: float) -> dict[str, Any]:
-    return {"kept": kept, "of": of, "damping": 0.03, "training_error": error, "held_out_error": error * 1.25}
+    return {
+        "kept": kept,
+        "of": of,
+        "damping": 0.03,
+        "training_error": error,
+        "held_out_error": error * 1.25,
+    }
 
 
 def make_report(num_layers: int = 4) -> dict[str, Any]:
@@ -32,12 +38,20 @@ def make_report(num_layers: int = 4) -> dict[str, Any]:
         "decoder_parameters": {"before": 106_202_880, "after": 84_637_440},
         "bytes_on_disk": {"before": 538_090_408, "after": 451_828_656},
         "perplexity": {"before": 22.0011, "after": 28.2271},
-        "evaluation": {"path": "held.txt", "window": 1024, "stride": 512, "windows": 20, "scored_tokens": 20460},
+        "evaluation": {
+            "path": "held.txt",
+            "window": 1024,
+            "stride": 512,
+            "windows": 20,
+            "scored_tokens": 20460,
+        },
         "warnings": ["2,048 calibration tokens are 1.3 per FFN channel <b>"],
         "seconds": {"tokenize": 10.0, "sweep": 30.0, "total": 40.0},
         "peak_memory_bytes": {"driver": 2**29, "worker-0": 3 * 2**30},
         "training": {},
-        "layers": [{"layer": number, "groups": copy.deepcopy(groups)} for number in range(num_layers)],
+        "layers": [
+            {"layer": number, "groups": copy.deepcopy(groups)} for number in range(num_layers)
+        ],
     }
 
 
@@ -75,13 +89,20 @@ def svgs(page: str) -> list[ET.Element]:
         assert svg.get("role") == "img"
         assert svg.get("aria-labelledby") == svg[0].get("id")
         assert svg.get("aria-describedby") == svg[1].get("id")
-        assert [(child.tag, bool(child.text)) for child in svg[:2]] == [("title", True), ("desc", True)]
+        assert [(child.tag, bool(child.text)) for child in svg[:2]] == [
+            ("title", True),
+            ("desc", True),
+        ]
     return drawings
 
 
 def points(svg: ET.Element, series: str) -> list[tuple[float, float]]:
     """Where the data points of a series are; the legend's point names no layer."""
-    circles = [c for c in svg.iter("circle") if c.get("class") == series and (c.findtext("title") or "").startswith("layer ")]
+    circles = [
+        c
+        for c in svg.iter("circle")
+        if c.get("class") == series and (c.findtext("title") or "").startswith("layer ")
+    ]
     return [(float(c.get("cx", "")), float(c.get("cy", ""))) for c in circles]
 
 
@@ -95,9 +116,34 @@ def test_the_content_is_there_in_order() -> None:
         "from 134.52 M",
         "ratio 0.8397",
     ]
-    words += ["134,515,008 → 112,949,568", "Decoder parameters", "ratio 0.7969", "Bytes on disk", "430.90 MiB", "28.227", "ratio 1.2830"]
-    words += ["text held.txt · window 1,024 · stride 512 · 20 windows · 20,460 scored tokens", "heads", "neurons", "40.0 s in all"]
-    words += ["30.0 s · 75.0%", "worker-0", "3.00", "1,120 / 1,536", "0.03", "0.2500", "0.3125", "rayprune", "0.1.0", "torch", "2.13.0"]
+    words += [
+        "134,515,008 → 112,949,568",
+        "Decoder parameters",
+        "ratio 0.7969",
+        "Bytes on disk",
+        "430.90 MiB",
+        "28.227",
+        "ratio 1.2830",
+    ]
+    words += [
+        "text held.txt · window 1,024 · stride 512 · 20 windows · 20,460 scored tokens",
+        "heads",
+        "neurons",
+        "40.0 s in all",
+    ]
+    words += [
+        "30.0 s · 75.0%",
+        "worker-0",
+        "3.00",
+        "1,120 / 1,536",
+        "0.03",
+        "0.2500",
+        "0.3125",
+        "rayprune",
+        "0.1.0",
+        "torch",
+        "2.13.0",
+    ]
     place = page.text.index("\n", page.text.index("removed"))  # after the title of the window
     for word in words:
         place = page.text.index(word, place) + len(word)
@@ -107,7 +153,10 @@ def test_the_page_is_static_and_stands_alone() -> None:
     page = html_report(make_report())
     tags = Page(page).tags
     assert {"script", "link", "img", "iframe"}.isdisjoint(tag for tag, _ in tags)
-    assert not any({"src", "href"} & attributes.keys() or any(name.startswith("on") for name in attributes) for _, attributes in tags)
+    assert not any(
+        {"src", "href"} & attributes.keys() or any(name.startswith("on") for name in attributes)
+        for _, attributes in tags
+    )
     assert "url(" not in page
     assert "@import" not in page
     ids = [attributes["id"] for _, attributes in tags if "id" in attributes]
@@ -126,7 +175,12 @@ def test_a_point_per_layer_and_series(num_layers: int) -> None:
             assert places == sorted(places)
             _, _, width, height = map(float, svg.get("viewBox", "").split())
             assert all(0 < x < width and 0 < y < height for x, y in places)
-    shown = [text for svg in (heads,) for text in svg.iter("text") if (text.text or "").isdigit() and text.get("class") == "middle"]
+    shown = [
+        text
+        for svg in (heads,)
+        for text in svg.iter("text")
+        if (text.text or "").isdigit() and text.get("class") == "middle"
+    ]
     assert len(shown) <= 20
     assert shown[0].text == "0"
 
@@ -135,7 +189,11 @@ def test_panels_share_a_linear_scale() -> None:
     report = make_report(1)
     report["layers"][0]["groups"] = {"heads": group(3, 4, 0.0), "neurons": group(3, 4, 0.2)}
     heads, neurons, _ = svgs(html_report(report))
-    [(_, zero)], [(_, low)], [(_, high)] = points(heads, "training"), points(neurons, "training"), points(neurons, "held-out")
+    [(_, zero)], [(_, low)], [(_, high)] = (
+        points(heads, "training"),
+        points(neurons, "training"),
+        points(neurons, "held-out"),
+    )
     assert (zero - high) / (zero - low) == pytest.approx(1.25, abs=0.01)
     [label] = [text for text in neurons.iter("text") if text.text == "0.2"]
     assert float(label.get("y", "")) - 4 == pytest.approx(low, abs=0.1)
@@ -148,13 +206,22 @@ def test_layers_that_were_not_pruned_leave_gaps() -> None:
     page = html_report(report)
     heads, neurons, _ = svgs(page)
     assert (len(points(heads, "held-out")), len(points(neurons, "held-out"))) == (3, 4)
-    [line] = [path.get("d", "") for path in heads.iter("path") if path.get("class") == "held-out" and "H" not in path.get("d", "")]
+    [line] = [
+        path.get("d", "")
+        for path in heads.iter("path")
+        if path.get("class") == "held-out" and "H" not in path.get("d", "")
+    ]
     assert (line.count("M"), line.count("L")) == (2, 1)
     assert Page(page).text.count("not pruned") == 1
 
 
 def test_nothing_pruned_nothing_measured() -> None:
-    report = make_report(2) | {"perplexity": None, "evaluation": None, "seconds": {"total": 0}, "peak_memory_bytes": {}}
+    report = make_report(2) | {
+        "perplexity": None,
+        "evaluation": None,
+        "seconds": {"total": 0},
+        "peak_memory_bytes": {},
+    }
     for layer in report["layers"]:
         layer["groups"] = {}
     page = html_report(report)
@@ -175,9 +242,13 @@ def test_names_are_text() -> None:
     plain, report = Page(html_report(make_report())), make_report()
     for section in ("environment", "seconds", "peak_memory_bytes", "method", "shape"):
         key = next(iter(report[section])) if section != "method" else "factorization"
-        report[section] = {SCRIPT if name == key else name: value for name, value in report[section].items()}
+        report[section] = {
+            SCRIPT if name == key else name: value for name, value in report[section].items()
+        }
     report["method"] |= {"name": SCRIPT, SCRIPT: SCRIPT}
-    report["environment"]["torch"] = report["rayprune_version"] = report["evaluation"]["path"] = SCRIPT
+    report["environment"]["torch"] = report["rayprune_version"] = report["evaluation"]["path"] = (
+        SCRIPT
+    )
     for layer in report["layers"]:
         layer["groups"][SCRIPT] = layer["groups"].pop("heads")
     page = html_report(report)
@@ -189,12 +260,18 @@ def test_names_are_text() -> None:
 
 def test_warnings_are_shown_and_escaped() -> None:
     page = html_report(make_report())
-    assert "Warning: 2,048 calibration tokens are 1.3 per FFN channel <b>" in " ".join(Page(page).text.split())
+    assert "Warning: 2,048 calibration tokens are 1.3 per FFN channel <b>" in " ".join(
+        Page(page).text.split()
+    )
     assert "Warning" not in html_report(make_report() | {"warnings": []})
 
 
 def test_every_training_has_its_curves() -> None:
-    training = {"steps": [0, 2, 4], "curves": {"lm": [3.5, 3.4, 3.45], "penalty": [40.0, 4.0, 0.0]}, "tokens_per_second": 1234.0}
+    training = {
+        "steps": [0, 2, 4],
+        "curves": {"lm": [3.5, 3.4, 3.45], "penalty": [40.0, 4.0, 0.0]},
+        "tokens_per_second": 1234.0,
+    }
     report = make_report() | {"training": {"gates": training, "recover": training}}
     report["perplexity"]["recovered"] = 25.0
     page = html_report(report)
@@ -205,7 +282,9 @@ def test_every_training_has_its_curves() -> None:
     assert "Perplexity, recovered" in Page(page).text
 
 
-@pytest.mark.parametrize(("least", "largest"), [(0.0, 0.0), (3.41, 3.42), (3.0, 3.0), (1e-9, 4e4), (0.0, 0.7)])
+@pytest.mark.parametrize(
+    ("least", "largest"), [(0.0, 0.0), (3.41, 3.42), (3.0, 3.0), (1e-9, 4e4), (0.0, 0.7)]
+)
 def test_ticks_hold_the_values(least: float, largest: float) -> None:
     marks = ticks(least, largest, 5)
     assert marks[0] <= least

@@ -37,22 +37,33 @@ def planned(model: Path, make_job: MakeJob, **sections: Any) -> tuple[Plan, JobS
 
 
 def built(checkpoint: Checkpoint, shape: Shape, target: str) -> tuple[int, int]:
-    """Decoder parameters and all parameters of the model that transformers builds from the exported config."""
+    """Decoder parameters and all parameters of the model that transformers builds from the exported
+    config.
+    """
     patched = patched_config(checkpoint.config, shape.kept, target, "auto")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**patched))
-    return sum(p.numel() for p in model.model.layers.parameters()), sum(p.numel() for p in model.parameters())
+    return sum(p.numel() for p in model.model.layers.parameters()), sum(
+        p.numel() for p in model.parameters()
+    )
 
 
-def assert_minimal(plan: Plan, shape: Shape, sparsity: float, round_to: int, checkpoint: Checkpoint) -> None:
+def assert_minimal(
+    plan: Plan, shape: Shape, sparsity: float, round_to: int, checkpoint: Checkpoint
+) -> None:
     """The budget is met, and with `round_to` more channels it would not be."""
     limit = (1 - sparsity) * plan.model.decoder_parameters + 1e-6
     names = {name: info.shape for name, info in checkpoint.layer_tensors(0).items()}
-    step = round_to * plan.model.num_layers * unit_parameters(names, unit_groups(checkpoint.config)[1])
+    step = (
+        round_to * plan.model.num_layers * unit_parameters(names, unit_groups(checkpoint.config)[1])
+    )
     assert shape.decoder_parameters <= limit
     if shape.neurons < plan.model.units["neurons"]:
         assert shape.neurons % round_to == 0
-        assert shape.decoder_parameters + step > limit or shape.neurons + round_to > plan.model.units["neurons"]
+        assert (
+            shape.decoder_parameters + step > limit
+            or shape.neurons + round_to > plan.model.units["neurons"]
+        )
 
 
 @pytest.mark.parametrize(("model_type", "changes"), VARIANTS)
@@ -66,9 +77,12 @@ def test_counts_are_those_of_the_model_that_results(
         try:
             plan, _, checkpoint = planned(model, make_job, budget=budget, export={"target": target})
         except SpecError as error:
-            assert "hidden_size to be a multiple of the heads" in str(error)  # noqa: PT017 - most shapes load
+            # most shapes load
+            assert "hidden_size to be a multiple of the heads" in str(error)  # noqa: PT017
             continue
-        assert (plan.shape.decoder_parameters, plan.shape.parameters) == built(checkpoint, plan.shape, target)
+        assert (plan.shape.decoder_parameters, plan.shape.parameters) == built(
+            checkpoint, plan.shape, target
+        )
         assert plan.shape.heads == kv_groups
         assert_minimal(plan, plan.shape, 0.3, 2, checkpoint)
         assert plan.document()["remaining_parameters"] == plan.shape.parameters
@@ -78,16 +92,28 @@ def test_counts_are_those_of_the_model_that_results(
 @pytest.mark.parametrize("round_to", [1, 4, 7, 16])
 @pytest.mark.parametrize(("model_type", "target"), [("llama", "transformers"), ("qwen2", "vllm")])
 def test_the_budget_is_met_and_not_overdone(
-    sparsity: float, round_to: int, model_type: str, target: str, make_model: MakeModel, make_job: MakeJob
+    sparsity: float,
+    round_to: int,
+    model_type: str,
+    target: str,
+    make_model: MakeModel,
+    make_job: MakeJob,
 ) -> None:
     model = make_model(model_type)
-    plan, _, checkpoint = planned(model, make_job, budget={"sparsity": sparsity, "round_to": round_to}, export={"target": target})
+    plan, _, checkpoint = planned(
+        model,
+        make_job,
+        budget={"sparsity": sparsity, "round_to": round_to},
+        export={"target": target},
+    )
     for shape in plan.shapes:
         assert_minimal(plan, shape, sparsity, round_to, checkpoint)
 
 
 @pytest.mark.parametrize("channels", [1, 2, 13, 40, 47])
-def test_an_exact_fraction_removes_exactly_so_many_channels(channels: int, make_model: MakeModel, make_job: MakeJob) -> None:
+def test_an_exact_fraction_removes_exactly_so_many_channels(
+    channels: int, make_model: MakeModel, make_job: MakeJob
+) -> None:
     model = make_model()
     decoder = open_checkpoint(model).decoder_parameters
     budget = {"sparsity": channels * 3 * 3 * 32 / decoder, "round_to": 1, "kv_groups": 2}
@@ -95,10 +121,21 @@ def test_an_exact_fraction_removes_exactly_so_many_channels(channels: int, make_
 
 
 @pytest.mark.parametrize(
-    ("heads", "kv_groups", "candidates"), [(4, 2, [2, 1]), (8, 8, [8, 7, 6, 5]), (32, 16, [16, 14, 12, 10]), (4, 1, [1]), (6, 3, [3, 2, 1])]
+    ("heads", "kv_groups", "candidates"),
+    [
+        (4, 2, [2, 1]),
+        (8, 8, [8, 7, 6, 5]),
+        (32, 16, [16, 14, 12, 10]),
+        (4, 1, [1]),
+        (6, 3, [3, 2, 1]),
+    ],
 )
-def test_open_shapes(heads: int, kv_groups: int, candidates: list[int], make_model: MakeModel, make_job: MakeJob) -> None:
-    model = make_model("qwen3", num_attention_heads=heads, num_key_value_heads=kv_groups, intermediate_size=400)
+def test_open_shapes(
+    heads: int, kv_groups: int, candidates: list[int], make_model: MakeModel, make_job: MakeJob
+) -> None:
+    model = make_model(
+        "qwen3", num_attention_heads=heads, num_key_value_heads=kv_groups, intermediate_size=400
+    )
     plan, _, checkpoint = planned(model, make_job, budget={"sparsity": 0.3})
     assert [shape.heads for shape in plan.shapes] == candidates
     assert len(plan.shapes) <= MAX_OPEN_SHAPES
@@ -120,10 +157,14 @@ def test_groups_that_lose_nothing_are_not_pruned(make_model: MakeModel, make_job
     assert heads_alone.shape.kept == {"heads": 1, "neurons": 48}
     assert heads_alone.pruned_groups(0) == ["heads"]
     assert planned(model, make_job, budget={"kv_groups": 2})[0].pruned_groups(0) == ["neurons"]
-    assert planned(model, make_job, budget={"kv_groups": 1, "sparsity": 0.4})[0].pruned_groups(0) == ["heads", "neurons"]
+    assert planned(model, make_job, budget={"kv_groups": 1, "sparsity": 0.4})[0].pruned_groups(
+        0
+    ) == ["heads", "neurons"]
 
 
-def test_one_group_fewer_needs_fewer_channels_gone_where_only_some_shapes_fit(make_model: MakeModel, make_job: MakeJob) -> None:
+def test_one_group_fewer_needs_fewer_channels_gone_where_only_some_shapes_fit(
+    make_model: MakeModel, make_job: MakeJob
+) -> None:
     """Of the candidates those that cannot meet the budget are left out."""
     model = make_model(intermediate_size=8)
     plan = planned(model, make_job, budget={"sparsity": 0.4, "round_to": 2})[0]
@@ -134,30 +175,55 @@ def test_one_group_fewer_needs_fewer_channels_gone_where_only_some_shapes_fit(ma
     ("model_type", "changes", "budget", "message"),
     [
         ("llama", {}, {"kv_groups": 3}, r"budget\.kv_groups: 3 is more than the model's 2"),
-        ("llama", {}, {"sparsity": 0.99}, r"no shape removes 99\.0% of the decoder.*lower budget\.sparsity"),
-        ("llama", {}, {"sparsity": 0.2, "round_to": 64, "kv_groups": 2}, r"at least budget\.round_to \(64\) is left; lower"),
+        (
+            "llama",
+            {},
+            {"sparsity": 0.99},
+            r"no shape removes 99\.0% of the decoder.*lower budget\.sparsity",
+        ),
+        (
+            "llama",
+            {},
+            {"sparsity": 0.2, "round_to": 64, "kv_groups": 2},
+            r"at least budget\.round_to \(64\) is left; lower",
+        ),
         (
             "gemma2",
             {"hidden_size": 30, "num_attention_heads": 6, "num_key_value_heads": 3},
             {"kv_groups": 2},
-            "gemma2 cannot be written with 4 heads: its config wants hidden_size to be a multiple of the heads",
+            (
+                "gemma2 cannot be written with 4 heads: its config wants hidden_size to be a"
+                " multiple of the heads"
+            ),
         ),
         (
             "llama",
-            {"hidden_size": 30, "num_attention_heads": 6, "num_key_value_heads": 3, "attention_bias": True},
+            {
+                "hidden_size": 30,
+                "num_attention_heads": 6,
+                "num_key_value_heads": 3,
+                "attention_bias": True,
+            },
             {"kv_groups": 2},
             "llama cannot be written with 4 heads",
         ),
     ],
 )
 def test_budgets_that_cannot_be_met(
-    model_type: str, changes: dict[str, Any], budget: dict[str, Any], message: str, make_model: MakeModel, make_job: MakeJob
+    model_type: str,
+    changes: dict[str, Any],
+    budget: dict[str, Any],
+    message: str,
+    make_model: MakeModel,
+    make_job: MakeJob,
 ) -> None:
     with pytest.raises(SpecError, match=message):
         planned(make_model(model_type, **changes), make_job, budget=budget)
 
 
-def test_shapes_that_do_not_load_are_no_candidates(make_model: MakeModel, make_job: MakeJob) -> None:
+def test_shapes_that_do_not_load_are_no_candidates(
+    make_model: MakeModel, make_job: MakeJob
+) -> None:
     model = make_model("gemma2", hidden_size=30, num_attention_heads=6, num_key_value_heads=3)
     assert [shape.heads for shape in planned(model, make_job)[0].shapes] == [3, 1]
 
@@ -169,7 +235,9 @@ def test_memory_decides_what_is_kept(make_model: MakeModel, make_job: MakeJob) -
     model = make_model()
 
     def plan(limit: int | None, **parallel: int) -> Plan:
-        return planned(model, make_job, calibration=LONG, memory={"worker": limit}, parallel=parallel)[0]
+        return planned(
+            model, make_job, calibration=LONG, memory={"worker": limit}, parallel=parallel
+        )[0]
 
     plans = [plan(None)]
     for _ in range(3):
@@ -181,14 +249,19 @@ def test_memory_decides_what_is_kept(make_model: MakeModel, make_job: MakeJob) -
     sizes = [each.needs.worker_memory_bytes for each in plans]
     assert sizes[0] - sizes[1] == 128 * 4096 * 48 * 4
     assert sizes[1] - sizes[2] == 2 * (128 - 2) * 4096 * 32 * 4
-    with pytest.raises(ResourceError, match=r"memory\.worker: a worker needs at least .* it may use .*; raise memory\.worker to"):
+    with pytest.raises(
+        ResourceError,
+        match=r"memory\.worker: a worker needs at least .* it may use .*; raise memory\.worker to",
+    ):
         plan(sizes[3] - 1)
     assert plan(sizes[1]).memory == memories[1]
     assert plan(None, workers=4).needs.worker_memory_bytes < sizes[0]
     assert plan(sizes[1] - 1, workers=4).memory.keep_inputs
 
 
-def test_tasks_are_listed_in_order(make_model: MakeModel, make_job: MakeJob, text_file: Path) -> None:
+def test_tasks_are_listed_in_order(
+    make_model: MakeModel, make_job: MakeJob, text_file: Path
+) -> None:
     model = make_model()
     short = planned(model, make_job, budget={"kv_groups": 2})[0].tasks
     layers = ("layer-0000", "layer-0001", "layer-0002")
@@ -200,8 +273,12 @@ def test_tasks_are_listed_in_order(make_model: MakeModel, make_job: MakeJob, tex
     assert full[-3:] == ("evaluation-tokens", "evaluate-before", "evaluate-after")
 
 
-@pytest.mark.parametrize(("dtype", "size"), [("auto", 2), ("float32", 4), ("bfloat16", 2), ("float16", 2)])
-def test_size_of_the_output(dtype: str, size: int, make_model: MakeModel, make_job: MakeJob) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "size"), [("auto", 2), ("float32", 4), ("bfloat16", 2), ("float16", 2)]
+)
+def test_size_of_the_output(
+    dtype: str, size: int, make_model: MakeModel, make_job: MakeJob
+) -> None:
     model = make_model(dtype=torch.bfloat16)
     plan = planned(model, make_job, export={"dtype": dtype}, budget={"kv_groups": 2})[0]
     assert plan.output_bytes == plan.shape.parameters * size
@@ -210,14 +287,18 @@ def test_size_of_the_output(dtype: str, size: int, make_model: MakeModel, make_j
 def test_the_document_lies_flat(make_model: MakeModel, make_job: MakeJob) -> None:
     plan = planned(make_model(), make_job)[0]
     document, parts = plan.document(), (plan.model, plan.needs, plan.traffic)
-    assert len(document) == len(fields(plan)) - len(parts) + sum(len(fields(part)) for part in parts)
+    assert len(document) == len(fields(plan)) - len(parts) + sum(
+        len(fields(part)) for part in parts
+    )
     assert list(document)[:2] == ["model_identity", "model_type"]
     assert document["num_layers"] == 3
     assert document["worker_memory_bytes"] == plan.needs.worker_memory_bytes
     assert document["num_messages"] == plan.traffic.num_messages
 
 
-def test_printed_plans_show_every_shape(make_model: MakeModel, make_job: MakeJob, capsys: pytest.CaptureFixture[str]) -> None:
+def test_printed_plans_show_every_shape(
+    make_model: MakeModel, make_job: MakeJob, capsys: pytest.CaptureFixture[str]
+) -> None:
     plan = planned(make_model(), make_job)[0]
     print_plan(plan)
     shown = capsys.readouterr().out
@@ -230,8 +311,12 @@ def test_printed_plans_show_every_shape(make_model: MakeModel, make_job: MakeJob
 
 
 @pytest.mark.parametrize(("samples", "warned"), [(7, True), (8, False)])
-def test_few_tokens_are_warned_of_with_numbers(samples: int, warned: bool, make_model: MakeModel, make_job: MakeJob) -> None:
-    plan = planned(make_model(), make_job, calibration={"samples": samples, "sequence_length": 60, "shards": 4})[0]
+def test_few_tokens_are_warned_of_with_numbers(
+    samples: int, warned: bool, make_model: MakeModel, make_job: MakeJob
+) -> None:
+    plan = planned(
+        make_model(), make_job, calibration={"samples": samples, "sequence_length": 60, "shards": 4}
+    )[0]
     assert bool(plan.warnings) == warned
     if warned:
         assert "420 calibration tokens are 8.8 per FFN channel" in plan.warnings[0]

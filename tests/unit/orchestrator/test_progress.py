@@ -9,15 +9,36 @@ from rich.console import Console
 
 from rayprune.orchestrator.reporting.progress import ProgressView, plain_line, print_table
 
-GROUPS = {"heads": {"kept": 3, "of": 4, "held_out_error": 0.12345}, "neurons": {"kept": 20, "of": 48, "held_out_error": 0.5}}
+GROUPS = {
+    "heads": {"kept": 3, "of": 4, "held_out_error": 0.12345},
+    "neurons": {"kept": 20, "of": 48, "held_out_error": 0.5},
+}
 EVENTS: list[dict[str, Any]] = [
     {"event": "run-started", "job": "/runs/[bold]a[/bold]", "workers": 2},
     {"event": "step-finished", "stage": "early", "layer": 0},
     {"event": "stage-started", "stage": "sweep", "steps": 2},
-    {"event": "step-finished", "stage": "sweep", "layer": 0, "seconds": 1.23456, "groups": GROUPS, "peak_memory_bytes": {"driver": 2**30}},
-    {"event": "worker-failed", "task": "layer-0001", "detail": "worker 1: [Errno 9] [/x]", "decision": "retry"},
+    {
+        "event": "step-finished",
+        "stage": "sweep",
+        "layer": 0,
+        "seconds": 1.23456,
+        "groups": GROUPS,
+        "peak_memory_bytes": {"driver": 2**30},
+    },
+    {
+        "event": "worker-failed",
+        "task": "layer-0001",
+        "detail": "worker 1: [Errno 9] [/x]",
+        "decision": "retry",
+    },
     {"event": "step-finished", "stage": "sweep", "layer": 1, "resumed": True},
-    {"event": "stage-finished", "stage": "sweep", "steps": 2, "seconds": 3.0, "peak_memory_bytes": {}},
+    {
+        "event": "stage-finished",
+        "stage": "sweep",
+        "steps": 2,
+        "seconds": 3.0,
+        "peak_memory_bytes": {},
+    },
     {"event": "run-finished"},
 ]
 
@@ -26,10 +47,27 @@ EVENTS: list[dict[str, Any]] = [
     ("event", "expected"),
     [
         ({"event": "run-finished"}, ["run-finished"]),
-        ({"event": "stage-started", "stage": "sweep", "steps": 3}, ["stage-started stage=sweep steps=3"]),
-        ({"event": "stage-finished", "stage": "sweep", "seconds": 12.34567}, ["stage-finished stage=sweep seconds=12.35"]),
-        (EVENTS[3], ["step-finished", "layer=0", "heads 3/4 error 0.123, neurons 20/48 error 0.500", "memory 1.00 GiB"]),
-        ({"event": "x", "peak_memory_bytes": {"driver": 2**29, "worker-0": 3 * 2**29}}, ["x memory 1.50 GiB"]),
+        (
+            {"event": "stage-started", "stage": "sweep", "steps": 3},
+            ["stage-started stage=sweep steps=3"],
+        ),
+        (
+            {"event": "stage-finished", "stage": "sweep", "seconds": 12.34567},
+            ["stage-finished stage=sweep seconds=12.35"],
+        ),
+        (
+            EVENTS[3],
+            [
+                "step-finished",
+                "layer=0",
+                "heads 3/4 error 0.123, neurons 20/48 error 0.500",
+                "memory 1.00 GiB",
+            ],
+        ),
+        (
+            {"event": "x", "peak_memory_bytes": {"driver": 2**29, "worker-0": 3 * 2**29}},
+            ["x memory 1.50 GiB"],
+        ),
         ({"event": "x", "peak_memory_bytes": {}}, ["x"]),
     ],
 )
@@ -76,7 +114,12 @@ def test_a_view_that_is_left_by_an_error_stops() -> None:
 
 def test_tables_show_every_cell() -> None:
     out = io.StringIO()
-    print_table("a title", ["name", "value"], [["first", "1"], ["a very long name indeed", "22,222"]], Console(file=out, width=30))
+    print_table(
+        "a title",
+        ["name", "value"],
+        [["first", "1"], ["a very long name indeed", "22,222"]],
+        Console(file=out, width=30),
+    )
     shown = " ".join(out.getvalue().split())
     for words in ("a title", "name", "value", "first", "22,222"):
         assert words in shown

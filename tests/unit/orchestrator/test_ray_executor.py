@@ -41,7 +41,9 @@ def test_classify(error: Exception, failure: Failure | None) -> None:
     assert classify(error) is failure
 
 
-def test_an_address_where_nobody_listens(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
+def test_an_address_where_nobody_listens(
+    make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+) -> None:
     import ray
 
     if ray.is_initialized():

@@ -24,7 +24,9 @@ from rayprune.workers.store.layout import EXPORT_TASK, task_folder
 
 def make(**sections: dict[str, Any]) -> JobSpec:
     required: dict[str, dict[str, Any]] = {"model": {"path": "/m"}, "calibration": {"path": "/c"}}
-    return JobSpec.model_validate({name: required.get(name, {}) | sections.get(name, {}) for name in required | sections})
+    return JobSpec.model_validate(
+        {name: required.get(name, {}) | sections.get(name, {}) for name in required | sections}
+    )
 
 
 def test_a_new_folder_holds_its_job(tmp_path: Path) -> None:
@@ -45,11 +47,16 @@ def test_a_new_folder_holds_its_job(tmp_path: Path) -> None:
         ("export", {"target": "vllm"}, 'export.target: "transformers" -> "vllm"'),
     ],
 )
-def test_another_job_is_refused_with_the_field(section: str, options: dict[str, Any], line: str, tmp_path: Path) -> None:
+def test_another_job_is_refused_with_the_field(
+    section: str, options: dict[str, Any], line: str, tmp_path: Path
+) -> None:
     with RunFolder(tmp_path, make()):
         pass
     before = (tmp_path / JOB_FILE).read_bytes()
-    with pytest.raises(SpecError, match="belongs to another job") as caught, RunFolder(tmp_path, make(**{section: options})):
+    with (
+        pytest.raises(SpecError, match="belongs to another job") as caught,
+        RunFolder(tmp_path, make(**{section: options})),
+    ):
         pass
     assert line in str(caught.value)
     assert (tmp_path / JOB_FILE).read_bytes() == before
@@ -67,7 +74,9 @@ def test_another_job_is_refused_with_the_field(section: str, options: dict[str, 
         ("evaluation", {"path": "/e"}),
     ],
 )
-def test_the_same_job_may_run_elsewhere(section: str, options: dict[str, Any], tmp_path: Path) -> None:
+def test_the_same_job_may_run_elsewhere(
+    section: str, options: dict[str, Any], tmp_path: Path
+) -> None:
     with RunFolder(tmp_path, make()) as first:
         fingerprint = first.fingerprint("task", "input")
     with RunFolder(tmp_path, make(**{section: options})) as second:
@@ -77,14 +86,22 @@ def test_the_same_job_may_run_elsewhere(section: str, options: dict[str, Any], t
 
 def test_a_foreign_folder_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("words")
-    with pytest.raises(SpecError, match=r"is not empty and holds no job\.yaml; --out must name a new folder"), RunFolder(tmp_path, make()):
+    with (
+        pytest.raises(
+            SpecError, match=r"is not empty and holds no job\.yaml; --out must name a new folder"
+        ),
+        RunFolder(tmp_path, make()),
+    ):
         pass
     assert [item.name for item in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("")
-    with pytest.raises(SpecError, match="cannot be used as the run folder"), RunFolder(tmp_path / "run", make()):
+    with (
+        pytest.raises(SpecError, match="cannot be used as the run folder"),
+        RunFolder(tmp_path / "run", make()),
+    ):
         pass
 
 
@@ -99,9 +116,15 @@ def test_a_damaged_job_file_is_refused(tmp_path: Path) -> None:
 
 def test_a_second_writer_is_refused(tmp_path: Path) -> None:
     with RunFolder(tmp_path, make()):
-        with pytest.raises(SpecError, match="another run is writing here; wait for it"), RunFolder(tmp_path, make()):
+        with (
+            pytest.raises(SpecError, match="another run is writing here; wait for it"),
+            RunFolder(tmp_path, make()),
+        ):
             pass
-        with pytest.raises(SpecError, match="another run is writing here"), RunFolder(tmp_path, make(budget={"sparsity": 0.5})):
+        with (
+            pytest.raises(SpecError, match="another run is writing here"),
+            RunFolder(tmp_path, make(budget={"sparsity": 0.5})),
+        ):
             pass
     with RunFolder(tmp_path, make()):
         pass
@@ -138,7 +161,9 @@ def test_finished(task: str, tmp_path: Path) -> None:
         done = folder.finished(task, "f")
         assert done is not None
         assert done.info == {"n": 1}
-        with pytest.raises(VerificationError, match=r"made from other inputs .*choose another --out, or delete"):
+        with pytest.raises(
+            VerificationError, match=r"made from other inputs .*choose another --out, or delete"
+        ):
             folder.finished(task, "g")
         assert folder.finished(task, "g", redo_stale=True) is None
         (path / "artifact").write_text("c0ntent")
@@ -156,12 +181,18 @@ def test_events_come_back_in_order_with_their_time(tmp_path: Path) -> None:
         folder.emit({"event": "run-started", "job": "line\nbreak\u2028é"})
         folder.emit({"event": "run-finished"})
         first, second = folder.events()
-    assert (first["event"], first["job"], second["event"]) == ("run-started", "line\nbreak\u2028é", "run-finished")
+    assert (first["event"], first["job"], second["event"]) == (
+        "run-started",
+        "line\nbreak\u2028é",
+        "run-finished",
+    )
     assert first["time"] <= second["time"]
     assert read_events(tmp_path / "absent") == []
 
 
-@pytest.mark.parametrize("torn", [b'{"time": 3.0, "eve', b"\0\0\0\0", b'{"time": 3.0, "event": "x"}'[:-1]])
+@pytest.mark.parametrize(
+    "torn", [b'{"time": 3.0, "eve', b"\0\0\0\0", b'{"time": 3.0, "event": "x"}'[:-1]]
+)
 def test_a_torn_last_line_costs_that_line_alone(torn: bytes, tmp_path: Path) -> None:
     with RunFolder(tmp_path, make()) as folder:
         folder.emit({"event": "run-started"})
@@ -171,11 +202,18 @@ def test_a_torn_last_line_costs_that_line_alone(torn: bytes, tmp_path: Path) -> 
     with RunFolder(tmp_path, make()) as folder:
         folder.emit({"event": "run-started", "again": True})
         folder.emit({"event": "run-finished"})
-        assert [event["event"] for event in folder.events()] == ["run-started", "run-started", "run-finished"]
+        assert [event["event"] for event in folder.events()] == [
+            "run-started",
+            "run-started",
+            "run-finished",
+        ]
 
 
 def timed(*events: tuple[float, str, str | None]) -> list[dict[str, Any]]:
-    return [{"time": time, "event": event} | ({"stage": stage} if stage else {}) for time, event, stage in events]
+    return [
+        {"time": time, "event": event} | ({"stage": stage} if stage else {})
+        for time, event, stage in events
+    ]
 
 
 def test_seconds_of_a_run_without_a_break() -> None:

@@ -6,7 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from rayprune.orchestrator.stages.spread import Budget, Losses, Spread, above_threshold, cheapest, filled, levels, mutated, predicted_loss
+from rayprune.orchestrator.stages.spread import (
+    Budget,
+    Losses,
+    Spread,
+    above_threshold,
+    cheapest,
+    filled,
+    levels,
+    mutated,
+    predicted_loss,
+)
 from rayprune.specs.errors import SpecError
 from rayprune.specs.loader import load_job
 from rayprune.workers.model.checkpoint import open_checkpoint
@@ -34,25 +44,43 @@ def convex(seed: int, counts: list[int]) -> dict[int, float]:
         (48, 10, 120, 4, 12, [44, 40, 36]),
         (48, 10, 480, 4, 4, [44, 32, 20, 8, 0]),
         (48, 10, 479, 16, 100, [32, 16]),
-        (1536, 1728, 1e9, 64, 12, [1472, 1344, 1216, 1088, 960, 832, 704, 576, 448, 320, 192, 64, 0]),
+        (
+            1536,
+            1728,
+            1e9,
+            64,
+            12,
+            [1472, 1344, 1216, 1088, 960, 832, 704, 576, 448, 320, 192, 64, 0],
+        ),
         (3, 100, 100, 1, 12, [2]),
         (3, 100, 99, 1, 12, []),
         (1, 100, 100, 1, 12, [0]),
     ],
 )
-def test_levels(units: int, cost: int, most: float, round_to: int, count: int, expected: list[int]) -> None:
+def test_levels(
+    units: int, cost: int, most: float, round_to: int, count: int, expected: list[int]
+) -> None:
     assert levels(units, cost, most, round_to, count) == expected
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_of_convex_curves_the_cheapest_spread_is_the_best_one(seed: int, make_model: MakeModel, make_job: MakeJob) -> None:
+def test_of_convex_curves_the_cheapest_spread_is_the_best_one(
+    seed: int, make_model: MakeModel, make_job: MakeJob
+) -> None:
     counts = [44, 40, 36, 32]
-    losses = [{"heads": {2: 0.0}, "neurons": convex(10 * seed + layer, counts)} for layer in range(LAYERS)]
+    losses = [
+        {"heads": {2: 0.0}, "neurons": convex(10 * seed + layer, counts)} for layer in range(LAYERS)
+    ]
     model = make_model()
     dense = open_checkpoint(model).decoder_parameters
-    budget = budget_of(model, make_job, 5 * 4 * CHANNEL / dense)  # five steps of four channels, exactly
+    # five steps of four channels, exactly
+    budget = budget_of(model, make_job, 5 * 4 * CHANNEL / dense)
     spreads = [spread_of(widths) for widths in product([48, *counts], repeat=LAYERS)]
-    best = min(predicted_loss(losses, spread) for spread in spreads if not budget.excess(budget.size(spread)))
+    best = min(
+        predicted_loss(losses, spread)
+        for spread in spreads
+        if not budget.excess(budget.size(spread))
+    )
     assert predicted_loss(losses, cheapest(budget, losses)) == pytest.approx(best)
 
 
@@ -60,19 +88,30 @@ def spread_of(widths: tuple[int, ...]) -> Spread:
     return [{"heads": 2, "neurons": width} for width in widths]
 
 
-def test_units_are_taken_where_they_cost_least_for_what_they_take(make_model: MakeModel, make_job: MakeJob) -> None:
+def test_units_are_taken_where_they_cost_least_for_what_they_take(
+    make_model: MakeModel, make_job: MakeJob
+) -> None:
     budget = budget_of(make_model(), make_job, 0.05)
     dear, cheap = {48: 0.0, 24: 10.0}, {48: 0.0, 24: 1.0}
     heads = {2: 0.0, 1: 100.0}
     losses = [{"heads": heads, "neurons": cheap if layer == 1 else dear} for layer in range(LAYERS)]
-    assert cheapest(budget, losses) == [{"heads": 2, "neurons": 48}, {"heads": 2, "neurons": 24}, {"heads": 2, "neurons": 48}]
+    assert cheapest(budget, losses) == [
+        {"heads": 2, "neurons": 48},
+        {"heads": 2, "neurons": 24},
+        {"heads": 2, "neurons": 48},
+    ]
     losses[2] = {"heads": {2: 0.0, 1: 0.01, 0: 0.02}, "neurons": dear}
     assert cheapest(budget, losses)[2]["heads"] < 2
 
 
-def test_bounds_hold_and_a_budget_out_of_their_reach_is_refused(make_model: MakeModel, make_job: MakeJob) -> None:
+def test_bounds_hold_and_a_budget_out_of_their_reach_is_refused(
+    make_model: MakeModel, make_job: MakeJob
+) -> None:
     model = make_model()
-    losses = [{"heads": {2: 0.0}, "neurons": convex(layer, list(range(44, 0, -4)))} for layer in range(LAYERS)]
+    losses = [
+        {"heads": {2: 0.0}, "neurons": convex(layer, list(range(44, 0, -4)))}
+        for layer in range(LAYERS)
+    ]
     budget = budget_of(model, make_job, 0.2, least=8 * CHANNEL, most=24 * CHANNEL)
     spread = cheapest(budget, losses)
     assert all(8 * CHANNEL <= budget.lost(kept) <= 24 * CHANNEL for kept in spread)
@@ -80,7 +119,9 @@ def test_bounds_hold_and_a_budget_out_of_their_reach_is_refused(make_model: Make
         cheapest(budget_of(model, make_job, 0.3, most=4 * CHANNEL), losses)
 
 
-def test_what_the_budget_still_allows_is_given_back(make_model: MakeModel, make_job: MakeJob) -> None:
+def test_what_the_budget_still_allows_is_given_back(
+    make_model: MakeModel, make_job: MakeJob
+) -> None:
     budget = budget_of(make_model(), make_job, 0.2)
     losses = [{"heads": {2: 0.0}, "neurons": {48: 0.0, 0: 1.0 + layer}} for layer in range(LAYERS)]
     spread = filled(budget, spread_of((20, 20, 20)), losses)
@@ -94,7 +135,13 @@ def test_what_the_budget_still_allows_is_given_back(make_model: MakeModel, make_
 
 
 def losses_with_levels() -> Losses:
-    return [{"heads": {2: 0.0, 1: 1000.0}, "neurons": {count: float(48 - count) for count in range(48, 0, -4)}} for _ in range(LAYERS)]
+    return [
+        {
+            "heads": {2: 0.0, 1: 1000.0},
+            "neurons": {count: float(48 - count) for count in range(48, 0, -4)},
+        }
+        for _ in range(LAYERS)
+    ]
 
 
 def test_mutations_keep_the_budget_and_its_levels(make_model: MakeModel, make_job: MakeJob) -> None:
@@ -104,22 +151,35 @@ def test_mutations_keep_the_budget_and_its_levels(make_model: MakeModel, make_jo
     assert len({str(child) for child in children}) > 10
     for child in children:
         assert budget.excess(budget.size(child)) == 0
-        assert all(kept[name] in losses[layer][name] for layer, kept in enumerate(child) for name in kept)
+        assert all(
+            kept[name] in losses[layer][name] for layer, kept in enumerate(child) for name in kept
+        )
     assert children == [mutated(budget, spread, losses, random.Random(seed)) for seed in range(50)]
 
 
-def test_mutations_leave_every_layer_its_least_loss(make_model: MakeModel, make_job: MakeJob) -> None:
-    budget, losses = budget_of(make_model(), make_job, 0.25, least=8 * CHANNEL), losses_with_levels()
+def test_mutations_leave_every_layer_its_least_loss(
+    make_model: MakeModel, make_job: MakeJob
+) -> None:
+    budget, losses = (
+        budget_of(make_model(), make_job, 0.25, least=8 * CHANNEL),
+        losses_with_levels(),
+    )
     spread = cheapest(budget, losses)
     for seed in range(100):
-        assert all(budget.lost(kept) >= 8 * CHANNEL for kept in mutated(budget, spread, losses, random.Random(seed)))
+        assert all(
+            budget.lost(kept) >= 8 * CHANNEL
+            for kept in mutated(budget, spread, losses, random.Random(seed))
+        )
 
 
 def test_one_threshold_keeps_the_highest_scores(make_model: MakeModel, make_job: MakeJob) -> None:
     model = make_model()
     dense = open_checkpoint(model).decoder_parameters
     budget = budget_of(model, make_job, 40 * CHANNEL / dense)
-    scores = [{"heads": [9.0, 9.0], "neurons": [layer + channel / 48 for channel in range(48)]} for layer in range(LAYERS)]
+    scores = [
+        {"heads": [9.0, 9.0], "neurons": [layer + channel / 48 for channel in range(48)]}
+        for layer in range(LAYERS)
+    ]
     assert above_threshold(budget, scores, {}) == spread_of((8, 48, 48))
     alone = [{"neurons": groups["neurons"]} for groups in scores]
     assert above_threshold(budget, alone, {"heads": 2}) == spread_of((8, 48, 48))

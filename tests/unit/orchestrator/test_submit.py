@@ -18,8 +18,14 @@ ROOT = Path(__file__).parents[3]
 
 
 def refused(job: Path, *words: str, **environment: str) -> tuple[int, str]:
-    """Exit code and complaint of a submit in a process of its own: it changes the environment, and Ray reads it at import."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | {"PYTHONPATH": str(ROOT)} | environment
+    """Exit code and complaint of a submit in a process of its own: it changes the environment, and
+    Ray reads it at import.
+    """
+    kept = (
+        {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+        | {"PYTHONPATH": str(ROOT)}
+        | environment
+    )
     command = [sys.executable, "-m", "rayprune.orchestrator.cli", "submit", str(job), *words]
     done = subprocess.run(command, env=kept, capture_output=True, text=True, timeout=60)
     assert "Traceback" not in done.stderr
@@ -32,13 +38,17 @@ def job(make_model: MakeModel, make_job: MakeJob) -> Path:
 
 
 def test_the_command_carries_the_job(job: Path, tmp_path: Path) -> None:
-    """A shell that runs the command gives `rayprune run` the same job, with the cluster's own address."""
+    """A shell that runs the command gives `rayprune run` the same job, with the cluster's own
+    address.
+    """
     out = tmp_path / "a 'quoted' folder"
     (tmp_path / "rayprune").write_text('#!/bin/sh\necho "$@"\ncat "$2"\n')
     (tmp_path / "rayprune").chmod(0o755)
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     command = entrypoint(load_job(job), out)
-    done = subprocess.run(command, shell=True, env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        command, shell=True, env=environment, capture_output=True, text=True, check=True
+    )
     first, _, text = done.stdout.partition("\n")
     assert first == f"run /dev/stdin --out {out}"
     (tmp_path / "received.yaml").write_text(text)
@@ -63,9 +73,14 @@ def test_every_attempt_has_another_id() -> None:
         "http://[::1",
     ],
 )
-def test_an_address_that_is_no_dashboard(address: str, job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_address_that_is_no_dashboard(
+    address: str, job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["submit", str(job), "--out", str(tmp_path / "run"), "--address", address]) == 2
-    assert f"--address {address}: write the address of the cluster's dashboard" in capsys.readouterr().err
+    assert (
+        f"--address {address}: write the address of the cluster's dashboard"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_relative_run_folder(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -75,16 +90,26 @@ def test_a_relative_run_folder(job: Path, capsys: pytest.CaptureFixture[str]) ->
 
 def test_without_a_token(job: Path, tmp_path: Path) -> None:
     pytest.importorskip("aiohttp")
-    code, complaint = refused(job, "--out", "/run", "--address", "http://127.0.0.1:1", HOME=str(tmp_path))
+    code, complaint = refused(
+        job, "--out", "/run", "--address", "http://127.0.0.1:1", HOME=str(tmp_path)
+    )
     assert code == 2
     assert "no Ray token on this machine; set RAY_AUTH_TOKEN" in complaint
 
 
-@pytest.mark.parametrize("environment", [{"RAY_AUTH_TOKEN": "0" * 64}, {"RAY_AUTH_MODE": "disabled"}], ids=["token", "no token"])
-def test_an_address_where_nobody_listens(environment: dict[str, str], job: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "environment",
+    [{"RAY_AUTH_TOKEN": "0" * 64}, {"RAY_AUTH_MODE": "disabled"}],
+    ids=["token", "no token"],
+)
+def test_an_address_where_nobody_listens(
+    environment: dict[str, str], job: Path, tmp_path: Path
+) -> None:
     pytest.importorskip("aiohttp")
     start = time.monotonic()
-    code, complaint = refused(job, "--out", "/run", "--address", "http://127.0.0.1:1", HOME=str(tmp_path), **environment)
+    code, complaint = refused(
+        job, "--out", "/run", "--address", "http://127.0.0.1:1", HOME=str(tmp_path), **environment
+    )
     assert code == 4
     assert "--address http://127.0.0.1:1: cannot connect" in complaint
     assert time.monotonic() - start < 20
@@ -92,9 +117,14 @@ def test_an_address_where_nobody_listens(environment: dict[str, str], job: Path,
 
 def test_without_rays_job_client(job: Path, tmp_path: Path) -> None:
     """An empty entry in `sys.modules` is how Python marks a module that cannot be imported."""
-    script = "import sys; sys.modules['aiohttp'] = None; from rayprune.orchestrator.cli import main; sys.exit(main(sys.argv[1:]))"
+    script = (
+        "import sys; sys.modules['aiohttp'] = None; from rayprune.orchestrator.cli import main;"
+        " sys.exit(main(sys.argv[1:]))"
+    )
     words = ["submit", str(job), "--out", str(tmp_path / "run"), "--address", "http://127.0.0.1:1"]
-    done = subprocess.run([sys.executable, "-c", script, *words], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", script, *words], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 2
     assert 'install rayprune with its extra "cluster"' in done.stderr
 
@@ -108,7 +138,10 @@ def test_lost_paths_inside_a_ray_job(
     assert "--out run: is relative" in capsys.readouterr().err
     monkeypatch.chdir(tmp_path)
     assert main(["run", str(job), "--out", str(tmp_path / "run")]) == 2
-    assert f"--out {tmp_path / 'run'}: lies in the Ray job's working directory" in capsys.readouterr().err
+    assert (
+        f"--out {tmp_path / 'run'}: lies in the Ray job's working directory"
+        in capsys.readouterr().err
+    )
     assert not (tmp_path / "run").exists()
     assert main(["run", str(job), "--out", "/nowhere/run"]) == 2
     assert "model.path" in capsys.readouterr().err

@@ -24,24 +24,45 @@ def test_times_need_a_machine() -> None:
 
 
 def test_refit_has_the_same_stages() -> None:
-    assert [stage.name for stage in stages(REFIT, MemoryPlan(), PROFILES["cpu-core"])] == list(STAGES)
+    assert [stage.name for stage in stages(REFIT, MemoryPlan(), PROFILES["cpu-core"])] == list(
+        STAGES
+    )
 
 
 def test_gradients_are_three_forward_passes() -> None:
     load = replace(BIG, gradient_windows=4)
-    (stage,) = [stage for stage in stages(load, MemoryPlan(), PROFILES["cpu-core"]) if stage.name == "gradients"]
-    flops = 3 * 4 * load.sequence_length * 2 * (load.active_parameters + load.vocabulary * load.hidden)
-    assert (stage.flops, stage.bound_by) == (flops, "disk")  # a layer this small computes faster than its hidden states are written
+    (stage,) = [
+        stage
+        for stage in stages(load, MemoryPlan(), PROFILES["cpu-core"])
+        if stage.name == "gradients"
+    ]
+    flops = (
+        3 * 4 * load.sequence_length * 2 * (load.active_parameters + load.vocabulary * load.hidden)
+    )
+    # a layer this small computes faster than its hidden states are written
+    assert (stage.flops, stage.bound_by) == (flops, "disk")
     states = 2 * load.num_layers * 4 * load.sequence_length * load.hidden * load.element_bytes
-    assert stage.seconds == pytest.approx((2 * load.bytes_on_disk + states) / PROFILES["cpu-core"].disk_bandwidth)
-    assert [stage.flops for stage in stages(load, MemoryPlan(), None) if stage.name == "gradients"] == [flops]
+    assert stage.seconds == pytest.approx(
+        (2 * load.bytes_on_disk + states) / PROFILES["cpu-core"].disk_bandwidth
+    )
+    assert [
+        stage.flops for stage in stages(load, MemoryPlan(), None) if stage.name == "gradients"
+    ] == [flops]
 
 
 def test_files_take_disk_time() -> None:
     spilled = MemoryPlan(keep_inputs=False, spill_hidden=True, spill_statistics=True)
     seconds = {stage.name: stage.seconds for stage in stages(LOAD, spilled, PROFILES["cpu-core"])}
-    assert seconds["files"] == pytest.approx((2 * 6 * 1600 + 6 * 128 * 4 * 4) / 0.5e9)  # hidden states are spread over two workers
-    assert next(stage.seconds for stage in stages(LOAD, MemoryPlan(), PROFILES["cpu-core"]) if stage.name == "files") == 0
+    # hidden states are spread over two workers
+    assert seconds["files"] == pytest.approx((2 * 6 * 1600 + 6 * 128 * 4 * 4) / 0.5e9)
+    assert (
+        next(
+            stage.seconds
+            for stage in stages(LOAD, MemoryPlan(), PROFILES["cpu-core"])
+            if stage.name == "files"
+        )
+        == 0
+    )
 
 
 def test_decisions_run_at_the_same_time_where_workers_own_layers() -> None:
@@ -49,5 +70,8 @@ def test_decisions_run_at_the_same_time_where_workers_own_layers() -> None:
         choice = choose_memory(load, None)
         return {stage.name: stage.seconds for stage in stages(load, choice, PROFILES["h100-80gb"])}
 
-    shards, layers = seconds(replace(BIG, workers=6)), seconds(replace(BIG, workers=6, placement="layers", propagation="dense"))
+    shards, layers = (
+        seconds(replace(BIG, workers=6)),
+        seconds(replace(BIG, workers=6, placement="layers", propagation="dense")),
+    )
     assert shards["selection"] == pytest.approx(6 * layers["selection"])  # type: ignore[operator]

@@ -6,7 +6,12 @@ from typing import Any
 
 import pytest
 
-from rayprune.orchestrator.planning.worker_memory import RUNTIME_BYTES, host_bytes, memory_by_step, peak_bytes
+from rayprune.orchestrator.planning.worker_memory import (
+    RUNTIME_BYTES,
+    host_bytes,
+    memory_by_step,
+    peak_bytes,
+)
 from rayprune.orchestrator.planning.workload import MICRO_BATCHES_AT_ONCE, TrainingLoad
 from rayprune.specs.memory import MemoryPlan
 from rayprune.workers.machine.blocks import CONVERTED_BYTES
@@ -15,9 +20,21 @@ from tests.unit.orchestrator.workloads import BIG, GPU, LAYERS, LOAD, MIXTURE, R
 
 def test_memory_of_a_dense_layer_on_a_cpu() -> None:
     table = memory_by_step(LOAD, MemoryPlan())
-    standing = {"runtime": RUNTIME_BYTES, "weights": CONVERTED_BYTES, "hidden states": 2 * 64 * 4 * 4, "inputs": 64 * 10 * 4}
-    assert table["collect"] == standing | {"activations": 4 * 32 * 10 * 4, "statistics": 2 * 10 * 10 * 8}  # two shards, two levels
-    assert table["decide"] == standing | {"statistics": 2 * 800, "decision": 8 * (4 * 7 + 7 * 7) + 3 * 8 * 4 * 10 + 4 * 7 * 2}
+    standing = {
+        "runtime": RUNTIME_BYTES,
+        "weights": CONVERTED_BYTES,
+        "hidden states": 2 * 64 * 4 * 4,
+        "inputs": 64 * 10 * 4,
+    }
+    # two shards, two levels
+    assert table["collect"] == standing | {
+        "activations": 4 * 32 * 10 * 4,
+        "statistics": 2 * 10 * 10 * 8,
+    }
+    assert table["decide"] == standing | {
+        "statistics": 2 * 800,
+        "decision": 8 * (4 * 7 + 7 * 7) + 3 * 8 * 4 * 10 + 4 * 7 * 2,
+    }
     assert table["write"] == standing | {"output": 2 * (300 - 3 * 12) * 2}
     assert table["write outer"] == {"runtime": RUNTIME_BYTES, "output": 800 * 2}
     assert list(table) == ["collect", "decide", "write", "write outer"]
@@ -33,7 +50,9 @@ def test_memory_on_a_gpu() -> None:
     assert table["collect"]["weights"] == (800 + 2 * 300) * 2
     assert list(table) == ["collect", "decide"]
     assert host_bytes(GPU) == RUNTIME_BYTES + 800 * 2
-    in_chunks = memory_by_step(replace(GPU, placement="layers", propagation="dense"), MemoryPlan(layers_per_chunk=3))
+    in_chunks = memory_by_step(
+        replace(GPU, placement="layers", propagation="dense"), MemoryPlan(layers_per_chunk=3)
+    )
     assert in_chunks["collect"]["weights"] == (800 + 3 * 300) * 2
 
 
@@ -43,9 +62,12 @@ def test_a_token_has_inputs_in_the_experts_it_passes_through() -> None:
 
 def test_layers_placement_holds_the_statistics_of_its_chunk() -> None:
     table = memory_by_step(LAYERS, MemoryPlan(layers_per_chunk=3))
-    assert table["collect"]["statistics"] == 3 * 2 * 8 * 10 * 10  # the heads lose nothing: nobody watches them
+    # the heads lose nothing: nobody watches them
+    assert table["collect"]["statistics"] == 3 * 2 * 8 * 10 * 10
     both = 2 * 8 * (6 * 6 + 10 * 10)
-    table = memory_by_step(replace(LAYERS, kept={"heads": 1, "neurons": 7}), MemoryPlan(layers_per_chunk=3))
+    table = memory_by_step(
+        replace(LAYERS, kept={"heads": 1, "neurons": 7}), MemoryPlan(layers_per_chunk=3)
+    )
     assert table["collect"]["statistics"] == 3 * both
     assert table["collect"]["hidden states"] == MICRO_BATCHES_AT_ONCE * 32 * 4 * 4
     assert table["collect"]["inputs"] == 0
@@ -55,20 +77,37 @@ def test_layers_placement_holds_the_statistics_of_its_chunk() -> None:
 def test_rows_that_become_an_r_factor_take_its_qr_too() -> None:
     rows = 10 + 32  # a factor and a micro-batch, which is more than two factors
     exact = replace(LOAD, exact=True)
-    assert memory_by_step(exact, MemoryPlan())["collect"]["factorisation"] == 8 * 10 * (2 * rows + 2 * 10)
-    assert memory_by_step(exact, MemoryPlan(spill_statistics=True))["collect"]["factorisation"] == 8 * 10 * (rows + 2 * 10)
+    assert memory_by_step(exact, MemoryPlan())["collect"]["factorisation"] == 8 * 10 * (
+        2 * rows + 2 * 10
+    )
+    assert memory_by_step(exact, MemoryPlan(spill_statistics=True))["collect"][
+        "factorisation"
+    ] == 8 * 10 * (rows + 2 * 10)
 
 
 def test_files_take_what_does_not_fit() -> None:
-    table = memory_by_step(LOAD, MemoryPlan(keep_inputs=False, spill_hidden=True, spill_statistics=True))
+    table = memory_by_step(
+        LOAD, MemoryPlan(keep_inputs=False, spill_hidden=True, spill_statistics=True)
+    )
     assert table["collect"]["hidden states"] == 2 * 32 * 4 * 4
-    assert (table["collect"]["inputs"], table["collect"]["statistics"], table["decide"]["statistics"]) == (0, 0, 0)
+    assert (
+        table["collect"]["inputs"],
+        table["collect"]["statistics"],
+        table["decide"]["statistics"],
+    ) == (0, 0, 0)
     assert table["decide"]["decision"] == 3 * 8 * 4 * 10 + 4 * 7 * 2
 
 
 def test_refit_has_the_steps_of_both_passes() -> None:
     table = memory_by_step(REFIT, MemoryPlan())
-    assert list(table) == ["collect", "decide", "refit, collect", "refit, decide", "refit, write", "write outer"]
+    assert list(table) == [
+        "collect",
+        "decide",
+        "refit, collect",
+        "refit, decide",
+        "refit, write",
+        "write outer",
+    ]
 
 
 PATHS = [("shards", "pruned"), ("layers", "dense"), ("layers", "refit")]
@@ -89,7 +128,9 @@ def test_more_workers_never_need_more_memory() -> None:
 
 
 def test_drift_holds_the_dense_streams_and_its_product() -> None:
-    table, plain = (memory_by_step(load, MemoryPlan()) for load in (replace(LOAD, drift=True), LOAD))
+    table, plain = (
+        memory_by_step(load, MemoryPlan()) for load in (replace(LOAD, drift=True), LOAD)
+    )
     assert table["collect"]["hidden states"] == 5 * 64 * 4 * 4
     assert table["collect"]["statistics"] == 2 * 10 * (10 + 4) * 8
     assert table["decide"]["statistics"] == 2 * 10 * (10 + 4) * 8
@@ -108,7 +149,10 @@ def test_gradients_take_a_layer_and_one_window() -> None:
     }
     long = memory_by_step(replace(load, vocabulary=1), MemoryPlan())["gradients"]
     assert long["activations"] == 12 * 16 * (7 * 4 + 3 * 10)
-    assert memory_by_step(replace(GPU, gradient_windows=5), MemoryPlan())["gradients"]["weights"] == (800 + 2 * 300) * 2
+    assert (
+        memory_by_step(replace(GPU, gradient_windows=5), MemoryPlan())["gradients"]["weights"]
+        == (800 + 2 * 300) * 2
+    )
     assert "gradients" not in memory_by_step(LOAD, MemoryPlan())
 
 
@@ -126,17 +170,24 @@ def test_a_training_is_spread_over_the_ranks() -> None:
         "activations": 6 * tokens * (7 * 4 + 3 * 10),
         "scores": 16 * tokens * load.vocabulary,
     }
-    taught = memory_by_step(replace(load, trainings=(replace(training, teacher=True),)), MemoryPlan())["train"]
+    taught = memory_by_step(
+        replace(load, trainings=(replace(training, teacher=True),)), MemoryPlan()
+    )["train"]
     assert taught["weights"] == (4 + 2) * parameters // 2 + 2 * (2 * 300 + 800)
     assert taught["scores"] == 26 * tokens * load.vocabulary
     alone = memory_by_step(replace(load, in_process=True), MemoryPlan())["train"]
-    assert (alone["weights"], alone["optimizer"]) == (4 * parameters, 12 * parameters + 8 * load.vocabulary * load.hidden)
+    assert (alone["weights"], alone["optimizer"]) == (
+        4 * parameters,
+        12 * parameters + 8 * load.vocabulary * load.hidden,
+    )
 
 
 def test_adapters_are_whole_on_every_rank_beside_narrow_weights() -> None:
     kinds = tuple(replace(kind, matrix_sides=50) for kind in LOAD.kinds)
     training = TrainingLoad(windows=1, keeps_activations=False, pass_bytes=2, lora_rank=3)
-    table = memory_by_step(replace(LOAD, kinds=kinds, trainings=(training,), workers=2), MemoryPlan())["train"]
+    table = memory_by_step(
+        replace(LOAD, kinds=kinds, trainings=(training,), workers=2), MemoryPlan()
+    )["train"]
     adapters = 3 * 6 * 50
     assert table["weights"] == 2 * (800 + 6 * 300) // 2 + 2 * (2 * 300 + 800) + 4 * adapters
     assert table["optimizer"] == 12 * adapters
@@ -148,7 +199,12 @@ def test_a_layer_trained_alone_takes_the_state_of_one_layer() -> None:
     assert "train" not in table
     assert table["train layer"]["weights"] == CONVERTED_BYTES + 4 * 300
     assert table["train layer"]["optimizer"] == 12 * 300 + 4 * 4 * 10
-    narrow = memory_by_step(replace(LOAD, trainings=(replace(training, pass_bytes=2),)), MemoryPlan())["train layer"]
-    assert (narrow["weights"], narrow["optimizer"]) == (CONVERTED_BYTES + 6 * 300, 12 * 300 + 6 * 4 * 10)
+    narrow = memory_by_step(
+        replace(LOAD, trainings=(replace(training, pass_bytes=2),)), MemoryPlan()
+    )["train layer"]
+    assert (narrow["weights"], narrow["optimizer"]) == (
+        CONVERTED_BYTES + 6 * 300,
+        12 * 300 + 6 * 4 * 10,
+    )
     on_gpu = memory_by_step(replace(GPU, trainings=(training,)), MemoryPlan(layers_per_chunk=2))
     assert on_gpu["train layer"]["weights"] == (800 + 2 * 300) * 2 + 4 * 300

@@ -4,12 +4,22 @@ from dataclasses import replace
 
 from rayprune.orchestrator.planning.workload import block_tokens, in_rows, num_chunks, num_waves
 from rayprune.specs.memory import MemoryPlan
-from tests.unit.orchestrator.workloads import EXPERTS, FEW, HEADS, LAYERS, LOAD, MIXTURE, NEURONS, SPARSE
+from tests.unit.orchestrator.workloads import (
+    EXPERTS,
+    FEW,
+    HEADS,
+    LAYERS,
+    LOAD,
+    MIXTURE,
+    NEURONS,
+    SPARSE,
+)
 
 
 def test_tokens() -> None:
     assert (LOAD.tokens, LOAD.batch_tokens, LOAD.share_tokens) == (128, 32, 64)
-    assert replace(LOAD, workers=3).share_tokens == 2 * 2 * 16  # the worker with two of the four shards
+    # the worker with two of the four shards
+    assert replace(LOAD, workers=3).share_tokens == 2 * 2 * 16
     assert replace(LOAD, samples=9, workers=4).share_tokens == 3 * 16
 
 
@@ -25,5 +35,8 @@ def test_experts_see_their_part_of_the_tokens() -> None:
 
 
 def test_chunks_keep_all_workers_busy_in_every_wave() -> None:
-    sizes = [(num_chunks(LAYERS, choice), num_waves(LAYERS, choice)) for choice in (MemoryPlan(layers_per_chunk=n) for n in (3, 2, 1))]
+    sizes = [
+        (num_chunks(LAYERS, choice), num_waves(LAYERS, choice))
+        for choice in (MemoryPlan(layers_per_chunk=n) for n in (3, 2, 1))
+    ]
     assert sizes == [(2, 1), (4, 2), (6, 3)]  # six layers, two workers

@@ -1,4 +1,6 @@
-"""Workloads for the tests of the cost formulas: one small enough for a pencil, and one large enough for every part to show."""
+"""Workloads for the tests of the cost formulas: one small enough for a pencil, and one large enough
+for every part to show.
+"""
 
 from dataclasses import replace
 
@@ -8,8 +10,22 @@ from rayprune.workers.model.shapes import CoupledGroup, LayerKind
 HEADS = CoupledGroup("heads", count=1, active=1, num_units=2, columns=3, unit_parameters=50)
 NEURONS = CoupledGroup("neurons", count=1, active=1, num_units=10, columns=1, unit_parameters=12)
 EXPERTS = CoupledGroup("experts", count=4, active=2, num_units=10, columns=1, unit_parameters=12)
-DENSE = LayerKind(first=0, num_layers=6, groups=(HEADS, NEURONS), parameters=300, num_bytes=600, attention_width=12)
-SPARSE = LayerKind(first=0, num_layers=6, groups=(HEADS, EXPERTS), parameters=700, num_bytes=1400, attention_width=12)
+DENSE = LayerKind(
+    first=0,
+    num_layers=6,
+    groups=(HEADS, NEURONS),
+    parameters=300,
+    num_bytes=600,
+    attention_width=12,
+)
+SPARSE = LayerKind(
+    first=0,
+    num_layers=6,
+    groups=(HEADS, EXPERTS),
+    parameters=700,
+    num_bytes=1400,
+    attention_width=12,
+)
 LOAD = Workload(
     kinds=(DENSE,),
     kept={"neurons": 7},
@@ -40,5 +56,13 @@ MIXTURE = replace(LOAD, kinds=(SPARSE,), kept={"experts": 5})
 LAYERS = replace(LOAD, placement="layers", propagation="dense")
 REFIT = replace(LOAD, placement="layers", propagation="refit")
 WIDE = replace(DENSE, parameters=12 * 2**14 + 100, groups=(replace(NEURONS, num_units=2**14),))
-BIG = replace(LOAD, hidden=4096, kinds=(WIDE,), kept={"neurons": 2**13}, samples=128, sequence_length=2048, shards=8)
+BIG = replace(
+    LOAD,
+    hidden=4096,
+    kinds=(WIDE,),
+    kept={"neurons": 2**13},
+    samples=128,
+    sequence_length=2048,
+    shards=8,
+)
 """Large enough for every part to show: T 262,144, F 16,384."""

@@ -10,7 +10,9 @@ Section = dict[str, object]
 
 def make_job(**sections: Section) -> JobSpec:
     """A job with the given sections over the required ones."""
-    return JobSpec.model_validate({"model": {"path": "/m"}, "calibration": {"path": "/c"}} | sections)
+    return JobSpec.model_validate(
+        {"model": {"path": "/m"}, "calibration": {"path": "/c"}} | sections
+    )
 
 
 @pytest.mark.parametrize(
@@ -36,7 +38,9 @@ def test_sizes(text: object, size: object) -> None:
     assert parse_bytes(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GiB", "8G", "8XiB", "eight", "1,5GiB", "8 8GiB", "nan", "inf", "1e999", "infGiB"])
+@pytest.mark.parametrize(
+    "text", ["", "GiB", "8G", "8XiB", "eight", "1,5GiB", "8 8GiB", "nan", "inf", "1e999", "infGiB"]
+)
 def test_wrong_sizes_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="is not a size; write for example 8GiB"):
         parse_bytes(text)
@@ -78,7 +82,9 @@ def test_bounds(section: str, field: str, accepted: list[object], refused: list[
             make_job(**options(value))
 
 
-@pytest.mark.parametrize(("stride", "fits"), [(None, True), (1, True), (16, True), (17, False), (0, False)])
+@pytest.mark.parametrize(
+    ("stride", "fits"), [(None, True), (1, True), (16, True), (17, False), (0, False)]
+)
 def test_stride_lies_within_the_window(stride: int | None, fits: bool) -> None:
     evaluation: Section = {"path": "/e", "window": 16, "stride": stride}
     if fits:
@@ -99,7 +105,11 @@ def test_every_section_is_frozen_closed_and_documented() -> None:
             setattr(section, field, "x")
         with pytest.raises(ValidationError, match="unknown_field"):
             type(section).model_validate({"unknown_field": 1})
-        undocumented = [key for key, info in type(section).model_fields.items() if not info.description and key != "name"]
+        undocumented = [
+            key
+            for key, info in type(section).model_fields.items()
+            if not info.description and key != "name"
+        ]
         assert undocumented == []
 
 

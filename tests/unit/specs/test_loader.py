@@ -33,7 +33,9 @@ def load(tmp_path: Path) -> Load:
 
 @pytest.fixture
 def refuse(load: Load, tmp_path: Path) -> Refuse:
-    """Load a text that must be refused; the lines of the message, with the file named as `job.yaml`."""
+    """Load a text that must be refused; the lines of the message, with the file named as
+    `job.yaml`.
+    """
 
     def refuse_text(text: str | bytes, *overrides: str, whole: bool = False) -> list[str]:
         with pytest.raises(SpecError) as caught:
@@ -66,10 +68,28 @@ def test_numbers_follow_yaml_1_2(load: Load, text: str, value: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["no", "yes", "on", "off", "y", "12:30:45", "2024-01-02", "1_000", "0b11", "=", "<<", "!!str 12", "'true'", "truE"]
+    "text",
+    [
+        "no",
+        "yes",
+        "on",
+        "off",
+        "y",
+        "12:30:45",
+        "2024-01-02",
+        "1_000",
+        "0b11",
+        "=",
+        "<<",
+        "!!str 12",
+        "'true'",
+        "truE",
+    ],
 )
 def test_texts_follow_yaml_1_2(load: Load, text: str) -> None:
-    assert load(f"cluster: {{address: {text}}}").cluster.address == text.removeprefix("!!str ").strip("'")
+    assert load(f"cluster: {{address: {text}}}").cluster.address == text.removeprefix(
+        "!!str "
+    ).strip("'")
 
 
 @pytest.mark.parametrize("text", ["~", "null", "Null", "NULL", ""])
@@ -78,21 +98,37 @@ def test_null_follows_yaml_1_2(load: Load, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "shown"), [("true", "true"), ("FALSE", "false"), ("08", "8"), (".inf", "Infinity"), ("-.INF", "-Infinity"), (".NaN", "NaN")]
+    ("text", "shown"),
+    [
+        ("true", "true"),
+        ("FALSE", "false"),
+        ("08", "8"),
+        (".inf", "Infinity"),
+        ("-.INF", "-Infinity"),
+        (".NaN", "NaN"),
+    ],
 )
 def test_no_text_is_read_as_number_or_bool(refuse: Refuse, text: str, shown: str) -> None:
-    assert refuse(f"cluster: {{address: {text}}}") == [f"job.yaml:3: cluster.address: must be a text (got {shown}); put it in quotes"]
+    assert refuse(f"cluster: {{address: {text}}}") == [
+        f"job.yaml:3: cluster.address: must be a text (got {shown}); put it in quotes"
+    ]
 
 
 def test_byte_order_mark_and_json_are_accepted(load: Load) -> None:
-    job = load(b'\xef\xbb\xbf{"model": {"path": "/m"}, "calibration": {"path": "/c", "samples": 9}}', whole=True)
+    job = load(
+        b'\xef\xbb\xbf{"model": {"path": "/m"}, "calibration": {"path": "/c", "samples": 9}}',
+        whole=True,
+    )
     assert job.calibration.samples == 9
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("budget:\n  sparsity: 0.1\n  sparsity: 0.3\n", 'job.yaml:5: duplicate key "sparsity", first given at job.yaml:4; remove one'),
+        (
+            "budget:\n  sparsity: 0.1\n  sparsity: 0.3\n",
+            'job.yaml:5: duplicate key "sparsity", first given at job.yaml:4; remove one',
+        ),
         ("1: x\n", 'job.yaml:3: "1" is not a field name; correct it'),
         ("[a]: x\n", "job.yaml:3: a list or mapping is not a field name; correct it"),
         ("export:\n  dtype: !secret auto\n", "job.yaml:4: unexpected tag !secret; remove it"),
@@ -100,11 +136,30 @@ def test_byte_order_mark_and_json_are_accepted(load: Load) -> None:
         ("export: !!set {a}\n", "job.yaml:3: unexpected tag !!set; remove it"),
         ("export: !!str {a: 1}\n", "job.yaml:3: unexpected tag !!str; remove it"),
         ("export:\n  dtype: !!int abc\n", 'job.yaml:4: "abc" cannot be read as !!int; correct it'),
-        pytest.param("cluster: {address: " + "9" * 5000 + "}", 'job.yaml:3: "' + "9" * 76 + "... cannot be read as !!int", id="digits"),
-        ('cluster:\n  address: "a\\0b"\n', 'job.yaml:4: "a\\u0000b" holds a NUL or half a surrogate pair; remove it'),
-        ('cluster:\n  address: "\\ud800"\n', 'job.yaml:4: "\\ud800" holds a NUL or half a surrogate pair; remove it'),
-        ('model2: {path: "~\\0"}\n', 'job.yaml:3: "~\\u0000" holds a NUL or half a surrogate pair; remove it'),
-        ("<<: {budget: {}}\n", "job.yaml:3: <<: unknown field; known fields: schema_version, model, calibration, budget, "),
+        pytest.param(
+            "cluster: {address: " + "9" * 5000 + "}",
+            'job.yaml:3: "' + "9" * 76 + "... cannot be read as !!int",
+            id="digits",
+        ),
+        (
+            'cluster:\n  address: "a\\0b"\n',
+            'job.yaml:4: "a\\u0000b" holds a NUL or half a surrogate pair; remove it',
+        ),
+        (
+            'cluster:\n  address: "\\ud800"\n',
+            'job.yaml:4: "\\ud800" holds a NUL or half a surrogate pair; remove it',
+        ),
+        (
+            'model2: {path: "~\\0"}\n',
+            'job.yaml:3: "~\\u0000" holds a NUL or half a surrogate pair; remove it',
+        ),
+        (
+            "<<: {budget: {}}\n",
+            (
+                "job.yaml:3: <<: unknown field; known fields: schema_version, model, calibration,"
+                " budget, "
+            ),
+        ),
     ],
 )
 def test_structural_problems_name_the_line(refuse: Refuse, text: str, message: str) -> None:
@@ -114,15 +169,37 @@ def test_structural_problems_name_the_line(refuse: Refuse, text: str, message: s
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("budget: {sparsity: 0.1\n", "job.yaml:4:1: not valid YAML: while parsing a flow mapping, expected ',' or '}'"),
-        ("budget:\n\tsparsity: 1\n", "job.yaml:4:1: not valid YAML: while scanning for the next token, found character '\\t'"),
+        (
+            "budget: {sparsity: 0.1\n",
+            "job.yaml:4:1: not valid YAML: while parsing a flow mapping, expected ',' or '}'",
+        ),
+        (
+            "budget:\n\tsparsity: 1\n",
+            (
+                "job.yaml:4:1: not valid YAML: while scanning for the next token, found character"
+                " '\\t'"
+            ),
+        ),
         ("a: *nowhere\n", "job.yaml:3:4: not valid YAML: found undefined alias 'nowhere'"),
-        ("---\na: 1\n", "job.yaml:3:1: not valid YAML: expected a single document in the stream, but found another document"),
+        (
+            "---\na: 1\n",
+            (
+                "job.yaml:3:1: not valid YAML: expected a single document in the stream, but found"
+                " another document"
+            ),
+        ),
         ("a: \x07\n", "job.yaml:3:4: the character U+0007 is not allowed in YAML"),
         (b"a: \xff\n", "job.yaml:3: not valid UTF-8 at byte 43"),
         ('a: "\\UFFFFFFFF"\n', "job.yaml: not valid YAML: "),
-        pytest.param("a: " + "[" * 100_000 + "\n", "job.yaml:3:35: not valid YAML: nested deeper than 32 levels", id="deep"),
-        ("a: &a []\nb: [" + "*a," * 101 + "]\n", "job.yaml:4:305: not valid YAML: more than 100 aliases"),
+        pytest.param(
+            "a: " + "[" * 100_000 + "\n",
+            "job.yaml:3:35: not valid YAML: nested deeper than 32 levels",
+            id="deep",
+        ),
+        (
+            "a: &a []\nb: [" + "*a," * 101 + "]\n",
+            "job.yaml:4:305: not valid YAML: more than 100 aliases",
+        ),
         ("a: &a [*a]\n", "job.yaml:3: more than 32 levels or 10000 values, aliases expanded"),
         pytest.param("#" * 2**20, "job.yaml: larger than 1048576 bytes", id="large"),
     ],
@@ -139,7 +216,9 @@ def test_nested_aliases_cannot_multiply(refuse: Refuse) -> None:
 
 
 def test_aliases_are_expanded(load: Load) -> None:
-    job = load("model: {path: &m /data}\ncalibration: {path: *m}\nevaluation: {path: *m}", whole=True)
+    job = load(
+        "model: {path: &m /data}\ncalibration: {path: *m}\nevaluation: {path: *m}", whole=True
+    )
     assert (job.model.path, job.calibration.path) == ("/data", "/data")
 
 
@@ -166,44 +245,124 @@ def test_missing_file_and_folder_are_refused(tmp_path: Path) -> None:
         ("budget:\n  sparsity: 0", "job.yaml:4: budget.sparsity: must be greater than 0 (got 0)"),
         ("budget:\n  round_to: 1e2", "job.yaml:4: budget.round_to: must be an integer (got 100.0)"),
         ("budget:\n  round_to: true", "job.yaml:4: budget.round_to: must be an integer (got true)"),
-        ("budget:\n  round_to:\n    5000", "job.yaml:4: budget.round_to: must be at most 4096 (got 5000)"),
-        ('budget:\n  sparsity: "1e-3"', 'job.yaml:4: budget.sparsity: must be a number (got "1e-3"); remove the quotes'),
-        ('budget:\n  round_to: "8"', 'job.yaml:4: budget.round_to: must be an integer (got "8"); remove the quotes'),
-        ("budget:\n  sparsty: 1", 'job.yaml:4: budget.sparsty: unknown field; did you mean "sparsity"?'),
-        ("memory:\n  zzz: 1", "job.yaml:4: memory.zzz: unknown field; known fields: worker, checkpoint_layers"),
+        (
+            "budget:\n  round_to:\n    5000",
+            "job.yaml:4: budget.round_to: must be at most 4096 (got 5000)",
+        ),
+        (
+            'budget:\n  sparsity: "1e-3"',
+            'job.yaml:4: budget.sparsity: must be a number (got "1e-3"); remove the quotes',
+        ),
+        (
+            'budget:\n  round_to: "8"',
+            'job.yaml:4: budget.round_to: must be an integer (got "8"); remove the quotes',
+        ),
+        (
+            "budget:\n  sparsty: 1",
+            'job.yaml:4: budget.sparsty: unknown field; did you mean "sparsity"?',
+        ),
+        (
+            "memory:\n  zzz: 1",
+            "job.yaml:4: memory.zzz: unknown field; known fields: worker, checkpoint_layers",
+        ),
         ("bugdet: {}", 'job.yaml:3: bugdet: unknown field; did you mean "budget"?'),
-        ("budget:\n  kv_groups: 0", 'job.yaml:4: budget.kv_groups: must be at least 1, or "auto" (got 0)'),
-        ("budget:\n  kv_groups: auot", 'job.yaml:4: budget.kv_groups: must be an integer, or "auto" (got "auot"); did you mean "auto"?'),
-        ("correction:\n  damping: .inf", 'job.yaml:4: correction.damping: must be a finite number, or "held-out" (got Infinity)'),
+        (
+            "budget:\n  kv_groups: 0",
+            'job.yaml:4: budget.kv_groups: must be at least 1, or "auto" (got 0)',
+        ),
+        (
+            "budget:\n  kv_groups: auot",
+            (
+                'job.yaml:4: budget.kv_groups: must be an integer, or "auto" (got "auot"); did you'
+                ' mean "auto"?'
+            ),
+        ),
+        (
+            "correction:\n  damping: .inf",
+            'job.yaml:4: correction.damping: must be a finite number, or "held-out" (got Infinity)',
+        ),
         (
             "correction:\n  damping: '1e-3'",
-            'job.yaml:4: correction.damping: must be a number, or "held-out" (got "1e-3"); remove the quotes',
+            (
+                'job.yaml:4: correction.damping: must be a number, or "held-out" (got "1e-3");'
+                " remove the quotes"
+            ),
         ),
-        ("correction:\n  candidates: []", "job.yaml:4: correction.candidates: must be a list of at least 1 value(s) (got [])"),
-        ("correction:\n  candidates: 1", "job.yaml:4: correction.candidates: must be a list (got 1)"),
-        ("correction:\n  candidates:\n  - 1\n  - x", 'job.yaml:6: correction.candidates[1]: must be a number (got "x")'),
+        (
+            "correction:\n  candidates: []",
+            "job.yaml:4: correction.candidates: must be a list of at least 1 value(s) (got [])",
+        ),
+        (
+            "correction:\n  candidates: 1",
+            "job.yaml:4: correction.candidates: must be a list (got 1)",
+        ),
+        (
+            "correction:\n  candidates:\n  - 1\n  - x",
+            'job.yaml:6: correction.candidates[1]: must be a number (got "x")',
+        ),
         (
             "method:\n  name: stta",
-            'job.yaml:4: method.name: must be one of "stat", "numerical", "obs", "flap", "wanda", "dress", "trsp" (got "stta"); '
-            'did you mean "stat"?',
+            (
+                'job.yaml:4: method.name: must be one of "stat", "numerical", "obs", "flap",'
+                ' "wanda", "dress", "trsp" (got "stta"); did you mean "stat"?'
+            ),
         ),
-        ("method:\n  name: obs\n  round: 3", 'job.yaml:5: method.round: unknown field; did you mean "rounds"?'),
+        (
+            "method:\n  name: obs\n  round: 3",
+            'job.yaml:5: method.round: unknown field; did you mean "rounds"?',
+        ),
         (
             "method:\n  name: obs\n  factorization: qr",
-            "job.yaml:5: method.factorization: unknown field; known fields: name, rounds, swaps, damping",
+            (
+                "job.yaml:5: method.factorization: unknown field; known fields: name, rounds,"
+                " swaps, damping"
+            ),
         ),
-        ("method:\n  name: obs\n  rounds: 0", "job.yaml:5: method.rounds: must be at least 1 (got 0)"),
+        (
+            "method:\n  name: obs\n  rounds: 0",
+            "job.yaml:5: method.rounds: must be at least 1 (got 0)",
+        ),
         ("method: 7", "job.yaml:3: method: must be a section of fields (got 7)"),
-        ("cluster:\n  executor: rya", 'job.yaml:4: cluster.executor: must be one of "ray", "in-process" (got "rya"); did you mean "ray"?'),
-        ("cluster:\n  executor: 7", 'job.yaml:4: cluster.executor: must be one of "ray", "in-process" (got 7)'),
-        ("parallel:", "job.yaml:3: parallel: must be a section of fields (got null); add fields to it, or remove it"),
-        ("memory:\n  worker: 8GX", "job.yaml:4: memory.worker: '8GX' is not a size; write for example 8GiB, 500MB or a number of bytes"),
+        (
+            "cluster:\n  executor: rya",
+            (
+                'job.yaml:4: cluster.executor: must be one of "ray", "in-process" (got "rya"); did'
+                ' you mean "ray"?'
+            ),
+        ),
+        (
+            "cluster:\n  executor: 7",
+            'job.yaml:4: cluster.executor: must be one of "ray", "in-process" (got 7)',
+        ),
+        (
+            "parallel:",
+            (
+                "job.yaml:3: parallel: must be a section of fields (got null); add fields to it, or"
+                " remove it"
+            ),
+        ),
+        (
+            "memory:\n  worker: 8GX",
+            (
+                "job.yaml:4: memory.worker: '8GX' is not a size; write for example 8GiB, 500MB or a"
+                " number of bytes"
+            ),
+        ),
         ("memory:\n  worker: 0", "job.yaml:4: memory.worker: must be at least 1 (got 0)"),
         ("schema_version: 2", "job.yaml:3: schema_version: must be 1 (got 2)"),
-        ("evaluation:\n  path: ''", 'job.yaml:4: evaluation.path: must be a text of at least 1 character(s) (got "")'),
+        (
+            "evaluation:\n  path: ''",
+            'job.yaml:4: evaluation.path: must be a text of at least 1 character(s) (got "")',
+        ),
         ("evaluation:\n  path: [a]", 'job.yaml:4: evaluation.path: must be a text (got ["a"])'),
-        ("evaluation:\n  path: a\n  stride: 2000", "job.yaml:3: evaluation: stride (2000) must not exceed window (1024)"),
-        ("parallel:\n  workers: 9", "job.yaml:1: parallel.workers (9) must not exceed calibration.shards (8)"),
+        (
+            "evaluation:\n  path: a\n  stride: 2000",
+            "job.yaml:3: evaluation: stride (2000) must not exceed window (1024)",
+        ),
+        (
+            "parallel:\n  workers: 9",
+            "job.yaml:1: parallel.workers (9) must not exceed calibration.shards (8)",
+        ),
     ],
 )
 def test_invalid_field_is_explained(refuse: Refuse, text: str, message: str) -> None:
@@ -219,7 +378,11 @@ def test_missing_fields_name_the_nearest_line(refuse: Refuse) -> None:
 
 
 def test_all_problems_are_reported_together(refuse: Refuse) -> None:
-    lines = refuse("budget:\n  sparsity: 2\n  sparsity: 2\nexport:\n  dtype: float33\n", "memory.worker=x", "nonsense")
+    lines = refuse(
+        "budget:\n  sparsity: 2\n  sparsity: 2\nexport:\n  dtype: float33\n",
+        "memory.worker=x",
+        "nonsense",
+    )
     assert [line.split(": ")[0] for line in lines] == [
         "job.yaml:5",
         "--set nonsense",
@@ -252,25 +415,38 @@ def test_a_long_value_is_shortened(refuse: Refuse) -> None:
         ("cluster.address=a=b", "cluster", "address", "a=b"),
     ],
 )
-def test_override_sets_a_value(load: Load, override: str, section: str, name: str, value: object) -> None:
+def test_override_sets_a_value(
+    load: Load, override: str, section: str, name: str, value: object
+) -> None:
     text = "memory: {worker: 1}\nbudget: {kv_groups: 3}"
     assert getattr(getattr(load(text), section), name) != value
     assert getattr(getattr(load(text, override), section), name) == value
 
 
 def test_override_creates_a_null_section_and_the_last_wins(load: Load) -> None:
-    job = load("evaluation: null", "evaluation.path=/a", "evaluation.window=4", "evaluation.window=8")
+    job = load(
+        "evaluation: null", "evaluation.path=/a", "evaluation.window=4", "evaluation.window=8"
+    )
     assert job.evaluation is not None
     assert (job.evaluation.path, job.evaluation.window) == ("/a", 8)
 
 
 def test_overrides_can_supply_whole_sections(load: Load) -> None:
-    assert load("{}", "model={path: /m}", "calibration.path=/c", whole=True).calibration.path == "/c"
+    assert (
+        load("{}", "model={path: /m}", "calibration.path=/c", whole=True).calibration.path == "/c"
+    )
 
 
 def test_overrides_reach_into_a_section_that_is_written_as_a_name(load: Load) -> None:
-    job = load("method: stat\nbudget: {allocation: search, per_layer: true}", "method.scale=gradients", "budget.allocation.generations=3")
-    assert (job.method.model_dump()["scale"], job.budget.allocation.model_dump()["generations"]) == ("gradients", 3)
+    job = load(
+        "method: stat\nbudget: {allocation: search, per_layer: true}",
+        "method.scale=gradients",
+        "budget.allocation.generations=3",
+    )
+    assert (
+        job.method.model_dump()["scale"],
+        job.budget.allocation.model_dump()["generations"],
+    ) == ("gradients", 3)
     assert load("", "method=obs", "method.name=wanda").method.name == "wanda"
 
 
@@ -282,12 +458,21 @@ def test_overrides_reach_into_a_section_that_is_written_as_a_name(load: Load) ->
         ("bugdet.sparsity=1", 'bugdet: unknown field; did you mean "budget"?'),
         ("evaluation.window=4", "evaluation.path: is required; add it"),
         ("model.path.x=1", "'x' cannot be set inside \"m\", which is no section; correct the name"),
-        ("budget.sparsity", "not an override; write section.field=value, such as budget.sparsity=0.3"),
+        (
+            "budget.sparsity",
+            "not an override; write section.field=value, such as budget.sparsity=0.3",
+        ),
         ("=1", "not an override; write section.field=value, such as budget.sparsity=0.3"),
-        ("budget..sparsity=1", "not an override; write section.field=value, such as budget.sparsity=0.3"),
+        (
+            "budget..sparsity=1",
+            "not an override; write section.field=value, such as budget.sparsity=0.3",
+        ),
         (
             "export.dtype=[",
-            "not valid YAML: while parsing a flow node, expected the node content, but found '<stream end>'; correct the syntax",
+            (
+                "not valid YAML: while parsing a flow node, expected the node content, but found"
+                " '<stream end>'; correct the syntax"
+            ),
         ),
         ("export.dtype=\x07", "the character U+0007 is not allowed in YAML; remove it"),
     ],
@@ -299,18 +484,32 @@ def test_wrong_override_is_named(refuse: Refuse, override: str, message: str) ->
 # --- paths ---
 
 
-def test_paths_start_from_the_file_or_from_the_current_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_start_from_the_file_or_from_the_current_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "jobs").mkdir()
     (tmp_path / "link").symlink_to("jobs")
-    (tmp_path / "jobs" / "job.yaml").write_text("model: {path: ../m}\ncalibration: {path: ~/c}\nevaluation: {path: /e/./x}\n")
+    (tmp_path / "jobs" / "job.yaml").write_text(
+        "model: {path: ../m}\ncalibration: {path: ~/c}\nevaluation: {path: /e/./x}\n"
+    )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/someone")
     job = load_job(Path("link/job.yaml"))
     assert job.evaluation is not None
-    assert (job.model.path, job.calibration.path, job.evaluation.path) == (f"{tmp_path}/m", "/home/someone/c", "/e/x")
-    job = load_job(Path("link/job.yaml"), ["model.path=m", "evaluation={path: e}", "calibration.path=~/d"])
+    assert (job.model.path, job.calibration.path, job.evaluation.path) == (
+        f"{tmp_path}/m",
+        "/home/someone/c",
+        "/e/x",
+    )
+    job = load_job(
+        Path("link/job.yaml"), ["model.path=m", "evaluation={path: e}", "calibration.path=~/d"]
+    )
     assert job.evaluation is not None
-    assert (job.model.path, job.calibration.path, job.evaluation.path) == (f"{tmp_path}/m", "/home/someone/d", f"{tmp_path}/e")
+    assert (job.model.path, job.calibration.path, job.evaluation.path) == (
+        f"{tmp_path}/m",
+        "/home/someone/d",
+        f"{tmp_path}/e",
+    )
 
 
 def test_symlinks_stay_in_paths(tmp_path: Path) -> None:
@@ -331,7 +530,19 @@ def test_symlinks_stay_in_paths(tmp_path: Path) -> None:
         "evaluation: {path: e, stride: 3}\nbudget: {kv_groups: 2}\nschema_version: 1",
         *(
             f"cluster: {{address: {text!r}}}"
-            for text in ("1e5", "0o17", "no", "12:30:45", "null", "~", "=", "<<", " a: b #c ", "é", "a" + " b" * 200)
+            for text in (
+                "1e5",
+                "0o17",
+                "no",
+                "12:30:45",
+                "null",
+                "~",
+                "=",
+                "<<",
+                " a: b #c ",
+                "é",
+                "a" + " b" * 200,
+            )
         ),
         'cluster: {address: "two\\nlines\\t\\x85\\u2028\\U0001F600"}',
     ],
@@ -353,15 +564,27 @@ def test_dump_has_every_field_in_declared_order(load: Load) -> None:
 def test_differing_fields(load: Load) -> None:
     base = load("")
     assert differing_fields(base, base) == []
-    assert differing_fields(base, load("", "budget.sparsity=0.3")) == ["budget.sparsity: 0.2 -> 0.3"]
-    assert differing_fields(base, load("", "parallel.workers=2", "memory.worker=1GiB", "evaluation.path=/e")) == []
-    assert differing_fields(base, load("", "correction.candidates=[1]", "parallel.micro_batch=1")) == [
+    assert differing_fields(base, load("", "budget.sparsity=0.3")) == [
+        "budget.sparsity: 0.2 -> 0.3"
+    ]
+    assert (
+        differing_fields(
+            base, load("", "parallel.workers=2", "memory.worker=1GiB", "evaluation.path=/e")
+        )
+        == []
+    )
+    assert differing_fields(
+        base, load("", "correction.candidates=[1]", "parallel.micro_batch=1")
+    ) == [
         "correction.candidates: [0.001, 0.01, 0.03, 0.1, 0.3] -> [1.0]",
         "parallel.micro_batch: 4 -> 1",
     ]
 
 
 def test_loading_imports_neither_torch_nor_ray() -> None:
-    code = "import sys, rayprune.specs.loader, rayprune.specs.schema; sys.exit(bool({'torch', 'ray', 'numpy'} & set(sys.modules)))"
+    code = (
+        "import sys, rayprune.specs.loader, rayprune.specs.schema; sys.exit(bool({'torch', 'ray',"
+        " 'numpy'} & set(sys.modules)))"
+    )
     root = Path(__file__).parents[3]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0

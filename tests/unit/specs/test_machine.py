@@ -23,7 +23,10 @@ def test_profiles_survive_a_file(name: str, tmp_path: Path) -> None:
         ("[1]", "machine.yaml: file: "),
         ("{", "machine.yaml: not valid YAML"),
         (profile_text(PROFILES["l40s"]) + "speed: 3\n", "machine.yaml: speed: Extra inputs"),
-        (profile_text(PROFILES["l40s"]).replace("device: cuda", "device: tpu"), "machine.yaml: device: "),
+        (
+            profile_text(PROFILES["l40s"]).replace("device: cuda", "device: tpu"),
+            "machine.yaml: device: ",
+        ),
     ],
 )
 def test_unusable_profiles_are_refused(text: str | None, message: str, tmp_path: Path) -> None:

@@ -15,7 +15,9 @@ EXAMPLES = sorted((SPECS.parent / "examples").glob("**/job.yaml"))
 
 def test_shipped_schema_is_current() -> None:
     shipped = (SPECS / "job.schema.json").read_text(encoding="utf-8")
-    assert shipped == job_schema_text(), "run: python -m rayprune.specs.schema > specs/job.schema.json"
+    assert shipped == job_schema_text(), (
+        "run: python -m rayprune.specs.schema > specs/job.schema.json"
+    )
 
 
 def test_schema_describes_the_job() -> None:

@@ -48,21 +48,30 @@ def all_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 @pytest.mark.parametrize("count", [1, 100, 5000, 59_999])
-def test_first_tokens_are_those_of_the_whole_text(count: int, tokenizer: PreTrainedTokenizerBase, text_file: Path) -> None:
+def test_first_tokens_are_those_of_the_whole_text(
+    count: int, tokenizer: PreTrainedTokenizerBase, text_file: Path
+) -> None:
     tokens = tokenize(TextSpec(path=str(text_file)), tokenizer, count)
     assert tokens.dtype == torch.int64
     assert tokens.tolist() == all_tokens(tokenizer, text_file.read_text())[:count]
 
 
 @pytest.mark.parametrize("count", [1, 3, 50, 499, 500, 501, None])
-def test_long_tokens_have_more_of_the_text_read(count: int | None, long_words: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_long_tokens_have_more_of_the_text_read(
+    count: int | None, long_words: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
     text = " ".join(f"word{number:020d}" for number in range(500))
-    assert tokenize(write(tmp_path / "words.txt", text), long_words, count).tolist() == list(range(500))[:count]
+    assert (
+        tokenize(write(tmp_path / "words.txt", text), long_words, count).tolist()
+        == list(range(500))[:count]
+    )
 
 
 def test_special_tokens_are_added_once(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     text = "One document.\n\nAnother, with é and 漢字.\r\n"
-    assert tokenize(write(tmp_path / "a.txt", text), tokenizer, None).tolist() == all_tokens(tokenizer, text.replace("\r\n", "\n"))
+    assert tokenize(write(tmp_path / "a.txt", text), tokenizer, None).tolist() == all_tokens(
+        tokenizer, text.replace("\r\n", "\n")
+    )
 
 
 @pytest.mark.parametrize(("name", "form"), [("a.jsonl", "auto"), ("a.txt", "jsonl")])
@@ -71,13 +80,18 @@ def test_documents_are_joined_by_blank_lines(
     name: str, form: str, count: int | None, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     documents = ["First.", "Second: é\u2028x", "Third\nline."] * 20
-    lines = "\n\n".join(json.dumps({"body": text, "id": 1}, ensure_ascii=False) for text in documents)  # blank lines are skipped
+    # blank lines are skipped
+    lines = "\n\n".join(
+        json.dumps({"body": text, "id": 1}, ensure_ascii=False) for text in documents
+    )
     spec = write(tmp_path / name, lines + "\n").model_copy(update={"format": form, "field": "body"})
     expected = all_tokens(tokenizer, "".join(text + "\n\n" for text in documents))
     assert tokenize(spec, tokenizer, count).tolist() == expected[:count]
 
 
-def test_json_lines_can_be_read_as_plain_text(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_json_lines_can_be_read_as_plain_text(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
     spec = write(tmp_path / "a.jsonl", '{"text": 1}').model_copy(update={"format": "text"})
     assert tokenize(spec, tokenizer, None).tolist() == all_tokens(tokenizer, '{"text": 1}')
 
@@ -99,90 +113,151 @@ GOOD = '{"text": "fine"}\n\n'
         ('{"text": "\\ud800"}', r"a\.jsonl:3: 'text' holds half a surrogate pair"),
     ],
 )
-def test_bad_lines_are_named(line: str, message: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_bad_lines_are_named(
+    line: str, message: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
     with pytest.raises(SpecError, match=message):
         tokenize(write(tmp_path / "a.jsonl", GOOD + line), tokenizer, 10_000)
 
 
-def test_lines_behind_the_needed_tokens_are_not_read(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_lines_behind_the_needed_tokens_are_not_read(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
     spec = write(tmp_path / "a.jsonl", json.dumps({"text": "x" * 2000}) + "\n{")
     assert len(tokenize(spec, tokenizer, 100)) == 100
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
-def test_other_encodings_are_refused(name: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_other_encodings_are_refused(
+    name: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
     with pytest.raises(SpecError, match=r"a\.\w+: not UTF-8 \(invalid"):
         tokenize(write(tmp_path / name, b'{"text": "caf\xe9"}'), tokenizer, None)
 
 
 @pytest.mark.parametrize(("name", "reason"), [("absent.txt", "No such file"), (".", "directory")])
-def test_unreadable_texts_are_named(name: str, reason: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_unreadable_texts_are_named(
+    name: str, reason: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
     with pytest.raises(SpecError, match=f"cannot be read: .*{reason}"):
         tokenize(TextSpec(path=str(tmp_path / name)), tokenizer, 8)
 
 
-def test_windows_are_the_first_ones_without_overlap(tokenizer: PreTrainedTokenizerBase, text_file: Path) -> None:
-    windows = calibration_windows(CalibrationSpec(path=str(text_file), samples=5, sequence_length=16, shards=2), tokenizer)
+def test_windows_are_the_first_ones_without_overlap(
+    tokenizer: PreTrainedTokenizerBase, text_file: Path
+) -> None:
+    windows = calibration_windows(
+        CalibrationSpec(path=str(text_file), samples=5, sequence_length=16, shards=2), tokenizer
+    )
     assert windows.shape == (5, 16)
     assert windows.flatten().tolist() == all_tokens(tokenizer, text_file.read_text())[:80]
 
 
 @pytest.mark.parametrize("length", [0, 1, 39, 40])
-def test_short_texts_are_refused_with_need_and_have(length: int, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_short_texts_are_refused_with_need_and_have(
+    length: int, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
     text = write(tmp_path / "a.txt", "x" * length)
     spec = CalibrationSpec(path=text.path, samples=5, sequence_length=8, shards=2)
     if length == 40:
         assert calibration_windows(spec, tokenizer).shape == (5, 8)
         return
-    with pytest.raises(SpecError, match=rf"5 samples of 8 tokens need 40 tokens, the text has {length}; .*lower calibration\.samples"):
+    with pytest.raises(
+        SpecError,
+        match=(
+            rf"5 samples of 8 tokens need 40 tokens, the text has {length}; .*lower"
+            r" calibration\.samples"
+        ),
+    ):
         calibration_windows(spec, tokenizer)
 
 
-def test_texts_alternate_in_proportion_to_their_weights(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_texts_alternate_in_proportion_to_their_weights(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
     texts = {name: write(tmp_path / f"{name}.txt", name * 200).path for name in "abc"}
     mix = [{"path": texts["b"], "weight": 0.5}, {"path": texts["c"], "weight": 0.25}]
-    spec = CalibrationSpec.model_validate({"path": texts["a"], "mix": mix, "samples": 7, "sequence_length": 8, "shards": 2})
+    spec = CalibrationSpec.model_validate(
+        {"path": texts["a"], "mix": mix, "samples": 7, "sequence_length": 8, "shards": 2}
+    )
     windows = calibration_windows(spec, tokenizer)
     assert tokenizer.batch_decode(windows) == [name * 8 for name in "abacaba"]
 
 
-def test_a_weight_that_gives_nothing_is_refused(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_a_weight_that_gives_nothing_is_refused(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
     path = write(tmp_path / "a.txt", "a" * 200).path
     spec = CalibrationSpec.model_validate(
-        {"path": path, "mix": [{"path": path, "weight": 0.01}], "samples": 7, "sequence_length": 8, "shards": 2}
+        {
+            "path": path,
+            "mix": [{"path": path, "weight": 0.01}],
+            "samples": 7,
+            "sequence_length": 8,
+            "shards": 2,
+        }
     )
     with pytest.raises(SpecError, match=r"its weight gives it none of the 7 samples"):
         calibration_windows(spec, tokenizer)
 
 
 @pytest.mark.parametrize(
-    ("total", "weights", "expected"), [(7, [1], [7]), (7, [1, 1], [4, 3]), (10, [1, 0.5, 0.25], [6, 3, 1]), (3, [1, 1, 1], [1, 1, 1])]
+    ("total", "weights", "expected"),
+    [
+        (7, [1], [7]),
+        (7, [1, 1], [4, 3]),
+        (10, [1, 0.5, 0.25], [6, 3, 1]),
+        (3, [1, 1, 1], [1, 1, 1]),
+    ],
 )
-def test_shares_are_whole_and_use_up_all(total: int, weights: list[float], expected: list[int]) -> None:
+def test_shares_are_whole_and_use_up_all(
+    total: int, weights: list[float], expected: list[int]
+) -> None:
     assert shares(total, weights) == expected
 
 
 @pytest.mark.parametrize(
     ("stride", "max_windows", "starts"),
-    [(8, None, range(0, 93, 8)), (8, 3, [0, 8, 16]), (3, 4, [0, 3, 6, 9]), (3, None, range(0, 93, 3)), (8, 1000, range(0, 93, 8))],
+    [
+        (8, None, range(0, 93, 8)),
+        (8, 3, [0, 8, 16]),
+        (3, 4, [0, 3, 6, 9]),
+        (3, None, range(0, 93, 3)),
+        (8, 1000, range(0, 93, 8)),
+    ],
 )
 def test_evaluation_windows(
-    stride: int, max_windows: int | None, starts: range | list[int], tokenizer: PreTrainedTokenizerBase, text_file: Path, tmp_path: Path
+    stride: int,
+    max_windows: int | None,
+    starts: range | list[int],
+    tokenizer: PreTrainedTokenizerBase,
+    text_file: Path,
+    tmp_path: Path,
 ) -> None:
     """A text of 100 tokens in windows of 8; an incomplete last one is dropped."""
     path = write(tmp_path / "a.txt", text_file.read_text()[:100]).path
     tokens = torch.tensor(all_tokens(tokenizer, text_file.read_text()[:100]))
     assert len(tokens) == 100
-    windows = evaluation_windows(EvaluationSpec(path=path, window=8, stride=stride, max_windows=max_windows), tokenizer)
+    windows = evaluation_windows(
+        EvaluationSpec(path=path, window=8, stride=stride, max_windows=max_windows), tokenizer
+    )
     assert torch.equal(windows, torch.stack([tokens[start : start + 8] for start in starts]))
 
 
-def test_a_text_without_a_whole_window_is_refused(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    with pytest.raises(SpecError, match=r"one window needs 8 tokens, the text has 7; lower evaluation\.window"):
-        evaluation_windows(EvaluationSpec(path=write(tmp_path / "a.txt", "x" * 7).path, window=8), tokenizer)
+def test_a_text_without_a_whole_window_is_refused(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        SpecError, match=r"one window needs 8 tokens, the text has 7; lower evaluation\.window"
+    ):
+        evaluation_windows(
+            EvaluationSpec(path=write(tmp_path / "a.txt", "x" * 7).path, window=8), tokenizer
+        )
 
 
-@pytest.mark.parametrize("content", [None, "{", "[]", '{"version": "1.0", "model": {"type": "Nonsense"}}'])
+@pytest.mark.parametrize(
+    "content", [None, "{", "[]", '{"version": "1.0", "model": {"type": "Nonsense"}}']
+)
 def test_unusable_tokenizers_are_refused(content: str | None, tmp_path: Path) -> None:
     folder = build_model(tmp_path / "dense")
     (folder / "tokenizer.json").unlink()
@@ -193,8 +268,12 @@ def test_unusable_tokenizers_are_refused(content: str | None, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("offset", [0, 1, 37, 200])
-@pytest.mark.parametrize(("samples", "length", "window"), [(8, 128, 256), (4, 40, 64), (16, 96, 32)])
-def test_shared_text_is_found_at_any_offset(offset: int, samples: int, length: int, window: int) -> None:
+@pytest.mark.parametrize(
+    ("samples", "length", "window"), [(8, 128, 256), (4, 40, 64), (16, 96, 32)]
+)
+def test_shared_text_is_found_at_any_offset(
+    offset: int, samples: int, length: int, window: int
+) -> None:
     generator = torch.Generator().manual_seed(0)
     calibration, other = (
         torch.randint(50_000, (samples * length,), generator=generator),
@@ -203,10 +282,19 @@ def test_shared_text_is_found_at_any_offset(offset: int, samples: int, length: i
     text = torch.cat([other[: 1024 + offset], calibration, other[1024 + offset :]])
     windows_NT = text[: len(text) // window * window].reshape(-1, window)
     expected = samples * length / windows_NT.numel()
-    assert 0.4 * expected < shared_fraction(calibration.reshape(samples, length), windows_NT) <= 1.1 * expected
-    with pytest.raises(SpecError, match=r"evaluation\.path: /e\.txt: \d+% of its tokens stand in the windows for calibration"):
+    assert (
+        0.4 * expected
+        < shared_fraction(calibration.reshape(samples, length), windows_NT)
+        <= 1.1 * expected
+    )
+    with pytest.raises(
+        SpecError,
+        match=r"evaluation\.path: /e\.txt: \d+% of its tokens stand in the windows for calibration",
+    ):
         check_apart(calibration.reshape(samples, length), windows_NT, "/e.txt")
-    assert shared_fraction(calibration.reshape(samples, length), text[:4096].reshape(-1, 16)) == 0, "too short to tell"
+    assert (
+        shared_fraction(calibration.reshape(samples, length), text[:4096].reshape(-1, 16)) == 0
+    ), "too short to tell"
     apart = other[: 4096 // window * window].reshape(-1, window)
     assert shared_fraction(calibration.reshape(samples, length), apart) == 0
     check_apart(calibration.reshape(samples, length), apart, "/e.txt")

@@ -11,7 +11,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from rayprune.specs.errors import ModelError
-from rayprune.workers.model.checkpoint import INDEX_NAME, MAX_JSON_BYTES, SINGLE_NAME, open_checkpoint, read_header
+from rayprune.workers.model.checkpoint import (
+    INDEX_NAME,
+    MAX_JSON_BYTES,
+    SINGLE_NAME,
+    open_checkpoint,
+    read_header,
+)
 from rayprune.workers.model.families import FAMILIES
 from tests.conftest import MakeModel, build_model, edit_json
 
@@ -35,9 +41,15 @@ def sharded(folder: Path) -> Path:
     tensors = load_file(folder / SINGLE_NAME)
     (folder / SINGLE_NAME).unlink()
     names = sorted(tensors)
-    weight_map = {name: FIRST if number % 2 else SECOND for number, name in enumerate(names)} | {"model.norm.weight": FIRST}
+    weight_map = {name: FIRST if number % 2 else SECOND for number, name in enumerate(names)} | {
+        "model.norm.weight": FIRST
+    }
     for file in (FIRST, SECOND):
-        save_file({name: tensors[name] for name in names if weight_map[name] == file}, folder / file, {"format": "pt"})
+        save_file(
+            {name: tensors[name] for name in names if weight_map[name] == file},
+            folder / file,
+            {"format": "pt"},
+        )
     (folder / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return folder
 
@@ -77,18 +89,48 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no folder": (lambda f: shutil.rmtree(f), "no such model folder; set model.path"),
     "a file": (lambda f: (shutil.rmtree(f), f.write_text("")), "no such model folder"),
     "no config": (lambda f: (f / "config.json").unlink(), r"config\.json: no such file"),
-    "config is a folder": (lambda f: replace_with_folder(f / "config.json"), r"config\.json: cannot be read as JSON"),
-    "config cut": (lambda f: truncate(f / "config.json", 5), r"config\.json: cannot be read as JSON"),
-    "config not UTF-8": (lambda f: (f / "config.json").write_bytes(b'{"a": "\xff"}'), r"config\.json: cannot be read as JSON"),
+    "config is a folder": (
+        lambda f: replace_with_folder(f / "config.json"),
+        r"config\.json: cannot be read as JSON",
+    ),
+    "config cut": (
+        lambda f: truncate(f / "config.json", 5),
+        r"config\.json: cannot be read as JSON",
+    ),
+    "config not UTF-8": (
+        lambda f: (f / "config.json").write_bytes(b'{"a": "\xff"}'),
+        r"config\.json: cannot be read as JSON",
+    ),
     "config too big": (sparse_config, r"config\.json: larger than \d+ bytes"),
-    "config a list": (lambda f: (f / "config.json").write_text("[1]"), r"config\.json: must hold a JSON object"),
-    "config empty": (lambda f: (f / "config.json").write_text("{}"), "model_type 'None' is not supported; supported are llama"),
+    "config a list": (
+        lambda f: (f / "config.json").write_text("[1]"),
+        r"config\.json: must hold a JSON object",
+    ),
+    "config empty": (
+        lambda f: (f / "config.json").write_text("{}"),
+        "model_type 'None' is not supported; supported are llama",
+    ),
     "no weights": (lambda f: (f / SINGLE_NAME).unlink(), "no weights found"),
-    "only a pickle": (only_a_pickle, r"pytorch_model\.bin, a pickle, which can run code.*save the model as safetensors"),
-    "shard cut": (lambda f: truncate(f / SINGLE_NAME, 10), r"model\.safetensors: not a whole safetensors file.*fetch it again"),
-    "shard empty": (lambda f: (f / SINGLE_NAME).write_bytes(b""), r"model\.safetensors: not a whole safetensors file"),
-    "shard is text": (lambda f: (f / SINGLE_NAME).write_text("version https://git-lfs"), "not a whole safetensors file"),
-    "header too long": (lambda f: (f / SINGLE_NAME).write_bytes(b"\xff" * 64), "not a whole safetensors file"),
+    "only a pickle": (
+        only_a_pickle,
+        r"pytorch_model\.bin, a pickle, which can run code.*save the model as safetensors",
+    ),
+    "shard cut": (
+        lambda f: truncate(f / SINGLE_NAME, 10),
+        r"model\.safetensors: not a whole safetensors file.*fetch it again",
+    ),
+    "shard empty": (
+        lambda f: (f / SINGLE_NAME).write_bytes(b""),
+        r"model\.safetensors: not a whole safetensors file",
+    ),
+    "shard is text": (
+        lambda f: (f / SINGLE_NAME).write_text("version https://git-lfs"),
+        "not a whole safetensors file",
+    ),
+    "header too long": (
+        lambda f: (f / SINGLE_NAME).write_bytes(b"\xff" * 64),
+        "not a whole safetensors file",
+    ),
     "tensor missing": (
         lambda f: change_tensors(f, lambda t: t.pop("model.layers.1.mlp.up_proj.weight")),
         r"model\.layers\.1\.mlp\.up_proj\.weight is missing",
@@ -98,22 +140,36 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         r"model\.layers\.2\.input_layernorm\.weight is missing",
     ),
     "wrong shape": (
-        lambda f: change_tensors(f, lambda t: t.update({"model.layers.2.self_attn.o_proj.weight": torch.zeros(32, 31)})),
-        r"model\.layers\.2\.self_attn\.o_proj\.weight has shape \(32, 31\), config\.json implies \(32, 32\)",
+        lambda f: change_tensors(
+            f, lambda t: t.update({"model.layers.2.self_attn.o_proj.weight": torch.zeros(32, 31)})
+        ),
+        (
+            r"model\.layers\.2\.self_attn\.o_proj\.weight has shape \(32, 31\), config\.json"
+            r" implies \(32, 32\)"
+        ),
     ),
     "integers": (
-        lambda f: change_tensors(f, lambda t: t.update({"model.norm.weight": torch.zeros(32, dtype=torch.int8)})),
+        lambda f: change_tensors(
+            f, lambda t: t.update({"model.norm.weight": torch.zeros(32, dtype=torch.int8)})
+        ),
         r"model\.norm\.weight is I8; only floating-point weights",
     ),
     "fewer layers in the config": (
         lambda f: edit_json(f / "config.json", num_hidden_layers=2),
         r"holds model\.layers\.2\..*, but config\.json says num_hidden_layers 2",
     ),
-    "more layers in the config": (lambda f: edit_json(f / "config.json", num_hidden_layers=4), r"model\.layers\.3\.\S+ is missing"),
-    "another architecture": (
-        lambda f: (f / "config.json").write_text('{"model_type": "gpt2", "n_embd": 32}'), "model_type 'gpt2' is not supported"
+    "more layers in the config": (
+        lambda f: edit_json(f / "config.json", num_hidden_layers=4),
+        r"model\.layers\.3\.\S+ is missing",
     ),
-    "unsupported": (lambda f: edit_json(f / "config.json", model_type="mamba"), "model_type 'mamba' is not supported; supported are"),
+    "another architecture": (
+        lambda f: (f / "config.json").write_text('{"model_type": "gpt2", "n_embd": 32}'),
+        "model_type 'gpt2' is not supported",
+    ),
+    "unsupported": (
+        lambda f: edit_json(f / "config.json", model_type="mamba"),
+        "model_type 'mamba' is not supported; supported are",
+    ),
     "quantised": (
         lambda f: edit_json(f / "config.json", quantization_config={"bits": 4}),
         "quantised weights cannot be pruned; save the model in a floating-point type",
@@ -122,28 +178,52 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: edit_json(f / "config.json", num_key_value_heads=3),
         r"num_attention_heads \(4\) is no multiple of num_key_value_heads \(3\)",
     ),
-    "no hidden size": (lambda f: edit_json(f / "config.json", hidden_size=None), "hidden_size must be a positive integer, found None"),
-    "negative width": (lambda f: edit_json(f / "config.json", intermediate_size=-1), "intermediate_size must be a positive integer"),
-    "boolean layers": (lambda f: edit_json(f / "config.json", num_hidden_layers=True), "num_hidden_layers must be a positive integer"),
-    "width as text": (lambda f: edit_json(f / "config.json", intermediate_size="48"), "intermediate_size must be a positive integer"),
-}  # fmt: skip
+    "no hidden size": (
+        lambda f: edit_json(f / "config.json", hidden_size=None),
+        "hidden_size must be a positive integer, found None",
+    ),
+    "negative width": (
+        lambda f: edit_json(f / "config.json", intermediate_size=-1),
+        "intermediate_size must be a positive integer",
+    ),
+    "boolean layers": (
+        lambda f: edit_json(f / "config.json", num_hidden_layers=True),
+        "num_hidden_layers must be a positive integer",
+    ),
+    "width as text": (
+        lambda f: edit_json(f / "config.json", intermediate_size="48"),
+        "intermediate_size must be a positive integer",
+    ),
+}
 
 INDEX_DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "parent": (lambda f: point(f, "../x.safetensors"), r"norm\.weight points to '\.\./x\.safetensors'; only safetensors files"),
+    "parent": (
+        lambda f: point(f, "../x.safetensors"),
+        r"norm\.weight points to '\.\./x\.safetensors'; only safetensors files",
+    ),
     "absolute": (lambda f: point(f, "/x.safetensors"), r"points to '/x\.safetensors'"),
     "subfolder": (lambda f: point(f, f"a/{FIRST}"), "points to 'a/model-00001"),
-    "backslash": (lambda f: point(f, "..\\x.safetensors"), "only safetensors files of this folder are read"),
+    "backslash": (
+        lambda f: point(f, "..\\x.safetensors"),
+        "only safetensors files of this folder are read",
+    ),
     "pickle": (lambda f: point(f, "pytorch_model.bin"), r"points to 'pytorch_model\.bin'"),
     "number": (lambda f: point(f, 3), "points to 3"),
-    "absent file": (lambda f: point(f, "other.safetensors"), rf"other\.safetensors: no such file, but {INDEX_NAME} names it"),
-    "absent tensor": (lambda f: point(f, SECOND), rf"{SECOND}: lacks model\.norm\.weight, which {INDEX_NAME} places there"),
+    "absent file": (
+        lambda f: point(f, "other.safetensors"),
+        rf"other\.safetensors: no such file, but {INDEX_NAME} names it",
+    ),
+    "absent tensor": (
+        lambda f: point(f, SECOND),
+        rf"{SECOND}: lacks model\.norm\.weight, which {INDEX_NAME} places there",
+    ),
     "absent shard": (lambda f: (f / SECOND).unlink(), rf"{SECOND}: no such file"),
     "cut shard": (lambda f: truncate(f / SECOND, 1), rf"{SECOND}: not a whole safetensors file"),
     "no map": (lambda f: edit_json(f / INDEX_NAME, weight_map=None), "has no weight_map"),
     "empty map": (lambda f: edit_json(f / INDEX_NAME, weight_map={}), "has no weight_map"),
     "list map": (lambda f: edit_json(f / INDEX_NAME, weight_map=[1]), "has no weight_map"),
     "no JSON": (lambda f: (f / INDEX_NAME).write_text("{"), "cannot be read as JSON"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -152,7 +232,9 @@ def test_damaged_folders_are_refused_with_a_reason(damage: str, folder: Path) ->
     spoil(folder)
     with pytest.raises(ModelError, match=message) as caught:
         open_checkpoint(folder)
-    assert str(folder) in str(caught.value) or str(caught.value).startswith(("config.json", "model_type"))
+    assert str(folder) in str(caught.value) or str(caught.value).startswith(
+        ("config.json", "model_type")
+    )
 
 
 @pytest.mark.parametrize("damage", INDEX_DAMAGES)
@@ -166,7 +248,9 @@ def test_damaged_indexes_are_refused_with_a_reason(damage: str, sharded: Path) -
 
 def test_shards_and_single_file_hold_the_same_tensors(dense: Path, sharded: Path) -> None:
     one, two = open_checkpoint(dense), open_checkpoint(sharded)
-    assert {name: info.shape for name, info in one.tensors.items()} == {name: info.shape for name, info in two.tensors.items()}
+    assert {name: info.shape for name, info in one.tensors.items()} == {
+        name: info.shape for name, info in two.tensors.items()
+    }
     assert {info.file for info in two.tensors.values()} == {FIRST, SECOND}
     assert (one.parameters, one.decoder_parameters) == (two.parameters, two.decoder_parameters)
     assert one.bytes_on_disk == (dense / SINGLE_NAME).stat().st_size
@@ -177,7 +261,9 @@ def test_links_out_of_the_folder_are_refused(sharded: Path, tmp_path: Path) -> N
     (tmp_path / "elsewhere").mkdir()
     (sharded / FIRST).rename(tmp_path / "elsewhere" / FIRST)
     (sharded / FIRST).symlink_to(tmp_path / "elsewhere" / FIRST)
-    with pytest.raises(ModelError, match=r"outside the model folder; copy the file into the folder"):
+    with pytest.raises(
+        ModelError, match=r"outside the model folder; copy the file into the folder"
+    ):
         open_checkpoint(sharded)
 
 
@@ -212,21 +298,32 @@ def test_links_out_of_a_hub_cache_are_refused(sharded: Path, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 @pytest.mark.parametrize("tied", [True, False])
-def test_counts_equal_those_of_transformers(model_type: str, tied: bool, make_model: MakeModel) -> None:
+def test_counts_equal_those_of_transformers(
+    model_type: str, tied: bool, make_model: MakeModel
+) -> None:
     folder = make_model(model_type, tie_word_embeddings=tied)
     checkpoint, model = open_checkpoint(folder), AutoModelForCausalLM.from_pretrained(folder)
     assert checkpoint.parameters == sum(parameter.numel() for parameter in model.parameters())
-    assert checkpoint.decoder_parameters == sum(parameter.numel() for parameter in model.model.layers.parameters())
+    assert checkpoint.decoder_parameters == sum(
+        parameter.numel() for parameter in model.model.layers.parameters()
+    )
     assert checkpoint.num_layers == 3
     for layer in range(3):
-        shapes = {name: tuple(parameter.shape) for name, parameter in model.model.layers[layer].named_parameters()}
-        assert {name: info.shape for name, info in checkpoint.layer_tensors(layer).items()} == shapes
+        shapes = {
+            name: tuple(parameter.shape)
+            for name, parameter in model.model.layers[layer].named_parameters()
+        }
+        assert {
+            name: info.shape for name, info in checkpoint.layer_tensors(layer).items()
+        } == shapes
 
 
 def test_a_stored_copy_of_a_tied_head_is_not_counted(make_model: MakeModel) -> None:
     folder = make_model(tie_word_embeddings=True)
     before = open_checkpoint(folder).parameters
-    change_tensors(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    change_tensors(
+        folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()})
+    )
     assert open_checkpoint(folder).parameters == before
 
 
@@ -235,7 +332,10 @@ def test_rotary_buffers_of_old_checkpoints_are_no_parameters(folder: Path) -> No
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     change_tensors(folder, lambda t: t.update({name: torch.ones(4)}))
     after = open_checkpoint(folder)
-    assert (after.parameters, after.decoder_parameters) == (before.parameters, before.decoder_parameters)
+    assert (after.parameters, after.decoder_parameters) == (
+        before.parameters,
+        before.decoder_parameters,
+    )
     assert name not in after.tensors
 
 
@@ -243,7 +343,12 @@ def test_rotary_buffers_of_old_checkpoints_are_no_parameters(folder: Path) -> No
 def test_headers_of_floating_point_types(dtype: torch.dtype, tmp_path: Path) -> None:
     save_file({"a": torch.zeros(3, 5, dtype=dtype)}, tmp_path / "x.safetensors")
     info = read_header(tmp_path / "x.safetensors")["a"]
-    assert (info.shape, info.num_parameters, info.num_bytes, info.file) == ((3, 5), 15, 15 * dtype.itemsize, "x.safetensors")
+    assert (info.shape, info.num_parameters, info.num_bytes, info.file) == (
+        (3, 5),
+        15,
+        15 * dtype.itemsize,
+        "x.safetensors",
+    )
 
 
 def test_identity_follows_the_content_not_the_place(make_model: MakeModel, tmp_path: Path) -> None:
@@ -253,7 +358,10 @@ def test_identity_follows_the_content_not_the_place(make_model: MakeModel, tmp_p
     assert open_checkpoint(moved).identity == identity
     edit_json(moved / "config.json", rope_theta=5.0)
     changed = [open_checkpoint(moved).identity]
-    changed += [open_checkpoint(make_model(name=name, **changes)).identity for name, changes in OTHER_MODELS.items()]
+    changed += [
+        open_checkpoint(make_model(name=name, **changes)).identity
+        for name, changes in OTHER_MODELS.items()
+    ]
     assert len({identity, *changed}) == 1 + len(changed)
 
 
@@ -269,7 +377,9 @@ OTHER_MODELS: dict[str, dict[str, object]] = {
 def test_one_file_goes_before_an_index(make_model: MakeModel) -> None:
     folder = make_model()
     before = open_checkpoint(folder)
-    (folder / INDEX_NAME).write_text(json.dumps({"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}))
+    (folder / INDEX_NAME).write_text(
+        json.dumps({"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}})
+    )
     assert open_checkpoint(folder).tensors == before.tensors
 
 

@@ -7,7 +7,12 @@ import pytest
 from transformers import AutoConfig
 
 from rayprune.specs.errors import SpecError
-from rayprune.workers.model.config_patch import config_of_layers, kept_heads, needs_output_bias, patched_config
+from rayprune.workers.model.config_patch import (
+    config_of_layers,
+    kept_heads,
+    needs_output_bias,
+    patched_config,
+)
 
 BASE: dict[str, Any] = {
     "hidden_size": 32,
@@ -22,15 +27,23 @@ BASE: dict[str, Any] = {
 
 
 def config(model_type: str, **changes: Any) -> dict[str, Any]:
-    return {"model_type": model_type, "architectures": [f"{model_type.title()}ForCausalLM"]} | BASE | changes
+    return (
+        {"model_type": model_type, "architectures": [f"{model_type.title()}ForCausalLM"]}
+        | BASE
+        | changes
+    )
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "smollm3"])
+@pytest.mark.parametrize(
+    "model_type", ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "smollm3"]
+)
 @pytest.mark.parametrize("target", ["transformers", "vllm"])
 def test_unpruned_heads_change_no_model_type(model_type: str, target: str) -> None:
     original = config(model_type)
     patched = patched_config(original, {"heads": 4, "neurons": 20}, target, "auto")
-    expected = {key: value for key, value in original.items() if key not in ("auto_map", "_name_or_path")}
+    expected = {
+        key: value for key, value in original.items() if key not in ("auto_map", "_name_or_path")
+    }
     assert patched == expected | {"head_dim": 4, "intermediate_size": 20}
     assert not needs_output_bias(original, {"heads": 4, "neurons": 20}, target)
     assert "auto_map" in original
@@ -43,7 +56,10 @@ def test_unpruned_heads_change_no_model_type(model_type: str, target: str) -> No
         ("gemma2", {}),
         ("smollm3", {}),
         ("smollm3", {"no_rope_layer_interval": 3, "use_sliding_window": True, "sliding_window": 8}),
-        ("smollm3", {"no_rope_layers": [1, 0, 0, 1, 1, 0], "use_sliding_window": True, "sliding_window": 8}),
+        (
+            "smollm3",
+            {"no_rope_layers": [1, 0, 0, 1, 1, 0], "use_sliding_window": True, "sliding_window": 8},
+        ),
         ("qwen2", {"use_sliding_window": True, "max_window_layers": 3}),
         ("qwen3", {"use_sliding_window": True, "max_window_layers": 3, "sliding_window": None}),
         ("qwen3", {"use_sliding_window": False, "max_window_layers": 3}),
@@ -52,14 +68,23 @@ def test_unpruned_heads_change_no_model_type(model_type: str, target: str) -> No
 def test_layers_that_stay_keep_their_kind(model_type: str, changes: dict[str, Any]) -> None:
     stay = [0, 2, 3, 5]
     original = {"model_type": model_type, "num_hidden_layers": 6} | changes
-    dense, pruned = (AutoConfig.for_model(**settings) for settings in (original, config_of_layers(original, stay)))
+    dense, pruned = (
+        AutoConfig.for_model(**settings)
+        for settings in (original, config_of_layers(original, stay))
+    )
     assert pruned.num_hidden_layers == 4
     for key in ("layer_types", "no_rope_layers"):
         expected = getattr(dense, key, None)
         assert getattr(pruned, key, None) == (expected and [expected[layer] for layer in stay])
 
 
-LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "attention_bias": True, "mlp_bias": False, "sliding_window": None}
+LLAMA = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": True,
+    "mlp_bias": False,
+    "sliding_window": None,
+}
 MISTRAL = {
     "model_type": "mistral",
     "architectures": ["MistralForCausalLM"],
@@ -87,10 +112,18 @@ MISTRAL = {
         (config("smollm3"), 3, "transformers", {}),
     ],
 )
-def test_pruned_heads(original: dict[str, Any], kept: int, target: str, changes: dict[str, Any]) -> None:
+def test_pruned_heads(
+    original: dict[str, Any], kept: int, target: str, changes: dict[str, Any]
+) -> None:
     patched = patched_config(original, {"heads": kept, "neurons": 48}, target, "auto")
-    expected = {key: value for key, value in original.items() if key not in ("auto_map", "_name_or_path")}
-    sizes = {"num_attention_heads": 2 * kept, "num_key_value_heads": kept, "head_dim": original.get("head_dim", 4)}
+    expected = {
+        key: value for key, value in original.items() if key not in ("auto_map", "_name_or_path")
+    }
+    sizes = {
+        "num_attention_heads": 2 * kept,
+        "num_key_value_heads": kept,
+        "head_dim": original.get("head_dim", 4),
+    }
     assert patched == expected | sizes | changes
     assert needs_output_bias(original, {"heads": kept, "neurons": 48}, target) is (changes is LLAMA)
 
@@ -98,14 +131,39 @@ def test_pruned_heads(original: dict[str, Any], kept: int, target: str, changes:
 @pytest.mark.parametrize(
     ("original", "kept", "target", "message"),
     [
-        (config("llama", attention_bias=True), 3, "transformers", "llama cannot be written with 6 heads.*hidden_size to be a multiple"),
+        (
+            config("llama", attention_bias=True),
+            3,
+            "transformers",
+            "llama cannot be written with 6 heads.*hidden_size to be a multiple",
+        ),
         (config("llama", mlp_bias=True), 3, "transformers", "llama cannot be written with 6 heads"),
-        (config("gemma2"), 3, "transformers", "gemma2 cannot be written with 6 heads.*hidden_size to be a multiple of the heads"),
-        (config("qwen2", use_sliding_window=True), 2, "vllm", "qwen2 with a sliding window cannot be written for vLLM"),
-        (config("qwen2"), 3, "vllm", "qwen2 with 6 heads cannot be written for vLLM.*hidden_size to be a multiple of the heads"),
+        (
+            config("gemma2"),
+            3,
+            "transformers",
+            "gemma2 cannot be written with 6 heads.*hidden_size to be a multiple of the heads",
+        ),
+        (
+            config("qwen2", use_sliding_window=True),
+            2,
+            "vllm",
+            "qwen2 with a sliding window cannot be written for vLLM",
+        ),
+        (
+            config("qwen2"),
+            3,
+            "vllm",
+            (
+                "qwen2 with 6 heads cannot be written for vLLM.*hidden_size to be a multiple of the"
+                " heads"
+            ),
+        ),
     ],
 )
-def test_head_counts_no_class_accepts(original: dict[str, Any], kept: int, target: str, message: str) -> None:
+def test_head_counts_no_class_accepts(
+    original: dict[str, Any], kept: int, target: str, message: str
+) -> None:
     with pytest.raises(SpecError, match=message):
         patched_config(original, {"heads": kept, "neurons": 48}, target, "auto")
 
@@ -116,16 +174,27 @@ def test_head_counts_no_class_accepts(original: dict[str, Any], kept: int, targe
         ({"torch_dtype": "float32"}, "auto", {"torch_dtype": "float32"}),
         ({"torch_dtype": "float32"}, "bfloat16", {"torch_dtype": "bfloat16"}),
         ({"dtype": "float32"}, "float16", {"dtype": "float16"}),
-        ({"dtype": "float32", "torch_dtype": "float32"}, "bfloat16", {"dtype": "bfloat16", "torch_dtype": "bfloat16"}),
+        (
+            {"dtype": "float32", "torch_dtype": "float32"},
+            "bfloat16",
+            {"dtype": "bfloat16", "torch_dtype": "bfloat16"},
+        ),
         ({}, "bfloat16", {"dtype": "bfloat16"}),
         ({}, "auto", {}),
     ],
 )
 def test_type_on_disk(keys: dict[str, str], dtype: str, expected: dict[str, str]) -> None:
-    patched = patched_config(config("llama", **keys), {"heads": 4, "neurons": 8}, "transformers", dtype)
+    patched = patched_config(
+        config("llama", **keys), {"heads": 4, "neurons": 8}, "transformers", dtype
+    )
     assert {key: patched[key] for key in ("dtype", "torch_dtype") if key in patched} == expected
 
 
-@pytest.mark.parametrize(("heads", "groups", "kept", "expected"), [(8, 4, 3, 6), (8, 8, 3, 3), (8, 1, 1, 8), (8, None, 5, 5)])
+@pytest.mark.parametrize(
+    ("heads", "groups", "kept", "expected"),
+    [(8, 4, 3, 6), (8, 8, 3, 3), (8, 1, 1, 8), (8, None, 5, 5)],
+)
 def test_kept_query_heads(heads: int, groups: int | None, kept: int, expected: int) -> None:
-    assert kept_heads({"num_attention_heads": heads, "num_key_value_heads": groups}, kept) == expected
+    assert (
+        kept_heads({"num_attention_heads": heads, "num_key_value_heads": groups}, kept) == expected
+    )

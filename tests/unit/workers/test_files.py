@@ -73,7 +73,9 @@ def test_a_link_shares_the_content_and_replacing_it_leaves_the_source(tmp_path: 
 def test_manifest_round_trip(tmp_path: Path) -> None:
     write_text(tmp_path / "a", "one")
     write_text(tmp_path / "b", "")
-    written = commit(tmp_path, "layer-0001", "f" * 64, ["b", "a"], {"kept": {"heads": [0, 2]}, "result": 1.5})
+    written = commit(
+        tmp_path, "layer-0001", "f" * 64, ["b", "a"], {"kept": {"heads": [0, 2]}, "result": 1.5}
+    )
     assert read_manifest(tmp_path) == written
     assert list(written.files) == ["a", "b"]
     assert (written.files["a"].bytes, written.files["b"].bytes) == (3, 0)
@@ -104,7 +106,10 @@ def test_digest_covers_files_and_result_alone(tmp_path: Path) -> None:
         b'{"task": "t", "fingerprint": "f", "files": [], "info": {}}',
         b'{"task": "t", "fingerprint": "f", "files": {"a": 3}, "info": {}}',
         b'{"task": "t", "fingerprint": "f", "files": {"a": {"bytes": 3}}, "info": {}}',
-        b'{"task": "t", "fingerprint": "f", "files": {"a": {"bytes": 3, "sha256": "", "more": 1}}, "info": {}}',
+        (
+            b'{"task": "t", "fingerprint": "f", "files": {"a": {"bytes": 3, "sha256": "", "more":'
+            b' 1}}, "info": {}}'
+        ),
     ],
 )
 def test_a_missing_or_torn_manifest_is_none(torn: bytes | None, tmp_path: Path) -> None:
@@ -147,10 +152,22 @@ def test_tensor_files_honour_the_umask(umask: int, mode: int, tmp_path: Path) ->
 
 
 def test_tensor_bytes_depend_on_the_tensors_alone(tmp_path: Path) -> None:
-    tensors = {name: torch.full((3, 2), float(number), dtype=dtype) for number, (name, dtype) in enumerate(
-        [("model.b", torch.float32), ("model.a", torch.bfloat16), ("lm_head", torch.float16), ("a", torch.float64)]
-    )}  # fmt: skip
-    for name, order in (("one", list(tensors)), ("two", sorted(tensors, reverse=True)), ("three", sorted(tensors))):
+    tensors = {
+        name: torch.full((3, 2), float(number), dtype=dtype)
+        for number, (name, dtype) in enumerate(
+            [
+                ("model.b", torch.float32),
+                ("model.a", torch.bfloat16),
+                ("lm_head", torch.float16),
+                ("a", torch.float64),
+            ]
+        )
+    }
+    for name, order in (
+        ("one", list(tensors)),
+        ("two", sorted(tensors, reverse=True)),
+        ("three", sorted(tensors)),
+    ):
         write_tensors(tmp_path / name, {key: tensors[key].clone() for key in order})
     assert len({record_of(tmp_path / name) for name in ("one", "two", "three")}) == 1
 
@@ -159,11 +176,31 @@ def test_fingerprint_is_canonical() -> None:
     value = {"b": [1, 2.5, None, True], "a": {"y": "é", "x": ""}}
     assert fingerprint(value) == fingerprint({"a": {"x": "", "y": "é"}, "b": (1, 2.5, None, True)})
     assert fingerprint(value) == fingerprint(json.loads(json.dumps(value)))
-    different = [{}, [], None, 0, False, "", "0", 1, 1.5, [1], ["1"], [[1]], {"a": 1}, {"a": "1"}, {"b": 1}, [1, 2], [2, 1]]
+    different = [
+        {},
+        [],
+        None,
+        0,
+        False,
+        "",
+        "0",
+        1,
+        1.5,
+        [1],
+        ["1"],
+        [[1]],
+        {"a": 1},
+        {"a": "1"},
+        {"b": 1},
+        [1, 2],
+        [2, 1],
+    ]
     assert len({fingerprint(item) for item in different}) == len(different)
 
 
-@pytest.mark.parametrize(("value", "error"), [({1, 2}, TypeError), (Path("x"), TypeError), (float("nan"), ValueError)])
+@pytest.mark.parametrize(
+    ("value", "error"), [({1, 2}, TypeError), (Path("x"), TypeError), (float("nan"), ValueError)]
+)
 def test_what_has_no_json_form_has_no_fingerprint(value: object, error: type[Exception]) -> None:
     with pytest.raises(error):
         fingerprint(value)
@@ -179,5 +216,8 @@ def test_a_full_disk_is_an_error_of_the_machine(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, before)
-    assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(tmp_path / "layer.safetensors"))
+    assert (caught.value.errno, caught.value.filename) == (
+        errno.EFBIG,
+        str(tmp_path / "layer.safetensors"),
+    )
     assert not list(tmp_path.iterdir())

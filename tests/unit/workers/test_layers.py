@@ -52,7 +52,10 @@ def groups_of(checkpoint: Checkpoint) -> dict[str, Any]:
 def stock_hidden(model: Any, tokens_BT: Tensor) -> tuple[list[Tensor], Tensor]:
     """Output of every layer, and the logits, of the stock model."""
     outputs: list[Tensor] = []
-    handles = [layer.register_forward_hook(lambda _module, _args, output: outputs.append(output)) for layer in model.model.layers]
+    handles = [
+        layer.register_forward_hook(lambda _module, _args, output: outputs.append(output))
+        for layer in model.model.layers
+    ]
     logits: Tensor = model(input_ids=tokens_BT, use_cache=False).logits
     for handle in handles:
         handle.remove()
@@ -65,7 +68,9 @@ def test_streaming_equals_the_stock_model_bit_for_bit(
     model_type: str, changes: dict[str, Any], dtype: torch.dtype, make_model: MakeModel
 ) -> None:
     folder = make_model(model_type, **changes)
-    expected, expected_logits = stock_hidden(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), TOKENS_BT)
+    expected, expected_logits = stock_hidden(
+        AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), TOKENS_BT
+    )
     model, checkpoint = streamed(folder, dtype)
     batch = model.embed(TOKENS_BT)
     assert len(batch.arguments) == len(expected) == 3
@@ -76,7 +81,9 @@ def test_streaming_equals_the_stock_model_bit_for_bit(
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_consumer_inputs_are_those_of_the_stock_layer(model_type: str, make_model: MakeModel) -> None:
+def test_consumer_inputs_are_those_of_the_stock_layer(
+    model_type: str, make_model: MakeModel
+) -> None:
     folder = make_model(model_type)
     stock, seen = AutoModelForCausalLM.from_pretrained(folder), dict[tuple[int, str], Tensor]()
     model, checkpoint = streamed(folder)
@@ -84,7 +91,11 @@ def test_consumer_inputs_are_those_of_the_stock_layer(model_type: str, make_mode
     for index, layer in enumerate(stock.model.layers):
         for group in groups.values():
 
-            def note(_module: object, args: tuple[Tensor, ...], key: tuple[int, str] = (index, group.name)) -> None:
+            def note(
+                _module: object,
+                args: tuple[Tensor, ...],
+                key: tuple[int, str] = (index, group.name),
+            ) -> None:
                 seen[key] = args[0]
 
             layer.get_submodule(group.consumer).register_forward_pre_hook(note)
@@ -103,14 +114,20 @@ def test_consumer_inputs_are_those_of_the_stock_layer(model_type: str, make_mode
 
 
 @pytest.mark.parametrize(("model_type", "changes"), VARIANTS)
-def test_keeping_every_unit_with_its_weight_changes_nothing(model_type: str, changes: dict[str, Any], make_model: MakeModel) -> None:
+def test_keeping_every_unit_with_its_weight_changes_nothing(
+    model_type: str, changes: dict[str, Any], make_model: MakeModel
+) -> None:
     model, checkpoint = streamed(make_model(model_type, **changes))
     groups = groups_of(checkpoint)
     batch, dense = model.embed(TOKENS_BT), model.embed(TOKENS_BT)
     for index in range(3):
         layer = model.load_layer(index)
         for name, group in groups.items():
-            cut = Cut(name, torch.arange(group.num_units), layer.get_submodule(group.consumer).weight.detach())
+            cut = Cut(
+                name,
+                torch.arange(group.num_units),
+                layer.get_submodule(group.consumer).weight.detach(),
+            )
             apply_cut(layer, index, batch, groups, name, cut)
             assert name not in batch.inputs
         finish_layer(layer, index, batch, groups)
@@ -118,7 +135,9 @@ def test_keeping_every_unit_with_its_weight_changes_nothing(model_type: str, cha
         torch.testing.assert_close(batch.hidden_BTD, dense.hidden_BTD, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("model_type", [name for name, family in FAMILIES.items() if len(family.norms) == 2])
+@pytest.mark.parametrize(
+    "model_type", [name for name, family in FAMILIES.items() if len(family.norms) == 2]
+)
 def test_streams_are_what_blocks_add_up_to(model_type: str, make_model: MakeModel) -> None:
     model, checkpoint = streamed(make_model(model_type))
     groups, layer, batch = groups_of(checkpoint), model.load_layer(0), model.embed(TOKENS_BT)
@@ -130,7 +149,9 @@ def test_streams_are_what_blocks_add_up_to(model_type: str, make_model: MakeMode
         torch.testing.assert_close(stream_BTD + project(layer, group, z_BTF), behind[name])
         stream_BTD = behind[name]
         weight_DF = layer.get_submodule(group.consumer).weight
-        apply_cut(layer, 0, batch, groups, name, Cut(name, torch.arange(group.num_units), weight_DF))
+        apply_cut(
+            layer, 0, batch, groups, name, Cut(name, torch.arange(group.num_units), weight_DF)
+        )
     finish_layer(layer, 0, batch, groups)
     assert torch.equal(batch.hidden_BTD, behind["neurons"])
 
@@ -145,7 +166,9 @@ def test_streams_of_blocks_that_are_normalised_first_are_not_known(make_model: M
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_a_known_block_is_not_computed_again(model_type: str, make_model: MakeModel) -> None:
-    """After the cut of the heads the attention block is a constant: its weights no longer matter."""
+    """After the cut of the heads the attention block is a constant: its weights no longer
+    matter.
+    """
     model, checkpoint = streamed(make_model(model_type))
     groups, layer = groups_of(checkpoint), None
     outputs: list[Tensor] = []
@@ -195,7 +218,10 @@ def test_weights_that_are_not_finite_are_named(value: float, make_model: MakeMod
     poison(folder, "model.layers.1.mlp.up_proj.weight", value)
     model, _ = streamed(folder)
     model.load_layer(0)
-    with pytest.raises(ModelError, match=r"model\.safetensors: model\.layers\.1\.mlp\.up_proj\.weight holds NaN or infinity"):
+    with pytest.raises(
+        ModelError,
+        match=r"model\.safetensors: model\.layers\.1\.mlp\.up_proj\.weight holds NaN or infinity",
+    ):
         model.load_layer(1)
 
 
@@ -206,7 +232,9 @@ def test_embeddings_that_are_not_finite_are_named(make_model: MakeModel) -> None
         streamed(folder)
 
 
-@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"])
+@pytest.mark.parametrize(
+    "name", ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
+)
 def test_missing_outer_tensors_are_named(name: str, make_model: MakeModel) -> None:
     folder = make_model()
     tensors = load_file(folder / "model.safetensors")

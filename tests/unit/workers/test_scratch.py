@@ -17,12 +17,18 @@ CPU = torch.device("cpu")
 
 
 def private_bytes() -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    line = next(
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("RssAnon")
+    )
     return int(line.split()[1]) * 1024
 
 
 @pytest.mark.parametrize("in_files", [False, True])
-def test_tensors_have_their_shape_and_type_and_leave_no_file(in_files: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensors_have_their_shape_and_type_and_leave_no_file(
+    in_files: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(scratch, "MAPPED_FROM_BYTES", 1)
     place = Scratch(CPU, tmp_path / "new" / "folder" if in_files else None)
     zeros, some = place.zeros(3, 5, dtype=torch.float64), place.empty(2, 7, dtype=torch.bfloat16)

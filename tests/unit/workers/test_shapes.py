@@ -9,7 +9,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from rayprune.specs.errors import ModelError
 from rayprune.workers.model.checkpoint import open_checkpoint, planned_checkpoint
 from rayprune.workers.model.families import FAMILIES, PLANNED, why_not_pruned
-from rayprune.workers.model.shapes import alike_layers, attention_width, count_parameters, coupled_groups, layer_shapes, outer_shapes
+from rayprune.workers.model.shapes import (
+    alike_layers,
+    attention_width,
+    count_parameters,
+    coupled_groups,
+    layer_shapes,
+    outer_shapes,
+)
 from tests.conftest import SIZES, MakeModel
 
 BIASED = {"attention_bias": True, "mlp_bias": True}
@@ -19,7 +26,11 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"tie_word_embeddings": True}),
     ("gemma", {"tie_word_embeddings": False}),
 ]
-MIXTRAL: dict[str, Any] = SIZES | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+MIXTRAL: dict[str, Any] = SIZES | {
+    "model_type": "mixtral",
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+}
 LATENT: dict[str, Any] = SIZES | {
     "model_type": "deepseek_v3",
     "num_key_value_heads": 4,
@@ -36,7 +47,12 @@ LATENT: dict[str, Any] = SIZES | {
     "n_group": 2,
     "topk_group": 1,
 }
-EXPERTS: list[dict[str, Any]] = [MIXTRAL, LATENT, LATENT | {"q_lora_rank": None}, LATENT | {"first_k_dense_replace": 0}]
+EXPERTS: list[dict[str, Any]] = [
+    MIXTRAL,
+    LATENT,
+    LATENT | {"q_lora_rank": None},
+    LATENT | {"first_k_dense_replace": 0},
+]
 
 
 def built(config: dict[str, Any]) -> Any:
@@ -50,22 +66,36 @@ def test_shapes_are_those_of_transformers(model_type: str, changes: dict[str, An
     config = {"model_type": model_type} | SIZES | changes
     model = built(config)
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    outer = {name: shape for name, shape in expected.items() if not name.startswith("model.layers.")}
+    outer = {
+        name: shape for name, shape in expected.items() if not name.startswith("model.layers.")
+    }
     assert outer_shapes(config) == outer
     for layer in range(3):
-        assert layer_shapes(config, layer) == {name: tuple(p.shape) for name, p in model.model.layers[layer].named_parameters()}
+        assert layer_shapes(config, layer) == {
+            name: tuple(p.shape) for name, p in model.model.layers[layer].named_parameters()
+        }
 
 
 @pytest.mark.parametrize("config", EXPERTS)
-def test_models_with_experts_have_as_many_parameters_as_transformers_says(config: dict[str, Any]) -> None:
-    """transformers joins the experts' matrices, so counts are compared; the router's correction is a buffer there."""
+def test_models_with_experts_have_as_many_parameters_as_transformers_says(
+    config: dict[str, Any],
+) -> None:
+    """transformers joins the experts' matrices, so counts are compared; the router's correction is
+    a buffer there.
+    """
     model, corrections = built(config), 0
     for layer in range(3):
         shapes = layer_shapes(config, layer)
-        correction = count_parameters({name: shape for name, shape in shapes.items() if "correction" in name})
+        correction = count_parameters(
+            {name: shape for name, shape in shapes.items() if "correction" in name}
+        )
         corrections += correction
-        assert count_parameters(shapes) - correction == sum(p.numel() for p in model.model.layers[layer].parameters())
-    total = count_parameters(outer_shapes(config)) + sum(count_parameters(layer_shapes(config, layer)) for layer in range(3))
+        assert count_parameters(shapes) - correction == sum(
+            p.numel() for p in model.model.layers[layer].parameters()
+        )
+    total = count_parameters(outer_shapes(config)) + sum(
+        count_parameters(layer_shapes(config, layer)) for layer in range(3)
+    )
     assert total - corrections == sum(p.numel() for p in model.parameters())
 
 
@@ -76,12 +106,16 @@ def test_parameters_of_a_unit_are_what_a_model_without_it_lacks(config: dict[str
     groups = {group.name: group for group in coupled_groups(config, 2, shapes)}
     for name, key in narrower.items():
         if name in groups:
-            lost = count_parameters(shapes) - count_parameters(layer_shapes(config | {key: config[key] - 1}, 2))
+            lost = count_parameters(shapes) - count_parameters(
+                layer_shapes(config | {key: config[key] - 1}, 2)
+            )
             shared = groups["shared"].unit_parameters if "shared" in groups else 0
             assert groups[name].count * groups[name].unit_parameters + shared == lost
     heads = groups["heads"]
     fewer = {"num_attention_heads": 2, "num_key_value_heads": heads.num_units // 2}
-    assert heads.parameters // 2 == count_parameters(shapes) - count_parameters(layer_shapes(config | fewer, 2))
+    assert heads.parameters // 2 == count_parameters(shapes) - count_parameters(
+        layer_shapes(config | fewer, 2)
+    )
 
 
 def test_dense_layers_come_before_those_with_experts() -> None:
@@ -89,7 +123,10 @@ def test_dense_layers_come_before_those_with_experts() -> None:
     assert alike_layers(LATENT | {"first_k_dense_replace": 0}) == [range(3)]
     assert alike_layers(LATENT | {"first_k_dense_replace": 9}) == [range(3)]
     assert alike_layers(MIXTRAL) == [range(3)]
-    names = [[group.name for group in coupled_groups(LATENT, layer, layer_shapes(LATENT, layer))] for layer in range(3)]
+    names = [
+        [group.name for group in coupled_groups(LATENT, layer, layer_shapes(LATENT, layer))]
+        for layer in range(3)
+    ]
     assert names == [["heads", "neurons"], *[["heads", "experts", "shared"]] * 2]
 
 
@@ -108,9 +145,14 @@ def test_a_config_alone_plans_like_the_headers(model_type: str, make_model: Make
     assert (with_weights.has_weights, planned.has_weights) == (True, False)
     for layer in range(3):
         found, implied = with_weights.layer_tensors(layer), planned.layer_tensors(layer)
-        assert {name: (info.dtype, info.shape) for name, info in found.items()} == {n: (i.dtype, i.shape) for n, i in implied.items()}
+        assert {name: (info.dtype, info.shape) for name, info in found.items()} == {
+            n: (i.dtype, i.shape) for n, i in implied.items()
+        }
     assert planned.outer_tensors.keys() == with_weights.outer_tensors.keys()
-    assert (planned.parameters, planned.decoder_parameters) == (with_weights.parameters, with_weights.decoder_parameters)
+    assert (planned.parameters, planned.decoder_parameters) == (
+        with_weights.parameters,
+        with_weights.decoder_parameters,
+    )
     assert planned.bytes_on_disk == 2 * planned.parameters
     with pytest.raises(ModelError, match=r"needs model\.safetensors or .*; no weights found"):
         open_checkpoint(folder)

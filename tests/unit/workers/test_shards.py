@@ -4,7 +4,14 @@ import random
 
 import pytest
 
-from rayprune.workers.store.shards import Node, even_parts, grow_tree, merge_siblings, owned_nodes, roots
+from rayprune.workers.store.shards import (
+    Node,
+    even_parts,
+    grow_tree,
+    merge_siblings,
+    owned_nodes,
+    roots,
+)
 
 
 def reduced(root: Node, parts: dict[Node, str]) -> str:
@@ -58,7 +65,11 @@ def test_nothing_owned() -> None:
 def recursively(node: Node) -> str:
     """The expression of a tree, written out once more."""
     middle = (node[0] + node[1] + 1) // 2
-    return str(node[0]) if node[1] - node[0] == 1 else merged(recursively((node[0], middle)), recursively((middle, node[1])))
+    return (
+        str(node[0])
+        if node[1] - node[0] == 1
+        else merged(recursively((node[0], middle)), recursively((middle, node[1])))
+    )
 
 
 @pytest.mark.parametrize("num_shards", [2, 5, 16, 23])
@@ -70,7 +81,10 @@ def test_siblings_merged_in_any_rounds_give_the_tree(num_shards: int, seed: int)
     while len(parts) > 1:
         nodes = chance.sample(sorted(parts), len(parts))
         cut = chance.randint(1, len(nodes))
-        halves = [{node: parts[node] for node in nodes[:cut]}, {node: parts[node] for node in nodes[cut:]}]
+        halves = [
+            {node: parts[node] for node in nodes[:cut]},
+            {node: parts[node] for node in nodes[cut:]},
+        ]
         parts = merge_siblings(root, halves[0], merged) | merge_siblings(root, halves[1], merged)
     assert parts == {root: recursively(root)}
 
@@ -79,7 +93,10 @@ def test_siblings_merged_in_any_rounds_give_the_tree(num_shards: int, seed: int)
 def test_a_missing_shard_leaves_its_ancestors_open(missing: int) -> None:
     leaves = {(shard, shard + 1): str(shard) for shard in range(6) if shard != missing}
     left = merge_siblings((0, 6), leaves, merged)
-    assert set(left) == {*owned_nodes((0, 6), range(missing)), *owned_nodes((0, 6), range(missing + 1, 6))}
+    assert set(left) == {
+        *owned_nodes((0, 6), range(missing)),
+        *owned_nodes((0, 6), range(missing + 1, 6)),
+    }
     assert merge_siblings((0, 6), {}, merged) == {}
 
 

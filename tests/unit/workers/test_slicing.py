@@ -1,4 +1,6 @@
-"""Slicing against the definition: a pruned layer computes what the dense one does without the pruned units."""
+"""Slicing against the definition: a pruned layer computes what the dense one does without the
+pruned units.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,11 @@ def random_cuts(checkpoint: Checkpoint, kept: dict[str, list[int]]) -> dict[str,
     generator, hidden = torch.Generator().manual_seed(5), int(str(checkpoint.config["hidden_size"]))
     groups = {group.name: group for group in unit_groups(checkpoint.config)}
     return {
-        name: Cut(name, torch.tensor(units), torch.randn(hidden, len(units) * groups[name].columns, generator=generator) * 0.2)
+        name: Cut(
+            name,
+            torch.tensor(units),
+            torch.randn(hidden, len(units) * groups[name].columns, generator=generator) * 0.2,
+        )
         for name, units in kept.items()
     }
 
@@ -53,7 +59,9 @@ def outputs(folder: Path, kept: dict[str, list[int]]) -> tuple[Tensor, Tensor]:
     tensors = read_tensors(checkpoint, checkpoint.layer_tensors(LAYER), layer_prefix(LAYER))
     units = {group.name: len(kept.get(group.name, range(group.num_units))) for group in groups}
     patched = patched_config(checkpoint.config, units, "transformers", "auto")
-    config = AutoConfig.for_model(**{**patched, "architectures": None, "transformers_version": None})
+    config = AutoConfig.for_model(
+        **{**patched, "architectures": None, "transformers_version": None}
+    )
     config._attn_implementation = dense.self_attn.config._attn_implementation
     pruned = type(dense)(config, LAYER).eval()
     pruned.load_state_dict(slice_layer(tensors, groups, cuts))
@@ -65,15 +73,31 @@ def relative_difference(found: Tensor, expected: Tensor) -> float:
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-@pytest.mark.parametrize("kept", [{"heads": [1], "neurons": [0, 3, 4, 17, 40, 47]}, {"heads": [0]}, {"neurons": list(range(1, 48, 2))}])
-def test_pruned_layer_equals_masked_dense_layer(model_type: str, kept: dict[str, list[int]], make_model: MakeModel) -> None:
+@pytest.mark.parametrize(
+    "kept",
+    [
+        {"heads": [1], "neurons": [0, 3, 4, 17, 40, 47]},
+        {"heads": [0]},
+        {"neurons": list(range(1, 48, 2))},
+    ],
+)
+def test_pruned_layer_equals_masked_dense_layer(
+    model_type: str, kept: dict[str, list[int]], make_model: MakeModel
+) -> None:
     expected, found = outputs(make_model(model_type), kept)
     assert relative_difference(found, expected) < 1e-6
 
 
-@pytest.mark.parametrize(("model_type", "biases"), [("llama", BIASED), ("qwen3", {"attention_bias": True}), ("smollm3", BIASED)])
-def test_biases_follow_their_rows(model_type: str, biases: dict[str, bool], make_model: MakeModel) -> None:
-    expected, found = outputs(make_model(model_type, **biases), {"heads": [1], "neurons": [2, 5, 30]})
+@pytest.mark.parametrize(
+    ("model_type", "biases"),
+    [("llama", BIASED), ("qwen3", {"attention_bias": True}), ("smollm3", BIASED)],
+)
+def test_biases_follow_their_rows(
+    model_type: str, biases: dict[str, bool], make_model: MakeModel
+) -> None:
+    expected, found = outputs(
+        make_model(model_type, **biases), {"heads": [1], "neurons": [2, 5, 30]}
+    )
     assert relative_difference(found, expected) < 1e-6
 
 
@@ -109,7 +133,11 @@ def test_tensors_without_a_cut_pass_through_and_results_stand_alone(make_model: 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_cuts_travel_without_loss(dtype: torch.dtype) -> None:
-    cut = Cut("heads", torch.tensor([0, 2, 5]), torch.randn(4, 6, generator=torch.Generator().manual_seed(0)).to(dtype))
+    cut = Cut(
+        "heads",
+        torch.tensor([0, 2, 5]),
+        torch.randn(4, 6, generator=torch.Generator().manual_seed(0)).to(dtype),
+    )
     arrays = cut.arrays()
     for array in (arrays["units"], arrays["weight"]):
         array.setflags(write=False)  # as the object store hands them out

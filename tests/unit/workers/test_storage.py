@@ -1,4 +1,6 @@
-"""A worker that does not see the driver's files says so, naming its node, the path and what to do."""
+"""A worker that does not see the driver's files says so, naming its node, the path and what to
+do.
+"""
 
 import socket
 from pathlib import Path
@@ -20,7 +22,9 @@ def worker(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> Worker:
 
 def test_the_same_files(worker: Worker, tmp_path: Path) -> None:
     with marker_file(tmp_path) as marker:
-        receipt, payload = worker.check_storage({str(path): record_of(path) for path in (marker, tmp_path / "dense" / "config.json")})
+        receipt, payload = worker.check_storage(
+            {str(path): record_of(path) for path in (marker, tmp_path / "dense" / "config.json")}
+        )
     assert receipt["seconds"] >= 0
     assert payload is None
     assert not marker.exists()
@@ -30,13 +34,18 @@ def test_no_two_markers_are_alike(tmp_path: Path) -> None:
     with marker_file(tmp_path) as one, marker_file(tmp_path) as two:
         assert one.name != two.name
         assert one.read_bytes() != two.read_bytes()
-        assert {path.suffix for path in tmp_path.iterdir()} == {".tmp"}, "a run folder may hold such files before its job.yaml"
+        assert {path.suffix for path in tmp_path.iterdir()} == {".tmp"}, (
+            "a run folder may hold such files before its job.yaml"
+        )
 
 
 def test_a_run_folder_out_of_sight(worker: Worker, tmp_path: Path) -> None:
     with marker_file(tmp_path) as marker:
         expected = {str(tmp_path / "elsewhere" / marker.name): record_of(marker)}
-    with pytest.raises(ResourceError, match=rf"node {socket.gethostname()}.*elsewhere.*No such file.*mount.*every node") as caught:
+    with pytest.raises(
+        ResourceError,
+        match=rf"node {socket.gethostname()}.*elsewhere.*No such file.*mount.*every node",
+    ) as caught:
         worker.check_storage(expected)
     assert caught.value.exit_code == 4
 
@@ -45,5 +54,7 @@ def test_another_model_under_the_same_path(worker: Worker, tmp_path: Path) -> No
     config = tmp_path / "dense" / "config.json"
     expected = {str(config): record_of(config)}
     config.write_text(config.read_text() + "\n")
-    with pytest.raises(ResourceError, match=r"config\.json: is another file here than on the driver's node"):
+    with pytest.raises(
+        ResourceError, match=r"config\.json: is another file here than on the driver's node"
+    ):
         worker.check_storage(expected)

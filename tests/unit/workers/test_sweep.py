@@ -1,4 +1,6 @@
-"""The sweep's cache never changes its numbers: steps may be repeated, replayed and restored in any order."""
+"""The sweep's cache never changes its numbers: steps may be repeated, replayed and restored in any
+order.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -40,8 +42,13 @@ def test_a_layer_can_be_collected_again_after_it_was_decided(finished: tuple[Any
 
 
 @pytest.mark.parametrize("keep_inputs", [True, False])
-def test_replay_restore_and_going_back_give_the_same_bits(finished: tuple[Any, Path], keep_inputs: bool) -> None:
-    live, fresh = (Worker(finished[0], str(finished[1]), "cpu", MemoryPlan(keep_inputs=keep_inputs)) for _ in range(2))
+def test_replay_restore_and_going_back_give_the_same_bits(
+    finished: tuple[Any, Path], keep_inputs: bool
+) -> None:
+    live, fresh = (
+        Worker(finished[0], str(finished[1]), "cpu", MemoryPlan(keep_inputs=keep_inputs))
+        for _ in range(2)
+    )
     expected = {layer: grams(live.collect(layer, "heads", (0, 4))[1]) for layer in range(3)}
     assert list((finished[1] / "cache").rglob("layer-0002-*.safetensors"))
     for layer in (2, 0, 1):
@@ -49,8 +56,14 @@ def test_replay_restore_and_going_back_give_the_same_bits(finished: tuple[Any, P
 
 
 def test_hidden_states_of_another_kind_of_device_are_refused(finished: tuple[Any, Path]) -> None:
-    Worker(finished[0], str(finished[1]), "cpu", MemoryPlan()).collect(2, "heads", (0, 4))  # saves them
+    # saves them
+    Worker(finished[0], str(finished[1]), "cpu", MemoryPlan()).collect(2, "heads", (0, 4))
     manifest = finished[1] / "tasks" / "layer-0001" / MANIFEST_NAME
     manifest.write_text(manifest.read_text().replace("cpu in float32", "cuda in bfloat16"))
-    with pytest.raises(SpecError, match="layer-0001: was computed on cuda in bfloat16, this worker computes on cpu in float32"):
+    with pytest.raises(
+        SpecError,
+        match=(
+            "layer-0001: was computed on cuda in bfloat16, this worker computes on cpu in float32"
+        ),
+    ):
         Worker(finished[0], str(finished[1]), "cpu", MemoryPlan()).collect(2, "heads", (0, 4))

@@ -2,8 +2,9 @@
 
 Letters: F width of the consumer's input, D hidden, U units.
 
-The score of a weight is |W_ij| |z_j|; that of a unit is the sum over its columns and all outputs. Deviation: the consumer's weight is
-corrected afterwards, as for every method here (Wanda-sp has no correction; `correction.damping: 1e6` all but switches it off).
+The score of a weight is |W_ij| |z_j|; that of a unit is the sum over its columns and all outputs.
+Deviation: the consumer's weight is corrected afterwards, as for every method here (Wanda-sp has no
+correction; `correction.damping: 1e6` all but switches it off).
 """
 
 import torch
@@ -14,7 +15,9 @@ from rayprune.workers.numerics.linalg import WIDE, wide_blocks
 from rayprune.workers.numerics.statistics import Statistic
 
 
-def rank(statistic: Statistic, weight_DF: Tensor, unit_columns: int, counts: range, options: WandaOptions) -> Tensor:
+def rank(
+    statistic: Statistic, weight_DF: Tensor, unit_columns: int, counts: range, options: WandaOptions
+) -> Tensor:
     """Units by sum_ij |W_ij| |z_j|, largest first; ties by the lower index. fp64."""
     energy_F = statistic.column_energy
     sums_F = torch.zeros_like(energy_F)

@@ -1,6 +1,8 @@
-"""What is remembered of the calibration activations: a Gram matrix or rows. Both answer the same questions.
+"""What is remembered of the calibration activations: a Gram matrix or rows. Both answer the same
+questions.
 
-A statistic is additive: `update` per micro-batch, `merge` up the fixed tree (`rayprune.workers.store.shards`).
+A statistic is additive: `update` per micro-batch, `merge` up the fixed tree
+(`rayprune.workers.store.shards`).
 """
 
 from rayprune.workers.machine.scratch import Scratch
@@ -9,7 +11,18 @@ from rayprune.workers.numerics.statistics.moments import Drift, Moments
 from rayprune.workers.numerics.statistics.protocol import Refit, State, Statistic, complement
 from rayprune.workers.numerics.statistics.rows import RowsStatistic
 
-__all__ = ["Drift", "GramStatistic", "Moments", "Refit", "RowsStatistic", "State", "Statistic", "complement", "restored", "statistic_type"]
+__all__ = [
+    "Drift",
+    "GramStatistic",
+    "Moments",
+    "Refit",
+    "RowsStatistic",
+    "State",
+    "Statistic",
+    "complement",
+    "restored",
+    "statistic_type",
+]
 
 
 def statistic_type(needs_rows: bool, num_tokens: int, width: int) -> type[Statistic]:

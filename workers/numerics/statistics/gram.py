@@ -19,7 +19,9 @@ from rayprune.workers.numerics.statistics.protocol import Refit, State, compleme
 
 @dataclass
 class GramStatistic:
-    """Gram matrix Z'Z: fp32 products, fp64 sum. The fast route; squares the condition number of Z."""
+    """Gram matrix Z'Z: fp32 products, fp64 sum. The fast route; squares the condition number of
+    Z.
+    """
 
     gram_FF: Tensor
     moments: Moments
@@ -30,14 +32,24 @@ class GramStatistic:
     def empty(cls, width: int, scratch: Scratch, drift_width: int = 0) -> Self:
         """The statistic of no tokens."""
         drift = Drift.empty(width, drift_width, scratch) if drift_width else None
-        return cls(scratch.zeros(width, width, dtype=WIDE), Moments.empty(width, scratch.device), scratch, drift)
+        return cls(
+            scratch.zeros(width, width, dtype=WIDE),
+            Moments.empty(width, scratch.device),
+            scratch,
+            drift,
+        )
 
     @classmethod
     def from_state(cls, state: State, scratch: Scratch) -> Self:
         """Rebuild what `state` wrote, in memory of its own, since sums are formed in place."""
         gram_FF = from_array(state["gram"], WIDE)
         copy_FF = scratch.empty(*gram_FF.shape, dtype=WIDE).copy_(gram_FF)
-        return cls(copy_FF, Moments.from_state(state, scratch.device), scratch, Drift.from_state(state, scratch))
+        return cls(
+            copy_FF,
+            Moments.from_state(state, scratch.device),
+            scratch,
+            Drift.from_state(state, scratch),
+        )
 
     def update(self, z_TF: Tensor, drift_TD: Tensor | None = None) -> None:
         """Add one micro-batch. Cost: T F^2 flops, and with drift 2 T F D."""

@@ -1,4 +1,5 @@
-"""Sums that go beside the products of the activations: of the columns, and of what the outputs lack.
+"""Sums that go beside the products of the activations: of the columns, and of what the outputs
+lack.
 
 Letters: T tokens, F width, D hidden.
 """
@@ -19,7 +20,9 @@ from rayprune.workers.numerics.statistics.protocol import State
 
 @dataclass(frozen=True)
 class Moments:
-    """Sums of the columns of Z over so many tokens: what Z'Z does not tell. fp32 in a micro-batch, fp64 over them."""
+    """Sums of the columns of Z over so many tokens: what Z'Z does not tell. fp32 in a micro-batch,
+    fp64 over them.
+    """
 
     sums_F: Tensor
     num_tokens: int
@@ -55,7 +58,9 @@ class Moments:
 
 @dataclass
 class Drift:
-    """What the outputs of a consumer lack: Z'E and the energies of the columns of E (T x D), fp64."""
+    """What the outputs of a consumer lack: Z'E and the energies of the columns of E (T x D),
+    fp64.
+    """
 
     cross_FD: Tensor
     energy_D: Tensor
@@ -63,7 +68,10 @@ class Drift:
     @classmethod
     def empty(cls, width: int, outputs: int, scratch: Scratch) -> Self:
         """Of no tokens."""
-        return cls(scratch.zeros(width, outputs, dtype=WIDE), torch.zeros(outputs, dtype=WIDE, device=scratch.device))
+        return cls(
+            scratch.zeros(width, outputs, dtype=WIDE),
+            torch.zeros(outputs, dtype=WIDE, device=scratch.device),
+        )
 
     @classmethod
     def from_state(cls, state: State, scratch: Scratch) -> Self | None:

@@ -17,17 +17,22 @@ State = dict[str, np.ndarray]
 
 
 class Refit(Protocol):
-    """The correction problem of one kept set: min over C of |Z_K C - Z_P W_P'|^2 + ridge |C|^2, C the change of W_K.
+    """The correction problem of one kept set: min over C of |Z_K C - Z_P W_P'|^2 + ridge |C|^2, C
+    the change of W_K.
 
-    `targets` is computed once; `solver` factors once for each ridge; then it solves for block after block of targets.
+    `targets` is computed once; `solver` factors once for each ridge; then it solves for block after
+    block of targets.
     """
 
     def targets(self, weight_DF: Tensor) -> Tensor:
-        """The right sides as rows, one for each output, fp64; `weight_DF` has any type and is read in blocks."""
+        """The right sides as rows, one for each output, fp64; `weight_DF` has any type and is read
+        in blocks.
+        """
         ...
 
     def solver(self, ridge: float) -> Solver:
-        """From a block of targets to the best change C_BK of the kept columns, shrunk towards no change by the ridge.
+        """From a block of targets to the best change C_BK of the kept columns, shrunk towards no
+        change by the ridge.
 
         Raises:
             ModelError: the problem is singular.
@@ -54,9 +59,11 @@ class Statistic(Protocol):
         ...
 
     def update(self, z_TF: Tensor, drift_TD: Tensor | None = None) -> None:
-        """Add one micro-batch of the consumer's input. It may be kept, so it must not be written to later.
+        """Add one micro-batch of the consumer's input. It may be kept, so it must not be written to
+        later.
 
-        `drift_TD` is what the consumer's output should have besides, given exactly if the statistic has a drift width.
+        `drift_TD` is what the consumer's output should have besides, given exactly if the statistic
+        has a drift width.
         """
         ...
 
@@ -65,7 +72,9 @@ class Statistic(Protocol):
         ...
 
     def finished(self) -> Self:
-        """This statistic, ready for the questions below: to be called after the last update or merge."""
+        """This statistic, ready for the questions below: to be called after the last update or
+        merge.
+        """
         ...
 
     def state(self) -> State:
@@ -88,7 +97,9 @@ class Statistic(Protocol):
         ...
 
     def gram(self) -> Tensor:
-        """Z'Z, F x F, fp64, only to be read. Cost on rows: N F^2 flops, and the matrix in `Scratch`."""
+        """Z'Z, F x F, fp64, only to be read. Cost on rows: N F^2 flops, and the matrix in
+        `Scratch`.
+        """
         ...
 
     def is_finite(self) -> bool:
@@ -104,11 +115,15 @@ class Statistic(Protocol):
         ...
 
     def energy(self, rows_BF: Tensor) -> float:
-        """|Z M'|^2 for a block M of rows, fp64: the squared output of a weight, or of a change of one."""
+        """|Z M'|^2 for a block M of rows, fp64: the squared output of a weight, or of a change of
+        one.
+        """
         ...
 
     def misfit(self, change_BF: Tensor, outputs: slice) -> float:
-        """|Z M' - E|^2 for a change M of some outputs' weights and their drift E, fp64; without drift, the energy."""
+        """|Z M' - E|^2 for a change M of some outputs' weights and their drift E, fp64; without
+        drift, the energy.
+        """
         ...
 
 

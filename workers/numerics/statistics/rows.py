@@ -1,6 +1,7 @@
 """The activations' rows or their R factor, and corrections from them by QR.
 
-Letters: T tokens, F width, D hidden, N rows, K kept columns, P pruned columns, B block of output rows.
+Letters: T tokens, F width, D hidden, N rows, K kept columns, P pruned columns, B block of output
+rows.
 """
 
 from collections.abc import Sequence
@@ -22,9 +23,11 @@ from rayprune.workers.numerics.statistics.protocol import Refit, State, compleme
 
 @dataclass
 class RowsStatistic:
-    """The rows of Z as they came, or, once there are more of them than columns, the R factor of Z in fp64.
+    """The rows of Z as they came, or, once there are more of them than columns, the R factor of Z
+    in fp64.
 
-    Exact either way: works on the condition number of Z itself, and costs little where tokens are few.
+    Exact either way: works on the condition number of Z itself, and costs little where tokens are
+    few.
     """
 
     parts: list[Tensor]
@@ -39,7 +42,9 @@ class RowsStatistic:
 
     @classmethod
     def from_state(cls, state: State, scratch: Scratch) -> Self:
-        """Rebuild what `state` wrote; rows are never written to, so on the CPU they stay in the arrays."""
+        """Rebuild what `state` wrote; rows are never written to, so on the CPU they stay in the
+        arrays.
+        """
         rows_NF = from_array(state["rows"], getattr(torch, str(state["dtype"])))
         return cls([rows_NF.to(scratch.device)], Moments.from_state(state, scratch.device), scratch)
 
@@ -49,7 +54,9 @@ class RowsStatistic:
         return len(self.moments.sums_F)
 
     def update(self, z_TF: Tensor, drift_TD: Tensor | None = None) -> None:
-        """Keep the micro-batch. Cost: nothing, or 2 (T + F) F^2 flops once there are more rows than columns."""
+        """Keep the micro-batch. Cost: nothing, or 2 (T + F) F^2 flops once there are more rows than
+        columns.
+        """
         self._append([self.scratch.store(z_TF.detach())])
         self.moments = self.moments.plus(z_TF)
 
@@ -64,7 +71,9 @@ class RowsStatistic:
         self.parts = [*self.parts, *parts]
         if sum(map(len, self.parts)) > self.width:
             stacked_NF = self.scratch.empty(sum(map(len, self.parts)), self.width, dtype=WIDE)
-            for below, part in zip(stacked_NF.split([len(part) for part in self.parts]), self.parts, strict=True):
+            for below, part in zip(
+                stacked_NF.split([len(part) for part in self.parts]), self.parts, strict=True
+            ):
                 below.copy_(part)
             self.parts = [self.scratch.store(linalg.r_factor(stacked_NF))]
 
@@ -72,7 +81,11 @@ class RowsStatistic:
     def _rows(self) -> Tensor:
         if len(self.parts) == 1:
             return self.parts[0]
-        return torch.cat(self.parts) if self.parts else torch.empty(0, self.width, dtype=WIDE, device=self.scratch.device)
+        return (
+            torch.cat(self.parts)
+            if self.parts
+            else torch.empty(0, self.width, dtype=WIDE, device=self.scratch.device)
+        )
 
     def finished(self) -> Self:
         """As it is."""
@@ -81,18 +94,28 @@ class RowsStatistic:
     def state(self) -> State:
         """The rows, the name of their type, and the moments."""
         rows_NF = self._rows
-        return {"rows": to_array(rows_NF), "dtype": np.array(str(rows_NF.dtype).removeprefix("torch."))} | self.moments.state()
+        return {
+            "rows": to_array(rows_NF),
+            "dtype": np.array(str(rows_NF.dtype).removeprefix("torch.")),
+        } | self.moments.state()
 
     @property
     def mean_energy(self) -> float:
         """Mean squared column norm."""
-        return sum(float(torch.linalg.vector_norm(part, dtype=WIDE)) ** 2 for part in self.parts) / self.width
+        return (
+            sum(float(torch.linalg.vector_norm(part, dtype=WIDE)) ** 2 for part in self.parts)
+            / self.width
+        )
 
     @property
     def column_energy(self) -> Tensor:
         """Squared column norms."""
         norms = [torch.linalg.vector_norm(part, dim=0, dtype=WIDE) for part in self.parts]
-        return torch.stack([norm_F.square() for norm_F in norms]).sum(0) if norms else torch.zeros_like(self.moments.sums_F)
+        return (
+            torch.stack([norm_F.square() for norm_F in norms]).sum(0)
+            if norms
+            else torch.zeros_like(self.moments.sums_F)
+        )
 
     @property
     def column_variance(self) -> Tensor:
@@ -124,7 +147,11 @@ class RowsStatistic:
 
     def energy(self, rows_BF: Tensor) -> float:
         """|Z M'|^2. Cost: 2 B N F flops."""
-        return sum(float((rows_BF @ z_BF.T).square().sum()) for part in self.parts for _, z_BF in linalg.wide_blocks(part, rows_BF.device))
+        return sum(
+            float((rows_BF @ z_BF.T).square().sum())
+            for part in self.parts
+            for _, z_BF in linalg.wide_blocks(part, rows_BF.device)
+        )
 
     def misfit(self, change_BF: Tensor, outputs: slice) -> float:
         """The energy: there is no drift."""
@@ -132,12 +159,15 @@ class RowsStatistic:
 
 
 class _RowsRefit:
-    """Z_K = Q R for N >= K rows, Z_K = L Q' for fewer: either way a square problem of min(N, K), and no matrix of K x K for few rows.
+    """Z_K = Q R for N >= K rows, Z_K = L Q' for fewer: either way a square problem of min(N, K),
+    and no matrix of K x K for few rows.
 
     Cost: 4 max(N, K) min(N, K)^2 flops once, then those of `linalg.least_squares_solver`.
     """
 
-    def __init__(self, parts: Sequence[Tensor], width: int, kept_K: Tensor, scratch: Scratch) -> None:
+    def __init__(
+        self, parts: Sequence[Tensor], width: int, kept_K: Tensor, scratch: Scratch
+    ) -> None:
         self._parts, self._width, self._kept_K, self._scratch = parts, width, kept_K, scratch
         self._is_short = sum(map(len, parts)) < len(kept_K)
         kept_NK = self._columns(kept_K)
@@ -154,7 +184,9 @@ class _RowsRefit:
         return out
 
     def targets(self, weight_DF: Tensor) -> Tensor:
-        """W_P Z_P', in the coordinates of the square problem: D x min(N, K). Cost: 2 D N P flops, and 2 D N K for N >= K."""
+        """W_P Z_P', in the coordinates of the square problem: D x min(N, K). Cost: 2 D N P flops,
+        and 2 D N K for N >= K.
+        """
         pruned_P = complement(self._kept_K, self._width)
         pruned_NP = self._columns(pruned_P)
         targets = self._scratch.empty(len(weight_DF), len(self._core), dtype=WIDE)
@@ -169,8 +201,8 @@ class _RowsRefit:
             return linalg.least_squares_solver(self._core, ridge)
         if ridge == 0:
             raise ModelError(
-                f"{len(self._kept_K)} kept columns, but only {sum(map(len, self._parts))} tokens: raise correction.damping, "
-                "or take more calibration tokens"
+                f"{len(self._kept_K)} kept columns, but only {sum(map(len, self._parts))} tokens:"
+                " raise correction.damping, or take more calibration tokens"
             )
         solve = linalg.least_squares_solver(self._core, ridge)
         return lambda target_BN: solve(target_BN) @ self._q.T
