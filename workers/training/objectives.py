@@ -349,14 +349,15 @@ class Distillation(Objective):
 
     def __init__(self, teacher: nn.Module, hidden: float) -> None:
         """`hidden` weighs the squared relative distance of the last hidden states."""
-        self._teacher, self._hidden = teacher.eval().requires_grad_(False), hidden
+        self._teacher: Any = teacher.eval().requires_grad_(False)
+        self._hidden = hidden
 
     def losses(self, model: Any, batch_BT: Tensor) -> dict[str, Tensor]:
         """KL(teacher, student), mean over tokens, and the distance."""
         states: list[Tensor] = []
         handles = [
             norm.register_forward_hook(lambda _, args, out: states.append(out))
-            for norm in (self._teacher.model.norm, model.model.norm)  # type: ignore[union-attr]
+            for norm in (self._teacher.model.norm, model.model.norm)
         ]
         with torch.no_grad():
             log_p = torch.log_softmax(
