@@ -5,12 +5,13 @@ latency` writes the file.
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated
 
 import numpy as np
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Field
 
+from rayprune.specs.errors import SpecError
 from rayprune.specs.section import Section, load_section
 
 
@@ -36,18 +37,18 @@ class LatencyTable(Section):
     without the block.
     """
 
-    @model_validator(mode="after")
-    def _has_all_groups(self) -> Self:
-        if missing := {"heads", "neurons"} - self.narrowed_ms.keys():
-            raise ValueError(
-                f"narrowed_ms lacks {sorted(missing)}; write the table with `rayprune latency`"
-            )
-        return self
-
     def layer(self, kept: Mapping[str, int]) -> float:
         """Milliseconds of a layer that keeps so many units: what each group saves is taken to add
         up, linear between measured sizes.
+
+        Raises:
+            SpecError: a group was not measured.
         """
+        if missing := sorted(kept.keys() - self.narrowed_ms.keys()):
+            raise SpecError(
+                f"budget.latency_table: narrowed_ms lacks {missing}; write the table with `rayprune"
+                " latency` for this model"
+            )
         return self.layer_ms + sum(
             self._narrowed(name, count) - self.layer_ms for name, count in kept.items()
         )

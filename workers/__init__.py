@@ -1,5 +1,5 @@
 """What is computed: torch code that runs in any process and knows nothing of Ray.
 
-`families`, `checkpoint`, `files`, `shards` and `config_patch` import no torch, so that planning
+The rooms `model` and `store` import no torch, so that planning
 stays fast.
 """

@@ -16,8 +16,8 @@ from rayprune.workers.calibration import (
     evaluation_windows,
     load_tokenizer,
 )
-from rayprune.workers.network.layers import read_tensors
 from rayprune.workers.network.load_check import check_loads
+from rayprune.workers.network.reading import read_tensors
 from rayprune.workers.passes.evaluate import window_losses
 from rayprune.workers.passes.gradients import added, squared_gradients
 from rayprune.workers.passes.sweep import check_computed_on
@@ -35,8 +35,6 @@ from rayprune.workers.store.shards import Node, grow_tree, merge_siblings, owned
 from rayprune.workers.store.storage import check_same_files
 from rayprune.workers.workbench import Receipt, Workbench, step
 
-HEADS = ("model.embed_tokens.weight", "lm_head.weight")
-"""Matrices that are one where embeddings are tied."""
 SquaresArrays = dict[Node, dict[str, np.ndarray]]
 """Summed squared gradients by node of the tree over their windows, as they go from worker to
 worker.
@@ -195,19 +193,18 @@ class SideSteps(Workbench):
         Raises:
             ModelError: it is another one.
         """
-        infos = {
-            name: self._checkpoint.tensors[name]
-            for name in HEADS
-            if name in self._checkpoint.tensors
-        }
-        if self._checkpoint.tied_embeddings and len(infos) == len(HEADS):
-            embedding_VD, head_VD = (read_tensors(self._checkpoint, infos)[name] for name in HEADS)
+        model, tensors = self._checkpoint.model, self._checkpoint.tensors
+        heads = (model.embedding, model.head)
+        infos = {name: tensors[name] for name in heads if name in tensors}
+        if model.tied and len(infos) == len(heads):
+            found = read_tensors(self._checkpoint, infos)
+            embedding_VD, head_VD = (found[name] for name in heads)
             if embedding_VD.shape != head_VD.shape or not all(
                 map(torch.equal, embedding_VD.split(1024), head_VD.split(1024))
             ):
                 raise ModelError(
-                    f"{self._checkpoint.path}: {HEADS[1]} differs from {HEADS[0]}, but config.json"
-                    " says that they are one: set tie_word_embeddings: false there"
+                    f"{self._checkpoint.path}: {model.head} differs from {model.embedding}, but"
+                    " config.json says that they are one: set tie_word_embeddings: false there"
                 )
         return {}, None
 

@@ -20,8 +20,9 @@ from rayprune.workers.machine.device import device_of, peak_memory_bytes
 from rayprune.workers.machine.memory import PeakMemory, give_back_free_memory
 from rayprune.workers.machine.scratch import Scratch
 from rayprune.workers.model.checkpoint import Checkpoint, open_checkpoint
-from rayprune.workers.model.families import UnitGroup, layer_prefix, unit_groups
-from rayprune.workers.network.layers import StreamedModel, read_tensors
+from rayprune.workers.model.description import Group
+from rayprune.workers.network.reading import consumer_weight
+from rayprune.workers.network.streamed import StreamedModel
 from rayprune.workers.numerics.statistics import Statistic, statistic_type
 from rayprune.workers.passes.sweep import micro_batches
 from rayprune.workers.store.layout import CACHE, CALIBRATION_TASK, TOKENS_FILE, task_folder
@@ -82,19 +83,15 @@ class Workbench:
         return open_checkpoint(Path(self.job.model.path))
 
     @cached_property
-    def _groups(self) -> dict[str, UnitGroup]:
-        return {group.name: group for group in unit_groups(self._checkpoint.config)}
+    def _groups(self) -> dict[str, Group]:
+        return {group.name: group for group in self._checkpoint.model.groups}
 
     @property
     def _dtype(self) -> torch.dtype:
         name = self.job.model.dtype
         if name == "auto":
-            on_disk = str(
-                self._checkpoint.config.get("dtype")
-                or self._checkpoint.config.get("torch_dtype")
-                or "float32"
-            )
-            name = "float32" if self.device.type == "cpu" else on_disk  # type: ignore[assignment]
+            on_cpu = self.device.type == "cpu"
+            name = "float32" if on_cpu else self._checkpoint.model.dtype  # type: ignore[assignment]
         return _torch_dtype(name)
 
     @cached_property
@@ -135,13 +132,8 @@ class Workbench:
         windows_ST = self._tokens(CALIBRATION_TASK)
         return [windows_ST[picked[number]][None] for number in numbers]
 
-    def _consumer_weight(self, layer: int, group: UnitGroup) -> Tensor:
-        name = f"{group.consumer}.weight"
-        return read_tensors(
-            self._checkpoint,
-            {name: self._checkpoint.layer_tensors(layer)[name]},
-            layer_prefix(layer),
-        )[name]
+    def _consumer_weight(self, layer: int, group: Group) -> Tensor:
+        return consumer_weight(self._checkpoint, layer, group.consumer)
 
     def _disk_dtype(self, tensor: Tensor) -> torch.dtype:
         return (

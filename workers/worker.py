@@ -17,11 +17,11 @@ from torch import Tensor
 from rayprune.specs.job import JobSpec
 from rayprune.specs.memory import MemoryPlan
 from rayprune.specs.methods import DressOptions
-from rayprune.workers.model.config_patch import needs_output_bias
-from rayprune.workers.model.families import config_int, layer_prefix
+from rayprune.workers.model.form import AS_IT_IS, Form
 from rayprune.workers.network import layers
-from rayprune.workers.network.layers import MicroBatch, read_tensors
+from rayprune.workers.network.reading import layer_tensors, read_tensors
 from rayprune.workers.network.slicing import Cut, CutArrays, pad_layer, slice_layer
+from rayprune.workers.network.streamed import MicroBatch
 from rayprune.workers.network.written import trained
 from rayprune.workers.numerics.correction import Correction, correct
 from rayprune.workers.numerics.linalg import unit_rows
@@ -61,7 +61,7 @@ class Worker(SideSteps):
     @cached_property
     def _sweep(self) -> Sweep:
         drift = self.job.correction.drift
-        drift_width = config_int(self._checkpoint.config, "hidden_size") if drift else 0
+        drift_width = self._checkpoint.model.hidden if drift else 0
         return Sweep(
             self._model,
             list(self._groups.values()),
@@ -281,9 +281,9 @@ class Worker(SideSteps):
         folder = task_folder(self.run_folder, name)
         forget_another(folder, task_fingerprint)
         module = train_layer(
-            self._model, layer, self._stream.passed(layer), self._groups, removed, method, folder
+            self._model, layer, self._stream.passed(layer), removed, method, folder
         )
-        infos, prefix = self._checkpoint.layer_tensors(layer), layer_prefix(layer)
+        infos, prefix = self._checkpoint.layer_tensors(layer), self._checkpoint.model.prefix(layer)
         tensors = trained(module.state_dict(), {key: info.dtype for key, info in infos.items()})
         write_tensors(
             folder / LAYER_FILE, {prefix + key: tensor for key, tensor in tensors.items()}
@@ -439,11 +439,16 @@ class Worker(SideSteps):
             task_folder(self.run_folder, layer_task(layer)),
             {cut.group: cut.units.tolist() for cut in cuts},
         )
-        if position is not None:
-            write_tensors(
-                folder / LAYER_FILE, self._written_tensors(layer, written, position, cuts)
-            )
         info = {"groups": groups, "kept": units, "computed_on": self._model.computed_on}
+        if position is not None:
+            form = self._form(written)
+            prefix = f"{form.layers_at or self._checkpoint.model.layers_at}.{position}."
+            tensors = form.layer(self._cut_layer(layer, written, cuts))
+            write_tensors(
+                folder / LAYER_FILE, {prefix + name: tensor for name, tensor in tensors.items()}
+            )
+            modules = {name: form.module(g.consumer.module) for name, g in self._groups.items()}
+            info["consumers"] = {name: f"{prefix}{m}.weight" for name, m in modules.items()}
         commit(
             folder,
             layer_task(layer),
@@ -452,36 +457,38 @@ class Worker(SideSteps):
             info,
         )
 
-    def _written_tensors(
-        self, layer: int, written: Mapping[str, int], position: int, cuts: Sequence[Cut]
+    def _form(self, written: Mapping[str, int]) -> Form:
+        """How the pruned model is written, of which every layer's file holds so many units; layers
+        of different sizes have the original's form.
+        """
+        if self.job.budget.per_layer and not self.job.export.pad:
+            return AS_IT_IS
+        return self._checkpoint.form(written, self.job.export.target)
+
+    def _cut_layer(
+        self, layer: int, written: Mapping[str, int], cuts: Sequence[Cut]
     ) -> dict[str, Tensor]:
-        """A pruned layer's tensors, by their names in the pruned model."""
-        export = self.job.export
-        tensors = read_tensors(
-            self._checkpoint, self._checkpoint.layer_tensors(layer), layer_prefix(layer)
-        )
+        """A pruned layer's tensors in their types on disk, by their names in the layer."""
+        tensors = layer_tensors(self._checkpoint, layer)
         dtypes = {name: self._disk_dtype(tensor) for name, tensor in tensors.items()}
         sliced = slice_layer(tensors, self._groups.values(), {cut.group: cut for cut in cuts})
-        if export.pad:
-            sliced = pad_layer(sliced, tensors, self._groups.values(), written)
-        if needs_output_bias(self._checkpoint.config, written, export.target):
-            weight_DK = sliced["self_attn.o_proj.weight"]
-            sliced["self_attn.o_proj.bias"] = weight_DK.new_zeros(len(weight_DK))
-            dtypes["self_attn.o_proj.bias"] = dtypes["self_attn.o_proj.weight"]
-        prefix = layer_prefix(position)
-        return {prefix + name: tensor.to(dtypes[name]) for name, tensor in sliced.items()}
+        if self.job.export.pad:
+            kept = self._checkpoint.model.units | {cut.group: len(cut.units) for cut in cuts}
+            sliced = pad_layer(sliced, tensors, self._groups.values(), kept, written)
+        return {name: tensor.to(dtypes[name]) for name, tensor in sliced.items()}
 
     @step
-    def write_outer(self, task_fingerprint: str) -> tuple[Receipt, None]:
-        """Write the embeddings, the last norm and the head (unless tied), unchanged but for the
-        type.
+    def write_outer(
+        self, task_fingerprint: str, written: Mapping[str, int] | None
+    ) -> tuple[Receipt, None]:
+        """Write what is outside the layers in its type on disk, in the form of a model whose layers
+        all hold so many units (None: they differ).
         """
-        tensors = read_tensors(self._checkpoint, self._checkpoint.outer_tensors)
+        found = read_tensors(self._checkpoint, self._checkpoint.outer_tensors)
+        tensors = {name: tensor.to(self._disk_dtype(tensor)) for name, tensor in found.items()}
+        form = AS_IT_IS if written is None else self._form(written)
         folder = task_folder(self.run_folder, OUTER_TASK)
-        write_tensors(
-            folder / OUTER_FILE,
-            {name: tensor.to(self._disk_dtype(tensor)) for name, tensor in tensors.items()},
-        )
+        write_tensors(folder / OUTER_FILE, form.outer(tensors))
         commit(folder, OUTER_TASK, task_fingerprint, [OUTER_FILE], {})
         return {}, None
 

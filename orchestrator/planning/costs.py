@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 from rayprune.orchestrator.planning.group_memory import factorisation_bytes, statistics_bytes
+from rayprune.orchestrator.planning.layer_kinds import LayerKind
 from rayprune.orchestrator.planning.messages import layer_messages
 from rayprune.orchestrator.planning.workload import (
     Workload,
@@ -17,7 +18,7 @@ from rayprune.orchestrator.planning.workload import (
     num_waves,
 )
 from rayprune.specs.memory import MemoryPlan
-from rayprune.workers.model.shapes import CoupledGroup, LayerKind
+from rayprune.workers.model.description import Group
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def forward_flops(load: Workload, kind: LayerKind) -> int:
     return load.tokens * (2 * kind.active_parameters + load.sequence_length * kind.attention_width)
 
 
-def statistics_flops(load: Workload, group: CoupledGroup) -> int:
+def statistics_flops(load: Workload, group: Group) -> int:
     """T F^2, half of the product, for the blocks a token passes through; rows cost nothing, their R
     factor 2 T F^2.
 
@@ -141,7 +142,7 @@ def statistics_flops(load: Workload, group: CoupledGroup) -> int:
     )
 
 
-def selection_flops(load: Workload, group: CoupledGroup) -> int:
+def selection_flops(load: Workload, group: Group) -> int:
     """Ranking the units, for every block, by method.
 
     stat: pivoting, F^3/3 on a Gram matrix, 4 n^2 F on rows. obs: an inverse F^3, and 2 P F (F + D)
@@ -160,7 +161,7 @@ def selection_flops(load: Workload, group: CoupledGroup) -> int:
     return group.count * flops.get(load.method, 0)
 
 
-def correction_flops(load: Workload, group: CoupledGroup) -> int:
+def correction_flops(load: Workload, group: Group) -> int:
     """For every candidate, and three times for the rest: K^3/3 + 2 K^2 D + F^2 D; on rows 6 M^3 + 3
     M^2 D + 2 n (F + K) D, and one QR.
     """

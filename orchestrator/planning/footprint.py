@@ -8,9 +8,10 @@ from dataclasses import astuple, dataclass
 
 from rayprune.specs.job import BudgetSpec, ExportSpec, JobSpec
 from rayprune.specs.latency import load_latency
-from rayprune.workers.model.checkpoint import DTYPES, PLANNED_BYTES, Checkpoint, TensorInfo
-from rayprune.workers.model.config_patch import needs_output_bias
-from rayprune.workers.model.families import config_int, unit_groups
+from rayprune.workers.model.checkpoint import PLANNED_BYTES, Checkpoint, TensorInfo
+from rayprune.workers.model.config import DTYPES
+from rayprune.workers.model.description import Shapes
+from rayprune.workers.model.form import AS_IT_IS, Form
 
 
 @dataclass(frozen=True)
@@ -37,25 +38,22 @@ def footprint(
     """The footprint of the model that keeps so many units per group in each of its layers; all of
     them, or none, are allowed.
     """
-    table = job.budget.latency_table
-    outer = {
-        name: (info.shape, _element_bytes(info, job.export))
-        for name, info in checkpoint.outer_tensors.items()
-    }
-    head = config_int(checkpoint.config, "vocab_size") * config_int(
-        checkpoint.config, "hidden_size"
-    )
+    table, model = job.budget.latency_table, checkpoint.model
+    uniform = len(layers) > 0 and all(kept == layers[0] for kept in layers)
+    form = checkpoint.form(layers[0], job.export.target) if uniform else AS_IT_IS
+    shapes = form.outer_shapes({n: info.shape for n, info in checkpoint.outer_tensors.items()})
+    outer = _sizes(shapes, checkpoint.outer_tensors, job.export)
     outside_ms = load_latency(table).outer_ms if table else 0.0
     around = Footprint(
         0,
         sum(math.prod(shape) for shape, _ in outer.values()),
         _num_bytes(outer),
-        2 * head,
+        2 * model.vocabulary * model.hidden,
         0,
         outside_ms,
     )
     alike = [tuple(kept.items()) for kept in layers]
-    each = {items: layer_footprint(checkpoint, dict(items), job) for items in set(alike)}
+    each = {items: layer_footprint(checkpoint, dict(items), job, form) for items in set(alike)}
     return footprint_sum([around, *(each[items] for items in alike)])
 
 
@@ -64,27 +62,26 @@ def footprint_sum(parts: Iterable[Footprint]) -> Footprint:
     return Footprint(*map(sum, zip(*map(astuple, parts), strict=True)))
 
 
-def layer_footprint(checkpoint: Checkpoint, kept: Mapping[str, int], job: JobSpec) -> Footprint:
-    """The footprint of one layer that keeps so many units per group; one that keeps nothing is left
-    out.
+def layer_footprint(
+    checkpoint: Checkpoint, kept: Mapping[str, int], job: JobSpec, form: Form = AS_IT_IS
+) -> Footprint:
+    """The footprint of one layer that keeps so many units per group, written in a form; one that
+    keeps nothing is left out.
     """
     if not any(kept.values()):
         return Footprint(0, 0, 0, 0, 0)
-    export, table = job.export, job.budget.latency_table
-    layer = _kept_layer(checkpoint, kept, export)
+    export, table, dense = job.export, job.budget.latency_table, checkpoint.model.layers[0]
+    infos = checkpoint.layer_tensors(0)
+    layer = _sizes(form.layer_shapes(dense.cut_shapes(kept)), infos, export)
     parameters = sum(math.prod(shape) for shape, _ in layer.values())
     matrices = sum(math.prod(shape) for shape, _ in layer.values() if len(shape) == 2)
-    keys = unit_groups(checkpoint.config)[0].producers[1]
-    key_bytes = _element_bytes(checkpoint.layer_tensors(0)[f"{keys.module}.weight"], export)
-    milliseconds = load_latency(table).layer(kept) if table else 0.0
-    return Footprint(
-        parameters,
-        parameters,
-        _num_bytes(layer),
-        2 * matrices,
-        2 * kept["heads"] * keys.rows * key_bytes,
-        milliseconds,
+    cached = sum(
+        kept[group.name] * group.cached * _element_bytes(infos[group.axes[0].tensor], export)
+        for group in dense.groups
+        if group.cached
     )
+    milliseconds = load_latency(table).layer(kept) if table else 0.0
+    return Footprint(parameters, parameters, _num_bytes(layer), 2 * matrices, cached, milliseconds)
 
 
 Sizes = dict[str, tuple[tuple[int, ...], int]]
@@ -99,26 +96,13 @@ def _element_bytes(info: TensorInfo, export: ExportSpec) -> int:
     return PLANNED_BYTES[info.dtype if export.dtype == "auto" else DTYPES[export.dtype]]
 
 
-def _kept_layer(checkpoint: Checkpoint, kept: Mapping[str, int], export: ExportSpec) -> Sizes:
-    """A layer's tensors as they will be written."""
-    infos = checkpoint.layer_tensors(0)
-    shapes = {name: info.shape for name, info in infos.items()}
-    for group in unit_groups(checkpoint.config):
-        if kept[group.name] == 0:
-            shapes = {name: shape for name, shape in shapes.items() if not group.holds(name)}
-            continue
-        for producer in group.producers:
-            for name in {f"{producer.module}.weight", f"{producer.module}.bias"} & shapes.keys():
-                shapes[name] = (producer.rows * kept[group.name], *shapes[name][1:])
-        shapes[f"{group.consumer}.weight"] = (
-            shapes[f"{group.consumer}.weight"][0],
-            group.columns * kept[group.name],
-        )
-    sizes = {name: (shape, _element_bytes(infos[name], export)) for name, shape in shapes.items()}
-    if needs_output_bias(checkpoint.config, kept, export.target):
-        (outputs, _), size = sizes["self_attn.o_proj.weight"]
-        sizes["self_attn.o_proj.bias"] = ((outputs,), size)
-    return sizes
+def _sizes(shapes: Shapes, infos: Mapping[str, TensorInfo], export: ExportSpec) -> Sizes:
+    """Tensors as they will be written; those that the form adds, in the widest type of the rest."""
+    widest = max(_element_bytes(info, export) for info in infos.values())
+    return {
+        name: (shape, _element_bytes(infos[name], export) if name in infos else widest)
+        for name, shape in shapes.items()
+    }
 
 
 def limits(budget: BudgetSpec, dense_decoder_parameters: int) -> dict[str, float]:

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 from rayprune.orchestrator.planning.workload import Workload, block_tokens, factorised_rows, in_rows
 from rayprune.workers.machine.blocks import BLOCK_ROWS
-from rayprune.workers.model.shapes import CoupledGroup
+from rayprune.workers.model.description import Group
 
 BLOCKS = 3
 """Blocks of output rows that are held at once: the weight, its change, a product."""
 
 
-def gram_bytes(load: Workload, group: CoupledGroup) -> int:
+def gram_bytes(load: Workload, group: Group) -> int:
     """One Gram matrix for every block, count F^2 8; with drift its product with Z beside it, F
     D 8.
     """
@@ -25,7 +25,7 @@ def gram_bytes(load: Workload, group: CoupledGroup) -> int:
     )
 
 
-def statistics_bytes(load: Workload, group: CoupledGroup) -> int:
+def statistics_bytes(load: Workload, group: Group) -> int:
     """Training and held-out statistic: two Gram matrices (or R factors) for every block; rows, of
     which each is in one, once.
     """
@@ -34,7 +34,7 @@ def statistics_bytes(load: Workload, group: CoupledGroup) -> int:
     return 2 * gram_bytes(load, group)
 
 
-def partial_bytes(load: Workload, group: CoupledGroup) -> int:
+def partial_bytes(load: Workload, group: Group) -> int:
     """Statistics of one worker while it collects its shards: a sum for every level of their merge
     tree, or its share of the rows.
     """
@@ -60,7 +60,7 @@ class Decision:
         return self.plain + (0 if in_files else self.spillable)
 
 
-def r_factor_bytes(load: Workload, group: CoupledGroup) -> Decision:
+def r_factor_bytes(load: Workload, group: Group) -> Decision:
     """While collected rows become their R factor: two factors, or one and a micro-batch, a copy
     that QR works on, the new one twice.
     """
@@ -70,7 +70,7 @@ def r_factor_bytes(load: Workload, group: CoupledGroup) -> Decision:
     return Decision(8 * rows * group.width, 8 * (rows + 2 * group.width) * group.width)
 
 
-def decision_bytes(load: Workload, group: CoupledGroup) -> Decision:
+def decision_bytes(load: Workload, group: Group) -> Decision:
     """The larger of selecting and correcting; the corrected weight D K w lies beside the original,
     on the host.
     """
@@ -86,7 +86,7 @@ def decision_bytes(load: Workload, group: CoupledGroup) -> Decision:
     return Decision(largest.spillable, max(moment.plain for moment in moments) + result)
 
 
-def _selection_bytes(load: Workload, group: CoupledGroup) -> Decision:
+def _selection_bytes(load: Workload, group: Group) -> Decision:
     """What ranking the units takes beside the statistic, by method.
 
     stat: pivoting destroys a scaled copy, F^2 8 or of rows n F 8. obs: the swept matrix and the
@@ -103,7 +103,7 @@ def _selection_bytes(load: Workload, group: CoupledGroup) -> Decision:
     return Decision(8 * width * numbers.get(load.method, 0), 0)
 
 
-def _correction_bytes(load: Workload, group: CoupledGroup) -> list[Decision]:
+def _correction_bytes(load: Workload, group: Group) -> list[Decision]:
     """Moments of a correction.
 
     Gram: targets D K 8 with the pruned part P K 8, then with the factor K^2 8 (twice on a GPU).
@@ -129,6 +129,6 @@ def _correction_bytes(load: Workload, group: CoupledGroup) -> list[Decision]:
     ]
 
 
-def factorisation_bytes(load: Workload, group: CoupledGroup) -> int:
+def factorisation_bytes(load: Workload, group: Group) -> int:
     """One decision, all of it in memory."""
     return decision_bytes(load, group).held(in_files=False)

@@ -5,9 +5,10 @@ placement `layers`.
 import math
 
 from rayprune.orchestrator.planning.group_memory import gram_bytes, statistics_bytes
+from rayprune.orchestrator.planning.layer_kinds import LayerKind
 from rayprune.orchestrator.planning.workload import Workload, in_rows, num_chunks, num_waves
 from rayprune.specs.memory import MemoryPlan
-from rayprune.workers.model.shapes import CoupledGroup, LayerKind
+from rayprune.workers.model.description import Group
 from rayprune.workers.store.shards import even_parts, owned_nodes, roots
 
 
@@ -23,7 +24,7 @@ def layer_messages(load: Workload, choice: MemoryPlan, kind: LayerKind) -> tuple
     )
 
 
-def _group_messages(load: Workload, group: CoupledGroup) -> tuple[float, float]:
+def _group_messages(load: Workload, group: Group) -> tuple[float, float]:
     """Placement `shards`: what goes up the reduction, and the cut that goes to all other
     workers.
     """
@@ -34,11 +35,11 @@ def _group_messages(load: Workload, group: CoupledGroup) -> tuple[float, float]:
     )
 
 
-def _cut_bytes(load: Workload, group: CoupledGroup) -> int:
+def _cut_bytes(load: Workload, group: Group) -> int:
     return group.count * load.hidden * load.columns(group) * load.written_element_bytes
 
 
-def _payload_bytes(load: Workload, group: CoupledGroup, part: range) -> int:
+def _payload_bytes(load: Workload, group: Group, part: range) -> int:
     """Statistics of a range of shards: a Gram matrix for each of the largest tree nodes it covers,
     or its rows.
     """

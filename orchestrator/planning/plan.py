@@ -11,13 +11,13 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rayprune.orchestrator.planning.costs import LayerCost, Traffic, layer_costs, traffic
+from rayprune.orchestrator.planning.layer_kinds import layer_kinds
 from rayprune.orchestrator.planning.memory_choice import MemoryNeeds, choose_memory, memory_needs
-from rayprune.orchestrator.planning.shapes import Shape, open_shapes, planned_shape, units_by_group
+from rayprune.orchestrator.planning.shapes import Shape, open_shapes, planned_shape
 from rayprune.orchestrator.planning.timing import Stage, stages
 from rayprune.orchestrator.planning.workload import (
     Workload,
     in_rows,
-    layer_kinds,
     tokens_per_neuron,
     workload_of,
 )
@@ -28,7 +28,7 @@ from rayprune.specs.machine import MachineProfile
 from rayprune.specs.memory import MemoryPlan
 from rayprune.specs.methods import DressOptions, TrspOptions
 from rayprune.workers.model.checkpoint import Checkpoint
-from rayprune.workers.model.families import unit_groups, why_not_pruned
+from rayprune.workers.model.description import Model
 from rayprune.workers.store.layout import (
     CALIBRATION_TASK,
     EVALUATION_TASK,
@@ -66,6 +66,8 @@ class PlannedModel:
     has_weights: bool
     num_layers: int
     units: dict[str, int]
+    titles: dict[str, str]
+    """What the units of every group are called."""
     parameters: int
     active_parameters: int
     decoder_parameters: int
@@ -169,24 +171,24 @@ def make_plan(job: JobSpec, checkpoint: Checkpoint, machine: MachineProfile | No
         ModelError: the model's layers differ in size.
         ResourceError: a worker needs more than it may use.
     """
-    if checkpoint.config.get("per_layer_config"):
+    model = checkpoint.model
+    if model.layers_differ:
         raise ModelError(
             f"{checkpoint.path}: its layers differ in size; such a model is not pruned again: prune"
             " the original further"
         )
-    kinds, not_pruned = layer_kinds(checkpoint), why_not_pruned(checkpoint.config)
-    shapes = (
-        (planned_shape(job, checkpoint, kinds),) if not_pruned else open_shapes(job, checkpoint)
-    )
+    kinds = layer_kinds(checkpoint)
+    planned = model.not_pruned is not None
+    shapes = (planned_shape(job, checkpoint, kinds),) if planned else open_shapes(job, checkpoint)
     if job.budget.per_layer:
         shapes = shapes[:1]  # what is removed from the mean layer
     load = workload_of(job, checkpoint, kinds, shapes, _on_gpu(job, machine))
-    _check_drift(job, checkpoint, load, not_pruned)
+    _check_drift(model, load)
     limit, limit_name = _memory_limit(job, machine)
     memory = choose_memory(load, limit, limit_name)
     timed = stages(load, memory, machine)
     return Plan(
-        model=_planned_model(checkpoint, load, not_pruned),
+        model=_planned_model(checkpoint, load),
         shapes=shapes,
         tasks=_tasks(job, checkpoint.num_layers, shapes[0], len(shapes)),
         workers=load.workers,
@@ -207,16 +209,14 @@ def make_plan(job: JobSpec, checkpoint: Checkpoint, machine: MachineProfile | No
     )
 
 
-def _check_drift(
-    job: JobSpec, checkpoint: Checkpoint, load: Workload, not_pruned: str | None
-) -> None:
+def _check_drift(model: Model, load: Workload) -> None:
     """Refuse to make up for drift where it is not known or not kept."""
     if not load.corrects_drift:
         return
-    if not_pruned or any(group.stream is None for group in unit_groups(checkpoint.config)):
+    if model.not_pruned or any(group.block.scale is None for group in model.groups):
         raise SpecError(
-            f"correction.drift: model_type {checkpoint.config['model_type']} does not add its"
-            " blocks' outputs to the stream as they are; set it to 0"
+            f"correction.drift: model_type {model.model_type} does not add its blocks' outputs to"
+            " the stream as they are; set it to 0"
         )
     if rows := [group for kind in load.kinds for group in kind.groups if in_rows(load, group)]:
         raise SpecError(
@@ -226,14 +226,16 @@ def _check_drift(
         )
 
 
-def _planned_model(checkpoint: Checkpoint, load: Workload, not_pruned: str | None) -> PlannedModel:
+def _planned_model(checkpoint: Checkpoint, load: Workload) -> PlannedModel:
+    model = checkpoint.model
     return PlannedModel(
         model_identity=checkpoint.identity,
-        model_type=str(checkpoint.config["model_type"]),
-        not_pruned=not_pruned,
+        model_type=model.model_type,
+        not_pruned=model.not_pruned,
         has_weights=checkpoint.has_weights,
         num_layers=checkpoint.num_layers,
-        units=units_by_group(load.kinds),
+        units=model.units,
+        titles={group.name: group.title for group in model.groups},
         parameters=checkpoint.parameters,
         active_parameters=load.active_parameters + load.outer_parameters,
         decoder_parameters=checkpoint.decoder_parameters,

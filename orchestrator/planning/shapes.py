@@ -7,16 +7,14 @@ as many neurons as the budget allows beside its KV groups.
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
 from rayprune.orchestrator.planning.footprint import Footprint, exceeded, footprint, limits
+from rayprune.orchestrator.planning.layer_kinds import LayerKind
 from rayprune.specs.errors import SpecError
 from rayprune.specs.job import JobSpec
 from rayprune.specs.methods import TrspOptions
 from rayprune.workers.model.checkpoint import Checkpoint
-from rayprune.workers.model.config_patch import layer_lists, patched_config
-from rayprune.workers.model.families import unit_groups
-from rayprune.workers.model.shapes import LayerKind
 
 MAX_OPEN_SHAPES = 4
 
@@ -29,26 +27,24 @@ class Shape:
     See `Footprint`; None where it is only planned.
     """
 
-    heads: int
-    neurons: int
+    kept: Mapping[str, int]
+    """Units per coupled group that stay in every layer; the most, where layers differ."""
     decoder_parameters: int
     parameters: int
     weight_bytes: int | None = None
     flops_per_token: int | None = None
     kv_bytes_per_token: int | None = None
     latency_ms: float | None = None
-    others: dict[str, int] = field(default_factory=dict)
-    """Units of further groups, such as the experts' channels where some layers have none."""
     layers: tuple[Mapping[str, int], ...] = ()
     """Units per coupled group of every layer, where layers differ."""
 
     def kept_in(self, layer: int) -> dict[str, int]:
         """Units per coupled group that stay in one layer."""
-        return dict(self.layers[layer]) if self.layers else self.kept
+        return dict(self.layers[layer] if self.layers else self.kept)
 
     def written_in(self, layer: int, pad: bool) -> dict[str, int]:
         """Units of one layer in its file: with `pad` as many as the layer with most keeps."""
-        return self.kept if pad else self.kept_in(layer)
+        return dict(self.kept) if pad else self.kept_in(layer)
 
     def position(self, layer: int) -> int | None:
         """The number that a layer has among those of which something stays; None: nothing does, it
@@ -65,21 +61,8 @@ class Shape:
     @property
     def narrowest(self) -> dict[str, int]:
         """Units per coupled group; the fewest of any layer."""
-        return (
-            {name: min(kept[name] for kept in self.layers) for name in self.kept}
-            if self.layers
-            else self.kept
-        )
-
-    @property
-    def kept(self) -> dict[str, int]:
-        """Units per coupled group that stay in every layer; the most, where layers differ."""
-        return {"heads": self.heads, "neurons": self.neurons} | self.others
-
-
-def units_by_group(kinds: tuple[LayerKind, ...]) -> dict[str, int]:
-    """Units of every coupled group that some layer has, in layer order."""
-    return {group.name: group.num_units for kind in kinds for group in kind.groups}
+        layers = self.layers or (self.kept,)
+        return {name: min(kept[name] for kept in layers) for name in self.kept}
 
 
 def open_shapes(job: JobSpec, checkpoint: Checkpoint) -> tuple[Shape, ...]:
@@ -90,7 +73,7 @@ def open_shapes(job: JobSpec, checkpoint: Checkpoint) -> tuple[Shape, ...]:
     Raises:
         SpecError: none meets the budget and loads.
     """
-    dense = {group.name: group.num_units for group in unit_groups(checkpoint.config)}
+    dense = checkpoint.model.units
     if not exceeded(
         _uniform(job, checkpoint, dense), limits(job.budget, checkpoint.decoder_parameters)
     ):
@@ -100,19 +83,12 @@ def open_shapes(job: JobSpec, checkpoint: Checkpoint) -> tuple[Shape, ...]:
         )
     if isinstance(job.method, TrspOptions):
         return (_fewer_layers(job, job.method, checkpoint, dense),)
-    groups = dense["heads"]
-    if job.budget.kv_groups != "auto":
-        if job.budget.kv_groups > groups:
-            raise SpecError(
-                f"budget.kv_groups: {job.budget.kv_groups} is more than the model's {groups}"
-            )
-        candidates = [job.budget.kv_groups]
-    else:
-        candidates = list(range(groups, 0, -max(1, groups // 8)))
+    if job.budget.per_layer and not job.export.pad and checkpoint.model.sized_alike:
+        raise SpecError(f"budget.per_layer: {checkpoint.model.sized_alike}; set export.pad: true")
     shapes, refusals = [], []
-    for num_heads in candidates:
+    for kv_groups in _open_kv_groups(job, checkpoint):
         try:
-            shapes.append(_widest(job, checkpoint, num_heads))
+            shapes.append(_widest(job, checkpoint, kv_groups))
         except SpecError as error:
             refusals.append(str(error))
         if len(shapes) == MAX_OPEN_SHAPES:
@@ -124,13 +100,27 @@ def open_shapes(job: JobSpec, checkpoint: Checkpoint) -> tuple[Shape, ...]:
     return tuple(shapes)
 
 
+def _open_kv_groups(job: JobSpec, checkpoint: Checkpoint) -> list[int]:
+    """Numbers of KV groups that may stay, the most first."""
+    attention = [group for group in checkpoint.model.groups if group.kind == "attention"]
+    most = max(group.num_units for group in attention)
+    if job.budget.kv_groups != "auto":
+        if job.budget.kv_groups > most:
+            raise SpecError(
+                f"budget.kv_groups: {job.budget.kv_groups} is more than the model's {most}"
+            )
+        return [job.budget.kv_groups]
+    if any(group.fixed for group in attention):
+        return [most]
+    return list(range(most, 0, -max(1, most // 8)))
+
+
 def _uniform(job: JobSpec, checkpoint: Checkpoint, kept: Mapping[str, int]) -> Footprint:
     """The footprint of a model whose layers are all alike.
 
     Raises:
         SpecError: no loader takes it.
     """
-    patched_config(checkpoint.config, kept, job.export.target, job.export.dtype)
     return footprint(checkpoint, [kept] * checkpoint.num_layers, job)
 
 
@@ -144,20 +134,17 @@ def uneven_shape(
             slot.
     """
     stay = [layer for layer, kept in enumerate(layers) if any(kept.values())]
-    types = layer_lists(checkpoint.config).get("layer_types")
-    if (
-        types
-        and stay
-        and not job.export.pad
-        and not any(layers[layer]["heads"] for layer in stay if types[layer] == types[stay[0]])
-    ):
+    caches, attention = checkpoint.model.caches, checkpoint.model.names_of("attention")
+    first = [layer for layer in stay if caches and caches[layer] == caches[stay[0]]]
+    attends = any(layers[layer][name] for layer in first for name in attention)
+    if first and not job.export.pad and not attends:
         raise SpecError(
-            f"no layer of {types[stay[0]]} would keep its attention; set export.pad: true, or lower"
-            " budget.allocation.most"
+            f"no layer of {caches[stay[0]]} would keep its attention; set export.pad: true, or"
+            " lower budget.allocation.most"
         )
     most = {name: max(kept[name] for kept in layers) for name in layers[0]}
     size = footprint(checkpoint, layers, job)
-    return Shape(most["heads"], most["neurons"], **asdict(size), layers=tuple(map(dict, layers)))
+    return Shape(most, **asdict(size), layers=tuple(map(dict, layers)))
 
 
 def _fewer_layers(
@@ -187,30 +174,32 @@ def _fewer_layers(
     return shape
 
 
-def _widest(job: JobSpec, checkpoint: Checkpoint, num_heads: int) -> Shape:
+def _widest(job: JobSpec, checkpoint: Checkpoint, kv_groups: int) -> Shape:
     """The widest FFN that, with so many KV groups, meets every target.
 
     Raises:
         SpecError: there is none, or no loader takes it.
     """
-    budget, neurons = job.budget, unit_groups(checkpoint.config)[1].num_units
+    budget, model = job.budget, checkpoint.model
+    most = max(model.units[name] for name in model.names_of("ffn"))
     allowed = limits(budget, checkpoint.decoder_parameters)
 
-    def size(width: int) -> Footprint:
-        return _uniform(job, checkpoint, {"heads": num_heads, "neurons": width})
+    def kept(width: int) -> dict[str, int]:
+        counts = {"attention": kv_groups, "ffn": width}
+        return {group.name: min(group.num_units, counts[group.kind]) for group in model.groups}
 
-    widths = [
-        neurons,
-        *range((neurons - 1) // budget.round_to * budget.round_to, 0, -budget.round_to),
-    ]
+    def size(width: int) -> Footprint:
+        return _uniform(job, checkpoint, kept(width))
+
+    widths = [most, *range((most - 1) // budget.round_to * budget.round_to, 0, -budget.round_to)]
     place = bisect_left(widths, True, key=lambda width: not exceeded(size(width), allowed))
     if place == len(widths):
         changes = ", ".join(exceeded(size(widths[-1]), allowed))
         raise SpecError(
-            f"with {num_heads} KV groups no FFN width of at least budget.round_to"
+            f"with {kv_groups} KV groups no FFN width of at least budget.round_to"
             f" ({budget.round_to}) is left; {changes}, or lower budget.round_to or budget.kv_groups"
         )
-    return Shape(num_heads, widths[place], **asdict(size(widths[place])))
+    return Shape(kept(widths[place]), **asdict(size(widths[place])))
 
 
 def planned_shape(job: JobSpec, checkpoint: Checkpoint, kinds: tuple[LayerKind, ...]) -> Shape:
@@ -225,29 +214,21 @@ def planned_shape(job: JobSpec, checkpoint: Checkpoint, kinds: tuple[LayerKind, 
         raise SpecError(
             "budget: a model that is only planned takes sparsity alone; leave the other targets out"
         )
-    units = units_by_group(kinds)
-    heads = (
-        units["heads"]
-        if job.budget.kv_groups == "auto"
-        else min(job.budget.kv_groups, units["heads"])
-    )
-    steps = max(units.values()) // job.budget.round_to
+    model, budget = checkpoint.model, job.budget
+    attention = {
+        name: model.units[name] if budget.kv_groups == "auto" else budget.kv_groups
+        for name in model.names_of("attention")
+    }
+    attention = {name: min(count, model.units[name]) for name, count in attention.items()}
+    steps = max(model.units.values()) // budget.round_to
     for step in range(steps, 0, -1):
-        kept = {
-            name: _part(count, step / steps, job.budget.round_to) for name, count in units.items()
-        } | {"heads": heads}
+        part = step / steps
+        narrowed = {n: _part(count, part, budget.round_to) for n, count in model.units.items()}
+        kept = narrowed | attention
         removed = sum(kind.num_layers * _removed(kind, kept) for kind in kinds)
         if removed >= sparsity * checkpoint.decoder_parameters - 1e-6:
-            others = {
-                name: count for name, count in kept.items() if name not in ("heads", "neurons")
-            }
-            return Shape(
-                heads,
-                kept["neurons"],
-                checkpoint.decoder_parameters - removed,
-                checkpoint.parameters - removed,
-                others=others,
-            )
+            dense, whole = checkpoint.decoder_parameters, checkpoint.parameters
+            return Shape(kept, dense - removed, whole - removed)
     raise SpecError(
         f"budget: no shape removes {sparsity:.1%} of the decoder; lower budget.sparsity or"
         " budget.round_to"

@@ -12,6 +12,7 @@ from rayprune.orchestrator.planning.group_memory import (
     r_factor_bytes,
     statistics_bytes,
 )
+from rayprune.orchestrator.planning.layer_kinds import LayerKind
 from rayprune.orchestrator.planning.workload import (
     CANDIDATES_AT_ONCE,
     GRADIENT_WINDOWS_AT_ONCE,
@@ -22,7 +23,7 @@ from rayprune.orchestrator.planning.workload import (
 )
 from rayprune.specs.memory import MemoryPlan
 from rayprune.workers.machine.blocks import CONVERTED_BYTES
-from rayprune.workers.model.shapes import CoupledGroup, LayerKind
+from rayprune.workers.model.description import Group
 
 Kinds = dict[str, int]
 """Bytes by kind."""
@@ -162,19 +163,19 @@ def _activations(load: Workload) -> Kinds:
     return {"activations": ACTIVATIONS * load.batch_tokens * load.active_width * load.element_bytes}
 
 
-def _collected(load: Workload, choice: MemoryPlan, kind: LayerKind, group: CoupledGroup) -> int:
+def _collected(load: Workload, choice: MemoryPlan, kind: LayerKind, group: Group) -> int:
     if load.placement == "layers":
         return _chunk_statistics(load, choice, kind)
     return 0 if choice.spill_statistics else partial_bytes(load, group)
 
 
-def _decided(load: Workload, choice: MemoryPlan, kind: LayerKind, group: CoupledGroup) -> int:
+def _decided(load: Workload, choice: MemoryPlan, kind: LayerKind, group: Group) -> int:
     if load.placement == "layers":
         return _chunk_statistics(load, choice, kind)
     return 0 if choice.spill_statistics else statistics_bytes(load, group)
 
 
-def _payloads(load: Workload, group: CoupledGroup) -> Kinds:
+def _payloads(load: Workload, group: Group) -> Kinds:
     """One process, placement `shards`: Gram matrices as they were handed over, of which the
     decision makes copies; rows are not copied.
     """
@@ -182,12 +183,12 @@ def _payloads(load: Workload, group: CoupledGroup) -> Kinds:
     return {"payloads": statistics_bytes(load, group)} if copied else {}
 
 
-def _factorising(load: Workload, choice: MemoryPlan, group: CoupledGroup) -> Kinds:
+def _factorising(load: Workload, choice: MemoryPlan, group: Group) -> Kinds:
     needed = r_factor_bytes(load, group).held(choice.spill_statistics)
     return {"factorisation": needed} if needed else {}
 
 
-def _deciding(load: Workload, choice: MemoryPlan, group: CoupledGroup) -> int:
+def _deciding(load: Workload, choice: MemoryPlan, group: Group) -> int:
     return decision_bytes(load, group).held(choice.spill_statistics)
 
 

@@ -10,21 +10,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from rayprune.orchestrator.planning.shapes import Shape, units_by_group
+from rayprune.orchestrator.planning.layer_kinds import LayerKind
+from rayprune.orchestrator.planning.shapes import Shape
 from rayprune.specs.allocation import CurvesAllocation, SearchAllocation, ThresholdAllocation
 from rayprune.specs.job import JobSpec
 from rayprune.specs.memory import MemoryPlan
 from rayprune.specs.methods import DressOptions, TrspOptions
 from rayprune.specs.training import TrainingSpec
-from rayprune.workers.model.checkpoint import PLANNED_BYTES, Checkpoint, config_dtype
-from rayprune.workers.model.families import config_int
-from rayprune.workers.model.shapes import (
-    CoupledGroup,
-    LayerKind,
-    alike_layers,
-    attention_width,
-    coupled_groups,
-)
+from rayprune.workers.model.checkpoint import PLANNED_BYTES, Checkpoint
+from rayprune.workers.model.config import DTYPES
+from rayprune.workers.model.description import Group, Model
 
 CANDIDATES_AT_ONCE = 32
 """Allocations whose divergences are measured in one pass over the layers: what bounds the hidden
@@ -146,7 +141,7 @@ class Workload:
         """Layers of the worker with the most, placement `layers`."""
         return math.ceil(self.num_layers / self.workers)
 
-    def pruned(self, kind: LayerKind) -> list[CoupledGroup]:
+    def pruned(self, kind: LayerKind) -> list[Group]:
         """Groups of a layer that lose units."""
         return [group for group in kind.groups if group.name in self.kept]
 
@@ -155,13 +150,13 @@ class Workload:
         """Whether this pass, or one of its phases, has a dense path beside the pruned one."""
         return self.drift and self.corrects and self.propagation != "dense"
 
-    def decided(self, kind: LayerKind) -> list[CoupledGroup]:
+    def decided(self, kind: LayerKind) -> list[Group]:
         """Groups of a layer that have statistics: those that lose units, with drift to make up for
         all of them.
         """
         return list(kind.groups) if self.corrects_drift else self.pruned(kind)
 
-    def columns(self, group: CoupledGroup) -> int:
+    def columns(self, group: Group) -> int:
         """K: columns of a consumer's input that stay."""
         return self.kept.get(group.name, group.num_units) * group.columns
 
@@ -215,26 +210,26 @@ class Workload:
         }
 
 
-def block_tokens(load: Workload, group: CoupledGroup) -> int:
+def block_tokens(load: Workload, group: Group) -> int:
     """n: tokens that reach one block of a group, routing taken as even."""
     return math.ceil(load.tokens * group.active / group.count)
 
 
-def in_rows(load: Workload, group: CoupledGroup) -> bool:
+def in_rows(load: Workload, group: Group) -> bool:
     """Whether rows are kept instead of a Gram matrix: asked for, or fewer tokens than columns reach
     a consumer.
     """
     return load.exact or block_tokens(load, group) < group.width
 
 
-def factorised_rows(load: Workload, group: CoupledGroup) -> int:
+def factorised_rows(load: Workload, group: Group) -> int:
     """Rows of the matrix that is factorised: F, or n where that is less and rows are kept."""
     return min(block_tokens(load, group), group.width) if in_rows(load, group) else group.width
 
 
 def tokens_per_neuron(load: Workload) -> float:
     """Calibration tokens that reach a block, per channel of it; of FFN and experts, the least."""
-    groups = [group for kind in load.kinds for group in kind.groups if group.name != "heads"]
+    groups = [group for kind in load.kinds for group in kind.groups if group.kind == "ffn"]
     return min(block_tokens(load, group) / group.num_units for group in groups)
 
 
@@ -254,34 +249,6 @@ def num_waves(load: Workload, choice: MemoryPlan) -> int:
     return math.ceil(load.num_layers / (load.workers * choice.layers_per_chunk))
 
 
-def layer_kinds(checkpoint: Checkpoint) -> tuple[LayerKind, ...]:
-    """The decoder layers, alike ones together, with their coupled groups counted from the
-    tensors.
-    """
-    return tuple(_layer_kind(checkpoint, layers) for layers in alike_layers(checkpoint.config))
-
-
-def _layer_kind(checkpoint: Checkpoint, layers: range) -> LayerKind:
-    infos = checkpoint.layer_tensors(layers.start)
-    groups = coupled_groups(
-        checkpoint.config, layers.start, {name: info.shape for name, info in infos.items()}
-    )
-    parameters, num_bytes = (
-        sum(getattr(info, name) for info in infos.values())
-        for name in ("num_parameters", "num_bytes")
-    )
-    sides = sum(sum(info.shape) for info in infos.values() if len(info.shape) == 2)
-    return LayerKind(
-        layers.start,
-        len(layers),
-        groups,
-        parameters,
-        num_bytes,
-        attention_width(checkpoint.config),
-        sides,
-    )
-
-
 def workload_of(
     job: JobSpec,
     checkpoint: Checkpoint,
@@ -292,13 +259,13 @@ def workload_of(
     """What the cost formulas need. Of several open shapes, each group counts with most units; it is
     pruned if any shape prunes it.
     """
-    config, calibration, evaluation = checkpoint.config, job.calibration, job.evaluation
+    model, calibration, evaluation = checkpoint.model, job.calibration, job.evaluation
     outer = sum(info.num_parameters for info in checkpoint.outer_tensors.values())
     return Workload(
         kinds=kinds,
-        kept=_least_cut(kinds, job) if job.budget.per_layer else _most_kept(kinds, shapes),
-        hidden=config_int(config, "hidden_size"),
-        vocabulary=config_int(config, "vocab_size"),
+        kept=_least_cut(model, job) if job.budget.per_layer else _most_kept(model, shapes),
+        hidden=model.hidden,
+        vocabulary=model.vocabulary,
         outer_parameters=outer,
         bytes_on_disk=checkpoint.bytes_on_disk,
         output_bytes=max(shape.parameters for shape in shapes)
@@ -387,20 +354,22 @@ def _candidates(job: JobSpec, num_layers: int) -> int:
     return 0
 
 
-def _least_cut(kinds: tuple[LayerKind, ...], job: JobSpec) -> dict[str, int]:
+def _least_cut(model: Model, job: JobSpec) -> dict[str, int]:
     """Where layers may differ: what a layer keeps that loses as little as can be."""
-    units = units_by_group(kinds)
+    step, asked = job.budget.round_to, job.budget.kv_groups
     most = {
-        "heads": units["heads"] - 1,
-        "neurons": (units["neurons"] - 1) // job.budget.round_to * job.budget.round_to,
+        group.name: (group.num_units - 1) // step * step
+        if group.kind == "ffn"
+        else group.num_units - 1
+        if asked == "auto"
+        else asked
+        for group in model.groups
     }
-    if job.budget.kv_groups != "auto":
-        most["heads"] = job.budget.kv_groups
-    return {name: count for name, count in most.items() if 0 < count < units[name]}
+    return {name: count for name, count in most.items() if 0 < count < model.units[name]}
 
 
-def _most_kept(kinds: tuple[LayerKind, ...], shapes: tuple[Shape, ...]) -> dict[str, int]:
-    units = units_by_group(kinds)
+def _most_kept(model: Model, shapes: tuple[Shape, ...]) -> dict[str, int]:
+    units = model.units
     fewer = {
         name: [shape.kept[name] for shape in shapes if shape.kept[name] < units[name]]
         for name in units
@@ -411,7 +380,7 @@ def _most_kept(kinds: tuple[LayerKind, ...], shapes: tuple[Shape, ...]) -> dict[
 def _element_bytes(job: JobSpec, checkpoint: Checkpoint, on_gpu: bool) -> int:
     """Bytes per element of the forward passes."""
     if job.model.dtype == "auto":
-        return PLANNED_BYTES[config_dtype(checkpoint.config)] if on_gpu else 4
+        return PLANNED_BYTES[DTYPES[checkpoint.model.dtype]] if on_gpu else 4
     return 4 if job.model.dtype == "float32" else 2
 
 

@@ -58,18 +58,14 @@ def _print_model(plan: Plan) -> None:
 
 
 def _print_shapes(plan: Plan) -> None:
-    others = [name for name in plan.model.units if name not in ("heads", "neurons")]
     title = (
         "shape"
         if len(plan.shapes) == 1
         else "shapes that meet the budget; a probe of the calibration text picks one"
     )
-    names = {"KV groups": "heads", "FFN width": "neurons"} | {
-        f"{name} width": name for name in others
-    }
     rows = [
-        [label, *(f"{shape.kept[name]}/{plan.model.units[name]}" for shape in plan.shapes)]
-        for label, name in names.items()
+        [title, *(f"{shape.kept[name]}/{plan.model.units[name]}" for shape in plan.shapes)]
+        for name, title in plan.model.titles.items()
     ]
     rows.append(
         [

@@ -32,7 +32,6 @@ from rayprune.orchestrator.stages.spread import (
 from rayprune.orchestrator.stages.stream import layer_tasks, stream_layers
 from rayprune.specs.allocation import CurvesAllocation, SearchAllocation
 from rayprune.specs.methods import NumericalOptions
-from rayprune.workers.model.families import unit_groups, unit_parameters
 from rayprune.workers.store.files import Manifest, commit
 from rayprune.workers.store.layout import (
     SENSITIVITY_TASK,
@@ -81,8 +80,10 @@ def _commit_shape(
 
 def _fixed(context: Context) -> Kept:
     """Units that the job itself gives to every layer."""
-    kv_groups = context.job.budget.kv_groups
-    return {} if kv_groups == "auto" else {"heads": kv_groups}
+    asked, groups = context.job.budget.kv_groups, context.checkpoint.model.groups
+    fixed = {group.name: group.num_units for group in groups if group.fixed}
+    attention = context.checkpoint.model.names_of("attention")
+    return fixed if asked == "auto" else fixed | dict.fromkeys(attention, asked)
 
 
 def _mean_removed(context: Context) -> float:
@@ -113,11 +114,11 @@ def _survey(
 def _threshold(context: Context, surveys: Sequence[Manifest]) -> tuple[Spread, dict[str, object]]:
     method, scores = context.job.method, [_result(survey) for survey in surveys]
     if isinstance(method, NumericalOptions) and method.head_score == "times-cost":
-        heads, neurons = _unit_parameters(context).values()
-        scores = [
-            groups | {"heads": [score * heads / neurons for score in groups["heads"]]}
-            for groups in scores
-        ]
+        cost, model = _unit_parameters(context), context.checkpoint.model
+        channel = min(cost[name] for name in model.names_of("ffn"))
+        for name in model.names_of("attention"):
+            dearer = cost[name]
+            scores = [g | {name: [s * dearer / channel for s in g[name]]} for g in scores]
     fixed = _fixed(context)
     scores = [
         {name: units for name, units in groups.items() if name not in fixed} for groups in scores
@@ -141,9 +142,7 @@ def _bounded(context: Context, allocation: CurvesAllocation) -> Budget:
 
 def _unit_parameters(context: Context) -> dict[str, int]:
     """Parameters of one unit, by group."""
-    kinds = {group.name: group for group in unit_groups(context.checkpoint.config)}
-    shapes = {name: info.shape for name, info in context.checkpoint.layer_tensors(0).items()}
-    return {name: unit_parameters(shapes, group) for name, group in kinds.items()}
+    return {group.name: group.unit_parameters for group in context.checkpoint.model.groups}
 
 
 def _counts(context: Context, budget: Budget, allocation: CurvesAllocation) -> dict[str, list[int]]:
@@ -155,9 +154,11 @@ def _counts(context: Context, budget: Budget, allocation: CurvesAllocation) -> d
         _unit_parameters(context),
         context.job.budget.round_to,
     )
-    steps = {"heads": 1, "neurons": round_to}
+    stepped = context.checkpoint.model.names_of("ffn")
     counts = {
-        name: levels(count, cost[name], budget.most, steps[name], allocation.levels)
+        name: levels(
+            count, cost[name], budget.most, round_to if name in stepped else 1, allocation.levels
+        )
         for name, count in units.items()
     }
     return counts | {

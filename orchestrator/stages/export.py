@@ -11,9 +11,8 @@ from pathlib import Path
 
 from rayprune.orchestrator.planning.footprint import footprint
 from rayprune.orchestrator.stages.context import Context
-from rayprune.workers.model.checkpoint import INDEX_NAME, read_header, read_json
-from rayprune.workers.model.config_patch import config_of_layers, patched_config
-from rayprune.workers.model.per_layer import MODULE, per_layer_config, remote_code
+from rayprune.workers.model.checkpoint import INDEX_NAME, read_header
+from rayprune.workers.model.rewrite import Written
 from rayprune.workers.store.files import (
     Manifest,
     commit,
@@ -42,9 +41,14 @@ def export_model(context: Context, layers: Sequence[Manifest]) -> Manifest:
     """
     folder, executor = context.folder, context.executor
     with context.stage("export", 1):
-        outer = folder.fingerprint(OUTER_TASK, context.checkpoint.identity)
+        layers_written = context.plan.written_layers(context.job.export.pad)
+        alike = all(kept == layers_written[0] for kept in layers_written)
+        written = layers_written[0] if alike else None
+        outer = folder.fingerprint(OUTER_TASK, context.checkpoint.identity, str(written))
         outer_done = context.once(
-            OUTER_TASK, outer, lambda: executor.wait([executor.submit(0, "write_outer", outer)])
+            OUTER_TASK,
+            outer,
+            lambda: executor.wait([executor.submit(0, "write_outer", outer, written)]),
         )
         expected = folder.fingerprint(
             EXPORT_TASK, outer_done.digest, *(manifest.digest for manifest in layers)
@@ -53,19 +57,19 @@ def export_model(context: Context, layers: Sequence[Manifest]) -> Manifest:
 
 
 def _assemble_and_check(context: Context, expected: str) -> None:
-    _assemble(context)
+    written = _assemble(context)
     job, model = context.job, model_folder(context.folder.path)
     parameters = footprint(
         context.checkpoint, context.plan.written_layers(job.export.pad), job
     ).parameters
-    if read_json(model / "config.json")["model_type"] != context.checkpoint.config["model_type"]:
+    if written.model_type != context.checkpoint.model.model_type:
         context.executor.wait([context.executor.submit(0, "write_tokenizer")])
     context.executor.wait([context.executor.submit(0, "check_export", parameters)])
     files = sorted(str(file.relative_to(model)) for file in model.rglob("*") if file.is_file())
     commit(model, EXPORT_TASK, expected, files, {"parameters": parameters})
 
 
-def _assemble(context: Context) -> None:
+def _assemble(context: Context) -> Written:
     """Give every finished file its final name, then write config and, last, the index."""
     run, model, source = context.folder.path, model_folder(context.folder.path), context.checkpoint
     if model.is_dir():
@@ -79,23 +83,22 @@ def _assemble(context: Context) -> None:
         link_file(file, model / name)
     for file in side_files(source.path, COPIED):
         copy_file(file, model / file.relative_to(source.path))
-    _write_config(context, model, there)
+    written = _write_config(context, model, there)
     write_index(model, names)
+    return written
 
 
-def _write_config(context: Context, model: Path, there: Sequence[int]) -> None:
+def _write_config(context: Context, model: Path, there: Sequence[int]) -> Written:
     """The patched config, of the layers that are there; where they differ in size, the class that
     builds them beside it.
     """
-    original, export = config_of_layers(context.checkpoint.config, there), context.job.export
+    export = context.job.export
     layers = context.plan.written_layers(export.pad)
-    if all(kept == layers[0] for kept in layers):
-        write_json(
-            model / "config.json", patched_config(original, layers[0], export.target, export.dtype)
-        )
-        return
-    write_json(model / "config.json", per_layer_config(original, layers, export.dtype))
-    write_text(model / f"{MODULE}.py", remote_code(original))
+    written = context.checkpoint.written(there, layers, export.target, export.dtype)
+    write_json(model / "config.json", written.config)
+    if written.code:
+        write_text(model / f"{written.code.module}.py", written.code.text)
+    return written
 
 
 def write_index(model: Path, names: Sequence[str]) -> None:

@@ -42,6 +42,11 @@ class Budget:
     """Decoder parameters that a layer may lose."""
     _sizes: dict[tuple[tuple[str, int], ...], Footprint] = field(default_factory=dict)
 
+    @property
+    def rounded(self) -> list[str]:
+        """Groups whose units stay in multiples of `budget.round_to`."""
+        return self.checkpoint.model.names_of("ffn")
+
     def layer(self, kept: Mapping[str, int]) -> Footprint:
         """Size of one layer."""
         key = tuple(sorted(kept.items()))
@@ -194,15 +199,13 @@ def filled(budget: Budget, spread: Spread, losses: Losses) -> Spread:
 
 
 def _returns(budget: Budget, spread: Spread, losses: Losses) -> Iterator[Moved]:
-    """A step more neurons, in any layer that would still have lost enough."""
+    """A step more channels, in any layer that would still have lost enough."""
     for layer, kept in enumerate(spread):
-        count = min(kept["neurons"] + budget.job.budget.round_to, max(losses[layer]["neurons"]))
-        if (
-            kept["neurons"]
-            and count > kept["neurons"]
-            and budget.lost({**kept, "neurons": count}) >= budget.least
-        ):
-            yield layer, "neurons", count
+        for name in budget.rounded:
+            count = min(kept[name] + budget.job.budget.round_to, max(losses[layer][name]))
+            enough = budget.lost({**kept, name: count}) >= budget.least
+            if kept[name] and count > kept[name] and enough:
+                yield layer, name, count
 
 
 def mutated(budget: Budget, spread: Spread, losses: Losses, chance: random.Random) -> Spread:
@@ -259,7 +262,7 @@ def above_threshold(budget: Budget, scores: Scores, fixed: Mapping[str, int]) ->
         _take(spread, move)
     round_to = budget.job.budget.round_to
     whole = [
-        {**kept, "neurons": _rounded(kept["neurons"], len(scores[layer]["neurons"]), round_to)}
+        kept | {n: _rounded(kept[n], len(scores[layer][n]), round_to) for n in budget.rounded}
         for layer, kept in enumerate(spread)
     ]
     return filled(

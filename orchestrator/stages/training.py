@@ -22,7 +22,7 @@ from rayprune.orchestrator.stages.stream import layer_tasks, stream_layers
 from rayprune.specs.methods import DressOptions, TrspOptions
 from rayprune.specs.training import HOW_TRAINED, TrainingSpec
 from rayprune.workers.model.checkpoint import open_checkpoint, read_json
-from rayprune.workers.model.per_layer import MODULE
+from rayprune.workers.model.sized_layers import MODULE
 from rayprune.workers.store.files import Manifest, commit, copy_file, fingerprint, link_file
 from rayprune.workers.store.layout import (
     LAYER_FILE,

@@ -1,15 +1,15 @@
 """A model folder, inspected from `config.json` and safetensors headers alone: no torch, no weights
 read.
 
-For a plan the config is enough (`planned_checkpoint`): shapes then come from
-`rayprune.workers.model.shapes`. The folder is untrusted input: only safetensors is read, shards
+For a plan the config is enough (`planned_checkpoint`): shapes are then those of the description.
+The folder is untrusted input: only safetensors is read, shards
 must lie where the model's files lie, headers must fit their files.
 """
 
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,28 +17,19 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from rayprune.specs.errors import ModelError
-from rayprune.workers.model.families import (
-    LAYER_PREFIX,
-    config_int,
-    expected_shapes,
-    layer_config,
-    layer_prefix,
-    ties_embeddings,
-    why_not_pruned,
-)
-from rayprune.workers.model.shapes import alike_layers, layer_shapes, outer_shapes
+from rayprune.workers.model.config import DTYPES, Config
+from rayprune.workers.model.description import Model
+from rayprune.workers.model.families import family_of, prunable
+from rayprune.workers.model.form import Form
+from rayprune.workers.model.rewrite import Written, form_of, written
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-RECOMPUTED = ".rotary_emb.inv_freq"
-"""Ending of buffers in old checkpoints, which transformers computes itself."""
 MAX_JSON_BYTES = 64 * 2**20
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 FP8 = "F8_E4M3"
 PLANNED_BYTES = DTYPE_BYTES | {FP8: 1}
 """Bytes per element of what can be planned; only `DTYPE_BYTES` can be pruned."""
-DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-"""Names of types in a config, and in safetensors headers."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +39,8 @@ class TensorInfo:
     file: str
     dtype: str
     shape: tuple[int, ...]
+    stored: str = ""
+    """Its name in the file."""
 
     @property
     def num_parameters(self) -> int:
@@ -62,10 +55,15 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Config and headers of one model folder."""
+    """A model folder: what the model is, and where its tensors lie.
+
+    Names of tensors are those of the description, whatever a folder's prefix.
+    """
 
     path: Path
-    config: Mapping[str, object]
+    model: Model
+    config: Config
+    """As it is in the folder: for this room alone."""
     tensors: Mapping[str, TensorInfo]
     identity: str
     """SHA-256 over the config and every shard's header and size: changes when names, shapes or
@@ -76,25 +74,20 @@ class Checkpoint:
 
     @property
     def num_layers(self) -> int:
-        """Number of decoder layers."""
-        return config_int(self.config, "num_hidden_layers")
-
-    @property
-    def tied_embeddings(self) -> bool:
-        """Whether the output head shares the embedding matrix."""
-        return ties_embeddings(self.config)
+        """Number of layers."""
+        return self.model.num_layers
 
     @cached_property
     def outer_tensors(self) -> dict[str, TensorInfo]:
-        """Tensors outside the decoder layers, a tied head left out, so that each parameter stands
-        once.
-        """
-        outer = {
-            name: info for name, info in self.tensors.items() if not name.startswith(LAYER_PREFIX)
-        }
-        if self.tied_embeddings:
-            outer.pop("lm_head.weight", None)
+        """Tensors outside the layers, a tied head left out, so that each parameter stands once."""
+        outer = {n: info for n, info in self.tensors.items() if not n.startswith(self._inside)}
+        if self.model.tied:
+            outer.pop(self.model.head, None)
         return outer
+
+    @property
+    def _inside(self) -> str:
+        return f"{self.model.layers_at}."
 
     def layer_tensors(self, layer: int) -> dict[str, TensorInfo]:
         """One decoder layer's tensors, by their names inside the layer."""
@@ -104,19 +97,16 @@ class Checkpoint:
     def _by_layer(self) -> dict[int, dict[str, TensorInfo]]:
         layers: dict[int, dict[str, TensorInfo]] = {}
         for name, info in self.tensors.items():
-            number, _, rest = name.removeprefix(LAYER_PREFIX).partition(".")
-            if name.startswith(LAYER_PREFIX) and number.isdecimal():
+            number, _, rest = name.removeprefix(self._inside).partition(".")
+            if name.startswith(self._inside) and number.isdecimal():
                 layers.setdefault(int(number), {})[rest] = info
         return layers
 
     @cached_property
     def decoder_parameters(self) -> int:
-        """Parameters of all decoder layers."""
-        return sum(
-            info.num_parameters
-            for name, info in self.tensors.items()
-            if name.startswith(LAYER_PREFIX)
-        )
+        """Parameters of all layers."""
+        inside = (info for name, info in self.tensors.items() if name.startswith(self._inside))
+        return sum(info.num_parameters for info in inside)
 
     @cached_property
     def parameters(self) -> int:
@@ -134,6 +124,28 @@ class Checkpoint:
             (self.path / name).stat().st_size
             for name in {info.file for info in self.tensors.values()}
         )
+
+    def form(self, kept: Mapping[str, int], target: str) -> Form:
+        """How the model is written when every layer keeps so many units of each group.
+
+        Raises:
+            SpecError: no stock class can hold it.
+        """
+        return form_of(self.config, kept, target)
+
+    def written(
+        self, there: Sequence[int], layers: Sequence[Mapping[str, int]], target: str, dtype: str
+    ) -> Written:
+        """The config of the model that keeps the layers `there`, each with so many units.
+
+        Raises:
+            SpecError: no stock class can hold it.
+        """
+        return written(self.config, there, layers, target, dtype)
+
+    def layer_sizes(self, kept: Mapping[str, int]) -> dict[str, object]:
+        """What a config of the model's class says of a layer that keeps so many units."""
+        return family_of(self.config).layer_sizes(self.config, kept)
 
 
 def read_json(path: Path) -> dict[str, object]:
@@ -171,13 +183,19 @@ def open_checkpoint(path: Path) -> Checkpoint:
             f"{path}: no such model folder; set model.path to a folder with config.json and"
             " safetensors weights"
         )
-    config = read_json(path / "config.json")
-    if config.get("quantization_config") is not None:
+    config = Config(read_json(path / "config.json"))
+    if config.quantised:
         raise ModelError(
             f"{path / 'config.json'}: quantised weights cannot be pruned; save the model in a"
             " floating-point type first"
         )
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    model = family_of(config).describe(config)
+    if model.not_pruned:
+        raise ModelError(
+            f"model_type {config.model_type!r} can be planned but not pruned: {model.not_pruned};"
+            f" supported are {', '.join(prunable())}"
+        )
+    digest = hashlib.sha256(json.dumps(config.raw, sort_keys=True).encode())
     tensors: dict[str, TensorInfo] = {}
     for file, names in sorted(_shards(path).items()):
         headers = _header_of(path, file)
@@ -188,12 +206,24 @@ def open_checkpoint(path: Path) -> Checkpoint:
         tensors |= {
             name: info
             for name, info in headers.items()
-            if (names is None or name in names) and not name.endswith(RECOMPUTED)
+            if (names is None or name in names) and not name.endswith(model.recomputed)
         }
         digest.update(_header_digest(path / file))
-    checkpoint = Checkpoint(path, config, tensors, digest.hexdigest())
+    checkpoint = Checkpoint(path, model, config, _prefixed(tensors, model), digest.hexdigest())
     _check_layers(checkpoint)
     return checkpoint
+
+
+def _prefixed(tensors: Mapping[str, TensorInfo], model: Model) -> dict[str, TensorInfo]:
+    """Tensors by the description's names: a folder that the base class has saved lacks a prefix."""
+    prefix = f"{model.backbone}."
+    bare = f"{model.layers_at.removeprefix(prefix)}."
+    if any(n.startswith(f"{model.layers_at}.") for n in tensors) or not any(
+        n.startswith(bare) for n in tensors
+    ):
+        return dict(tensors)
+    outside = tuple(name for name in model.outer if not name.startswith(prefix))
+    return {n if n in outside else prefix + n: info for n, info in tensors.items()}
 
 
 def planned_checkpoint(path: Path) -> Checkpoint:
@@ -204,71 +234,42 @@ def planned_checkpoint(path: Path) -> Checkpoint:
         ModelError: no such folder, an unknown model type or quantisation, a missing size, or what
             `open_checkpoint` refuses.
     """
-    config = read_json(path / "config.json")
-    if _has_shards(path) and why_not_pruned(config) is None:
+    config = Config(read_json(path / "config.json"))
+    if _has_shards(path) and not config.quantised and family_of(config).not_pruned is None:
         return open_checkpoint(path)
-    infos = {
-        name: TensorInfo("", _planned_dtype(config, name, shape), shape)
-        for name, shape in _planned_shapes(config).items()
-    }
-    return Checkpoint(
-        path,
-        config,
-        infos,
-        hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
-        has_weights=False,
-    )
+    model = family_of(config).describe(config)
+    if config.quantised:
+        quantised = (
+            "its weights on disk are quantised: save the model in a floating-point type first"
+        )
+        reasons = [*([model.not_pruned] if model.not_pruned else []), quantised]
+        model = replace(model, not_pruned="; ".join(reasons))
+    digest = hashlib.sha256(json.dumps(config.raw, sort_keys=True).encode()).hexdigest()
+    return Checkpoint(path, model, config, _planned(model, config), digest, has_weights=False)
 
 
 def _has_shards(path: Path) -> bool:
     return (path / INDEX_NAME).exists() or (path / SINGLE_NAME).exists()
 
 
-def _planned_shapes(config: Mapping[str, object]) -> dict[str, tuple[int, ...]]:
-    shapes = outer_shapes(config)
-    for layers in alike_layers(config):
-        inside = layer_shapes(config, layers.start)
-        shapes |= {
-            layer_prefix(layer) + name: shape for layer in layers for name, shape in inside.items()
-        }
-    return shapes
-
-
-def _planned_dtype(config: Mapping[str, object], name: str, shape: tuple[int, ...]) -> str:
-    """The type of a tensor on disk. fp8 checkpoints hold the projections of the layers in fp8,
+def _planned(model: Model, config: Config) -> dict[str, TensorInfo]:
+    """The tensors that a config implies. fp8 checkpoints hold the projections of the layers in fp8,
     routers and the rest as the config says.
     """
-    quantisation = config.get("quantization_config")
-    if quantisation is not None and not (
-        isinstance(quantisation, dict) and quantisation.get("quant_method") == "fp8"
-    ):
-        raise ModelError(
-            "config.json: quantised weights cannot be pruned; of quantised models only fp8 can be"
-            " planned"
-        )
-    router = name.endswith(("mlp.gate.weight", "block_sparse_moe.gate.weight"))
-    if (
-        quantisation is not None
-        and name.startswith(LAYER_PREFIX)
-        and len(shape) == 2
-        and not router
-    ):
-        return FP8
-    return config_dtype(config)
-
-
-def config_dtype(config: Mapping[str, object]) -> str:
-    """The type the config names, as safetensors calls it; float32 where it names none.
-
-    Raises:
-        ModelError: it is no floating-point type.
-    """
-    name = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
-    if name not in DTYPES:
-        raise ModelError(
-            f"config.json: dtype {name!r} is not supported; supported are {', '.join(DTYPES)}"
-        )
-    return DTYPES[name]
+    own = DTYPES[config.dtype]
+    matrices = FP8 if config.quantised_to_fp8 else own
+    infos = {name: TensorInfo("", own, shape) for name, shape in model.outer.items()}
+    for layer, numbers in model.alike:
+        inside = {
+            name: TensorInfo(
+                "", matrices if len(shape) == 2 and not name.endswith(model.routers) else own, shape
+            )
+            for name, shape in layer.shapes.items()
+        }
+        for number in numbers:
+            prefix = model.prefix(number)
+            infos |= {prefix + name: info for name, info in inside.items()}
+    return infos
 
 
 def _shards(path: Path) -> dict[str, set[str] | None]:
@@ -333,7 +334,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             # safe_open is no dict
             slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
             infos = {
-                name: TensorInfo(file, part.get_dtype(), tuple(part.get_shape()))
+                name: TensorInfo(file, part.get_dtype(), tuple(part.get_shape()), name)
                 for name, part in slices.items()
             }
     except (SafetensorError, OSError) as error:
@@ -363,29 +364,20 @@ def _header_digest(path: Path) -> bytes:
 
 
 def _check_layers(checkpoint: Checkpoint) -> None:
-    expected_shapes(checkpoint.config)  # first, so that an unsupported model is refused as such
-    alike = not checkpoint.config.get("per_layer_config")
-    first = (
-        {name: info.shape for name, info in checkpoint.layer_tensors(0).items()} if alike else {}
-    )
-    for layer in range(checkpoint.num_layers):
-        shapes = expected_shapes(layer_config(checkpoint.config, layer))
-        found = {name: info.shape for name, info in checkpoint.layer_tensors(layer).items()}
-        for name, shape in (first | shapes).items():
+    model = checkpoint.model
+    for number, layer in enumerate(model.layers):
+        found = {name: info.shape for name, info in checkpoint.layer_tensors(number).items()}
+        for name, shape in layer.shapes.items():
             if found.get(name) != shape:
                 has = "is missing" if name not in found else f"has shape {found[name]}"
                 raise ModelError(
-                    f"{checkpoint.path}: {layer_prefix(layer)}{name} {has}, config.json implies"
+                    f"{checkpoint.path}: {model.prefix(number)}{name} {has}, config.json implies"
                     f" {shape}"
                 )
-    layers = tuple(layer_prefix(layer) for layer in range(checkpoint.num_layers))
-    beyond = [
-        name
-        for name in checkpoint.tensors
-        if name.startswith(LAYER_PREFIX) and not name.startswith(layers)
-    ]
+    known = tuple(model.prefix(number) for number in range(model.num_layers))
+    inside = f"{model.layers_at}."
+    beyond = [n for n in checkpoint.tensors if n.startswith(inside) and not n.startswith(known)]
     if beyond:
         raise ModelError(
-            f"{checkpoint.path}: holds {beyond[0]}, but config.json says num_hidden_layers"
-            f" {checkpoint.num_layers}"
+            f"{checkpoint.path}: holds {beyond[0]}, but config.json says {model.num_layers} layers"
         )

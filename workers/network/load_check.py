@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from rayprune.specs.errors import VerificationError
-from rayprune.workers.model.per_layer import MODULE, silence_warnings
+from rayprune.workers.model.sized_layers import MODULE
+from rayprune.workers.network.streamed import silence_warnings
 
 
 @torch.inference_mode()

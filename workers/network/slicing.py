@@ -3,15 +3,15 @@
 Letters: D hidden, K kept columns of the consumer.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rayprune.workers.model.families import UnitGroup
+from rayprune.workers.model.description import Axis, Group
 from rayprune.workers.numerics.linalg import unit_rows
 
 
@@ -53,56 +53,85 @@ class Cut:
 
 
 def slice_layer(
-    tensors: Mapping[str, Tensor], groups: Iterable[UnitGroup], cuts: Mapping[str, Cut]
+    tensors: Mapping[str, Tensor], groups: Iterable[Group], cuts: Mapping[str, Cut]
 ) -> dict[str, Tensor]:
     """One layer's tensors without the pruned units; tensors no cut touches pass through.
 
-    Producers lose rows (and bias entries), the consumer gets the corrected weight, in the cut's
-    type, and keeps its bias. A block of which no unit stays loses all its tensors. Names are those
-    inside the layer, weights (out, in).
+    What lies along an axis of a group loses the entries of its pruned units, the consumer gets the
+    corrected weight, in the cut's type, and keeps its bias. A block of which no unit stays loses
+    all its tensors. Names are those inside the layer.
     """
     result = dict(tensors)
-    for group in groups:
-        if group.name not in cuts:
-            continue
+    for group in (group for group in groups if group.name in cuts):
         cut = cuts[group.name]
         if len(cut.units) == 0:
-            result = {name: tensor for name, tensor in result.items() if not group.holds(name)}
+            result = {n: tensor for n, tensor in result.items() if not group.block.holds(n)}
             continue
-        for producer in group.producers:
-            rows = unit_rows(cut.units, producer.rows)
-            for name in (f"{producer.module}.weight", f"{producer.module}.bias"):
-                if name in result:
-                    result[name] = result[name][rows]
-        result[f"{group.consumer}.weight"] = cut.weight_DK
+        for name, axes in _by_tensor(group.axes).items():
+            if name in result:
+                dim, length = axes[0].dim, result[name].shape[axes[0].dim]
+                stays = kept_entries(length, axes, group.num_units, cut.units)
+                result[name] = result[name].index_select(dim, stays.to(result[name].device))
+        weight = cut.weight_DK
+        result[group.consumer.weight] = weight.T if group.consumer.transposed else weight
     return {name: tensor.contiguous() for name, tensor in result.items()}
+
+
+def kept_entries(length: int, axes: Sequence[Axis], num_units: int, units: Tensor) -> Tensor:
+    """Indices along an axis of so many entries that stay, ascending, when these units do."""
+    stays = torch.ones(length, dtype=torch.bool)
+    for axis in axes:
+        part = stays[axis.start : axis.start + num_units * axis.per_unit]
+        part.fill_(False)
+        part[unit_rows(units.cpu(), axis.per_unit)] = True
+    return stays.nonzero().flatten()
+
+
+def _by_tensor(axes: Iterable[Axis]) -> dict[str, list[Axis]]:
+    found: dict[str, list[Axis]] = {}
+    for axis in axes:
+        found.setdefault(axis.tensor, []).append(axis)
+    return found
 
 
 def pad_layer(
     sliced: Mapping[str, Tensor],
     dense: Mapping[str, Tensor],
-    groups: Iterable[UnitGroup],
+    groups: Iterable[Group],
+    kept: Mapping[str, int],
     widths: Mapping[str, int],
 ) -> dict[str, Tensor]:
     """A sliced layer with units of zeros behind its own, up to so many of each group: it computes
     the same.
 
-    `dense` holds the layer's tensors before they were sliced.
+    `dense` holds the layer's tensors before they were sliced, `kept` the units that stayed.
     """
-    lengths: dict[str, tuple[int, int]] = {}
-    for group in groups:
-        lengths |= {
-            f"{p.module}.{kind}": (0, p.rows * widths[group.name])
-            for p in group.producers
-            for kind in ("weight", "bias")
-        }
-        lengths[f"{group.consumer}.weight"] = (1, group.columns * widths[group.name])
+    axes = {
+        name: (group, parts)
+        for group in groups
+        for name, parts in _by_tensor(group.all_axes).items()
+    }
     padded = {}
     for name, tensor in dense.items():
-        shape = list(tensor.shape)
-        if name in lengths:
-            shape[lengths[name][0]] = lengths[name][1]
-        padded[name] = torch.zeros(shape, dtype=sliced.get(name, tensor).dtype)
-        if name in sliced:
-            padded[name][tuple(map(slice, sliced[name].shape))] = sliced[name]
+        given = sliced.get(name)
+        dtype = tensor.dtype if given is None else given.dtype
+        if name not in axes:
+            # of an absent block: biases and norms that no unit goes with
+            padded[name] = torch.zeros_like(tensor, dtype=dtype) if given is None else given
+            continue
+        group, parts = axes[name]
+        dim, units = parts[0].dim, widths[group.name]
+        length = tensor.shape[dim] - (group.num_units - units) * sum(a.per_unit for a in parts)
+        shape = [length if d == dim else size for d, size in enumerate(tensor.shape)]
+        padded[name] = torch.zeros(shape, dtype=dtype)
+        if given is not None:
+            moved = [replace(a, start=_start(a, parts, group.num_units, units)) for a in parts]
+            places = kept_entries(length, moved, units, torch.arange(kept[group.name]))
+            padded[name].index_copy_(dim, places, given)
     return padded
+
+
+def _start(axis: Axis, axes: Sequence[Axis], dense: int, units: int) -> int:
+    """Where a block begins once each has so many units."""
+    before = sum(other.per_unit for other in axes if other.start < axis.start)
+    return axis.start - (dense - units) * before

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rayprune.specs.errors import ModelError
-from rayprune.workers.model.checkpoint import DTYPES
+from rayprune.workers.model.config import DTYPES
 
 _TYPES: dict[str, torch.dtype] = {code: getattr(torch, name) for name, code in DTYPES.items()}
 

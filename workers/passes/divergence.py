@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from rayprune.workers.model.families import UnitGroup
+from rayprune.workers.model.description import Group
 from rayprune.workers.network import layers
-from rayprune.workers.network.layers import MicroBatch, StreamedModel
 from rayprune.workers.network.slicing import Cut
+from rayprune.workers.network.streamed import MicroBatch, StreamedModel
 from rayprune.workers.passes.sweep import embed_all
 
 Kept = Mapping[str, int]
@@ -25,7 +25,7 @@ Choice = tuple[tuple[str, int], ...]
 @torch.inference_mode()
 def divergences(
     model: StreamedModel,
-    groups: Mapping[str, UnitGroup],
+    groups: Mapping[str, Group],
     windows: Sequence[Tensor],
     candidates: Sequence[Sequence[Kept]],
     cut: Callable[[int, str, int], Cut],
@@ -68,7 +68,7 @@ def divergences(
     return [totals[end] for end in ends]
 
 
-def _choice(groups: Mapping[str, UnitGroup], kept: Kept) -> Choice:
+def _choice(groups: Mapping[str, Group], kept: Kept) -> Choice:
     return tuple(
         (name, kept[name])
         for name, group in groups.items()
@@ -80,7 +80,7 @@ def _behind(
     module: nn.Module,
     index: int,
     batch: MicroBatch,
-    groups: Mapping[str, UnitGroup],
+    groups: Mapping[str, Group],
     choice: Choice,
     cuts: Mapping[tuple[str, int], Cut],
 ) -> MicroBatch:

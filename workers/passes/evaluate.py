@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rayprune.workers.model.checkpoint import open_checkpoint
 from rayprune.workers.network import layers
-from rayprune.workers.network.layers import Store, StreamedModel
+from rayprune.workers.network.streamed import Store, StreamedModel
 from rayprune.workers.passes.sweep import embed_all
 
 

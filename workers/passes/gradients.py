@@ -14,9 +14,9 @@ from torch import Tensor
 from rayprune.specs.errors import ModelError
 from rayprune.workers.machine.memory import give_back_free_memory
 from rayprune.workers.machine.scratch import Scratch
-from rayprune.workers.model.families import UnitGroup
+from rayprune.workers.model.description import Group
 from rayprune.workers.network import layers
-from rayprune.workers.network.layers import StreamedModel
+from rayprune.workers.network.streamed import StreamedModel
 from rayprune.workers.passes.sweep import embed_all
 
 Squares = dict[str, Tensor]
@@ -25,7 +25,7 @@ Squares = dict[str, Tensor]
 
 def squared_gradients(
     model: StreamedModel,
-    groups: Mapping[str, UnitGroup],
+    groups: Mapping[str, Group],
     windows: Sequence[Tensor],
     first: int,
     scratch: Scratch,

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rayprune.specs.errors import ModelError
-from rayprune.workers.model.families import UnitGroup
+from rayprune.workers.model.description import Group
 from rayprune.workers.network import layers
-from rayprune.workers.network.layers import MicroBatch, Store, StreamedModel
+from rayprune.workers.network.streamed import MicroBatch, Store, StreamedModel
 from rayprune.workers.numerics.codec import from_array, to_array
 from rayprune.workers.numerics.statistics import Statistic
 from rayprune.workers.passes.sweep import check_computed_on
@@ -46,7 +46,7 @@ class Stream:
     def __init__(
         self,
         model: StreamedModel,
-        groups: Sequence[UnitGroup],
+        groups: Sequence[Group],
         empty: Callable[[int], Statistic],
         batches: Sequence[Tensor],
         num_training: int,
@@ -164,7 +164,7 @@ class Stream:
         """
         fits = self._fits.pop((layer, name))
         if not all(statistic.is_finite() for statistic in fits):
-            consumer = self._groups[name].consumer
+            consumer = self._groups[name].consumer.module
             raise ModelError(
                 f"layer {layer}, {name}: input of {consumer} is not finite; set model.dtype:"
                 " float32"

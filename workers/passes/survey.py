@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from rayprune.specs.job import JobSpec
-from rayprune.workers.model.families import UnitGroup
+from rayprune.workers.model.description import Group
 from rayprune.workers.network.slicing import Cut
 from rayprune.workers.numerics.correction import corrected, error_curve
 from rayprune.workers.numerics.linalg import unit_rows
@@ -38,7 +38,7 @@ def curve(
     job: JobSpec,
     fits: Fits,
     weight_DF: Tensor,
-    group: UnitGroup,
+    group: Group,
     ranked_by: Tensor,
     counts: Sequence[int],
     stored: Collection[int],

@@ -11,6 +11,7 @@ of a micro-batch, D hidden, F width of a consumer's input.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -18,10 +19,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rayprune.specs.errors import ModelError, SpecError
-from rayprune.workers.model.families import UnitGroup
+from rayprune.workers.model.description import Group
 from rayprune.workers.network import layers
-from rayprune.workers.network.layers import MicroBatch, StreamedModel
 from rayprune.workers.network.slicing import Cut
+from rayprune.workers.network.streamed import MicroBatch, StreamedModel
 from rayprune.workers.numerics.statistics import State, Statistic
 from rayprune.workers.store.files import Manifest, read_manifest, write_tensors
 from rayprune.workers.store.layout import CACHE, LAYER_FILE, layer_task, task_folder
@@ -75,7 +76,7 @@ class Sweep:
     def __init__(
         self,
         model: StreamedModel,
-        groups: Sequence[UnitGroup],
+        groups: Sequence[Group],
         statistic: Callable[[int], Statistic],
         shards: Sequence[Sequence[Tensor]],
         run_folder: Path,
@@ -133,9 +134,10 @@ class Sweep:
             if not self._keep_inputs:
                 batch.inputs.clear()
         if not statistic.is_finite():
+            consumer = self._groups[name].consumer.module
             raise ModelError(
-                f"layer {layer}, {name}: input of {self._groups[name].consumer} is not finite"
-                f" (shard {shard}); set model.dtype: float32"
+                f"layer {layer}, {name}: input of {consumer} is not finite (shard {shard}); set"
+                " model.dtype: float32"
             )
         return statistic
 
@@ -151,11 +153,11 @@ class Sweep:
             self._shards[shard].dense,
         )
         target_BTD = self._dense_streams(module, layer, dense[number])[name].to(z_BTF.device)
-        before_BTD = layers.stream_before(module, layer, batches[number], self._groups, name)
+        before_BTD = layers.stream_before(batches[number], self._groups, name)
         output_BTD = layers.project(module, self._groups[name], z_BTF)
-        return (
-            self._drift * (target_BTD.float() - before_BTD.float() - output_BTD.float())
-        ).flatten(0, -2)
+        scale = self._groups[name].block.scale or 1.0
+        lacks_BTD = (target_BTD.float() - before_BTD.float()) / scale - output_BTD.float()
+        return (self._drift * lacks_BTD).flatten(0, -2)
 
     def _dense_streams(self, module: nn.Module, layer: int, dense: MicroBatch) -> dict[str, Tensor]:
         if not dense.outputs:
@@ -166,14 +168,14 @@ class Sweep:
         """Drop what an earlier attempt at this layer has left of this group and those behind it."""
         names = list(self._groups)
         for later in names[names.index(name) :]:
-            batch.outputs.pop(self._groups[later].block, None)
+            batch.outputs.pop(self._groups[later].block.module, None)
             batch.inputs.pop(later, None)
 
     def _apply(
         self, module: nn.Module, layer: int, batch: MicroBatch, cuts: Mapping[str, Cut]
     ) -> None:
         for name, cut in cuts.items():
-            if self._groups[name].block not in batch.outputs:
+            if self._groups[name].block.module not in batch.outputs:
                 layers.apply_cut(module, layer, batch, self._groups, name, cut)
 
     def _layer(self, index: int) -> nn.Module:
@@ -286,17 +288,17 @@ def check_computed_on(folder: Path, manifest: Manifest, computed_on: str) -> Non
         )
 
 
-def read_cuts(file: Path, manifest: Manifest, groups: Iterable[UnitGroup]) -> dict[str, Cut]:
+def read_cuts(file: Path, manifest: Manifest, groups: Iterable[Group]) -> dict[str, Cut]:
     """The cuts of a finished layer, from its file (which may be padded) and manifest."""
-    kept = manifest.info["kept"]
-    assert isinstance(kept, dict)
+    kept: Any = manifest.info["kept"]
+    consumers: Any = manifest.info["consumers"]
     cuts = {}
     for group in (group for group in groups if group.name in kept):
         units, weight_DK = torch.tensor(kept[group.name], dtype=torch.int64), torch.empty(0)
         if len(units):
             with safe_open(file, framework="pt") as handle:
-                names = handle.keys()  # of what is no dict
-                (name,) = (name for name in names if name.endswith(f".{group.consumer}.weight"))
-                weight_DK = handle.get_tensor(name)[:, : len(units) * group.columns].clone()
+                weight = handle.get_tensor(consumers[group.name])
+            weight_DF = weight.T if group.consumer.transposed else weight
+            weight_DK = weight_DF[:, : len(units) * group.columns].clone()
         cuts[group.name] = Cut(group.name, units, weight_DK)
     return cuts

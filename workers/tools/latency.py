@@ -5,9 +5,7 @@ shapes, the real code.
 import statistics
 import time
 from collections.abc import Callable
-from copy import copy
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +13,10 @@ from torch import Tensor, nn
 from rayprune.specs.errors import SpecError
 from rayprune.specs.latency import LatencyTable
 from rayprune.workers.machine.device import device_of
-from rayprune.workers.model.checkpoint import Checkpoint, open_checkpoint
-from rayprune.workers.model.families import UnitGroup, unit_groups
-from rayprune.workers.model.per_layer import layer_sizes
+from rayprune.workers.model.checkpoint import open_checkpoint
+from rayprune.workers.model.description import Group
 from rayprune.workers.network import layers
-from rayprune.workers.network.layers import MicroBatch, StreamedModel
+from rayprune.workers.network.streamed import MicroBatch, StreamedModel
 from rayprune.workers.tools.profile import finished, machine_name
 
 ROUNDS = 9
@@ -46,11 +43,10 @@ def measure_latency(
     checkpoint = open_checkpoint(model)
     device = device_of("auto")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    groups = {group.name: group for group in unit_groups(checkpoint.config)}
+    groups = {group.name: group for group in checkpoint.model.groups}
     streamed = StreamedModel(checkpoint, dtype, device)
     tokens_BT = torch.zeros(batch, tokens, dtype=torch.int64)
     embedded = streamed.embed(tokens_BT)
-    like = streamed.load_layer(0, prefetch=False)
     full = {name: group.num_units for name, group in groups.items()}
     work: dict[tuple[str, int], Callable[[], object]] = {
         ("", 0): lambda: streamed.logits(tokens_BT, embedded.hidden_BTD)
@@ -60,9 +56,9 @@ def measure_latency(
         *((name, count) for name, group in groups.items() for count in _sizes(group)),
     ]:
         kept = full | ({name: count} if count else {})
-        layer = _random_layer(checkpoint, like, kept, dtype, device)
+        layer = streamed.random_layer(kept)
         absent = (
-            {groups[name].block: torch.zeros_like(embedded.hidden_BTD)}
+            {groups[name].block.module: torch.zeros_like(embedded.hidden_BTD)}
             if name in groups and count == 0
             else {}
         )
@@ -91,7 +87,7 @@ def measure_latency(
     )
 
 
-def _sizes(group: UnitGroup) -> list[int]:
+def _sizes(group: Group) -> list[int]:
     """Numbers of units to time, ascending from none; channels in multiples of 64 where there are
     enough.
     """
@@ -110,23 +106,8 @@ def _rising(measured: dict[int, float], units: int, whole: float) -> dict[int, f
     return dict(sorted(result.items()))
 
 
-def _random_layer(
-    checkpoint: Checkpoint,
-    like: Any,
-    kept: dict[str, int],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> nn.Module:
-    """A layer that keeps so many units, its weights random, attention as in `like`."""
-    config = copy(like.self_attn.config)
-    for name, value in layer_sizes(checkpoint.config, kept).items():
-        setattr(config, name, value)
-    layer: nn.Module = type(like)(config, 0)
-    return layer.to(device, dtype).eval()
-
-
 def _pass(
-    layer: nn.Module, embedded: MicroBatch, groups: dict[str, UnitGroup], absent: dict[str, Tensor]
+    layer: nn.Module, embedded: MicroBatch, groups: dict[str, Group], absent: dict[str, Tensor]
 ) -> Callable[[], object]:
     return lambda: layers.finish_layer(
         layer, 0, MicroBatch(embedded.hidden_BTD, embedded.arguments, outputs=dict(absent)), groups

@@ -8,17 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rayprune.specs.errors import ResourceError
+from rayprune.specs.errors import ModelError, ResourceError
 from rayprune.specs.training import LoraSpec
+from rayprune.workers.model.description import Model
+from rayprune.workers.network.streamed import layers_of
 
 _NAME = "default"
 
 
-def add_adapters(model: Any, options: LoraSpec, seed: int) -> set[nn.Parameter]:
+def add_adapters(model: Any, described: Model, options: LoraSpec, seed: int) -> set[nn.Parameter]:
     """Freeze a model and put adapters on all linear maps of its layers; their parameters.
 
     Raises:
         ResourceError: peft is not installed.
+        ModelError: there is nothing to put them on.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
@@ -27,10 +30,14 @@ def add_adapters(model: Any, options: LoraSpec, seed: int) -> set[nn.Parameter]:
             f"recover.lora needs peft ({error}); install rayprune with its extra 'train'"
         ) from None
     maps = [
-        f"model.layers.{name}"
-        for name, module in model.model.layers.named_modules()
+        f"{described.layers_at}.{name}"
+        for name, module in layers_of(model, described).named_modules()
         if isinstance(module, nn.Linear)
     ]
+    if not maps:
+        raise ModelError(
+            f"recover.lora: the layers of a {described.model_type} have no linear maps"
+        )
     torch.manual_seed(seed)
     inject_adapter_in_model(
         LoraConfig(r=options.rank, lora_alpha=options.alpha, target_modules=maps), model, _NAME

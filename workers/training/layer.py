@@ -5,7 +5,7 @@ No gradient crosses a layer, so all layers can be trained at the same time, each
 one. Letters: S windows, B windows of a micro-batch, T tokens, D hidden.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from rayprune.specs.methods import DressOptions
-from rayprune.workers.model.families import UnitGroup
-from rayprune.workers.network.layers import LayerArguments, StreamedModel
+from rayprune.workers.model.description import Model
+from rayprune.workers.network.streamed import LayerArguments, StreamedModel
 from rayprune.workers.passes.stream import Passed
 from rayprune.workers.store.training_stage import Norm, Removed
 from rayprune.workers.training.loop import Ranks, Training
@@ -33,7 +33,7 @@ class LayerTransfer(GroupPenalty):
         self,
         passed: Sequence[Passed],
         arguments: Callable[[int], LayerArguments],
-        groups: Mapping[str, UnitGroup],
+        described: Model,
         removed: Removed,
         strength: float,
         norm: Norm,
@@ -41,7 +41,7 @@ class LayerTransfer(GroupPenalty):
         """`passed`: x and y of every window; `arguments(B)`: what a layer gets besides hidden
         states for so many windows.
         """
-        super().__init__(groups, [removed], strength, norm)
+        super().__init__(described, [removed], strength, norm)
         self._passed, self._arguments = passed, arguments
         self._update = sum(
             float(_lengths(y_TD - x_TD, y_TD).mean()) for x_TD, y_TD in passed
@@ -86,7 +86,6 @@ def train_layer(
     model: StreamedModel,
     index: int,
     passed: Sequence[Passed],
-    groups: Mapping[str, UnitGroup],
     removed: Removed,
     method: DressOptions,
     folder: Path,
@@ -109,7 +108,8 @@ def train_layer(
         return known[num_windows]
 
     layer = model.trainable_layer(index)
-    objective = LayerTransfer(passed, arguments, groups, removed, method.strength, method.norm)
+    described = model.checkpoint.model
+    objective = LayerTransfer(passed, arguments, described, removed, method.strength, method.norm)
     numbers_ST = torch.arange(len(passed))[:, None].expand(-1, len(passed[0][0]))
     Training(layer, objective, numbers_ST, method.training, folder, Ranks(0, 1, model.device)).run()
     return layer

@@ -31,7 +31,7 @@ from torch.distributed.tensor import DTensor
 from rayprune.specs.errors import ModelError
 from rayprune.specs.training import LoraSpec, TrainingSpec
 from rayprune.workers.model.checkpoint import Checkpoint
-from rayprune.workers.network.layers import whole_model
+from rayprune.workers.network.streamed import layers_of, whole_model
 from rayprune.workers.store.training_stage import LOG_FILE, STATE_PREFIX, read_log
 from rayprune.workers.training.adapters import add_adapters
 from rayprune.workers.training.objectives import Objective, local_part
@@ -72,7 +72,7 @@ def load_for_training(
     before the next one, so that no rank ever holds more than one whole layer beside its shards.
     """
     model, dtype = whole_model(checkpoint), getattr(torch, options.dtype)
-    added = add_adapters(model, lora, options.seed) if lora else set()
+    added = add_adapters(model, checkpoint.model, lora, options.seed) if lora else set()
     if options.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     sharding: dict[str, Any] = {}
@@ -82,7 +82,7 @@ def load_for_training(
             "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
             "ignored_params": added,
         }
-    for part in (*model.model.layers, model):
+    for part in (*layers_of(model, checkpoint.model), model):
         for parameter in part.parameters():
             if not isinstance(parameter, DTensor):
                 held = dtype if (frozen or lora) and parameter not in added else torch.float32

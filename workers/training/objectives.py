@@ -4,7 +4,7 @@ layers, a teacher.
 Letters: B windows, T tokens, D hidden, V vocabulary, U units of a coupled group, L layers.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from rayprune.workers.model.families import UnitGroup
+from rayprune.workers.model.description import Axis, Group, Model
+from rayprune.workers.network.streamed import layers_of
 from rayprune.workers.store.training_stage import Norm, Removed
 
 Sum = Callable[[Tensor], Tensor]
@@ -23,6 +24,14 @@ ROWS_AT_ONCE = 256
 
 class Objective:
     """The language-model loss alone: the base of every other objective."""
+
+    def __init__(self, described: Model) -> None:
+        """`described`: what is trained."""
+        self.described = described
+
+    def layers(self, model: nn.Module) -> Any:
+        """The layers of what is trained, in place."""
+        return layers_of(model, self.described)
 
     def prepare(self, model: nn.Module, summed: Sum) -> list[nn.Parameter]:
         """Change the model where the objective needs it; the parameters to train."""
@@ -46,24 +55,27 @@ class Objective:
 
     def release(self, model: Any) -> None:
         """Take back what `prepare` changed in the model's structure."""
-        for index, layer in enumerate(model.model.layers):
+        layers = self.layers(model)
+        for index, layer in enumerate(layers):
             if isinstance(layer, Watched):
-                model.model.layers[index] = layer.inner
+                layers[index] = layer.inner
 
 
 @dataclass(frozen=True)
 class _Part:
-    """The part of a parameter that this rank holds: `index_N` says which unit each of its rows (or
-    columns, `dim` 1) belongs to.
+    """Entries `first` and following along axis `dim` of what this rank holds of a parameter:
+    `index_N` says which unit each of them belongs to.
     """
 
     parameter: nn.Parameter
     dim: int
+    first: int
     index_N: Tensor
 
     @property
     def values(self) -> Tensor:
-        return local_part(self.parameter.data)
+        held = local_part(self.parameter.data)
+        return held.narrow(self.dim, self.first, len(self.index_N))
 
     def per_unit(self, amount: Callable[[Tensor], Tensor], units: int) -> Tensor:
         """An amount of every weight, summed by unit in fp64; a few rows at a time, so that nothing
@@ -97,19 +109,22 @@ def _first_row(parameter: nn.Parameter) -> int:
     return min(mesh.get_local_rank() * -(-parameter.shape[0] // mesh.size()), parameter.shape[0])
 
 
-def group_parts(layer: nn.Module, group: UnitGroup) -> list[_Part]:
-    """Everything in a layer that goes with the units of a group: rows (and bias entries) of
-    producers, columns of the consumer.
+def group_parts(layer: nn.Module, group: Group) -> list[_Part]:
+    """Everything in a layer that goes with the units of a group, along its axes and the
+    consumer's inputs.
     """
-    parts = []
-    for producer in group.producers:
-        for parameter in layer.get_submodule(producer.module).parameters():
-            first, device = _first_row(parameter), local_part(parameter.data).device
-            rows_N = torch.arange(first, first + len(local_part(parameter.data)), device=device)
-            parts.append(_Part(parameter, 0, rows_N // producer.rows))
-    consumer = layer.get_submodule(group.consumer).get_parameter("weight")
-    columns_F = torch.arange(group.width, device=local_part(consumer.data).device) // group.columns
-    return [*parts, _Part(consumer, 1, columns_F)]
+    parameters = dict(layer.named_parameters())
+    return [_part(parameters[a.tensor], a, group.num_units) for a in group.all_axes]
+
+
+def _part(parameter: nn.Parameter, axis: Axis, num_units: int) -> _Part:
+    held = local_part(parameter.data)
+    begin = _first_row(parameter) if axis.dim == 0 else 0
+    stop = begin + held.shape[axis.dim]
+    first = min(max(axis.start, begin), stop)
+    last = max(first, min(axis.start + num_units * axis.per_unit, stop))
+    numbers_N = torch.arange(first, last, device=held.device)
+    return _Part(parameter, axis.dim, first - begin, (numbers_N - axis.start) // axis.per_unit)
 
 
 @dataclass(frozen=True)
@@ -147,19 +162,13 @@ class GroupPenalty(Objective):
     """
 
     def __init__(
-        self,
-        groups: Mapping[str, UnitGroup],
-        removed: Sequence[Removed],
-        strength: float,
-        norm: Norm,
+        self, described: Model, removed: Sequence[Removed], strength: float, norm: Norm
     ) -> None:
         """`removed`: for every layer and group the units that will go."""
-        self._groups, self._removed, self._strength, self._norm = groups, removed, strength, norm
+        super().__init__(described)
+        self._removed, self._strength, self._norm = removed, strength, norm
+        self._groups = {group.name: group for group in described.groups}
         self._going: list[_Going] = []
-
-    def layers(self, model: Any) -> list[nn.Module]:
-        """The decoder layers of what is trained."""
-        return list(model.model.layers)
 
     def prepare(self, model: nn.Module, summed: Sum) -> list[nn.Parameter]:
         """Find the units' weights, and measure them."""
@@ -254,27 +263,29 @@ class LayerGates(Objective):
     |gate| on top; weights are frozen.
     """
 
-    def __init__(self, gates: Sequence[float], removed: Collection[int], strength: float) -> None:
+    def __init__(
+        self, described: Model, gates: Sequence[float], removed: Collection[int], strength: float
+    ) -> None:
         """Gates to begin with; those of `removed` layers stay at 0."""
+        super().__init__(described)
         self._initial, self._removed, self._strength = gates, removed, strength
 
     def prepare(self, model: Any, summed: Sum) -> list[nn.Parameter]:
         """Freeze the model and put a gate on every layer."""
         model.requires_grad_(False)
         device = next(model.parameters()).device
-        for index, layer in enumerate(model.model.layers):
+        layers = self.layers(model)
+        for index, layer in enumerate(layers):
             gate = (
                 None
                 if index in self._removed
                 else nn.Parameter(torch.tensor(self._initial[index], device=device))
             )
-            model.model.layers[index] = Watched(
-                layer, gate, scale=0.0 if index in self._removed else 1.0
-            )
+            layers[index] = Watched(layer, gate, scale=0.0 if index in self._removed else 1.0)
         return self._gates(model)
 
     def _gates(self, model: Any) -> list[Any]:
-        return [layer.gate for layer in model.model.layers if layer.gate is not None]
+        return [layer.gate for layer in self.layers(model) if layer.gate is not None]
 
     def losses(self, model: nn.Module, batch_BT: Tensor) -> dict[str, Tensor]:
         """The language-model loss and the penalty on the gates."""
@@ -286,7 +297,7 @@ class LayerGates(Objective):
         """All gates as they are now; 0 where a layer is left out."""
         return [
             0.0 if layer.gate is None else float(layer.gate.detach())
-            for layer in model.model.layers
+            for layer in self.layers(model)
         ]
 
 
@@ -295,19 +306,23 @@ class UpdatePenalty(Objective):
     - x_in| (`Watched`).
     """
 
-    def __init__(self, removed: Collection[int], strength: float, norm: Norm) -> None:
+    def __init__(
+        self, described: Model, removed: Collection[int], strength: float, norm: Norm
+    ) -> None:
+        super().__init__(described)
         self._removed, self._strength, self._norm = sorted(removed), strength, norm
 
     def prepare(self, model: Any, summed: Sum) -> list[nn.Parameter]:
         """Watch the layers that will go."""
+        layers = self.layers(model)
         for index in self._removed:
-            model.model.layers[index] = Watched(model.model.layers[index], norm=self._norm)
+            layers[index] = Watched(layers[index], norm=self._norm)
         return super().prepare(model, summed)
 
     def losses(self, model: Any, batch_BT: Tensor) -> dict[str, Tensor]:
         """The language-model loss and the penalty on the updates."""
         parts = super().losses(model, batch_BT)
-        updates = [model.model.layers[index].update for index in self._removed]
+        updates = [self.layers(model)[index].update for index in self._removed]
         return parts | {"penalty": self._strength * torch.stack(updates).sum()}
 
 
@@ -321,15 +336,17 @@ class UpdateShrink(Objective):
     without these layers: leaving them out then changes nothing.
     """
 
-    def __init__(self, removed: Collection[int], strength: float) -> None:
+    def __init__(self, described: Model, removed: Collection[int], strength: float) -> None:
+        super().__init__(described)
         self._removed, self._strength = sorted(removed), strength
         self._watched: list[Watched] = []
 
     def prepare(self, model: Any, summed: Sum) -> list[nn.Parameter]:
         """Watch the layers that will go."""
+        layers = self.layers(model)
         for index in self._removed:
-            self._watched.append(Watched(model.model.layers[index]))
-            model.model.layers[index] = self._watched[-1]
+            self._watched.append(Watched(layers[index]))
+            layers[index] = self._watched[-1]
         return super().prepare(model, summed)
 
     def before_step(self, done: float) -> None:
@@ -347,17 +364,26 @@ class Distillation(Objective):
     last hidden states lie apart.
     """
 
-    def __init__(self, teacher: nn.Module, hidden: float) -> None:
-        """`hidden` weighs the squared relative distance of the last hidden states."""
+    def __init__(
+        self, described: Model, teacher: nn.Module, teaching: Model, hidden: float
+    ) -> None:
+        """`teaching` describes the teacher; `hidden` weighs the squared relative distance of the
+        last hidden states.
+        """
+        super().__init__(described)
+        self._teaching = teaching
         self._teacher: Any = teacher.eval().requires_grad_(False)
         self._hidden = hidden
 
     def losses(self, model: Any, batch_BT: Tensor) -> dict[str, Tensor]:
         """KL(teacher, student), mean over tokens, and the distance."""
         states: list[Tensor] = []
+        norms = [
+            network.get_submodule(described.last_norm)
+            for network, described in ((self._teacher, self._teaching), (model, self.described))
+        ]
         handles = [
-            norm.register_forward_hook(lambda _, args, out: states.append(out))
-            for norm in (self._teacher.model.norm, model.model.norm)
+            norm.register_forward_hook(lambda _, args, out: states.append(out)) for norm in norms
         ]
         with torch.no_grad():
             log_p = torch.log_softmax(

@@ -11,8 +11,7 @@ from rayprune.workers.calibration import calibration_windows, load_tokenizer
 from rayprune.workers.machine.device import device_of, peak_memory_bytes
 from rayprune.workers.machine.memory import PeakMemory
 from rayprune.workers.model.checkpoint import Checkpoint, open_checkpoint
-from rayprune.workers.model.families import layer_prefix, unit_groups
-from rayprune.workers.network.layers import read_tensors
+from rayprune.workers.network.reading import read_tensors
 from rayprune.workers.network.written import trained
 from rayprune.workers.store.files import write_json, write_tensors
 from rayprune.workers.store.layout import RESULT_FILE, TRAINED_FOLDER
@@ -79,28 +78,21 @@ def train_rank(stage: Finetune, rank: int, world: int, device: str) -> None:
 
 
 def _objective(stage: Finetune, checkpoint: Checkpoint, ranks: Ranks) -> Objective:
+    described = checkpoint.model
     match stage.aim:
         case Penalty(removed, strength, norm):
-            return GroupPenalty(
-                {group.name: group for group in unit_groups(checkpoint.config)},
-                removed,
-                strength,
-                norm,
-            )
+            return GroupPenalty(described, removed, strength, norm)
         case Gates(initial, gone, strength):
-            return LayerGates(initial, gone, strength)
+            return LayerGates(described, initial, gone, strength)
         case Updates(gone, strength, norm):
-            return UpdatePenalty(gone, strength, norm)
+            return UpdatePenalty(described, gone, strength, norm)
         case Shrink(gone, strength):
-            return UpdateShrink(gone, strength)
+            return UpdateShrink(described, gone, strength)
         case Recovery(teacher, hidden) if teacher:
-            return Distillation(
-                load_for_training(
-                    open_checkpoint(Path(teacher)), stage.options, ranks, frozen=True
-                ),
-                hidden,
-            )
-    return Objective()
+            dense = open_checkpoint(Path(teacher))
+            network = load_for_training(dense, stage.options, ranks, frozen=True)
+            return Distillation(described, network, dense.model, hidden)
+    return Objective(described)
 
 
 def _write_model(model: nn.Module, checkpoint: Checkpoint, folder: Path, ranks: Ranks) -> None:
@@ -109,8 +101,10 @@ def _write_model(model: nn.Module, checkpoint: Checkpoint, folder: Path, ranks: 
     """
     parts = {"outer": ("", checkpoint.outer_tensors)}
     for layer in range(checkpoint.num_layers):
-        parts[f"layer-{layer:04d}"] = (layer_prefix(layer), checkpoint.layer_tensors(layer))
+        prefix = checkpoint.model.prefix(layer)
+        parts[f"layer-{layer:04d}"] = (prefix, checkpoint.layer_tensors(layer))
     adapters, parameters = adapted(model), dict(model.named_parameters())
+    modules = checkpoint.model.module_names
     if adapters and ranks.rank:
         return  # they are whole on every rank: there is nothing to gather
     for part, (prefix, infos) in parts.items():
@@ -125,7 +119,8 @@ def _write_model(model: nn.Module, checkpoint: Checkpoint, folder: Path, ranks: 
                 if name in tensors
             }
         else:
-            tensors = {prefix + name: _whole(parameters[prefix + name]) for name in infos}
+            full = [prefix + name for name in infos]
+            tensors = {name: _whole(parameters[modules.get(name, name)]) for name in full}
         if ranks.rank == 0:
             write_tensors(
                 folder / f"{part}.safetensors",

@@ -1,0 +1,240 @@
+"""What there is to know of a model: its layers, what is coupled in them, what a cut leaves. No
+torch.
+
+A config is parsed once, by its family, into a `Model`. Nothing outside `workers.model` knows a
+family's name, a key of its config, or where its modules sit. Names of tensors and modules are those
+inside a layer, unless said otherwise. Shapes are torch's: (out, in) for a linear map.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+from typing import Literal
+
+Shape = tuple[int, ...]
+Shapes = Mapping[str, Shape]
+Kind = Literal["attention", "ffn"]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Where the units of a group lie along one axis of a tensor.
+
+    Unit j has the entries `start + j * per_unit` to `start + (j + 1) * per_unit - 1` of axis `dim`.
+    A fused matrix has several axes in one tensor, one for each block; entries of no axis stay.
+    """
+
+    tensor: str
+    dim: int
+    per_unit: int
+    start: int = 0
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """The matrix that reads a group's units, `columns` of its inputs for each."""
+
+    module: str
+    columns: int
+    transposed: bool = False
+    """Whether its weight is (in, out), as that of GPT-2's Conv1D."""
+
+    @property
+    def weight(self) -> str:
+        """Name of its weight."""
+        return f"{self.module}.weight"
+
+    @property
+    def dim(self) -> int:
+        """Axis of its weight along which its inputs lie."""
+        return 0 if self.transposed else 1
+
+
+@dataclass(frozen=True)
+class Block:
+    """The submodule that computes a group's consumer: what a stub stands in for."""
+
+    module: str
+    returns: int = 0
+    """Length of the tuple it returns, its output first; 0: it returns the output."""
+    scale: float | None = 1.0
+    """What its output is multiplied by where it is added to the residual stream; None: it is not
+    added as it is, something else works on it first."""
+
+    def holds(self, name: str) -> bool:
+        """Whether a tensor of the layer belongs to the block, and goes when no unit stays."""
+        return name.startswith(f"{self.module}.")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units of a layer that go together: KV groups with their query heads, or channels of an FFN.
+
+    `count` alike blocks (experts) each have `num_units` units and a consumer of their own; a token
+    passes through `active` of them.
+    """
+
+    name: str
+    kind: Kind
+    title: str
+    """What a unit is called: `KV groups`, `FFN channels`."""
+    num_units: int
+    axes: tuple[Axis, ...]
+    consumer: Consumer
+    block: Block
+    unit_parameters: int
+    """Parameters that go with one unit, biases included."""
+    count: int = 1
+    active: int = 1
+    cached: int = 0
+    """Numbers that a KV cache keeps of a token for every unit."""
+    fixed: str | None = None
+    """Why all units have to stay; None: they need not."""
+
+    @property
+    def columns(self) -> int:
+        """Columns of the consumer's input for each unit."""
+        return self.consumer.columns
+
+    @property
+    def width(self) -> int:
+        """Input width F of one consumer."""
+        return self.num_units * self.columns
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of all units of all blocks."""
+        return self.count * self.num_units * self.unit_parameters
+
+    @property
+    def all_axes(self) -> tuple[Axis, ...]:
+        """Everything that shrinks with the units: `axes`, and the consumer's inputs."""
+        return (*self.axes, Axis(self.consumer.weight, self.consumer.dim, self.columns))
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer: its coupled groups in the order in which it computes them, and its tensors."""
+
+    groups: tuple[Group, ...]
+    shapes: Shapes
+    attended: int
+    """Numbers that a token's query meets for every token it looks at: scores and values, over all
+    heads."""
+
+    @property
+    def parameters(self) -> int:
+        """Number of elements of all its tensors."""
+        return sum(map(prod, self.shapes.values()))
+
+    def group(self, name: str) -> Group:
+        """The group of a name."""
+        return next(group for group in self.groups if group.name == name)
+
+    def cut_shapes(self, kept: Mapping[str, int]) -> dict[str, Shape]:
+        """Shapes of its tensors when so many units of every group stay; those of an absent block
+        are left out.
+        """
+        shapes = {name: list(shape) for name, shape in self.shapes.items()}
+        for group in self.groups:
+            lost = group.num_units - kept.get(group.name, group.num_units)
+            if lost == group.num_units:
+                shapes = {name: s for name, s in shapes.items() if not group.block.holds(name)}
+                continue
+            for axis in group.all_axes:
+                if axis.tensor in shapes:
+                    shapes[axis.tensor][axis.dim] -= lost * axis.per_unit
+        return {name: tuple(shape) for name, shape in shapes.items()}
+
+
+@dataclass(frozen=True)
+class RemoteCode:
+    """A class that travels with an exported folder because no stock class holds the model."""
+
+    module: str
+    """Name of its file, without the ending."""
+    name: str
+    """Name of the class."""
+    text: str
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model as its family describes it. Names here are those in the files, in full."""
+
+    model_type: str
+    auto_class: str
+    """Name of the class of transformers that builds it."""
+    layers: tuple[Layer, ...]
+    """Layers that are alike are one object."""
+    layers_at: str
+    """Where the layers sit among the modules, and what their tensors' names begin with."""
+    backbone: str
+    """The module that runs from token ids to the last norm."""
+    last_norm: str
+    """The module behind the last layer."""
+    hidden: int
+    vocabulary: int
+    outer: Shapes
+    """Tensors outside the layers; a head that is tied is left out."""
+    embedding: str
+    """The matrix of token embeddings."""
+    head: str
+    """The matrix of the output head."""
+    tied: bool
+    """Whether the head is the embedding matrix."""
+    dtype: str
+    """Type of the weights by the config, as torch calls it."""
+    module_names: Mapping[str, str] = field(default_factory=dict)
+    """Tensors whose names in the files are not those of the modules: file's name to module's."""
+    recomputed: tuple[str, ...] = ()
+    """Endings of tensors in old files that transformers computes itself."""
+    routers: tuple[str, ...] = ()
+    """Endings of matrices that stay in a wider type where the rest is quantised."""
+    not_pruned: str | None = None
+    """Why it can be planned, not pruned; None: it can be pruned."""
+    sized_alike: str | None = None
+    """Why its layers must keep the same numbers of units; None: they need not."""
+    layers_differ: bool = False
+    """Whether it was pruned to layers of different sizes."""
+    caches: tuple[str, ...] = ()
+    """For every layer which kind of slot it has in a KV cache; empty: all have the same."""
+    code: RemoteCode | None = None
+    """The class that builds it, where the stock one does not."""
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers."""
+        return len(self.layers)
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """Every group that some layer has, in layer order, as in the last layer that has it."""
+        return tuple(
+            {group.name: group for layer in self.alike for group in layer[0].groups}.values()
+        )
+
+    @property
+    def units(self) -> dict[str, int]:
+        """Units of every group."""
+        return {group.name: group.num_units for group in self.groups}
+
+    def names_of(self, kind: Kind) -> list[str]:
+        """Names of the groups of a kind."""
+        return [group.name for group in self.groups if group.kind == kind]
+
+    @cached_property
+    def alike(self) -> list[tuple[Layer, range]]:
+        """Layers with the same groups and shapes that follow each other, together."""
+        runs: list[tuple[Layer, range]] = []
+        for number, layer in enumerate(self.layers):
+            if runs and runs[-1][0] is layer:
+                runs[-1] = (layer, range(runs[-1][1].start, number + 1))
+            else:
+                runs.append((layer, range(number, number + 1)))
+        return runs
+
+    def prefix(self, layer: int) -> str:
+        """What the names of a layer's tensors begin with."""
+        return f"{self.layers_at}.{layer}."

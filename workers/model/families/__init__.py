@@ -1,0 +1,55 @@
+"""The model families: one small file each, found by its model type.
+
+A file `families/<model_type>.py` defines `FAMILY`. Nothing else has to know of it.
+"""
+
+from functools import cache
+from importlib import import_module
+from pkgutil import iter_modules
+
+from rayprune.specs.errors import ModelError
+from rayprune.workers.model.config import Config
+from rayprune.workers.model.families.family import Family
+
+_SHARED = ("decoder", "family", "planned")
+"""Modules of this folder that are no families."""
+
+
+@cache
+def model_types() -> tuple[str, ...]:
+    """All model types that there are files of, in alphabetical order."""
+    return tuple(sorted(m.name for m in iter_modules(__path__) if m.name not in _SHARED))
+
+
+@cache
+def family_named(model_type: str) -> Family:
+    """The family of a model type.
+
+    Raises:
+        KeyError: there is no file of it.
+    """
+    if model_type.replace("-", "_") not in model_types():
+        raise KeyError(model_type)
+    family = import_module(f"{__name__}.{model_type.replace('-', '_')}").FAMILY
+    assert isinstance(family, Family)
+    return family
+
+
+def prunable() -> list[str]:
+    """Model types that can be pruned, not only planned."""
+    return [name for name in model_types() if family_named(name).not_pruned is None]
+
+
+def family_of(config: Config) -> Family:
+    """The family of a config.
+
+    Raises:
+        ModelError: the model type is not supported.
+    """
+    try:
+        return family_named(config.model_type)
+    except KeyError:
+        raise ModelError(
+            f"model_type {config.model_type!r} is not supported; supported are"
+            f" {', '.join(prunable())}"
+        ) from None

@@ -1,0 +1,61 @@
+"""What a file of a family gives: a description of a model from its config, and forms to write it
+in.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+from rayprune.workers.model.config import Config
+from rayprune.workers.model.description import Model, RemoteCode
+from rayprune.workers.model.form import Form
+
+
+class Family(ABC):
+    """A model type. `architecture` is the class that transformers builds for it."""
+
+    architecture: str
+    not_pruned: str | None = None
+    """Why its models can be planned, not pruned; None: they can be pruned."""
+
+    @abstractmethod
+    def describe(self, config: Config) -> Model:
+        """The model that a config says.
+
+        Raises:
+            ModelError: the config lacks a size, or its sizes do not fit.
+        """
+
+    @abstractmethod
+    def form(self, config: Config, kept: Mapping[str, int], target: str) -> Form:
+        """How a model is written that keeps so many units of each group in every layer.
+
+        Raises:
+            SpecError: no stock class can hold it.
+        """
+
+    @abstractmethod
+    def count_layers(self, config: Config) -> int:
+        """How many layers a config says."""
+
+    @abstractmethod
+    def of_count(self, num_layers: int) -> dict[str, object]:
+        """The keys that say so many layers."""
+
+    def code(self) -> RemoteCode:
+        """The class that builds models whose layers differ in size."""
+        raise NotImplementedError
+
+    def layer_sizes(self, config: Config, kept: Mapping[str, int]) -> dict[str, object]:
+        """What the config of one layer says of its sizes, where layers differ."""
+        raise NotImplementedError
+
+    def layer_values(self, config: Config, layer: int) -> dict[str, object]:
+        """What the config class works out from a layer's number, where the config has no list of
+        it."""
+        del config, layer
+        return {}
+
+    @property
+    def lists(self) -> tuple[str, ...]:
+        """Keys that hold a list with an entry for each layer."""
+        return ("layer_types", "no_rope_layers")

@@ -1,0 +1,5 @@
+"""Gemma."""
+
+from rayprune.workers.model.families.decoder import Decoder, biased_by
+
+FAMILY = Decoder("GemmaForCausalLM", biased=biased_by(attention_bias="self_attn."), tied=True)

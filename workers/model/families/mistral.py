@@ -1,0 +1,5 @@
+"""Mistral."""
+
+from rayprune.workers.model.families.decoder import Decoder
+
+FAMILY = Decoder("MistralForCausalLM")

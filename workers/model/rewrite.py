@@ -1,0 +1,118 @@
+"""The exported config: the original's keys, patched, never re-saved (transformers would drop keys
+that older readers need). No torch.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from rayprune.workers.model.config import Config
+from rayprune.workers.model.description import RemoteCode
+from rayprune.workers.model.families import family_of
+from rayprune.workers.model.form import Form
+
+_NOT_WRITTEN = ("auto_map", "_name_or_path")
+
+
+@dataclass(frozen=True)
+class Written:
+    """A pruned model's config, and the class beside it where layers differ in size."""
+
+    config: dict[str, object]
+    code: RemoteCode | None = None
+
+    @property
+    def model_type(self) -> str:
+        """The type it is written as."""
+        return Config(self.config).model_type
+
+
+def form_of(config: Config, kept: Mapping[str, int], target: str) -> Form:
+    """How a model is written that keeps so many units of each group in every layer.
+
+    Raises:
+        SpecError: no stock class can hold it.
+    """
+    return family_of(config).form(config, kept, target)
+
+
+def written(
+    config: Config,
+    there: Sequence[int],
+    layers: Sequence[Mapping[str, int]],
+    target: str,
+    dtype: str,
+) -> Written:
+    """The config of a model that keeps the layers `there`, each with so many units.
+
+    Raises:
+        SpecError: no stock class can hold it.
+    """
+    cut = of_layers(config, there)
+    if all(kept == layers[0] for kept in layers):
+        return Written(_patched(cut, layers[0], target, dtype))
+    return _of_sizes(cut, layers, dtype)
+
+
+def _patched(config: Config, kept: Mapping[str, int], target: str, dtype: str) -> dict[str, object]:
+    form = form_of(config, kept, target)
+    left_out = (*_NOT_WRITTEN, *form.dropped)
+    result = {key: value for key, value in config.raw.items() if key not in left_out}
+    changes = dict(form.changes)
+    if dtype != "auto":
+        named = [key for key in ("dtype", "torch_dtype") if key in config.raw] or ["dtype"]
+        changes |= dict.fromkeys(named, dtype)
+    return result | changes
+
+
+def _of_sizes(config: Config, layers: Sequence[Mapping[str, int]], dtype: str) -> Written:
+    """Layers that keep different numbers of units; sizes of the whole stay those of the
+    original.
+    """
+    family = family_of(config)
+    model = family.describe(config)
+    code = family.code()
+    result = _patched(config, model.units, "transformers", dtype)
+    sizes = {
+        index: family.layer_sizes(config, kept)
+        for index, kept in enumerate(layers)
+        if kept != model.units
+    }
+    own = {
+        "per_layer_config": sizes,
+        "allow_global_per_layer_attribute_access": True,
+        "auto_map": {model.auto_class: f"{code.module}.{code.name}"},
+    }
+    return Written(result | own, code)
+
+
+def of_layers(config: Config, layers: Sequence[int]) -> Config:
+    """The config of a model that keeps only these layers; lists with an entry for each layer are
+    cut with them.
+
+    Lists that the config class would work out from a layer's number are written, unless all entries
+    are alike: numbers change.
+    """
+    count = family_of(config).count_layers(config)
+    if len(layers) == count:
+        return config
+    cut = {key: [values[n] for n in layers] for key, values in layer_lists(config).items()}
+    changed = family_of(config).of_count(len(layers))
+    return Config({**config.raw, **cut, **changed})
+
+
+def layer_lists(config: Config) -> dict[str, list[object]]:
+    """Lists of the config with an entry for each layer, and those that its class works out from a
+    layer's number, unless all are alike.
+    """
+    family = family_of(config)
+    count = family.count_layers(config)
+    values = [family.layer_values(config, layer) for layer in range(count)]
+    derived = {
+        key: found for key in values[0] if len(set(found := [value[key] for value in values])) > 1
+    }
+    given = {key: config.raw.get(key) for key in family.lists}
+    return derived | {
+        key: value
+        for key, value in given.items()
+        if isinstance(value, list) and len(value) == count
+    }

@@ -1,0 +1,59 @@
+"""Tensors of a model folder, as views of its mapped files."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from rayprune.specs.errors import ModelError
+from rayprune.workers.model.checkpoint import Checkpoint, TensorInfo
+from rayprune.workers.model.description import Consumer
+
+
+def read_tensors(
+    checkpoint: Checkpoint, infos: Mapping[str, TensorInfo], prefix: str = ""
+) -> dict[str, Tensor]:
+    """Views of the mapped files: some tensors in their type on disk; `prefix` completes the names.
+
+    Raises:
+        ModelError: a tensor holds NaN or infinity.
+    """
+    tensors: dict[str, Tensor] = {}
+    for file in sorted({info.file for info in infos.values()}):
+        with safe_open(checkpoint.path / file, framework="pt") as handle:
+            tensors |= {
+                name: handle.get_tensor(info.stored)
+                for name, info in infos.items()
+                if info.file == file
+            }
+    for name, tensor in tensors.items():
+        # a sum takes no memory
+        if not math.isfinite(tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))):
+            raise ModelError(
+                f"{checkpoint.path / infos[name].file}: {prefix}{name} holds NaN or infinity; the"
+                " checkpoint is damaged, fetch it again"
+            )
+    return tensors
+
+
+def layer_tensors(checkpoint: Checkpoint, layer: int) -> dict[str, Tensor]:
+    """All tensors of a layer, by their names in it.
+
+    Raises:
+        ModelError: one holds NaN or infinity.
+    """
+    prefix = checkpoint.model.prefix(layer)
+    return read_tensors(checkpoint, checkpoint.layer_tensors(layer), prefix)
+
+
+def consumer_weight(checkpoint: Checkpoint, layer: int, consumer: Consumer) -> Tensor:
+    """A consumer's weight (D, F), in its type on disk.
+
+    Raises:
+        ModelError: it holds NaN or infinity.
+    """
+    infos = {consumer.weight: checkpoint.layer_tensors(layer)[consumer.weight]}
+    weight = read_tensors(checkpoint, infos, checkpoint.model.prefix(layer))[consumer.weight]
+    return weight.T if consumer.transposed else weight

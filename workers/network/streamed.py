@@ -1,0 +1,249 @@
+"""A model whose layers are loaded one at a time, and whole ones: the stock classes of transformers.
+
+The layers' arguments (masks, rotary tables) are recorded from the stock model, never imitated:
+every layer is replaced by a recorder and the stock forward runs once per shape. Likewise the head:
+the stock forward runs with its layers replaced by one that returns given hidden states.
+Letters: B windows of a micro-batch, T tokens, D hidden.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from copy import copy, deepcopy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import AutoConfig
+
+from rayprune.specs.errors import ModelError
+from rayprune.workers.model.checkpoint import Checkpoint, TensorInfo
+from rayprune.workers.model.description import Model
+from rayprune.workers.network.mapped import placed
+from rayprune.workers.network.reading import layer_tensors, read_tensors
+
+Store = Callable[[Tensor], Tensor]
+LayerArguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass
+class MicroBatch:
+    """A few windows on their way through the layers.
+
+    `hidden_BTD` is the input of the current layer, `arguments[i]` what layer i gets besides. Of the
+    current layer: `inputs[group]` is a consumer's input (a cache), `outputs[block]` the output that
+    stands in for a block. `store` puts hidden states and outputs where they wait: it returns them,
+    or their copy elsewhere.
+    """
+
+    hidden_BTD: Tensor
+    arguments: list[LayerArguments]
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+    store: Store = lambda tensor: tensor
+
+
+class _Recorder(nn.Module):
+    """Stands for a layer: notes its arguments and passes the hidden states on, or returns given
+    ones.
+    """
+
+    def __init__(self, wrapped: nn.Module, returns: Tensor | None = None) -> None:
+        super().__init__()
+        # not a submodule: only its plain attributes are looked up
+        self.__dict__["wrapped"] = wrapped
+        self.returns = returns
+        self.arguments: LayerArguments | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["wrapped"], name)
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Note the arguments."""
+        self.arguments = (args, kwargs)
+        return hidden if self.returns is None else self.returns
+
+
+@contextmanager
+def hooked(handles: Sequence[RemovableHandle]) -> Iterator[None]:
+    """Remove hooks at the end."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def layers_of(network: nn.Module, model: Model) -> nn.ModuleList:
+    """The layers of a whole network."""
+    found = network.get_submodule(model.layers_at)
+    assert isinstance(found, nn.ModuleList)
+    return found
+
+
+class StreamedModel:
+    """A model of which only what is outside the layers stays at hand (on the CPU: mapped).
+
+    Hidden states wait between layers where `store` puts them.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        device: torch.device,
+        store: Store = lambda tensor: tensor,
+    ) -> None:
+        self.checkpoint, self.dtype, self.device, self._store = checkpoint, dtype, device, store
+        self._described = checkpoint.model
+        self._model: Any = _empty_model(checkpoint, dtype).eval().requires_grad_(False)
+        self._layers = list(layers_of(self._model, self._described))
+        self._put([])
+        _fill(self._model, checkpoint, checkpoint.outer_tensors)
+        placed(self._model, device, dtype)
+        self._next: tuple[int, Future[nn.Module]] | None = None
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+
+    def _put(self, layers: Sequence[nn.Module]) -> None:
+        self._model.set_submodule(self._described.layers_at, nn.ModuleList(layers))
+
+    @property
+    def computed_on(self) -> str:
+        """Device kind and floating-point type of the passes, which decide their roundings."""
+        return f"{self.device.type} in {str(self.dtype).removeprefix('torch.')}"
+
+    def load_layer(self, index: int, prefetch: bool = True) -> nn.Module:
+        """One layer with its weights, ready for forward passes; with `prefetch` the next one is
+        read meanwhile.
+
+        Raises:
+            ModelError: a tensor is missing, superfluous or not finite.
+        """
+        layer = (
+            self._next[1].result()
+            if self._next and self._next[0] == index
+            else self._read_layer(index)
+        )
+        following = index + 1 if prefetch and index + 1 < len(self._layers) else None
+        self._next = (
+            (following, self._reader.submit(self._read_layer, following)) if following else None
+        )
+        return layer
+
+    def _read_layer(self, index: int) -> nn.Module:
+        return placed(self._filled_layer(index), self.device, self.dtype)
+
+    def _filled_layer(self, index: int) -> nn.Module:
+        """A layer whose weights are mapped from the files."""
+        tensors = layer_tensors(self.checkpoint, index)
+        layer: nn.Module = deepcopy(self._layers[index])
+        try:
+            layer.load_state_dict(tensors, assign=True)
+        except RuntimeError as error:
+            raise ModelError(
+                f"{self.checkpoint.path}: layer {index} does not fit {type(layer).__name__}:"
+                f" {error}"
+            ) from None
+        return layer
+
+    def trainable_layer(self, index: int) -> nn.Module:
+        """A copy of a layer in float32, to be changed.
+
+        Raises:
+            ModelError: a tensor is missing, superfluous or not finite.
+        """
+        layer = self._filled_layer(index)
+        for parameter in layer.parameters():
+            parameter.data = parameter.data.to(self.device, torch.float32, copy=True)
+        return layer.to(self.device).requires_grad_(True).train()
+
+    def random_layer(self, kept: Mapping[str, int]) -> nn.Module:
+        """A layer with so many units of every group, its weights as its class makes them."""
+        sizes = copy(self._model.config)
+        for name, value in self.checkpoint.layer_sizes(kept).items():
+            setattr(sizes, name, value)
+        layer: nn.Module = type(self._layers[0])(sizes, 0)
+        return layer.to(self.device, self.dtype).eval()
+
+    @torch.inference_mode()
+    def embed(self, tokens_BT: Tensor, reuse: MicroBatch | None = None) -> MicroBatch:
+        """Embeddings of some windows, with the arguments of every layer: recorded, or those of
+        `reuse`, a batch of the same shape.
+        """
+        recorders = [_Recorder(layer) for layer in self._layers]
+        self._put(recorders[:1] if reuse else recorders)
+        caught: list[Tensor] = []
+        backbone = self._model.get_submodule(self._described.backbone)
+        first = recorders[0].register_forward_pre_hook(lambda _, args: caught.append(args[0]))
+        with hooked([first]):
+            backbone(input_ids=tokens_BT.to(self.device), use_cache=False)
+        recorded = [r.arguments for r in recorders if r.arguments is not None]
+        arguments = reuse.arguments if reuse else recorded
+        return MicroBatch(self._store(caught[0]), arguments, store=self._store)
+
+    def logits(self, tokens_BT: Tensor, hidden_BTD: Tensor) -> Tensor:
+        """Output of the stock model whose last layer returned `hidden_BTD`."""
+        self._put([_Recorder(self._layers[0], hidden_BTD.to(self.device))])
+        logits: Tensor = self._model(input_ids=tokens_BT.to(self.device), use_cache=False).logits
+        return logits
+
+
+def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    """The model without its weights: the stock class, or this package's own where layers differ in
+    size; never code of the folder.
+    """
+    sizes = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
+    with init_empty_weights(include_buffers=False):
+        if (code := checkpoint.model.code) is None:
+            stock = getattr(transformers, checkpoint.model.auto_class)
+            return stock.from_config(sizes, dtype=dtype, trust_remote_code=False)
+        silence_warnings()
+        module: dict[str, Any] = {}
+        exec(code.text, module)
+        return module[code.name]._from_config(sizes, dtype=dtype)
+
+
+def silence_warnings() -> None:
+    """Keep transformers from warning of every size that is read from the config as a whole: a class
+    for layers of different sizes never relies on one.
+    """
+    noisy = "transformers.integrations.heterogeneity.configuration_utils"
+    logging.getLogger(noisy).setLevel(logging.ERROR)
+
+
+def _fill(network: Any, checkpoint: Checkpoint, infos: Mapping[str, TensorInfo]) -> None:
+    """Give a network these tensors, mapped from their files; afterwards it is whole.
+
+    Raises:
+        ModelError: a tensor is missing, superfluous, of another shape or not finite.
+    """
+    names = checkpoint.model.module_names
+    tensors = {names.get(name, name): t for name, t in read_tensors(checkpoint, infos).items()}
+    try:
+        unknown = network.load_state_dict(tensors, strict=False, assign=True).unexpected_keys
+    except RuntimeError as error:  # shapes that the config does not imply
+        raise ModelError(f"{checkpoint.path}: {' '.join(str(error).split())}") from None
+    if unknown:
+        raise ModelError(
+            f"{checkpoint.path}: holds {unknown[0]}, which {type(network).__name__} does not know"
+        )
+    network.tie_weights()
+    if missing := [name for name, tensor in network.named_parameters() if tensor.is_meta]:
+        raise ModelError(f"{checkpoint.path}: lacks {missing[0]}")
+
+
+def whole_model(checkpoint: Checkpoint) -> Any:
+    """The model with all its weights, in their types on disk; on the CPU they are mapped from the
+    files.
+
+    Raises:
+        ModelError: a tensor is missing, superfluous or not finite.
+    """
+    network = _empty_model(checkpoint, torch.float32)
+    _fill(network, checkpoint, checkpoint.tensors)
+    return network
