@@ -117,6 +117,8 @@ class Decoder(Family):
     keys: Keys = Keys()
     attention: Part = ATTENTION
     ffn: Part = FFN
+    widths_of_hidden: int | None = None
+    """FFN channels over the hidden size, where the config does not say."""
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
     """Norms over the hidden size."""
     norm_biases: bool = False
@@ -176,7 +178,8 @@ class Decoder(Family):
 
     def width(self, config: Config) -> int:
         """FFN channels."""
-        return config.integer(self.keys.width)
+        times = self.widths_of_hidden
+        return config.integer(self.keys.width, times and times * self.hidden(config))
 
     def count_layers(self, config: Config) -> int:
         """How many layers a config says."""
