@@ -1,4 +1,4 @@
-"""GPT-NeoX (Pythia): a head's queries, keys and values together, blocks beside each other, two norms.
+"""GPT-NeoX (Pythia): a head's queries, keys and values together, blocks side by side, two norms.
 
 Its class takes the head size from the hidden size. With fewer heads it is written as Phi, which
 computes the same: the norms' weights and biases are folded into the matrices behind them, queries,
