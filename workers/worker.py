@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rayprune.specs.job import JobSpec
 from rayprune.specs.memory import MemoryPlan
-from rayprune.specs.methods import DressOptions
+from rayprune.specs.methods.options import DriveOut
 from rayprune.workers.model.config_patch import needs_output_bias
 from rayprune.workers.model.families import config_int, layer_prefix
 from rayprune.workers.network import layers
@@ -276,12 +276,12 @@ class Worker(SideSteps):
         # torch's training machinery takes a second to import
         from rayprune.workers.training.layer import train_layer
 
-        method, name = self.job.method, regularised_task(layer)
-        assert isinstance(method, DressOptions)
+        stage, name = self.job.method.before_cut, regularised_task(layer)
+        assert isinstance(stage, DriveOut)
         folder = task_folder(self.run_folder, name)
         forget_another(folder, task_fingerprint)
         module = train_layer(
-            self._model, layer, self._stream.passed(layer), self._groups, removed, method, folder
+            self._model, layer, self._stream.passed(layer), self._groups, removed, stage, folder
         )
         infos, prefix = self._checkpoint.layer_tensors(layer), layer_prefix(layer)
         tensors = trained(module.state_dict(), {key: info.dtype for key, info in infos.items()})

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from rayprune.specs.training import Norm
 from rayprune.workers.model.families import UnitGroup
-from rayprune.workers.store.training_stage import Norm, Removed
+from rayprune.workers.store.training_stage import Removed
 
 Sum = Callable[[Tensor], Tensor]
 """Adds a tensor up over the ranks."""
