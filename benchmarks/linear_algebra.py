@@ -23,7 +23,7 @@ from torch import Tensor
 
 from benchmarks.results import record, table
 from rayprune.specs.job import CorrectionSpec
-from rayprune.specs.methods import StatOptions
+from rayprune.specs.methods.ranking.stat import StatOptions
 from rayprune.workers.machine.memory import PeakMemory
 from rayprune.workers.machine.scratch import Scratch
 from rayprune.workers.numerics.correction import correct

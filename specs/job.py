@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from rayprune.specs.allocation import AllocationSpec, CurvesAllocation, UniformAllocation
-from rayprune.specs.methods import DressOptions, MethodSpec, StatOptions
+from rayprune.specs.methods import MethodSpec
+from rayprune.specs.methods.ranking.stat import StatOptions
 from rayprune.specs.section import Section
 from rayprune.specs.training import HOW_TRAINED, RecoverSpec
 
@@ -357,8 +358,8 @@ class JobSpec(Section):
                 f"method {self.method.name} leaves out budget.per_layer and parallel.placement: it"
                 " has one way of its own"
             )
-        if isinstance(self.method, DressOptions) and self.method.trains_layers_alone:
-            wanted = self.method.training.samples or 0
+        if self.method.trains_layers_alone:
+            wanted = max(training.samples or 0 for training in self.method.trainings)
             if wanted > self.calibration.samples:
                 raise ValueError(
                     f"method.training.samples ({wanted}) must not exceed calibration.samples"

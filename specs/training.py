@@ -6,6 +6,7 @@ from pydantic import Field
 
 from rayprune.specs.section import Section
 
+Norm = Literal["l1", "l2"]
 HOW_TRAINED = {"micro_batch", "activation_checkpointing", "checkpoint_steps"}
 """Options of a training that its result does not depend on, but for rounding; they may change
 between attempts.

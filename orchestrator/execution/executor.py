@@ -142,7 +142,7 @@ class InProcessExecutor(Executor):
     def submit(self, worker: int, method: str, *args: Any) -> Call:
         """Run the step now."""
         self.start()
-        return Call(worker, method, *getattr(self._worker, method)(*args))
+        return Call(worker, method, *self._worker.run(method, *args))
 
     def _receipts(self, calls: Sequence[Call]) -> list[Receipt]:
         return [call.receipt for call in calls]

@@ -190,9 +190,8 @@ class RayExecutor(Executor):
     def submit(self, worker: int, method: str, *args: Any) -> Call:
         """Queue the step on its actor."""
         self.start()
-        receipt, payload = (
-            getattr(self._actors[worker], method).options(num_returns=2).remote(*args)
-        )
+        run = self._actors[worker].run.options(num_returns=2, name=f"Worker.{method}")
+        receipt, payload = run.remote(method, *args)
         return Call(worker, method, receipt, payload)
 
     def _receipts(self, calls: Sequence[Call]) -> list[Receipt]:

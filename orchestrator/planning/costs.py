@@ -16,6 +16,7 @@ from rayprune.orchestrator.planning.workload import (
     factorised_rows,
     in_rows,
     num_waves,
+    ranked_group,
 )
 from rayprune.specs.memory import MemoryPlan
 from rayprune.workers.model.description import Group
@@ -143,22 +144,8 @@ def statistics_flops(load: Workload, group: Group) -> int:
 
 
 def selection_flops(load: Workload, group: Group) -> int:
-    """Ranking the units, for every block, by method.
-
-    stat: pivoting, F^3/3 on a Gram matrix, 4 n^2 F on rows. obs: an inverse F^3, and 2 P F (F + D)
-    for P columns removed. numerical: 2 D F^2 and F^3/3. Those two form the Gram matrix of rows, 2 n
-    F^2. Scores: next to nothing.
-    """
-    width, rows = group.width, factorised_rows(load, group)
-    products = 2 * rows * width**2 if in_rows(load, group) else 0
-    flops = {
-        "stat": 4 * rows**2 * width if in_rows(load, group) else width**3 // 3,
-        "obs": (
-            products + width**3 + 2 * (width - load.columns(group)) * width * (width + load.hidden)
-        ),
-        "numerical": products + 2 * load.hidden * width**2 + width**3 // 3,
-    }
-    return group.count * flops.get(load.method, 0)
+    """Ranking the units, for every block: `MethodOptions.ranking_flops`."""
+    return group.count * load.ranking.ranking_flops(ranked_group(load, group))
 
 
 def correction_flops(load: Workload, group: Group) -> int:

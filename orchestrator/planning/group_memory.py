@@ -8,7 +8,13 @@ element on disk.
 import math
 from dataclasses import dataclass
 
-from rayprune.orchestrator.planning.workload import Workload, block_tokens, factorised_rows, in_rows
+from rayprune.orchestrator.planning.workload import (
+    Workload,
+    block_tokens,
+    factorised_rows,
+    in_rows,
+    ranked_group,
+)
 from rayprune.workers.machine.blocks import BLOCK_ROWS
 from rayprune.workers.model.description import Group
 
@@ -74,7 +80,8 @@ def decision_bytes(load: Workload, group: Group) -> Decision:
     """The larger of selecting and correcting; the corrected weight D K w lies beside the original,
     on the host.
     """
-    moments = ([_selection_bytes(load, group)] if load.selects else []) + (
+    ranking = Decision(load.ranking.ranking_bytes(ranked_group(load, group)), 0)
+    moments = ([ranking] if load.selects else []) + (
         _correction_bytes(load, group) if load.corrects else []
     )
     largest = max(moments, key=lambda moment: moment.spillable + moment.plain)
@@ -84,23 +91,6 @@ def decision_bytes(load: Workload, group: Group) -> Decision:
         else 0
     )
     return Decision(largest.spillable, max(moment.plain for moment in moments) + result)
-
-
-def _selection_bytes(load: Workload, group: Group) -> Decision:
-    """What ranking the units takes beside the statistic, by method.
-
-    stat: pivoting destroys a scaled copy, F^2 8 or of rows n F 8. obs: the swept matrix and the
-    weight, F (F + D) 8. numerical: the Hessian, F^2 8. Those two need the Gram matrix where only
-    rows are kept, F^2 8. Scores: nothing.
-    """
-    width = group.width
-    products = width if in_rows(load, group) else 0
-    numbers = {
-        "stat": factorised_rows(load, group),
-        "obs": products + width + load.hidden,
-        "numerical": products + width,
-    }
-    return Decision(8 * width * numbers.get(load.method, 0), 0)
 
 
 def _correction_bytes(load: Workload, group: Group) -> list[Decision]:

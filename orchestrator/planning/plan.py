@@ -26,7 +26,7 @@ from rayprune.specs.errors import ModelError, SpecError
 from rayprune.specs.job import JobSpec
 from rayprune.specs.machine import MachineProfile
 from rayprune.specs.memory import MemoryPlan
-from rayprune.specs.methods import DressOptions, TrspOptions
+from rayprune.specs.methods.options import DriveOut, TakeOver
 from rayprune.workers.model.checkpoint import Checkpoint
 from rayprune.workers.model.description import Model
 from rayprune.workers.store.layout import (
@@ -252,13 +252,11 @@ def _memory_limit(job: JobSpec, machine: MachineProfile | None) -> tuple[int | N
 
 def _trained_first(job: JobSpec, shape: Shape, num_layers: int) -> tuple[str, ...]:
     """Trainings before the cut."""
-    match job.method:
-        case DressOptions():
-            alone = (
-                map(regularised_task, range(num_layers)) if job.method.trains_layers_alone else ()
-            )
+    match job.method.before_cut:
+        case DriveOut(each_layer=each_layer):
+            alone = map(regularised_task, range(num_layers)) if each_layer else ()
             return (*map(selection_task, range(num_layers)), *alone, REGULARISE_TASK)
-        case TrspOptions():
+        case TakeOver():
             return (
                 *map(gates_task, range(num_layers - len(shape.remaining(num_layers)))),
                 UPDATES_TASK,

@@ -13,7 +13,7 @@ from rayprune.orchestrator.planning.footprint import Footprint, exceeded, footpr
 from rayprune.orchestrator.planning.layer_kinds import LayerKind
 from rayprune.specs.errors import SpecError
 from rayprune.specs.job import JobSpec
-from rayprune.specs.methods import TrspOptions
+from rayprune.specs.methods.options import TakeOver
 from rayprune.workers.model.checkpoint import Checkpoint
 
 MAX_OPEN_SHAPES = 4
@@ -81,8 +81,8 @@ def open_shapes(job: JobSpec, checkpoint: Checkpoint) -> tuple[Shape, ...]:
             "budget: the model meets every target as it is, nothing would be removed; ask for less,"
             " or set budget.sparsity"
         )
-    if isinstance(job.method, TrspOptions):
-        return (_fewer_layers(job, job.method, checkpoint, dense),)
+    if isinstance(job.method.before_cut, TakeOver):
+        return (_fewer_layers(job, job.method.before_cut, checkpoint, dense),)
     if job.budget.per_layer and not job.export.pad and checkpoint.model.sized_alike:
         raise SpecError(f"budget.per_layer: {checkpoint.model.sized_alike}; set export.pad: true")
     shapes, refusals = [], []
@@ -148,7 +148,7 @@ def uneven_shape(
 
 
 def _fewer_layers(
-    job: JobSpec, trsp: TrspOptions, checkpoint: Checkpoint, dense: Mapping[str, int]
+    job: JobSpec, protected: TakeOver, checkpoint: Checkpoint, dense: Mapping[str, int]
 ) -> Shape:
     """As many whole layers as meet every target; which ones go is not known yet, here the last ones
     do.
@@ -165,11 +165,11 @@ def _fewer_layers(
             break
     else:
         raise SpecError("budget: no number of whole layers meets it; ask for less")
-    if gone > checkpoint.num_layers - trsp.protect_first - trsp.protect_last:
+    if gone > checkpoint.num_layers - protected.protect_first - protected.protect_last:
         raise SpecError(
             f"budget: {gone} of {checkpoint.num_layers} layers have to go, more than"
-            f" method.protect_first ({trsp.protect_first}) and method.protect_last"
-            f" ({trsp.protect_last}) leave open; lower one of them, or ask for less"
+            f" method.protect_first ({protected.protect_first}) and method.protect_last"
+            f" ({protected.protect_last}) leave open; lower one of them, or ask for less"
         )
     return shape
 

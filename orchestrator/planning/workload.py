@@ -15,7 +15,7 @@ from rayprune.orchestrator.planning.shapes import Shape
 from rayprune.specs.allocation import CurvesAllocation, SearchAllocation, ThresholdAllocation
 from rayprune.specs.job import JobSpec
 from rayprune.specs.memory import MemoryPlan
-from rayprune.specs.methods import DressOptions, TrspOptions
+from rayprune.specs.methods.options import DriveOut, MethodOptions, RankedGroup
 from rayprune.specs.training import TrainingSpec
 from rayprune.workers.model.checkpoint import PLANNED_BYTES, Checkpoint
 from rayprune.workers.model.config import DTYPES
@@ -80,7 +80,8 @@ class Workload:
     checkpoint_layers: int
     evaluation_tokens: int
     evaluation_window: int
-    method: str = "stat"
+    ranking: MethodOptions
+    """The method that ranks units."""
     exact: bool = False
     """Whether rows or their R factor are kept instead of a Gram matrix, however many tokens there
     are (`MethodOptions.needs_rows`).
@@ -199,7 +200,12 @@ class Workload:
         if self.survey_levels:
             fits = self.num_candidates + self.survey_levels
             survey["survey, "] = replace(
-                rest, placement="layers", propagation="dense", writes=False, num_candidates=fits
+                rest,
+                placement="layers",
+                propagation="dense",
+                selects=True,
+                writes=False,
+                num_candidates=fits,
             )
         if self.propagation != "refit":
             return survey | {"": rest}
@@ -225,6 +231,17 @@ def in_rows(load: Workload, group: Group) -> bool:
 def factorised_rows(load: Workload, group: Group) -> int:
     """Rows of the matrix that is factorised: F, or n where that is less and rows are kept."""
     return min(block_tokens(load, group), group.width) if in_rows(load, group) else group.width
+
+
+def ranked_group(load: Workload, group: Group) -> RankedGroup:
+    """One block of a group as the method's costs see it."""
+    return RankedGroup(
+        width=group.width,
+        hidden=load.hidden,
+        removed=group.width - load.columns(group),
+        rows=factorised_rows(load, group),
+        in_rows=in_rows(load, group),
+    )
 
 
 def tokens_per_neuron(load: Workload) -> float:
@@ -287,7 +304,8 @@ def workload_of(
             (evaluation.max_windows or calibration.samples) * evaluation.window if evaluation else 0
         ),
         evaluation_window=evaluation.window if evaluation else 1,
-        method=job.method.name,
+        ranking=job.method.selector,
+        selects=not job.method.selects_first,
         exact=job.method.needs_rows,
         drift=job.correction.drift > 0,
         in_process=job.cluster.executor == "in-process",
@@ -302,12 +320,10 @@ def workload_of(
 
 
 def _trainings(job: JobSpec) -> tuple[TrainingLoad, ...]:
-    """The trainings of a job; that of TRSP's gates takes less than the one of all weights."""
+    """The trainings of a job; a training of gates takes less than the one of all weights."""
     loads = []
-    if isinstance(job.method, (DressOptions, TrspOptions)):
-        loads.append(
-            replace(_training(job.method.training), each_layer=job.method.trains_layers_alone)
-        )
+    if first := job.method.before_cut:
+        loads.append(replace(_training(first.training), each_layer=job.method.trains_layers_alone))
     if recover := job.recover:
         rank = recover.lora.rank if recover.lora else 0
         loads.append(
@@ -330,9 +346,8 @@ def _survey_levels(job: JobSpec) -> int:
 
     A mask, and layers that are trained alone, need none, but a pass like it.
     """
-    if job.method.trains_layers_alone or (
-        isinstance(job.method, DressOptions) and job.method.mask != "random"
-    ):
+    first = job.method.before_cut
+    if isinstance(first, DriveOut) and (first.each_layer or first.seed is None):
         return 1
     match job.budget.allocation:
         case SearchAllocation(levels=levels):

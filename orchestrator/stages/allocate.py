@@ -31,7 +31,6 @@ from rayprune.orchestrator.stages.spread import (
 )
 from rayprune.orchestrator.stages.stream import layer_tasks, stream_layers
 from rayprune.specs.allocation import CurvesAllocation, SearchAllocation
-from rayprune.specs.methods import NumericalOptions
 from rayprune.workers.store.files import Manifest, commit
 from rayprune.workers.store.layout import (
     SENSITIVITY_TASK,
@@ -112,14 +111,8 @@ def _survey(
 
 
 def _threshold(context: Context, surveys: Sequence[Manifest]) -> tuple[Spread, dict[str, object]]:
-    method, scores = context.job.method, [_result(survey) for survey in surveys]
-    if isinstance(method, NumericalOptions) and method.head_score == "times-cost":
-        cost, model = _unit_parameters(context), context.checkpoint.model
-        channel = min(cost[name] for name in model.names_of("ffn"))
-        for name in model.names_of("attention"):
-            dearer = cost[name]
-            scores = [g | {name: [s * dearer / channel for s in g[name]]} for g in scores]
-    fixed = _fixed(context)
+    cost, fixed = _unit_parameters(context), _fixed(context)
+    scores = [context.job.method.weighted_scores(_result(survey), cost) for survey in surveys]
     scores = [
         {name: units for name, units in groups.items() if name not in fixed} for groups in scores
     ]

@@ -19,7 +19,7 @@ from rayprune.orchestrator.stages import sweep
 from rayprune.orchestrator.stages.context import Context
 from rayprune.orchestrator.stages.export import write_index
 from rayprune.orchestrator.stages.stream import layer_tasks, stream_layers
-from rayprune.specs.methods import DressOptions, TrspOptions
+from rayprune.specs.methods.options import DriveOut, TakeOver
 from rayprune.specs.training import HOW_TRAINED, TrainingSpec
 from rayprune.workers.model.checkpoint import open_checkpoint, read_json
 from rayprune.workers.model.sized_layers import MODULE
@@ -61,12 +61,12 @@ def train_first(context: Context, tokens: Manifest) -> None:
     """What the method trains before it cuts; afterwards the context's checkpoint is the trained
     model.
     """
-    match context.job.method:
-        case DressOptions() as dress:
-            trained = _regularise(context, dress, tokens)
-        case TrspOptions() as trsp:
-            trained = _shrink_layers(context, trsp, tokens)
-        case _:
+    match context.job.method.before_cut:
+        case DriveOut() as stage:
+            trained = _regularise(context, stage, tokens)
+        case TakeOver() as stage:
+            trained = _shrink_layers(context, stage, tokens)
+        case None:
             return
     folder = task_folder(context.folder.path, trained.task) / TRAINED_FOLDER
     context.source, found = context.checkpoint, open_checkpoint(folder)
@@ -76,12 +76,12 @@ def train_first(context: Context, tokens: Manifest) -> None:
     context.executor.use_model(folder)
 
 
-def _regularise(context: Context, dress: DressOptions, tokens: Manifest) -> Manifest:
+def _regularise(context: Context, stage: DriveOut, tokens: Manifest) -> Manifest:
     """DReSS: choose what goes, then train with a penalty on it."""
     context.selections = (
-        _random_mask(context, dress)
-        if dress.mask == "random"
-        else sweep.select_units(context, tokens)
+        sweep.select_units(context, tokens)
+        if stage.seed is None
+        else _random_mask(context, stage.seed)
     )
     units = context.plan.model.units
     removed: list[Removed] = []
@@ -91,10 +91,10 @@ def _regularise(context: Context, dress: DressOptions, tokens: Manifest) -> Mani
             {name: sorted(set(range(units[name])) - set(stay)) for name, stay in kept.items()}
         )
     inputs = [*context.inputs(tokens), *(selection.digest for selection in context.selections)]
-    if dress.trains_layers_alone:
+    if stage.each_layer:
         return _regularise_layers(context, removed, inputs)
-    aim = Penalty(removed, dress.strength, dress.norm)
-    return _trained(context, REGULARISE_TASK, context.checkpoint.path, dress.training, aim, inputs)
+    aim = Penalty(removed, stage.strength, stage.norm)
+    return _trained(context, REGULARISE_TASK, context.checkpoint.path, stage.training, aim, inputs)
 
 
 def _regularise_layers(
@@ -129,9 +129,9 @@ def _regularise_layers(
     return context.once(REGULARISE_TASK, expected, work)
 
 
-def _random_mask(context: Context, dress: DressOptions) -> list[Manifest]:
+def _random_mask(context: Context, seed: int) -> list[Manifest]:
     """The units that stay, drawn for every layer and group."""
-    chance, masks = random.Random(dress.seed), []
+    chance, masks = random.Random(seed), []
     units, shape = context.plan.model.units, context.plan.shape
     for layer in range(context.plan.model.num_layers):
         kept = {
@@ -149,18 +149,18 @@ def _random_mask(context: Context, dress: DressOptions) -> list[Manifest]:
     return masks
 
 
-def _shrink_layers(context: Context, trsp: TrspOptions, tokens: Manifest) -> Manifest:
+def _shrink_layers(context: Context, stage: TakeOver, tokens: Manifest) -> Manifest:
     """TRSP: one layer after the other is chosen by its gate, then all weights are trained with a
     penalty on their updates.
     """
     num_layers = context.plan.model.num_layers
     gone = num_layers - len(context.plan.shape.remaining(num_layers))
-    open_to_choice = range(trsp.protect_first, num_layers - trsp.protect_last)
+    open_to_choice = range(stage.protect_first, num_layers - stage.protect_last)
     gates, removed, inputs = [1.0] * num_layers, list[int](), context.inputs(tokens)
     for number in range(gone):
-        aim = Gates(tuple(gates), tuple(removed), trsp.gate_strength)
+        aim = Gates(tuple(gates), tuple(removed), stage.gate_strength)
         chosen = _trained(
-            context, gates_task(number), context.checkpoint.path, trsp.gates, aim, inputs
+            context, gates_task(number), context.checkpoint.path, stage.gates, aim, inputs
         )
         found: Any = chosen.info["result"]
         gates = found["gates"]
@@ -177,12 +177,14 @@ def _shrink_layers(context: Context, trsp: TrspOptions, tokens: Manifest) -> Man
     dense, nothing = dict(context.plan.model.units), dict.fromkeys(context.plan.model.units, 0)
     spread = [nothing if layer in removed else dense for layer in range(num_layers)]
     context.settle(context.plan.chosen(uneven_shape(context.job, context.checkpoint, spread)))
-    penalty, shrink = (
-        Updates(tuple(removed), trsp.update_strength, trsp.norm),
-        Shrink(tuple(removed), trsp.shrink_strength),
+    transfer = (
+        Updates(tuple(removed), stage.strength, stage.norm)
+        if stage.transfer == "penalty"
+        else Shrink(tuple(removed), stage.strength)
     )
-    transfer = penalty if trsp.transfer == "penalty" else shrink
-    return _trained(context, UPDATES_TASK, context.checkpoint.path, trsp.training, transfer, inputs)
+    return _trained(
+        context, UPDATES_TASK, context.checkpoint.path, stage.training, transfer, inputs
+    )
 
 
 def recover(context: Context, exported: Manifest) -> Manifest | None:

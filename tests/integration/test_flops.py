@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-import rayprune.workers.worker
+import rayprune.workers.steps.deciding
 from rayprune.orchestrator.cli import main
 from rayprune.specs.loader import load_job
 from rayprune.workers.calibration import calibration_windows, load_tokenizer
@@ -71,7 +71,7 @@ class FlopsWithoutStatistics:
         self.statistics = 0
         for owner, name in (
             (statistics.GramStatistic, "update"),
-            (rayprune.workers.worker.Worker, "_cut"),
+            (rayprune.workers.steps.deciding.Deciding, "cut"),
         ):
             monkeypatch.setattr(owner, name, self._counted(getattr(owner, name)))
 

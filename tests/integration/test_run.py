@@ -17,8 +17,8 @@ from rayprune.orchestrator.execution.verify import verify_run
 from rayprune.orchestrator.run import run_job
 from rayprune.specs.errors import ModelError
 from rayprune.specs.loader import load_job
+from rayprune.specs.methods.ranking import RANKINGS
 from rayprune.workers.model.checkpoint import open_checkpoint
-from rayprune.workers.numerics.methods import RANKINGS
 from tests.conftest import MakeJob, MakeModel, edit_json, folder_bytes
 
 

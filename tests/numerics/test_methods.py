@@ -1,38 +1,32 @@
 """Every method's ranking against its definition, and against all the others' contract."""
 
-from typing import Any, get_args
+from inspect import signature
+from pkgutil import iter_modules
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from rayprune.specs.job import CorrectionSpec
-from rayprune.specs.methods import (
-    SELECTORS,
-    FlapOptions,
-    MethodOptions,
-    MethodSpec,
-    NumericalOptions,
-    ObsOptions,
-    StatOptions,
-    WandaOptions,
-)
+from rayprune.specs.methods import ranking
+from rayprune.specs.methods.options import MethodOptions
+from rayprune.specs.methods.ranking import RANKINGS
+from rayprune.specs.methods.ranking.flap import FlapOptions
+from rayprune.specs.methods.ranking.numerical import NumericalOptions
+from rayprune.specs.methods.ranking.obs import ObsOptions
+from rayprune.specs.methods.ranking.stat import StatOptions
+from rayprune.specs.methods.ranking.wanda import WandaOptions
 from rayprune.workers.machine.scratch import Scratch
+from rayprune.workers.numerics import methods
 from rayprune.workers.numerics.correction import correct
-from rayprune.workers.numerics.methods import RANKINGS, numerical, rank, select
+from rayprune.workers.numerics.methods import method_of, numerical, rank, scores, select
 from rayprune.workers.numerics.statistics import RowsStatistic
 
 SCRATCH = Scratch(torch.device("cpu"), None)
 UNITS, HIDDEN = 10, 4
-METHODS = [
-    StatOptions(),
-    StatOptions(factorization="qr"),
-    NumericalOptions(),
-    ObsOptions(),
-    ObsOptions(rounds=3, swaps=5),
-    FlapOptions(),
-]
-METHODS += [WandaOptions()]
+METHODS = [options.model_validate({}) for options in RANKINGS.values()]
+METHODS += [StatOptions(factorization="qr"), ObsOptions(rounds=3, swaps=5)]
 
 
 def data(columns: int, seed: int = 0, tokens: int = 80) -> tuple[Tensor, Tensor]:
@@ -56,11 +50,33 @@ def statistic(z_TF: Tensor) -> RowsStatistic:
     return result
 
 
-def test_every_method_of_the_job_has_a_ranking() -> None:
-    union, *_ = get_args(MethodSpec)
-    methods = [get_args(option)[0] for option in get_args(union)]
-    names = {method.model_fields["name"].default for method in methods if not method().trainings}
-    assert names == RANKINGS.keys() == {options.name for options in METHODS} == SELECTORS.keys()  # type: ignore[attr-defined]
+def test_every_module_of_a_method_has_options_under_its_name_and_the_other_way_round() -> None:
+    assert {module.name for module in iter_modules(methods.__path__)} == RANKINGS.keys()
+    assert {module.name for module in iter_modules(ranking.__path__)} == RANKINGS.keys()
+    parameters = ["statistic", "weight_DF", "unit_columns", "counts", "options"]
+    for name, options in RANKINGS.items():
+        module: Any = method_of(options.model_validate({"name": name}))
+        assert list(signature(module.rank).parameters) == parameters
+
+
+@pytest.mark.parametrize("options", METHODS, ids=str)
+def test_methods_whose_scores_can_be_compared_have_scores(options: MethodOptions) -> None:
+    assert hasattr(method_of(options), "scores") == options.comparable_scores
+    if options.comparable_scores:
+        z_TF, weight_DF = data(3)
+        found = scores(options, statistic(z_TF), weight_DF, 3, 4)
+        assert found.shape == (UNITS,)
+        first = rank(options, statistic(z_TF), weight_DF, 3, range(4, 5)).tolist()
+        assert first == found.argsort(descending=True).tolist()
+
+
+def test_a_heads_score_counts_times_its_parameters_over_those_of_a_neuron() -> None:
+    """For `times-cost` alone."""
+    given, cost = {"heads": [0.5, -0.25], "neurons": [0.1, 0.7]}, {"heads": 12, "neurons": 3}
+    weighted = NumericalOptions(head_score="times-cost").weighted_scores(given, cost)
+    assert weighted == {"heads": [2.0, -1.0], "neurons": [0.1, 0.7]}
+    assert NumericalOptions().weighted_scores(given, cost) == given
+    assert FlapOptions().weighted_scores(given, cost) == given
 
 
 @pytest.mark.parametrize("options", METHODS, ids=str)
@@ -103,8 +119,8 @@ class TestContract:
         self, options: MethodOptions, columns: int, tokens: int
     ) -> None:
         z_TF, weight_DF = data(columns, tokens=tokens)
-        ranking = rank(options, statistic(z_TF), weight_DF, columns, range(3, 9)).tolist()
-        assert len(set(ranking)) == len(ranking) >= 8
+        order = rank(options, statistic(z_TF), weight_DF, columns, range(3, 9)).tolist()
+        assert len(set(order)) == len(order) >= 8
 
 
 @pytest.mark.parametrize("columns", [1, 3])

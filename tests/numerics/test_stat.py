@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rayprune.specs.methods import StatOptions
+from rayprune.specs.methods.ranking.stat import StatOptions
 from rayprune.workers.machine.scratch import Scratch
 from rayprune.workers.model.families import unit_groups
 from rayprune.workers.numerics.linalg import unit_rows

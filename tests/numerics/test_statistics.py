@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rayprune.specs.errors import ModelError
 from rayprune.specs.job import CorrectionSpec
-from rayprune.specs.methods import StatOptions
+from rayprune.specs.methods.ranking.stat import StatOptions
 from rayprune.workers.machine import scratch
 from rayprune.workers.machine.scratch import Scratch
 from rayprune.workers.numerics import linalg

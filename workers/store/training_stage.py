@@ -5,16 +5,15 @@ import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rayprune.specs.job import CalibrationSpec
-from rayprune.specs.training import LoraSpec, TrainingSpec
+from rayprune.specs.training import LoraSpec, Norm, TrainingSpec
 from rayprune.workers.store.files import write_text
 from rayprune.workers.store.layout import STARTED_FILE
 
 LOG_FILE = "training.jsonl"
 STATE_PREFIX = "step-"
-Norm = Literal["l1", "l2"]
 Removed = Mapping[str, Collection[int]]
 """Units of a layer that will go, by group."""
 

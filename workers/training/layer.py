@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from rayprune.specs.methods import DressOptions
+from rayprune.specs.methods.options import DriveOut
+from rayprune.specs.training import Norm
 from rayprune.workers.model.description import Model
 from rayprune.workers.network.streamed import LayerArguments, StreamedModel
 from rayprune.workers.passes.stream import Passed
-from rayprune.workers.store.training_stage import Norm, Removed
+from rayprune.workers.store.training_stage import Removed
 from rayprune.workers.training.loop import Ranks, Training
 from rayprune.workers.training.objectives import GroupPenalty
 
@@ -87,7 +88,7 @@ def train_layer(
     index: int,
     passed: Sequence[Passed],
     removed: Removed,
-    method: DressOptions,
+    stage: DriveOut,
     folder: Path,
 ) -> nn.Module:
     """Train one layer of the dense model in float32, from its last checkpoint in `folder` if there
@@ -96,7 +97,7 @@ def train_layer(
     Raises:
         ModelError: the loss or its gradient is not finite.
     """
-    passed = passed[: method.training.samples]
+    passed = passed[: stage.training.samples]
     known: dict[int, LayerArguments] = {}
 
     def arguments(num_windows: int) -> LayerArguments:
@@ -109,7 +110,7 @@ def train_layer(
 
     layer = model.trainable_layer(index)
     described = model.checkpoint.model
-    objective = LayerTransfer(passed, arguments, described, removed, method.strength, method.norm)
+    objective = LayerTransfer(passed, arguments, described, removed, stage.strength, stage.norm)
     numbers_ST = torch.arange(len(passed))[:, None].expand(-1, len(passed[0][0]))
-    Training(layer, objective, numbers_ST, method.training, folder, Ranks(0, 1, model.device)).run()
+    Training(layer, objective, numbers_ST, stage.training, folder, Ranks(0, 1, model.device)).run()
     return layer

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from rayprune.specs.training import Norm
 from rayprune.workers.model.description import Axis, Group, Model
 from rayprune.workers.network.streamed import layers_of
-from rayprune.workers.store.training_stage import Norm, Removed
+from rayprune.workers.store.training_stage import Removed
 
 Sum = Callable[[Tensor], Tensor]
 """Adds a tensor up over the ranks."""

@@ -13,6 +13,7 @@ from rayprune.orchestrator.planning.costs import (
 )
 from rayprune.orchestrator.planning.workload import TrainingLoad, Workload
 from rayprune.specs.memory import MemoryPlan
+from rayprune.specs.methods.ranking import RANKINGS
 from tests.unit.orchestrator.workloads import (
     DENSE,
     EXACT,
@@ -91,7 +92,8 @@ def test_files_instead_of_memory_are_written_and_read() -> None:
 
 def test_ranking_costs_what_the_method_does() -> None:
     def flops(method: str, load: Workload = LOAD) -> int:
-        return selection_flops(replace(load, method=method), NEURONS)
+        options = RANKINGS[method].model_validate({})
+        return selection_flops(replace(load, ranking=options), NEURONS)
 
     assert flops("stat") == 10**3 // 3
     assert flops("obs") == 10**3 + 2 * 3 * 10 * (10 + 4)

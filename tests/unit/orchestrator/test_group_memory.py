@@ -8,6 +8,7 @@ from rayprune.orchestrator.planning.group_memory import (
     partial_bytes,
     statistics_bytes,
 )
+from rayprune.specs.methods.ranking import RANKINGS
 from tests.unit.orchestrator.workloads import EXACT, EXPERTS, FEW, GPU, LOAD, MIXTURE, NEURONS
 
 
@@ -41,15 +42,13 @@ def test_ranking_takes_what_the_method_does() -> None:
         "numerical": 10 * 10,
         "flap": 0,
     }.items():
-        assert decision_bytes(replace(LOAD, method=method, corrects=False), NEURONS) == Decision(
-            8 * numbers, 0
-        )
+        load = replace(LOAD, ranking=RANKINGS[method].model_validate({}), corrects=False)
+        assert decision_bytes(load, NEURONS) == Decision(8 * numbers, 0)
     for method, numbers in {
         "stat": 8 * 10,
         "obs": 10 * (10 + 10 + 4),
         "numerical": 2 * 10 * 10,
         "wanda": 0,
     }.items():
-        assert decision_bytes(replace(FEW, method=method, corrects=False), NEURONS) == Decision(
-            8 * numbers, 0
-        )
+        load = replace(FEW, ranking=RANKINGS[method].model_validate({}), corrects=False)
+        assert decision_bytes(load, NEURONS) == Decision(8 * numbers, 0)

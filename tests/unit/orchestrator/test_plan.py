@@ -321,3 +321,16 @@ def test_few_tokens_are_warned_of_with_numbers(
     if warned:
         assert "420 calibration tokens are 8.8 per FFN channel" in plan.warnings[0]
         assert "480 tokens would do" in plan.warnings[0]
+
+
+def test_the_mask_of_a_training_costs_what_the_method_that_chooses_it_does(
+    make_model: MakeModel, make_job: MakeJob
+) -> None:
+    dense, budget = make_model(), {"kv_groups": 1}
+
+    def flops(method: dict[str, str]) -> list[int]:
+        plan, _, _ = planned(dense, make_job, budget=budget, method=method)
+        return [layer.selection_flops for layer in plan.layers]
+
+    assert flops({"name": "dress", "mask": "obs"}) == flops({"name": "obs"})
+    assert flops({"name": "dress"}) == [0]

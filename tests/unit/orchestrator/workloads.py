@@ -5,6 +5,7 @@ for every part to show.
 from dataclasses import replace
 
 from rayprune.orchestrator.planning.workload import Workload
+from rayprune.specs.methods.ranking.stat import StatOptions
 from rayprune.workers.model.shapes import CoupledGroup, LayerKind
 
 HEADS = CoupledGroup("heads", count=1, active=1, num_units=2, columns=3, unit_parameters=50)
@@ -47,6 +48,7 @@ LOAD = Workload(
     checkpoint_layers=2,
     evaluation_tokens=0,
     evaluation_window=1,
+    ranking=StatOptions(),
 )
 GPU = replace(LOAD, on_gpu=True, element_bytes=2)
 FEW = replace(LOAD, samples=4, sequence_length=2, micro_batch=1)

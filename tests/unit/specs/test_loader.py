@@ -303,7 +303,7 @@ def test_missing_file_and_folder_are_refused(tmp_path: Path) -> None:
         (
             "method:\n  name: stta",
             (
-                'job.yaml:4: method.name: must be one of "stat", "numerical", "obs", "flap",'
+                'job.yaml:4: method.name: must be one of "flap", "numerical", "obs", "stat",'
                 ' "wanda", "dress", "trsp" (got "stta"); did you mean "stat"?'
             ),
         ),

@@ -22,8 +22,9 @@ def worker(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> Worker:
 
 def test_the_same_files(worker: Worker, tmp_path: Path) -> None:
     with marker_file(tmp_path) as marker:
-        receipt, payload = worker.check_storage(
-            {str(path): record_of(path) for path in (marker, tmp_path / "dense" / "config.json")}
+        receipt, payload = worker.run(
+            "check_storage",
+            {str(path): record_of(path) for path in (marker, tmp_path / "dense" / "config.json")},
         )
     assert receipt["seconds"] >= 0
     assert payload is None
@@ -46,7 +47,7 @@ def test_a_run_folder_out_of_sight(worker: Worker, tmp_path: Path) -> None:
         ResourceError,
         match=rf"node {socket.gethostname()}.*elsewhere.*No such file.*mount.*every node",
     ) as caught:
-        worker.check_storage(expected)
+        worker.run("check_storage", expected)
     assert caught.value.exit_code == 4
 
 
@@ -57,4 +58,4 @@ def test_another_model_under_the_same_path(worker: Worker, tmp_path: Path) -> No
     with pytest.raises(
         ResourceError, match=r"config\.json: is another file here than on the driver's node"
     ):
-        worker.check_storage(expected)
+        worker.run("check_storage", expected)

@@ -32,11 +32,11 @@ def grams(parts: dict[Any, dict[str, np.ndarray]]) -> dict[Any, bytes]:
 
 def test_a_layer_can_be_collected_again_after_it_was_decided(finished: tuple[Any, Path]) -> None:
     worker = Worker(finished[0], str(finished[1]), "cpu", MemoryPlan())
-    _, first = worker.collect(1, "heads", (0, 4))
-    _, cut = worker.decide(1, "heads", 1, first)
-    _, second = worker.collect(1, "neurons", (0, 4), cut)
-    _, first_again = worker.collect(1, "heads", (0, 4))
-    _, second_again = worker.collect(1, "neurons", (0, 4), cut)
+    _, first = worker.run("collect", 1, "heads", (0, 4))
+    _, cut = worker.run("decide", 1, "heads", 1, first)
+    _, second = worker.run("collect", 1, "neurons", (0, 4), cut)
+    _, first_again = worker.run("collect", 1, "heads", (0, 4))
+    _, second_again = worker.run("collect", 1, "neurons", (0, 4), cut)
     assert grams(first) == grams(first_again)
     assert grams(second) == grams(second_again)
 
@@ -49,15 +49,15 @@ def test_replay_restore_and_going_back_give_the_same_bits(
         Worker(finished[0], str(finished[1]), "cpu", MemoryPlan(keep_inputs=keep_inputs))
         for _ in range(2)
     )
-    expected = {layer: grams(live.collect(layer, "heads", (0, 4))[1]) for layer in range(3)}
+    expected = {layer: grams(live.run("collect", layer, "heads", (0, 4))[1]) for layer in range(3)}
     assert list((finished[1] / "cache").rglob("layer-0002-*.safetensors"))
     for layer in (2, 0, 1):
-        assert grams(fresh.collect(layer, "heads", (0, 4))[1]) == expected[layer]
+        assert grams(fresh.run("collect", layer, "heads", (0, 4))[1]) == expected[layer]
 
 
 def test_hidden_states_of_another_kind_of_device_are_refused(finished: tuple[Any, Path]) -> None:
     # saves them
-    Worker(finished[0], str(finished[1]), "cpu", MemoryPlan()).collect(2, "heads", (0, 4))
+    Worker(finished[0], str(finished[1]), "cpu", MemoryPlan()).run("collect", 2, "heads", (0, 4))
     manifest = finished[1] / "tasks" / "layer-0001" / MANIFEST_NAME
     manifest.write_text(manifest.read_text().replace("cpu in float32", "cuda in bfloat16"))
     with pytest.raises(
@@ -66,4 +66,6 @@ def test_hidden_states_of_another_kind_of_device_are_refused(finished: tuple[Any
             "layer-0001: was computed on cuda in bfloat16, this worker computes on cpu in float32"
         ),
     ):
-        Worker(finished[0], str(finished[1]), "cpu", MemoryPlan()).collect(2, "heads", (0, 4))
+        Worker(finished[0], str(finished[1]), "cpu", MemoryPlan()).run(
+            "collect", 2, "heads", (0, 4)
+        )

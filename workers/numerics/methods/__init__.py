@@ -1,33 +1,31 @@
-"""The pruning methods: one module each, pure tensor functions.
+"""The pruning methods: one module each, pure tensor functions, found by the name of their options.
 
 A method ranks the units of a coupled group: of `rank(statistic, weight_DF, unit_columns, counts,
-options)` the first k are the ones that stay, for every k in the range `counts`.
+options)` the first k are the ones that stay, for every k in the range `counts`. A method whose
+scores can be compared between layers has `scores(statistic, weight_DF, unit_columns, num_kept,
+options)` too.
 """
 
 from collections.abc import Callable
-from typing import Any
+from importlib import import_module
+from typing import Any, Protocol, cast
 
 from torch import Tensor
 
-from rayprune.specs.methods import MethodOptions
-from rayprune.workers.numerics.methods import flap, numerical, obs, stat, wanda
+from rayprune.specs.methods.options import MethodOptions
 from rayprune.workers.numerics.statistics import Statistic
 
-Rank = Callable[[Statistic, Tensor, int, range, Any], Tensor]
-RANKINGS: dict[str, Rank] = {
-    "stat": stat.rank,
-    "numerical": numerical.rank,
-    "obs": obs.rank,
-    "flap": flap.rank,
-    "wanda": wanda.rank,
-}
+
+class Method(Protocol):
+    """The module of a method; `scores` only with `MethodOptions.comparable_scores`."""
+
+    rank: Callable[[Statistic, Tensor, int, range, Any], Tensor]
+    scores: Callable[[Statistic, Tensor, int, float, Any], Tensor]
 
 
-Score = Callable[[Statistic, Tensor, int, float, Any], Tensor]
-SCORES: dict[str, Score] = {"numerical": numerical.scores, "flap": flap.scores}
-"""Of the methods whose scores can be compared between layers
-(`MethodOptions.comparable_scores`).
-"""
+def method_of(options: MethodOptions) -> Method:
+    """The module that ranks as these options say."""
+    return cast(Method, import_module(f"{__name__}.{options.name}"))
 
 
 def scores(
@@ -40,8 +38,8 @@ def scores(
     """The scores of a group's units, on the CPU, fp64, as they are when about so many units are to
     stay.
     """
-    name: str = options.name  # type: ignore[attr-defined] # every option class has one
-    return SCORES[name](statistic, weight_DF, unit_columns, num_kept, options).cpu()
+    method = method_of(options)
+    return method.scores(statistic, weight_DF, unit_columns, num_kept, options).cpu()
 
 
 def rank(
@@ -52,8 +50,7 @@ def rank(
     counts: range,
 ) -> Tensor:
     """Units of a group, on the CPU; the first k are the ones that stay, for every k in `counts`."""
-    name: str = options.name  # type: ignore[attr-defined] # every option class has one
-    return RANKINGS[name](statistic, weight_DF, unit_columns, counts, options).cpu()
+    return method_of(options).rank(statistic, weight_DF, unit_columns, counts, options).cpu()
 
 
 def select(
@@ -64,8 +61,6 @@ def select(
     num_kept: int,
 ) -> Tensor:
     """The `num_kept` units that stay, ascending."""
-    return (
-        rank(options, statistic, weight_DF, unit_columns, range(num_kept, num_kept + 1))[:num_kept]
-        .sort()
-        .values
-    )
+    counts = range(num_kept, num_kept + 1)
+    ranking = rank(options, statistic, weight_DF, unit_columns, counts)
+    return ranking[:num_kept].sort().values

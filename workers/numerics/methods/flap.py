@@ -11,7 +11,7 @@ FLAP adds a bias that Llama's classes cannot hold.
 import torch
 from torch import Tensor
 
-from rayprune.specs.methods import FlapOptions
+from rayprune.specs.methods.ranking.flap import FlapOptions
 from rayprune.workers.numerics.linalg import column_norms
 from rayprune.workers.numerics.statistics import Statistic
 

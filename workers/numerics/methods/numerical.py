@@ -21,7 +21,7 @@ Deviations, each on purpose:
 import torch
 from torch import Tensor
 
-from rayprune.specs.methods import NumericalOptions
+from rayprune.specs.methods.ranking.numerical import NumericalOptions
 from rayprune.workers.numerics.linalg import WIDE, cholesky_solver, row_slices, wide_blocks
 from rayprune.workers.numerics.statistics import Statistic
 

@@ -15,7 +15,7 @@ number of units is the published one at a time); the final correction chooses it
 import torch
 from torch import Tensor
 
-from rayprune.specs.methods import ObsOptions
+from rayprune.specs.methods.ranking.obs import ObsOptions
 from rayprune.workers.numerics.elimination import Elimination
 from rayprune.workers.numerics.statistics import Statistic
 

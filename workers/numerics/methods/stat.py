@@ -20,7 +20,7 @@ Deviations, each on purpose:
 
 from torch import Tensor
 
-from rayprune.specs.methods import StatOptions
+from rayprune.specs.methods.ranking.stat import StatOptions
 from rayprune.workers.numerics.linalg import column_norms
 from rayprune.workers.numerics.statistics import Statistic
 

@@ -10,7 +10,7 @@ correction; `correction.damping: 1e6` all but switches it off).
 import torch
 from torch import Tensor
 
-from rayprune.specs.methods import WandaOptions
+from rayprune.specs.methods.ranking.wanda import WandaOptions
 from rayprune.workers.numerics.linalg import WIDE, wide_blocks
 from rayprune.workers.numerics.statistics import Statistic
 

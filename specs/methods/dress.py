@@ -1,0 +1,59 @@
+"""Options of DReSS."""
+
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+from pydantic import Field
+
+from rayprune.specs.methods.options import DriveOut, MethodOptions
+from rayprune.specs.methods.ranking import RANKINGS
+from rayprune.specs.methods.ranking.stat import StatOptions
+from rayprune.specs.training import Norm, TrainingSpec
+
+if TYPE_CHECKING:
+    Mask: TypeAlias = str
+else:
+    Mask = Literal[("random", *RANKINGS)]
+
+
+class DressOptions(MethodOptions):
+    """DReSS (arXiv 2501.17905): what will go is chosen first and driven towards zero while the
+    model is trained; then it is cut.
+    """
+
+    name: Literal["dress"] = "dress"
+    mask: Mask = "random"
+    """How the units that will go are chosen: at random, or by a method, with its default options,
+    on the dense model.
+    """
+    scope: Literal["model", "layer"] = "model"
+    """`model`: all layers are trained together on the language-model loss, as in the paper;
+    `layer`: every layer alone, towards its own output in the dense model, many at a time, in the
+    memory of one layer.
+    """
+    norm: Norm = "l2"
+    """Norm of a unit's weights in the penalty."""
+    strength: float = Field(default=0.5, gt=0.0, le=1e3)
+    """How far the penalty takes the norm of a unit down over the whole training, if nothing else
+    moves it; 1: to zero. At half its norm an eighth of a channel's output is left, a product of
+    three weights; the correction takes that.
+    """
+    seed: int = Field(default=0, ge=0)
+    """Seed of a random mask."""
+    training: TrainingSpec = TrainingSpec()
+    """The training."""
+
+    @property
+    def selector(self) -> MethodOptions:
+        """The method that chooses; for a random mask the probe of shapes looks at STAT's choice."""
+        return StatOptions() if self.mask == "random" else RANKINGS[self.mask].model_validate({})
+
+    @property
+    def needs_rows(self) -> bool:
+        """As the method that chooses."""
+        return self.selector.needs_rows
+
+    @property
+    def before_cut(self) -> DriveOut:
+        """One training, with a penalty on what will go."""
+        seed = self.seed if self.mask == "random" else None
+        return DriveOut(self.training, self.strength, self.norm, self.scope == "layer", seed)

@@ -1,0 +1,1 @@
+"""The steps of a worker, by what they are for."""

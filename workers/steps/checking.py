@@ -1,0 +1,54 @@
+"""Steps that check what a run stands on and what it has written."""
+
+import torch
+
+from rayprune.specs.errors import ModelError
+from rayprune.workers.network.load_check import check_loads
+from rayprune.workers.network.reading import read_tensors
+from rayprune.workers.steps.step import Receipt, step
+from rayprune.workers.store.files import FileRecord
+from rayprune.workers.store.layout import model_folder
+from rayprune.workers.store.storage import check_same_files
+from rayprune.workers.workbench import Workbench
+
+
+class Checking:
+    """Checks of files and models."""
+
+    def __init__(self, bench: Workbench) -> None:
+        self._bench = bench
+
+    @step
+    def check_storage(self, expected: dict[str, FileRecord]) -> tuple[Receipt, None]:
+        """Check that this node sees the driver's files."""
+        check_same_files(expected)
+        return {}, None
+
+    @step
+    def check_head(self) -> tuple[Receipt, None]:
+        """Check that a head that is called tied is the embedding matrix, if it is in the files at
+        all.
+
+        Raises:
+            ModelError: it is another one.
+        """
+        checkpoint, model = self._bench.checkpoint, self._bench.checkpoint.model
+        heads = (model.embedding, model.head)
+        infos = {n: checkpoint.tensors[n] for n in heads if n in checkpoint.tensors}
+        if model.tied and len(infos) == len(heads):
+            found = read_tensors(checkpoint, infos)
+            embedding_VD, head_VD = (found[name] for name in heads)
+            if embedding_VD.shape != head_VD.shape or not all(
+                map(torch.equal, embedding_VD.split(1024), head_VD.split(1024))
+            ):
+                raise ModelError(
+                    f"{checkpoint.path}: {model.head} differs from {model.embedding}, but"
+                    " config.json says that they are one: set tie_word_embeddings: false there"
+                )
+        return {}, None
+
+    @step
+    def check_export(self, expected_parameters: int) -> tuple[Receipt, None]:
+        """The load gate on the exported folder."""
+        check_loads(model_folder(self._bench.run_folder), expected_parameters)
+        return {}, None

@@ -1,0 +1,111 @@
+"""How the units of a group that stay are chosen, and what they become."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from rayprune.workers.network.slicing import Cut
+from rayprune.workers.numerics.correction import Correction, correct
+from rayprune.workers.numerics.linalg import unit_rows
+from rayprune.workers.numerics.methods import select
+from rayprune.workers.numerics.statistics import Statistic, restored
+from rayprune.workers.passes.stream import Fits
+from rayprune.workers.passes.sweep import Parts, check_computed_on
+from rayprune.workers.steps.step import Receipt
+from rayprune.workers.store.files import read_manifest
+from rayprune.workers.store.layout import (
+    GRADIENTS_FILE,
+    GRADIENTS_TASK,
+    selection_task,
+    task_folder,
+)
+from rayprune.workers.store.shards import Node, merge_siblings
+from rayprune.workers.workbench import Workbench
+
+
+class Deciding:
+    """Selection and correction of one group, from its statistics."""
+
+    def __init__(self, bench: Workbench) -> None:
+        self._bench = bench
+        self._job = bench.job
+
+    def merged(self, trees: tuple[Node, Node], parts: Sequence[Parts]) -> Fits:
+        """The training and the held-out statistic of all shards, from the parts workers have."""
+        training, held_out = (self.siblings(tree, parts)[tree] for tree in trees)
+        return training, held_out
+
+    def siblings(self, tree: Node, parts: Sequence[Parts]) -> dict[Node, Statistic]:
+        """Statistics of the nodes of a tree, merged as far as the parts allow."""
+        under = (
+            (node, state)
+            for part in parts
+            for node, state in part.items()
+            if tree[0] <= node[0] and node[1] <= tree[1]
+        )
+        rebuilt = {node: restored(state, self._bench.scratch) for node, state in under}
+        return {
+            node: fit.finished()
+            for node, fit in merge_siblings(
+                tree, rebuilt, lambda left, right: left.merge(right)
+            ).items()
+        }
+
+    def summary(self, group: str, num_kept: int, correction: Correction) -> Receipt:
+        """A decision, as reports have it."""
+        return {
+            "kept": num_kept,
+            "of": self._bench.groups[group].num_units,
+            "damping": correction.damping,
+            "training_error": correction.training_error,
+            "held_out_error": correction.held_out_error,
+        }
+
+    def select(self, layer: int, name: str, num_kept: int, training: Statistic) -> Tensor:
+        """Units that stay, ascending; a group that stays or goes whole needs no ranking."""
+        if num_kept in (0, self._bench.groups[name].num_units):
+            return torch.arange(num_kept)
+        return select(
+            self._job.method.selector,
+            training,
+            self.ranked_by(layer, name),
+            self._bench.groups[name].columns,
+            num_kept,
+        )
+
+    def selected(self, layer: int, name: str) -> Tensor:
+        """Units that stay, by the layer's own selection pass."""
+        manifest = read_manifest(task_folder(self._bench.run_folder, selection_task(layer)))
+        assert manifest is not None, f"layer {layer} has no selection"
+        kept: Any = manifest.info["result"]
+        return torch.tensor(kept[name])
+
+    @torch.inference_mode()
+    def cut(
+        self, layer: int, name: str, num_kept: int, fits: Fits, units: Tensor | None = None
+    ) -> tuple[Cut, Correction]:
+        """The units that stay (selected, unless given) and the corrected weight that reads them."""
+        units = self.select(layer, name, num_kept, fits[0]) if units is None else units
+        weight_DF = self._bench.consumer_weight(layer, self._bench.groups[name])
+        columns_K = unit_rows(units, self._bench.groups[name].columns).to(self._bench.device)
+        correction = correct(
+            *fits, weight_DF, columns_K, self._job.correction, self._bench.disk_dtype(weight_DF)
+        )
+        return Cut(name, units, correction.weight_DK), correction
+
+    def ranked_by(self, layer: int, name: str) -> Tensor:
+        """What gives a group's columns their scale: the consumer's weight (D, F), or the gradients
+        at its input as one row (1, F).
+        """
+        if not self._job.gradient_windows:
+            return self._bench.consumer_weight(layer, self._bench.groups[name])
+        folder = task_folder(self._bench.run_folder, GRADIENTS_TASK)
+        manifest = read_manifest(folder)
+        assert manifest is not None, "gradients are not measured"
+        check_computed_on(folder, manifest, self._bench.model.computed_on)
+        with safe_open(folder / GRADIENTS_FILE, framework="pt") as handle:
+            row_1F: Tensor = handle.get_slice(name)[layer : layer + 1]
+        return row_1F.to(self._bench.device)

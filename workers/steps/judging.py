@@ -1,0 +1,63 @@
+"""Steps that compare models: perplexity, and divergence from the dense one."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from rayprune.workers.passes.divergence import Kept, divergences
+from rayprune.workers.passes.evaluate import window_losses
+from rayprune.workers.passes.survey import stored_cut
+from rayprune.workers.steps.step import Droppable, Receipt, drop_all, step
+from rayprune.workers.store.layout import EVALUATION_TASK
+from rayprune.workers.workbench import Workbench
+
+
+class Judging:
+    """How good a model is."""
+
+    def __init__(self, bench: Workbench, before: Sequence[Droppable]) -> None:
+        self._bench, self._before = bench, before
+        self._job = bench.job
+
+    @step
+    def divergences(
+        self, candidates: Sequence[Sequence[Kept]], owned: tuple[int, int]
+    ) -> tuple[Receipt, None]:
+        """For every candidate allocation its divergence from the dense model, on each of some of
+        the calibration windows.
+        """
+        drop_all(self._before)
+        windows = self._bench.spread_windows(self._job.divergence_windows, range(*owned))
+        return {
+            "sums": divergences(
+                self._bench.model,
+                self._bench.groups,
+                windows,
+                candidates,
+                partial(stored_cut, self._bench.run_folder),
+            )
+        }, None
+
+    @step
+    def evaluate(self, model_path: str, owned: tuple[int, int]) -> tuple[Receipt, None]:
+        """Negative log-likelihoods (nats) of some evaluation windows under the model of a
+        folder.
+        """
+        assert self._job.evaluation is not None
+        drop_all(self._before)
+        stride = self._job.evaluation.effective_stride
+        windows_NT = self._bench.tokens(EVALUATION_TASK)[slice(*owned)]
+        if len(windows_NT) == 0:
+            return {"losses": []}, None
+        store = self._bench.spill(self._bench.memory.spill_hidden).store
+        return {
+            "losses": window_losses(
+                Path(model_path),
+                windows_NT,
+                owned[0],
+                stride,
+                self._bench.dtype,
+                self._bench.device,
+                store,
+            )
+        }, None

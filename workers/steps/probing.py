@@ -1,0 +1,73 @@
+"""Steps that predict the errors of a shape on a few layers of the dense model."""
+
+from functools import partial
+
+from torch import Tensor
+
+from rayprune.workers.network import layers
+from rayprune.workers.network.streamed import MicroBatch
+from rayprune.workers.numerics.statistics import Statistic
+from rayprune.workers.passes.sweep import Parts, embed_all, grow_states
+from rayprune.workers.steps.deciding import Deciding
+from rayprune.workers.steps.step import Receipt, step
+from rayprune.workers.store.shards import roots
+from rayprune.workers.workbench import Workbench
+
+
+class Probing:
+    """Statistics of dense layers, and the errors of decisions made from them."""
+
+    def __init__(self, bench: Workbench, deciding: Deciding) -> None:
+        self._bench, self._deciding = bench, deciding
+        self._at: dict[tuple[int, int], tuple[int, list[MicroBatch]]] = {}
+        self._job = bench.job
+
+    def drop(self) -> None:
+        """Forget the hidden states."""
+        self._at.clear()
+
+    @step
+    def probe(
+        self, layer: int, owned: tuple[int, int], num_held_out: int
+    ) -> tuple[Receipt, dict[str, Parts]]:
+        """Statistics of every group of a layer on the dense path, over some of the probe's
+        windows.
+        """
+        count = self._job.budget.probe_samples
+        # first call, or an earlier attempt went further
+        if self._at.get(owned, (layer + 1, []))[0] > layer:
+            self._at[owned] = (
+                0,
+                embed_all(self._bench.model, self._bench.spread_windows(count, range(*owned))),
+            )
+        at, batches = self._at[owned]
+        inputs: list[dict[str, Tensor]] = []
+        for index in range(at, layer + 1):
+            module = self._bench.model.load_layer(index)
+            inputs = [
+                layers.dense_pass(module, index, batch, self._bench.groups) for batch in batches
+            ]
+        self._at[owned] = (layer + 1, batches)
+        trees = roots(self._job.budget.probe_samples, num_held_out)
+
+        def leaf(name: str, window: int) -> Statistic:
+            statistic = self._bench.statistic(count, self._bench.groups[name].width)
+            statistic.update(inputs[window - owned[0]][name].flatten(0, -2))
+            return statistic
+
+        return {}, {
+            name: grow_states(trees, owned, partial(leaf, name)) for name in self._bench.groups
+        }
+
+    @step
+    def predict(
+        self, layer: int, group: str, num_kept: int, num_held_out: int, *parts: dict[str, Parts]
+    ) -> tuple[Receipt, None]:
+        """Relative held-out output error if so many units of a group stayed, from the probe's
+        statistics.
+        """
+        trees = roots(self._job.budget.probe_samples, num_held_out)
+        _, correction = self._deciding.cut(
+            layer, group, num_kept, self._deciding.merged(trees, [part[group] for part in parts])
+        )
+        return {"held_out_error": correction.held_out_error}, None

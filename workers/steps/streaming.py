@@ -1,0 +1,214 @@
+"""Steps of the dense path: micro-batches through a chunk of layers, then work on each layer where
+its statistics are.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import numpy as np
+from torch import Tensor
+
+from rayprune.specs.methods.options import DriveOut
+from rayprune.workers.network.written import trained
+from rayprune.workers.numerics.methods import scores
+from rayprune.workers.passes.stream import Stream, Wanted
+from rayprune.workers.passes.survey import curve, tensors_of
+from rayprune.workers.steps.deciding import Deciding
+from rayprune.workers.steps.step import Cached, Droppable, Receipt, drop_all, step
+from rayprune.workers.steps.writing import Writing
+from rayprune.workers.store.files import commit, write_tensors
+from rayprune.workers.store.layout import (
+    LAYER_FILE,
+    SURVEY_FILE,
+    regularised_task,
+    selection_task,
+    survey_task,
+    task_folder,
+)
+from rayprune.workers.store.training_stage import Removed, forget_another, forget_states, read_log
+from rayprune.workers.workbench import Workbench
+
+
+class Streaming:
+    """The dense path, many layers at once."""
+
+    def __init__(
+        self, bench: Workbench, deciding: Deciding, writing: Writing, before: Sequence[Droppable]
+    ) -> None:
+        self._bench, self._deciding, self._writing = bench, deciding, writing
+        self._before, self._stream = before, Cached(self._new_stream)
+        self._job = bench.job
+
+    def drop(self) -> None:
+        """Forget hidden states and statistics of the dense path."""
+        self._stream.drop()
+
+    def _new_stream(self) -> Stream:
+        shards, held_out = self._bench.shards(), self._job.calibration.held_out_shards
+        batches = [batch for shard in shards for batch in shard]
+        return Stream(
+            self._bench.model,
+            list(self._bench.groups.values()),
+            partial(self._bench.statistic, self._job.calibration.samples),
+            batches,
+            sum(len(shard) for shard in shards[:-held_out]),
+            self._bench.run_folder,
+            self._bench.spill(True).store,
+        )
+
+    @step
+    def flow(
+        self,
+        chunk: tuple[int, int],
+        number: int,
+        wanted: Wanted,
+        end_of_wave: bool,
+        before: np.ndarray | None,
+    ) -> tuple[Receipt, np.ndarray | None]:
+        """Take a micro-batch through a chunk of layers on the dense path; see `Stream.flow`."""
+        drop_all(self._before)
+        return {}, self._stream.value.flow(range(*chunk), number, wanted, before, end_of_wave)
+
+    @step
+    def select(
+        self, layer: int, task_fingerprint: str, kept: Mapping[str, int]
+    ) -> tuple[Receipt, None]:
+        """Select the units of a layer that stay, from the statistics this worker has."""
+        fits = {
+            name: self._stream.value.fit(layer, name)
+            for name, count in kept.items()
+            if count < self._bench.groups[name].num_units
+        }
+        units = {
+            name: self._deciding.select(layer, name, kept[name], training).tolist()
+            for name, (training, _) in fits.items()
+        }
+        folder = task_folder(self._bench.run_folder, selection_task(layer))
+        commit(
+            folder,
+            selection_task(layer),
+            task_fingerprint,
+            [],
+            {"result": units, "computed_on": self._bench.model.computed_on},
+        )
+        return {"groups": {}}, None
+
+    @step
+    def regularise(
+        self, layer: int, task_fingerprint: str, removed: Removed
+    ) -> tuple[Receipt, None]:
+        """Train a layer alone, from the hidden states this worker has, with a penalty on what will
+        go; write it as it was on disk.
+        """
+        # torch's training machinery takes a second to import
+        from rayprune.workers.training.layer import train_layer
+
+        stage, name = self._job.method.before_cut, regularised_task(layer)
+        assert isinstance(stage, DriveOut)
+        folder = task_folder(self._bench.run_folder, name)
+        forget_another(folder, task_fingerprint)
+        passed = self._stream.value.passed(layer)
+        module = train_layer(self._bench.model, layer, passed, removed, stage, folder)
+        checkpoint = self._bench.checkpoint
+        infos, prefix = checkpoint.layer_tensors(layer), checkpoint.model.prefix(layer)
+        tensors = trained(module.state_dict(), {key: info.dtype for key, info in infos.items()})
+        write_tensors(
+            folder / LAYER_FILE, {prefix + key: tensor for key, tensor in tensors.items()}
+        )
+        last = read_log(folder)[-1]
+        commit(
+            folder,
+            name,
+            task_fingerprint,
+            [LAYER_FILE],
+            {"last_step": last, "computed_on": self._bench.model.computed_on},
+        )
+        forget_states(folder)
+        return {"groups": {}}, None
+
+    @step
+    def settle(
+        self,
+        layer: int,
+        task_fingerprint: str,
+        kept: Mapping[str, int],
+        written: Mapping[str, int],
+        position: int | None,
+    ) -> tuple[Receipt, None]:
+        """Decide all groups of a layer from the statistics this worker has, and write the layer."""
+        fits = {
+            name: self._stream.value.fit(layer, name)
+            for name, count in kept.items()
+            if count < self._bench.groups[name].num_units
+        }
+        decided = {
+            name: self._deciding.cut(layer, name, kept[name], fits.pop(name)) for name in list(fits)
+        }
+        groups = {
+            name: self._deciding.summary(name, kept[name], correction)
+            for name, (_, correction) in decided.items()
+        }
+        self._writing.layer(
+            layer, task_fingerprint, written, position, groups, [cut for cut, _ in decided.values()]
+        )
+        return {"groups": groups}, None
+
+    @step
+    def survey(
+        self,
+        layer: int,
+        task_fingerprint: str,
+        counts: Mapping[str, Sequence[int]],
+        stored: Mapping[str, Sequence[int]],
+    ) -> tuple[Receipt, None]:
+        """Error curves of a layer's groups from the statistics this worker has, and cuts for the
+        `stored` numbers of units.
+        """
+        fits = {name: self._stream.value.fit(layer, name) for name in counts}
+        errors: dict[str, dict[int, float]] = {}
+        tensors: dict[str, Tensor] = {}
+        for name in counts:
+            weight_DF = self._bench.consumer_weight(layer, self._bench.groups[name])
+            part = (
+                self._deciding.ranked_by(layer, name),
+                counts[name],
+                stored[name],
+                self._bench.disk_dtype(weight_DF),
+            )
+            found = curve(self._job, fits.pop(name), weight_DF, self._bench.groups[name], *part)
+            errors[name] = found.errors
+            tensors |= tensors_of(found.cuts)
+        folder = task_folder(self._bench.run_folder, survey_task(layer))
+        write_tensors(folder / SURVEY_FILE, tensors)
+        info = {"result": errors, "computed_on": self._bench.model.computed_on}
+        commit(folder, survey_task(layer), task_fingerprint, [SURVEY_FILE], info)
+        return {"groups": {}}, None
+
+    @step
+    def score(
+        self, layer: int, task_fingerprint: str, kept: Mapping[str, float]
+    ) -> tuple[Receipt, None]:
+        """Scores of the units of a layer's groups, comparable between layers, when about so many
+        units are to stay.
+        """
+        fits = {name: self._stream.value.fit(layer, name) for name in kept}
+        found: dict[str, list[float]] = {}
+        for name, count in kept.items():
+            training, held_out = fits.pop(name)
+            weight_DF = self._bench.consumer_weight(layer, self._bench.groups[name])
+            found[name] = scores(
+                self._job.method,
+                training.merge(held_out),
+                weight_DF,
+                self._bench.groups[name].columns,
+                count,
+            ).tolist()
+        info = {"result": found, "computed_on": self._bench.model.computed_on}
+        commit(
+            task_folder(self._bench.run_folder, survey_task(layer)),
+            survey_task(layer),
+            task_fingerprint,
+            [],
+            info,
+        )
+        return {"groups": {}}, None

@@ -1,0 +1,87 @@
+"""Steps of the pruned path: statistics of a group, and the decision made from them."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+
+from rayprune.workers.network.slicing import Cut, CutArrays
+from rayprune.workers.numerics.correction import Correction
+from rayprune.workers.passes.sweep import Parts, Sweep
+from rayprune.workers.steps.deciding import Deciding
+from rayprune.workers.steps.step import Cached, Droppable, Receipt, drop_all, step
+from rayprune.workers.store.shards import roots
+from rayprune.workers.workbench import Workbench
+
+
+class Sweeping:
+    """The pruned path, group by group."""
+
+    def __init__(self, bench: Workbench, deciding: Deciding, before: Sequence[Droppable]) -> None:
+        self._bench, self._deciding, self._before = bench, deciding, before
+        self._sweep = Cached(self._new_sweep)
+        self._job = bench.job
+
+    def drop(self) -> None:
+        """Forget hidden states, inputs and statistics of the pruned path."""
+        self._sweep.drop()
+
+    def _new_sweep(self) -> Sweep:
+        drift = self._job.correction.drift
+        drift_width = self._bench.checkpoint.model.hidden if drift else 0
+        return Sweep(
+            self._bench.model,
+            list(self._bench.groups.values()),
+            partial(self._bench.statistic, self._job.calibration.samples, drift_width=drift_width),
+            self._bench.shards(),
+            self._bench.run_folder,
+            self._job.memory.checkpoint_layers,
+            self._bench.memory.keep_inputs,
+            drift,
+        )
+
+    @step
+    def collect(
+        self, layer: int, group: str, owned: tuple[int, int], *cuts: CutArrays
+    ) -> tuple[Receipt, Parts]:
+        """Statistics of a group's consumer input over some calibration shards; `cuts` are this
+        layer's earlier ones.
+        """
+        drop_all(self._before)
+        known = {arrays["group"]: Cut.from_arrays(arrays) for arrays in cuts}
+        trees = roots(self._job.calibration.shards, self._job.calibration.held_out_shards)
+        return {}, self._sweep.value.collect(layer, group, owned, known, trees)
+
+    @step
+    def decide(
+        self, layer: int, group: str, num_kept: int, *parts: Parts
+    ) -> tuple[Receipt, CutArrays]:
+        """Select the units of a group that stay (or take those of the selection pass) and correct
+        the consumer's weight.
+
+        Where none stays no statistics are needed.
+        """
+        if num_kept == 0:
+            nothing = torch.empty(0)
+            cut = Cut(group, torch.arange(0), nothing)
+            return {
+                "group": self._deciding.summary(group, 0, Correction(nothing, 0.0, 1.0, 1.0))
+            }, cut.arrays()
+        trees = roots(self._job.calibration.shards, self._job.calibration.held_out_shards)
+        fits = self._deciding.merged(trees, parts)
+        is_cut = num_kept < self._bench.groups[group].num_units
+        units = (
+            self._deciding.selected(layer, group) if is_cut and self._job.selects_first else None
+        )
+        cut, correction = self._deciding.cut(layer, group, num_kept, fits, units)
+        return {"group": self._deciding.summary(group, num_kept, correction)}, cut.arrays()
+
+    @step
+    def reduce(self, *parts: Parts) -> tuple[Receipt, Parts]:
+        """Merge statistics of several workers as far as the tree over the shards allows."""
+        trees = roots(self._job.calibration.shards, self._job.calibration.held_out_shards)
+        return {}, {
+            node: fit.state()
+            for tree in trees
+            for node, fit in self._deciding.siblings(tree, parts).items()
+        }

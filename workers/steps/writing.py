@@ -1,0 +1,149 @@
+"""Steps that write the pruned model."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from rayprune.specs.errors import VerificationError
+from rayprune.workers.calibration import load_tokenizer
+from rayprune.workers.model.form import AS_IT_IS, Form
+from rayprune.workers.network.reading import layer_tensors, read_tensors
+from rayprune.workers.network.slicing import Cut, CutArrays, pad_layer, slice_layer
+from rayprune.workers.steps.step import Receipt, step
+from rayprune.workers.store.files import commit, write_tensors
+from rayprune.workers.store.layout import (
+    LAYER_FILE,
+    OUTER_FILE,
+    OUTER_TASK,
+    layer_task,
+    model_folder,
+    task_folder,
+)
+from rayprune.workers.workbench import Workbench
+
+
+class Writing:
+    """Tensors and tokenizer of the pruned model."""
+
+    def __init__(self, bench: Workbench) -> None:
+        self._bench = bench
+        self._job = bench.job
+
+    @step
+    def write_layer(
+        self,
+        layer: int,
+        task_fingerprint: str,
+        written: Mapping[str, int],
+        position: int | None,
+        groups: Receipt,
+        *cuts: CutArrays,
+    ) -> tuple[Receipt, None]:
+        """Write a pruned layer's tensors under their final names, then the manifest: the layer is
+        finished.
+
+        `written` are the units of every group that the file holds: those that stay, and zeros where
+        layers are padded. `position` is the layer's number in the pruned model; a layer of which
+        nothing stays has none, and no file.
+        """
+        self.layer(
+            layer,
+            task_fingerprint,
+            written,
+            position,
+            groups,
+            [Cut.from_arrays(arrays) for arrays in cuts],
+        )
+        return {}, None
+
+    def layer(
+        self,
+        layer: int,
+        task_fingerprint: str,
+        written: Mapping[str, int],
+        position: int | None,
+        groups: Receipt,
+        cuts: Sequence[Cut],
+    ) -> None:
+        """Write a layer's tensors, unless nothing stays, and then its manifest."""
+        bench, folder = self._bench, task_folder(self._bench.run_folder, layer_task(layer))
+        kept = {cut.group: cut.units.tolist() for cut in cuts}
+        info = {"groups": groups, "kept": kept, "computed_on": bench.model.computed_on}
+        if position is not None:
+            form = self._form(written)
+            prefix = f"{form.layers_at or bench.checkpoint.model.layers_at}.{position}."
+            tensors = form.layer(self._cut_layer(layer, written, cuts))
+            named = {prefix + name: tensor for name, tensor in tensors.items()}
+            write_tensors(folder / LAYER_FILE, named)
+            modules = {name: form.module(g.consumer.module) for name, g in bench.groups.items()}
+            info["consumers"] = {name: f"{prefix}{m}.weight" for name, m in modules.items()}
+        files = [] if position is None else [LAYER_FILE]
+        commit(folder, layer_task(layer), task_fingerprint, files, info)
+
+    def _form(self, written: Mapping[str, int]) -> Form:
+        """How the pruned model is written, of which every layer's file holds so many units; layers
+        of different sizes have the original's form.
+        """
+        if self._job.budget.per_layer and not self._job.export.pad:
+            return AS_IT_IS
+        return self._bench.checkpoint.form(written, self._job.export.target)
+
+    def _cut_layer(
+        self, layer: int, written: Mapping[str, int], cuts: Sequence[Cut]
+    ) -> dict[str, Tensor]:
+        """A pruned layer's tensors in their types on disk, by their names in the layer."""
+        bench, groups = self._bench, self._bench.groups.values()
+        tensors = layer_tensors(bench.checkpoint, layer)
+        dtypes = {name: bench.disk_dtype(tensor) for name, tensor in tensors.items()}
+        sliced = slice_layer(tensors, groups, {cut.group: cut for cut in cuts})
+        if self._job.export.pad:
+            kept = bench.checkpoint.model.units | {cut.group: len(cut.units) for cut in cuts}
+            sliced = pad_layer(sliced, tensors, groups, kept, written)
+        return {name: tensor.to(dtypes[name]) for name, tensor in sliced.items()}
+
+    @step
+    def write_outer(
+        self, task_fingerprint: str, written: Mapping[str, int] | None
+    ) -> tuple[Receipt, None]:
+        """Write what is outside the layers in its type on disk, in the form of a model whose layers
+        all hold so many units (None: they differ).
+        """
+        found = read_tensors(self._bench.checkpoint, self._bench.checkpoint.outer_tensors)
+        tensors = {
+            name: tensor.to(self._bench.disk_dtype(tensor)) for name, tensor in found.items()
+        }
+        form = AS_IT_IS if written is None else self._form(written)
+        folder = task_folder(self._bench.run_folder, OUTER_TASK)
+        write_tensors(folder / OUTER_FILE, form.outer(tensors))
+        commit(folder, OUTER_TASK, task_fingerprint, [OUTER_FILE], {})
+        return {}, None
+
+    @step
+    def copy_outer(self, file: str) -> tuple[Receipt, None]:
+        """Write the embeddings, the last norm and the head as they are."""
+        write_tensors(
+            Path(file), read_tensors(self._bench.checkpoint, self._bench.checkpoint.outer_tensors)
+        )
+        return {}, None
+
+    @step
+    def write_tokenizer(self) -> tuple[Receipt, None]:
+        """Write the tokenizer anew where the model type is another: transformers would take another
+        class for the files as they are.
+
+        Raises:
+            VerificationError: it gives other tokens.
+        """
+        folder, tokenizer = (
+            model_folder(self._bench.run_folder),
+            load_tokenizer(self._bench.checkpoint.path),
+        )
+        tokenizer.save_pretrained(folder)
+        sample = "a  b\n" + "a b ".join(["", *tokenizer.all_special_tokens, ""])
+        if load_tokenizer(folder)(sample)["input_ids"] != tokenizer(sample)["input_ids"]:
+            raise VerificationError(
+                f"{folder}: its tokenizer gives other tokens than that of"
+                f" {self._bench.checkpoint.path}"
+            )
+        return {}, None
