@@ -44,7 +44,7 @@ def export_model(context: Context, layers: Sequence[Manifest]) -> Manifest:
     with context.stage("export", 1):
         outer = folder.fingerprint(OUTER_TASK, context.checkpoint.identity)
         outer_done = context.once(
-            OUTER_TASK, outer, lambda: executor.wait([executor.submit(0, "write_outer", outer)])
+            OUTER_TASK, outer, lambda: executor.wait([executor.on(0).write_outer(outer)])
         )
         expected = folder.fingerprint(
             EXPORT_TASK, outer_done.digest, *(manifest.digest for manifest in layers)
@@ -59,8 +59,8 @@ def _assemble_and_check(context: Context, expected: str) -> None:
         context.checkpoint, context.plan.written_layers(job.export.pad), job
     ).parameters
     if read_json(model / "config.json")["model_type"] != context.checkpoint.config["model_type"]:
-        context.executor.wait([context.executor.submit(0, "write_tokenizer")])
-    context.executor.wait([context.executor.submit(0, "check_export", parameters)])
+        context.executor.wait([context.executor.on(0).write_tokenizer()])
+    context.executor.wait([context.executor.on(0).check_export(parameters)])
     files = sorted(str(file.relative_to(model)) for file in model.rglob("*") if file.is_file())
     commit(model, EXPORT_TASK, expected, files, {"parameters": parameters})
 
