@@ -6,32 +6,22 @@ A step's payload stays where it was made, behind a handle that can be given to a
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
+from rayprune.orchestrator.execution.steps import Call, Receipt, Steps
 from rayprune.specs.job import JobSpec
 from rayprune.specs.memory import MemoryPlan
 from rayprune.workers.store.shards import even_parts
 from rayprune.workers.store.training_stage import Finetune
 
-Receipt = dict[str, Any]
 Notify = Callable[..., None]
 """Takes the name of an event and its fields."""
 
 
 def unheard(event: str, **fields: Any) -> None:
     """Where events go that nobody listens to."""
-
-
-@dataclass(frozen=True)
-class Call:
-    """A step under way: its receipt and its payload, as handles of the executor."""
-
-    worker: int
-    method: str
-    receipt: Any
-    payload: Any
 
 
 class Executor(ABC):
@@ -65,17 +55,21 @@ class Executor(ABC):
             WorkerFailure: they cannot be started.
         """
 
+    def on(self, worker: int) -> Steps:
+        """The steps of a worker, as calls."""
+        return Steps(partial(self._submit, worker))
+
     @abstractmethod
-    def submit(self, worker: int, method: str, *args: Any) -> Call:
+    def _submit(self, worker: int, step: str, *args: Any) -> Call[Any]:
         """Start a step on a worker; payload handles among `args` are resolved where the step
         runs.
         """
 
     @abstractmethod
-    def _receipts(self, calls: Sequence[Call]) -> list[Receipt]:
+    def _receipts(self, calls: Sequence[Call[Any]]) -> list[Receipt]:
         """The receipts of some steps, in order, failing as soon as one fails."""
 
-    def wait(self, calls: Sequence[Call]) -> list[Receipt]:
+    def wait(self, calls: Sequence[Call[Any]]) -> list[Receipt]:
         """The receipts of some steps, in order.
 
         Raises:
@@ -87,8 +81,8 @@ class Executor(ABC):
             for kind, peak in receipt["peak_memory_bytes"].items():
                 name = f"worker-{call.worker}{kind}"
                 self.peak_memory_bytes[name] = max(self.peak_memory_bytes.get(name, 0), peak)
-            self.step_seconds[call.method] = (
-                self.step_seconds.get(call.method, 0.0) + receipt["seconds"]
+            self.step_seconds[call.step] = (
+                self.step_seconds.get(call.step, 0.0) + receipt["seconds"]
             )
         return receipts
 
@@ -139,12 +133,12 @@ class InProcessExecutor(Executor):
                 self.job, str(self.run_folder), self.job.parallel.device, self.memory
             )
 
-    def submit(self, worker: int, method: str, *args: Any) -> Call:
+    def _submit(self, worker: int, step: str, *args: Any) -> Call[Any]:
         """Run the step now."""
         self.start()
-        return Call(worker, method, *self._worker.run(method, *args))
+        return Call(worker, step, *self._worker.run(step, *args))
 
-    def _receipts(self, calls: Sequence[Call]) -> list[Receipt]:
+    def _receipts(self, calls: Sequence[Call[Any]]) -> list[Receipt]:
         return [call.receipt for call in calls]
 
     def train(self, stage: Finetune) -> None:

@@ -17,8 +17,9 @@ from typing import Any
 import ray
 from ray import exceptions as ray_errors
 
-from rayprune.orchestrator.execution.executor import Call, Executor, Notify, Receipt, unheard
+from rayprune.orchestrator.execution.executor import Executor, Notify, unheard
 from rayprune.orchestrator.execution.failures import Failure, WorkerFailure
+from rayprune.orchestrator.execution.steps import Call, Receipt
 from rayprune.specs.errors import ResourceError
 from rayprune.specs.job import JobSpec
 from rayprune.specs.memory import MemoryPlan
@@ -187,14 +188,13 @@ class RayExecutor(Executor):
         cause = getattr(error, "cause", None)
         return cause if isinstance(cause, Exception) else error
 
-    def submit(self, worker: int, method: str, *args: Any) -> Call:
-        """Queue the step on its actor."""
+    def _submit(self, worker: int, step: str, *args: Any) -> Call[Any]:
         self.start()
-        run = self._actors[worker].run.options(num_returns=2, name=f"Worker.{method}")
-        receipt, payload = run.remote(method, *args)
-        return Call(worker, method, receipt, payload)
+        run = self._actors[worker].run.options(num_returns=2, name=f"Worker.{step}")
+        receipt, payload = run.remote(step, *args)
+        return Call(worker, step, receipt, payload)
 
-    def _receipts(self, calls: Sequence[Call]) -> list[Receipt]:
+    def _receipts(self, calls: Sequence[Call[Any]]) -> list[Receipt]:
         pending = [call.receipt for call in calls]
         try:
             while pending:

@@ -9,11 +9,12 @@ in `stages.spread`.
 import itertools
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import Any
+from typing import Any, TypeVarTuple
 
+from rayprune.orchestrator.execution.steps import Call, Steps
 from rayprune.orchestrator.planning.shapes import Shape, uneven_shape
 from rayprune.orchestrator.planning.workload import CANDIDATES_AT_ONCE
 from rayprune.orchestrator.stages.context import Context
@@ -39,6 +40,8 @@ from rayprune.workers.store.layout import (
     survey_task,
     task_folder,
 )
+
+Ts = TypeVarTuple("Ts")
 
 
 def allocate(context: Context, tokens: Manifest) -> Shape:
@@ -97,11 +100,14 @@ def _mean_removed(context: Context) -> float:
 def _scores(context: Context, inputs: Sequence[str]) -> list[Manifest]:
     fraction = context.plan.shapes[0].decoder_parameters / context.checkpoint.decoder_parameters
     kept = {name: count * fraction for name, count in context.plan.model.units.items()}
-    return _survey(context, "score", inputs, kept)
+    return _survey(context, Steps.score, inputs, kept)
 
 
 def _survey(
-    context: Context, step: str, inputs: Sequence[str], *arguments: Mapping[str, Any]
+    context: Context,
+    step: Callable[[Steps, int, str, *Ts], Call[None]],
+    inputs: Sequence[str],
+    *arguments: *Ts,
 ) -> list[Manifest]:
     layers, groups = context.plan.model.num_layers, list(context.plan.model.units)
     tasks = layer_tasks(
@@ -177,7 +183,7 @@ def _losses(
         if searched
         else {name: [reference[name]] if known else [] for name, known in counts.items()}
     )
-    surveys = _survey(context, "survey", inputs, counts, stored)
+    surveys = _survey(context, Steps.survey, inputs, counts, stored)
     alone = [
         (layer, name, count) for layer in range(len(surveys)) for name, count in reference.items()
     ]
@@ -233,7 +239,7 @@ def _measured(context: Context, candidates: Sequence[Spread], stage: str) -> lis
     for start in range(0, len(candidates), CANDIDATES_AT_ONCE):
         some = candidates[start : start + CANDIDATES_AT_ONCE]
         calls = [
-            executor.submit(worker, "divergences", some, owned)
+            executor.on(worker).divergences(some, owned)
             for worker, owned in executor.shares(context.job.divergence_windows)
         ]
         sums = [receipt["sums"] for receipt in executor.wait(calls)]

@@ -52,7 +52,7 @@ def _perplexity(
     def work() -> None:
         parts = enumerate(even_parts(shape[0], executor.num_workers))
         calls = [
-            executor.submit(worker, "evaluate", str(model), (part.start, part.stop))
+            executor.on(worker).evaluate(str(model), (part.start, part.stop))
             for worker, part in parts
         ]
         losses = [loss for receipt in executor.wait(calls) for loss in receipt["losses"]]

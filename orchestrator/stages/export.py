@@ -46,9 +46,7 @@ def export_model(context: Context, layers: Sequence[Manifest]) -> Manifest:
         written = layers_written[0] if alike else None
         outer = folder.fingerprint(OUTER_TASK, context.checkpoint.identity, str(written))
         outer_done = context.once(
-            OUTER_TASK,
-            outer,
-            lambda: executor.wait([executor.submit(0, "write_outer", outer, written)]),
+            OUTER_TASK, outer, lambda: executor.wait([executor.on(0).write_outer(outer, written)])
         )
         expected = folder.fingerprint(
             EXPORT_TASK, outer_done.digest, *(manifest.digest for manifest in layers)
@@ -63,8 +61,8 @@ def _assemble_and_check(context: Context, expected: str) -> None:
         context.checkpoint, context.plan.written_layers(job.export.pad), job
     ).parameters
     if written.model_type != context.checkpoint.model.model_type:
-        context.executor.wait([context.executor.submit(0, "write_tokenizer")])
-    context.executor.wait([context.executor.submit(0, "check_export", parameters)])
+        context.executor.wait([context.executor.on(0).write_tokenizer()])
+    context.executor.wait([context.executor.on(0).check_export(parameters)])
     files = sorted(str(file.relative_to(model)) for file in model.rglob("*") if file.is_file())
     commit(model, EXPORT_TASK, expected, files, {"parameters": parameters})
 

@@ -1,10 +1,15 @@
 """The stage that measures gradients of the loss, where the method asks for them."""
 
-from rayprune.orchestrator.execution.executor import Call
+from typing import TYPE_CHECKING
+
+from rayprune.orchestrator.execution.steps import Call
 from rayprune.orchestrator.planning.workload import GRADIENT_WINDOWS_AT_ONCE
 from rayprune.orchestrator.stages.context import Context
 from rayprune.workers.store.files import Manifest
 from rayprune.workers.store.layout import GRADIENTS_TASK
+
+if TYPE_CHECKING:
+    from rayprune.workers.steps.measuring import SquaresArrays
 
 
 def measure_gradients(context: Context, tokens: Manifest) -> Manifest | None:
@@ -23,7 +28,7 @@ def _measure_gradients(context: Context, expected: str) -> None:
         context.job.gradient_windows,
         GRADIENT_WINDOWS_AT_ONCE,
     )
-    shares, measured = executor.shares(count), list[Call]()
+    shares, measured = executor.shares(count), list["Call[SquaresArrays]"]()
     rounds = range(0, max(stop - start for _, (start, stop) in shares), at_once)
     with context.stage("gradients", len(rounds)):
         for done in rounds:
@@ -32,7 +37,7 @@ def _measure_gradients(context: Context, expected: str) -> None:
                 for worker, (start, stop) in shares
             }
             calls = [
-                executor.submit(worker, "gradients", (part.start, part.stop))
+                executor.on(worker).gradients((part.start, part.stop))
                 for worker, part in parts.items()
                 if part
             ]
@@ -43,5 +48,5 @@ def _measure_gradients(context: Context, expected: str) -> None:
                 "step-finished", stage="gradients", windows=windows, peak_memory_bytes=memory
             )
         executor.wait(
-            [executor.submit(0, "write_gradients", expected, *(call.payload for call in measured))]
+            [executor.on(0).write_gradients(expected, *(call.payload for call in measured))]
         )

@@ -60,7 +60,7 @@ def _probe_layer(context: Context, layer: int) -> list[float]:
     executor, samples = context.executor, context.job.budget.probe_samples
     held_out = max(1, samples // 4)
     collected = [
-        executor.submit(worker, "probe", layer, owned, held_out)
+        executor.on(worker).probe(layer, owned, held_out)
         for worker, owned in executor.shares(samples)
     ]
     executor.wait(collected)
@@ -75,7 +75,7 @@ def _probe_layer(context: Context, layer: int) -> list[float]:
     )
     payloads = [call.payload for call in collected]
     calls = [
-        executor.submit(i % executor.num_workers, "predict", layer, *unit, held_out, *payloads)
+        executor.on(i % executor.num_workers).predict(layer, *unit, held_out, *payloads)
         for i, unit in enumerate(wanted)
     ]
     errors = dict(

@@ -24,9 +24,6 @@ def _start(context: Context) -> None:
             str(path): record_of(path) for path in (marker, context.checkpoint.path / "config.json")
         }
         executor.wait(
-            [
-                executor.submit(worker, "check_storage", expected)
-                for worker in range(executor.num_workers)
-            ]
+            [executor.on(worker).check_storage(expected) for worker in range(executor.num_workers)]
         )
-    executor.wait([executor.submit(0, "check_head")])
+    executor.wait([executor.on(0).check_head()])

@@ -13,9 +13,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVarTuple
 
-from rayprune.orchestrator.execution.executor import Call
+from rayprune.orchestrator.execution.steps import Call, States, Steps
 from rayprune.orchestrator.planning.workload import MICRO_BATCHES_AT_ONCE
 from rayprune.orchestrator.stages.context import Context
 from rayprune.workers.store.files import Manifest
@@ -23,6 +23,7 @@ from rayprune.workers.store.layout import boundary_file
 from rayprune.workers.store.shards import even_parts, num_micro_batches
 
 Wave = list[range]
+Ts = TypeVarTuple("Ts")
 
 
 def waves(layers: range, num_workers: int, layers_per_chunk: int) -> list[Wave]:
@@ -49,18 +50,18 @@ class LayerTask:
 
     name: str
     fingerprint: str
-    step: str
-    arguments: tuple[Any, ...]
+    start: Callable[[Steps], Call[None]]
+    """Starts the step on a worker."""
     groups: Sequence[str]
     """The groups whose statistics it needs."""
 
 
 def layer_tasks(
     context: Context,
-    step: str,
+    step: Callable[[Steps, int, str, *Ts], Call[None]],
     name: Callable[[int], str],
     inputs: Sequence[Sequence[str]],
-    arguments: Sequence[tuple[Any, ...]],
+    arguments: Sequence[tuple[*Ts]],
     groups: Sequence[Sequence[str]],
 ) -> list[LayerTask]:
     """One task for each layer, with what it depends on beside the layers below."""
@@ -69,9 +70,23 @@ def layer_tasks(
         context.folder.fingerprint(task, *known) for task, known in zip(names, inputs, strict=True)
     ]
     return [
-        LayerTask(names[layer], prints[layer], step, arguments[layer], groups[layer])
+        LayerTask(
+            names[layer],
+            prints[layer],
+            _started(step, layer, prints[layer], arguments[layer]),
+            groups[layer],
+        )
         for layer in range(len(inputs))
     ]
+
+
+def _started(
+    step: Callable[[Steps, int, str, *Ts], Call[None]],
+    layer: int,
+    fingerprint: str,
+    arguments: tuple[*Ts],
+) -> Callable[[Steps], Call[None]]:
+    return lambda steps: step(steps, layer, fingerprint, *arguments)
 
 
 def stream_layers(context: Context, stage: str, expected: Sequence[LayerTask]) -> list[Manifest]:
@@ -140,10 +155,7 @@ def _run_wave(context: Context, stage: str, wave: Wave, expected: Sequence[Layer
         for layer in chunk
         if layer in wanted
     ]
-    settled = [
-        (layer, context.executor.submit(place, task.step, layer, task.fingerprint, *task.arguments))
-        for place, layer, task in places
-    ]
+    settled = [(layer, task.start(context.executor.on(place))) for place, layer, task in places]
     # in the order in which they end
     for layer, call in sorted(settled, key=lambda item: item[0] - wave[item[1].worker].start):
         (receipt,) = context.executor.wait([call])
@@ -163,8 +175,8 @@ def _flow(context: Context, wave: Wave, wanted: dict[int, Sequence[str]]) -> Non
     predecessor has just left.
     """
     executor, count = context.executor, _num_batches(context)
-    handed: list[Any] = [None] * len(wave)
-    under_way: deque[list[Call]] = deque()
+    handed: list[States | None] = [None] * len(wave)
+    under_way: deque[list[Call[Any]]] = deque()
     for step in range(count + len(wave) - 1 + MICRO_BATCHES_AT_ONCE):
         if step >= MICRO_BATCHES_AT_ONCE:
             executor.wait(under_way.popleft())
@@ -175,9 +187,7 @@ def _flow(context: Context, wave: Wave, wanted: dict[int, Sequence[str]]) -> Non
                 chunk, last = wave[place], place == len(wave) - 1
                 before = handed[place - 1] if place else None
                 calls.append(
-                    executor.submit(
-                        place, "flow", (chunk.start, chunk.stop), number, wanted, last, before
-                    )
+                    executor.on(place).flow((chunk.start, chunk.stop), number, wanted, last, before)
                 )
                 handed[place] = calls[-1].payload
         under_way.append(calls)

@@ -9,14 +9,18 @@ that pass only selects, and a second one on the pruned path corrects.
 import time
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rayprune.orchestrator.execution.executor import Call, Executor
+from rayprune.orchestrator.execution.executor import Executor
+from rayprune.orchestrator.execution.steps import Call, Collected, Decided, Steps
 from rayprune.orchestrator.stages.context import Context
 from rayprune.orchestrator.stages.stream import layer_tasks, stream_layers
 from rayprune.workers.store.files import Manifest
 from rayprune.workers.store.layout import layer_task, selection_task
 from rayprune.workers.store.shards import even_parts
+
+if TYPE_CHECKING:
+    from rayprune.workers.passes.sweep import Parts
 
 
 def prune_layers(context: Context, tokens: Manifest) -> list[Manifest]:
@@ -35,7 +39,7 @@ def prune_layers(context: Context, tokens: Manifest) -> list[Manifest]:
         return stream_layers(
             context,
             "sweep",
-            layer_tasks(context, "settle", layer_task, inputs, sizes, _lossy(context)),
+            layer_tasks(context, Steps.settle, layer_task, inputs, sizes, _lossy(context)),
         )
     if context.job.selects_first:
         selections = context.selections or select_units(context, tokens)
@@ -49,7 +53,7 @@ def select_units(context: Context, tokens: Manifest) -> list[Manifest]:
     """Select the units of all layers that stay, from activations of the dense model."""
     sizes = [(context.plan.shape.kept_in(layer),) for layer in range(context.plan.model.num_layers)]
     tasks = layer_tasks(
-        context, "select", selection_task, _inputs(context, tokens), sizes, _lossy(context)
+        context, Steps.select, selection_task, _inputs(context, tokens), sizes, _lossy(context)
     )
     return stream_layers(context, "select", tasks)
 
@@ -96,29 +100,24 @@ def _prune_layer(context: Context, layer: int, fingerprint: str) -> None:
     )
     parts = even_parts(context.job.calibration.shards, executor.num_workers)
     writer = layer % executor.num_workers
-    cuts: list[Any] = []
+    cuts: list[Decided] = []
     groups: dict[str, dict[str, Any]] = {}
     for name in context.plan.decided_groups(layer):
         shards = [
             (worker, (part.start, part.stop)) for worker, part in enumerate(parts) if kept[name]
         ]
         collected = [
-            executor.submit(worker, "collect", layer, name, owned, *cuts)
-            for worker, owned in shards
+            executor.on(worker).collect(layer, name, owned, *cuts) for worker, owned in shards
         ]
         executor.wait(collected)
-        decision = executor.submit(
-            writer, "decide", layer, name, kept[name], *_reduced(executor, collected)
+        decision = executor.on(writer).decide(
+            layer, name, kept[name], *_reduced(executor, collected)
         )
         (receipt,) = executor.wait([decision])
         groups[name] = receipt["group"]
         cuts.append(decision.payload)
     executor.wait(
-        [
-            executor.submit(
-                writer, "write_layer", layer, fingerprint, written, position, groups, *cuts
-            )
-        ]
+        [executor.on(writer).write_layer(layer, fingerprint, written, position, groups, *cuts)]
     )
     seconds = time.monotonic() - start
     context.emit(
@@ -131,7 +130,7 @@ def _prune_layer(context: Context, layer: int, fingerprint: str) -> None:
     )
 
 
-def _reduced(executor: Executor, calls: Sequence[Call]) -> list[Any]:
+def _reduced(executor: Executor, calls: Sequence["Call[Parts]"]) -> list[Collected]:
     """The statistics of all workers, merged in pairs from worker to worker until two payloads are
     left.
     """
@@ -139,7 +138,7 @@ def _reduced(executor: Executor, calls: Sequence[Call]) -> list[Any]:
         pairs = [calls[start : start + 2] for start in range(0, len(calls), 2)]
         calls = [
             (
-                executor.submit(p[0].worker, "reduce", *(call.payload for call in p))
+                executor.on(p[0].worker).reduce(*(call.payload for call in p))
                 if len(p) == 2
                 else p[0]
             )

@@ -53,10 +53,7 @@ def _tokens(
     # the worker reports a missing text
     digests = [record_of(Path(text)).sha256 if Path(text).is_file() else "" for text in texts]
     expected = context.folder.fingerprint(task, *tokenizer, *digests, *inputs, part=part)
-    submit = context.executor.submit
+    on = context.executor.on
     return context.once(
-        task,
-        expected,
-        lambda: context.executor.wait([submit(0, "tokenize", task, expected)]),
-        redo_stale,
+        task, expected, lambda: context.executor.wait([on(0).tokenize(task, expected)]), redo_stale
     )

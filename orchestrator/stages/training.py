@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rayprune.orchestrator.execution.run_folder import forget_report
+from rayprune.orchestrator.execution.steps import Steps
 from rayprune.orchestrator.planning.shapes import uneven_shape
 from rayprune.orchestrator.stages import sweep
 from rayprune.orchestrator.stages.context import Context
@@ -105,7 +106,7 @@ def _regularise_layers(
     watched = [[RESIDUAL_STREAM]] * count
     tasks = layer_tasks(
         context,
-        "regularise",
+        Steps.regularise,
         regularised_task,
         [inputs] * count,
         [(gone,) for gone in removed],
@@ -117,7 +118,7 @@ def _regularise_layers(
 
     def work() -> None:
         trained = folder / TRAINED_FOLDER
-        context.executor.wait([context.executor.submit(0, "copy_outer", str(trained / OUTER_FILE))])
+        context.executor.wait([context.executor.on(0).copy_outer(str(trained / OUTER_FILE))])
         for layer in layers:
             link_file(
                 task_folder(context.folder.path, layer.task) / LAYER_FILE,
@@ -218,7 +219,7 @@ def _trained(
     def work() -> None:
         if context.job.windows_read > context.job.calibration.samples:
             # before what another training has left is removed
-            context.executor.wait([context.executor.submit(0, "check_text")])
+            context.executor.wait([context.executor.on(0).check_text()])
         forget_report(context.folder.path)
         forget_another(folder, expected)
         with context.stage(task, 1):

@@ -241,7 +241,7 @@ def test_a_worker_that_does_not_see_the_run_folder(
             match=rf"node {socket.gethostname()}.*elsewhere/marker.*mount the storage",
         ),
     ):
-        executor.wait([executor.submit(0, "check_storage", missing)])
+        executor.wait([executor.on(0).check_storage(missing)])
 
 
 def test_missing_gpus_are_refused_before_any_work(

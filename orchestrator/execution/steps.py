@@ -1,0 +1,200 @@
+"""The steps of a worker, as typed calls.
+
+What a step does stands at the method of the same name in `rayprune/workers/steps/`. Here are its
+arguments, with a handle in place of every payload, and without torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from rayprune.workers.network.slicing import CutArrays
+    from rayprune.workers.passes.divergence import Kept
+    from rayprune.workers.passes.stream import Wanted
+    from rayprune.workers.passes.sweep import Parts
+    from rayprune.workers.steps.measuring import SquaresArrays
+    from rayprune.workers.store.files import FileRecord
+    from rayprune.workers.store.training_stage import Removed
+
+T_co = TypeVar("T_co", covariant=True)
+Receipt = dict[str, Any]
+"""What a step tells the driver: small JSON."""
+
+
+class Handle(Generic[T_co]):
+    """Stands for a payload that stays where it was made; another step can be given it. (An object
+    reference of Ray's, or in one process the payload itself.)
+    """
+
+
+Collected: TypeAlias = "Handle[Parts]"
+"""Statistics of a group."""
+Decided: TypeAlias = "Handle[CutArrays]"
+"""A decision about a group."""
+States: TypeAlias = "Handle[np.ndarray | None]"
+"""Hidden states behind a chunk of layers."""
+
+
+@dataclass(frozen=True)
+class Call(Generic[T_co]):
+    """A step under way."""
+
+    worker: int
+    step: str
+    receipt: Any
+    """The receipt, or what the executor will have it from."""
+    payload: Handle[T_co]
+
+
+class Steps:
+    """The steps of one worker."""
+
+    def __init__(self, submit: Callable[..., Call[Any]]) -> None:
+        """`submit` starts a step by its name, with its arguments."""
+        self._submit = submit
+
+    def tokenize(self, task: str, task_fingerprint: str) -> Call[None]:
+        """`Texts.tokenize`."""
+        return self._submit("tokenize", task, task_fingerprint)
+
+    def check_text(self) -> Call[None]:
+        """`Texts.check_text`."""
+        return self._submit("check_text")
+
+    def check_storage(self, expected: dict[str, FileRecord]) -> Call[None]:
+        """`Checking.check_storage`."""
+        return self._submit("check_storage", expected)
+
+    def check_head(self) -> Call[None]:
+        """`Checking.check_head`."""
+        return self._submit("check_head")
+
+    def check_export(self, expected_parameters: int) -> Call[None]:
+        """`Checking.check_export`."""
+        return self._submit("check_export", expected_parameters)
+
+    def gradients(self, owned: tuple[int, int]) -> Call[SquaresArrays]:
+        """`Measuring.gradients`."""
+        return self._submit("gradients", owned)
+
+    def write_gradients(self, task_fingerprint: str, *parts: Handle[SquaresArrays]) -> Call[None]:
+        """`Measuring.write_gradients`."""
+        return self._submit("write_gradients", task_fingerprint, *parts)
+
+    def probe(
+        self, layer: int, owned: tuple[int, int], num_held_out: int
+    ) -> Call[dict[str, Parts]]:
+        """`Probing.probe`."""
+        return self._submit("probe", layer, owned, num_held_out)
+
+    def predict(
+        self,
+        layer: int,
+        group: str,
+        num_kept: int,
+        num_held_out: int,
+        *parts: Handle[dict[str, Parts]],
+    ) -> Call[None]:
+        """`Probing.predict`."""
+        return self._submit("predict", layer, group, num_kept, num_held_out, *parts)
+
+    def collect(
+        self, layer: int, group: str, owned: tuple[int, int], *cuts: Handle[CutArrays]
+    ) -> Call[Parts]:
+        """`Sweeping.collect`."""
+        return self._submit("collect", layer, group, owned, *cuts)
+
+    def decide(
+        self, layer: int, group: str, num_kept: int, *parts: Handle[Parts]
+    ) -> Call[CutArrays]:
+        """`Sweeping.decide`."""
+        return self._submit("decide", layer, group, num_kept, *parts)
+
+    def reduce(self, *parts: Handle[Parts]) -> Call[Parts]:
+        """`Sweeping.reduce`."""
+        return self._submit("reduce", *parts)
+
+    def flow(
+        self,
+        chunk: tuple[int, int],
+        number: int,
+        wanted: Wanted,
+        end_of_wave: bool,
+        before: Handle[np.ndarray | None] | None,
+    ) -> Call[np.ndarray | None]:
+        """`Streaming.flow`."""
+        return self._submit("flow", chunk, number, wanted, end_of_wave, before)
+
+    def select(self, layer: int, task_fingerprint: str, kept: Mapping[str, int]) -> Call[None]:
+        """`Streaming.select`."""
+        return self._submit("select", layer, task_fingerprint, kept)
+
+    def regularise(self, layer: int, task_fingerprint: str, removed: Removed) -> Call[None]:
+        """`Streaming.regularise`."""
+        return self._submit("regularise", layer, task_fingerprint, removed)
+
+    def settle(
+        self,
+        layer: int,
+        task_fingerprint: str,
+        kept: Mapping[str, int],
+        written: Mapping[str, int],
+        position: int | None,
+    ) -> Call[None]:
+        """`Streaming.settle`."""
+        return self._submit("settle", layer, task_fingerprint, kept, written, position)
+
+    def survey(
+        self,
+        layer: int,
+        task_fingerprint: str,
+        counts: Mapping[str, Sequence[int]],
+        stored: Mapping[str, Sequence[int]],
+    ) -> Call[None]:
+        """`Streaming.survey`."""
+        return self._submit("survey", layer, task_fingerprint, counts, stored)
+
+    def score(self, layer: int, task_fingerprint: str, kept: Mapping[str, float]) -> Call[None]:
+        """`Streaming.score`."""
+        return self._submit("score", layer, task_fingerprint, kept)
+
+    def write_layer(
+        self,
+        layer: int,
+        task_fingerprint: str,
+        written: Mapping[str, int],
+        position: int | None,
+        groups: Receipt,
+        *cuts: Handle[CutArrays],
+    ) -> Call[None]:
+        """`Writing.write_layer`."""
+        return self._submit(
+            "write_layer", layer, task_fingerprint, written, position, groups, *cuts
+        )
+
+    def write_outer(self, task_fingerprint: str, written: Mapping[str, int] | None) -> Call[None]:
+        """`Writing.write_outer`."""
+        return self._submit("write_outer", task_fingerprint, written)
+
+    def copy_outer(self, file: str) -> Call[None]:
+        """`Writing.copy_outer`."""
+        return self._submit("copy_outer", file)
+
+    def write_tokenizer(self) -> Call[None]:
+        """`Writing.write_tokenizer`."""
+        return self._submit("write_tokenizer")
+
+    def divergences(
+        self, candidates: Sequence[Sequence[Kept]], owned: tuple[int, int]
+    ) -> Call[None]:
+        """`Judging.divergences`."""
+        return self._submit("divergences", candidates, owned)
+
+    def evaluate(self, model_path: str, owned: tuple[int, int]) -> Call[None]:
+        """`Judging.evaluate`."""
+        return self._submit("evaluate", model_path, owned)
