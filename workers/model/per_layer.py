@@ -14,6 +14,8 @@ from rayprune.workers.model.families import family_of, unit_groups
 
 MODULE = "modeling_per_layer"
 CLASS = "PerLayerForCausalLM"
+AUTO_MAP = {"AutoModelForCausalLM": f"{MODULE}.{CLASS}"}
+"""What the config of such a folder says of code."""
 SOURCE = Template('''\
 """A $base whose layers have sizes of their own, from `per_layer_config`. Written by rayprune (Apache-2.0)."""
 
@@ -63,11 +65,10 @@ def per_layer_config(
     dense = {group.name: group.num_units for group in groups}
     result = patched_config(config, dense, "transformers", dtype)
     sizes = {index: layer_sizes(config, kept) for index, kept in enumerate(layers) if kept != dense}
-    auto_map = {"AutoModelForCausalLM": f"{MODULE}.{CLASS}"}
     return result | {
         "per_layer_config": sizes,
         "allow_global_per_layer_attribute_access": True,
-        "auto_map": auto_map,
+        "auto_map": AUTO_MAP,
     }
 
 

@@ -261,10 +261,15 @@ def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     with init_empty_weights(include_buffers=False):
         if not config.is_heterogeneous:
             return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-        silence_warnings()
-        module: dict[str, Any] = {}
-        exec(remote_code(checkpoint.config), module)
-        return module[CLASS]._from_config(config, dtype=dtype)
+        return per_layer_class(checkpoint.config)._from_config(config, dtype=dtype)
+
+
+def per_layer_class(config: Mapping[str, object]) -> Any:
+    """The class of a model whose layers differ in size, from this package's own text."""
+    silence_warnings()
+    module: dict[str, Any] = {}
+    exec(remote_code(config), module)
+    return module[CLASS]
 
 
 def _fill(model: Any, checkpoint: Checkpoint, infos: Mapping[str, TensorInfo]) -> None:

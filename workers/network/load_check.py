@@ -3,33 +3,34 @@ left over.
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from rayprune.specs.errors import VerificationError
-from rayprune.workers.model.per_layer import MODULE, silence_warnings
+from rayprune.workers.model.checkpoint import read_json
+from rayprune.workers.model.per_layer import AUTO_MAP, MODULE, remote_code
+from rayprune.workers.network.layers import per_layer_class
 
 
 @torch.inference_mode()
 def check_loads(folder: Path, expected_parameters: int) -> None:
-    """Load the folder as a user would and run it once.
+    """Load the folder as a user would and run it once; no code that lies in it is run.
 
     Raises:
         VerificationError: it does not load, a tensor is missing, unexpected or of another shape,
-            the parameters differ from the plan, or the logits are not finite. (transformers by
-            itself only logs a missing tensor.)
+            the parameters differ from the plan, the logits are not finite (transformers by itself
+            only logs a missing tensor), or it holds or names code that this package would not have
+            written for it.
     """
     disable_progress_bar()
-    own_code = (folder / f"{MODULE}.py").exists()  # written by this run
-    if own_code:
-        silence_warnings()
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = _class_for(folder).from_pretrained(
             folder,
             output_loading_info=True,
-            trust_remote_code=own_code,
+            trust_remote_code=False,
             use_safetensors=True,
             local_files_only=True,
         )
@@ -47,3 +48,23 @@ def check_loads(folder: Path, expected_parameters: int) -> None:
         )
     if not bool(torch.isfinite(model(torch.arange(8)[None]).logits).all()):
         raise VerificationError(f"{folder}: logits are not finite")
+
+
+def _class_for(folder: Path) -> Any:
+    """What the folder is loaded with: the stock class, or where layers differ in size this
+    package's own, whose text must be what the folder holds.
+    """
+    config = read_json(folder / "config.json")
+    differs = bool(config.get("per_layer_config"))
+    code = folder / f"{MODULE}.py"
+    expected = remote_code(config).encode() if differs else None
+    if (code.read_bytes() if code.exists() else None) != expected:
+        raise VerificationError(
+            f"{code}: is not what this version writes for this model; nothing of it was run"
+        )
+    if config.get("auto_map") != (AUTO_MAP if differs else None):
+        raise VerificationError(
+            f"{folder / 'config.json'}: auto_map names code that this version does not write;"
+            " nothing of it was run"
+        )
+    return per_layer_class(config) if differs else AutoModelForCausalLM
