@@ -13,11 +13,10 @@ from safetensors.torch import load_file
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from rayprune.specs.errors import ResourceError
 from rayprune.specs.job import JobSpec
 from rayprune.specs.memory import MemoryPlan
 from rayprune.workers.machine.device import device_of, peak_memory_bytes
-from rayprune.workers.machine.memory import PeakMemory, give_back_free_memory
+from rayprune.workers.machine.memory import PeakMemory, explained_shortage, give_back_free_memory
 from rayprune.workers.machine.scratch import Scratch
 from rayprune.workers.model.checkpoint import Checkpoint, open_checkpoint
 from rayprune.workers.model.families import UnitGroup, layer_prefix, unit_groups
@@ -27,6 +26,7 @@ from rayprune.workers.passes.sweep import micro_batches
 from rayprune.workers.store.layout import CACHE, CALIBRATION_TASK, TOKENS_FILE, task_folder
 from rayprune.workers.store.shards import even_parts
 
+SHORTAGE_ADVICE = "lower parallel.micro_batch, raise parallel.workers or set memory.worker"
 Receipt = dict[str, Any]
 P = ParamSpec("P")
 W = TypeVar("W", bound="Workbench")
@@ -36,19 +36,14 @@ def step(
     method: Callable[Concatenate[W, P], tuple[Receipt, Any]],
 ) -> Callable[Concatenate[W, P], tuple[Receipt, Any]]:
     """Add the seconds a step took and the worker's peak memory (bytes, per kind) to its receipt;
-    keep no free memory behind it.
+    keep no free memory behind it. Where memory runs out the step raises a ResourceError.
     """
 
     @wraps(method)
     def timed(worker: W, /, *args: P.args, **kwargs: P.kwargs) -> tuple[Receipt, Any]:
         start = time.perf_counter()
-        try:
+        with explained_shortage(method.__name__, SHORTAGE_ADVICE):
             receipt, payload = method(worker, *args, **kwargs)
-        except (MemoryError, torch.OutOfMemoryError) as error:
-            raise ResourceError(
-                f"{method.__name__}: out of memory ({error}): lower parallel.micro_batch, raise"
-                " parallel.workers or set memory.worker"
-            ) from None
         give_back_free_memory()
         return (
             receipt

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from rayprune.specs.errors import VerificationError
+from rayprune.workers.machine.memory import is_out_of_memory
 from rayprune.workers.model.checkpoint import read_json
 from rayprune.workers.model.per_layer import AUTO_MAP, MODULE, remote_code
 from rayprune.workers.network.layers import per_layer_class
@@ -35,6 +36,8 @@ def check_loads(folder: Path, expected_parameters: int) -> None:
             local_files_only=True,
         )
     except (OSError, ValueError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise VerificationError(f"{folder}: does not load with transformers: {error}") from None
     for kind, names in info.items():
         if names:

@@ -147,3 +147,13 @@ def test_logits_that_are_not_finite_are_refused(make_model: MakeModel) -> None:
     parameters = parameters_of(AutoModelForCausalLM.from_pretrained(folder))
     with pytest.raises(VerificationError, match="not finite"):
         check_loads(folder, parameters)
+
+
+def test_a_machine_without_memory_is_not_taken_for_a_bad_folder(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        AutoModelForCausalLM, "from_pretrained", lambda *_, **__: torch.empty(2**50)
+    )
+    with pytest.raises(RuntimeError, match="allocate memory"):
+        check_loads(make_model(), 1)
