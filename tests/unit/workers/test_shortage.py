@@ -1,5 +1,5 @@
-"""Memory that runs out, really: whoever notices it, the user gets a resource error that says what to
-do.
+"""Memory that runs out, really: whoever notices it, the user gets a resource error that says what
+to do.
 """
 
 from collections.abc import Callable
@@ -16,8 +16,8 @@ from rayprune.specs.job import CalibrationSpec
 from rayprune.specs.training import TrainingSpec
 from rayprune.workers.store.training_stage import Finetune, Gates
 from rayprune.workers.training import rank
-from rayprune.workers.worker import Worker
 from rayprune.workers.workbench import Receipt, Workbench, step
+from rayprune.workers.worker import Worker
 from tests.conftest import MakeJob, MakeModel
 
 TOO_MANY_BYTES = 2**50
