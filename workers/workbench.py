@@ -106,7 +106,10 @@ class Workbench:
 
     @cached_property
     def _scratch(self) -> Scratch:
-        return self._spill(self._memory.spill_statistics)
+        """Where statistics lie: with the activations they are made from. Only a CPU computes on
+        files.
+        """
+        return self._spill(self._memory.spill_statistics and self.device.type == "cpu")
 
     def _statistic(self, num_windows: int, width: int, drift_width: int = 0) -> Statistic:
         """The statistic of no tokens, of the kind for so many windows."""

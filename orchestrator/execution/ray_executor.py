@@ -17,7 +17,15 @@ from typing import Any
 import ray
 from ray import exceptions as ray_errors
 
-from rayprune.orchestrator.execution.executor import Call, Executor, Notify, Receipt, unheard
+from rayprune.orchestrator.execution.executor import (
+    Call,
+    Executor,
+    MemoryOn,
+    Notify,
+    Receipt,
+    chosen_device,
+    unheard,
+)
 from rayprune.orchestrator.execution.failures import Failure, WorkerFailure
 from rayprune.specs.errors import ResourceError
 from rayprune.specs.job import JobSpec
@@ -85,10 +93,10 @@ def _listed(amounts: Mapping[str, float]) -> str:
 class RayExecutor(Executor):
     """One actor per worker, on a private Ray of this machine or on a cluster."""
 
-    def __init__(self, job: JobSpec, run_folder: Path, memory: MemoryPlan) -> None:
-        super().__init__(job, run_folder, memory)
+    def __init__(self, job: JobSpec, run_folder: Path, memory_on: MemoryOn) -> None:
+        super().__init__(job, run_folder, memory_on)
         self._actors: list[Any] = []
-        self._device = "cpu"
+        self._device, self._memory = "cpu", MemoryPlan()
         self._connected_here = False
 
     def start(self, notify: Notify = unheard) -> None:
@@ -100,7 +108,9 @@ class RayExecutor(Executor):
         if self._actors:
             return
         self._connect()
-        self._device = self._choose_device()
+        num_gpus = ray.cluster_resources().get("GPU", 0)
+        self._device = chosen_device(self.job.parallel.device, num_gpus, self.num_workers)
+        self._memory = self.memory_on(self._device)
         self._actors = [self._new_actor() for _ in range(self.num_workers)]
         self._await_nodes(notify)
         self._ready(self._actors)
@@ -127,11 +137,6 @@ class RayExecutor(Executor):
                 ) from None
         signal.signal(signal.SIGTERM, handler)  # ray.init replaces it
         self._connected_here = True
-
-    def _choose_device(self) -> str:
-        wanted = self.job.parallel.device
-        enough = ray.cluster_resources().get("GPU", 0) >= self.num_workers
-        return "cuda" if wanted == "cuda" or (wanted == "auto" and enough) else "cpu"
 
     def _need(self) -> dict[str, float]:
         cpus = {"CPU": float(self.num_workers * self.job.parallel.threads_per_worker)}
@@ -168,7 +173,7 @@ class RayExecutor(Executor):
             max_task_retries=0,
             scheduling_strategy="SPREAD",
         )
-        return actor.remote(self.job, str(self.run_folder), self._device, self.memory)
+        return actor.remote(self.job, str(self.run_folder), self._device, self._memory)
 
     def _ready(self, actors: Sequence[Any]) -> None:
         limit = START_SECONDS + self.job.cluster.wait_seconds

@@ -160,8 +160,15 @@ class Plan:
         }
 
 
-def make_plan(job: JobSpec, checkpoint: Checkpoint, machine: MachineProfile | None = None) -> Plan:
+def make_plan(
+    job: JobSpec,
+    checkpoint: Checkpoint,
+    machine: MachineProfile | None = None,
+    device: str | None = None,
+) -> Plan:
     """Plan a job from its model's config and headers; times and GPU memory need a machine profile.
+
+    `device` is where the workers compute (`cpu` or `cuda`), once that is known.
 
     Raises:
         SpecError: the budget cannot be met, no loader accepts the result, or the profile is of
@@ -180,7 +187,7 @@ def make_plan(job: JobSpec, checkpoint: Checkpoint, machine: MachineProfile | No
     )
     if job.budget.per_layer:
         shapes = shapes[:1]  # what is removed from the mean layer
-    load = workload_of(job, checkpoint, kinds, shapes, _on_gpu(job, machine))
+    load = workload_of(job, checkpoint, kinds, shapes, (device or _device(job, machine)) == "cuda")
     _check_drift(job, checkpoint, load, not_pruned)
     limit, limit_name = _memory_limit(job, machine)
     memory = choose_memory(load, limit, limit_name)
@@ -297,7 +304,7 @@ def _tasks(job: JobSpec, num_layers: int, shape: Shape, num_shapes: int) -> tupl
     )
 
 
-def _on_gpu(job: JobSpec, machine: MachineProfile | None) -> bool:
+def _device(job: JobSpec, machine: MachineProfile | None) -> str:
     """Where workers will compute; `auto` follows the profile, and means the CPU without one."""
     device = job.parallel.device
     if machine and device not in ("auto", machine.device):
@@ -305,4 +312,6 @@ def _on_gpu(job: JobSpec, machine: MachineProfile | None) -> bool:
             f"--profile {machine.name} computes on {machine.device}, but parallel.device is"
             f" {device}; change one of them"
         )
-    return (machine.device if machine and device == "auto" else device) == "cuda"
+    if device != "auto":
+        return device
+    return machine.device if machine else "cpu"

@@ -302,7 +302,7 @@ def _training(load: Workload, training: TrainingLoad) -> Kinds:
     their logarithms and gradients, and the teacher's.
     """
     tokens, layers = training.windows * load.sequence_length, load.num_layers
-    ranks = 1 if load.in_process else load.workers
+    ranks = load.workers
     parameters = load.outer_parameters + sum(
         kind.num_layers * kind.parameters for kind in load.kinds
     )

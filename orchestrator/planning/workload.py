@@ -308,7 +308,7 @@ def workload_of(
         shards=calibration.shards,
         held_out_shards=calibration.held_out_shards,
         micro_batch=job.parallel.micro_batch,
-        workers=job.parallel.workers,
+        workers=1 if job.cluster.executor == "in-process" else job.parallel.workers,
         on_gpu=on_gpu,
         element_bytes=_element_bytes(job, checkpoint, on_gpu),
         written_element_bytes=_written_element_bytes(job, checkpoint),

@@ -240,7 +240,9 @@ def test_a_worker_that_does_not_see_the_run_folder(
 ) -> None:
     """The worker's error reaches the driver as it is: its node, the path, what to do."""
     executor = RayExecutor(
-        load_job(make_job(make_model(), cluster={"executor": "ray"})), tmp_path, MemoryPlan()
+        load_job(make_job(make_model(), cluster={"executor": "ray"})),
+        tmp_path,
+        lambda _: MemoryPlan(),
     )
     missing = {str(tmp_path / "elsewhere" / "marker"): FileRecord(32, "00")}
     with (
