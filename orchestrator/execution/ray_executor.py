@@ -223,10 +223,12 @@ class RayExecutor(Executor):
         train_on_ray(stage, self.num_workers, self._device == "cuda", storage)
 
     def replace_lost(self) -> list[int]:
-        """Replace the actors that do not answer; a busy one answers when its step ends, so only
-        dead ones are replaced.
+        """Replace the dead actors. All are asked at once, and one that does not answer in time is
+        busy: it answers when its step ends.
         """
-        lost = [number for number, actor in enumerate(self._actors) if not self._answers(actor)]
+        pings = [actor.__ray_ready__.remote() for actor in self._actors]
+        answered, _ = ray.wait(pings, num_returns=len(pings), timeout=PING_SECONDS)
+        lost = [pings.index(ping) for ping in answered if not self._is_alive(ping)]
         for number in lost:
             ray.kill(self._actors[number])
             self._actors[number] = self._new_actor()
@@ -234,11 +236,9 @@ class RayExecutor(Executor):
         return lost
 
     @staticmethod
-    def _answers(actor: Any) -> bool:
+    def _is_alive(answered: Any) -> bool:
         try:
-            ray.get(actor.__ray_ready__.remote(), timeout=PING_SECONDS)
-        except ray_errors.GetTimeoutError:
-            return True
+            ray.get(answered)
         except ray_errors.RayError:
             return False
         return True

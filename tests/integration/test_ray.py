@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
 from rayprune.orchestrator.cli import main
+from rayprune.orchestrator.execution import ray_executor
 from rayprune.orchestrator.execution.ray_executor import RayExecutor
 from rayprune.orchestrator.run import run_job
 from rayprune.specs.errors import ModelError, ResourceError
@@ -195,6 +197,41 @@ def test_a_gang_of_ranks_trains_between_the_steps_of_workers(
             lambda e, to=layers: to.append(e["layer"]) if "gate" in e else None,
         )
     assert chosen["ray"] == chosen["in-process"] != []
+
+
+def test_all_workers_are_asked_at_once_which_of_them_is_lost(
+    make_model: MakeModel, make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two are busy, as far as can be seen, and one is dead: how long it may take is that of one."""
+    job = make_job(make_model(), cluster={"executor": "ray"}, parallel={"workers": 3})
+    waits: list[float] = []
+
+    def counted(function: Any) -> Any:
+        def call(*arguments: Any, timeout: float | None = None, **options: Any) -> Any:
+            waits.append(timeout or 0.0)
+            return function(*arguments, timeout=timeout, **options)
+
+        return call
+
+    with RayExecutor(load_job(job), tmp_path, lambda _: MemoryPlan()) as executor:
+        executor.start()
+        (dead, *busy) = workers_alive()
+        monkeypatch.setattr(ray_executor, "PING_SECONDS", 5.0)
+        for process in busy:
+            os.kill(process, signal.SIGSTOP)
+        os.kill(dead, signal.SIGKILL)
+        try:
+            with monkeypatch.context() as patch:
+                patch.setattr(ray, "wait", counted(ray.wait))
+                patch.setattr(ray, "get", counted(ray.get))
+                patch.setattr(executor, "_ready", lambda actors: None)
+                lost = executor.replace_lost()
+        finally:
+            for process in busy:
+                os.kill(process, signal.SIGCONT)
+        executor.wait([executor.submit(worker, "check_head") for worker in range(3)])
+    assert len(lost) == 1
+    assert sum(waits) <= 5.0
 
 
 def test_no_retries_stops_with_advice(
