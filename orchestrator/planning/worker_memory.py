@@ -205,13 +205,11 @@ def _left_while_writing(load: Workload, choice: MemoryPlan) -> Kinds:
 
 
 def _evaluation(load: Workload, choice: MemoryPlan) -> Kinds:
-    """Hidden states of a worker's windows, and the scores of one window: as computed, in fp32, and
-    their logarithms.
+    """Hidden states of the windows that go together, and the scores of one window: as computed, in
+    fp32, and their logarithms.
     """
     window = load.evaluation_window
-    windows = (
-        1 if choice.spill_hidden else math.ceil(load.evaluation_tokens / window / load.workers)
-    )
+    windows = 1 if choice.spill_hidden else load.evaluated_at_once
     scores = load.vocabulary * (load.element_bytes + 8)
     return {
         "runtime": RUNTIME_BYTES,

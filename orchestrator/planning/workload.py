@@ -16,6 +16,7 @@ from rayprune.specs.job import JobSpec
 from rayprune.specs.memory import MemoryPlan
 from rayprune.specs.methods import DressOptions, TrspOptions
 from rayprune.specs.training import TrainingSpec
+from rayprune.workers.machine.blocks import EVALUATED_AT_ONCE
 from rayprune.workers.model.checkpoint import PLANNED_BYTES, Checkpoint, config_dtype
 from rayprune.workers.model.families import config_int
 from rayprune.workers.model.shapes import (
@@ -90,6 +91,8 @@ class Workload:
     """Whether rows or their R factor are kept instead of a Gram matrix, however many tokens there
     are (`MethodOptions.needs_rows`).
     """
+    most_evaluated: int | None = None
+    """Evaluation windows at most; None: as many as the text has, which is not known."""
     in_process: bool = False
     """Whether payloads between steps lie in the worker's own memory instead of Ray's object
     store.
@@ -140,6 +143,13 @@ class Workload:
             * math.ceil(self.samples / self.shards)
             * self.sequence_length
         )
+
+    @property
+    def evaluated_at_once(self) -> int:
+        """Evaluation windows whose hidden states a worker holds."""
+        if self.most_evaluated is None:
+            return EVALUATED_AT_ONCE
+        return min(EVALUATED_AT_ONCE, math.ceil(self.most_evaluated / self.workers))
 
     @property
     def layers_per_worker(self) -> int:
@@ -320,6 +330,7 @@ def workload_of(
             (evaluation.max_windows or calibration.samples) * evaluation.window if evaluation else 0
         ),
         evaluation_window=evaluation.window if evaluation else 1,
+        most_evaluated=evaluation.max_windows if evaluation else None,
         method=job.method.name,
         exact=job.method.needs_rows,
         drift=job.correction.drift > 0,
