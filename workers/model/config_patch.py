@@ -8,6 +8,9 @@ from importlib.metadata import version
 from rayprune.specs.errors import SpecError
 from rayprune.workers.model.families import FAMILIES, Family, config_int, family_of, unit_groups
 
+PER_LAYER = ("layer_types", "no_rope_layers")
+"""Lists of configs with an entry for each layer; any other list may be as long by chance."""
+
 
 def kept_heads(config: Mapping[str, object], kv_groups: int) -> int:
     """Query heads that stay with so many KV groups."""
@@ -76,7 +79,7 @@ def layer_lists(config: Mapping[str, object]) -> dict[str, list[object]]:
     return derived | {
         key: value
         for key, value in config.items()
-        if isinstance(value, list) and len(value) == count
+        if key in PER_LAYER and isinstance(value, list) and len(value) == count
     }
 
 
