@@ -16,6 +16,7 @@ from typing import Any
 
 from rayprune.orchestrator.execution.executor import Executor, InProcessExecutor, MemoryOn
 from rayprune.orchestrator.execution.run_folder import RunFolder
+from rayprune.orchestrator.planning.disk import still_needed
 from rayprune.orchestrator.planning.plan import Plan, make_plan
 from rayprune.orchestrator.reporting.report import write_report
 from rayprune.orchestrator.stages import (
@@ -32,7 +33,8 @@ from rayprune.orchestrator.stages.context import Context
 from rayprune.specs.errors import ResourceError
 from rayprune.specs.job import JobSpec
 from rayprune.workers.model.checkpoint import Checkpoint, open_checkpoint
-from rayprune.workers.store.layout import CACHE
+from rayprune.workers.store.files import read_manifest
+from rayprune.workers.store.layout import CACHE, task_folder
 
 Show = Callable[[dict[str, Any]], None]
 
@@ -144,9 +146,17 @@ def _check_packages(job: JobSpec) -> None:
 
 
 def _check_disk(path: Path, plan: Plan) -> None:
-    free = shutil.disk_usage(path).free
-    if free < plan.output_bytes and not (path / "model").exists():
+    """Miss room for the models and states that are yet to be written now, not after hours.
+
+    Raises:
+        ResourceError: there is less.
+    """
+    tasks = [need.task for need in plan.disk]
+    finished = {task for task in tasks if read_manifest(task_folder(path, task))}
+    needed, free = still_needed(plan.disk, finished), shutil.disk_usage(path).free
+    if free < needed:
+        left = ", ".join(task for task in tasks if task not in finished)
         raise ResourceError(
-            f"{path}: the pruned model needs {plan.output_bytes} bytes, {free} are free; choose"
-            " another --out"
+            f"{path}: what is yet to be written ({left}) needs {needed} bytes, {free} are free;"
+            " choose another --out"
         )

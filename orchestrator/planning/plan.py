@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rayprune.orchestrator.planning.costs import LayerCost, Traffic, layer_costs, traffic
+from rayprune.orchestrator.planning.disk import DiskNeed, disk_needs
 from rayprune.orchestrator.planning.memory_choice import MemoryNeeds, choose_memory, memory_needs
 from rayprune.orchestrator.planning.shapes import Shape, open_shapes, planned_shape, units_by_group
 from rayprune.orchestrator.planning.timing import Stage, stages
@@ -91,6 +92,7 @@ class Plan:
     seconds: float | None
     traffic: Traffic
     output_bytes: int
+    disk: tuple[DiskNeed, ...]
     calibration_tokens: int
     tokens_per_neuron: float
     corrects_drift: bool
@@ -208,6 +210,7 @@ def make_plan(
         seconds=sum(stage.seconds or 0.0 for stage in timed) if machine else None,
         traffic=traffic(load, memory),
         output_bytes=load.output_bytes,
+        disk=disk_needs(load),
         calibration_tokens=load.tokens,
         tokens_per_neuron=tokens_per_neuron(load),
         corrects_drift=load.corrects_drift,

@@ -26,6 +26,8 @@ from rayprune.workers.model.shapes import (
     attention_width,
     coupled_groups,
 )
+from rayprune.workers.store.layout import RECOVER_TASK, REGULARISE_TASK, UPDATES_TASK
+from rayprune.workers.store.training_stage import saved_states
 
 CANDIDATES_AT_ONCE = 32
 """Allocations whose divergences are measured in one pass over the layers: what bounds the hidden
@@ -59,6 +61,10 @@ class TrainingLoad:
     """Rank of the adapters that alone are trained; 0: all weights are."""
     each_layer: bool = False
     """Whether a worker trains one layer at a time, on its own."""
+    task: str = REGULARISE_TASK
+    """What it belongs to."""
+    saved_states: int = 0
+    """Saved states that lie on disk at the same time."""
 
 
 @dataclass(frozen=True)
@@ -350,21 +356,31 @@ def _trainings(job: JobSpec) -> tuple[TrainingLoad, ...]:
     loads = []
     if isinstance(job.method, (DressOptions, TrspOptions)):
         loads.append(
-            replace(_training(job.method.training), each_layer=job.method.trains_layers_alone)
+            replace(
+                _training(job, job.method.training),
+                each_layer=job.method.trains_layers_alone,
+                task=REGULARISE_TASK if isinstance(job.method, DressOptions) else UPDATES_TASK,
+            )
         )
     if recover := job.recover:
         rank = recover.lora.rank if recover.lora else 0
         loads.append(
-            replace(_training(recover), teacher=recover.loss == "distillation", lora_rank=rank)
+            replace(
+                _training(job, recover),
+                teacher=recover.loss == "distillation",
+                lora_rank=rank,
+                task=RECOVER_TASK,
+            )
         )
     return tuple(loads)
 
 
-def _training(options: TrainingSpec) -> TrainingLoad:
+def _training(job: JobSpec, options: TrainingSpec) -> TrainingLoad:
     return TrainingLoad(
         options.micro_batch,
         not options.activation_checkpointing,
         4 if options.dtype == "float32" else 2,
+        saved_states=saved_states(options, options.samples or job.calibration.samples),
     )
 
 
