@@ -19,6 +19,7 @@ from rayprune.specs.job import JobSpec
 from rayprune.specs.loader import load_job
 from rayprune.specs.machine import PROFILES, load_profile, profile_text
 from rayprune.specs.schema import job_schema_text
+from rayprune.workers.machine.memory import is_out_of_memory
 
 RESEND_SECONDS = 0.1
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -48,8 +49,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return ResourceError.exit_code if error.errno in _FULL else SpecError.exit_code
-    except Exception:  # the process boundary: a bug, shown in full
-        traceback.print_exc()
+    except Exception as error:  # the process boundary
+        if is_out_of_memory(error):
+            print(f"rayprune: out of memory: {error}", file=sys.stderr)
+            return ResourceError.exit_code
+        traceback.print_exc()  # a bug, shown in full
         return 1
 
 

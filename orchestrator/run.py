@@ -9,12 +9,14 @@ import secrets
 import shutil
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rayprune.orchestrator.execution.executor import Executor, InProcessExecutor
+from rayprune.orchestrator.execution.executor import Executor, InProcessExecutor, MemoryOn
 from rayprune.orchestrator.execution.run_folder import RunFolder
+from rayprune.orchestrator.planning.disk import still_needed
 from rayprune.orchestrator.planning.plan import Plan, make_plan
 from rayprune.orchestrator.reporting.report import write_report
 from rayprune.orchestrator.stages import (
@@ -30,8 +32,9 @@ from rayprune.orchestrator.stages import (
 from rayprune.orchestrator.stages.context import Context
 from rayprune.specs.errors import ResourceError
 from rayprune.specs.job import JobSpec
-from rayprune.workers.model.checkpoint import open_checkpoint
-from rayprune.workers.store.layout import CACHE
+from rayprune.workers.model.checkpoint import Checkpoint, open_checkpoint
+from rayprune.workers.store.files import read_manifest
+from rayprune.workers.store.layout import CACHE, task_folder
 
 Show = Callable[[dict[str, Any]], None]
 
@@ -43,10 +46,14 @@ def run_job(job: JobSpec, out: Path, show: Show) -> dict[str, Any]:
         RaypruneError: as its subclasses say; finished tasks are kept.
     """
     checkpoint = open_checkpoint(Path(job.model.path))
-    plan = make_plan(job, checkpoint)
+    plan = first_plan(job, checkpoint)
     with ExitStack() as stack:
         folder = stack.enter_context(RunFolder(out, job))
-        executor = stack.enter_context(make_executor(job, folder.path, plan))
+        executor = stack.enter_context(
+            make_executor(
+                job, folder.path, lambda device: settle_on(context, checkpoint, device).memory
+            )
+        )
         context = Context(job, checkpoint, plan, folder, executor, show)
         context.emit(
             "run-started",
@@ -74,15 +81,44 @@ def run_job(job: JobSpec, out: Path, show: Show) -> dict[str, Any]:
         return write_report(context, layers, losses)
 
 
-def make_executor(job: JobSpec, run_folder: Path, plan: Plan) -> Executor:
+def first_plan(job: JobSpec, checkpoint: Checkpoint) -> Plan:
+    """The plan before the workers' device is known: `auto` counts as a CPU, or as a GPU where only
+    that will do.
+
+    Raises:
+        RaypruneError: as `make_plan` says.
+    """
+    try:
+        return make_plan(job, checkpoint)
+    except ResourceError:
+        if job.parallel.device == "auto":
+            with suppress(ResourceError):
+                return make_plan(job, checkpoint, device="cuda")
+        raise
+
+
+def settle_on(context: Context, checkpoint: Checkpoint, device: str) -> Plan:
+    """The plan for the device that the workers turned out to have, made again if it is another
+    one.
+
+    Raises:
+        ResourceError: a worker needs more memory there than it may use.
+    """
+    if context.plan.device != device:
+        plan, shapes = make_plan(context.job, checkpoint, device=device), context.plan.shapes
+        context.settle(replace(plan, shapes=shapes))
+    return context.plan
+
+
+def make_executor(job: JobSpec, run_folder: Path, memory_on: MemoryOn) -> Executor:
     """The executor a job asks for; Ray is imported only when it is used."""
     if job.cluster.executor == "in-process":
-        return InProcessExecutor(job, run_folder, plan.memory)
+        return InProcessExecutor(job, run_folder, memory_on)
     if job.cluster.address == "local":
         _secure_local_ray()
     from rayprune.orchestrator.execution.ray_executor import RayExecutor
 
-    return RayExecutor(job, run_folder, plan.memory)
+    return RayExecutor(job, run_folder, memory_on)
 
 
 def _secure_local_ray() -> None:
@@ -110,9 +146,17 @@ def _check_packages(job: JobSpec) -> None:
 
 
 def _check_disk(path: Path, plan: Plan) -> None:
-    free = shutil.disk_usage(path).free
-    if free < plan.output_bytes and not (path / "model").exists():
+    """Miss room for the models and states that are yet to be written now, not after hours.
+
+    Raises:
+        ResourceError: there is less.
+    """
+    tasks = [need.task for need in plan.disk]
+    finished = {task for task in tasks if read_manifest(task_folder(path, task))}
+    needed, free = still_needed(plan.disk, finished), shutil.disk_usage(path).free
+    if free < needed:
+        left = ", ".join(task for task in tasks if task not in finished)
         raise ResourceError(
-            f"{path}: the pruned model needs {plan.output_bytes} bytes, {free} are free; choose"
-            " another --out"
+            f"{path}: what is yet to be written ({left}) needs {needed} bytes, {free} are free;"
+            " choose another --out"
         )

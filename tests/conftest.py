@@ -125,8 +125,8 @@ def force_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     planned = run.make_plan
 
     def force(**memory: Any) -> None:
-        def plan(job: Any, checkpoint: Any) -> Any:
-            made = planned(job, checkpoint)
+        def plan(*arguments: Any, **options: Any) -> Any:
+            made = planned(*arguments, **options)
             return replace(made, memory=replace(made.memory, **memory))
 
         monkeypatch.setattr(run, "make_plan", plan)

@@ -76,8 +76,10 @@ class Workbench:
 
     @cached_property
     def scratch(self) -> Scratch:
-        """Room for statistics and for what decisions work on."""
-        return self.spill(self.memory.spill_statistics)
+        """Room for statistics and for what decisions work on: where activations are. Only a CPU
+        computes on files.
+        """
+        return self.spill(self.memory.spill_statistics and self.device.type == "cpu")
 
     def statistic(self, num_windows: int, width: int, drift_width: int = 0) -> Statistic:
         """The statistic of no tokens, of the kind for so many windows."""

@@ -3,12 +3,9 @@
 import time
 from typing import Any
 
-import torch
-
-from rayprune.specs.errors import ResourceError
 from rayprune.specs.job import JobSpec
 from rayprune.specs.memory import MemoryPlan
-from rayprune.workers.machine.memory import give_back_free_memory
+from rayprune.workers.machine.memory import explained_shortage, give_back_free_memory
 from rayprune.workers.steps.checking import Checking
 from rayprune.workers.steps.deciding import Deciding
 from rayprune.workers.steps.judging import Judging
@@ -24,6 +21,7 @@ from rayprune.workers.workbench import Workbench
 ROOMS = (Texts, Checking, Measuring, Probing, Sweeping, Streaming, Writing, Judging)
 STEPS = {name: method for room in ROOMS for name, method in steps_of(room).items()}
 """Every step, by name."""
+SHORTAGE_ADVICE = "lower parallel.micro_batch, raise parallel.workers or set memory.worker"
 
 
 class Worker:
@@ -54,13 +52,8 @@ class Worker:
             ResourceError: memory has run out.
         """
         start = time.perf_counter()
-        try:
+        with explained_shortage(name, SHORTAGE_ADVICE):
             receipt, payload = self._steps[name](*arguments)
-        except (MemoryError, torch.OutOfMemoryError) as error:
-            raise ResourceError(
-                f"{name}: out of memory ({error}): lower parallel.micro_batch, raise"
-                " parallel.workers or set memory.worker"
-            ) from None
         give_back_free_memory()
         facts = {
             "seconds": time.perf_counter() - start,

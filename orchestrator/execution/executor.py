@@ -18,17 +18,28 @@ from rayprune.workers.store.training_stage import Finetune
 
 Notify = Callable[..., None]
 """Takes the name of an event and its fields."""
+MemoryOn = Callable[[str], MemoryPlan]
+"""What a worker keeps and where, given the device that workers compute on: `cpu` or `cuda`."""
 
 
 def unheard(event: str, **fields: Any) -> None:
     """Where events go that nobody listens to."""
 
 
+def chosen_device(wanted: str, num_gpus: float, num_workers: int) -> str:
+    """Where workers on a cluster with so many GPUs compute: `auto` takes them if there is one for
+    each.
+    """
+    if wanted != "auto":
+        return wanted
+    return "cuda" if num_gpus >= num_workers else "cpu"
+
+
 class Executor(ABC):
     """Interchangeable workers behind one interface; results do not depend on which one is used."""
 
-    def __init__(self, job: JobSpec, run_folder: Path, memory: MemoryPlan) -> None:
-        self.job, self.run_folder, self.memory = job, run_folder, memory
+    def __init__(self, job: JobSpec, run_folder: Path, memory_on: MemoryOn) -> None:
+        self.job, self.run_folder, self.memory_on = job, run_folder, memory_on
         self.num_workers = job.parallel.workers
         self.peak_memory_bytes: dict[str, int] = {}
         self.step_seconds: dict[str, float] = {}
@@ -119,19 +130,19 @@ class Executor(ABC):
 class InProcessExecutor(Executor):
     """One worker in the driver's own process; steps run as they are submitted."""
 
-    def __init__(self, job: JobSpec, run_folder: Path, memory: MemoryPlan) -> None:
-        super().__init__(job, run_folder, memory)
+    def __init__(self, job: JobSpec, run_folder: Path, memory_on: MemoryOn) -> None:
+        super().__init__(job, run_folder, memory_on)
         self.num_workers = 1
         self._worker: Any = None
 
     def start(self, notify: Notify = unheard) -> None:
         """Import torch and make the worker."""
         if self._worker is None:
+            from rayprune.workers.machine.device import device_of
             from rayprune.workers.worker import Worker
 
-            self._worker = Worker(
-                self.job, str(self.run_folder), self.job.parallel.device, self.memory
-            )
+            device = device_of(self.job.parallel.device).type
+            self._worker = Worker(self.job, str(self.run_folder), device, self.memory_on(device))
 
     def _submit(self, worker: int, step: str, *args: Any) -> Call[Any]:
         """Run the step now."""

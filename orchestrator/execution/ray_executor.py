@@ -17,7 +17,13 @@ from typing import Any
 import ray
 from ray import exceptions as ray_errors
 
-from rayprune.orchestrator.execution.executor import Executor, Notify, unheard
+from rayprune.orchestrator.execution.executor import (
+    Executor,
+    MemoryOn,
+    Notify,
+    chosen_device,
+    unheard,
+)
 from rayprune.orchestrator.execution.failures import Failure, WorkerFailure
 from rayprune.orchestrator.execution.steps import Call, Receipt
 from rayprune.specs.errors import ResourceError
@@ -86,10 +92,10 @@ def _listed(amounts: Mapping[str, float]) -> str:
 class RayExecutor(Executor):
     """One actor per worker, on a private Ray of this machine or on a cluster."""
 
-    def __init__(self, job: JobSpec, run_folder: Path, memory: MemoryPlan) -> None:
-        super().__init__(job, run_folder, memory)
+    def __init__(self, job: JobSpec, run_folder: Path, memory_on: MemoryOn) -> None:
+        super().__init__(job, run_folder, memory_on)
         self._actors: list[Any] = []
-        self._device = "cpu"
+        self._device, self._memory = "cpu", MemoryPlan()
         self._connected_here = False
 
     def start(self, notify: Notify = unheard) -> None:
@@ -101,7 +107,9 @@ class RayExecutor(Executor):
         if self._actors:
             return
         self._connect()
-        self._device = self._choose_device()
+        num_gpus = ray.cluster_resources().get("GPU", 0)
+        self._device = chosen_device(self.job.parallel.device, num_gpus, self.num_workers)
+        self._memory = self.memory_on(self._device)
         self._actors = [self._new_actor() for _ in range(self.num_workers)]
         self._await_nodes(notify)
         self._ready(self._actors)
@@ -128,11 +136,6 @@ class RayExecutor(Executor):
                 ) from None
         signal.signal(signal.SIGTERM, handler)  # ray.init replaces it
         self._connected_here = True
-
-    def _choose_device(self) -> str:
-        wanted = self.job.parallel.device
-        enough = ray.cluster_resources().get("GPU", 0) >= self.num_workers
-        return "cuda" if wanted == "cuda" or (wanted == "auto" and enough) else "cpu"
 
     def _need(self) -> dict[str, float]:
         cpus = {"CPU": float(self.num_workers * self.job.parallel.threads_per_worker)}
@@ -169,7 +172,7 @@ class RayExecutor(Executor):
             max_task_retries=0,
             scheduling_strategy="SPREAD",
         )
-        return actor.remote(self.job, str(self.run_folder), self._device, self.memory)
+        return actor.remote(self.job, str(self.run_folder), self._device, self._memory)
 
     def _ready(self, actors: Sequence[Any]) -> None:
         limit = START_SECONDS + self.job.cluster.wait_seconds
@@ -217,10 +220,12 @@ class RayExecutor(Executor):
         train_on_ray(stage, self.num_workers, self._device == "cuda", storage)
 
     def replace_lost(self) -> list[int]:
-        """Replace the actors that do not answer; a busy one answers when its step ends, so only
-        dead ones are replaced.
+        """Replace the dead actors. All are asked at once, and one that does not answer in time is
+        busy: it answers when its step ends.
         """
-        lost = [number for number, actor in enumerate(self._actors) if not self._answers(actor)]
+        pings = [actor.__ray_ready__.remote() for actor in self._actors]
+        answered, _ = ray.wait(pings, num_returns=len(pings), timeout=PING_SECONDS)
+        lost = [pings.index(ping) for ping in answered if not self._is_alive(ping)]
         for number in lost:
             ray.kill(self._actors[number])
             self._actors[number] = self._new_actor()
@@ -228,11 +233,9 @@ class RayExecutor(Executor):
         return lost
 
     @staticmethod
-    def _answers(actor: Any) -> bool:
+    def _is_alive(answered: Any) -> bool:
         try:
-            ray.get(actor.__ray_ready__.remote(), timeout=PING_SECONDS)
-        except ray_errors.GetTimeoutError:
-            return True
+            ray.get(answered)
         except ray_errors.RayError:
             return False
         return True

@@ -83,7 +83,12 @@ def _remedies(load: Workload, limit_bytes: int) -> str:
     """Fields that would help, by trying them."""
     found = [""]
     if workers := fewest_workers(load, limit_bytes):
-        found.append(f"raise parallel.workers to {workers}")
+        grown = (
+            "set cluster.executor: ray, and parallel.workers"
+            if load.in_process
+            else ("raise parallel.workers")
+        )
+        found.append(f"{grown} to {workers}")
     if load.micro_batch > 1 and fitting(replace(load, micro_batch=1), limit_bytes):
         found.append("lower parallel.micro_batch to 1")
     if samples := _fewer_samples(load, limit_bytes):
@@ -108,13 +113,13 @@ def _fewer_samples(load: Workload, limit_bytes: int) -> int | None:
 
 
 def fewest_workers(load: Workload, limit_bytes: int, keep_all: bool = False) -> int | None:
-    """The smallest number of workers with which the job fits; with `keep_all`, with nothing
+    """The smallest number of workers with which the job fits, on Ray; with `keep_all`, with nothing
     recomputed or in files and in one wave.
     """
     bound = load.shards if load.placement == "shards" else load.num_layers
 
     def fits(workers: int) -> bool:
-        attempt = replace(load, workers=workers)
+        attempt = replace(load, workers=workers, in_process=False)
         return (
             peak_bytes(attempt, next(choices(attempt))) <= limit_bytes
             if keep_all

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rayprune.orchestrator.planning.costs import LayerCost, Traffic, layer_costs, traffic
+from rayprune.orchestrator.planning.disk import DiskNeed, disk_needs
 from rayprune.orchestrator.planning.layer_kinds import layer_kinds
 from rayprune.orchestrator.planning.memory_choice import MemoryNeeds, choose_memory, memory_needs
 from rayprune.orchestrator.planning.shapes import Shape, open_shapes, planned_shape
@@ -93,6 +94,7 @@ class Plan:
     seconds: float | None
     traffic: Traffic
     output_bytes: int
+    disk: tuple[DiskNeed, ...]
     calibration_tokens: int
     tokens_per_neuron: float
     corrects_drift: bool
@@ -162,8 +164,15 @@ class Plan:
         }
 
 
-def make_plan(job: JobSpec, checkpoint: Checkpoint, machine: MachineProfile | None = None) -> Plan:
+def make_plan(
+    job: JobSpec,
+    checkpoint: Checkpoint,
+    machine: MachineProfile | None = None,
+    device: str | None = None,
+) -> Plan:
     """Plan a job from its model's config and headers; times and GPU memory need a machine profile.
+
+    `device` is where the workers compute (`cpu` or `cuda`), once that is known.
 
     Raises:
         SpecError: the budget cannot be met, no loader accepts the result, or the profile is of
@@ -182,7 +191,7 @@ def make_plan(job: JobSpec, checkpoint: Checkpoint, machine: MachineProfile | No
     shapes = (planned_shape(job, checkpoint, kinds),) if planned else open_shapes(job, checkpoint)
     if job.budget.per_layer:
         shapes = shapes[:1]  # what is removed from the mean layer
-    load = workload_of(job, checkpoint, kinds, shapes, _on_gpu(job, machine))
+    load = workload_of(job, checkpoint, kinds, shapes, (device or _device(job, machine)) == "cuda")
     _check_drift(model, load)
     limit, limit_name = _memory_limit(job, machine)
     memory = choose_memory(load, limit, limit_name)
@@ -203,6 +212,7 @@ def make_plan(job: JobSpec, checkpoint: Checkpoint, machine: MachineProfile | No
         seconds=sum(stage.seconds or 0.0 for stage in timed) if machine else None,
         traffic=traffic(load, memory),
         output_bytes=load.output_bytes,
+        disk=disk_needs(load),
         calibration_tokens=load.tokens,
         tokens_per_neuron=tokens_per_neuron(load),
         corrects_drift=load.corrects_drift,
@@ -297,7 +307,7 @@ def _tasks(job: JobSpec, num_layers: int, shape: Shape, num_shapes: int) -> tupl
     )
 
 
-def _on_gpu(job: JobSpec, machine: MachineProfile | None) -> bool:
+def _device(job: JobSpec, machine: MachineProfile | None) -> str:
     """Where workers will compute; `auto` follows the profile, and means the CPU without one."""
     device = job.parallel.device
     if machine and device not in ("auto", machine.device):
@@ -305,4 +315,6 @@ def _on_gpu(job: JobSpec, machine: MachineProfile | None) -> bool:
             f"--profile {machine.name} computes on {machine.device}, but parallel.device is"
             f" {device}; change one of them"
         )
-    return (machine.device if machine and device == "auto" else device) == "cuda"
+    if device != "auto":
+        return device
+    return machine.device if machine else "cpu"

@@ -24,7 +24,7 @@ from rayprune.orchestrator.planning.workload import (
 )
 from rayprune.specs.machine import MachineProfile
 from rayprune.specs.memory import MemoryPlan
-from rayprune.workers.machine.blocks import PANEL, PRODUCT_TOKENS
+from rayprune.workers.machine.blocks import EVALUATED_AT_ONCE, PANEL, PRODUCT_TOKENS
 
 Bounds = dict[str, float]
 """Seconds by what takes them."""
@@ -208,8 +208,10 @@ def _evaluation_stage(load: Workload, machine: MachineProfile) -> tuple[Stage, .
     flops = (
         2 * load.evaluation_tokens * 2 * (load.active_parameters + load.vocabulary * load.hidden)
     )
+    windows = math.ceil(load.evaluation_tokens / load.evaluation_window / load.workers)
+    times = math.ceil(windows / EVALUATED_AT_ONCE)
     bounds = {
         "arithmetic": flops / load.workers / machine.forward_flops,
-        "disk": (load.bytes_on_disk + load.output_bytes) / machine.disk_bandwidth,
+        "disk": times * (load.bytes_on_disk + load.output_bytes) / machine.disk_bandwidth,
     }
     return (_timed("evaluate", flops, [bounds]),)

@@ -206,13 +206,11 @@ def _left_while_writing(load: Workload, choice: MemoryPlan) -> Kinds:
 
 
 def _evaluation(load: Workload, choice: MemoryPlan) -> Kinds:
-    """Hidden states of a worker's windows, and the scores of one window: as computed, in fp32, and
-    their logarithms.
+    """Hidden states of the windows that go together, and the scores of one window: as computed, in
+    fp32, and their logarithms.
     """
     window = load.evaluation_window
-    windows = (
-        1 if choice.spill_hidden else math.ceil(load.evaluation_tokens / window / load.workers)
-    )
+    windows = 1 if choice.spill_hidden else load.evaluated_at_once
     scores = load.vocabulary * (load.element_bytes + 8)
     return {
         "runtime": RUNTIME_BYTES,
@@ -303,7 +301,7 @@ def _training(load: Workload, training: TrainingLoad) -> Kinds:
     their logarithms and gradients, and the teacher's.
     """
     tokens, layers = training.windows * load.sequence_length, load.num_layers
-    ranks = 1 if load.in_process else load.workers
+    ranks = load.workers
     parameters = load.outer_parameters + sum(
         kind.num_layers * kind.parameters for kind in load.kinds
     )

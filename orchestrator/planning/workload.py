@@ -17,9 +17,12 @@ from rayprune.specs.job import JobSpec
 from rayprune.specs.memory import MemoryPlan
 from rayprune.specs.methods.options import DriveOut, MethodOptions, RankedGroup
 from rayprune.specs.training import TrainingSpec
+from rayprune.workers.machine.blocks import EVALUATED_AT_ONCE
 from rayprune.workers.model.checkpoint import PLANNED_BYTES, Checkpoint
 from rayprune.workers.model.config import DTYPES
 from rayprune.workers.model.description import Group, Model
+from rayprune.workers.store.layout import RECOVER_TASK, REGULARISE_TASK, UPDATES_TASK
+from rayprune.workers.store.training_stage import saved_states
 
 CANDIDATES_AT_ONCE = 32
 """Allocations whose divergences are measured in one pass over the layers: what bounds the hidden
@@ -53,6 +56,10 @@ class TrainingLoad:
     """Rank of the adapters that alone are trained; 0: all weights are."""
     each_layer: bool = False
     """Whether a worker trains one layer at a time, on its own."""
+    task: str = REGULARISE_TASK
+    """What it belongs to."""
+    saved_states: int = 0
+    """Saved states that lie on disk at the same time."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +93,8 @@ class Workload:
     """Whether rows or their R factor are kept instead of a Gram matrix, however many tokens there
     are (`MethodOptions.needs_rows`).
     """
+    most_evaluated: int | None = None
+    """Evaluation windows at most; None: as many as the text has, which is not known."""
     in_process: bool = False
     """Whether payloads between steps lie in the worker's own memory instead of Ray's object
     store.
@@ -136,6 +145,13 @@ class Workload:
             * math.ceil(self.samples / self.shards)
             * self.sequence_length
         )
+
+    @property
+    def evaluated_at_once(self) -> int:
+        """Evaluation windows whose hidden states a worker holds."""
+        if self.most_evaluated is None:
+            return EVALUATED_AT_ONCE
+        return min(EVALUATED_AT_ONCE, math.ceil(self.most_evaluated / self.workers))
 
     @property
     def layers_per_worker(self) -> int:
@@ -292,7 +308,7 @@ def workload_of(
         shards=calibration.shards,
         held_out_shards=calibration.held_out_shards,
         micro_batch=job.parallel.micro_batch,
-        workers=job.parallel.workers,
+        workers=1 if job.cluster.executor == "in-process" else job.parallel.workers,
         on_gpu=on_gpu,
         element_bytes=_element_bytes(job, checkpoint, on_gpu),
         written_element_bytes=_written_element_bytes(job, checkpoint),
@@ -304,6 +320,7 @@ def workload_of(
             (evaluation.max_windows or calibration.samples) * evaluation.window if evaluation else 0
         ),
         evaluation_window=evaluation.window if evaluation else 1,
+        most_evaluated=evaluation.max_windows if evaluation else None,
         ranking=job.method.selector,
         selects=not job.method.selects_first,
         exact=job.method.needs_rows,
@@ -323,20 +340,32 @@ def _trainings(job: JobSpec) -> tuple[TrainingLoad, ...]:
     """The trainings of a job; a training of gates takes less than the one of all weights."""
     loads = []
     if first := job.method.before_cut:
-        loads.append(replace(_training(first.training), each_layer=job.method.trains_layers_alone))
+        loads.append(
+            replace(
+                _training(job, first.training),
+                each_layer=job.method.trains_layers_alone,
+                task=REGULARISE_TASK if isinstance(first, DriveOut) else UPDATES_TASK,
+            )
+        )
     if recover := job.recover:
         rank = recover.lora.rank if recover.lora else 0
         loads.append(
-            replace(_training(recover), teacher=recover.loss == "distillation", lora_rank=rank)
+            replace(
+                _training(job, recover),
+                teacher=recover.loss == "distillation",
+                lora_rank=rank,
+                task=RECOVER_TASK,
+            )
         )
     return tuple(loads)
 
 
-def _training(options: TrainingSpec) -> TrainingLoad:
+def _training(job: JobSpec, options: TrainingSpec) -> TrainingLoad:
     return TrainingLoad(
         options.micro_batch,
         not options.activation_checkpointing,
         4 if options.dtype == "float32" else 2,
+        saved_states=saved_states(options, options.samples or job.calibration.samples),
     )
 
 

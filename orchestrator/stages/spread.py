@@ -240,11 +240,14 @@ Scores = Sequence[Mapping[str, Sequence[float]]]
 
 
 def above_threshold(budget: Budget, scores: Scores, fixed: Mapping[str, int]) -> Spread:
-    """The units with the highest scores of all layers, as many as the budget allows; neurons in
-    multiples of `budget.round_to`.
+    """The units with the highest scores of all layers, as many as the budget allows; neurons in the
+    nearest multiples of `budget.round_to` with which it is met.
 
     A unit costs what it takes; the lowest scores go first (arXiv 2412.12441, arXiv 2312.11983).
     Groups that have no scores keep the `fixed` numbers.
+
+    Raises:
+        SpecError: no multiples meet the budget.
     """
     spread = [{**fixed, **{name: len(units) for name, units in layer.items()}} for layer in scores]
     pooled = sorted(
@@ -260,19 +263,43 @@ def above_threshold(budget: Budget, scores: Scores, fixed: Mapping[str, int]) ->
         move = (layer, name, spread[layer][name] - 1)
         size = budget.moved(size, spread, move)
         _take(spread, move)
-    round_to = budget.job.budget.round_to
-    whole = [
-        kept | {n: _rounded(kept[n], len(scores[layer][n]), round_to) for n in budget.rounded}
-        for layer, kept in enumerate(spread)
-    ]
     return filled(
-        budget, whole, [{name: _regret(units) for name, units in layer.items()} for layer in scores]
+        budget,
+        _rounded(budget, spread, scores),
+        [{name: _regret(units) for name, units in layer.items()} for layer in scores],
     )
 
 
-def _rounded(count: int, units: int, round_to: int) -> int:
-    """A number of units, down to a multiple; all of them stay all."""
-    return count if count == units else count // round_to * round_to
+def _rounded(budget: Budget, spread: Spread, scores: Scores) -> Spread:
+    """Channels in multiples: up at first, then down where that is nearest, for as long as the
+    budget is exceeded. All of a layer's units stay all, and where some stay a step stays.
+
+    Raises:
+        SpecError: the budget is exceeded with a step in every layer.
+    """
+    step = budget.job.budget.round_to
+    rounded = [dict(kept) for kept in spread]
+    places = [(layer, name) for name in budget.rounded for layer in range(len(spread))]
+    for layer, name in places:
+        up = -(-spread[layer][name] // step) * step
+        rounded[layer][name] = min(up, len(scores[layer][name]))
+    size = budget.size(rounded)
+    while budget.excess(size) > 0:
+        above = {
+            (layer, name): rounded[layer][name] - spread[layer][name]
+            for layer, name in places
+            if rounded[layer][name] > step
+        }
+        if not above:
+            raise SpecError(
+                f"budget: not met with {step} FFN channels (budget.round_to) in every layer that"
+                " keeps any; lower budget.round_to, or ask for less"
+            )
+        layer, name = max(above, key=lambda place: (above[place], place[0]))
+        move = (layer, name, (rounded[layer][name] - 1) // step * step)
+        size = budget.moved(size, rounded, move)
+        _take(rounded, move)
+    return rounded
 
 
 def _regret(scores: Sequence[float]) -> dict[int, float]:

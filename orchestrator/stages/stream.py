@@ -100,6 +100,8 @@ def stream_layers(context: Context, stage: str, expected: Sequence[LayerTask]) -
         for layer in sorted(set(range(len(expected))) - set(missing)):
             context.emit("task-found", task=expected[layer].name)
         layers = range(_first_layer(context, missing[0]), len(expected)) if missing else range(0)
+        if missing:  # the plan is that of the workers' device from then on
+            context.attempt(stage, lambda: context.executor.start(context.emit))
         for wave in waves(
             layers, context.executor.num_workers, context.plan.memory.layers_per_chunk
         ):

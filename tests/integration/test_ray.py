@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
 from rayprune.orchestrator.cli import main
+from rayprune.orchestrator.execution import ray_executor
 from rayprune.orchestrator.execution.ray_executor import RayExecutor
 from rayprune.orchestrator.run import run_job
 from rayprune.specs.errors import ModelError, ResourceError
 from rayprune.specs.loader import load_job
+from rayprune.specs.memory import MemoryPlan
 from rayprune.workers.store.files import FileRecord
 from tests.conftest import MakeJob, MakeModel, folder_bytes
 
@@ -40,17 +43,25 @@ def workers_alive() -> list[int]:
     return found
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"method": {"name": "stat", "factorization": "qr"}},
+        {"calibration": {"samples": 5, "shards": 5, "held_out_shards": 2, "sequence_length": 8}},
+    ],
+    ids=["gram", "qr", "few-tokens"],
+)
 def test_same_bytes_from_every_executor(
-    make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+    settings: dict[str, Any], make_model: MakeModel, make_job: MakeJob, tmp_path: Path
 ) -> None:
+    calibration = {"samples": 22, "shards": 5, "held_out_shards": 2}
     job = make_job(
-        make_model(),
-        budget={"kv_groups": 1},
-        calibration={"samples": 22, "shards": 5, "held_out_shards": 2},
+        make_model(), **({"budget": {"kv_groups": 1}, "calibration": calibration} | settings)
     )
     run_job(load_job(job), tmp_path / "in-process", quiet)
     expected = folder_bytes(tmp_path / "in-process" / "model")
-    for workers in (1, 2, 4):
+    for workers in (1, 2, 3):
         out = tmp_path / f"ray-{workers}"
         run_job(load_job(job, ["cluster.executor=ray", f"parallel.workers={workers}"]), out, quiet)
         assert folder_bytes(out / "model") == expected
@@ -188,6 +199,41 @@ def test_a_gang_of_ranks_trains_between_the_steps_of_workers(
     assert chosen["ray"] == chosen["in-process"] != []
 
 
+def test_all_workers_are_asked_at_once_which_of_them_is_lost(
+    make_model: MakeModel, make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two are busy, as far as can be seen, and one is dead: how long it may take is that of one."""
+    job = make_job(make_model(), cluster={"executor": "ray"}, parallel={"workers": 3})
+    waits: list[float] = []
+
+    def counted(function: Any) -> Any:
+        def call(*arguments: Any, timeout: float | None = None, **options: Any) -> Any:
+            waits.append(timeout or 0.0)
+            return function(*arguments, timeout=timeout, **options)
+
+        return call
+
+    with RayExecutor(load_job(job), tmp_path, lambda _: MemoryPlan()) as executor:
+        executor.start()
+        (dead, *busy) = workers_alive()
+        monkeypatch.setattr(ray_executor, "PING_SECONDS", 5.0)
+        for process in busy:
+            os.kill(process, signal.SIGSTOP)
+        os.kill(dead, signal.SIGKILL)
+        try:
+            with monkeypatch.context() as patch:
+                patch.setattr(ray, "wait", counted(ray.wait))
+                patch.setattr(ray, "get", counted(ray.get))
+                patch.setattr(executor, "_ready", lambda actors: None)
+                lost = executor.replace_lost()
+        finally:
+            for process in busy:
+                os.kill(process, signal.SIGCONT)
+        executor.wait([executor.submit(worker, "check_head") for worker in range(3)])
+    assert len(lost) == 1
+    assert sum(waits) <= 5.0
+
+
 def test_no_retries_stops_with_advice(
     make_model: MakeModel, make_job: MakeJob, tmp_path: Path
 ) -> None:
@@ -231,7 +277,9 @@ def test_a_worker_that_does_not_see_the_run_folder(
 ) -> None:
     """The worker's error reaches the driver as it is: its node, the path, what to do."""
     executor = RayExecutor(
-        load_job(make_job(make_model(), cluster={"executor": "ray"})), tmp_path, True
+        load_job(make_job(make_model(), cluster={"executor": "ray"})),
+        tmp_path,
+        lambda _: MemoryPlan(),
     )
     missing = {str(tmp_path / "elsewhere" / "marker"): FileRecord(32, "00")}
     with (

@@ -14,6 +14,10 @@ PANEL = 128
 """Columns that pivoting takes before it updates the matrix: what its memory traffic is divided
 by.
 """
+EVALUATED_AT_ONCE = 64
+"""Evaluation windows that a worker takes through the layers together, for which it reads the
+weights once: what bounds their hidden states, however long the text is.
+"""
 CONVERTED_BYTES = 64 * 2**20
 """Of a mapped weight matrix, so much at most is converted to the type of the forward passes at a
 time.

@@ -16,12 +16,13 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from rayprune.specs.errors import ModelError
+from rayprune.specs.errors import ModelError, VerificationError
 from rayprune.workers.model.config import DTYPES, Config
-from rayprune.workers.model.description import Model
+from rayprune.workers.model.description import Model, RemoteCode
 from rayprune.workers.model.families import family_of, prunable
 from rayprune.workers.model.form import Form
 from rayprune.workers.model.rewrite import Written, form_of, written
+from rayprune.workers.model.sized_layers import MODULE
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -246,6 +247,28 @@ def planned_checkpoint(path: Path) -> Checkpoint:
         model = replace(model, not_pruned="; ".join(reasons))
     digest = hashlib.sha256(json.dumps(config.raw, sort_keys=True).encode()).hexdigest()
     return Checkpoint(path, model, config, _planned(model, config), digest, has_weights=False)
+
+
+def own_code(path: Path) -> RemoteCode | None:
+    """The class that a folder needs beside the stock ones, from this package's own text; None: it
+    needs none. Nothing of the folder is run.
+
+    Raises:
+        VerificationError: it holds or names code that this package would not have written for it.
+    """
+    config = Config(read_json(path / "config.json"))
+    model = family_of(config).describe(config)
+    file, expected = path / f"{MODULE}.py", model.code.text if model.code else None
+    if (file.read_bytes() if file.exists() else None) != (expected and expected.encode()):
+        raise VerificationError(
+            f"{file}: is not what this version writes for this model; nothing of it was run"
+        )
+    if config.raw.get("auto_map") != (model.code and model.code.auto_map(model.auto_class)):
+        raise VerificationError(
+            f"{path / 'config.json'}: auto_map names code that this version does not write;"
+            " nothing of it was run"
+        )
+    return model.code
 
 
 def _has_shards(path: Path) -> bool:

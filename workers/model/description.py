@@ -158,6 +158,10 @@ class RemoteCode:
     """Name of the class."""
     text: str
 
+    def auto_map(self, auto_class: str) -> dict[str, str]:
+        """What the config of such a folder says of code."""
+        return {auto_class: f"{self.module}.{self.name}"}
+
 
 @dataclass(frozen=True)
 class Model:

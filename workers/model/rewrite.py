@@ -80,7 +80,7 @@ def _of_sizes(config: Config, layers: Sequence[Mapping[str, int]], dtype: str) -
     own = {
         "per_layer_config": sizes,
         "allow_global_per_layer_attribute_access": True,
-        "auto_map": {model.auto_class: f"{code.module}.{code.name}"},
+        "auto_map": code.auto_map(model.auto_class),
     }
     return Written(result | own, code)
 

@@ -23,7 +23,7 @@ from transformers import AutoConfig
 
 from rayprune.specs.errors import ModelError
 from rayprune.workers.model.checkpoint import Checkpoint, TensorInfo
-from rayprune.workers.model.description import Model
+from rayprune.workers.model.description import Model, RemoteCode
 from rayprune.workers.network.mapped import placed
 from rayprune.workers.network.reading import layer_tensors, read_tensors
 
@@ -202,18 +202,17 @@ def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
         if (code := checkpoint.model.code) is None:
             stock = getattr(transformers, checkpoint.model.auto_class)
             return stock.from_config(sizes, dtype=dtype, trust_remote_code=False)
-        silence_warnings()
-        module: dict[str, Any] = {}
-        exec(code.text, module)
-        return module[code.name]._from_config(sizes, dtype=dtype)
+        return built_from(code)._from_config(sizes, dtype=dtype)
 
 
-def silence_warnings() -> None:
-    """Keep transformers from warning of every size that is read from the config as a whole: a class
-    for layers of different sizes never relies on one.
-    """
+def built_from(code: RemoteCode) -> Any:
+    """The class of a model whose layers differ in size, from this package's own text."""
+    # of every size that is read from the config as a whole: the class never relies on one
     noisy = "transformers.integrations.heterogeneity.configuration_utils"
     logging.getLogger(noisy).setLevel(logging.ERROR)
+    module: dict[str, Any] = {}
+    exec(code.text, module)
+    return module[code.name]
 
 
 def _fill(network: Any, checkpoint: Checkpoint, infos: Mapping[str, TensorInfo]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rayprune.workers.machine.blocks import EVALUATED_AT_ONCE
 from rayprune.workers.model.checkpoint import open_checkpoint
 from rayprune.workers.network import layers
 from rayprune.workers.network.streamed import Store, StreamedModel
@@ -28,13 +29,23 @@ def window_losses(
 ) -> list[tuple[float, int]]:
     """For each window the sum of negative log-likelihoods (nats) and the number of tokens in it.
 
-    `first_index` is the number of the first of these windows in the whole text; hidden states wait
-    where `store` puts them.
+    `first_index` is the number of the first of these windows in the whole text; the hidden states
+    of at most `EVALUATED_AT_ONCE` windows wait where `store` puts them.
     """
-    checkpoint = open_checkpoint(model_path)
-    model = StreamedModel(checkpoint, dtype, device, store)
+    model = StreamedModel(open_checkpoint(model_path), dtype, device, store)
+    return [
+        loss
+        for number, group_NT in enumerate(windows_NT.split(EVALUATED_AT_ONCE))
+        for loss in _losses(model, group_NT, first_index + number * EVALUATED_AT_ONCE, stride)
+    ]
+
+
+def _losses(
+    model: StreamedModel, windows_NT: Tensor, first_index: int, stride: int
+) -> list[tuple[float, int]]:
+    """Those of windows that go through the layers together."""
     batches = embed_all(model, list(windows_NT.split(1)))
-    for index in range(checkpoint.num_layers):
+    for index in range(model.checkpoint.num_layers):
         layer = model.load_layer(index)
         for batch in batches:
             layers.finish_layer(layer, index, batch, {})
@@ -44,7 +55,7 @@ def window_losses(
         count = predicted if first_index + number == 0 else min(stride, predicted)
         logits = model.logits(tokens_1T, batch.hidden_BTD)[0, -count - 1 : -1].float()
         loss = torch.nn.functional.cross_entropy(
-            logits, tokens_1T[0, -count:].to(device), reduction="sum"
+            logits, tokens_1T[0, -count:].to(logits.device), reduction="sum"
         )
         losses.append((float(loss), count))
     return losses

@@ -1,6 +1,7 @@
 """A training stage as data, on its way from the driver to the ranks. No torch."""
 
 import json
+import math
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -80,6 +81,19 @@ class Finetune:
     options: TrainingSpec
     aim: Aim
     threads: int = 1
+
+
+def total_steps(options: TrainingSpec, num_windows: int) -> int:
+    """Steps of a training."""
+    return max(1, math.ceil(num_windows * options.epochs / options.batch))
+
+
+def saved_states(options: TrainingSpec, num_windows: int) -> int:
+    """Saved states that lie on disk at the same time, at most: the last one is removed when the
+    next one is whole; none is saved behind the last step.
+    """
+    saves = (total_steps(options, num_windows) - 1) // options.checkpoint_steps
+    return min(2, saves)
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:

@@ -32,7 +32,7 @@ from rayprune.specs.errors import ModelError
 from rayprune.specs.training import LoraSpec, TrainingSpec
 from rayprune.workers.model.checkpoint import Checkpoint
 from rayprune.workers.network.streamed import layers_of, whole_model
-from rayprune.workers.store.training_stage import LOG_FILE, STATE_PREFIX, read_log
+from rayprune.workers.store.training_stage import LOG_FILE, STATE_PREFIX, read_log, total_steps
 from rayprune.workers.training.adapters import add_adapters
 from rayprune.workers.training.objectives import Objective, local_part
 
@@ -93,11 +93,6 @@ def load_for_training(
             fully_shard(part, **sharding)
     trained: nn.Module = model.train()
     return trained
-
-
-def total_steps(options: TrainingSpec, num_windows: int) -> int:
-    """Steps of a training."""
-    return max(1, math.ceil(num_windows * options.epochs / options.batch))
 
 
 def windows_of(step: int, options: TrainingSpec, num_windows: int) -> list[int]:

@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from rayprune.workers.calibration import calibration_windows, load_tokenizer
 from rayprune.workers.machine.device import device_of, peak_memory_bytes
-from rayprune.workers.machine.memory import PeakMemory
+from rayprune.workers.machine.memory import PeakMemory, explained_shortage
 from rayprune.workers.model.checkpoint import Checkpoint, open_checkpoint
 from rayprune.workers.network.reading import read_tensors
 from rayprune.workers.network.written import trained
@@ -32,6 +32,10 @@ from rayprune.workers.training.objectives import (
     Objective,
     UpdatePenalty,
     UpdateShrink,
+)
+
+SHORTAGE_ADVICE = (
+    "lower micro_batch of the training, keep activation_checkpointing, or raise parallel.workers"
 )
 
 
@@ -72,9 +76,10 @@ def train_rank(stage: Finetune, rank: int, world: int, device: str) -> None:
     """Run a stage as one rank on a device, named as in `parallel.device`.
 
     Raises:
-        ResourceError: there is no such device.
+        ResourceError: there is no such device, or not enough memory.
     """
-    finetune(stage, Ranks(rank, world, device_of(device)))
+    with explained_shortage(f"training, rank {rank}", SHORTAGE_ADVICE):
+        finetune(stage, Ranks(rank, world, device_of(device)))
 
 
 def _objective(stage: Finetune, checkpoint: Checkpoint, ranks: Ranks) -> Objective:

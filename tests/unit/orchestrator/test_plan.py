@@ -236,7 +236,12 @@ def test_memory_decides_what_is_kept(make_model: MakeModel, make_job: MakeJob) -
 
     def plan(limit: int | None, **parallel: int) -> Plan:
         return planned(
-            model, make_job, calibration=LONG, memory={"worker": limit}, parallel=parallel
+            model,
+            make_job,
+            calibration=LONG,
+            memory={"worker": limit},
+            parallel=parallel,
+            cluster={"executor": "ray"},
         )[0]
 
     plans = [plan(None)]

@@ -1,6 +1,7 @@
 """The budget over the layers, against brute force where that is possible."""
 
 import random
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
@@ -185,3 +186,65 @@ def test_one_threshold_keeps_the_highest_scores(make_model: MakeModel, make_job:
     assert above_threshold(budget, alone, {"heads": 2}) == spread_of((8, 48, 48))
     scores[2]["heads"] = [-1.0, 9.0]
     assert above_threshold(budget, scores, {})[2]["heads"] == 1
+
+
+def graded(kept: Sequence[int], units: int) -> list[dict[str, list[float]]]:
+    """Scores of which so many of each layer are high, and higher than 1 no two alike."""
+    return [
+        {
+            "neurons": [
+                0.001 * channel + (1.0 if channel < high else 0.0) for channel in range(units)
+            ]
+        }
+        for high in kept
+    ]
+
+
+def rounded_by(budget: Budget, kept: Sequence[int], units: int = 48) -> list[int]:
+    """What the layers keep whose scores say `kept`."""
+    spread = above_threshold(budget, graded(kept, units), {"heads": 2})
+    assert budget.excess(budget.size(spread)) == 0
+    return [layer["neurons"] for layer in spread]
+
+
+def budget_for(
+    kept: Sequence[int], round_to: int, make_model: MakeModel, make_job: MakeJob, units: int = 48
+) -> Budget:
+    """Just what a model with so many channels in its layers takes."""
+    model = make_model(num_hidden_layers=len(kept), intermediate_size=units)
+    dense = open_checkpoint(model).decoder_parameters
+    lost = (len(kept) * units - sum(kept)) * CHANNEL
+    job = make_job(model, budget={"sparsity": lost / dense, "round_to": round_to})
+    return Budget(load_job(job), open_checkpoint(model))
+
+
+def test_rounding_takes_no_layer_away(make_model: MakeModel, make_job: MakeJob) -> None:
+    kept = [38, 207, 218, 214]
+    budget = budget_for(kept, 64, make_model, make_job, units=256)
+    assert rounded_by(budget, kept, 256) == [64, 192, 192, 192]
+    budget = budget_for([0, 207, 218, 214], 64, make_model, make_job, units=256)
+    assert rounded_by(budget, [0, 207, 218, 214], 256) == [0, 192, 192, 192]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_rounding_keeps_the_order_of_the_layers_and_uses_the_budget(
+    seed: int, make_model: MakeModel, make_job: MakeJob
+) -> None:
+    kept = [random.Random(seed + 100 * layer).randint(1, 48) for layer in range(5)]
+    budget = budget_for(kept, 8, make_model, make_job)
+    rounded = rounded_by(budget, kept)
+    assert all(count % 8 == 0 and count for count in rounded)
+    assert sum(kept) - 8 < sum(rounded) <= sum(kept)
+    for one, other in product(range(5), repeat=2):
+        assert kept[one] <= kept[other] or rounded[one] >= rounded[other]
+    given, taken = kept.index(min(kept)), kept.index(max(kept))
+    moved = [count + (layer == given) - (layer == taken) for layer, count in enumerate(kept)]
+    assert rounded_by(budget, moved)[given] >= rounded[given]
+
+
+def test_a_step_in_every_layer_that_is_too_much_is_refused(
+    make_model: MakeModel, make_job: MakeJob
+) -> None:
+    kept = [3, 3, 20]
+    with pytest.raises(SpecError, match=r"lower budget\.round_to"):
+        rounded_by(budget_for(kept, 16, make_model, make_job), kept)

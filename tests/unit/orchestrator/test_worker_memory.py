@@ -175,7 +175,7 @@ def test_a_training_is_spread_over_the_ranks() -> None:
     )["train"]
     assert taught["weights"] == (4 + 2) * parameters // 2 + 2 * (2 * 300 + 800)
     assert taught["scores"] == 26 * tokens * load.vocabulary
-    alone = memory_by_step(replace(load, in_process=True), MemoryPlan())["train"]
+    alone = memory_by_step(replace(load, workers=1), MemoryPlan())["train"]
     assert (alone["weights"], alone["optimizer"]) == (
         4 * parameters,
         12 * parameters + 8 * load.vocabulary * load.hidden,
@@ -208,3 +208,24 @@ def test_a_layer_trained_alone_takes_the_state_of_one_layer() -> None:
     )
     on_gpu = memory_by_step(replace(GPU, trainings=(training,)), MemoryPlan(layers_per_chunk=2))
     assert on_gpu["train layer"]["weights"] == (800 + 2 * 300) * 2 + 4 * 300
+
+
+@pytest.mark.parametrize(
+    ("most", "workers", "spill", "windows"),
+    [
+        (None, 1, False, 64),
+        (None, 8, False, 64),
+        (10, 2, False, 5),
+        (900, 2, False, 64),
+        (None, 1, True, 1),
+    ],
+)
+def test_evaluation_holds_the_windows_that_go_together(
+    most: int | None, workers: int, spill: bool, windows: int
+) -> None:
+    """However long the text is, and however few samples are calibrated on."""
+    load = replace(
+        LOAD, evaluation_tokens=32, evaluation_window=16, most_evaluated=most, workers=workers
+    )
+    kinds = memory_by_step(load, MemoryPlan(spill_hidden=spill))["evaluate"]
+    assert kinds["hidden states"] == windows * 16 * load.hidden * load.element_bytes

@@ -1,0 +1,58 @@
+"""Bytes that a run leaves in its folder, task by task, and those that lie there only meanwhile."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from rayprune.orchestrator.planning.workload import TrainingLoad, Workload
+from rayprune.workers.store.layout import EXPORT_TASK, RECOVER_TASK
+
+STATE_BYTES = 12
+"""A trained parameter in a saved state: itself and its two moments, in fp32."""
+
+
+@dataclass(frozen=True)
+class DiskNeed:
+    """What one task writes."""
+
+    task: str
+    stays_bytes: int
+    meanwhile_bytes: int = 0
+
+
+def disk_needs(load: Workload) -> tuple[DiskNeed, ...]:
+    """The trained model, the pruned and the recovered one, in their order; hidden states and texts
+    are not counted.
+    """
+    model = load.outer_parameters + sum(kind.num_layers * kind.parameters for kind in load.kinds)
+    first = [training for training in load.trainings if training.task != RECOVER_TASK]
+    recoveries = [training for training in load.trainings if training.task == RECOVER_TASK]
+    pruned = load.output_bytes // load.written_element_bytes
+    return (
+        *(DiskNeed(each.task, load.bytes_on_disk, _states(load, each, model)) for each in first),
+        DiskNeed(EXPORT_TASK, load.output_bytes),
+        *(
+            DiskNeed(each.task, load.output_bytes, _states(load, each, pruned))
+            for each in recoveries
+        ),
+    )
+
+
+def _states(load: Workload, training: TrainingLoad, parameters: int) -> int:
+    """Saved states of weights and optimizer: the last one goes when the next one is whole."""
+    if training.each_layer:
+        parameters = load.workers * load.layer_parameters
+    if training.lora_rank:
+        parameters = training.lora_rank * sum(
+            kind.num_layers * kind.matrix_sides for kind in load.kinds
+        )
+    return training.saved_states * STATE_BYTES * parameters
+
+
+def still_needed(needs: Sequence[DiskNeed], finished: Collection[str]) -> int:
+    """The most that is yet to be written at once, without the tasks that are finished."""
+    written = most = 0
+    for need in needs:
+        if need.task not in finished:
+            most = max(most, written + need.stays_bytes + need.meanwhile_bytes)
+            written += need.stays_bytes
+    return most

@@ -1,0 +1,45 @@
+"""Which lists of a config have an entry for each layer: those known by name, never others that are
+as long by chance.
+"""
+
+from typing import Any
+
+import pytest
+
+from rayprune.workers.model.config_patch import config_of_layers
+
+OTHERS: dict[str, Any] = {
+    "eos_token_id": [2, 32000, 32007],
+    "bad_words_ids": [[5], [6], [7]],
+    "architectures": ["A", "B", "C"],
+    "an_unknown_key": [1, 2, 3],
+}
+"""As long as there are layers, and about something else."""
+
+
+@pytest.mark.parametrize("key", OTHERS)
+def test_a_list_that_is_as_long_by_chance_stays(key: str) -> None:
+    config = {"model_type": "llama", "num_hidden_layers": 3, key: OTHERS[key]}
+    assert config_of_layers(config, [0, 2]) == config | {"num_hidden_layers": 2}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "key", "values"),
+    [
+        ("gemma2", "layer_types", ["sliding_attention", "full_attention", "sliding_attention"]),
+        ("mistral", "layer_types", ["full_attention", "sliding_attention", "full_attention"]),
+        ("smollm3", "no_rope_layers", [0, 1, 1]),
+    ],
+)
+def test_a_list_with_an_entry_for_each_layer_is_cut(
+    model_type: str, key: str, values: list[Any]
+) -> None:
+    config = {"model_type": model_type, "num_hidden_layers": 3, "eos_token_id": [2, 3, 4]}
+    cut = config_of_layers(config | {key: values}, [0, 2])
+    assert cut[key] == [values[0], values[2]]
+    assert cut["eos_token_id"] == [2, 3, 4]
+
+
+def test_what_a_class_works_out_from_a_layer_s_number_is_written() -> None:
+    cut = config_of_layers({"model_type": "smollm3", "num_hidden_layers": 8}, [0, 3, 7])
+    assert cut["no_rope_layers"] == [1, 0, 0]
