@@ -16,7 +16,8 @@ from typing import Any
 from rayprune.orchestrator.execution.executor import Executor, InProcessExecutor
 from rayprune.orchestrator.execution.run_folder import RunFolder
 from rayprune.orchestrator.planning.plan import Plan, make_plan
-from rayprune.orchestrator.reporting.report import write_report
+from rayprune.orchestrator.reporting.gather import write_report
+from rayprune.orchestrator.reporting.report import Report
 from rayprune.orchestrator.stages import (
     evaluation,
     export,
@@ -33,10 +34,10 @@ from rayprune.specs.job import JobSpec
 from rayprune.workers.model.checkpoint import open_checkpoint
 from rayprune.workers.store.layout import CACHE
 
-Show = Callable[[dict[str, Any]], None]
+Show = Callable[[dict[str, Any]], object]
 
 
-def run_job(job: JobSpec, out: Path, show: Show) -> dict[str, Any]:
+def run_job(job: JobSpec, out: Path, show: Show) -> Report:
     """Run a job to its end, or go on where an earlier attempt stopped; returns the report.
 
     Raises:
