@@ -33,7 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, _interrupt)
         sys.unraisablehook = _unraisable
     try:
-        return options.command(options) or 0
+        code: int = options.command(options) or 0
+        sys.stdout.flush()
+        return code
     except RaypruneError as error:
         print(f"rayprune: {error}", file=sys.stderr)
         return error.exit_code
@@ -41,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("rayprune: interrupted; run the same command again to go on", file=sys.stderr)
         return INTERRUPTED
     except OSError as error:
+        if options.command is not _submit and _reader_is_gone():
+            return 0
         if error.filename is None and error.errno not in _FULL:
             traceback.print_exc()
             return 1
@@ -52,6 +56,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception:  # the process boundary: a bug, shown in full
         traceback.print_exc()
         return 1
+
+
+def _reader_is_gone() -> bool:
+    """Whether whoever read the output has stopped, as `head` does: then there is no more to do."""
+    from rayprune.orchestrator.reporting.progress import write_nowhere
+
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        write_nowhere()
+        return True
+    return False
 
 
 def _interrupt(*_: object) -> None:

@@ -3,6 +3,8 @@
 On a terminal a live bar per stage; elsewhere (logs, `ray job logs`) one plain line per event.
 """
 
+import os
+import sys
 import time
 from collections.abc import Iterable
 from typing import Any, Self
@@ -24,11 +26,27 @@ from rayprune.orchestrator.reporting.events import brief, plain_line
 from rayprune.orchestrator.reporting.tables import Part, printable
 
 
+def write_nowhere() -> None:
+    """Let what is still printed vanish: its reader is gone."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class _Output(Console):
+    """Standard output. A run goes on when nobody reads it any more: rich would end the process."""
+
+    def __init__(self) -> None:
+        super().__init__(emoji=False)  # `:bug:` in a path is no beetle
+
+    def on_broken_pipe(self) -> None:
+        """Print nothing from now on."""
+        write_nowhere()
+
+
 class ProgressView:
     """Shows events as they come."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console()
+        self._console = console or _Output()
         self._live = self._console.is_terminal
         self._progress = Progress(
             TextColumn("{task.description:<10}"),
@@ -85,9 +103,10 @@ class ProgressView:
 
 def print_parts(parts: Iterable[Part], console: Console | None = None) -> None:
     """Print lines and tables; of a table words are left-aligned, numbers right."""
+    console = console or _Output()
     for part in parts:
         if isinstance(part, str):
-            print(printable(part))
+            console.print(printable(part), highlight=False, markup=False, soft_wrap=True)
             continue
         table = Table(title=escape(printable(part.title)), title_justify="left")
         for number, column in enumerate(part.columns):
@@ -95,4 +114,4 @@ def print_parts(parts: Iterable[Part], console: Console | None = None) -> None:
             table.add_column(escape(printable(column)), justify=justify, overflow="fold")
         for row in part.rows:
             table.add_row(*(escape(printable(cell)) for cell in row))
-        (console or Console()).print(table)
+        console.print(table)

@@ -3,6 +3,8 @@
 import asyncio
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -17,6 +19,7 @@ import rayprune
 from rayprune.orchestrator.cli import main
 from tests.conftest import MakeJob, MakeModel, folder_bytes
 
+ROOT = Path(__file__).parents[2]
 RUN_IN_A_THREAD = """
 import asyncio, signal, sys
 import rayprune
@@ -156,3 +159,41 @@ def test_on_ray_in_a_thread(make_model: MakeModel, make_job: MakeJob, tmp_path: 
     done = subprocess.run(words, capture_output=True, text=True, timeout=110, env=dict(os.environ))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "run-finished" in done.stdout
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/python.md"])
+def test_the_code_of_the_documents_runs(
+    document: str,
+    sections: dict[str, Any],
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every block that is about us, one after another, in a folder with the files they name."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dense").rename("model")
+    (tmp_path / "calibration.txt").symlink_to(text_file)
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(sections | {"model": {"path": "model"}}))
+    text = (ROOT / document).read_text(encoding="utf-8")
+    blocks = [code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL)]
+    ours, names = [code for code in blocks if "rayprune" in code and "transformers" not in code], {}
+    assert ours
+    for code in ours:
+        exec(compile(code, document, "exec"), names)
+    assert names["report"].model == tmp_path / names["report"].run / "model"
+    assert "layers" not in names or [layer for layer, _ in names["layers"]] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("command", ["plan", "run"])
+def test_a_reader_that_stops_stops_nothing(
+    command: str, make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+) -> None:
+    words = [command, str(make_job(make_model()))]
+    words += ["--out", str(tmp_path / "run")] if command == "run" else []
+    script = f"{sys.executable} -m rayprune.orchestrator.cli {shlex.join(words)} | head -1"
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {script}"], capture_output=True, text=True, timeout=110
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(done.stdout.splitlines()) == 1
+    assert command == "plan" or rayprune.read_report(tmp_path / "run").model.is_dir()
