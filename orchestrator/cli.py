@@ -205,10 +205,9 @@ def _submit(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from rayprune.orchestrator.reporting.plan_view import plan_parts
-    from rayprune.orchestrator.reporting.progress import print_parts
+    from rayprune.orchestrator.reporting.plan_view import print_plan
 
-    print_parts(plan_parts(rayprune.plan(_load(options), options.profile)))
+    print_plan(rayprune.plan(_load(options), options.profile))
 
 
 def _profile(options: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from rayprune.orchestrator.planning.worker_memory import Kinds, gib, total
+from rayprune.orchestrator.reporting.progress import print_parts
 from rayprune.orchestrator.reporting.tables import Part, Table
 
 if TYPE_CHECKING:  # a plan shows itself with what is here
@@ -29,6 +30,11 @@ LAYER_FLOPS = {
     f"FLOPs, {name}": f"{name}_flops"
     for name in ("forward", "statistics", "selection", "correction")
 }
+
+
+def print_plan(plan: "Plan") -> None:
+    """Show a plan on a terminal."""
+    print_parts(plan_parts(plan))
 
 
 def plan_parts(plan: "Plan") -> Iterator[Part]:
