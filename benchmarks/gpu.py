@@ -118,14 +118,13 @@ def main() -> None:
     )
     device = torch.device(options.device)
     steps = table(
-        ["step", "seconds"],
-        [[name, f"{value:.2f}"] for name, value in report["step_seconds"].items()],
+        ["step", "seconds"], [[name, f"{value:.2f}"] for name, value in report.step_seconds.items()]
     )
     floor = table(["floor", "FLOPs", "measured rate, TFLOP/s", "seconds"], floors(options, device))
     peaks = ", ".join(
-        f"{name} {value / 2**30:.2f} GiB" for name, value in report["peak_memory_bytes"].items()
+        f"{name} {value / 2**30:.2f} GiB" for name, value in report.peak_memory_bytes.items()
     )
-    stages = ", ".join(f"{name} {value:.1f}" for name, value in report["seconds"].items())
+    stages = ", ".join(f"{name} {value:.1f}" for name, value in report.seconds.items())
     record(
         f"gpu-{model.name}",
         f"{steps}\n\n{floor}\n\nStages, seconds: {stages}.\n\nPeak memory: {peaks}.",

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import rayprune
 from rayprune.specs.errors import INTERRUPTED, RaypruneError, ResourceError, SpecError
 from rayprune.specs.job import JobSpec
-from rayprune.specs.loader import load_job
-from rayprune.specs.machine import PROFILES, load_profile, profile_text
+from rayprune.specs.machine import PROFILES, profile_text
 from rayprune.specs.schema import job_schema_text
 from rayprune.workers.machine.memory import is_out_of_memory
 
@@ -30,10 +30,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     130 interrupted.
     """
     options = _parser().parse_args(arguments)
-    signal.signal(signal.SIGTERM, _interrupt)
-    sys.unraisablehook = _unraisable
+    if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
+        signal.signal(signal.SIGTERM, _interrupt)
+        sys.unraisablehook = _unraisable
     try:
-        return options.command(options) or 0
+        code: int = options.command(options) or 0
+        sys.stdout.flush()
+        return code
     except RaypruneError as error:
         print(f"rayprune: {error}", file=sys.stderr)
         return error.exit_code
@@ -41,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("rayprune: interrupted; run the same command again to go on", file=sys.stderr)
         return INTERRUPTED
     except OSError as error:
+        if options.command is not _submit and _reader_is_gone():
+            return 0
         if error.filename is None and error.errno not in _FULL:
             traceback.print_exc()
             return 1
@@ -55,6 +60,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return ResourceError.exit_code
         traceback.print_exc()  # a bug, shown in full
         return 1
+
+
+def _reader_is_gone() -> bool:
+    """Whether whoever read the output has stopped, as `head` does: then there is no more to do."""
+    from rayprune.orchestrator.reporting.progress import write_nowhere
+
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        write_nowhere()
+        return True
+    return False
 
 
 def _interrupt(*_: object) -> None:
@@ -75,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="rayprune", description="Prune large language models, layer by layer, on Ray."
     )
+    parser.add_argument("--version", action="version", version=f"rayprune {rayprune.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     run = _job_command(
         commands, "run", _run, "run a job, or go on where an earlier attempt stopped"
@@ -174,26 +192,14 @@ def _job_command(commands: Any, name: str, command: Any, text: str) -> argparse.
 
 
 def _load(options: argparse.Namespace) -> JobSpec:
-    return load_job(options.job, options.overrides)
+    return rayprune.load_job(options.job, options.overrides)
 
 
 def _run(options: argparse.Namespace) -> None:
-    from rayprune.orchestrator.execution.submit import refuse_lost_paths
-    from rayprune.orchestrator.reporting.progress import ProgressView
-    from rayprune.orchestrator.reporting.report import print_summary
-    from rayprune.orchestrator.run import run_job
-    from rayprune.workers.store.layout import model_folder, recovered_folder
+    from rayprune.orchestrator.reporting.progress import print_parts
+    from rayprune.orchestrator.reporting.report import summary
 
-    job = _load(options)
-    refuse_lost_paths(job, options.out)
-    with ProgressView() as view:
-        report = run_job(job, options.out, view.show)
-    print_summary(report)
-    pruned = model_folder(options.out)
-    chosen = (
-        f"{recovered_folder(options.out)}, not recovered: {pruned}" if job.recover else f"{pruned}"
-    )
-    print(f"model: {chosen}, report: {options.out / 'report.html'}")
+    print_parts(summary(rayprune.run(_load(options), options.out, progress=True)))
 
 
 def _submit(options: argparse.Namespace) -> int:
@@ -203,13 +209,9 @@ def _submit(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from rayprune.orchestrator.planning.plan import make_plan
     from rayprune.orchestrator.reporting.plan_view import print_plan
-    from rayprune.workers.model.checkpoint import planned_checkpoint
 
-    job = _load(options)
-    machine = load_profile(options.profile) if options.profile else None
-    print_plan(make_plan(job, planned_checkpoint(Path(job.model.path)), machine))
+    print_plan(rayprune.plan(_load(options), options.profile))
 
 
 def _profile(options: argparse.Namespace) -> None:
@@ -248,22 +250,21 @@ def _validate(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from rayprune.orchestrator.reporting.report import print_layers, print_summary, read_report
+    from rayprune.orchestrator.reporting.progress import print_parts
+    from rayprune.orchestrator.reporting.report import layer_table, summary
 
-    report = read_report(options.run)
-    print_layers(report)
-    print_summary(report)
+    report = rayprune.read_report(options.run)
+    print_parts([layer_table(report), *summary(report)])
 
 
 def _verify(options: argparse.Namespace) -> None:
     from rayprune.orchestrator.execution.verify import verify_run
-    from rayprune.orchestrator.reporting.report import read_report
-    from rayprune.workers.store.layout import model_folder
 
     tasks = verify_run(options.run)
     from rayprune.workers.network.load_check import check_loads
 
-    check_loads(model_folder(options.run), read_report(options.run)["parameters"]["after"])
+    report = rayprune.read_report(options.run)
+    check_loads(report.pruned_model, report.parameters.after)
     print(f"{options.run}: {len(tasks)} tasks agree with their records, the model loads")
 
 

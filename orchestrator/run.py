@@ -18,7 +18,8 @@ from rayprune.orchestrator.execution.executor import Executor, InProcessExecutor
 from rayprune.orchestrator.execution.run_folder import RunFolder
 from rayprune.orchestrator.planning.disk import still_needed
 from rayprune.orchestrator.planning.plan import Plan, make_plan
-from rayprune.orchestrator.reporting.report import write_report
+from rayprune.orchestrator.reporting.gather import write_report
+from rayprune.orchestrator.reporting.report import Report
 from rayprune.orchestrator.stages import (
     evaluation,
     export,
@@ -36,10 +37,10 @@ from rayprune.workers.model.checkpoint import Checkpoint, open_checkpoint
 from rayprune.workers.store.files import read_manifest
 from rayprune.workers.store.layout import CACHE, task_folder
 
-Show = Callable[[dict[str, Any]], None]
+Show = Callable[[dict[str, Any]], object]
 
 
-def run_job(job: JobSpec, out: Path, show: Show) -> dict[str, Any]:
+def run_job(job: JobSpec, out: Path, show: Show) -> Report:
     """Run a job to its end, or go on where an earlier attempt stopped; returns the report.
 
     Raises:

@@ -1,13 +1,14 @@
-"""From a job file and `--set` overrides to a validated job, and back to a canonical file.
+"""From a job file, or a mapping, and `--set` overrides to a validated job, and back to a canonical
+file.
 
-Every value keeps the line or the override it came from, so that an error names the place to
-correct.
+Every value keeps the line, the mapping or the override it came from, so that an error names the
+place to correct.
 """
 
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ from rayprune.specs.section import named
 MAX_FILE_BYTES = 2**20
 MAX_VALUES = 10_000
 MAX_DIGITS = 1000
+MAPPING = "the job's mapping"
+"""What errors name in place of a file and a line."""
 
 # No file name, and no JSON text, can hold a NUL or half a surrogate pair.
 _UNUSABLE = re.compile("[\0\ud800-\udfff]")
@@ -124,15 +127,35 @@ class _Builder:
         return None
 
 
-def load_job(path: Path, overrides: Sequence[str] = ()) -> JobSpec:
-    """Read, override and validate a job.
+def load_job(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> JobSpec:
+    """Read, override and validate a job: a YAML file, or a mapping of sections as a file has them.
 
-    Relative paths in the file start from the file's folder, those in overrides
+    Relative paths in a file start from the file's folder, those in a mapping and in overrides
     (`section.field=value`) from the current directory.
 
     Raises:
-        SpecError: the file cannot be read or does not describe a job; one line per problem.
+        SpecError: the file cannot be read, or it does not describe a job; one line per problem.
     """
+    root, found = (
+        (_of_mapping(source), []) if isinstance(source, Mapping) else _of_file(Path(source))
+    )
+    root, problems = _apply(root, overrides)
+    root = _resolve_paths(
+        root, frozenset(_fields(JobSpec, lambda part: isinstance(part, PathMarker)))
+    )
+    problems = found + problems
+    job: JobSpec | None = None
+    try:
+        job = JobSpec.model_validate_json(json.dumps(root.plain()), strict=True)
+    except ValidationError as error:
+        problems += explain(error, root)
+    if job is None or problems:
+        raise SpecError("\n".join(problems))
+    return job
+
+
+def _of_file(path: Path) -> tuple[Located, list[str]]:
+    """The content of a job file, and what is wrong with it."""
     file = _Builder(str(path), os.path.abspath(path.parent), has_lines=True)
     root = _parse(_read(path), file)
     if not isinstance(root.value, dict):
@@ -142,19 +165,28 @@ def load_job(path: Path, overrides: Sequence[str] = ()) -> JobSpec:
                 or [f"{root.where}: the file must be a mapping of sections, such as `model:`"]
             )
         )
-    root, problems = _apply(root, overrides)
-    root = _resolve_paths(
-        root, frozenset(_fields(JobSpec, lambda part: isinstance(part, PathMarker)))
-    )
-    problems = file.problems + problems
-    job: JobSpec | None = None
-    try:
-        job = JobSpec.model_validate_json(json.dumps(root.plain()), strict=True)
-    except ValidationError as error:
-        problems += explain(error, root)
-    if job is None or problems:
-        raise SpecError("\n".join(problems))
-    return job
+    return root, file.problems
+
+
+def _of_mapping(value: object, depth: int = 0) -> Located:
+    """What a caller gave, as if it had been read: nothing but what a file can hold."""
+    if depth > MAX_DEPTH:
+        raise SpecError(f"{MAPPING}: more than {MAX_DEPTH} levels; does it hold itself?")
+    plain: Any = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if isinstance(value, Mapping):
+        if strange := [key for key in value if not isinstance(key, str)]:
+            raise SpecError(f"{MAPPING}: {strange[0]!r} is not a field name; correct it")
+        plain = {key: _of_mapping(item, depth + 1) for key, item in value.items()}
+    elif isinstance(value, list | tuple):
+        plain = [_of_mapping(item, depth + 1) for item in value]
+    elif not isinstance(plain, str | int | float | None):
+        raise SpecError(
+            f"{MAPPING}: {value!r} is a {type(value).__name__}; write it as text, number, list or"
+            " mapping"
+        )
+    elif isinstance(plain, str) and _UNUSABLE.search(plain):
+        raise SpecError(f"{MAPPING}: {plain!r} holds a NUL or half a surrogate pair; remove it")
+    return Located(plain, MAPPING, os.getcwd())
 
 
 def dump_job(job: JobSpec) -> str:

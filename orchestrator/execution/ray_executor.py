@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -134,7 +135,8 @@ class RayExecutor(Executor):
                 raise ResourceError(
                     f"cluster.address {self.job.cluster.address!r}: cannot connect: {error}"
                 ) from None
-        signal.signal(signal.SIGTERM, handler)  # ray.init replaces it
+        if handler and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)  # ray.init replaces it, in the main thread
         self._connected_here = True
 
     def _need(self) -> dict[str, float]:

@@ -163,6 +163,13 @@ class Plan:
             "remaining_decoder_parameters": self.shape.decoder_parameters,
         }
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        from rayprune.orchestrator.reporting.plan_view import plan_parts
+        from rayprune.orchestrator.reporting.tables import html_parts
+
+        return html_parts(plan_parts(self))
+
 
 def make_plan(
     job: JobSpec,

@@ -1,17 +1,13 @@
 """Drawings of the HTML report: static SVG with a title and a description, on one scale of ticks."""
 
 from collections.abc import Iterable, Sequence
-from html import escape
 from math import ceil, floor, log10
+
+from rayprune.orchestrator.reporting.tables import text
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 960, 250, 58, 10, 30, 42  # of a panel, and its margins
 # of bars: room for names and for values, height of a line
 BAR_LEFT, BAR_RIGHT, BAR_STEP = 110, 150, 30
-
-
-def text(value: object) -> str:
-    """A value as text of a page."""
-    return escape(str(value))
 
 
 def label(x: float, y: float, style: str, content: object) -> str:
@@ -21,6 +17,7 @@ def label(x: float, y: float, style: str, content: object) -> str:
 
 def svg(name: str, title: str, description: str, height: float, parts: Iterable[str]) -> str:
     """A drawing; `name` is its own on the page."""
+    name = text(name)
     labels = (
         f'<title id="{name}-title">{text(title)}</title><desc'
         f' id="{name}-desc">{text(description)}</desc>'

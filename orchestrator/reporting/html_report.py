@@ -1,6 +1,6 @@
 """A report as one static HTML page: no script, no network, light and dark, printable."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rayprune.orchestrator.reporting.charts import (
@@ -15,11 +15,21 @@ from rayprune.orchestrator.reporting.charts import (
     places,
     point,
     svg,
-    text,
     ticks,
 )
+from rayprune.orchestrator.reporting.report import (
+    Change,
+    GroupReport,
+    LayerReport,
+    Report,
+    Training,
+)
+from rayprune.orchestrator.reporting.tables import html_table, text
 
-SERIES = {"training": "training_error", "held-out": "held_out_error"}
+SERIES: dict[str, Callable[[GroupReport], float]] = {
+    "training": lambda group: group.training_error,
+    "held-out": lambda group: group.held_out_error,
+}
 COUNTS = ((1e9, " B"), (1e6, " M"), (1e3, " k"), (1.0, ""))
 BYTES = ((2.0**30, " GiB"), (2.0**20, " MiB"), (2.0**10, " KiB"))
 STYLE = """
@@ -65,17 +75,17 @@ th:first-child { padding-left: 0; } th:first-child, .wide :nth-child(2), .text *
 """
 
 
-def html_report(report: Mapping[str, Any]) -> str:
-    """The whole page, from the content of report.json; everything in it that is text is escaped."""
-    method, decoder = report["method"], report["decoder_parameters"]
+def html_report(report: Report) -> str:
+    """The whole page; everything in it that is text is escaped."""
+    method = report.method
     title = (
-        f"{text(method['name'])}: {1 - decoder['after'] / decoder['before']:.1%} of the decoder"
+        f"{text(method['name'])}: {1 - report.decoder_parameters.ratio:.1%} of the decoder"
         " parameters removed"
     )
-    least = report["shape"] | report["narrowest"]
+    least = report.shape | report.narrowest
     ranges = {
         group: f"{kept:,}" if kept == least[group] else f"{least[group]:,} to {kept:,}"
-        for group, kept in report["shape"].items()
+        for group, kept in report.shape.items()
     }
     facts = [", ".join(f"{text(group)} {kept}" for group, kept in ranges.items())]
     facts += [
@@ -83,20 +93,21 @@ def html_report(report: Mapping[str, Any]) -> str:
         for name, value in method.items()
         if name != "name" and not isinstance(value, Mapping)
     ]
-    versions = {"rayprune": report["rayprune_version"]} | report["environment"]
-    memory = [(name, f"{peak / 2**30:,.2f}") for name, peak in report["peak_memory_bytes"].items()]
+    versions = {"rayprune": report.rayprune_version} | report.environment
+    memory = [(name, f"{peak / 2**30:,.2f}") for name, peak in report.peak_memory_bytes.items()]
     body = [
         (
             f"<header><h1>{title}</h1><p>Kept in every layer:"
             f" {' · '.join(facts)}</p></header>{_figures(report)}"
         ),
-        f"<h2>Output error per layer</h2>{_errors(report['layers'])}",
-        *([f"<h2>Training</h2>{_trainings(report['training'])}"] if report["training"] else []),
-        f"<h2>Time per stage</h2>{_stages(report['seconds'])}",
-        f"<h2>Peak memory</h2>{_table('Peak memory', 'names', ['Process', 'GiB private'], memory)}",
-        f"<h2>Layers</h2>{_layers(report['layers'])}",
+        f"<h2>Output error per layer</h2>{_errors(report.layers)}",
+        *([f"<h2>Training</h2>{_trainings(report.training)}"] if report.training else []),
+        f"<h2>Time per stage</h2>{_stages(report.seconds)}",
+        "<h2>Peak memory</h2>",
+        html_table("Peak memory", "names", ["Process", "GiB private"], memory),
+        f"<h2>Layers</h2>{_layers(report.layers)}",
         "<h2>Environment</h2>",
-        _table("Environment", "names text", ["Name", "Version"], versions.items()),
+        html_table("Environment", "names text", ["Name", "Version"], versions.items()),
     ]
     head = (
         '<meta charset="utf-8"><meta name="viewport"'
@@ -109,35 +120,39 @@ def html_report(report: Mapping[str, Any]) -> str:
     )
 
 
-def _figures(report: Mapping[str, Any]) -> str:
+def _figures(report: Report) -> str:
     """What it cost, in figures, and the protocol behind the perplexities."""
     figures = [
-        _figure("Parameters", report["parameters"], COUNTS),
-        _figure("Decoder parameters", report["decoder_parameters"], COUNTS),
+        _figure("Parameters", report.parameters, COUNTS),
+        _figure("Decoder parameters", report.decoder_parameters, COUNTS),
     ]
-    figures.append(_figure("Bytes on disk", report["bytes_on_disk"], BYTES))
+    figures.append(_figure("Bytes on disk", report.bytes_on_disk, BYTES))
     note = "Perplexity was not measured."
-    if report["perplexity"]:
-        figures.append(_figure("Perplexity", report["perplexity"], ()))
-        if recovered := report["perplexity"].get("recovered"):
+    if report.perplexity and report.evaluation:
+        figures.append(_figure("Perplexity", report.perplexity, ()))
+        if recovered := report.perplexity.recovered:
             figures.append(
-                _figure("Perplexity, recovered", report["perplexity"] | {"after": recovered}, ())
+                _figure(
+                    "Perplexity, recovered",
+                    report.perplexity.model_copy(update={"after": recovered}),
+                    (),
+                )
             )
-        used = report["evaluation"]
-        counts = f"{used['windows']:,} windows · {used['scored_tokens']:,} scored tokens"
+        used = report.evaluation
+        counts = f"{used.windows:,} windows · {used.scored_tokens:,} scored tokens"
         note = (
-            f"Perplexity: text {used['path']} · window {used['window']:,} · stride"
-            f" {used['stride']:,} · {counts}"
+            f"Perplexity: text {used.path} · window {used.window:,} · stride"
+            f" {used.stride:,} · {counts}"
         )
     warnings = "".join(
-        f"<p><strong>Warning:</strong> {text(warning)}</p>" for warning in report["warnings"]
+        f"<p><strong>Warning:</strong> {text(warning)}</p>" for warning in report.warnings
     )
     return f"<dl>{''.join(figures)}</dl><p>{text(note)}</p>{warnings}"
 
 
-def _figure(name: str, values: Mapping[str, float], units: Sequence[tuple[float, str]]) -> str:
+def _figure(name: str, values: Change[Any], units: Sequence[tuple[float, str]]) -> str:
     """One figure before and after, in the unit that fits the first; without units, as it is."""
-    before, after = values["before"], values["after"]
+    before, after = values.before, values.after
     size, unit = next(
         (unit for unit in units if before >= unit[0]), units[-1] if units else (1.0, "")
     )
@@ -145,22 +160,22 @@ def _figure(name: str, values: Mapping[str, float], units: Sequence[tuple[float,
     exact = f'<dd class="exact">{before:,} → {after:,}</dd>' if units else ""
     return (
         f'<div><dt>{name}</dt><dd class="large">{large}</dd><dd>from {origin}</dd><dd>ratio'
-        f" {after / before:.4f}</dd>{exact}</div>"
+        f" {values.ratio:.4f}</dd>{exact}</div>"
     )
 
 
-def _errors(layers: Sequence[Mapping[str, Any]]) -> str:
+def _errors(layers: Sequence[LayerReport]) -> str:
     """One panel per pruned group, all to the same scale."""
-    groups = list(dict.fromkeys(name for layer in layers for name in layer["groups"]))
+    groups = list(dict.fromkeys(name for layer in layers for name in layer.groups))
     if not groups:
         return "<p>Nothing was pruned.</p>"
     marks = ticks(
         0,
         max(
-            info[key]
+            error(info)
             for layer in layers
-            for info in layer["groups"].values()
-            for key in SERIES.values()
+            for info in layer.groups.values()
+            for error in SERIES.values()
         ),
         5,
     )
@@ -173,14 +188,12 @@ def _errors(layers: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _panel(
-    number: int, group: str, layers: Sequence[Mapping[str, Any]], marks: Sequence[float]
-) -> str:
+def _panel(number: int, group: str, layers: Sequence[LayerReport], marks: Sequence[float]) -> str:
     """Both errors of one group over the layers; a layer where it was not pruned leaves a gap."""
     xs = places(len(layers))
     parts = [
         label(0, 15, "name panel", group),
-        frame([layer["layer"] for layer in layers], "layer", marks),
+        frame([layer.layer for layer in layers], "layer", marks),
     ]
     for x, series in zip((WIDTH - 240, WIDTH - 120), SERIES, strict=True):
         parts += [
@@ -188,15 +201,15 @@ def _panel(
             point((x + 18, 11), series, 3, series),
             label(x + 44, 15, "", series),
         ]
-    for series, key in SERIES.items():
-        infos = [layer["groups"].get(group) for layer in layers]
+    for series, error in SERIES.items():
+        infos = [layer.groups.get(group) for layer in layers]
         points = [
-            (x, height(info[key], marks)) if info else None
+            (x, height(error(info), marks)) if info else None
             for x, info in zip(xs, infos, strict=True)
         ]
         parts.append(f'<path class="{series}" d="{line(points)}"/>')
         hints = [
-            f"layer {layer['layer']}, {series}: {info[key]:.4f}" if info else ""
+            f"layer {layer.layer}, {series}: {error(info):.4f}" if info else ""
             for layer, info in zip(layers, infos, strict=True)
         ]
         radius = min(3.0, WIDTH / len(layers) * 0.3)
@@ -214,19 +227,19 @@ def _panel(
     )
 
 
-def _trainings(trainings: Mapping[str, Mapping[str, Any]]) -> str:
+def _trainings(trainings: Mapping[str, Training]) -> str:
     """What every training minimised, and its gradient's norm, step by step."""
     parts = []
     for task, training in trainings.items():
-        parts.append(f"<p>{text(task)}: {training['tokens_per_second']:,.0f} tokens per second</p>")
-        for name, values in training["curves"].items():
+        parts.append(f"<p>{text(task)}: {training.tokens_per_second:,.0f} tokens per second</p>")
+        for name, values in training.curves.items():
             parts.append(
                 curve(
                     f"{task}-{name}",
                     f"{task}: {name.replace('_', ' ')}",
                     values,
                     "step",
-                    training["steps"],
+                    training.steps,
                 )
             )
     return "".join(parts)
@@ -242,37 +255,17 @@ def _stages(seconds: Mapping[str, float]) -> str:
     return f"<p>{total:,.1f} s in all</p>" + bars("stages", "Seconds per stage", stages, hints)
 
 
-def _table(label: str, style: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table whose first column names the rows."""
-    head = "".join(f'<th scope="col">{column}</th>' for column in columns)
-    cells = (
-        f'<th scope="row">{text(name)}</th>' + "".join(f"<td>{text(cell)}</td>" for cell in rest)
-        for name, *rest in rows
-    )
-    body = "</tr><tr>".join(cells)
-    return (
-        f'<table class="{style}" aria-label="{label}">'
-        f"<thead><tr>{head}</tr></thead><tbody><tr>{body}</tr></tbody></table>"
-    )
-
-
-def _layers(layers: Sequence[Mapping[str, Any]]) -> str:
+def _layers(layers: Sequence[LayerReport]) -> str:
     """A row per layer and pruned group; a layer that was left as it is has one row."""
     rows: list[Sequence[object]] = []
     for layer in layers:
-        for group, info in layer["groups"].items():
-            errors = (f"{info[key]:.4f}" for key in SERIES.values())
+        for group, info in layer.groups.items():
+            errors = (f"{error(info):.4f}" for error in SERIES.values())
             rows.append(
-                (
-                    layer["layer"],
-                    group,
-                    f"{info['kept']:,} / {info['of']:,}",
-                    f"{info['damping']:g}",
-                    *errors,
-                )
+                (layer.layer, group, f"{info.kept:,} / {info.of:,}", f"{info.damping:g}", *errors)
             )
-        rows += [] if layer["groups"] else [(layer["layer"], "not pruned", *[""] * 4)]
-    return _table(
+        rows += [] if layer.groups else [(layer.layer, "not pruned", *[""] * 4)]
+    return html_table(
         "Layers",
         "wide",
         ["Layer", "Group", "Kept / of", "Damping", "Training error", "Held-out error"],

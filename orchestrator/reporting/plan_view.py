@@ -1,8 +1,14 @@
-"""A plan as tables for people."""
+"""A plan as lines and tables for people."""
 
-from rayprune.orchestrator.planning.plan import Plan
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
 from rayprune.orchestrator.planning.worker_memory import Kinds, gib, total
-from rayprune.orchestrator.reporting.progress import print_table
+from rayprune.orchestrator.reporting.progress import print_parts
+from rayprune.orchestrator.reporting.tables import Part, Table
+
+if TYPE_CHECKING:  # a plan shows itself with what is here
+    from rayprune.orchestrator.planning.plan import Plan
 
 LAYER_BYTES = {
     "weights": "weight_bytes",
@@ -26,38 +32,43 @@ LAYER_FLOPS = {
 }
 
 
-def print_plan(plan: Plan) -> None:
-    """Show a plan: the model, its shapes, memory by step, work and time by stage, totals."""
-    _print_model(plan)
-    _print_shapes(plan)
-    _print_memory(plan)
-    _print_layers(plan)
-    _print_stages(plan)
-    _print_totals(plan)
+def print_plan(plan: "Plan") -> None:
+    """Show a plan on a terminal."""
+    print_parts(plan_parts(plan))
 
 
-def _print_model(plan: Plan) -> None:
+def plan_parts(plan: "Plan") -> Iterator[Part]:
+    """A plan: the model, its shapes, memory by step, work and time by stage, totals."""
+    yield from _model(plan)
+    yield from _shapes(plan)
+    yield from _memory(plan)
+    yield from _layers(plan)
+    yield from _stages(plan)
+    yield from _totals(plan)
+
+
+def _model(plan: "Plan") -> Iterator[Part]:
     model = plan.model
     if model.not_pruned:
-        print(
+        yield (
             f"{model.model_type}: `rayprune run` does not prune this model yet: {model.not_pruned}."
             " What follows is what it would take."
         )
     if not model.has_weights:
-        print("no weights were looked at: shapes and types are what config.json implies")
+        yield "no weights were looked at: shapes and types are what config.json implies"
     active = (
         f" ({model.active_parameters:,} per token)"
         if model.active_parameters != model.parameters
         else ""
     )
-    print(
+    yield (
         f"model: {model.model_type}, {model.num_layers} layers, {model.parameters:,}"
         f" parameters{active}, {model.decoder_parameters:,} of them in the decoder,"
         f" {_mib(model.bytes_on_disk)} on disk"
     )
 
 
-def _print_shapes(plan: Plan) -> None:
+def _shapes(plan: "Plan") -> Iterator[Part]:
     title = (
         "shape"
         if len(plan.shapes) == 1
@@ -88,23 +99,23 @@ def _print_shapes(plan: Plan) -> None:
             rows.append([label, *(f"{getattr(shape, field):,}" for shape in plan.shapes)])
     if plan.shapes[0].latency_ms:
         rows.append([LATENCY, *(f"{shape.latency_ms:.2f}" for shape in plan.shapes)])
-    print_table(title, ["", *(str(number + 1) for number in range(len(plan.shapes)))], rows)
+    yield Table(title, ["", *(str(number + 1) for number in range(len(plan.shapes)))], rows)
 
 
-def _print_memory(plan: Plan) -> None:
+def _memory(plan: "Plan") -> Iterator[Part]:
     needs, where = plan.needs, "GPU memory" if plan.device == "cuda" else "memory"
     rows = [
         [step, _mib(total(kinds)), _parts(kinds)] for step, kinds in needs.memory_by_step.items()
     ]
-    print_table(f"{where} of a worker, by step", ["step", "together", "of which"], rows)
+    yield Table(f"{where} of a worker, by step", ["step", "together", "of which"], rows)
     limit = f" of {gib(needs.memory_limit_bytes)}" if needs.memory_limit_bytes else ""
-    print(
+    yield (
         f"workers: {plan.workers} ({plan.placement}, {plan.propagation}, {plan.device}),"
         f" {_choice(plan)}"
     )
-    print(f"memory: about {gib(needs.worker_memory_bytes)}{limit} each")
+    yield f"memory: about {gib(needs.worker_memory_bytes)}{limit} each"
     if plan.device == "cuda":
-        print(f"host memory: {gib(needs.host_memory_bytes)} for each worker, while it writes")
+        yield f"host memory: {gib(needs.host_memory_bytes)} for each worker, while it writes"
     if needs.fewest_workers:
         keeping = needs.fewest_workers_keeping_all
         more = (
@@ -112,7 +123,7 @@ def _print_memory(plan: Plan) -> None:
             if keeping
             else "more do not make everything fit in memory"
         )
-        print(f"fewest workers: {needs.fewest_workers} fit; {more}")
+        yield f"fewest workers: {needs.fewest_workers} fit; {more}"
 
 
 def _parts(kinds: Kinds) -> str:
@@ -124,7 +135,7 @@ def _parts(kinds: Kinds) -> str:
     )
 
 
-def _choice(plan: Plan) -> str:
+def _choice(plan: "Plan") -> str:
     hidden = "in files" if plan.memory.spill_hidden else "in memory"
     statistics = "in files" if plan.memory.spill_statistics else "in memory"
     inputs = "kept in memory" if plan.memory.keep_inputs else "recomputed"
@@ -136,7 +147,7 @@ def _choice(plan: Plan) -> str:
     return ", ".join([*chunk, *share, f"statistics {statistics}"])
 
 
-def _print_layers(plan: Plan) -> None:
+def _layers(plan: "Plan") -> Iterator[Part]:
     columns = ["", *(f"{cost.first}-{cost.first + cost.num_layers - 1}" for cost in plan.layers)]
     numbers = {
         "parameters": "parameters",
@@ -155,10 +166,10 @@ def _print_layers(plan: Plan) -> None:
         [name, *(f"{getattr(cost, key):.3g}" for cost in plan.layers)]
         for name, key in LAYER_FLOPS.items()
     ]
-    print_table("one layer task", columns, rows)
+    yield Table("one layer task", columns, rows)
 
 
-def _print_stages(plan: Plan) -> None:
+def _stages(plan: "Plan") -> Iterator[Part]:
     timed = plan.machine is not None
     rows = [
         [
@@ -170,37 +181,37 @@ def _print_stages(plan: Plan) -> None:
         if stage.flops or stage.seconds
     ]
     title = f"work, and time on {plan.machine}" if timed else "work"
-    print_table(title, ["stage", "FLOPs", *(["time", "bound by"] if timed else [])], rows)
+    yield Table(title, ["stage", "FLOPs", *(["time", "bound by"] if timed else [])], rows)
     if timed:
-        print(
+        yield (
             f"expected time: {duration(plan.seconds)}, without start, tokenisation, probe, export"
             " and load check"
         )
     else:
-        print(
+        yield (
             "expected time: give --profile NAME, or a YAML file that `rayprune profile` has written"
         )
 
 
-def _print_totals(plan: Plan) -> None:
+def _totals(plan: "Plan") -> Iterator[Part]:
     traffic = plan.traffic
-    print(
+    yield (
         f"tasks: {len(plan.tasks)}: {', '.join(plan.tasks[:3])}, ..., {', '.join(plan.tasks[-3:])}"
     )
-    print(f"messages: {traffic.num_messages:,} between workers, {gib(traffic.message_bytes)}")
-    print(
+    yield f"messages: {traffic.num_messages:,} between workers, {gib(traffic.message_bytes)}"
+    yield (
         f"disk: {gib(traffic.read_bytes)} of layer weights read, {gib(traffic.checkpoint_bytes)} of"
         " hidden states written"
     )
     if traffic.spilled_bytes:
-        print(f"files instead of memory: {gib(traffic.spilled_bytes)} written and read")
-    print(f"output: at most {_mib(plan.output_bytes)}")
-    print(
+        yield f"files instead of memory: {gib(traffic.spilled_bytes)} written and read"
+    yield f"output: at most {_mib(plan.output_bytes)}"
+    yield (
         f"calibration: {plan.calibration_tokens:,} tokens, {plan.tokens_per_neuron:.1f} per FFN"
         " channel"
     )
     for warning in plan.warnings:
-        print(f"warning: {warning}")
+        yield f"warning: {warning}"
 
 
 def _mib(num_bytes: int) -> str:

@@ -3,10 +3,14 @@
 On a terminal a live bar per stage; elsewhere (logs, `ray job logs`) one plain line per event.
 """
 
+import os
+import sys
 import time
+from collections.abc import Iterable
 from typing import Any, Self
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -18,12 +22,31 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from rayprune.orchestrator.reporting.events import brief, plain_line
+from rayprune.orchestrator.reporting.tables import Part, printable
+
+
+def write_nowhere() -> None:
+    """Let what is still printed vanish: its reader is gone."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class _Output(Console):
+    """Standard output. A run goes on when nobody reads it any more: rich would end the process."""
+
+    def __init__(self) -> None:
+        super().__init__(emoji=False)  # `:bug:` in a path is no beetle
+
+    def on_broken_pipe(self) -> None:
+        """Print nothing from now on."""
+        write_nowhere()
+
 
 class ProgressView:
     """Shows events as they come."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console()
+        self._console = console or _Output()
         self._live = self._console.is_terminal
         self._progress = Progress(
             TextColumn("{task.description:<10}"),
@@ -65,7 +88,7 @@ class ProgressView:
                 self._progress.update(
                     self._task,
                     advance=1,
-                    note=f"{event.get('seconds', 0):.1f} s/step, {_note(event)}",
+                    note=f"{event.get('seconds', 0):.1f} s/step, {brief(event)}",
                 )
             case "stage-finished" if self._task is not None:
                 self._progress.update(
@@ -78,39 +101,17 @@ class ProgressView:
                 self._progress.console.print(plain_line(event), highlight=False, markup=False)
 
 
-def plain_line(event: dict[str, Any]) -> str:
-    """One event as one line."""
-    rest = {
-        key: value
-        for key, value in event.items()
-        if key not in ("event", "peak_memory_bytes", "groups", "candidates")
-    }
-    words = [
-        f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}"
-        for key, value in rest.items()
-    ]
-    return " ".join([event["event"], *words, *([note] if (note := _note(event)) else [])])
-
-
-def _note(event: dict[str, Any]) -> str:
-    """Kept units and held-out error of a layer, and the largest worker's memory."""
-    parts = [
-        f"{name} {info['kept']}/{info['of']} error {info['held_out_error']:.3f}"
-        for name, info in event.get("groups", {}).items()
-    ]
-    if memory := event.get("peak_memory_bytes"):
-        parts.append(f"memory {max(memory.values()) / 2**30:.2f} GiB")
-    return ", ".join(parts)
-
-
-def print_table(
-    title: str, columns: list[str], rows: list[list[str]], console: Console | None = None
-) -> None:
-    """Print a small table; words are left-aligned, numbers right."""
-    table = Table(title=title, title_justify="left")
-    for number, column in enumerate(columns):
-        is_words = any(row[number][:1].isalpha() for row in rows)
-        table.add_column(column, justify="left" if is_words else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    (console or Console()).print(table)
+def print_parts(parts: Iterable[Part], console: Console | None = None) -> None:
+    """Print lines and tables; of a table words are left-aligned, numbers right."""
+    console = console or _Output()
+    for part in parts:
+        if isinstance(part, str):
+            console.print(printable(part), highlight=False, markup=False, soft_wrap=True)
+            continue
+        table = Table(title=escape(printable(part.title)), title_justify="left")
+        for number, column in enumerate(part.columns):
+            justify: Any = "left" if part.holds_words(number) else "right"
+            table.add_column(escape(printable(column)), justify=justify, overflow="fold")
+        for row in part.rows:
+            table.add_row(*(escape(printable(cell)) for cell in row))
+        console.print(table)

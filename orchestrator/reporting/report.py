@@ -1,221 +1,272 @@
-"""report.json and report.html: what was removed, what it cost, how good the result is; and the same
-as tables.
+"""What a run has achieved and cost. report.json, the page, the terminal and a notebook are all made
+from what is here.
 """
 
 import json
-from collections.abc import Sequence
-from importlib.metadata import version
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from statistics import fmean
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-from rayprune.orchestrator.execution.run_folder import (
-    PAGE_FILE,
-    REPORT_FILE,
-    environment,
-    seconds_per_stage,
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
 )
-from rayprune.orchestrator.reporting.html_report import html_report
-from rayprune.orchestrator.reporting.progress import print_table
-from rayprune.orchestrator.stages.context import Context
+
+from rayprune.orchestrator.execution.run_folder import PAGE_FILE, REPORT_FILE
+from rayprune.orchestrator.reporting.tables import Part, Table, html_parts
 from rayprune.specs.errors import SpecError
-from rayprune.workers.model.checkpoint import open_checkpoint
-from rayprune.workers.store.files import Manifest, read_manifest, write_json, write_text
-from rayprune.workers.store.layout import SHAPE_TASK, model_folder, task_folder
-from rayprune.workers.store.training_stage import read_log
 
-TRAININGS = {
-    "regularise": "regularise",
-    "layers": "regularised-*",
-    "gates": "gates-*",
-    "updates": "updates",
-    "recover": "recover",
-}
-"""The folders of every kind of training, by name."""
-SHOWN_STEPS = 400
-Losses = dict[str, dict[str, float]] | None
+N = TypeVar("N", int, float)
 
 
-def write_report(context: Context, layers: Sequence[Manifest], losses: Losses) -> dict[str, Any]:
-    """Write report.html, then report.json; sizes are read off the exported folder, not the plan.
-    Returns the report.
-    """
-    before, after = context.original, open_checkpoint(model_folder(context.folder.path))
-    events = context.folder.events()
-    seconds = seconds_per_stage(events)
-    report = {
-        "schema_version": 1,
-        "rayprune_version": version("rayprune"),
-        "environment": environment(),
-        "method": context.job.method.model_dump(mode="json"),
-        "shape": context.plan.shape.kept,
-        "narrowest": context.plan.shape.narrowest,
-        "allocation": _allocation(context),
-        "parameters": {"before": before.parameters, "after": after.parameters},
-        "decoder_parameters": {
-            "before": before.decoder_parameters,
-            "after": after.decoder_parameters,
-        },
-        "bytes_on_disk": {"before": before.bytes_on_disk, "after": after.bytes_on_disk},
-        "perplexity": (
-            {name: result["perplexity"] for name, result in losses.items()} if losses else None
-        ),
-        "evaluation": _evaluation(context, losses),
-        "calibration": context.job.calibration.model_dump(mode="json"),
-        "warnings": list(context.plan.warnings),
-        "seconds": seconds | {"total": sum(seconds.values())},
-        "step_seconds": context.executor.step_seconds,
-        "peak_memory_bytes": _peaks(events),
-        "training": trainings(context.folder.path),
-        "layers": [
-            {"layer": number} | {"groups": manifest.info["groups"]}
-            for number, manifest in enumerate(layers)
-        ],
-    }
-    write_text(context.folder.path / PAGE_FILE, html_report(report))
-    write_json(context.folder.path / REPORT_FILE, report)
-    return report
+class _Facts(BaseModel):
+    """Base of all parts: frozen; what a newer version has written besides is kept."""
 
-
-def trainings(run: Path) -> dict[str, dict[str, Any]]:
-    """Of every training the steps (some, where they are many), the terms of its loss and its
-    gradient's norm; gates one after another.
-
-    Layers that were trained alone are one training, the mean over them.
-    """
-    found = {}
-    for name, pattern in TRAININGS.items():
-        logs = [read_log(folder) for folder in sorted((run / "tasks").glob(pattern))]
-        if not any(logs):
-            continue
-        steps = (
-            [[line] for log in logs for line in log]
-            if name == "gates"
-            else list(zip(*logs, strict=True))
-        )
-        shown = range(0, len(steps), -(-len(steps) // SHOWN_STEPS))
-        terms = [term for term in steps[0][0] if term not in ("step", "of", "tokens_per_second")]
-        curves = {
-            term: [fmean(line[term] for line in steps[number]) for number in shown]
-            for term in terms
-        }
-        if any(curves[term] == curves["loss"] for term in terms if term != "loss"):
-            del curves["loss"]  # it has one term
-        speed = fmean(line["tokens_per_second"] for step in steps for line in step)
-        found[name] = {"steps": list(shown), "curves": curves, "tokens_per_second": speed}
-    return found
-
-
-def _allocation(context: Context) -> dict[str, Any] | None:
-    """How layers that differ got their sizes: what was predicted, measured and tried."""
-    if not context.job.budget.per_layer:
-        return None
-    done = read_manifest(task_folder(context.folder.path, SHAPE_TASK))
-    facts: Any = done.info["allocation"] if done else {}
-    return {"name": context.job.budget.allocation.name, **facts}
-
-
-def _evaluation(context: Context, losses: Losses) -> dict[str, Any] | None:
-    """The protocol behind the perplexities: numbers from different protocols cannot be compared."""
-    if context.job.evaluation is None or losses is None:
-        return None
-    counts = {key: losses["before"][key] for key in ("windows", "scored_tokens")}
-    return (
-        context.job.evaluation.model_dump(mode="json")
-        | {"stride": context.job.evaluation.effective_stride}
-        | counts
+    model_config = ConfigDict(
+        extra="allow",
+        frozen=True,
+        use_attribute_docstrings=True,
+        ser_json_inf_nan="constants",
+        protected_namespaces=(),
     )
 
 
-def _peaks(events: Sequence[dict[str, Any]]) -> dict[str, int]:
-    """Peak private memory over all attempts, in bytes."""
-    peaks: dict[str, int] = {}
-    for event in events:
-        for name, value in event.get("peak_memory_bytes", {}).items():
-            peaks[name] = max(peaks.get(name, 0), value)
-    return peaks
+class Change(_Facts, Generic[N]):
+    """A size of the dense and of the pruned model."""
+
+    before: N
+    after: N
+
+    @property
+    def ratio(self) -> float:
+        """What is left, as a fraction."""
+        return self.after / self.before
 
 
-def read_report(run: Path) -> dict[str, Any]:
+class Perplexity(Change[float]):
+    """Perplexity of the dense, of the pruned and, if there is one, of the recovered model."""
+
+    recovered: float | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, fields: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A model that there is not has no key, rather than a null."""
+        return {name: value for name, value in fields(self).items() if value is not None}
+
+
+class Models(_Facts):
+    """Folders of models, relative to the run folder."""
+
+    pruned: str = "model"
+    recovered: str | None = None
+    """Trained after the cut; null without `recover`."""
+
+
+class Evaluation(_Facts):
+    """The protocol behind the perplexities: numbers from different protocols cannot be compared.
+    Other options of the job's section `evaluation` are here too.
+    """
+
+    path: str
+    window: int
+    """Tokens of a window."""
+    stride: int
+    """Tokens between the starts of two windows."""
+    windows: int
+    scored_tokens: int
+
+
+class GroupReport(_Facts):
+    """What stayed of a coupled group in one layer."""
+
+    kept: int
+    of: int
+    damping: float
+    """Of the correction."""
+    training_error: float
+    """|pruned - original| / |original| of the group's output, on the shards that were fitted."""
+    held_out_error: float
+    """The same on the shards that were held out."""
+
+
+class LayerReport(_Facts):
+    """One layer of the dense model."""
+
+    layer: int
+    """Counted from 0."""
+    groups: dict[str, GroupReport]
+    """The groups that lost units, or were corrected."""
+
+
+class Training(_Facts):
+    """The course of a training."""
+
+    steps: tuple[int, ...]
+    """Numbers of the steps that are shown: all, or some where they are many."""
+    curves: dict[str, tuple[float, ...]]
+    """Terms of the loss and the gradient's norm, a value for each of these steps."""
+    tokens_per_second: float
+
+
+class Report(_Facts):
+    """The report of a finished run."""
+
+    run: Path = Field(exclude=True)
+    """The run folder; it is not part of report.json, so that a run can be moved."""
+    schema_version: int
+    rayprune_version: str
+    environment: dict[str, str]
+    """Versions of the packages that decide about the result's bits."""
+    models: Models = Models()
+    method: dict[str, Any]
+    """The job's section `method`, defaults included."""
+    shape: dict[str, int]
+    """Units that stay of every group; the most, where layers differ."""
+    narrowest: dict[str, int]
+    """The least that stay in a layer, of groups where layers differ."""
+    allocation: dict[str, Any] | None = None
+    """How layers that differ got their sizes."""
+    parameters: Change[int]
+    decoder_parameters: Change[int]
+    bytes_on_disk: Change[int]
+    perplexity: Perplexity | None
+    """Null without a section `evaluation`."""
+    evaluation: Evaluation | None
+    calibration: dict[str, Any]
+    """The job's section `calibration`, defaults included."""
+    warnings: tuple[str, ...]
+    seconds: dict[str, float]
+    """By stage, over all attempts, and `total`."""
+    step_seconds: dict[str, float]
+    """By step of the workers, all workers together, in the last attempt."""
+    peak_memory_bytes: dict[str, int]
+    """Private memory by process, over all attempts."""
+    training: dict[str, Training]
+    layers: tuple[LayerReport, ...]
+
+    @property
+    def model(self) -> Path:
+        """Folder of the model to take: the recovered one if there is one, else the pruned one."""
+        return self.recovered_model or self.pruned_model
+
+    @property
+    def pruned_model(self) -> Path:
+        """Folder of the pruned model, before any recovery."""
+        return self.run / self.models.pruned
+
+    @property
+    def recovered_model(self) -> Path | None:
+        """Folder of the recovered model, None without `recover`."""
+        return self.run / self.models.recovered if self.models.recovered else None
+
+    @property
+    def page(self) -> Path:
+        """The report as an HTML page."""
+        return self.run / PAGE_FILE
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of report.json."""
+        return self.model_dump(mode="json")
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return html_parts(summary(self))
+
+
+def read_report(run: str | Path) -> Report:
     """The report of a finished run.
 
     Raises:
-        SpecError: there is none.
+        SpecError: there is none, or it is damaged.
     """
+    folder = Path(run).absolute()
     try:
-        report: dict[str, Any] = json.loads((run / REPORT_FILE).read_text(encoding="utf-8"))
+        content = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise SpecError(
             f"{run}: no {REPORT_FILE} here; name the folder of a finished run"
         ) from None
-    return report
+    try:
+        return Report.model_validate({**_mapping(content), "run": folder})
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise SpecError(
+            f"{folder / REPORT_FILE}: is not a report: {place}: {first['msg']}; run the job again"
+            " to write it anew"
+        ) from None
 
 
-def print_summary(report: dict[str, Any]) -> None:
-    """Show what a run has achieved and cost."""
-    rows = [
-        _change(name, report[name], "{:,.0f}")
-        for name in ("parameters", "decoder_parameters", "bytes_on_disk")
-    ]
-    if report["perplexity"]:
-        rows.append(_change("perplexity", report["perplexity"], "{:.3f}"))
-    print_table("result", ["", "before", "after", "after / before"], rows)
-    if report["perplexity"] and (recovered := report["perplexity"].get("recovered")):
-        print(
-            f"perplexity after recovery: {recovered:.3f}"
-            f" ({recovered / report['perplexity']['before']:.4f} of before)"
-        )
-    if protocol := report["evaluation"]:
-        print(
-            f"perplexity of {protocol['path']}: window {protocol['window']}, stride"
-            f" {protocol['stride']}, ",
-            end="",
-        )
-        print(f"{protocol['windows']} windows, {protocol['scored_tokens']} scored tokens")
-    if allocation := report["allocation"]:
+def _mapping(content: object) -> Mapping[str, Any]:
+    return content if isinstance(content, dict) else {}
+
+
+def summary(report: Report) -> Iterator[Part]:
+    """What a run has achieved and cost, and where its results are."""
+    yield Table("result", ["", "before", "after", "after / before"], list(_changes(report)))
+    yield from _measured(report)
+    if report.allocation:
         shown = {
             key.replace("_", " "): value
-            for key, value in allocation.items()
+            for key, value in report.allocation.items()
             if key not in ("name", "by_generation")
         }
-        print(
-            f"allocation: {allocation['name']}, "
-            + ", ".join(f"{key} {value:.6g}" for key, value in shown.items())
+        yield f"allocation: {report.allocation['name']}, " + ", ".join(
+            f"{key} {value:.6g}" for key, value in shown.items()
         )
-    print(
-        "seconds: "
-        + ", ".join(f"{stage} {value:.1f}" for stage, value in report["seconds"].items())
+    yield "seconds: " + ", ".join(f"{stage} {value:.1f}" for stage, value in report.seconds.items())
+    yield "peak memory: " + ", ".join(
+        f"{name} {value / 2**30:.2f} GiB" for name, value in report.peak_memory_bytes.items()
     )
-    print(
-        "peak memory: "
-        + ", ".join(
-            f"{name} {value / 2**30:.2f} GiB" for name, value in report["peak_memory_bytes"].items()
-        )
-    )
+    yield from (f"warning: {warning}" for warning in report.warnings)
+    other = f", not recovered: {report.pruned_model}" if report.recovered_model else ""
+    yield f"model: {report.model}{other}, report: {report.page}"
 
 
-def print_layers(report: dict[str, Any]) -> None:
-    """Show what was kept in every layer, and how well the correction reproduces what was cut."""
+def _changes(report: Report) -> Iterator[list[str]]:
+    for name in ("parameters", "decoder_parameters", "bytes_on_disk"):
+        yield _change(name, getattr(report, name), "{:,.0f}")
+    if report.perplexity:
+        yield _change("perplexity", report.perplexity, "{:.3f}")
+
+
+def _change(name: str, values: Change[Any], form: str) -> list[str]:
+    return [name, form.format(values.before), form.format(values.after), f"{values.ratio:.4f}"]
+
+
+def _measured(report: Report) -> Iterator[str]:
+    """What else is to say of the perplexities."""
+    if report.perplexity and (recovered := report.perplexity.recovered):
+        yield (
+            f"perplexity after recovery: {recovered:.3f}"
+            f" ({recovered / report.perplexity.before:.4f} of before)"
+        )
+    if used := report.evaluation:
+        yield (
+            f"perplexity of {used.path}: window {used.window}, stride {used.stride},"
+            f" {used.windows} windows, {used.scored_tokens} scored tokens"
+        )
+
+
+def layer_table(report: Report) -> Table:
+    """What was kept in every layer, and how well the correction reproduces what was cut."""
     columns = ["layer", "group", "kept", "damping", "training error", "held-out error"]
-    print_table(
-        "layers", columns, [row for layer in report["layers"] for row in _layer_rows(layer)]
-    )
+    return Table("layers", columns, [row for layer in report.layers for row in _layer_rows(layer)])
 
 
-def _change(name: str, values: dict[str, float], form: str) -> list[str]:
-    before, after = values["before"], values["after"]
-    return [name, form.format(before), form.format(after), f"{after / before:.4f}"]
-
-
-def _layer_rows(layer: dict[str, Any]) -> list[list[str]]:
+def _layer_rows(layer: LayerReport) -> list[list[str]]:
     return [
         [
-            str(layer["layer"]),
+            str(layer.layer),
             name,
-            f"{g['kept']}/{g['of']}",
-            f"{g['damping']:g}",
-            f"{g['training_error']:.4f}",
-            f"{g['held_out_error']:.4f}",
+            f"{group.kept}/{group.of}",
+            f"{group.damping:g}",
+            f"{group.training_error:.4f}",
+            f"{group.held_out_error:.4f}",
         ]
-        for name, g in layer["groups"].items()
+        for name, group in layer.groups.items()
     ]

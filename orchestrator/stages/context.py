@@ -28,7 +28,7 @@ class Context:
     plan: Plan
     folder: RunFolder
     executor: Executor
-    show: Callable[[dict[str, Any]], None]
+    show: Callable[[dict[str, Any]], object]
     source: Checkpoint | None = None
     """The model the job names, where `checkpoint` is what a training has made of it."""
     selections: list[Manifest] | None = None

@@ -86,7 +86,7 @@ def test_hidden_states_in_files_change_nothing(
         assert main(["run", str(job), "--out", str(tmp_path / name)]) == 0
         reports.append(read_report(tmp_path / name))
         force_memory(spill_hidden=True, keep_inputs=False)
-    assert reports[0]["perplexity"] == reports[1]["perplexity"]
+    assert reports[0].perplexity == reports[1].perplexity
 
 
 @pytest.mark.parametrize(
@@ -121,4 +121,4 @@ def test_trainings_follow_the_same_curve(
     on_cpu, on_gpu = ([line["loss"] for line in read_log(run / "tasks" / task)] for run in runs)
     assert on_cpu
     assert on_gpu == pytest.approx(on_cpu, rel=1e-3)
-    assert read_report(runs[1])["peak_memory_bytes"]["worker-0 GPU"] > 0
+    assert read_report(runs[1]).peak_memory_bytes["worker-0 GPU"] > 0

@@ -77,7 +77,7 @@ def test_a_budget_for_the_cache_removes_kv_groups_and_no_more(
         tmp_path / "run",
         quiet,
     )
-    assert (report["shape"]["heads"], report["shape"]["neurons"]) == (5, 48)
+    assert (report.shape["heads"], report.shape["neurons"]) == (5, 48)
     assert measured(tmp_path / "run" / "model")["kv_bytes_per_token"] == limit // (
         2 * 3 * 8 * 4
     ) * (2 * 3 * 8 * 4)

@@ -76,7 +76,7 @@ def test_the_pruned_model_stays_closer_to_the_dense_one(
         errors[drift] = float(
             (last_hidden(tmp_path / f"run-{drift}" / "model") - last_hidden(dense)).norm()
         )
-        names = {name for layer in report["layers"] for name in layer["groups"]}
+        names = {name for layer in report.layers for name in layer.groups}
         assert names == ({"heads", "neurons"} if drift else {"neurons"}), (
             "blocks that lose nothing make up for drift too"
         )

@@ -53,7 +53,7 @@ def test_what_it_writes_serves_as_calibration_text(
         make_job(model, budget={"kv_groups": 1}, calibration={"mix": [{"path": str(own)}]})
     )
     report = run_job(job, tmp_path / "run", lambda _: None)
-    assert report["decoder_parameters"]["after"] < report["decoder_parameters"]["before"]
+    assert report.decoder_parameters.ratio < 1
 
 
 def test_what_cannot_be_is_said(

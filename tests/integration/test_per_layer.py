@@ -171,9 +171,9 @@ def test_curves_meet_the_budget_to_one_step(
         tmp_path / "run",
         quiet,
     )
-    sizes = report["decoder_parameters"]
-    assert 0 <= 0.75 * sizes["before"] - sizes["after"] < 4 * 3 * 32  # four channels
-    assert len({str(layer["groups"]) for layer in report["layers"]}) > 1
+    sizes = report.decoder_parameters
+    assert 0 <= 0.75 * sizes.before - sizes.after < 4 * 3 * 32  # four channels
+    assert len({str(layer.groups) for layer in report.layers}) > 1
     verify_run(tmp_path / "run")
 
 
@@ -216,8 +216,8 @@ def test_one_threshold_for_all_layers(
     job = load_job(
         make_job(make_model(num_hidden_layers=5), budget=budget, method={"name": method})
     )
-    sizes = run_job(job, tmp_path / "run", quiet)["decoder_parameters"]
-    assert 0 <= 0.75 * sizes["before"] - sizes["after"] < 4 * 3 * 32
+    sizes = run_job(job, tmp_path / "run", quiet).decoder_parameters
+    assert 0 <= 0.75 * sizes.before - sizes.after < 4 * 3 * 32
 
 
 def test_the_sensitivity_of_a_layer_is_the_divergence_of_a_model_cut_there_alone(

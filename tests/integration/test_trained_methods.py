@@ -52,7 +52,8 @@ def test_dress_trains_with_a_penalty_on_its_mask_and_cuts_exactly_that(
             model.model.layers[layer].mlp.up_proj.weight,
             trained.model.layers[layer].mlp.up_proj.weight[kept["neurons"]],
         )
-    assert report["perplexity"]["before"] != report["perplexity"]["after"]
+    assert report.perplexity
+    assert report.perplexity.before != report.perplexity.after
     verify_run(tmp_path / "run")
 
 
@@ -84,8 +85,8 @@ def test_dress_trains_every_layer_alone(
         ].mlp.up_proj.weight.norm(dim=1)
         gone = sorted(set(range(len(ratio))) - set(kept["neurons"]))
         assert ratio[gone].mean() < ratio[kept["neurons"]].mean()
-    assert report["training"]["layers"]["steps"] == list(range(15))
-    assert set(report["training"]["layers"]["curves"]) == {"transfer", "penalty", "gradient_norm"}
+    assert report.training["layers"].steps == tuple(range(15))
+    assert set(report.training["layers"].curves) == {"transfer", "penalty", "gradient_norm"}
     verify_run(tmp_path / "run")
 
     calls = 0
@@ -129,11 +130,11 @@ def test_trsp_removes_the_layers_that_its_gates_choose(
     ]
     assert {("gates-0000", True), ("gates-0001", True), ("updates", True)} <= set(steps)
     assert 0 not in chosen
-    assert {name: len(training["steps"]) for name, training in report["training"].items()} == {
+    assert {name: len(training.steps) for name, training in report.training.items()} == {
         "gates": 8,
         "updates": 4,
     }
-    assert report["decoder_parameters"]["after"] == report["decoder_parameters"]["before"] * 4 // 6
+    assert report.decoder_parameters.after == report.decoder_parameters.before * 4 // 6
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     trained = AutoModelForCausalLM.from_pretrained(
         task_folder(tmp_path / "run", "updates") / "model"

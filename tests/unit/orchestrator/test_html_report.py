@@ -10,6 +10,7 @@ import pytest
 
 from rayprune.orchestrator.reporting.charts import ticks
 from rayprune.orchestrator.reporting.html_report import html_report
+from rayprune.orchestrator.reporting.report import Report
 
 VOID = {"meta", "br"}
 SCRIPT = "<script>alert('1')</script>&\""
@@ -45,6 +46,9 @@ def make_report(num_layers: int = 4) -> dict[str, Any]:
             "windows": 20,
             "scored_tokens": 20460,
         },
+        "allocation": None,
+        "calibration": {"path": "calibration.txt"},
+        "step_seconds": {"collect": 20.0},
         "warnings": ["2,048 calibration tokens are 1.3 per FFN channel <b>"],
         "seconds": {"tokenize": 10.0, "sweep": 30.0, "total": 40.0},
         "peak_memory_bytes": {"driver": 2**29, "worker-0": 3 * 2**30},
@@ -53,6 +57,10 @@ def make_report(num_layers: int = 4) -> dict[str, Any]:
             {"layer": number, "groups": copy.deepcopy(groups)} for number in range(num_layers)
         ],
     }
+
+
+def page_of(report: dict[str, Any]) -> str:
+    return html_report(Report.model_validate(report | {"run": "/runs/one"}))
 
 
 class Page(HTMLParser):
@@ -107,7 +115,7 @@ def points(svg: ET.Element, series: str) -> list[tuple[float, float]]:
 
 
 def test_the_content_is_there_in_order() -> None:
-    page = Page(html_report(make_report()))
+    page = Page(page_of(make_report()))
     words = [
         "stat: 20.3% of the decoder parameters removed",
         "heads 3, neurons 1,120",
@@ -150,7 +158,7 @@ def test_the_content_is_there_in_order() -> None:
 
 
 def test_the_page_is_static_and_stands_alone() -> None:
-    page = html_report(make_report())
+    page = page_of(make_report())
     tags = Page(page).tags
     assert {"script", "link", "img", "iframe"}.isdisjoint(tag for tag, _ in tags)
     assert not any(
@@ -167,7 +175,7 @@ def test_the_page_is_static_and_stands_alone() -> None:
 
 @pytest.mark.parametrize("num_layers", [1, 2, 30, 126])
 def test_a_point_per_layer_and_series(num_layers: int) -> None:
-    heads, neurons, _ = svgs(html_report(make_report(num_layers)))
+    heads, neurons, _ = svgs(page_of(make_report(num_layers)))
     for svg in (heads, neurons):
         for series in ("training", "held-out"):
             places = points(svg, series)
@@ -188,7 +196,7 @@ def test_a_point_per_layer_and_series(num_layers: int) -> None:
 def test_panels_share_a_linear_scale() -> None:
     report = make_report(1)
     report["layers"][0]["groups"] = {"heads": group(3, 4, 0.0), "neurons": group(3, 4, 0.2)}
-    heads, neurons, _ = svgs(html_report(report))
+    heads, neurons, _ = svgs(page_of(report))
     [(_, zero)], [(_, low)], [(_, high)] = (
         points(heads, "training"),
         points(neurons, "training"),
@@ -203,7 +211,7 @@ def test_layers_that_were_not_pruned_leave_gaps() -> None:
     report = make_report(5)
     report["layers"][0]["groups"] = {}
     del report["layers"][2]["groups"]["heads"]
-    page = html_report(report)
+    page = page_of(report)
     heads, neurons, _ = svgs(page)
     assert (len(points(heads, "held-out")), len(points(neurons, "held-out"))) == (3, 4)
     [line] = [
@@ -224,7 +232,7 @@ def test_nothing_pruned_nothing_measured() -> None:
     }
     for layer in report["layers"]:
         layer["groups"] = {}
-    page = html_report(report)
+    page = page_of(report)
     assert len(svgs(page)) == 1
     text = Page(page).text
     assert "Nothing was pruned." in text
@@ -235,11 +243,11 @@ def test_nothing_pruned_nothing_measured() -> None:
 def test_errors_of_zero_have_a_scale() -> None:
     report = make_report(1)
     report["layers"][0]["groups"] = {"heads": group(4, 4, 0.0)}
-    assert len(points(svgs(html_report(report))[0], "training")) == 1
+    assert len(points(svgs(page_of(report))[0], "training")) == 1
 
 
 def test_names_are_text() -> None:
-    plain, report = Page(html_report(make_report())), make_report()
+    plain, report = Page(page_of(make_report())), make_report()
     for section in ("environment", "seconds", "peak_memory_bytes", "method", "shape"):
         key = next(iter(report[section])) if section != "method" else "factorization"
         report[section] = {
@@ -251,19 +259,26 @@ def test_names_are_text() -> None:
     )
     for layer in report["layers"]:
         layer["groups"][SCRIPT] = layer["groups"].pop("heads")
-    page = html_report(report)
+    page = page_of(report)
     assert "<script" not in page
     assert {tag for tag, _ in Page(page).tags} == {tag for tag, _ in plain.tags}
     assert SCRIPT in Page(page).text
     assert len(svgs(page)) == 3
 
 
+def test_terms_of_a_training_are_text() -> None:
+    training = {"steps": [0], "curves": {SCRIPT: [1.0]}, "tokens_per_second": 1.0}
+    page = page_of(make_report() | {"training": {SCRIPT: training}})
+    assert "<script" not in page
+    assert f"{SCRIPT}: {SCRIPT}" in [svg[0].text for svg in svgs(page)]
+
+
 def test_warnings_are_shown_and_escaped() -> None:
-    page = html_report(make_report())
+    page = page_of(make_report())
     assert "Warning: 2,048 calibration tokens are 1.3 per FFN channel <b>" in " ".join(
         Page(page).text.split()
     )
-    assert "Warning" not in html_report(make_report() | {"warnings": []})
+    assert "Warning" not in page_of(make_report() | {"warnings": []})
 
 
 def test_every_training_has_its_curves() -> None:
@@ -274,7 +289,7 @@ def test_every_training_has_its_curves() -> None:
     }
     report = make_report() | {"training": {"gates": training, "recover": training}}
     report["perplexity"]["recovered"] = 25.0
-    page = html_report(report)
+    page = page_of(report)
     titles = [svg[0].text for svg in svgs(page)]
     assert titles[2:6] == ["gates: lm", "gates: penalty", "recover: lm", "recover: penalty"]
     assert svgs(page)[3][1].text == "from 40 to 0, least 0, most 40"

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from rayprune.orchestrator.reporting.progress import ProgressView, plain_line, print_table
+from rayprune.orchestrator.reporting.events import Event, plain_line
+from rayprune.orchestrator.reporting.progress import ProgressView, print_parts
+from rayprune.orchestrator.reporting.tables import Table
 
 GROUPS = {
     "heads": {"kept": 3, "of": 4, "held_out_error": 0.12345},
@@ -114,12 +116,26 @@ def test_a_view_that_is_left_by_an_error_stops() -> None:
 
 def test_tables_show_every_cell() -> None:
     out = io.StringIO()
-    print_table(
-        "a title",
-        ["name", "value"],
-        [["first", "1"], ["a very long name indeed", "22,222"]],
-        Console(file=out, width=30),
-    )
+    rows = [["first", "1"], ["a very long name indeed", "22,222"], ["[/red]", "[b]"]]
+    print_parts([Table("a title", ["name", "value"], rows)], Console(file=out, width=30))
     shown = " ".join(out.getvalue().split())
-    for words in ("a title", "name", "value", "first", "22,222"):
+    for words in ("a title", "name", "value", "first", "22,222", "[/red]", "[b]"):
         assert words in shown
+
+
+def test_a_terminal_does_not_obey_what_it_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    """Names come from files that others have written."""
+    sneaky = "\x1b[2Jname\r\nof a file \u00e9 \u2192"
+    print_parts([sneaky, Table(sneaky, ["a", sneaky], [["b", sneaky]])])
+    assert not set(capsys.readouterr().out) & {"\x1b", "\r"}
+    line = plain_line({"event": "x", "detail": sneaky})
+    assert line.endswith("of a file \u00e9 \u2192")
+    assert not set(line) & {"\x1b", "\r", "\n"}
+
+
+def test_an_event_knows_what_it_is_about() -> None:
+    event = Event.of(EVENTS[3])
+    assert (event.name, event.stage, event.layer, event.task) == ("step-finished", "sweep", 0, None)
+    assert event.seconds == pytest.approx(1.23456)
+    assert event.fields["groups"] == GROUPS
+    assert str(event) == plain_line(EVENTS[3])

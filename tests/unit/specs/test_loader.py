@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -588,3 +589,55 @@ def test_loading_imports_neither_torch_nor_ray() -> None:
     )
     root = Path(__file__).parents[3]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
+
+
+# --- a mapping in place of a file ---
+
+SECTIONS: dict[str, Any] = {"model": {"path": "m"}, "calibration": {"path": Path("texts/c")}}
+
+
+def test_a_mapping_is_the_same_job_as_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "job.yaml").write_text(
+        "model: {path: m}\ncalibration: {path: texts/c}\nmethod: {name: stat}\n"
+        "correction: {candidates: [0.1, 1]}\n"
+    )
+    sections = SECTIONS | {"method": "stat", "correction": {"candidates": (0.1, 1)}}
+    assert load_job(sections) == load_job(tmp_path / "job.yaml") == load_job("job.yaml")
+    job = load_job(sections, ["model.path=other", "budget.sparsity=0.3"])
+    assert (job.model.path, job.budget.sparsity) == (str(tmp_path / "other"), 0.3)
+    assert load_job(job.model_dump(mode="json")) == job
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"budget": {"sparsty": 0.3}}, "budget.sparsty: unknown field; did you mean"),
+        ({"budget": {"sparsity": "0.3"}}, "budget.sparsity: must be a number"),
+        ({"budget": {"sparsity": 2}}, "budget.sparsity: must be less than 1"),
+        ({"calibration": None}, "calibration: must be a section of fields"),
+        ({"calibration": {"path": "c\0"}}, "holds a NUL"),
+        ({"calibration": {"path": b"c"}}, "b'c' is a bytes; write it as text"),
+        ({"budget": {1: 2}}, "1 is not a field name"),
+        ({"parallel": {"workers": {2}}}, "{2} is a set; write it"),
+    ],
+)
+def test_what_is_wrong_with_a_mapping(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        load_job(SECTIONS | changes)
+    assert str(caught.value).startswith("the job's mapping: ")
+    assert words in str(caught.value)
+
+
+def test_a_mapping_that_holds_itself() -> None:
+    section: dict[str, Any] = {"path": "m"}
+    section["path"] = section
+    with pytest.raises(SpecError, match="more than 32 levels; does it hold itself"):
+        load_job(SECTIONS | {"model": section})
+
+
+def test_an_override_of_a_mapping_is_named() -> None:
+    with pytest.raises(SpecError, match=r"--set budget\.sparsity=x: budget\.sparsity: must be"):
+        load_job(SECTIONS, ["budget.sparsity=x"])

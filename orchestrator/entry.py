@@ -1,0 +1,93 @@
+"""What `import rayprune` offers: plan and run a job from Python. The command line is made of the
+same calls.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from rayprune.orchestrator.planning.plan import Plan, make_plan
+from rayprune.orchestrator.reporting.events import Event
+from rayprune.orchestrator.reporting.report import Report
+from rayprune.specs.job import JobSpec
+from rayprune.specs.loader import load_job
+from rayprune.specs.machine import MachineProfile, load_profile
+from rayprune.workers.model.checkpoint import planned_checkpoint
+
+Job: TypeAlias = JobSpec | str | os.PathLike[str] | Mapping[str, Any]
+"""A job that was loaded, a YAML file, or a mapping of sections as a file has them."""
+Progress: TypeAlias = Callable[[Event], object] | bool | None
+"""Who is told what happens: a function, True for the view of the command line, else nobody."""
+Show: TypeAlias = Callable[[dict[str, Any]], object]
+
+
+def plan(job: Job, profile: MachineProfile | str | os.PathLike[str] | None = None) -> Plan:
+    """Say what a job will do and what it takes, from its model's config or headers alone.
+
+    Args:
+        job: the job; relative paths in a mapping start from the current folder.
+        profile: the machine that times are for: a profile, the name of a built-in one, or a file
+            that `rayprune profile` has written. Without one there are no times.
+
+    Raises:
+        SpecError: the job is wrong, or its budget cannot be met.
+        ModelError: the model is missing, damaged or not known.
+        ResourceError: a worker would need more memory than it may use.
+    """
+    spec = _loaded(job)
+    machine = (
+        profile
+        if profile is None or isinstance(profile, MachineProfile)
+        else load_profile(os.fspath(profile))
+    )
+    return make_plan(spec, planned_checkpoint(Path(spec.model.path)), machine)
+
+
+def run(job: Job, out: str | os.PathLike[str], progress: Progress = None) -> Report:
+    """Run a job to its end, or go on where an earlier attempt stopped.
+
+    It may be called in any thread and inside a running event loop, which it blocks; several runs
+    may go on at the same time, each in its own folder. An exception that `progress` raises, and
+    Ctrl-C, end the run; what is finished is kept.
+
+    Args:
+        job: the job; relative paths in a mapping start from the current folder.
+        out: the run folder; it is made, or goes on.
+        progress: is called with every event, in the thread that called `run`.
+
+    Raises:
+        SpecError: the job, a text or the run folder is wrong.
+        ModelError: the model is missing, damaged, not supported, or gives non-finite numbers.
+        ResourceError: not enough workers, memory or disk, or workers were lost too often.
+        VerificationError: a file differs from its record, or the pruned model does not load.
+        OSError: a file cannot be read or written.
+    """
+    from rayprune.orchestrator.execution.submit import refuse_lost_paths
+    from rayprune.orchestrator.run import run_job
+
+    spec, folder = _loaded(job), Path(out)
+    refuse_lost_paths(spec, folder)
+    with _shown(progress) as show:
+        return run_job(spec, folder, show)
+
+
+def _loaded(job: Job) -> JobSpec:
+    """The job, checked, with absolute paths."""
+    if isinstance(job, JobSpec):
+        return load_job(job.model_dump(mode="json"))
+    return load_job(job if isinstance(job, Mapping) else Path(job))
+
+
+@contextmanager
+def _shown(progress: Progress) -> Iterator[Show]:
+    if progress is True:
+        from rayprune.orchestrator.reporting.progress import ProgressView
+
+        with ProgressView() as view:
+            yield view.show
+    elif callable(progress):
+        yield lambda record: progress(Event.of(record))
+    else:
+        yield lambda record: None

@@ -1,0 +1,151 @@
+"""From a job that is done to its report: what was measured on the way, and sizes read off the
+exported folder.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from rayprune import __version__
+from rayprune.orchestrator.execution.run_folder import (
+    PAGE_FILE,
+    REPORT_FILE,
+    environment,
+    seconds_per_stage,
+)
+from rayprune.orchestrator.reporting.html_report import html_report
+from rayprune.orchestrator.reporting.report import (
+    Change,
+    Evaluation,
+    LayerReport,
+    Models,
+    Perplexity,
+    Report,
+    Training,
+)
+from rayprune.orchestrator.stages.context import Context
+from rayprune.workers.model.checkpoint import open_checkpoint
+from rayprune.workers.store.files import Manifest, read_manifest, write_json, write_text
+from rayprune.workers.store.layout import SHAPE_TASK, model_folder, recovered_folder, task_folder
+from rayprune.workers.store.training_stage import read_log
+
+TRAININGS = {
+    "regularise": "regularise",
+    "layers": "regularised-*",
+    "gates": "gates-*",
+    "updates": "updates",
+    "recover": "recover",
+}
+"""The folders of every kind of training, by name."""
+SHOWN_STEPS = 400
+Losses = dict[str, dict[str, float]] | None
+
+
+def write_report(context: Context, layers: Sequence[Manifest], losses: Losses) -> Report:
+    """Write report.html, then report.json; returns the report."""
+    report = _gather(context, layers, losses)
+    write_text(report.run / PAGE_FILE, html_report(report))
+    write_json(report.run / REPORT_FILE, report.to_dict())
+    return report
+
+
+def _gather(context: Context, layers: Sequence[Manifest], losses: Losses) -> Report:
+    run, plan, job = context.folder.path, context.plan, context.job
+    before, after = context.original, open_checkpoint(model_folder(run))
+    events = context.folder.events()
+    seconds = seconds_per_stage(events)
+    return Report(
+        run=run,
+        schema_version=1,
+        rayprune_version=__version__,
+        environment=environment(),
+        models=_models(run, recovered=job.recover is not None),
+        method=job.method.model_dump(mode="json"),
+        shape=plan.shape.kept,
+        narrowest=plan.shape.narrowest,
+        allocation=_allocation(context),
+        parameters=Change(before=before.parameters, after=after.parameters),
+        decoder_parameters=Change(before=before.decoder_parameters, after=after.decoder_parameters),
+        bytes_on_disk=Change(before=before.bytes_on_disk, after=after.bytes_on_disk),
+        perplexity=(
+            Perplexity(**{name: result["perplexity"] for name, result in losses.items()})
+            if losses
+            else None
+        ),
+        evaluation=_evaluation(context, losses),
+        calibration=job.calibration.model_dump(mode="json"),
+        warnings=plan.warnings,
+        seconds=seconds | {"total": sum(seconds.values())},
+        step_seconds=context.executor.step_seconds,
+        peak_memory_bytes=_peaks(events),
+        training=trainings(run),
+        layers=tuple(
+            LayerReport.model_validate({"layer": number, "groups": manifest.info["groups"]})
+            for number, manifest in enumerate(layers)
+        ),
+    )
+
+
+def _models(run: Path, recovered: bool) -> Models:
+    folder = recovered_folder(run).relative_to(run).as_posix() if recovered else None
+    return Models(pruned=model_folder(run).relative_to(run).as_posix(), recovered=folder)
+
+
+def trainings(run: Path) -> dict[str, Training]:
+    """Of every training the steps (some, where they are many), the terms of its loss and its
+    gradient's norm; gates one after another.
+
+    Layers that were trained alone are one training, the mean over them.
+    """
+    found = {}
+    for name, pattern in TRAININGS.items():
+        logs = [read_log(folder) for folder in sorted((run / "tasks").glob(pattern))]
+        if not any(logs):
+            continue
+        steps = (
+            [[line] for log in logs for line in log]
+            if name == "gates"
+            else list(zip(*logs, strict=True))
+        )
+        shown = range(0, len(steps), -(-len(steps) // SHOWN_STEPS))
+        terms = [term for term in steps[0][0] if term not in ("step", "of", "tokens_per_second")]
+        curves = {
+            term: [fmean(line[term] for line in steps[number]) for number in shown]
+            for term in terms
+        }
+        if any(curves[term] == curves["loss"] for term in terms if term != "loss"):
+            del curves["loss"]  # it has one term
+        speed = fmean(line["tokens_per_second"] for step in steps for line in step)
+        found[name] = Training(steps=shown, curves=curves, tokens_per_second=speed)
+    return found
+
+
+def _allocation(context: Context) -> dict[str, Any] | None:
+    """How layers that differ got their sizes: what was predicted, measured and tried."""
+    if not context.job.budget.per_layer:
+        return None
+    done = read_manifest(task_folder(context.folder.path, SHAPE_TASK))
+    facts: Any = done.info["allocation"] if done else {}
+    return {"name": context.job.budget.allocation.name, **facts}
+
+
+def _evaluation(context: Context, losses: Losses) -> Evaluation | None:
+    """The protocol behind the perplexities: numbers from different protocols cannot be compared."""
+    if context.job.evaluation is None or losses is None:
+        return None
+    counts = {key: losses["before"][key] for key in ("windows", "scored_tokens")}
+    return Evaluation.model_validate(
+        context.job.evaluation.model_dump(mode="json")
+        | {"stride": context.job.evaluation.effective_stride}
+        | counts
+    )
+
+
+def _peaks(events: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """Peak private memory over all attempts, in bytes."""
+    peaks: dict[str, int] = {}
+    for event in events:
+        for name, value in event.get("peak_memory_bytes", {}).items():
+            peaks[name] = max(peaks.get(name, 0), value)
+    return peaks

@@ -1,0 +1,66 @@
+"""What is told about a plan or a report: lines and small tables, as data. A terminal and a notebook
+show the same ones.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
+
+
+@dataclass(frozen=True)
+class Table:
+    """A small table whose first column names the rows."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def holds_words(self, column: int) -> bool:
+        """Whether a column is to be read rather than compared."""
+        return any(row[column][:1].isalpha() for row in self.rows)
+
+
+Part = str | Table
+"""A line, or a table."""
+
+
+def text(value: object) -> str:
+    """A value as text of a page."""
+    return escape(str(value))
+
+
+def printable(line: str) -> str:
+    """A line without what a terminal would obey instead of showing: names come from files."""
+    return "".join(
+        letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in line
+    )
+
+
+def html_table(
+    label: str, style: str, columns: Iterable[str], rows: Iterable[Sequence[object]]
+) -> str:
+    """A table whose first column names the rows."""
+    head = "".join(f'<th scope="col">{text(column)}</th>' for column in columns)
+    cells = (
+        f'<th scope="row">{text(name)}</th>' + "".join(f"<td>{text(cell)}</td>" for cell in rest)
+        for name, *rest in rows
+    )
+    body = "</tr><tr>".join(cells)
+    return (
+        f'<table class="{style}" aria-label="{text(label)}">'
+        f"<thead><tr>{head}</tr></thead><tbody><tr>{body}</tr></tbody></table>"
+    )
+
+
+def html_parts(parts: Iterable[Part]) -> str:
+    """Lines and tables for a notebook, which brings the style; all text is escaped."""
+    return "".join(_html_of(parts))
+
+
+def _html_of(parts: Iterable[Part]) -> Iterator[str]:
+    for part in parts:
+        if isinstance(part, str):
+            yield f"<p>{text(part)}</p>"
+        else:
+            yield f"<p><strong>{text(part.title)}</strong></p>"
+            yield html_table(part.title, "rayprune", part.columns, part.rows)
