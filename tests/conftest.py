@@ -49,7 +49,8 @@ OF_FAMILY: dict[str, dict[str, Any]] = {
         "embedding_multiplier": 2.0,
         "logits_scaling": 1.5,
         "residual_multiplier": 0.5,
-    }
+    },
+    "gpt2": {"n_positions": 256},
 }
 """Keys that only one family has."""
 
