@@ -307,7 +307,7 @@ def test_a_planned_family_says_why_it_is_not_pruned(
     assert described(config).not_pruned == reason
     folder = make_model()
     edit_json(folder / "config.json", **config)
-    with pytest.raises(ModelError, match="can be planned but not pruned: .*supported are gemma"):
+    with pytest.raises(ModelError, match=r"can be planned but not pruned: .*supported are gemma"):
         open_checkpoint(folder)
     (folder / "model.safetensors").unlink()
     assert planned_checkpoint(folder).model.not_pruned == reason
