@@ -6,7 +6,7 @@ import json
 import os
 import secrets
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.random_model import byte_tokenizer
+from rayprune.workers.model.families import family_named
+from rayprune.workers.model.families.decoder import Decoder, Keys
 
 torch.set_num_threads(1)
 
@@ -40,9 +42,32 @@ SIZES: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+"""Sizes by Llama's keys."""
+OF_FAMILY: dict[str, dict[str, Any]] = {
+    "granite": {  # by default all are 1, and nothing that overlooks one would show
+        "attention_multiplier": 0.2,
+        "embedding_multiplier": 2.0,
+        "logits_scaling": 1.5,
+        "residual_multiplier": 0.5,
+    },
+    "gpt2": {"n_positions": 256},
+}
+"""Keys that only one family has."""
 
 MakeModel = Callable[..., Path]
 MakeJob = Callable[..., Path]
+
+
+def raw_config(model_type: str, **changes: Any) -> dict[str, Any]:
+    """A tiny config: `SIZES` and the changes, both by Llama's keys, under the family's own; keys
+    of sizes that it has not are left out.
+    """
+    given = SIZES | OF_FAMILY.get(model_type, {}) | changes
+    family = family_named(model_type)
+    if isinstance(family, Decoder):
+        own = {getattr(Keys, key.name): getattr(family.keys, key.name) for key in fields(Keys)}
+        given = {own.get(key, key): value for key, value in given.items()}
+    return {"model_type": model_type} | {key: v for key, v in given.items() if key is not None}
 
 
 def build_model(
@@ -56,13 +81,13 @@ def build_model(
     unlike by random norm weights.
     """
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(model_type, **(SIZES | changes))
+    config = AutoConfig.for_model(**raw_config(model_type, **changes))
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(
                 torch.rand_like(parameter) + 0.5
-                if "norm" in name
+                if parameter.dim() == 1 and name.endswith("weight")  # a norm's
                 else torch.randn_like(parameter) * 0.15
             )
     model.save_pretrained(folder)

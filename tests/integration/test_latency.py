@@ -13,7 +13,6 @@ from rayprune.specs.errors import SpecError, VerificationError
 from rayprune.specs.latency import LatencyTable, load_latency
 from rayprune.specs.loader import load_job
 from rayprune.workers.model.checkpoint import open_checkpoint
-from rayprune.workers.model.families import layer_config
 from tests.conftest import MakeJob, MakeModel
 
 TABLE = LatencyTable(
@@ -61,13 +60,9 @@ def test_the_exported_sizes_meet_the_budget_to_one_step(
         "per_layer": per_layer,
     }
     run_job(load_job(make_job(make_model(), budget=budget)), tmp_path / "run", quiet)
-    exported = open_checkpoint(tmp_path / "run" / "model").config
-    configs = [layer_config(exported, layer) for layer in range(3)]
-    kept = [
-        {"heads": config["num_key_value_heads"], "neurons": config["intermediate_size"]}
-        for config in configs
-    ]
-    taken = TABLE.outer_ms + sum(TABLE.layer(sizes) for sizes in kept)  # type: ignore[arg-type]
+    exported = open_checkpoint(tmp_path / "run" / "model").model
+    kept = [{group.name: group.num_units for group in layer.groups} for layer in exported.layers]
+    taken = TABLE.outer_ms + sum(TABLE.layer(sizes) for sizes in kept)
     step = 3 * 4 / 6 if not per_layer else 4 / 6  # four channels, in all layers or in one
     assert limit - step < taken <= limit
 

@@ -17,12 +17,12 @@ from rayprune.orchestrator.stages.context import Context
 from rayprune.specs.errors import ModelError, SpecError
 from rayprune.specs.loader import load_job
 from rayprune.workers.model.checkpoint import open_checkpoint
-from rayprune.workers.network.layers import StreamedModel
+from rayprune.workers.model.families import prunable
+from rayprune.workers.network.streamed import StreamedModel
 from rayprune.workers.store.files import Manifest, read_manifest
 from rayprune.workers.store.layout import SENSITIVITY_TASK, SHAPE_TASK, generation_task, task_folder
 from tests.conftest import MakeJob, MakeModel
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "smollm3")
 BY_HAND = [
     {"heads": 0, "neurons": 40},
     {"heads": 1, "neurons": 48},
@@ -64,7 +64,7 @@ def streamed_logits(folder: Path) -> torch.Tensor:
 
 
 @pytest.mark.usefixtures("by_hand")
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", prunable())
 @pytest.mark.parametrize("drift", [0.0, 0.5])
 def test_remote_code_padded_and_own_models_agree(
     drift: float, model_type: str, make_model: MakeModel, make_job: MakeJob, tmp_path: Path

@@ -13,8 +13,8 @@ from torch import Tensor
 from rayprune.specs.errors import ModelError
 from rayprune.workers.machine.scratch import Scratch
 from rayprune.workers.model.checkpoint import open_checkpoint
-from rayprune.workers.model.families import unit_groups
-from rayprune.workers.network.layers import StreamedModel, whole_model
+from rayprune.workers.model.families import prunable
+from rayprune.workers.network.streamed import StreamedModel, layers_of, whole_model
 from rayprune.workers.passes.gradients import added, squared_gradients
 from tests.conftest import MakeModel
 
@@ -22,13 +22,12 @@ WINDOWS = [
     torch.tensor([[3, 77, 15, 200, 9, 31, 8, 120]]),
     torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8]]),
 ]
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2"]
 
 
 def measured(folder: Path, dtype: torch.dtype = torch.float32) -> list[dict[str, Tensor]]:
     checkpoint = open_checkpoint(folder)
     model = StreamedModel(checkpoint, dtype, torch.device("cpu"))
-    groups = {group.name: group for group in unit_groups(checkpoint.config)}
+    groups = {group.name: group for group in checkpoint.model.groups}
     return squared_gradients(model, groups, WINDOWS, 0, Scratch(model.device, None))
 
 
@@ -41,7 +40,7 @@ def loss_of(model: Any, window: Tensor, seed: int = 0) -> Tensor:
     return -log_p.gather(1, drawn).sum()
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", prunable())
 def test_layer_by_layer_they_are_those_of_the_whole_model(
     model_type: str, make_model: MakeModel
 ) -> None:
@@ -52,9 +51,10 @@ def test_layer_by_layer_they_are_those_of_the_whole_model(
     def noting(name: str, index: int) -> Any:
         return lambda module, args: inputs.update({(name, index): args[0]})
 
-    for group in unit_groups(checkpoint.config):
-        for index, layer in enumerate(model.model.layers):
-            layer.get_submodule(group.consumer).register_forward_pre_hook(noting(group.name, index))
+    for group in checkpoint.model.groups:
+        for index, layer in enumerate(layers_of(model, checkpoint.model)):
+            consumer = layer.get_submodule(group.consumer.module)
+            consumer.register_forward_pre_hook(noting(group.name, index))
     for seed, (window, found) in enumerate(zip(WINDOWS, measured(folder), strict=True)):
         loss = loss_of(model, window, seed)
         gradients = torch.autograd.grad(loss, list(inputs.values()))
@@ -73,9 +73,9 @@ def test_the_gradient_of_one_number_by_finite_differences(make_model: MakeModel)
         whole_model(open_checkpoint(folder)).double().eval(),
     )
     streamed = StreamedModel(checkpoint, torch.float32, torch.device("cpu"))
-    groups = {group.name: group for group in unit_groups(checkpoint.config)}
+    groups = {group.name: group for group in checkpoint.model.groups}
     (found,) = squared_gradients(streamed, groups, [window], 0, Scratch(streamed.device, None))
-    consumer = model.model.layers[2].get_submodule(groups["neurons"].consumer)
+    consumer = model.model.layers[2].get_submodule(groups["neurons"].consumer.module)
 
     def loss_moved(step: float) -> float:
         def move(module: Any, args: Any) -> Any:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from rayprune.workers.model.checkpoint import open_checkpoint
-from rayprune.workers.model.families import unit_groups
-from rayprune.workers.network.layers import whole_model
+from rayprune.workers.model.description import Model
+from rayprune.workers.network.streamed import whole_model
 from rayprune.workers.training.objectives import (
     Distillation,
     GroupPenalty,
@@ -33,17 +33,16 @@ def double(folder: Path) -> Any:
     return whole_model(open_checkpoint(folder)).double()
 
 
+def described(folder: Path) -> Model:
+    return open_checkpoint(folder).model
+
+
 def penalty_on(
     folder: Path, removed: list[dict[str, list[int]]], strength: float, norm: Norm
 ) -> tuple[Any, GroupPenalty]:
     """A model in fp64, and a penalty that has measured it."""
     model = double(folder)
-    objective = GroupPenalty(
-        {group.name: group for group in unit_groups(open_checkpoint(folder).config)},
-        removed,
-        strength,
-        norm,
-    )
+    objective = GroupPenalty(described(folder), removed, strength, norm)
     objective.prepare(model, alone)
     return model, objective
 
@@ -155,7 +154,7 @@ def test_rescaling_cannot_bring_a_unit_below_the_product_of_its_norms(
 def test_a_gate_at_zero_is_a_layer_removed(model_type: str, make_model: MakeModel) -> None:
     folder = make_model(model_type)
     gated, cut = double(folder), double(folder)
-    LayerGates([1.0, 1.0, 1.0], removed=[1], strength=0.0).prepare(gated, alone)
+    LayerGates(described(folder), [1.0, 1.0, 1.0], removed=[1], strength=0.0).prepare(gated, alone)
     cut.model.layers = torch.nn.ModuleList([cut.model.layers[0], cut.model.layers[2]])
     cut.model.config.num_hidden_layers = 2
     torch.testing.assert_close(
@@ -168,11 +167,12 @@ def test_a_gate_at_zero_is_a_layer_removed(model_type: str, make_model: MakeMode
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gates_have_the_gradient_of_the_loss(checkpointing: bool, make_model: MakeModel) -> None:
-    model = double(make_model())
+    folder = make_model()
+    model = double(folder)
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
         model.train()
-    objective = LayerGates([0.9, 0.5, 1.2], removed=[], strength=0.3)
+    objective = LayerGates(described(folder), [0.9, 0.5, 1.2], removed=[], strength=0.3)
     gates = objective.prepare(model, alone)
     sum(objective.losses(model, TOKENS).values()).backward()  # type: ignore[union-attr]
     for gate in gates:
@@ -208,7 +208,7 @@ def test_the_penalty_on_updates_is_their_size_and_its_gradient_is_right(
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
         model.train()
-    objective = UpdatePenalty([2, 0], 0.05, norm)
+    objective = UpdatePenalty(described(folder), [2, 0], 0.05, norm)
     objective.prepare(model, alone)
     found = objective.losses(model, TOKENS)["penalty"]
     states: list[Tensor] = []
@@ -242,24 +242,25 @@ def test_distillation_is_zero_for_the_teacher_itself_and_else_the_divergence(
     make_model: MakeModel,
 ) -> None:
     teacher = double(folder := make_model())
-    assert float(
-        sum(Distillation(teacher, 0.5).losses(double(folder), TOKENS).values())
-    ) == pytest.approx(0.0, abs=1e-6)
+    model = described(folder)
+    objective = Distillation(model, teacher, model, 0.5)
+    itself = objective.losses(double(folder), TOKENS)
+    assert float(sum(itself.values())) == pytest.approx(0.0, abs=1e-6)
     student = double(make_model(name="other", seed=1))
-    parts = Distillation(teacher, 0.5).losses(student, TOKENS)
+    parts = objective.losses(student, TOKENS)
     p, q = (
         torch.log_softmax(model(TOKENS, use_cache=False).logits, -1) for model in (teacher, student)
     )
     expected = torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(-1).mean()
     torch.testing.assert_close(parts["divergence"].double(), expected, rtol=1e-5, atol=1e-6)
     assert parts["hidden"] > 0
-    assert Objective().losses(student, TOKENS)["lm"] > 0
+    assert Objective(model).losses(student, TOKENS)["lm"] > 0
 
 
 def test_a_layer_that_has_faded_is_a_layer_removed(make_model: MakeModel) -> None:
     folder = make_model()
     model, plain, cut = double(folder), double(folder), double(folder)
-    objective = UpdateShrink([1], 2.0)
+    objective = UpdateShrink(described(folder), [1], 2.0)
     assert len(objective.prepare(model, alone)) == len(list(plain.parameters()))
     objective.before_step(0.0)
     assert objective.after_step(0.1, alone) == {"scale": 1.0}

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from rayprune.specs.methods.ranking.stat import StatOptions
 from rayprune.workers.machine.scratch import Scratch
-from rayprune.workers.model.families import unit_groups
+from rayprune.workers.model.config import Config
+from rayprune.workers.model.families import family_of
 from rayprune.workers.numerics.linalg import unit_rows
 from rayprune.workers.numerics.methods import select
 from rayprune.workers.numerics.statistics import GramStatistic, Moments, RowsStatistic, Statistic
@@ -97,24 +98,25 @@ def test_selection_leaves_the_statistic_as_it_was(route: str, seed: int) -> None
 
 
 def test_kv_groups_are_never_split_and_query_heads_follow() -> None:
-    heads, _ = unit_groups(
+    config = Config(
         {
             "model_type": "llama",
+            "vocab_size": 260,
             "hidden_size": 36,
+            "num_hidden_layers": 1,
             "num_attention_heads": 6,
             "num_key_value_heads": 3,
             "head_dim": 6,
             "intermediate_size": 8,
         }
     )
+    heads, _ = family_of(config).describe(config).groups
     z_TF, weight_DF = data(36, 0)
     for route in ROUTES:
         units = select(STAT, statistic(route, z_TF), weight_DF, heads.columns, 2)
         assert units.tolist() == greedy(z_TF, weight_DF, 12, 2)
     units = torch.tensor([0, 2])
     assert unit_rows(units, heads.columns).tolist() == [*range(12), *range(24, 36)]
-    queries, keys, values = (
-        unit_rows(units, producer.rows).tolist() for producer in heads.producers
-    )
+    queries, keys, values = (unit_rows(units, axis.per_unit).tolist() for axis in heads.axes)
     assert queries == [*range(12), *range(24, 36)]  # query heads 0, 1 and 4, 5
     assert keys == values == [*range(6), *range(12, 18)]

@@ -16,13 +16,14 @@ from rayprune.specs.errors import ResourceError, SpecError
 from rayprune.specs.job import JobSpec
 from rayprune.specs.loader import load_job
 from rayprune.workers.model.checkpoint import Checkpoint, open_checkpoint
-from rayprune.workers.model.config_patch import patched_config
-from rayprune.workers.model.families import FAMILIES, unit_groups, unit_parameters
+from rayprune.workers.model.config import Config
+from rayprune.workers.model.families import family_of, prunable
+from rayprune.workers.network.streamed import layers_of
 from tests.conftest import MakeJob, MakeModel
 
 BIASED = {"attention_bias": True, "mlp_bias": True}
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
-    *((name, {}) for name in FAMILIES),
+    *((name, {}) for name in prunable()),
     ("llama", BIASED),
     ("llama", {"tie_word_embeddings": True}),
     ("qwen2", {"tie_word_embeddings": True}),
@@ -40,12 +41,13 @@ def built(checkpoint: Checkpoint, shape: Shape, target: str) -> tuple[int, int]:
     """Decoder parameters and all parameters of the model that transformers builds from the exported
     config.
     """
-    patched = patched_config(checkpoint.config, shape.kept, target, "auto")
+    there = range(checkpoint.num_layers)
+    written = checkpoint.written(there, [shape.kept] * len(there), target, "auto").config
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**patched))
-    return sum(p.numel() for p in model.model.layers.parameters()), sum(
-        p.numel() for p in model.parameters()
-    )
+        network = AutoModelForCausalLM.from_config(AutoConfig.for_model(**written))
+    config = Config(written)
+    layers = layers_of(network, family_of(config).describe(config))
+    return sum(p.numel() for p in layers.parameters()), sum(p.numel() for p in network.parameters())
 
 
 def assert_minimal(
@@ -53,16 +55,14 @@ def assert_minimal(
 ) -> None:
     """The budget is met, and with `round_to` more channels it would not be."""
     limit = (1 - sparsity) * plan.model.decoder_parameters + 1e-6
-    names = {name: info.shape for name, info in checkpoint.layer_tensors(0).items()}
-    step = (
-        round_to * plan.model.num_layers * unit_parameters(names, unit_groups(checkpoint.config)[1])
-    )
+    neurons = checkpoint.model.layers[0].group("neurons")
+    step = round_to * plan.model.num_layers * neurons.unit_parameters
     assert shape.decoder_parameters <= limit
-    if shape.neurons < plan.model.units["neurons"]:
-        assert shape.neurons % round_to == 0
+    if shape.kept["neurons"] < plan.model.units["neurons"]:
+        assert shape.kept["neurons"] % round_to == 0
         assert (
             shape.decoder_parameters + step > limit
-            or shape.neurons + round_to > plan.model.units["neurons"]
+            or shape.kept["neurons"] + round_to > plan.model.units["neurons"]
         )
 
 
@@ -72,18 +72,21 @@ def test_counts_are_those_of_the_model_that_results(
     model_type: str, changes: dict[str, Any], target: str, make_model: MakeModel, make_job: MakeJob
 ) -> None:
     model = make_model(model_type, **changes)
-    for kv_groups in range(1, changes.get("num_key_value_heads", 2) + 1):
+    heads = open_checkpoint(model).model.layers[0].group("heads")
+    for kv_groups in range(1, heads.num_units + 1):
         budget = {"kv_groups": kv_groups, "sparsity": 0.3, "round_to": 2}
         try:
             plan, _, checkpoint = planned(model, make_job, budget=budget, export={"target": target})
         except SpecError as error:
             # most shapes load
-            assert "hidden_size to be a multiple of the heads" in str(error)  # noqa: PT017
+            assert kv_groups < heads.num_units
+            reason = heads.fixed or "hidden_size to be a multiple of the heads"
+            assert reason in str(error)  # noqa: PT017
             continue
         assert (plan.shape.decoder_parameters, plan.shape.parameters) == built(
             checkpoint, plan.shape, target
         )
-        assert plan.shape.heads == kv_groups
+        assert plan.shape.kept["heads"] == kv_groups
         assert_minimal(plan, plan.shape, 0.3, 2, checkpoint)
         assert plan.document()["remaining_parameters"] == plan.shape.parameters
 
@@ -117,7 +120,7 @@ def test_an_exact_fraction_removes_exactly_so_many_channels(
     model = make_model()
     decoder = open_checkpoint(model).decoder_parameters
     budget = {"sparsity": channels * 3 * 3 * 32 / decoder, "round_to": 1, "kv_groups": 2}
-    assert planned(model, make_job, budget=budget)[0].shape.neurons == 48 - channels
+    assert planned(model, make_job, budget=budget)[0].shape.kept["neurons"] == 48 - channels
 
 
 @pytest.mark.parametrize(
@@ -137,9 +140,11 @@ def test_open_shapes(
         "qwen3", num_attention_heads=heads, num_key_value_heads=kv_groups, intermediate_size=400
     )
     plan, _, checkpoint = planned(model, make_job, budget={"sparsity": 0.3})
-    assert [shape.heads for shape in plan.shapes] == candidates
+    assert [shape.kept["heads"] for shape in plan.shapes] == candidates
     assert len(plan.shapes) <= MAX_OPEN_SHAPES
-    assert all(wide.neurons <= narrow.neurons for wide, narrow in pairwise(plan.shapes))
+    assert all(
+        wide.kept["neurons"] <= narrow.kept["neurons"] for wide, narrow in pairwise(plan.shapes)
+    )
     for shape in plan.shapes:
         assert_minimal(plan, shape, 0.3, 4, checkpoint)
     if len(candidates) > 1:
@@ -168,7 +173,7 @@ def test_one_group_fewer_needs_fewer_channels_gone_where_only_some_shapes_fit(
     """Of the candidates those that cannot meet the budget are left out."""
     model = make_model(intermediate_size=8)
     plan = planned(model, make_job, budget={"sparsity": 0.4, "round_to": 2})[0]
-    assert [shape.heads for shape in plan.shapes] == [1]
+    assert [shape.kept["heads"] for shape in plan.shapes] == [1]
 
 
 @pytest.mark.parametrize(
@@ -225,7 +230,7 @@ def test_shapes_that_do_not_load_are_no_candidates(
     make_model: MakeModel, make_job: MakeJob
 ) -> None:
     model = make_model("gemma2", hidden_size=30, num_attention_heads=6, num_key_value_heads=3)
-    assert [shape.heads for shape in planned(model, make_job)[0].shapes] == [3, 1]
+    assert [shape.kept["heads"] for shape in planned(model, make_job)[0].shapes] == [3, 1]
 
 
 LONG = {"samples": 128, "sequence_length": 4096, "shards": 4}
@@ -308,7 +313,7 @@ def test_printed_plans_show_every_shape(
     print_plan(plan)
     shown = capsys.readouterr().out
     for shape in plan.shapes:
-        assert f"{shape.neurons}/48" in shown
+        assert f"{shape.kept['neurons']}/48" in shown
     assert f"{plan.model.parameters:,}" in shown
     assert "fewer than 10" not in shown
     print_plan(plan.chosen(plan.shapes[0]))

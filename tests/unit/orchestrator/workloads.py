@@ -4,13 +4,32 @@ for every part to show.
 
 from dataclasses import replace
 
+from rayprune.orchestrator.planning.layer_kinds import LayerKind
 from rayprune.orchestrator.planning.workload import Workload
 from rayprune.specs.methods.ranking.stat import StatOptions
-from rayprune.workers.model.shapes import CoupledGroup, LayerKind
+from rayprune.workers.model.description import Block, Consumer, Group
 
-HEADS = CoupledGroup("heads", count=1, active=1, num_units=2, columns=3, unit_parameters=50)
-NEURONS = CoupledGroup("neurons", count=1, active=1, num_units=10, columns=1, unit_parameters=12)
-EXPERTS = CoupledGroup("experts", count=4, active=2, num_units=10, columns=1, unit_parameters=12)
+HEADS = Group(
+    name="heads",
+    kind="attention",
+    title="KV groups",
+    num_units=2,
+    axes=(),
+    consumer=Consumer("attention.out", columns=3),
+    block=Block("attention"),
+    unit_parameters=50,
+)
+NEURONS = Group(
+    name="neurons",
+    kind="ffn",
+    title="FFN channels",
+    num_units=10,
+    axes=(),
+    consumer=Consumer("ffn.out", columns=1),
+    block=Block("ffn"),
+    unit_parameters=12,
+)
+EXPERTS = replace(NEURONS, name="experts", title="channels of experts", count=4, active=2)
 DENSE = LayerKind(
     first=0,
     num_layers=6,

@@ -18,7 +18,9 @@ from rayprune.workers.model.checkpoint import (
     open_checkpoint,
     read_header,
 )
-from rayprune.workers.model.families import FAMILIES
+from rayprune.workers.model.families import prunable
+from rayprune.workers.network.reading import layer_tensors
+from rayprune.workers.network.streamed import layers_of
 from tests.conftest import MakeModel, build_model, edit_json
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -108,7 +110,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "config empty": (
         lambda f: (f / "config.json").write_text("{}"),
-        "model_type 'None' is not supported; supported are llama",
+        "model_type 'None' is not supported; supported are gemma",
     ),
     "no weights": (lambda f: (f / SINGLE_NAME).unlink(), "no weights found"),
     "only a pickle": (
@@ -156,15 +158,15 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "fewer layers in the config": (
         lambda f: edit_json(f / "config.json", num_hidden_layers=2),
-        r"holds model\.layers\.2\..*, but config\.json says num_hidden_layers 2",
+        r"holds model\.layers\.2\..*, but config\.json says 2 layers",
     ),
     "more layers in the config": (
         lambda f: edit_json(f / "config.json", num_hidden_layers=4),
         r"model\.layers\.3\.\S+ is missing",
     ),
     "another architecture": (
-        lambda f: (f / "config.json").write_text('{"model_type": "gpt2", "n_embd": 32}'),
-        "model_type 'gpt2' is not supported",
+        lambda f: (f / "config.json").write_text('{"model_type": "bloom", "n_embed": 32}'),
+        "model_type 'bloom' is not supported",
     ),
     "unsupported": (
         lambda f: edit_json(f / "config.json", model_type="mamba"),
@@ -296,7 +298,7 @@ def test_links_out_of_a_hub_cache_are_refused(sharded: Path, tmp_path: Path) -> 
         open_checkpoint(snapshot)
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", prunable())
 @pytest.mark.parametrize("tied", [True, False])
 def test_counts_equal_those_of_transformers(
     model_type: str, tied: bool, make_model: MakeModel
@@ -304,14 +306,14 @@ def test_counts_equal_those_of_transformers(
     folder = make_model(model_type, tie_word_embeddings=tied)
     checkpoint, model = open_checkpoint(folder), AutoModelForCausalLM.from_pretrained(folder)
     assert checkpoint.parameters == sum(parameter.numel() for parameter in model.parameters())
+    layers = layers_of(model, checkpoint.model)
     assert checkpoint.decoder_parameters == sum(
-        parameter.numel() for parameter in model.model.layers.parameters()
+        parameter.numel() for parameter in layers.parameters()
     )
     assert checkpoint.num_layers == 3
     for layer in range(3):
         shapes = {
-            name: tuple(parameter.shape)
-            for name, parameter in model.model.layers[layer].named_parameters()
+            name: tuple(parameter.shape) for name, parameter in layers[layer].named_parameters()
         }
         assert {
             name: info.shape for name, info in checkpoint.layer_tensors(layer).items()
@@ -381,6 +383,36 @@ def test_one_file_goes_before_an_index(make_model: MakeModel) -> None:
         json.dumps({"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}})
     )
     assert open_checkpoint(folder).tensors == before.tensors
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "gpt_neox"])
+def test_a_folder_that_the_base_class_has_saved_is_read_all_the_same(
+    model_type: str, make_model: MakeModel
+) -> None:
+    """Its names lack the backbone's prefix, those outside the backbone excepted."""
+    folder = make_model(model_type)
+    before = open_checkpoint(folder)
+    prefix = f"{before.model.backbone}."
+    tensors = load_file(folder / SINGLE_NAME)
+    bare = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    assert bare.keys() != tensors.keys()
+    save_file(bare, folder / SINGLE_NAME, {"format": "pt"})
+    after = open_checkpoint(folder)
+    assert after.tensors.keys() == before.tensors.keys()
+    assert all(info.stored == name.removeprefix(prefix) for name, info in after.tensors.items())
+    for layer in range(3):
+        for name, tensor in layer_tensors(after, layer).items():
+            assert torch.equal(tensor, tensors[before.model.prefix(layer) + name])
+
+
+@pytest.mark.parametrize("model_type", prunable())
+def test_buffers_of_old_files_are_passed_over(model_type: str, make_model: MakeModel) -> None:
+    folder = make_model(model_type)
+    before = open_checkpoint(folder)
+    assert before.model.recomputed
+    buffers = {f"{before.model.prefix(1)}x{end}": torch.ones(4) for end in before.model.recomputed}
+    change_tensors(folder, lambda tensors: tensors.update(buffers))
+    assert open_checkpoint(folder).tensors.keys() == before.tensors.keys()
 
 
 def test_no_quantization_is_none(make_model: MakeModel) -> None:

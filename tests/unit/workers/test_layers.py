@@ -11,10 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from rayprune.specs.errors import ModelError
 from rayprune.workers.model.checkpoint import Checkpoint, open_checkpoint
-from rayprune.workers.model.families import FAMILIES, unit_groups
+from rayprune.workers.model.description import Group
+from rayprune.workers.model.families import prunable
 from rayprune.workers.network.layers import (
-    MicroBatch,
-    StreamedModel,
     apply_cut,
     consumer_input,
     dense_pass,
@@ -24,11 +23,12 @@ from rayprune.workers.network.layers import (
     stream_before,
 )
 from rayprune.workers.network.slicing import Cut
+from rayprune.workers.network.streamed import MicroBatch, StreamedModel, layers_of
 from tests.conftest import MakeModel
 
 CPU = torch.device("cpu")
 TOKENS_BT = torch.randint(3, 259, (2, 24), generator=torch.Generator().manual_seed(0))
-VARIANTS: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in FAMILIES] + [
+VARIANTS: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in prunable()] + [
     ("mistral", {"sliding_window": 8}),
     ("gemma2", {"sliding_window": 8}),
     ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
@@ -45,16 +45,24 @@ def streamed(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Streamed
 
 
 def groups_of(checkpoint: Checkpoint) -> dict[str, Any]:
-    return {group.name: group for group in unit_groups(checkpoint.config)}
+    return {group.name: group for group in checkpoint.model.groups}
+
+
+def weight_of(layer: Any, group: Group) -> Tensor:
+    """The consumer's weight (D, F)."""
+    weight: Tensor = layer.get_submodule(group.consumer.module).weight.detach()
+    return weight.T if group.consumer.transposed else weight
 
 
 @torch.inference_mode()
-def stock_hidden(model: Any, tokens_BT: Tensor) -> tuple[list[Tensor], Tensor]:
+def stock_hidden(
+    model: Any, checkpoint: Checkpoint, tokens_BT: Tensor
+) -> tuple[list[Tensor], Tensor]:
     """Output of every layer, and the logits, of the stock model."""
     outputs: list[Tensor] = []
     handles = [
         layer.register_forward_hook(lambda _module, _args, output: outputs.append(output))
-        for layer in model.model.layers
+        for layer in layers_of(model, checkpoint.model)
     ]
     logits: Tensor = model(input_ids=tokens_BT, use_cache=False).logits
     for handle in handles:
@@ -68,10 +76,10 @@ def test_streaming_equals_the_stock_model_bit_for_bit(
     model_type: str, changes: dict[str, Any], dtype: torch.dtype, make_model: MakeModel
 ) -> None:
     folder = make_model(model_type, **changes)
-    expected, expected_logits = stock_hidden(
-        AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), TOKENS_BT
-    )
     model, checkpoint = streamed(folder, dtype)
+    expected, expected_logits = stock_hidden(
+        AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), checkpoint, TOKENS_BT
+    )
     batch = model.embed(TOKENS_BT)
     assert len(batch.arguments) == len(expected) == 3
     for index, output in enumerate(expected):
@@ -80,7 +88,7 @@ def test_streaming_equals_the_stock_model_bit_for_bit(
     assert torch.equal(model.logits(TOKENS_BT, batch.hidden_BTD), expected_logits)
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", prunable())
 def test_consumer_inputs_are_those_of_the_stock_layer(
     model_type: str, make_model: MakeModel
 ) -> None:
@@ -88,7 +96,7 @@ def test_consumer_inputs_are_those_of_the_stock_layer(
     stock, seen = AutoModelForCausalLM.from_pretrained(folder), dict[tuple[int, str], Tensor]()
     model, checkpoint = streamed(folder)
     groups = groups_of(checkpoint)
-    for index, layer in enumerate(stock.model.layers):
+    for index, layer in enumerate(layers_of(stock, checkpoint.model)):
         for group in groups.values():
 
             def note(
@@ -98,8 +106,8 @@ def test_consumer_inputs_are_those_of_the_stock_layer(
             ) -> None:
                 seen[key] = args[0]
 
-            layer.get_submodule(group.consumer).register_forward_pre_hook(note)
-    stock_hidden(stock, TOKENS_BT)
+            layer.get_submodule(group.consumer.module).register_forward_pre_hook(note)
+    stock_hidden(stock, checkpoint, TOKENS_BT)
     batch, probe = model.embed(TOKENS_BT), model.embed(TOKENS_BT)
     for index in range(3):
         layer = model.load_layer(index)
@@ -123,11 +131,7 @@ def test_keeping_every_unit_with_its_weight_changes_nothing(
     for index in range(3):
         layer = model.load_layer(index)
         for name, group in groups.items():
-            cut = Cut(
-                name,
-                torch.arange(group.num_units),
-                layer.get_submodule(group.consumer).weight.detach(),
-            )
+            cut = Cut(name, torch.arange(group.num_units), weight_of(layer, group))
             apply_cut(layer, index, batch, groups, name, cut)
             assert name not in batch.inputs
         finish_layer(layer, index, batch, groups)
@@ -135,36 +139,37 @@ def test_keeping_every_unit_with_its_weight_changes_nothing(
         torch.testing.assert_close(batch.hidden_BTD, dense.hidden_BTD, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "model_type", [name for name, family in FAMILIES.items() if len(family.norms) == 2]
-)
+@pytest.mark.parametrize("model_type", [name for name in prunable() if name != "gemma2"])
 def test_streams_are_what_blocks_add_up_to(model_type: str, make_model: MakeModel) -> None:
     model, checkpoint = streamed(make_model(model_type))
     groups, layer, batch = groups_of(checkpoint), model.load_layer(0), model.embed(TOKENS_BT)
     behind = dense_streams(layer, 0, batch, groups)
     stream_BTD = batch.hidden_BTD
     for name, group in groups.items():
-        assert torch.equal(stream_before(layer, 0, batch, groups, name), stream_BTD)
+        torch.testing.assert_close(stream_before(batch, groups, name), stream_BTD)
         z_BTF = consumer_input(layer, 0, batch, groups, name)
-        torch.testing.assert_close(stream_BTD + project(layer, group, z_BTF), behind[name])
+        added_BTD = group.block.scale * project(layer, group, z_BTF)
+        torch.testing.assert_close(stream_BTD + added_BTD, behind[name])
         stream_BTD = behind[name]
-        weight_DF = layer.get_submodule(group.consumer).weight
-        apply_cut(
-            layer, 0, batch, groups, name, Cut(name, torch.arange(group.num_units), weight_DF)
-        )
+        cut = Cut(name, torch.arange(group.num_units), weight_of(layer, group))
+        apply_cut(layer, 0, batch, groups, name, cut)
     finish_layer(layer, 0, batch, groups)
-    assert torch.equal(batch.hidden_BTD, behind["neurons"])
+    torch.testing.assert_close(batch.hidden_BTD, behind["neurons"])
 
 
 def test_streams_of_blocks_that_are_normalised_first_are_not_known(make_model: MakeModel) -> None:
     model, checkpoint = streamed(make_model("gemma2"))
-    groups = groups_of(checkpoint)
-    assert [group.stream for group in groups.values()] == [None, None]
-    with pytest.raises(AssertionError, match="not added to the residual stream"):
-        stream_before(model.load_layer(0), 0, model.embed(TOKENS_BT), groups, "heads")
+    groups, layer, batch = groups_of(checkpoint), model.load_layer(0), model.embed(TOKENS_BT)
+    assert [group.block.scale for group in groups.values()] == [None, None]
+    z_BTF = consumer_input(layer, 0, batch, groups, "heads")
+    batch.outputs["self_attn"] = project(layer, groups["heads"], z_BTF)
+    with pytest.raises(AssertionError, match="the output of self_attn is not added as it is"):
+        stream_before(batch, groups, "neurons")
+    with pytest.raises(AssertionError, match="the output of self_attn is not added as it is"):
+        dense_streams(layer, 0, batch, groups)
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", prunable())
 def test_a_known_block_is_not_computed_again(model_type: str, make_model: MakeModel) -> None:
     """After the cut of the heads the attention block is a constant: its weights no longer
     matter.
@@ -178,7 +183,8 @@ def test_a_known_block_is_not_computed_again(model_type: str, make_model: MakeMo
         apply_cut(layer, 0, batch, groups, "heads", cut)
         if spoil:
             with torch.no_grad():
-                layer.get_submodule("self_attn.v_proj").weight.fill_(torch.nan)
+                name = groups["heads"].axes[-1].tensor.rpartition(".")[0]
+                layer.get_submodule(name).weight.fill_(torch.nan)
         outputs.append(consumer_input(layer, 0, batch, groups, "neurons"))
         finish_layer(layer, 0, batch, groups)
         outputs.append(batch.hidden_BTD)

@@ -7,22 +7,25 @@ import pytest
 from transformers import AutoConfig
 
 from rayprune.specs.errors import SpecError
-from rayprune.workers.model.config_patch import (
-    config_of_layers,
-    kept_heads,
-    needs_output_bias,
-    patched_config,
-)
+from rayprune.workers.model.config import Config
+from rayprune.workers.model.description import Shape
+from rayprune.workers.model.families import family_of, prunable
+from rayprune.workers.model.rewrite import form_of, of_layers, written
+from tests.conftest import raw_config
 
-BASE: dict[str, Any] = {
-    "hidden_size": 32,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "intermediate_size": 48,
+UNKNOWN: dict[str, Any] = {
     "rope_theta": 5e5,
     "unknown": {"kept": [1]},
     "auto_map": {"AutoModel": "evil.py"},
     "_name_or_path": "/home/someone",
+}
+BASE: dict[str, Any] = UNKNOWN | {
+    "vocab_size": 260,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "intermediate_size": 48,
 }
 
 
@@ -34,19 +37,41 @@ def config(model_type: str, **changes: Any) -> dict[str, Any]:
     )
 
 
-@pytest.mark.parametrize(
-    "model_type", ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "smollm3"]
-)
+def patched_config(
+    original: dict[str, Any], kept: dict[str, int], target: str, dtype: str
+) -> dict[str, Any]:
+    """The config of a model of 3 layers that all keep so many units."""
+    return written(Config(original), range(3), [kept] * 3, target, dtype).config
+
+
+def added_tensors(original: dict[str, Any], kept: dict[str, int], target: str) -> set[str]:
+    """Tensors of a layer that the form has and the original has not."""
+    layer = family_of(Config(original)).describe(Config(original)).layers[0]
+    shapes: dict[str, Shape] = layer.cut_shapes(kept)
+    return form_of(Config(original), kept, target).layer_shapes(shapes).keys() - shapes.keys()
+
+
+@pytest.mark.parametrize("model_type", prunable())
 @pytest.mark.parametrize("target", ["transformers", "vllm"])
 def test_unpruned_heads_change_no_model_type(model_type: str, target: str) -> None:
-    original = config(model_type)
-    patched = patched_config(original, {"heads": 4, "neurons": 20}, target, "auto")
+    original = raw_config(model_type, **UNKNOWN, architectures=["Something"])
+    config = Config(original)
+    groups = family_of(config).describe(config).layers[0].groups
+    kept = {group.name: group.num_units for group in groups} | {"neurons": 20}
+    patched = patched_config(original, kept, target, "auto")
+    narrower = raw_config(model_type, **UNKNOWN, architectures=["Something"], intermediate_size=20)
     expected = {
-        key: value for key, value in original.items() if key not in ("auto_map", "_name_or_path")
+        key: value for key, value in narrower.items() if key not in ("auto_map", "_name_or_path")
     }
-    assert patched == expected | {"head_dim": 4, "intermediate_size": 20}
-    assert not needs_output_bias(original, {"heads": 4, "neurons": 20}, target)
+    assert patched == expected
+    assert not added_tensors(original, kept, target)
     assert "auto_map" in original
+
+
+def test_head_sizes_are_written_out() -> None:
+    """Fewer heads would change what the class takes for it."""
+    patched = patched_config(config("llama"), {"heads": 4, "neurons": 20}, "transformers", "auto")
+    assert patched["head_dim"] == 4
 
 
 @pytest.mark.parametrize(
@@ -70,7 +95,7 @@ def test_layers_that_stay_keep_their_kind(model_type: str, changes: dict[str, An
     original = {"model_type": model_type, "num_hidden_layers": 6} | changes
     dense, pruned = (
         AutoConfig.for_model(**settings)
-        for settings in (original, config_of_layers(original, stay))
+        for settings in (original, dict(of_layers(Config(original), stay).raw))
     )
     assert pruned.num_hidden_layers == 4
     for key in ("layer_types", "no_rope_layers"):
@@ -125,7 +150,8 @@ def test_pruned_heads(
         "head_dim": original.get("head_dim", 4),
     }
     assert patched == expected | sizes | changes
-    assert needs_output_bias(original, {"heads": kept, "neurons": 48}, target) is (changes is LLAMA)
+    biases = {"self_attn.o_proj.bias"} if changes is LLAMA else set()
+    assert added_tensors(original, {"heads": kept, "neurons": 48}, target) == biases
 
 
 @pytest.mark.parametrize(
@@ -195,6 +221,6 @@ def test_type_on_disk(keys: dict[str, str], dtype: str, expected: dict[str, str]
     [(8, 4, 3, 6), (8, 8, 3, 3), (8, 1, 1, 8), (8, None, 5, 5)],
 )
 def test_kept_query_heads(heads: int, groups: int | None, kept: int, expected: int) -> None:
-    assert (
-        kept_heads({"num_attention_heads": heads, "num_key_value_heads": groups}, kept) == expected
-    )
+    original = config("mistral", num_attention_heads=heads, num_key_value_heads=groups)
+    patched = patched_config(original, {"heads": kept, "neurons": 48}, "transformers", "auto")
+    assert patched["num_attention_heads"] == expected
