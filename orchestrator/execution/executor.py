@@ -1,7 +1,7 @@
-"""Where steps run. An executor starts workers on first use, hands them steps, and returns their
-small receipts.
+"""Runs steps on workers. An executor starts workers on first use, hands them steps, and returns
+their small receipts.
 
-A step's payload stays where it was made, behind a handle that can be given to another step.
+A step's payload stays where it was made; a handle to it can be given to another step.
 """
 
 from abc import ABC, abstractmethod
@@ -23,7 +23,7 @@ MemoryOn = Callable[[str], MemoryPlan]
 
 
 def unheard(event: str, **fields: Any) -> None:
-    """Where events go that nobody listens to."""
+    """Ignore an event."""
 
 
 def chosen_device(wanted: str, num_gpus: float, num_workers: int) -> str:
@@ -36,7 +36,7 @@ def chosen_device(wanted: str, num_gpus: float, num_workers: int) -> str:
 
 
 class Executor(ABC):
-    """Interchangeable workers behind one interface; results do not depend on which one is used."""
+    """Runs steps on workers; every executor gives the same results."""
 
     def __init__(self, job: JobSpec, run_folder: Path, memory_on: MemoryOn) -> None:
         self.job, self.run_folder, self.memory_on = job, run_folder, memory_on
@@ -51,16 +51,16 @@ class Executor(ABC):
         self.close()
 
     def shares(self, count: int) -> list[tuple[int, tuple[int, int]]]:
-        """So many items spread over the workers: each worker that gets some, with the first one and
-        the one behind its last.
+        """Spread `count` items over the workers: (worker, (first, behind the last)) of each that
+        gets some.
         """
         parts = [part for part in even_parts(count, self.num_workers) if part]
         return [(worker, (part.start, part.stop)) for worker, part in enumerate(parts)]
 
     @abstractmethod
     def start(self, notify: Notify = unheard) -> None:
-        """Start the workers, unless they run; the first step does it too. What is waited for goes
-        to `notify`.
+        """Start the workers, unless they run; the first step does it too. Tell `notify` what is
+        waited for.
 
         Raises:
             WorkerFailure: they cannot be started.
@@ -78,10 +78,10 @@ class Executor(ABC):
 
     @abstractmethod
     def _receipts(self, calls: Sequence[Call[Any]]) -> list[Receipt]:
-        """The receipts of some steps, in order, failing as soon as one fails."""
+        """Return the receipts of some steps, in order; fail as soon as one fails."""
 
     def wait(self, calls: Sequence[Call[Any]]) -> list[Receipt]:
-        """The receipts of some steps, in order.
+        """Wait for some steps and return their receipts, in order.
 
         Raises:
             RaypruneError: the step's own error.
@@ -98,7 +98,7 @@ class Executor(ABC):
         return receipts
 
     def use_model(self, path: Path) -> None:
-        """Let the workers work on another model from now on."""
+        """Go on with another model; workers start anew."""
         self.job = self.job.model_copy(
             update={"model": self.job.model.model_copy(update={"path": str(path)})}
         )
@@ -106,7 +106,7 @@ class Executor(ABC):
 
     @abstractmethod
     def drop_workers(self) -> None:
-        """Let the workers go; the next step starts new ones."""
+        """Stop the workers and what they keep; the next step starts new ones."""
 
     @abstractmethod
     def train(self, stage: Finetune) -> None:
@@ -153,14 +153,14 @@ class InProcessExecutor(Executor):
         return [call.receipt for call in calls]
 
     def train(self, stage: Finetune) -> None:
-        """One plain process."""
+        """Train in this process."""
         self.drop_workers()
         from rayprune.workers.training.rank import train_rank
 
         train_rank(stage, 0, 1, self.job.parallel.device)
 
     def replace_lost(self) -> list[int]:
-        """Nothing can be lost without this process."""
+        """Replace none: the worker lives in this process."""
         return []
 
     def drop_workers(self) -> None:

@@ -1,4 +1,4 @@
-"""How the units of a group that stay are chosen, and what they become."""
+"""Choose the units of a group that stay, and correct the weight that reads them."""
 
 from collections.abc import Sequence
 from typing import Any
