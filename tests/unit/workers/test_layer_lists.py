@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from rayprune.workers.model.config_patch import config_of_layers
+from rayprune.workers.model.config import Config
+from rayprune.workers.model.rewrite import of_layers
 
 OTHERS: dict[str, Any] = {
     "eos_token_id": [2, 32000, 32007],
@@ -20,7 +21,7 @@ OTHERS: dict[str, Any] = {
 @pytest.mark.parametrize("key", OTHERS)
 def test_a_list_that_is_as_long_by_chance_stays(key: str) -> None:
     config = {"model_type": "llama", "num_hidden_layers": 3, key: OTHERS[key]}
-    assert config_of_layers(config, [0, 2]) == config | {"num_hidden_layers": 2}
+    assert of_layers(Config(config), [0, 2]).raw == config | {"num_hidden_layers": 2}
 
 
 @pytest.mark.parametrize(
@@ -35,11 +36,12 @@ def test_a_list_with_an_entry_for_each_layer_is_cut(
     model_type: str, key: str, values: list[Any]
 ) -> None:
     config = {"model_type": model_type, "num_hidden_layers": 3, "eos_token_id": [2, 3, 4]}
-    cut = config_of_layers(config | {key: values}, [0, 2])
+    cut = of_layers(Config(config | {key: values}), [0, 2]).raw
     assert cut[key] == [values[0], values[2]]
     assert cut["eos_token_id"] == [2, 3, 4]
 
 
 def test_what_a_class_works_out_from_a_layer_s_number_is_written() -> None:
-    cut = config_of_layers({"model_type": "smollm3", "num_hidden_layers": 8}, [0, 3, 7])
+    original = Config({"model_type": "smollm3", "num_hidden_layers": 8})
+    cut = of_layers(original, [0, 3, 7]).raw
     assert cut["no_rope_layers"] == [1, 0, 0]

@@ -13,10 +13,11 @@ import torch
 from rayprune.orchestrator import cli
 from rayprune.specs.errors import ResourceError
 from rayprune.specs.job import CalibrationSpec
+from rayprune.specs.loader import load_job
+from rayprune.specs.memory import MemoryPlan
 from rayprune.specs.training import TrainingSpec
 from rayprune.workers.store.training_stage import Finetune, Gates
 from rayprune.workers.training import rank
-from rayprune.workers.workbench import Receipt, Workbench, step
 from rayprune.workers.worker import Worker
 from tests.conftest import MakeJob, MakeModel
 
@@ -42,47 +43,39 @@ def python_takes() -> object:
 TAKES = [torch_takes, numpy_takes, python_takes]
 
 
-class Hungry(Workbench):
-    """A worker whose step does as it is told."""
-
-    def __init__(self) -> None:
-        """Needs no job."""
-
-    def peak_memory_bytes(self) -> dict[str, int]:
-        return {"": 0}
-
-    @step
-    def work(self, what: Callable[[], object]) -> tuple[Receipt, None]:
-        what()
-        return {}, None
+def worker_that(take: Callable[[], object], make_job: MakeJob, tmp_path: Path) -> Worker:
+    """A worker with a step that does as it is told."""
+    job = load_job(make_job(tmp_path / "model"))
+    worker = Worker(job, str(tmp_path), "cpu", MemoryPlan())
+    worker._steps["work"] = lambda: ({}, take())
+    return worker
 
 
 @pytest.mark.parametrize("take", TAKES)
-def test_a_step_without_memory_is_a_resource_error(take: Callable[[], object]) -> None:
+def test_a_step_without_memory_is_a_resource_error(
+    take: Callable[[], object], make_job: MakeJob, tmp_path: Path
+) -> None:
     with pytest.raises(ResourceError, match=r"work: out of memory \(.+\): lower parallel"):
-        Hungry().work(take)
+        worker_that(take, make_job, tmp_path).run("work")
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), OSError(2, "no file"), KeyError("a")])
-def test_other_errors_of_a_step_stay_what_they_are(error: Exception) -> None:
+def test_other_errors_of_a_step_stay_what_they_are(
+    error: Exception, make_job: MakeJob, tmp_path: Path
+) -> None:
     def fail() -> None:
         raise error
 
     with pytest.raises(type(error)) as caught:
-        Hungry().work(fail)
+        worker_that(fail, make_job, tmp_path).run("work")
     assert caught.value is error
-
-
-def test_every_public_method_of_a_worker_is_a_step() -> None:
-    public = {name for name in dir(Worker) if not name.startswith("_")} - {"peak_memory_bytes"}
-    assert {name for name in public if not hasattr(getattr(Worker, name), "__wrapped__")} == set()
 
 
 def test_evaluation_without_memory_is_a_resource_error(
     monkeypatch: pytest.MonkeyPatch, make_model: MakeModel, make_job: MakeJob, tmp_path: Path
 ) -> None:
     """The command ends with 4 and no traceback."""
-    monkeypatch.setattr("rayprune.workers.side_steps.window_losses", lambda *_: torch_takes())
+    monkeypatch.setattr("rayprune.workers.steps.judging.window_losses", lambda *_: torch_takes())
     held_out = tmp_path / "held_out.txt"
     held_out.write_text("Nothing of this stands in the other text. " * 40)
     evaluation = {"path": str(held_out), "window": 16, "max_windows": 2}
