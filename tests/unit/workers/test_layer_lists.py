@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from rayprune.workers.model.config_patch import config_of_layers
+from rayprune.workers.model.config import Config
+from rayprune.workers.model.rewrite import of_layers
 
 OTHERS: dict[str, Any] = {
     "eos_token_id": [2, 32000, 32007],
@@ -15,6 +16,10 @@ OTHERS: dict[str, Any] = {
     "an_unknown_key": [1, 2, 3],
 }
 """As long as there are layers, and about something else."""
+
+
+def config_of_layers(config: dict[str, Any], layers: list[int]) -> dict[str, Any]:
+    return dict(of_layers(Config(config), layers).raw)
 
 
 @pytest.mark.parametrize("key", OTHERS)

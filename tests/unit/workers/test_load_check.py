@@ -12,9 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from rayprune.orchestrator.cli import main
 from rayprune.specs.errors import VerificationError
-from rayprune.workers.model.per_layer import MODULE, per_layer_config, remote_code
-from rayprune.workers.network.layers import per_layer_class
+from rayprune.workers.model.checkpoint import open_checkpoint
+from rayprune.workers.model.sized_layers import MODULE
 from rayprune.workers.network.load_check import check_loads
+from rayprune.workers.network.streamed import built_from
 from rayprune.workers.store.files import commit, read_manifest
 from tests.conftest import MakeJob, MakeModel, edit_json
 
@@ -30,12 +31,13 @@ def parameters_of(model: Any) -> int:
 def uneven(make_model: MakeModel) -> tuple[Path, int]:
     """A folder whose layers differ in size, as an export writes it, and its parameters."""
     folder = make_model()
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(per_layer_config(config, SPREAD, "float32")))
-    model = per_layer_class(config)._from_config(AutoConfig.from_pretrained(folder))
+    written = open_checkpoint(folder).written(range(3), SPREAD, "transformers", "float32")
+    (folder / "config.json").write_text(json.dumps(written.config))
+    assert written.code is not None
+    model = built_from(written.code)._from_config(AutoConfig.from_pretrained(folder))
     tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / f"{MODULE}.py").write_text(remote_code(config))
+    (folder / f"{MODULE}.py").write_text(written.code.text)
     return folder, parameters_of(model)
 
 

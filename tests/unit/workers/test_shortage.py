@@ -16,7 +16,6 @@ from rayprune.specs.job import CalibrationSpec
 from rayprune.specs.training import TrainingSpec
 from rayprune.workers.store.training_stage import Finetune, Gates
 from rayprune.workers.training import rank
-from rayprune.workers.workbench import Receipt, Workbench, step
 from rayprune.workers.worker import Worker
 from tests.conftest import MakeJob, MakeModel
 
@@ -42,25 +41,18 @@ def python_takes() -> object:
 TAKES = [torch_takes, numpy_takes, python_takes]
 
 
-class Hungry(Workbench):
+class Hungry(Worker):
     """A worker whose step does as it is told."""
 
     def __init__(self) -> None:
         """Needs no job."""
-
-    def peak_memory_bytes(self) -> dict[str, int]:
-        return {"": 0}
-
-    @step
-    def work(self, what: Callable[[], object]) -> tuple[Receipt, None]:
-        what()
-        return {}, None
+        self._steps = {"work": lambda what: what()}
 
 
 @pytest.mark.parametrize("take", TAKES)
 def test_a_step_without_memory_is_a_resource_error(take: Callable[[], object]) -> None:
     with pytest.raises(ResourceError, match=r"work: out of memory \(.+\): lower parallel"):
-        Hungry().work(take)
+        Hungry().run("work", take)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), OSError(2, "no file"), KeyError("a")])
@@ -69,20 +61,15 @@ def test_other_errors_of_a_step_stay_what_they_are(error: Exception) -> None:
         raise error
 
     with pytest.raises(type(error)) as caught:
-        Hungry().work(fail)
+        Hungry().run("work", fail)
     assert caught.value is error
-
-
-def test_every_public_method_of_a_worker_is_a_step() -> None:
-    public = {name for name in dir(Worker) if not name.startswith("_")} - {"peak_memory_bytes"}
-    assert {name for name in public if not hasattr(getattr(Worker, name), "__wrapped__")} == set()
 
 
 def test_evaluation_without_memory_is_a_resource_error(
     monkeypatch: pytest.MonkeyPatch, make_model: MakeModel, make_job: MakeJob, tmp_path: Path
 ) -> None:
     """The command ends with 4 and no traceback."""
-    monkeypatch.setattr("rayprune.workers.side_steps.window_losses", lambda *_: torch_takes())
+    monkeypatch.setattr("rayprune.workers.steps.judging.window_losses", lambda *_: torch_takes())
     held_out = tmp_path / "held_out.txt"
     held_out.write_text("Nothing of this stands in the other text. " * 40)
     evaluation = {"path": str(held_out), "window": 16, "max_windows": 2}
