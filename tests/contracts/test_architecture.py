@@ -33,16 +33,131 @@ ONLY_IN = {
     "rich": {"rayprune.orchestrator.reporting.progress"},
 }
 TORCH = {"torch", "transformers", "accelerate"}
-WITHOUT_TORCH = {
-    "rayprune.workers.model.families",
-    "rayprune.workers.model.checkpoint",
-    "rayprune.workers.store.files",
-    "rayprune.workers.store.shards",
-    "rayprune.workers.model.config_patch",
-    "rayprune.workers.store.layout",
-    "rayprune.workers.model.shapes",
-    "rayprune.workers.store.storage",
+ROOMS = {
+    "specs": set(),
+    "workers.machine": {"specs"},
+    "workers.model": {"specs"},
+    "workers.store": {"specs"},
+    "workers.numerics": {"specs", "workers.machine"},
+    "workers.calibration": {"specs"},
+    "workers.network": {"specs", "workers.machine", "workers.model", "workers.numerics"},
+    "workers.passes": {
+        "specs",
+        "workers.machine",
+        "workers.model",
+        "workers.network",
+        "workers.numerics",
+        "workers.store",
+    },
+    "workers.training": {
+        "specs",
+        "workers.calibration",
+        "workers.machine",
+        "workers.model",
+        "workers.network",
+        "workers.passes",
+        "workers.store",
+    },
+    "workers.tools": {
+        "specs",
+        "workers.calibration",
+        "workers.machine",
+        "workers.model",
+        "workers.network",
+    },
+    "workers.workbench": {
+        "specs",
+        "workers.machine",
+        "workers.model",
+        "workers.network",
+        "workers.numerics",
+        "workers.passes",
+        "workers.store",
+    },
+    "workers.steps": {
+        "specs",
+        "workers.calibration",
+        "workers.model",
+        "workers.network",
+        "workers.numerics",
+        "workers.passes",
+        "workers.store",
+        "workers.training",
+        "workers.workbench",
+    },
+    "workers.worker": {"specs", "workers.machine", "workers.steps", "workers.workbench"},
+    "orchestrator.planning": {
+        "orchestrator.reporting",  # a plan in a notebook
+        "specs",
+        "workers.machine",
+        "workers.model",
+        "workers.store",
+    },
+    "orchestrator.execution": {
+        "specs",
+        "workers.machine",
+        "workers.store",
+        "workers.training",
+        "workers.worker",
+    },
+    "orchestrator.stages": {
+        "orchestrator.execution",
+        "orchestrator.planning",
+        "specs",
+        "workers.machine",
+        "workers.model",
+        "workers.store",
+    },
+    "orchestrator.reporting": {
+        "orchestrator.execution",
+        "orchestrator.planning",
+        "orchestrator.stages",
+        "specs",
+        "workers.model",
+        "workers.store",
+    },
+    "orchestrator.run": {
+        "orchestrator.execution",
+        "orchestrator.planning",
+        "orchestrator.reporting",
+        "orchestrator.stages",
+        "specs",
+        "workers.model",
+        "workers.store",
+    },
+    "orchestrator.entry": {
+        "orchestrator.execution",
+        "orchestrator.planning",
+        "orchestrator.reporting",
+        "orchestrator.run",
+        "specs",
+        "workers.model",
+    },
+    "orchestrator.cli": {
+        "orchestrator.execution",
+        "orchestrator.reporting",
+        "specs",
+        "workers.machine",
+        "workers.network",
+        "workers.tools",
+    },
 }
+"""The rooms, and the single modules that stand beside them, with the rooms that each may import."""
+FOLDERS = [*LAYERS, *(room for room in ROOMS if FILES[f"rayprune.{room}"].stem == "__init__")]
+FOLDERS.remove("specs")  # a package that is one room
+LAWS = {
+    "Neither torch nor ray": {"specs"},
+    "knows nothing of Ray": {"workers"},
+    "No torch": {"orchestrator", "workers.model", "workers.store"},
+    "Knows no model": {"workers.machine", "workers.numerics"},
+    "no run folder": {"workers.numerics"},
+    "the only reader of config keys": {"workers.model"},  # held by test_description.py
+    "the only room that touches modules of transformers": {"workers.network"},
+}
+"""What docstrings of packages and rooms promise, and whose do; held by the tests below."""
+WITHOUT_TORCH = LAWS["Neither torch nor ray"] | LAWS["No torch"]
+WRITES_TENSORS = "rayprune.workers.store.files"
+"""Without torch at import; a function of it writes safetensors files."""
 
 
 def is_type_checking(node: ast.AST) -> bool:
@@ -122,24 +237,95 @@ def test_one_module_knows_the_library(library: str) -> None:
     } == ONLY_IN[library]
 
 
+def room_of(module: str) -> str:
+    """The room of a module of ours, or the module itself where it stands beside the rooms."""
+    parts = module.removeprefix("rayprune.").split(".")
+    return parts[0] if parts[0] == "specs" else ".".join(parts[:2])
+
+
+def law_of(room: str) -> str:
+    """What the docstring of a room says, on one line."""
+    return " ".join((ast.get_docstring(TREES[f"rayprune.{room}"]) or "").split())
+
+
+def test_every_room_is_in_the_table_and_states_its_law() -> None:
+    found = {room_of(name) for name in FILES} - {"workers", "orchestrator"}
+    assert found == ROOMS.keys()
+    assert len(FOLDERS) > 12
+    assert [room for room in FOLDERS if not law_of(room)] == []
+
+
+@pytest.mark.parametrize("promise", LAWS)
+def test_docstrings_promise_what_is_held(promise: str) -> None:
+    """Neither is a law dropped from a docstring, nor does one promise what is not looked at."""
+    assert {room for room in FOLDERS if promise in law_of(room)} == LAWS[promise]
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_import_what_the_table_allows(room: str) -> None:
+    """Exactly that: an entry that nothing needs any more goes."""
+    wanted = {
+        room_of(module)
+        for name, modules in IMPORTS.items()
+        if room_of(name) == room
+        for module in modules & FILES.keys()
+    }
+    assert wanted - {room, "workers", "orchestrator"} == ROOMS[room]
+
+
+def test_rooms_of_the_workers_stand_above_each_other() -> None:
+    """No two of them need each other, in whatever round."""
+    left = {room: {r for r in ROOMS[room] if r in ROOMS} for room in ROOMS if "workers" in room}
+    while left:
+        free = [room for room, needs in left.items() if not needs & left.keys()]
+        assert free, f"rounds among {sorted(left)}"
+        left = {room: needs for room, needs in left.items() if room not in free}
+
+
+def test_laws_of_imports_follow_from_the_table() -> None:
+    for room in LAWS["Knows no model"]:
+        assert not {"workers.model", "workers.network", "workers.passes"} & ROOMS[room]
+    for room in LAWS["no run folder"]:
+        assert "workers.store" not in ROOMS[room]
+
+
 @pytest.mark.parametrize(
-    "name", [name for name in FILES if package(name) != "workers" or name in WITHOUT_TORCH]
+    "name", [name for name in FILES if {package(name), room_of(name)} & WITHOUT_TORCH]
 )
-def test_no_torch_outside_the_workers(name: str) -> None:
+def test_no_torch_where_none_is_promised(name: str) -> None:
+    """Not inside functions either."""
     assert not TORCH & set(map(package, IMPORTS[name]))
+    if name != WRITES_TENSORS:
+        assert "safetensors.torch" not in IMPORTS[name]
+    at_import = {
+        node.module for node in TREES[name].body if isinstance(node, ast.ImportFrom) and node.module
+    }
+    assert "safetensors.torch" not in at_import
 
 
-def test_one_module_touches_the_inside_of_transformers() -> None:
+def test_one_room_touches_the_inside_of_transformers() -> None:
     """Others load whole models or tokenizers by the public Auto classes, in places known by
     name.
     """
-    users = {name for name, modules in IMPORTS.items() if "transformers" in map(package, modules)}
-    assert users == {
-        "rayprune.workers.network.layers",
-        "rayprune.workers.calibration",
-        "rayprune.workers.network.load_check",
-        "rayprune.workers.tools.generate",
+    users = {
+        name
+        for name, modules in IMPORTS.items()
+        if {"transformers", "accelerate"} & set(map(package, modules))
     }
+    outside = {name for name in users if room_of(name) != "workers.network"}
+    assert outside == {"rayprune.workers.calibration", "rayprune.workers.tools.generate"}
+    assert users - outside == {
+        "rayprune.workers.network.streamed",
+        "rayprune.workers.network.load_check",
+    }
+    for name in outside:
+        names = {
+            alias.name
+            for node in nodes(TREES[name])
+            if isinstance(node, ast.ImportFrom) and package(str(node.module)) == "transformers"
+            for alias in node.names
+        }
+        assert names <= {"AutoModelForCausalLM", "AutoTokenizer", "PreTrainedTokenizerBase"}
 
 
 def test_no_cycles() -> None:
@@ -227,5 +413,5 @@ def test_light_commands_import_neither_torch_nor_ray(
         timeout=60,
     )
     assert done.returncode == 0, done.stderr
-    for words in ("usage: rayprune", "rayprune job", ": valid", "FFN width"):
+    for words in ("usage: rayprune", "rayprune job", ": valid", "FFN channels"):
         assert words in done.stdout

@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM
 from rayprune.orchestrator.cli import main
 from rayprune.orchestrator.run import run_job
 from rayprune.specs.loader import load_job
+from rayprune.workers.model.checkpoint import open_checkpoint
+from rayprune.workers.model.families import prunable
 from tests.conftest import MakeJob, MakeModel, folder_bytes
 
 WINDOWS_NT = torch.randint(3, 259, (32, 64), generator=torch.Generator().manual_seed(0))
@@ -127,11 +129,14 @@ def test_workers_give_the_same_bytes(
     assert folder_bytes(tmp_path / "ray" / "model") == expected
 
 
-@pytest.mark.parametrize("model_type", ["mistral", "qwen3", "gemma", "smollm3"])
+@pytest.mark.parametrize("model_type", [name for name in prunable() if name != "gemma2"])
 def test_families(
     model_type: str, make_model: MakeModel, make_job: MakeJob, tmp_path: Path
 ) -> None:
-    job = make_job(make_model(model_type), budget={"kv_groups": 1}, correction={"drift": 0.5})
+    dense = make_model(model_type)
+    heads = open_checkpoint(dense).model.layers[0].group("heads")
+    budget = {"kv_groups": heads.num_units // (1 if heads.fixed else 2)}
+    job = make_job(dense, budget=budget, correction={"drift": 0.5})
     assert main(["run", str(job), "--out", str(tmp_path / "run")]) == 0
     assert main(["verify", str(tmp_path / "run")]) == 0
 

@@ -72,6 +72,10 @@ def test_remote_code_padded_and_own_models_agree(
     if drift and model_type == "gemma2":
         pytest.skip("its blocks' outputs are normalised before they are added")
     dense = make_model(model_type, num_hidden_layers=4)
+    if reason := open_checkpoint(dense).model.sized_alike:
+        with pytest.raises(SpecError, match=f"{reason}; set export.pad: true"):
+            run_job(load_job(make_job(dense, budget={"per_layer": True})), tmp_path / "run", quiet)
+        return
     folders = {}
     for pad in (False, True):
         sections = {

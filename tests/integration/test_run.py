@@ -15,10 +15,11 @@ from benchmarks.random_model import byte_tokenizer
 from rayprune.orchestrator.cli import main
 from rayprune.orchestrator.execution.verify import verify_run
 from rayprune.orchestrator.run import run_job
-from rayprune.specs.errors import ModelError
+from rayprune.specs.errors import ModelError, SpecError
 from rayprune.specs.loader import load_job
 from rayprune.specs.methods.ranking import RANKINGS
 from rayprune.workers.model.checkpoint import open_checkpoint
+from rayprune.workers.model.families import prunable
 from tests.conftest import MakeJob, MakeModel, edit_json, folder_bytes
 
 
@@ -36,15 +37,19 @@ def load(folder: Path) -> Any:
     return model.eval()
 
 
-@pytest.mark.parametrize(
-    "model_type", ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "smollm3"]
-)
-@pytest.mark.parametrize("kv_groups", [2, 1])
+@pytest.mark.parametrize("model_type", prunable())
+@pytest.mark.parametrize("part", [1, 2])
 def test_every_family_loads_and_generates(
-    model_type: str, kv_groups: int, make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+    model_type: str, part: int, make_model: MakeModel, make_job: MakeJob, tmp_path: Path
 ) -> None:
     dense = make_model(model_type)
-    report = run(make_job(dense, budget={"kv_groups": kv_groups}), tmp_path / "run")
+    heads = open_checkpoint(dense).model.layers[0].group("heads")
+    job = make_job(dense, budget={"kv_groups": heads.num_units // part})
+    if part > 1 and heads.fixed:
+        with pytest.raises(SpecError, match=heads.fixed):
+            run_job(load_job(job), tmp_path / "run", lambda event: None)
+        return
+    report = run(job, tmp_path / "run")
     model = load(tmp_path / "run" / "model")
     assert sum(p.numel() for p in model.parameters()) == report["parameters"]["after"]
     plan = json.loads((tmp_path / "run" / "plan.json").read_text())

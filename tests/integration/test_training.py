@@ -23,6 +23,7 @@ from rayprune.orchestrator.execution.ray_train import train_on_ray
 from rayprune.specs.errors import ModelError
 from rayprune.specs.job import CalibrationSpec
 from rayprune.specs.training import LoraSpec, TrainingSpec
+from rayprune.workers.model.checkpoint import open_checkpoint
 from rayprune.workers.store.layout import RESULT_FILE, TRAINED_FOLDER
 from rayprune.workers.store.training_stage import Aim, Finetune, Penalty, Recovery, Shrink, read_log
 from rayprune.workers.training.adapters import adapted, add_adapters, merged
@@ -145,9 +146,10 @@ def test_adapters_alone_are_trained_saved_and_merged(stage: Finetune) -> None:
 
 
 def test_a_merged_adapter_computes_what_the_adapter_does(make_model: MakeModel) -> None:
-    model: Any = AutoModelForCausalLM.from_pretrained(make_model())
+    folder = make_model()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
     tokens = torch.tensor([[3, 77, 15, 200, 9, 31, 8, 120]])
-    add_adapters(model, LoraSpec(rank=4), 0)
+    add_adapters(model, open_checkpoint(folder).model, LoraSpec(rank=4), 0)
     torch.manual_seed(0)
     for module in adapted(model).values():
         torch.nn.init.normal_(module.lora_B["default"].weight, std=0.2)  # type: ignore[index]

@@ -18,6 +18,10 @@ OTHERS: dict[str, Any] = {
 """As long as there are layers, and about something else."""
 
 
+def config_of_layers(config: dict[str, Any], layers: list[int]) -> dict[str, Any]:
+    return dict(of_layers(Config(config), layers).raw)
+
+
 @pytest.mark.parametrize("key", OTHERS)
 def test_a_list_that_is_as_long_by_chance_stays(key: str) -> None:
     config = {"model_type": "llama", "num_hidden_layers": 3, key: OTHERS[key]}

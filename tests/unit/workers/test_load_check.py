@@ -12,8 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from rayprune.orchestrator.cli import main
 from rayprune.specs.errors import VerificationError
-from rayprune.workers.model.config import Config
-from rayprune.workers.model.rewrite import written
+from rayprune.workers.model.checkpoint import open_checkpoint
 from rayprune.workers.model.sized_layers import MODULE
 from rayprune.workers.network.load_check import check_loads
 from rayprune.workers.network.streamed import built_from
@@ -32,14 +31,13 @@ def parameters_of(model: Any) -> int:
 def uneven(make_model: MakeModel) -> tuple[Path, int]:
     """A folder whose layers differ in size, as an export writes it, and its parameters."""
     folder = make_model()
-    config = Config(json.loads((folder / "config.json").read_text()))
-    found = written(config, range(len(SPREAD)), SPREAD, "transformers", "float32")
-    assert found.code is not None
-    (folder / "config.json").write_text(json.dumps(found.config))
-    model = built_from(found.code)._from_config(AutoConfig.from_pretrained(folder))
+    written = open_checkpoint(folder).written(range(3), SPREAD, "transformers", "float32")
+    (folder / "config.json").write_text(json.dumps(written.config))
+    assert written.code is not None
+    model = built_from(written.code)._from_config(AutoConfig.from_pretrained(folder))
     tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / f"{MODULE}.py").write_text(found.code.text)
+    (folder / f"{MODULE}.py").write_text(written.code.text)
     return folder, parameters_of(model)
 
 

@@ -13,8 +13,6 @@ import torch
 from rayprune.orchestrator import cli
 from rayprune.specs.errors import ResourceError
 from rayprune.specs.job import CalibrationSpec
-from rayprune.specs.loader import load_job
-from rayprune.specs.memory import MemoryPlan
 from rayprune.specs.training import TrainingSpec
 from rayprune.workers.store.training_stage import Finetune, Gates
 from rayprune.workers.training import rank
@@ -43,31 +41,27 @@ def python_takes() -> object:
 TAKES = [torch_takes, numpy_takes, python_takes]
 
 
-def worker_that(take: Callable[[], object], make_job: MakeJob, tmp_path: Path) -> Worker:
-    """A worker with a step that does as it is told."""
-    job = load_job(make_job(tmp_path / "model"))
-    worker = Worker(job, str(tmp_path), "cpu", MemoryPlan())
-    worker._steps["work"] = lambda: ({}, take())
-    return worker
+class Hungry(Worker):
+    """A worker whose step does as it is told."""
+
+    def __init__(self) -> None:
+        """Needs no job."""
+        self._steps = {"work": lambda what: what()}
 
 
 @pytest.mark.parametrize("take", TAKES)
-def test_a_step_without_memory_is_a_resource_error(
-    take: Callable[[], object], make_job: MakeJob, tmp_path: Path
-) -> None:
+def test_a_step_without_memory_is_a_resource_error(take: Callable[[], object]) -> None:
     with pytest.raises(ResourceError, match=r"work: out of memory \(.+\): lower parallel"):
-        worker_that(take, make_job, tmp_path).run("work")
+        Hungry().run("work", take)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), OSError(2, "no file"), KeyError("a")])
-def test_other_errors_of_a_step_stay_what_they_are(
-    error: Exception, make_job: MakeJob, tmp_path: Path
-) -> None:
+def test_other_errors_of_a_step_stay_what_they_are(error: Exception) -> None:
     def fail() -> None:
         raise error
 
     with pytest.raises(type(error)) as caught:
-        worker_that(fail, make_job, tmp_path).run("work")
+        Hungry().run("work", fail)
     assert caught.value is error
 
 

@@ -1,0 +1,399 @@
+"""What holds for every family: its file alone is enough. A new file in `workers/model/families` is
+tested here with no further edit.
+"""
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from rayprune.orchestrator.planning.shapes import Shape, uneven_shape
+from rayprune.orchestrator.run import run_job
+from rayprune.orchestrator.stages import probe
+from rayprune.orchestrator.stages.context import Context
+from rayprune.specs.errors import SpecError
+from rayprune.specs.job import CorrectionSpec
+from rayprune.specs.loader import load_job
+from rayprune.specs.methods.ranking.stat import StatOptions
+from rayprune.workers.machine.scratch import Scratch
+from rayprune.workers.model.checkpoint import Checkpoint, open_checkpoint
+from rayprune.workers.model.description import Group
+from rayprune.workers.model.families import prunable
+from rayprune.workers.network.layers import (
+    apply_cut,
+    consumer_input,
+    dense_streams,
+    finish_layer,
+    stream_before,
+)
+from rayprune.workers.network.slicing import Cut
+from rayprune.workers.network.streamed import MicroBatch, StreamedModel, hooked, layers_of
+from rayprune.workers.numerics.correction import Correction, correct
+from rayprune.workers.numerics.linalg import unit_rows
+from rayprune.workers.numerics.methods import select
+from rayprune.workers.numerics.statistics import GramStatistic
+from rayprune.workers.steps import deciding
+from tests.conftest import MakeJob, build_model
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+}
+"""Heads are wider than the hidden size over their number, where a class takes a size."""
+WINDOWS_BT = torch.randint(3, 259, (3, 20), generator=torch.Generator().manual_seed(0))
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A tiny dense model of a family: its folder, and the stock network."""
+
+    folder: Path
+    checkpoint: Checkpoint
+    network: Any
+
+    @property
+    def groups(self) -> dict[str, Group]:
+        """The groups of a layer."""
+        return {group.name: group for group in self.checkpoint.model.groups}
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The layers of the stock network."""
+        return layers_of(self.network, self.checkpoint.model)
+
+    def consumer(self, layer: int, name: str) -> Any:
+        """A group's consumer in the stock network."""
+        return self.layers[layer].get_submodule(self.groups[name].consumer.module)
+
+    def streamed(self) -> StreamedModel:
+        """The same, layer by layer."""
+        return StreamedModel(self.checkpoint, torch.float32, CPU)
+
+
+@pytest.fixture(scope="module", params=prunable())
+def dense(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Dense:
+    folder = build_model(tmp_path_factory.mktemp(request.param) / "dense", request.param, **SIZES)
+    network = AutoModelForCausalLM.from_pretrained(folder)
+    return Dense(folder, open_checkpoint(folder), network.eval())
+
+
+@torch.inference_mode()
+def logits_of(network: Any) -> Tensor:
+    """Of the stock forward pass."""
+    logits: Tensor = network(input_ids=WINDOWS_BT, use_cache=False).logits
+    return logits
+
+
+def same(found: Tensor, expected: Tensor, bound: float = 3e-5) -> None:
+    """Equal but for roundings, relative to the size of all."""
+    assert found.shape == expected.shape
+    assert float((found - expected).norm() / expected.norm()) < bound
+
+
+def weight_of(dense: Dense, layer: int, name: str) -> Tensor:
+    """A consumer's weight (D, F)."""
+    weight: Tensor = dense.consumer(layer, name).weight.detach()
+    return weight.T if dense.groups[name].consumer.transposed else weight
+
+
+def test_the_description_names_every_tensor_of_the_files(dense: Dense) -> None:
+    model = dense.checkpoint.model
+    with safe_open(dense.folder / "model.safetensors", framework="pt") as handle:
+        found = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
+    described = dict(model.outer)
+    for number, layer in enumerate(model.layers):
+        assert layer.parameters == sum(
+            map(torch.Size.numel, map(torch.Size, layer.shapes.values()))
+        )
+        described |= {model.prefix(number) + name: shape for name, shape in layer.shapes.items()}
+    assert described == found
+    modules = dense.network.state_dict()
+    names = {model.module_names.get(name, name) for name in found}
+    assert names <= modules.keys()
+    tied = {name for name in modules.keys() - names if "rotary" not in name}
+    assert tied <= {model.module_names.get(model.head, model.head)}, "a head that is tied"
+    assert bool(tied) is model.tied
+    for name in (model.backbone, model.last_norm):
+        dense.network.get_submodule(name)
+    assert dense.checkpoint.parameters == sum(p.numel() for p in dense.network.parameters())
+
+
+def test_groups_are_whole(dense: Dense) -> None:
+    """In the order in which a layer computes them, under their blocks."""
+    seen: list[str] = []
+    with hooked(
+        [
+            dense.consumer(0, name).register_forward_hook(lambda *_, name=name: seen.append(name))
+            for name in dense.groups
+        ]
+    ):
+        logits_of(dense.network)
+    assert seen == list(dense.groups)
+    for group in dense.groups.values():
+        assert group.consumer.module.startswith(f"{group.block.module}.")
+        assert all(group.block.holds(axis.tensor) for axis in group.axes)
+        assert group.count == group.active == 1
+
+
+@torch.inference_mode()
+def test_streamed_layers_are_the_whole_model_bit_for_bit(dense: Dense) -> None:
+    behind: list[Tensor] = []
+    with hooked(
+        [x.register_forward_hook(lambda _, args, out: behind.append(out)) for x in dense.layers]
+    ):
+        expected = logits_of(dense.network)
+    streamed = dense.streamed()
+    batch = streamed.embed(WINDOWS_BT)
+    for index, output_BTD in enumerate(behind):
+        finish_layer(streamed.load_layer(index), index, batch, dense.groups)
+        assert torch.equal(batch.hidden_BTD, output_BTD), index
+    assert torch.equal(streamed.logits(WINDOWS_BT, batch.hidden_BTD), expected)
+
+
+@torch.inference_mode()
+def test_drift_is_measured_where_blocks_are_added_as_they_are(
+    dense: Dense, make_job: MakeJob, tmp_path: Path
+) -> None:
+    """What a layer gives is what it was given and its blocks' outputs, each times its scale; where
+    it is not, the job is refused.
+    """
+    scales = [group.block.scale for group in dense.groups.values()]
+    streamed = dense.streamed()
+    start, behind, outputs = streamed.embed(WINDOWS_BT), list[Tensor](), dict[str, Tensor]()
+
+    def note(group: Group) -> Callable[..., None]:
+        def hook(module: nn.Module, args: object, output: Any) -> None:
+            outputs[group.name] = output[0] if group.block.returns else output
+            assert (len(output) if isinstance(output, tuple) else 0) == group.block.returns
+
+        return hook
+
+    last = dense.layers[0].register_forward_hook(lambda _, args, output: behind.append(output))
+    blocks = [
+        dense.layers[0].get_submodule(group.block.module).register_forward_hook(note(group))
+        for group in dense.groups.values()
+    ]
+    with hooked([last, *blocks]):
+        logits_of(dense.network)
+    sum_BTD = start.hidden_BTD.clone()
+    for name, group in dense.groups.items():
+        sum_BTD += outputs[name] * (1.0 if group.block.scale is None else group.block.scale)
+    if None in scales:
+        assert scales == [None] * len(scales)
+        assert float((sum_BTD - behind[0]).norm() / behind[0].norm()) > 0.1, "they are added"
+        job = make_job(dense.folder, correction={"drift": 0.5})
+        with pytest.raises(SpecError, match="does not add its blocks' outputs"):
+            run_job(load_job(job), tmp_path / "run", lambda event: None)
+        return
+    same(sum_BTD, behind[0], 1e-6)
+    layer = streamed.load_layer(0)
+    streams = dense_streams(layer, 0, start, dense.groups)
+    batch = MicroBatch(start.hidden_BTD, start.arguments)
+    for name, group in dense.groups.items():
+        before_BTD = stream_before(batch, dense.groups, name)
+        assert group.block.scale is not None
+        same(before_BTD + group.block.scale * outputs[name], streams[name], 1e-6)
+        batch.outputs[group.block.module] = outputs[name]
+    assert torch.equal(streams[name], behind[0])
+
+
+@torch.inference_mode()
+def test_stat_at_full_width_is_the_identity(dense: Dense) -> None:
+    """All units are chosen, the correction changes no weight, and the layer is what it was."""
+    streamed = dense.streamed()
+    batch, whole = streamed.embed(WINDOWS_BT), streamed.embed(WINDOWS_BT)
+    layer = streamed.load_layer(0)
+    for name, group in dense.groups.items():
+        z_TF = consumer_input(layer, 0, batch, dense.groups, name).flatten(0, -2)
+        fits = [GramStatistic.empty(group.width, Scratch(CPU, None)) for _ in range(2)]
+        for fit, rows in zip(fits, (z_TF[:40], z_TF[40:]), strict=True):
+            fit.update(rows)
+        weight_DF = weight_of(dense, 0, name)
+        units = select(StatOptions(), fits[0], weight_DF, group.columns, group.num_units)
+        assert units.tolist() == list(range(group.num_units))
+        columns_K = unit_rows(units, group.columns)
+        correction = correct(
+            fits[0], fits[1], weight_DF, columns_K, CorrectionSpec(), torch.float32
+        )
+        assert torch.equal(correction.weight_DK, weight_DF)
+        assert correction.training_error == correction.held_out_error == 0
+        apply_cut(layer, 0, batch, dense.groups, name, Cut(name, units, correction.weight_DK))
+    finish_layer(layer, 0, batch, dense.groups)
+    finish_layer(layer, 0, whole, dense.groups)
+    same(batch.hidden_BTD, whole.hidden_BTD, 1e-6)
+
+
+Kept = Sequence[Mapping[str, Sequence[int]]]
+"""The units that stay, of every layer and group."""
+
+
+def drawn(dense: Dense, counts: Sequence[Mapping[str, int]]) -> Kept:
+    """Other units in each layer."""
+    chance = random.Random(3)
+    return [
+        {
+            name: sorted(chance.sample(range(dense.groups[name].num_units), n))
+            for name, n in c.items()
+        }
+        for c in counts
+    ]
+
+
+@contextmanager
+def masked(dense: Dense, kept: Kept) -> Iterator[Any]:
+    """The stock network, in which consumers read zeros from the units that go; of no units, blocks
+    give zeros.
+    """
+
+    def zeroing(group: Group, units: Sequence[int]) -> Callable[..., tuple[Tensor]]:
+        stays = torch.zeros(group.width)
+        stays[unit_rows(torch.tensor(units), group.columns)] = 1.0
+        return lambda module, args: (args[0] * stays,)
+
+    with hooked(
+        [
+            dense.consumer(layer, name).register_forward_pre_hook(
+                zeroing(dense.groups[name], units)
+            )
+            for layer, of_layer in enumerate(kept)
+            for name, units in of_layer.items()
+        ]
+    ):
+        yield dense.network
+
+
+def pruned(dense: Dense, kept: Kept, job: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The exported model of a job that keeps these units and corrects nothing, loaded as a user
+    would.
+    """
+
+    def given(self: object, layer: int, name: str, num_kept: int, training: object) -> Tensor:
+        units = torch.tensor(kept[layer][name])
+        assert len(units) == num_kept
+        return units
+
+    def plain(
+        training: object, held_out: object, weight_DF: Tensor, kept_K: Tensor, *rest: object
+    ) -> Correction:
+        return Correction(weight_DF[:, kept_K].contiguous(), 0.0, 0.0, 0.0)
+
+    monkeypatch.setattr(deciding.Deciding, "select", given)
+    monkeypatch.setattr(deciding, "correct", plain)
+    report = run_job(load_job(job), out, lambda event: None)
+    network, info = AutoModelForCausalLM.from_pretrained(out / "model", output_loading_info=True)
+    assert not any(info.values()), info
+    assert sum(p.numel() for p in network.parameters()) == report.parameters.after
+    return network.eval()
+
+
+def generates(network: Any) -> None:
+    """With and without a cache the same."""
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    cached, plain = (
+        network.generate(WINDOWS_BT, use_cache=use, **options) for use in (True, False)
+    )
+    assert torch.equal(cached, plain)
+
+
+SMALL = {"samples": 4, "sequence_length": 16, "shards": 2}
+
+
+def counts_of(dense: Dense, **changes: int) -> list[dict[str, int]]:
+    """Units of every layer: all, but for some groups."""
+    return [dense.checkpoint.model.units | changes] * dense.checkpoint.num_layers
+
+
+@pytest.mark.parametrize("heads", [2, 3, 4])
+def test_a_cut_model_is_the_dense_one_with_its_units_masked(
+    heads: int, dense: Dense, make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the family's form, reloaded with stock classes; of the heads alone, or of channels."""
+    group, model = dense.groups["heads"], dense.checkpoint.model
+    kv_groups = group.num_units * heads // 4
+    cut = {"heads": kv_groups} if heads < 4 else {"neurons": 60}
+    counts = counts_of(dense, **cut)
+    removed = sum(
+        (dense.groups[n].num_units - k) * dense.groups[n].unit_parameters for n, k in cut.items()
+    )
+    sparsity = removed * dense.checkpoint.num_layers / dense.checkpoint.decoder_parameters
+    job = make_job(
+        dense.folder,
+        calibration=SMALL,
+        budget={"kv_groups": kv_groups, "sparsity": sparsity - 1e-9, "round_to": 1},
+    )
+    try:
+        dense.checkpoint.form(counts[0], "transformers")
+    except SpecError as error:
+        assert heads < 4, "channels can always go"
+        assert model.hidden % (8 * heads // 4) or group.fixed, (
+            "every divisor of the hidden size loads"
+        )
+        with pytest.raises(SpecError, match=str(error)):
+            run_job(load_job(job), tmp_path / "run", lambda event: None)
+        return
+    assert heads == 4 or not group.fixed
+    kept = drawn(dense, [{name: c[name] for name in cut} for c in counts])
+    network = pruned(dense, kept, job, tmp_path / "run", monkeypatch)
+    with masked(dense, kept) as expected:
+        same(logits_of(network), logits_of(expected))
+    generates(network)
+
+
+def spread(monkeypatch: pytest.MonkeyPatch, layers: Sequence[Mapping[str, int]]) -> None:
+    """Allocate so many units to every layer."""
+
+    def allocated(context: Context, tokens: object) -> Shape:
+        return uneven_shape(context.job, context.checkpoint, layers)
+
+    monkeypatch.setattr(probe, "allocate", allocated)
+
+
+def test_padded_layers_are_the_dense_ones_with_their_units_masked(
+    dense: Dense, make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers of different sizes, a block that is gone among them, filled up with zeros."""
+    heads = dense.groups["heads"]
+    fewer = {"heads": heads.num_units if heads.fixed else heads.num_units // 2}
+    counts = [fewer | {"neurons": n} for n in (50, 17, 64, 33)]
+    counts[1] |= {} if heads.fixed else {"heads": 1}
+    spread(monkeypatch, counts)
+    job = make_job(
+        dense.folder, calibration=SMALL, budget={"per_layer": True}, export={"pad": True}
+    )
+    pruned_names = [name for name in fewer if fewer[name] < dense.groups[name].num_units]
+    kept = drawn(dense, [{n: c[n] for n in (*pruned_names, "neurons")} for c in counts])
+    network = pruned(dense, kept, job, tmp_path / "run", monkeypatch)
+    with masked(dense, kept) as expected:
+        same(logits_of(network), logits_of(expected))
+
+
+def test_whole_layers_out_is_the_dense_model_without_them(
+    dense: Dense, make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = counts_of(dense)
+    counts[1] = dict.fromkeys(counts[1], 0)
+    spread(monkeypatch, counts)
+    job = make_job(
+        dense.folder, calibration=SMALL, budget={"per_layer": True}, export={"pad": True}
+    )
+    network = pruned(dense, [{}] * len(counts), job, tmp_path / "run", monkeypatch)
+    assert len(layers_of(network, dense.checkpoint.model)) == len(counts) - 1
+    streamed = dense.streamed()
+    batch = streamed.embed(WINDOWS_BT)
+    for index in (0, 2, 3):
+        finish_layer(streamed.load_layer(index), index, batch, dense.groups)
+    same(logits_of(network), streamed.logits(WINDOWS_BT, batch.hidden_BTD))
+    generates(network)
