@@ -16,7 +16,7 @@ from rayprune.specs.errors import ResourceError
 from rayprune.specs.loader import load_job
 from rayprune.specs.memory import MemoryPlan
 from rayprune.workers.model.checkpoint import open_checkpoint
-from rayprune.workers.worker import Worker
+from rayprune.workers.workbench import Workbench
 from tests.conftest import MakeJob, MakeModel
 
 MIB = 2**20
@@ -113,12 +113,11 @@ def test_the_executor_asks_for_the_plan_of_its_device(
 def test_statistics_lie_where_the_activations_are(
     make_model: MakeModel, make_job: MakeJob, tmp_path: Path
 ) -> None:
-    worker = Worker(
-        load_job(make_job(make_model())), str(tmp_path), "cpu", MemoryPlan(spill_statistics=True)
-    )
-    worker.device = torch.device("meta")  # as any that is not the CPU
+    job, memory = load_job(make_job(make_model())), MemoryPlan(spill_statistics=True)
+    bench = Workbench(job, str(tmp_path), "cpu", memory)
+    bench.device = torch.device("meta")  # as any that is not the CPU
     for size in (1, MIB):
-        assert worker._scratch.zeros(size, dtype=torch.float32).device == worker.device
+        assert bench.scratch.zeros(size, dtype=torch.float32).device == bench.device
 
 
 def test_a_job_in_one_process_is_planned_for_one_worker(

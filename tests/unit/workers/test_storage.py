@@ -20,7 +20,7 @@ from tests.conftest import MakeJob, MakeModel
 @pytest.fixture
 def worker(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> Steps:
     job = load_job(make_job(make_model()))
-    return InProcessExecutor(job, tmp_path / "run", MemoryPlan()).on(0)
+    return InProcessExecutor(job, tmp_path / "run", lambda _: MemoryPlan()).on(0)
 
 
 def test_the_same_files(worker: Steps, tmp_path: Path) -> None:

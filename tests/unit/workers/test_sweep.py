@@ -33,7 +33,7 @@ def grams(parts: Any) -> dict[Any, bytes]:
 
 def steps(finished: tuple[JobSpec, Path], keep_inputs: bool = True) -> Steps:
     """Of a new worker."""
-    return InProcessExecutor(*finished, MemoryPlan(keep_inputs=keep_inputs)).on(0)
+    return InProcessExecutor(*finished, lambda _: MemoryPlan(keep_inputs=keep_inputs)).on(0)
 
 
 def test_a_layer_can_be_collected_again_after_it_was_decided(
