@@ -78,6 +78,11 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--out", type=Path, required=True, help="run folder: tasks, model/ and report.json"
     )
+    run.add_argument(
+        "--redo",
+        choices=["stale"],
+        help="do again what other package versions or another kind of device has made",
+    )
     submit = _job_command(
         commands, "submit", _submit, "run a job on a Ray cluster, from outside it"
     )
@@ -183,7 +188,7 @@ def _run(options: argparse.Namespace) -> None:
     job = _load(options)
     refuse_lost_paths(job, options.out)
     with ProgressView() as view:
-        report = run_job(job, options.out, view.show)
+        report = run_job(job, options.out, view.show, redo_stale=options.redo == "stale")
     print_summary(report)
     pruned = model_folder(options.out)
     chosen = (

@@ -10,6 +10,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +23,26 @@ from rayprune.orchestrator.stages import (
     export,
     gradients,
     probe,
+    source,
     start,
     sweep,
     texts,
     training,
 )
 from rayprune.orchestrator.stages.context import Context
+from rayprune.orchestrator.stages.subject import Pruned, Subject
 from rayprune.specs.errors import ResourceError
 from rayprune.specs.job import JobSpec
-from rayprune.workers.model.checkpoint import open_checkpoint
-from rayprune.workers.store.layout import CACHE
+from rayprune.workers.model.checkpoint import Checkpoint, open_checkpoint
+from rayprune.workers.store.layout import Scope
 
 Show = Callable[[dict[str, Any]], None]
 
 
-def run_job(job: JobSpec, out: Path, show: Show) -> dict[str, Any]:
+def run_job(job: JobSpec, out: Path, show: Show, redo_stale: bool = False) -> dict[str, Any]:
     """Run a job to its end, or go on where an earlier attempt stopped; returns the report.
+
+    With `redo_stale`, what other software or another kind of device has made is done again.
 
     Raises:
         RaypruneError: as its subclasses say; finished tasks are kept.
@@ -45,9 +50,9 @@ def run_job(job: JobSpec, out: Path, show: Show) -> dict[str, Any]:
     checkpoint = open_checkpoint(Path(job.model.path))
     plan = make_plan(job, checkpoint)
     with ExitStack() as stack:
-        folder = stack.enter_context(RunFolder(out, job))
+        folder = stack.enter_context(RunFolder(out, job, redo_stale))
         executor = stack.enter_context(make_executor(job, folder.path, plan))
-        context = Context(job, checkpoint, plan, folder, executor, show)
+        context = Context(job, folder, executor, show, Scope(folder.path))
         context.emit(
             "run-started",
             job=str(folder.path),
@@ -58,20 +63,35 @@ def run_job(job: JobSpec, out: Path, show: Show) -> dict[str, Any]:
             context.emit("warning", text=warning)
         _check_disk(folder.path, plan)
         _check_packages(job)
-        context.settle(plan)
-        start.start(context)
-        tokens, evaluated = texts.tokenize(context)
-        context.gradients = gradients.measure_gradients(context, tokens)
-        context.settle(plan.chosen(probe.choose_shape(context, tokens)))
-        training.train_first(context, tokens)
-        layers = sweep.prune_layers(context, tokens)
-        exported = export.export_model(context, layers)
-        recovered = training.recover(context, exported)
-        # it only serves what is not finished
-        shutil.rmtree(folder.path / CACHE, ignore_errors=True)
-        losses = evaluation.evaluate(context, exported, recovered, evaluated)
+        start.start(context, checkpoint.path)
+        done = prune(context, plan, checkpoint)
         context.emit("run-finished")
-        return write_report(context, layers, losses)
+        return write_report(context, done)
+
+
+def prune(context: Context, plan: Plan, checkpoint: Checkpoint) -> Pruned:
+    """One pass over a model, in the context's scope: what came of it.
+
+    Raises:
+        RaypruneError: as its subclasses say; finished tasks are kept.
+    """
+    context.record(plan)
+    context.executor.use_model(checkpoint.path, context.scope.name)
+    dense = source.identify(context, checkpoint)
+    tokens, evaluated = texts.tokenize(context, dense)
+    subject = Subject(plan, dense, tokens, tuple(texts.text_digests(context)))
+    subject = replace(subject, gradients=gradients.measure_gradients(context, subject))
+    shape = probe.choose_shape(context, subject)
+    subject = replace(subject, plan=context.record(plan.chosen(shape)))
+    trained = training.train_first(context, subject)
+    layers = sweep.prune_layers(context, trained)
+    pruned = export.export_model(context, trained, layers)
+    recovered = training.recover(context, subject, pruned)
+    # it only serves what is not finished
+    shutil.rmtree(context.scope.cache, ignore_errors=True)
+    models = {"before": dense, "after": pruned} | ({"recovered": recovered} if recovered else {})
+    losses = evaluation.evaluate(context, models, evaluated)
+    return Pruned(trained.plan, dense, pruned, recovered, layers, losses)
 
 
 def make_executor(job: JobSpec, run_folder: Path, plan: Plan) -> Executor:

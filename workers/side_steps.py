@@ -16,20 +16,19 @@ from rayprune.workers.calibration import (
     evaluation_windows,
     load_tokenizer,
 )
-from rayprune.workers.network.layers import read_tensors
+from rayprune.workers.model.families import layer_prefix
+from rayprune.workers.network.layers import computed_on, digest_of, read_tensors
 from rayprune.workers.network.load_check import check_loads
 from rayprune.workers.passes.evaluate import window_losses
 from rayprune.workers.passes.gradients import added, squared_gradients
 from rayprune.workers.passes.sweep import check_computed_on
-from rayprune.workers.store.files import FileRecord, commit, read_manifest, write_tensors
+from rayprune.workers.store.files import FileRecord, Task, commit, read_manifest, write_tensors
 from rayprune.workers.store.layout import (
     CALIBRATION_TASK,
     EVALUATION_TASK,
     GRADIENTS_FILE,
     GRADIENTS_TASK,
     TOKENS_FILE,
-    model_folder,
-    task_folder,
 )
 from rayprune.workers.store.shards import Node, grow_tree, merge_siblings, owned_nodes
 from rayprune.workers.store.storage import check_same_files
@@ -53,22 +52,41 @@ class SideSteps(Workbench):
         return {}, None
 
     @step
-    def tokenize(self, task: str, task_fingerprint: str) -> tuple[Receipt, None]:
+    def tokenize(self, task: Task) -> tuple[Receipt, None]:
         """Tokenise the calibration or (afterwards) the evaluation text once; every worker reads the
         resulting file.
         """
         tokenizer, evaluation = load_tokenizer(Path(self.job.model.path)), self.job.evaluation
-        if task == CALIBRATION_TASK:
+        if task.name == CALIBRATION_TASK:
             tokens = calibration_windows(self.job.calibration, tokenizer)
             self._text_read(tokens)  # whether the text suffices is known now
         else:
             assert evaluation is not None
             tokens = evaluation_windows(evaluation, tokenizer)
             check_apart(self._text_read(self._tokens(CALIBRATION_TASK)), tokens, evaluation.path)
-        folder = task_folder(self.run_folder, task)
-        write_tensors(folder / TOKENS_FILE, {"tokens": tokens})
-        commit(folder, task, task_fingerprint, [TOKENS_FILE], {"shape": list(tokens.shape)})
+        write_tensors(task.folder / TOKENS_FILE, {"tokens": tokens})
+        commit(task, [TOKENS_FILE], {"shape": list(tokens.shape)})
         return {}, None
+
+    @step
+    def how_computed(self) -> tuple[Receipt, None]:
+        """Device kind and type of forward passes on this worker."""
+        return {"computed_on": computed_on(self.device, self._dtype)}, None
+
+    @step
+    def digests(self, owned: tuple[int, int]) -> tuple[Receipt, None]:
+        """SHA-256 of some parts of the model: of what is outside its layers (0), and of layer n - 1
+        (n).
+        """
+        checkpoint = self._checkpoint
+        return {
+            "digests": [
+                digest_of(checkpoint, checkpoint.layer_tensors(part - 1), layer_prefix(part - 1))
+                if part
+                else digest_of(checkpoint, checkpoint.outer_tensors)
+                for part in range(*owned)
+            ]
+        }, None
 
     @step
     def check_text(self) -> tuple[Receipt, None]:
@@ -103,7 +121,7 @@ class SideSteps(Workbench):
         }
 
     @step
-    def write_gradients(self, task_fingerprint: str, *parts: SquaresArrays) -> tuple[Receipt, None]:
+    def write_gradients(self, task: Task, *parts: SquaresArrays) -> tuple[Receipt, None]:
         """Merge the sums of all workers and write the root mean squares: by group one row for each
         layer, fp64.
 
@@ -125,15 +143,8 @@ class SideSteps(Workbench):
             raise ModelError(
                 f"{wrong[0]}: gradients of the loss are not finite; set model.dtype: float32"
             )
-        folder = task_folder(self.run_folder, GRADIENTS_TASK)
-        write_tensors(folder / GRADIENTS_FILE, scales)
-        commit(
-            folder,
-            GRADIENTS_TASK,
-            task_fingerprint,
-            [GRADIENTS_FILE],
-            {"computed_on": self._model.computed_on},
-        )
+        write_tensors(task.folder / GRADIENTS_FILE, scales)
+        commit(task, [GRADIENTS_FILE], {"computed_on": self._model.computed_on})
         return {}, None
 
     def _ranked_by(self, layer: int, name: str) -> Tensor:
@@ -142,7 +153,7 @@ class SideSteps(Workbench):
         """
         if not self.job.gradient_windows:
             return self._consumer_weight(layer, self._groups[name])
-        folder = task_folder(self.run_folder, GRADIENTS_TASK)
+        folder = self.scope.folder(GRADIENTS_TASK)
         manifest = read_manifest(folder)
         assert manifest is not None, "gradients are not measured"
         check_computed_on(folder, manifest, self._model.computed_on)
@@ -178,7 +189,7 @@ class SideSteps(Workbench):
         Raises:
             VerificationError: it gives other tokens.
         """
-        folder, tokenizer = model_folder(self.run_folder), load_tokenizer(self._checkpoint.path)
+        folder, tokenizer = self.scope.model, load_tokenizer(self._checkpoint.path)
         tokenizer.save_pretrained(folder)
         sample = "a  b\n" + "a b ".join(["", *tokenizer.all_special_tokens, ""])
         if load_tokenizer(folder)(sample)["input_ids"] != tokenizer(sample)["input_ids"]:
@@ -214,5 +225,5 @@ class SideSteps(Workbench):
     @step
     def check_export(self, expected_parameters: int) -> tuple[Receipt, None]:
         """The load gate on the exported folder."""
-        check_loads(model_folder(self.run_folder), expected_parameters)
+        check_loads(self.scope.model, expected_parameters)
         return {}, None

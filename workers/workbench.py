@@ -24,7 +24,7 @@ from rayprune.workers.model.families import UnitGroup, layer_prefix, unit_groups
 from rayprune.workers.network.layers import StreamedModel, read_tensors
 from rayprune.workers.numerics.statistics import Statistic, statistic_type
 from rayprune.workers.passes.sweep import micro_batches
-from rayprune.workers.store.layout import CACHE, CALIBRATION_TASK, TOKENS_FILE, task_folder
+from rayprune.workers.store.layout import CACHE, CALIBRATION_TASK, TOKENS_FILE, Scope
 from rayprune.workers.store.shards import even_parts
 
 Receipt = dict[str, Any]
@@ -65,8 +65,10 @@ def step(
 class Workbench:
     """A worker without its steps."""
 
-    def __init__(self, job: JobSpec, run_folder: str, device: str, memory: MemoryPlan) -> None:
-        self.job, self.run_folder = job, Path(run_folder)
+    def __init__(
+        self, job: JobSpec, run_folder: str, device: str, memory: MemoryPlan, scope: str = ""
+    ) -> None:
+        self.job, self.scope = job, Scope(Path(run_folder), scope)
         self.device = device_of(device)
         self._memory, self._peak = memory, PeakMemory()
         torch.set_num_threads(job.parallel.threads_per_worker)
@@ -104,10 +106,10 @@ class Workbench:
         )
 
     def _spill(self, to_files: bool) -> Scratch:
-        return Scratch(self.device, self.run_folder / CACHE / "spill" if to_files else None)
+        return Scratch(self.device, self.scope.run / CACHE / "spill" if to_files else None)
 
     def _tokens(self, task: str) -> Tensor:
-        return load_file(task_folder(self.run_folder, task) / TOKENS_FILE)["tokens"].clone()
+        return load_file(self.scope.folder(task) / TOKENS_FILE)["tokens"].clone()
 
     @cached_property
     def _scratch(self) -> Scratch:

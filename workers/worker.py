@@ -28,22 +28,12 @@ from rayprune.workers.numerics.linalg import unit_rows
 from rayprune.workers.numerics.methods import scores, select
 from rayprune.workers.numerics.statistics import Statistic, restored
 from rayprune.workers.passes.divergence import Kept, divergences
-from rayprune.workers.passes.stream import Fits, Stream, Wanted
+from rayprune.workers.passes.stream import Fits, Saved, Stream, Wanted
 from rayprune.workers.passes.survey import curve, stored_cut, tensors_of
 from rayprune.workers.passes.sweep import Parts, Sweep, embed_all, grow_states
 from rayprune.workers.side_steps import SideSteps
-from rayprune.workers.store.files import commit, read_manifest, write_tensors
-from rayprune.workers.store.layout import (
-    LAYER_FILE,
-    OUTER_FILE,
-    OUTER_TASK,
-    SURVEY_FILE,
-    layer_task,
-    regularised_task,
-    selection_task,
-    survey_task,
-    task_folder,
-)
+from rayprune.workers.store.files import Task, commit, read_manifest, write_tensors
+from rayprune.workers.store.layout import LAYER_FILE, OUTER_FILE, SURVEY_FILE, selection_task
 from rayprune.workers.store.shards import Node, merge_siblings, roots
 from rayprune.workers.store.training_stage import Removed, forget_another, forget_states, read_log
 from rayprune.workers.workbench import Receipt, step
@@ -54,8 +44,10 @@ class Worker(SideSteps):
     folder.
     """
 
-    def __init__(self, job: JobSpec, run_folder: str, device: str, memory: MemoryPlan) -> None:
-        super().__init__(job, run_folder, device, memory)
+    def __init__(
+        self, job: JobSpec, run_folder: str, device: str, memory: MemoryPlan, scope: str = ""
+    ) -> None:
+        super().__init__(job, run_folder, device, memory, scope)
         self._probe: dict[tuple[int, int], tuple[int, list[MicroBatch]]] = {}
 
     @cached_property
@@ -67,7 +59,7 @@ class Worker(SideSteps):
             list(self._groups.values()),
             partial(self._statistic, self.job.calibration.samples, drift_width=drift_width),
             self._shards(),
-            self.run_folder,
+            self.scope,
             self.job.memory.checkpoint_layers,
             self._memory.keep_inputs,
             drift,
@@ -83,7 +75,6 @@ class Worker(SideSteps):
             partial(self._statistic, self.job.calibration.samples),
             batches,
             sum(len(shard) for shard in shards[:-held_out]),
-            self.run_folder,
             self._spill(True).store,
         )
 
@@ -212,7 +203,7 @@ class Worker(SideSteps):
         )
 
     def _selected(self, layer: int, name: str) -> Tensor:
-        manifest = read_manifest(task_folder(self.run_folder, selection_task(layer)))
+        manifest = read_manifest(self.scope.folder(selection_task(layer)))
         assert manifest is not None, f"layer {layer} has no selection"
         kept: Any = manifest.info["result"]
         return torch.tensor(kept[name])
@@ -235,17 +226,15 @@ class Worker(SideSteps):
         chunk: tuple[int, int],
         number: int,
         wanted: Wanted,
-        end_of_wave: bool,
+        saved: Saved,
         before: np.ndarray | None,
     ) -> tuple[Receipt, np.ndarray | None]:
         """Take a micro-batch through a chunk of layers on the dense path; see `Stream.flow`."""
         self._probe.clear()
-        return {}, self._stream.flow(range(*chunk), number, wanted, before, end_of_wave)
+        return {}, self._stream.flow(range(*chunk), number, wanted, saved, before)
 
     @step
-    def select(
-        self, layer: int, task_fingerprint: str, kept: Mapping[str, int]
-    ) -> tuple[Receipt, None]:
+    def select(self, layer: int, task: Task, kept: Mapping[str, int]) -> tuple[Receipt, None]:
         """Select the units of a layer that stay, from the statistics this worker has."""
         fits = {
             name: self._stream.fit(layer, name)
@@ -256,30 +245,20 @@ class Worker(SideSteps):
             name: self._select(layer, name, kept[name], training).tolist()
             for name, (training, _) in fits.items()
         }
-        folder = task_folder(self.run_folder, selection_task(layer))
-        commit(
-            folder,
-            selection_task(layer),
-            task_fingerprint,
-            [],
-            {"result": units, "computed_on": self._model.computed_on},
-        )
+        commit(task, [], {"result": units, "computed_on": self._model.computed_on})
         return {"groups": {}}, None
 
     @step
-    def regularise(
-        self, layer: int, task_fingerprint: str, removed: Removed
-    ) -> tuple[Receipt, None]:
+    def regularise(self, layer: int, task: Task, removed: Removed) -> tuple[Receipt, None]:
         """Train a layer alone, from the hidden states this worker has, with a penalty on what will
         go; write it as it was on disk.
         """
         # torch's training machinery takes a second to import
         from rayprune.workers.training.layer import train_layer
 
-        method, name = self.job.method, regularised_task(layer)
+        method, folder = self.job.method, task.folder
         assert isinstance(method, DressOptions)
-        folder = task_folder(self.run_folder, name)
-        forget_another(folder, task_fingerprint)
+        forget_another(folder, task.fingerprint)
         module = train_layer(
             self._model, layer, self._stream.passed(layer), self._groups, removed, method, folder
         )
@@ -289,13 +268,7 @@ class Worker(SideSteps):
             folder / LAYER_FILE, {prefix + key: tensor for key, tensor in tensors.items()}
         )
         last = read_log(folder)[-1]
-        commit(
-            folder,
-            name,
-            task_fingerprint,
-            [LAYER_FILE],
-            {"last_step": last, "computed_on": self._model.computed_on},
-        )
+        commit(task, [LAYER_FILE], {"last_step": last, "computed_on": self._model.computed_on})
         forget_states(folder)
         return {"groups": {}}, None
 
@@ -303,7 +276,7 @@ class Worker(SideSteps):
     def settle(
         self,
         layer: int,
-        task_fingerprint: str,
+        task: Task,
         kept: Mapping[str, int],
         written: Mapping[str, int],
         position: int | None,
@@ -320,7 +293,7 @@ class Worker(SideSteps):
             for name, (_, correction) in decided.items()
         }
         self._write_layer(
-            layer, task_fingerprint, written, position, groups, [cut for cut, _ in decided.values()]
+            layer, task, written, position, groups, [cut for cut, _ in decided.values()]
         )
         return {"groups": groups}, None
 
@@ -328,7 +301,7 @@ class Worker(SideSteps):
     def survey(
         self,
         layer: int,
-        task_fingerprint: str,
+        task: Task,
         counts: Mapping[str, Sequence[int]],
         stored: Mapping[str, Sequence[int]],
     ) -> tuple[Receipt, None]:
@@ -349,16 +322,12 @@ class Worker(SideSteps):
             found = curve(self.job, fits.pop(name), weight_DF, self._groups[name], *part)
             errors[name] = found.errors
             tensors |= tensors_of(found.cuts)
-        folder = task_folder(self.run_folder, survey_task(layer))
-        write_tensors(folder / SURVEY_FILE, tensors)
-        info = {"result": errors, "computed_on": self._model.computed_on}
-        commit(folder, survey_task(layer), task_fingerprint, [SURVEY_FILE], info)
+        write_tensors(task.folder / SURVEY_FILE, tensors)
+        commit(task, [SURVEY_FILE], {"result": errors, "computed_on": self._model.computed_on})
         return {"groups": {}}, None
 
     @step
-    def score(
-        self, layer: int, task_fingerprint: str, kept: Mapping[str, float]
-    ) -> tuple[Receipt, None]:
+    def score(self, layer: int, task: Task, kept: Mapping[str, float]) -> tuple[Receipt, None]:
         """Scores of the units of a layer's groups, comparable between layers, when about so many
         units are to stay.
         """
@@ -374,14 +343,7 @@ class Worker(SideSteps):
                 self._groups[name].columns,
                 count,
             ).tolist()
-        info = {"result": found, "computed_on": self._model.computed_on}
-        commit(
-            task_folder(self.run_folder, survey_task(layer)),
-            survey_task(layer),
-            task_fingerprint,
-            [],
-            info,
-        )
+        commit(task, [], {"result": found, "computed_on": self._model.computed_on})
         return {"groups": {}}, None
 
     @step
@@ -395,7 +357,7 @@ class Worker(SideSteps):
         windows = self._spread_windows(self.job.divergence_windows, range(*owned))
         return {
             "sums": divergences(
-                self._model, self._groups, windows, candidates, partial(stored_cut, self.run_folder)
+                self._model, self._groups, windows, candidates, partial(stored_cut, self.scope)
             )
         }, None
 
@@ -403,7 +365,7 @@ class Worker(SideSteps):
     def write_layer(
         self,
         layer: int,
-        task_fingerprint: str,
+        task: Task,
         written: Mapping[str, int],
         position: int | None,
         groups: Receipt,
@@ -417,40 +379,26 @@ class Worker(SideSteps):
         nothing stays has none, and no file.
         """
         self._write_layer(
-            layer,
-            task_fingerprint,
-            written,
-            position,
-            groups,
-            [Cut.from_arrays(arrays) for arrays in cuts],
+            layer, task, written, position, groups, [Cut.from_arrays(arrays) for arrays in cuts]
         )
         return {}, None
 
     def _write_layer(
         self,
         layer: int,
-        task_fingerprint: str,
+        task: Task,
         written: Mapping[str, int],
         position: int | None,
         groups: Receipt,
         cuts: Sequence[Cut],
     ) -> None:
-        folder, units = (
-            task_folder(self.run_folder, layer_task(layer)),
-            {cut.group: cut.units.tolist() for cut in cuts},
-        )
+        units = {cut.group: cut.units.tolist() for cut in cuts}
         if position is not None:
             write_tensors(
-                folder / LAYER_FILE, self._written_tensors(layer, written, position, cuts)
+                task.folder / LAYER_FILE, self._written_tensors(layer, written, position, cuts)
             )
         info = {"groups": groups, "kept": units, "computed_on": self._model.computed_on}
-        commit(
-            folder,
-            layer_task(layer),
-            task_fingerprint,
-            [] if position is None else [LAYER_FILE],
-            info,
-        )
+        commit(task, [] if position is None else [LAYER_FILE], info)
 
     def _written_tensors(
         self, layer: int, written: Mapping[str, int], position: int, cuts: Sequence[Cut]
@@ -472,17 +420,16 @@ class Worker(SideSteps):
         return {prefix + name: tensor.to(dtypes[name]) for name, tensor in sliced.items()}
 
     @step
-    def write_outer(self, task_fingerprint: str) -> tuple[Receipt, None]:
+    def write_outer(self, task: Task) -> tuple[Receipt, None]:
         """Write the embeddings, the last norm and the head (unless tied), unchanged but for the
         type.
         """
         tensors = read_tensors(self._checkpoint, self._checkpoint.outer_tensors)
-        folder = task_folder(self.run_folder, OUTER_TASK)
         write_tensors(
-            folder / OUTER_FILE,
+            task.folder / OUTER_FILE,
             {name: tensor.to(self._disk_dtype(tensor)) for name, tensor in tensors.items()},
         )
-        commit(folder, OUTER_TASK, task_fingerprint, [OUTER_FILE], {})
+        commit(task, [OUTER_FILE], {})
         return {}, None
 
     @step

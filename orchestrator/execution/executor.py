@@ -40,6 +40,10 @@ class Executor(ABC):
     def __init__(self, job: JobSpec, run_folder: Path, memory: MemoryPlan) -> None:
         self.job, self.run_folder, self.memory = job, run_folder, memory
         self.num_workers = job.parallel.workers
+        self.scope = ""
+        self.computed_on: str | None = None
+        """How finished tasks were computed, and workers compute, once either is known."""
+        self._has_said = ""
         self.peak_memory_bytes: dict[str, int] = {}
         self.step_seconds: dict[str, float] = {}
 
@@ -92,12 +96,22 @@ class Executor(ABC):
             )
         return receipts
 
-    def use_model(self, path: Path) -> None:
-        """Let the workers work on another model from now on."""
+    def use_model(self, path: Path, scope: str) -> None:
+        """Let the workers work on this model and in this scope from now on."""
+        if (str(path), scope) == (self.job.model.path, self.scope):
+            return
+        self.scope = scope
         self.job = self.job.model_copy(
             update={"model": self.job.model.model_copy(update={"path": str(path)})}
         )
         self.drop_workers()
+
+    def how_computed(self) -> str:
+        """Device kind and type of forward passes on the workers; asked once."""
+        if not self._has_said:
+            (receipt,) = self.wait([self.submit(0, "how_computed")])
+            self._has_said = receipt["computed_on"]
+        return self._has_said
 
     @abstractmethod
     def drop_workers(self) -> None:
@@ -136,7 +150,7 @@ class InProcessExecutor(Executor):
             from rayprune.workers.worker import Worker
 
             self._worker = Worker(
-                self.job, str(self.run_folder), self.job.parallel.device, self.memory
+                self.job, str(self.run_folder), self.job.parallel.device, self.memory, self.scope
             )
 
     def submit(self, worker: int, method: str, *args: Any) -> Call:

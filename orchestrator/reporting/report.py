@@ -3,7 +3,7 @@ as tables.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
@@ -18,10 +18,10 @@ from rayprune.orchestrator.execution.run_folder import (
 from rayprune.orchestrator.reporting.html_report import html_report
 from rayprune.orchestrator.reporting.progress import print_table
 from rayprune.orchestrator.stages.context import Context
+from rayprune.orchestrator.stages.subject import Pruned
 from rayprune.specs.errors import SpecError
-from rayprune.workers.model.checkpoint import open_checkpoint
-from rayprune.workers.store.files import Manifest, read_manifest, write_json, write_text
-from rayprune.workers.store.layout import SHAPE_TASK, model_folder, task_folder
+from rayprune.workers.store.files import read_manifest, write_json, write_text
+from rayprune.workers.store.layout import SHAPE_TASK, task_folder
 from rayprune.workers.store.training_stage import read_log
 
 TRAININGS = {
@@ -33,14 +33,19 @@ TRAININGS = {
 }
 """The folders of every kind of training, by name."""
 SHOWN_STEPS = 400
-Losses = dict[str, dict[str, float]] | None
+Losses = Mapping[str, Mapping[str, float]] | None
 
 
-def write_report(context: Context, layers: Sequence[Manifest], losses: Losses) -> dict[str, Any]:
+def write_report(context: Context, done: Pruned) -> dict[str, Any]:
     """Write report.html, then report.json; sizes are read off the exported folder, not the plan.
     Returns the report.
     """
-    before, after = context.original, open_checkpoint(model_folder(context.folder.path))
+    before, after, plan, losses = (
+        done.dense.checkpoint,
+        done.pruned.checkpoint,
+        done.plan,
+        done.losses,
+    )
     events = context.folder.events()
     seconds = seconds_per_stage(events)
     report = {
@@ -48,8 +53,8 @@ def write_report(context: Context, layers: Sequence[Manifest], losses: Losses) -
         "rayprune_version": version("rayprune"),
         "environment": environment(),
         "method": context.job.method.model_dump(mode="json"),
-        "shape": context.plan.shape.kept,
-        "narrowest": context.plan.shape.narrowest,
+        "shape": plan.shape.kept,
+        "narrowest": plan.shape.narrowest,
         "allocation": _allocation(context),
         "parameters": {"before": before.parameters, "after": after.parameters},
         "decoder_parameters": {
@@ -62,14 +67,14 @@ def write_report(context: Context, layers: Sequence[Manifest], losses: Losses) -
         ),
         "evaluation": _evaluation(context, losses),
         "calibration": context.job.calibration.model_dump(mode="json"),
-        "warnings": list(context.plan.warnings),
+        "warnings": list(plan.warnings),
         "seconds": seconds | {"total": sum(seconds.values())},
         "step_seconds": context.executor.step_seconds,
         "peak_memory_bytes": _peaks(events),
-        "training": trainings(context.folder.path),
+        "training": trainings(context.folder.path, plan.tasks),
         "layers": [
             {"layer": number} | {"groups": manifest.info["groups"]}
-            for number, manifest in enumerate(layers)
+            for number, manifest in enumerate(done.layers)
         ],
     }
     write_text(context.folder.path / PAGE_FILE, html_report(report))
@@ -77,15 +82,16 @@ def write_report(context: Context, layers: Sequence[Manifest], losses: Losses) -
     return report
 
 
-def trainings(run: Path) -> dict[str, dict[str, Any]]:
-    """Of every training the steps (some, where they are many), the terms of its loss and its
-    gradient's norm; gates one after another.
+def trainings(run: Path, tasks: Collection[str]) -> dict[str, dict[str, Any]]:
+    """Of every training among these tasks the steps (some, where they are many), the terms of its
+    loss and its gradient's norm; gates one after another.
 
     Layers that were trained alone are one training, the mean over them.
     """
     found = {}
     for name, pattern in TRAININGS.items():
-        logs = [read_log(folder) for folder in sorted((run / "tasks").glob(pattern))]
+        folders = sorted((run / "tasks").glob(pattern))
+        logs = [read_log(folder) for folder in folders if folder.name in tasks]
         if not any(logs):
             continue
         steps = (

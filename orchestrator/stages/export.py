@@ -5,20 +5,23 @@ The folder loads with plain `AutoModelForCausalLM.from_pretrained`; the load gat
 the task is finished.
 """
 
-import shutil
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from rayprune.orchestrator.planning.footprint import footprint
 from rayprune.orchestrator.stages.context import Context
+from rayprune.orchestrator.stages.subject import ModelAt, Subject, digests, file_digests, made_model
 from rayprune.workers.model.checkpoint import INDEX_NAME, read_header, read_json
 from rayprune.workers.model.config_patch import config_of_layers, patched_config
 from rayprune.workers.model.per_layer import MODULE, per_layer_config, remote_code
 from rayprune.workers.store.files import (
     Manifest,
+    Task,
     commit,
     copy_file,
     link_file,
+    remove_task,
     write_json,
     write_text,
 )
@@ -28,67 +31,69 @@ from rayprune.workers.store.layout import (
     OUTER_FILE,
     OUTER_TASK,
     layer_task,
-    model_folder,
-    task_folder,
 )
 from rayprune.workers.store.side_files import COPIED, side_files
 
 
-def export_model(context: Context, layers: Sequence[Manifest]) -> Manifest:
-    """Assemble `model/` from the finished layers and check that it loads; the manifest of the task.
+def export_model(context: Context, subject: Subject, layers: Sequence[Manifest]) -> ModelAt:
+    """Assemble the pruned model from the finished layers and check that it loads.
 
     Raises:
         VerificationError: the folder does not load as planned.
     """
-    folder, executor = context.folder, context.executor
+    model, executor = subject.model, context.executor
     with context.stage("export", 1):
-        outer = folder.fingerprint(OUTER_TASK, context.checkpoint.identity)
+        outer = context.task(OUTER_TASK, {"model": model.outer})
         outer_done = context.once(
-            OUTER_TASK, outer, lambda: executor.wait([executor.submit(0, "write_outer", outer)])
+            outer, lambda: executor.wait([executor.submit(0, "write_outer", outer)])
         )
-        expected = folder.fingerprint(
-            EXPORT_TASK, outer_done.digest, *(manifest.digest for manifest in layers)
-        )
-        return context.once(EXPORT_TASK, expected, lambda: _assemble_and_check(context, expected))
+        inputs = {
+            "headers": model.checkpoint.identity,
+            "beside the weights": file_digests(side_files(model.path, COPIED)),
+            "shape": asdict(subject.plan.shape),
+            **digests([outer_done, *layers]),
+        }
+        task = context.task(EXPORT_TASK, inputs)
+        done = context.once(task, lambda: _assemble_and_check(context, subject, task))
+    return made_model(task.folder, done)
 
 
-def _assemble_and_check(context: Context, expected: str) -> None:
-    _assemble(context)
-    job, model = context.job, model_folder(context.folder.path)
-    parameters = footprint(
-        context.checkpoint, context.plan.written_layers(job.export.pad), job
-    ).parameters
-    if read_json(model / "config.json")["model_type"] != context.checkpoint.config["model_type"]:
+def _assemble_and_check(context: Context, subject: Subject, task: Task) -> None:
+    _assemble(context, subject)
+    job, model, source = context.job, task.folder, subject.model.checkpoint
+    layers = subject.plan.written_layers(job.export.pad)
+    parameters = footprint(source, layers, job).parameters
+    if read_json(model / "config.json")["model_type"] != source.config["model_type"]:
         context.executor.wait([context.executor.submit(0, "write_tokenizer")])
     context.executor.wait([context.executor.submit(0, "check_export", parameters)])
     files = sorted(str(file.relative_to(model)) for file in model.rglob("*") if file.is_file())
-    commit(model, EXPORT_TASK, expected, files, {"parameters": parameters})
+    commit(task, files, {"parameters": parameters})
 
 
-def _assemble(context: Context) -> None:
+def _assemble(context: Context, subject: Subject) -> None:
     """Give every finished file its final name, then write config and, last, the index."""
-    run, model, source = context.folder.path, model_folder(context.folder.path), context.checkpoint
-    if model.is_dir():
-        shutil.rmtree(model)  # what an unfinished attempt left
-    there = context.plan.shape.remaining(source.num_layers)
+    scope, model, source = context.scope, context.scope.model, subject.model.checkpoint
+    remove_task(model)  # what an unfinished attempt left
+    there = subject.plan.shape.remaining(source.num_layers)
     total = len(there) + 1
-    finished = [task_folder(run, OUTER_TASK) / OUTER_FILE]
-    finished += [task_folder(run, layer_task(layer)) / LAYER_FILE for layer in there]
+    finished = [scope.folder(OUTER_TASK) / OUTER_FILE]
+    finished += [scope.folder(layer_task(layer)) / LAYER_FILE for layer in there]
     names = [f"model-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1)]
     for file, name in zip(finished, names, strict=True):
         link_file(file, model / name)
     for file in side_files(source.path, COPIED):
         copy_file(file, model / file.relative_to(source.path))
-    _write_config(context, model, there)
+    _write_config(context, subject, there)
     write_index(model, names)
 
 
-def _write_config(context: Context, model: Path, there: Sequence[int]) -> None:
+def _write_config(context: Context, subject: Subject, there: Sequence[int]) -> None:
     """The patched config, of the layers that are there; where they differ in size, the class that
     builds them beside it.
     """
-    original, export = config_of_layers(context.checkpoint.config, there), context.job.export
-    layers = context.plan.written_layers(export.pad)
+    model, export = context.scope.model, context.job.export
+    original = config_of_layers(subject.model.checkpoint.config, there)
+    layers = subject.plan.written_layers(export.pad)
     if all(kept == layers[0] for kept in layers):
         write_json(
             model / "config.json", patched_config(original, layers[0], export.target, export.dtype)

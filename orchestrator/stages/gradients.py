@@ -3,21 +3,22 @@
 from rayprune.orchestrator.execution.executor import Call
 from rayprune.orchestrator.planning.workload import GRADIENT_WINDOWS_AT_ONCE
 from rayprune.orchestrator.stages.context import Context
-from rayprune.workers.store.files import Manifest
+from rayprune.orchestrator.stages.subject import Subject
+from rayprune.workers.store.files import Manifest, Task
 from rayprune.workers.store.layout import GRADIENTS_TASK
 
 
-def measure_gradients(context: Context, tokens: Manifest) -> Manifest | None:
+def measure_gradients(context: Context, subject: Subject) -> Manifest | None:
     """The root mean square of the loss's gradient at every consumer's input of the dense model,
     where the method asks for it.
     """
     if not context.job.gradient_windows:
         return None
-    expected = context.folder.fingerprint(GRADIENTS_TASK, *context.inputs(tokens))
-    return context.once(GRADIENTS_TASK, expected, lambda: _measure_gradients(context, expected))
+    task = context.task(GRADIENTS_TASK, subject.all_of_it())
+    return context.once(task, lambda: _measure_gradients(context, task))
 
 
-def _measure_gradients(context: Context, expected: str) -> None:
+def _measure_gradients(context: Context, task: Task) -> None:
     executor, count, at_once = (
         context.executor,
         context.job.gradient_windows,
@@ -43,5 +44,5 @@ def _measure_gradients(context: Context, expected: str) -> None:
                 "step-finished", stage="gradients", windows=windows, peak_memory_bytes=memory
             )
         executor.wait(
-            [executor.submit(0, "write_gradients", expected, *(call.payload for call in measured))]
+            [executor.submit(0, "write_gradients", task, *(call.payload for call in measured))]
         )

@@ -10,15 +10,18 @@ decided at the same time, each by the worker that has its statistics.
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from rayprune.orchestrator.execution.executor import Call
 from rayprune.orchestrator.planning.workload import MICRO_BATCHES_AT_ONCE
 from rayprune.orchestrator.stages.context import Context
-from rayprune.workers.store.files import Manifest
+from rayprune.orchestrator.stages.reads import BOUNDARY
+from rayprune.orchestrator.stages.subject import Subject
+from rayprune.workers.store.files import Manifest, Task, read_manifest
 from rayprune.workers.store.layout import boundary_file
 from rayprune.workers.store.shards import even_parts, num_micro_batches
 
@@ -42,69 +45,64 @@ def waves(layers: range, num_workers: int, layers_per_chunk: int) -> list[Wave]:
 
 
 @dataclass(frozen=True)
-class LayerTask:
+class LayerWork:
     """What is done with a layer's statistics once they are complete: a step of the worker that has
     them.
     """
 
-    name: str
-    fingerprint: str
+    task: Task
     step: str
     arguments: tuple[Any, ...]
     groups: Sequence[str]
     """The groups whose statistics it needs."""
 
 
-def layer_tasks(
+def layer_work(
     context: Context,
+    subject: Subject,
+    layer: int,
+    name: str,
     step: str,
-    name: Callable[[int], str],
-    inputs: Sequence[Sequence[str]],
-    arguments: Sequence[tuple[Any, ...]],
-    groups: Sequence[Sequence[str]],
-) -> list[LayerTask]:
-    """One task for each layer, with what it depends on beside the layers below."""
-    names = [name(layer) for layer in range(len(inputs))]
-    prints = [
-        context.folder.fingerprint(task, *known) for task, known in zip(names, inputs, strict=True)
-    ]
-    return [
-        LayerTask(names[layer], prints[layer], step, arguments[layer], groups[layer])
-        for layer in range(len(inputs))
-    ]
+    arguments: tuple[Any, ...],
+    groups: Sequence[str],
+    **inputs: object,
+) -> LayerWork:
+    """Work on a layer, with all that it depends on."""
+    depends = {**subject.up_to(layer), **inputs, "arguments": arguments, "groups": list(groups)}
+    return LayerWork(context.task(name, depends), step, arguments, groups)
 
 
-def stream_layers(context: Context, stage: str, expected: Sequence[LayerTask]) -> list[Manifest]:
-    """Do the task of every layer from activations of the dense model.
+def stream_layers(
+    context: Context, subject: Subject, stage: str, work: Sequence[LayerWork]
+) -> list[Manifest]:
+    """Do the work on every layer from activations of the dense model.
 
     Raises:
         RaypruneError: from the first layer that fails; the finished ones stay.
     """
-    with context.stage(stage, len(expected)):
-        missing = _unfinished(context, expected, range(len(expected)))
-        for layer in sorted(set(range(len(expected))) - set(missing)):
-            context.emit("task-found", task=expected[layer].name)
-        layers = range(_first_layer(context, missing[0]), len(expected)) if missing else range(0)
+    with context.stage(stage, len(work)):
+        missing = _unfinished(context, work, range(len(work)))
+        for layer in sorted(set(range(len(work))) - set(missing)):
+            context.emit("task-found", task=context.scope.task(work[layer].task.name))
+        first = _first_layer(context, subject, missing[0]) if missing else len(work)
         for wave in waves(
-            layers, context.executor.num_workers, context.plan.memory.layers_per_chunk
+            range(first, len(work)),
+            context.executor.num_workers,
+            subject.plan.memory.layers_per_chunk,
         ):
             name = f"layers {wave[0].start} to {wave[-1].stop - 1}"
-            context.attempt(name, partial(_run_wave, context, stage, wave, expected))
-    return [_finished(context, task) for task in expected]
+            context.attempt(name, partial(_run_wave, context, subject, stage, wave, work))
+    return [_manifest(work[layer]) for layer in range(len(work))]
 
 
-def _finished(context: Context, task: LayerTask) -> Manifest:
-    done = context.folder.finished(task.name, task.fingerprint)
-    assert done is not None, f"{task.name} left no manifest"
+def _manifest(work: LayerWork) -> Manifest:
+    done = read_manifest(work.task.folder)
+    assert done is not None, f"{work.task.name} left no manifest"
     return done
 
 
-def _unfinished(context: Context, expected: Sequence[LayerTask], layers: range) -> list[int]:
-    return [
-        layer
-        for layer in layers
-        if context.folder.finished(expected[layer].name, expected[layer].fingerprint) is None
-    ]
+def _unfinished(context: Context, work: Sequence[LayerWork], layers: range) -> list[int]:
+    return [layer for layer in layers if context.finished(work[layer].task) is None]
 
 
 def _num_batches(context: Context) -> int:
@@ -117,36 +115,40 @@ def _num_batches(context: Context) -> int:
     )
 
 
-def _first_layer(context: Context, missing: int) -> int:
+def _before(context: Context, subject: Subject, layer: int) -> Path:
+    """The folder of hidden states before a layer; its name holds what they depend on."""
+    made = context.task(BOUNDARY, subject.up_to(layer - 1)).fingerprint
+    return context.scope.cache / f"dense-{layer:04d}-{made[:16]}"
+
+
+def _first_layer(context: Context, subject: Subject, missing: int) -> int:
     """The last layer, at most `missing`, before which all hidden states are at hand."""
     numbers = range(_num_batches(context))
     boundaries = (
         layer
         for layer in range(missing, 0, -1)
-        if all(boundary_file(context.folder.path, layer, n).exists() for n in numbers)
+        if all(boundary_file(_before(context, subject, layer), n).exists() for n in numbers)
     )
     return next(boundaries, 0)
 
 
-def _run_wave(context: Context, stage: str, wave: Wave, expected: Sequence[LayerTask]) -> None:
-    """Statistics of the wave's unfinished layers, then their tasks."""
+def _run_wave(
+    context: Context, subject: Subject, stage: str, wave: Wave, work: Sequence[LayerWork]
+) -> None:
+    """Statistics of the wave's unfinished layers, then the work on them."""
     start = time.monotonic()
-    missing = _unfinished(context, expected, range(wave[0].start, wave[-1].stop))
-    wanted = {layer: expected[layer].groups for layer in missing}
-    _flow(context, wave, wanted)
-    places = [
-        (place, layer, expected[layer])
-        for place, chunk in enumerate(wave)
-        for layer in chunk
-        if layer in wanted
-    ]
+    missing = _unfinished(context, work, range(wave[0].start, wave[-1].stop))
+    _flow(context, subject, wave, {layer: work[layer].groups for layer in missing})
+    submit = context.executor.submit
     settled = [
-        (layer, context.executor.submit(place, task.step, layer, task.fingerprint, *task.arguments))
-        for place, layer, task in places
+        (layer, submit(place, todo.step, layer, todo.task, *todo.arguments))
+        for place, chunk in enumerate(wave)
+        for layer, todo in ((layer, work[layer]) for layer in chunk if layer in missing)
     ]
     # in the order in which they end
     for layer, call in sorted(settled, key=lambda item: item[0] - wave[item[1].worker].start):
         (receipt,) = context.executor.wait([call])
+        context.done(work[layer].task)
         seconds, memory = time.monotonic() - start, context.peak_memory_bytes()
         context.emit(
             "step-finished",
@@ -158,11 +160,13 @@ def _run_wave(context: Context, stage: str, wave: Wave, expected: Sequence[Layer
         )
 
 
-def _flow(context: Context, wave: Wave, wanted: dict[int, Sequence[str]]) -> None:
+def _flow(context: Context, subject: Subject, wave: Wave, wanted: dict[int, Sequence[str]]) -> None:
     """Send all micro-batches through the wave: at each step every chunk works on the one its
     predecessor has just left.
     """
     executor, count = context.executor, _num_batches(context)
+    entering = _before(context, subject, wave[0].start)
+    leaving = _before(context, subject, wave[-1].stop)
     handed: list[Any] = [None] * len(wave)
     under_way: deque[list[Call]] = deque()
     for step in range(count + len(wave) - 1 + MICRO_BATCHES_AT_ONCE):
@@ -174,9 +178,10 @@ def _flow(context: Context, wave: Wave, wanted: dict[int, Sequence[str]]) -> Non
             if 0 <= (number := step - place) < count:
                 chunk, last = wave[place], place == len(wave) - 1
                 before = handed[place - 1] if place else None
+                saved = entering, (leaving if last else None)
                 calls.append(
                     executor.submit(
-                        place, "flow", (chunk.start, chunk.stop), number, wanted, last, before
+                        place, "flow", (chunk.start, chunk.stop), number, wanted, saved, before
                     )
                 )
                 handed[place] = calls[-1].payload

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rayprune.orchestrator.cli import main
+from rayprune.orchestrator.execution.verify import verify_run
 from tests.conftest import MakeJob, MakeModel
 
 Capture = pytest.CaptureFixture[str]
@@ -169,10 +170,11 @@ def test_run_folder_of_another_job(
 ) -> None:
     arguments = ["run", str(make_job(make_model())), "--out", str(tmp_path / "run")]
     assert main(arguments) == 0
-    message = fails([*arguments, "--set", "budget.sparsity=0.3"], 2, capsys)
-    assert "belongs to another job" in message
-    assert "budget.sparsity: 0.25 -> 0.3" in message
-    assert main([*arguments, "--set", "parallel.retries=5"]) == 0
+    assert main([*arguments, "--set", "export.dtype=bfloat16"]) == 0
+    assert 'task-stale task=outer changed=[\'export.dtype: "auto" -> "bfloat16"\']' in (
+        capsys.readouterr().out
+    )
+    verify_run(tmp_path / "run")
 
 
 def test_folder_that_is_no_run(

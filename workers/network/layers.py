@@ -7,6 +7,7 @@ the stock forward runs with its layers replaced by one that returns given hidden
 windows of a micro-batch, T tokens, D hidden, F width of a consumer's input.
 """
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -146,6 +147,24 @@ def read_tensors(
     return tensors
 
 
+def digest_of(checkpoint: Checkpoint, infos: Mapping[str, TensorInfo], prefix: str = "") -> str:
+    """SHA-256 over names, types, shapes and values of some tensors, whatever they hold; `prefix`
+    completes the names.
+    """
+    digest = hashlib.sha256()
+    for name, info in sorted(infos.items()):
+        digest.update(f"{name} {info.dtype} {info.shape}\n".encode())
+        with safe_open(checkpoint.path / info.file, framework="pt") as handle:
+            values: Tensor = handle.get_tensor(prefix + name)
+            digest.update(values.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def computed_on(device: torch.device, dtype: torch.dtype) -> str:
+    """Device kind and floating-point type of forward passes, which decide their roundings."""
+    return f"{device.type} in {str(dtype).removeprefix('torch.')}"
+
+
 class StreamedModel:
     """A causal language model of which only the embeddings, the last norm and the head stay at hand
     (on the CPU: mapped).
@@ -174,7 +193,7 @@ class StreamedModel:
         """Device kind and floating-point type of the forward passes, which decide their
         roundings.
         """
-        return f"{self.device.type} in {str(self.dtype).removeprefix('torch.')}"
+        return computed_on(self.device, self.dtype)
 
     def load_layer(self, index: int, prefetch: bool = True) -> nn.Module:
         """One decoder layer with its weights, ready for forward passes; with `prefetch` the next
