@@ -15,6 +15,7 @@ from rayprune.orchestrator.execution.ray_executor import RayExecutor
 from rayprune.orchestrator.run import run_job
 from rayprune.specs.errors import ModelError, ResourceError
 from rayprune.specs.loader import load_job
+from rayprune.specs.memory import MemoryPlan
 from rayprune.workers.store.files import FileRecord
 from tests.conftest import MakeJob, MakeModel, folder_bytes
 
@@ -40,17 +41,25 @@ def workers_alive() -> list[int]:
     return found
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"method": {"name": "stat", "factorization": "qr"}},
+        {"calibration": {"samples": 5, "shards": 5, "held_out_shards": 2, "sequence_length": 8}},
+    ],
+    ids=["gram", "qr", "few-tokens"],
+)
 def test_same_bytes_from_every_executor(
-    make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+    settings: dict[str, Any], make_model: MakeModel, make_job: MakeJob, tmp_path: Path
 ) -> None:
+    calibration = {"samples": 22, "shards": 5, "held_out_shards": 2}
     job = make_job(
-        make_model(),
-        budget={"kv_groups": 1},
-        calibration={"samples": 22, "shards": 5, "held_out_shards": 2},
+        make_model(), **({"budget": {"kv_groups": 1}, "calibration": calibration} | settings)
     )
     run_job(load_job(job), tmp_path / "in-process", quiet)
     expected = folder_bytes(tmp_path / "in-process" / "model")
-    for workers in (1, 2, 4):
+    for workers in (1, 2, 3):
         out = tmp_path / f"ray-{workers}"
         run_job(load_job(job, ["cluster.executor=ray", f"parallel.workers={workers}"]), out, quiet)
         assert folder_bytes(out / "model") == expected
@@ -231,7 +240,7 @@ def test_a_worker_that_does_not_see_the_run_folder(
 ) -> None:
     """The worker's error reaches the driver as it is: its node, the path, what to do."""
     executor = RayExecutor(
-        load_job(make_job(make_model(), cluster={"executor": "ray"})), tmp_path, True
+        load_job(make_job(make_model(), cluster={"executor": "ray"})), tmp_path, MemoryPlan()
     )
     missing = {str(tmp_path / "elsewhere" / "marker"): FileRecord(32, "00")}
     with (

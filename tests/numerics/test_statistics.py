@@ -29,6 +29,8 @@ from rayprune.workers.numerics.statistics import (
     restored,
     statistic_type,
 )
+from rayprune.workers.passes.sweep import grow_states
+from rayprune.workers.store.shards import even_parts, merge_siblings
 
 MEMORY = Scratch(torch.device("cpu"), None)
 WIDTH, HIDDEN = 24, 9
@@ -55,6 +57,23 @@ def rows(*batches: Tensor, place: Scratch = MEMORY) -> RowsStatistic:
     for z_TF in batches:
         statistic.update(z_TF)
     return statistic
+
+
+def by_workers(batches: list[Tensor], workers: int) -> RowsStatistic:
+    """One micro-batch for each shard, the shards spread over workers: what the one that decides
+    makes of their states.
+    """
+    root = (0, len(batches))
+    nodes = {
+        node: restored(state, MEMORY)
+        for part in even_parts(len(batches), workers)
+        for node, state in grow_states(
+            [root], (part.start, part.stop), lambda shard: rows(*batches[shard].split(3))
+        ).items()
+    }
+    merged = merge_siblings(root, nodes, lambda left, right: left.merge(right))[root].finished()
+    assert isinstance(merged, RowsStatistic)
+    return merged
 
 
 def gram(z_TF: Tensor, place: Scratch = MEMORY) -> GramStatistic:
@@ -86,6 +105,32 @@ def test_gram_only_where_it_is_no_larger_than_the_rows(
 ) -> None:
     options = StatOptions(factorization=factorization)  # type: ignore[arg-type]
     assert statistic_type(options.needs_rows, tokens, WIDTH) is expected
+
+
+@pytest.mark.parametrize("tokens", [22, 23, 90])
+def test_rows_have_the_same_bits_however_the_shards_are_spread(tokens: int) -> None:
+    """Few tokens, and an R factor of many; 5 shards of uneven size."""
+    z_TF, weight_DF = activations(tokens).float(), weight()
+    batches = [z_TF[part.start : part.stop] for part in even_parts(tokens, 5)]
+    answers = []
+    for statistic in [by_workers(batches, workers) for workers in (1, 2, 3, 5)]:
+        training, held_out = statistic, rows(activations(40, seed=3).float()).finished()
+        result = corrected(training, held_out, weight_DF, torch.arange(0, WIDTH, 2))
+        answers.append(
+            [
+                np.array([statistic.energy(weight_DF), statistic.mean_energy]),
+                statistic.column_energy,
+                statistic.column_variance,
+                statistic.gram(),
+                statistic.order(torch.ones(WIDTH, dtype=torch.float64), 1, 6),
+                statistic.order(torch.ones(WIDTH, dtype=torch.float64), 2, 6),
+                result.weight_DK,
+                np.array([result.training_error, result.held_out_error]),
+            ]
+        )
+    for other in answers[1:]:
+        for mine, first in zip(other, answers[0], strict=True):
+            np.testing.assert_array_equal(np.asarray(mine), np.asarray(first))
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 10, 24, 25, 60])

@@ -10,6 +10,7 @@ from rayprune.orchestrator.execution.failures import Failure
 from rayprune.orchestrator.execution.ray_executor import RayExecutor, classify
 from rayprune.specs.errors import ModelError, ResourceError
 from rayprune.specs.loader import load_job
+from rayprune.specs.memory import MemoryPlan
 from tests.conftest import MakeJob, MakeModel
 
 
@@ -51,5 +52,5 @@ def test_an_address_where_nobody_listens(
     job = load_job(make_job(make_model()), ["cluster.executor=ray", "cluster.address=127.0.0.1:1"])
     start = time.monotonic()
     with pytest.raises(ResourceError, match=r"cluster\.address '127\.0\.0\.1:1': cannot connect"):
-        RayExecutor(job, tmp_path, True).start()
+        RayExecutor(job, tmp_path, MemoryPlan()).start()
     assert time.monotonic() - start < 20

@@ -70,12 +70,14 @@ class RowsStatistic:
         """Add rows; more rows than columns become their R factor, by one step of tall-skinny QR."""
         self.parts = [*self.parts, *parts]
         if sum(map(len, self.parts)) > self.width:
-            stacked_NF = self.scratch.empty(sum(map(len, self.parts)), self.width, dtype=WIDE)
-            for below, part in zip(
-                stacked_NF.split([len(part) for part in self.parts]), self.parts, strict=True
-            ):
-                below.copy_(part)
-            self.parts = [self.scratch.store(linalg.r_factor(stacked_NF))]
+            self.parts = [self.scratch.store(linalg.r_factor(self._stacked(WIDE)))]
+
+    def _stacked(self, dtype: torch.dtype) -> Tensor:
+        sizes = [len(part) for part in self.parts]
+        stacked_NF = self.scratch.empty(sum(sizes), self.width, dtype=dtype)
+        for below, part in zip(stacked_NF.split(sizes), self.parts, strict=True):
+            below.copy_(part)
+        return stacked_NF
 
     @property
     def _rows(self) -> Tensor:
@@ -88,7 +90,11 @@ class RowsStatistic:
         )
 
     def finished(self) -> Self:
-        """As it is."""
+        """The same rows as one matrix: what is summed block by block must not depend on how they
+        came, by micro-batches or from workers.
+        """
+        if len(self.parts) > 1:
+            self.parts = [self._stacked(self.parts[0].dtype)]
         return self
 
     def state(self) -> State:
