@@ -83,6 +83,12 @@ def _parser() -> argparse.ArgumentParser:
         choices=["stale"],
         help="do again what other package versions or another kind of device has made",
     )
+    run.add_argument(
+        "--store",
+        type=Path,
+        metavar="DIR",
+        help="folder of finished tasks by what they are made from, shared by runs",
+    )
     submit = _job_command(
         commands, "submit", _submit, "run a job on a Ray cluster, from outside it"
     )
@@ -188,7 +194,9 @@ def _run(options: argparse.Namespace) -> None:
     job = _load(options)
     refuse_lost_paths(job, options.out)
     with ProgressView() as view:
-        report = run_job(job, options.out, view.show, redo_stale=options.redo == "stale")
+        report = run_job(
+            job, options.out, view.show, redo_stale=options.redo == "stale", store=options.store
+        )
     print_summary(report)
     pruned = model_folder(options.out)
     chosen = (

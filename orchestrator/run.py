@@ -16,6 +16,7 @@ from typing import Any
 
 from rayprune.orchestrator.execution.executor import Executor, InProcessExecutor
 from rayprune.orchestrator.execution.run_folder import RunFolder
+from rayprune.orchestrator.execution.task_store import TaskStore
 from rayprune.orchestrator.planning.plan import Plan, make_plan
 from rayprune.orchestrator.reporting.report import write_report
 from rayprune.orchestrator.stages import (
@@ -39,10 +40,13 @@ from rayprune.workers.store.layout import Scope
 Show = Callable[[dict[str, Any]], None]
 
 
-def run_job(job: JobSpec, out: Path, show: Show, redo_stale: bool = False) -> dict[str, Any]:
+def run_job(
+    job: JobSpec, out: Path, show: Show, redo_stale: bool = False, store: Path | None = None
+) -> dict[str, Any]:
     """Run a job to its end, or go on where an earlier attempt stopped; returns the report.
 
-    With `redo_stale`, what other software or another kind of device has made is done again.
+    With `redo_stale`, what other software or another kind of device has made is done again. In a
+    `store` finished tasks of other runs are found, and those of this one kept.
 
     Raises:
         RaypruneError: as its subclasses say; finished tasks are kept.
@@ -52,7 +56,8 @@ def run_job(job: JobSpec, out: Path, show: Show, redo_stale: bool = False) -> di
     with ExitStack() as stack:
         folder = stack.enter_context(RunFolder(out, job, redo_stale))
         executor = stack.enter_context(make_executor(job, folder.path, plan))
-        context = Context(job, folder, executor, show, Scope(folder.path))
+        tasks = TaskStore(store) if store else None
+        context = Context(job, folder, executor, show, Scope(folder.path), tasks)
         context.emit(
             "run-started",
             job=str(folder.path),

@@ -28,12 +28,19 @@ from rayprune.workers.numerics.linalg import unit_rows
 from rayprune.workers.numerics.methods import scores, select
 from rayprune.workers.numerics.statistics import Statistic, restored
 from rayprune.workers.passes.divergence import Kept, divergences
+from rayprune.workers.passes.kept import read_fits, write_fits
 from rayprune.workers.passes.stream import Fits, Saved, Stream, Wanted
 from rayprune.workers.passes.survey import curve, stored_cut, tensors_of
 from rayprune.workers.passes.sweep import Parts, Sweep, embed_all, grow_states
 from rayprune.workers.side_steps import SideSteps
 from rayprune.workers.store.files import Task, commit, read_manifest, write_tensors
-from rayprune.workers.store.layout import LAYER_FILE, OUTER_FILE, SURVEY_FILE, selection_task
+from rayprune.workers.store.layout import (
+    LAYER_FILE,
+    OUTER_FILE,
+    STATISTICS_FILE,
+    SURVEY_FILE,
+    selection_task,
+)
 from rayprune.workers.store.shards import Node, merge_siblings, roots
 from rayprune.workers.store.training_stage import Removed, forget_another, forget_states, read_log
 from rayprune.workers.workbench import Receipt, step
@@ -48,6 +55,7 @@ class Worker(SideSteps):
         self, job: JobSpec, run_folder: str, device: str, memory: MemoryPlan, scope: str = ""
     ) -> None:
         super().__init__(job, run_folder, device, memory, scope)
+        self._loaded: dict[tuple[int, str], Fits] = {}
         self._probe: dict[tuple[int, int], tuple[int, list[MicroBatch]]] = {}
 
     @cached_property
@@ -233,11 +241,36 @@ class Worker(SideSteps):
         self._probe.clear()
         return {}, self._stream.flow(range(*chunk), number, wanted, saved, before)
 
+    def _fit(self, layer: int, name: str) -> Fits:
+        loaded = self._loaded.pop((layer, name), None)
+        return loaded or self._stream.fit(layer, name)
+
+    @step
+    def keep_statistics(
+        self, layer: int, task: Task, groups: Sequence[str]
+    ) -> tuple[Receipt, None]:
+        """Write the statistics of a layer's groups that this worker has, instead of working on
+        them.
+        """
+        write_fits(task.folder, {name: self._stream.fit(layer, name) for name in groups})
+        commit(task, [STATISTICS_FILE], {"computed_on": self._model.computed_on})
+        return {"groups": {}}, None
+
+    @step
+    def load_statistics(
+        self, layer: int, folder: str, groups: Sequence[str]
+    ) -> tuple[Receipt, None]:
+        """Take a layer's statistics from where `keep_statistics` has written them."""
+        self._loaded = {
+            (layer, name): read_fits(Path(folder), name, self._scratch) for name in groups
+        }
+        return {}, None
+
     @step
     def select(self, layer: int, task: Task, kept: Mapping[str, int]) -> tuple[Receipt, None]:
         """Select the units of a layer that stay, from the statistics this worker has."""
         fits = {
-            name: self._stream.fit(layer, name)
+            name: self._fit(layer, name)
             for name, count in kept.items()
             if count < self._groups[name].num_units
         }
@@ -283,7 +316,7 @@ class Worker(SideSteps):
     ) -> tuple[Receipt, None]:
         """Decide all groups of a layer from the statistics this worker has, and write the layer."""
         fits = {
-            name: self._stream.fit(layer, name)
+            name: self._fit(layer, name)
             for name, count in kept.items()
             if count < self._groups[name].num_units
         }
@@ -308,7 +341,7 @@ class Worker(SideSteps):
         """Error curves of a layer's groups from the statistics this worker has, and cuts for the
         `stored` numbers of units.
         """
-        fits = {name: self._stream.fit(layer, name) for name in counts}
+        fits = {name: self._fit(layer, name) for name in counts}
         errors: dict[str, dict[int, float]] = {}
         tensors: dict[str, Tensor] = {}
         for name in counts:
@@ -331,7 +364,7 @@ class Worker(SideSteps):
         """Scores of the units of a layer's groups, comparable between layers, when about so many
         units are to stay.
         """
-        fits = {name: self._stream.fit(layer, name) for name in kept}
+        fits = {name: self._fit(layer, name) for name in kept}
         found: dict[str, list[float]] = {}
         for name, count in kept.items():
             training, held_out = fits.pop(name)

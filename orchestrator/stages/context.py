@@ -9,8 +9,14 @@ from typing import Any, TypeVar
 from rayprune.orchestrator.execution.executor import Executor
 from rayprune.orchestrator.execution.failures import Decision, WorkerFailure, decide, stopping_error
 from rayprune.orchestrator.execution.run_folder import PLAN_FILE, RunFolder, forget_report
+from rayprune.orchestrator.execution.task_store import TaskStore
 from rayprune.orchestrator.planning.plan import Plan
-from rayprune.orchestrator.stages.reads import WITHOUT_ACTIVATIONS, kind_of, options_read
+from rayprune.orchestrator.stages.reads import (
+    KEPT_IN_STORE,
+    WITHOUT_ACTIVATIONS,
+    kind_of,
+    options_read,
+)
 from rayprune.specs.errors import SpecError
 from rayprune.specs.job import JobSpec
 from rayprune.workers.machine.memory import PeakMemory
@@ -40,6 +46,8 @@ class Context:
     executor: Executor
     show: Callable[[dict[str, Any]], None]
     scope: Scope
+    store: TaskStore | None = None
+    """Where finished tasks of other runs are found, and those of this one kept."""
     memory: PeakMemory = field(default_factory=PeakMemory)
 
     def record(self, plan: Plan) -> Plan:
@@ -90,15 +98,19 @@ class Context:
             VerificationError: other software has made it, or another kind of device.
         """
         manifest, name = read_manifest(task.folder), self.scope.task(task.name)
-        if manifest is None:
-            return None
-        if changes := self.folder.changes(manifest, task):
+        if manifest and (changes := self.folder.changes(manifest, task)):
             before_redoing()
             self.emit("task-stale", task=name, changed=changes)
             forget_report(self.folder.path)
             remove_task(task.folder)
-            return None
-        return None if damaged_files(task.folder, manifest) else manifest
+            manifest = None
+        if manifest and not damaged_files(task.folder, manifest):
+            return manifest
+        kept = kind_of(task.name) in KEPT_IN_STORE
+        if self.store and kept and (manifest := self.store.fetch(task)):
+            self.emit("task-fetched", task=name)
+            return manifest
+        return None
 
     def once(
         self,
@@ -123,6 +135,8 @@ class Context:
         manifest = read_manifest(task.folder)
         assert manifest is not None, f"{task.name} left no manifest"
         self.folder.emit({"event": "task-done", "task": self.scope.task(task.name)})
+        if self.store and kind_of(task.name) in KEPT_IN_STORE:
+            self.store.keep(task, manifest)
         return manifest
 
     def attempt(self, task: str, work: Callable[[], T]) -> T:

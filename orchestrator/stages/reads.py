@@ -49,6 +49,7 @@ READS: Mapping[str, tuple[str, ...]] = {
     CALIBRATION_TASK: (*_TEXT, "calibration.samples"),
     EVALUATION_TASK: ("evaluation", "windows_read", *_TEXT),
     GRADIENTS_TASK: (*_ACTIVATIONS, "gradient_windows"),
+    "statistics": _STATISTICS,
     "survey": _CUT,
     SENSITIVITY_TASK: (*_ACTIVATIONS, "divergence_windows"),
     "generation": (*_ACTIVATIONS, "divergence_windows", *_ALLOCATION),
@@ -68,6 +69,24 @@ READS: Mapping[str, tuple[str, ...]] = {
     "evaluate-recovered": (*_ACTIVATIONS, "evaluation.stride"),
 }
 """By kind of task; a section's name stands for all of it."""
+KEPT_IN_STORE = {
+    CALIBRATION_TASK,
+    EVALUATION_TASK,
+    GRADIENTS_TASK,
+    "statistics",
+    "survey",
+    SENSITIVITY_TASK,
+    "generation",
+    SHAPE_TASK,
+    "selection",
+    "layer",
+    OUTER_TASK,
+    "evaluate-before",
+    "evaluate-after",
+}
+"""Kinds of tasks that a store keeps. Not `source`, since a folder's files tell it apart in that
+folder alone; not trainings, whose folders hold more than their results; not the exported model.
+"""
 WITHOUT_ACTIVATIONS = {SOURCE_TASK, CALIBRATION_TASK, EVALUATION_TASK, OUTER_TASK, EXPORT_TASK}
 """Tasks whose result does not depend on how workers compute."""
 

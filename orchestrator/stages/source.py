@@ -18,8 +18,12 @@ def identify(context: Context, checkpoint: Checkpoint) -> ModelAt:
     files = {}
     for name in sorted({info.file for info in checkpoint.tensors.values()}):
         stat = (checkpoint.path / name).stat()
-        files[name] = f"{stat.st_size} bytes, written at {stat.st_mtime_ns} ns"
-    task = context.task(SOURCE_TASK, {"headers": checkpoint.identity, "files": files})
+        # a copy that keeps its time of writing does not keep this one
+        files[name] = f"{stat.st_size} bytes, changed at {stat.st_ctime_ns} ns"
+    where = str(checkpoint.path)
+    task = context.task(
+        SOURCE_TASK, {"path": where, "headers": checkpoint.identity, "files": files}
+    )
     done = context.once(task, lambda: _digest(context, task, checkpoint.num_layers + 1))
     parts: Any = done.info["result"]
     return ModelAt(checkpoint, parts[0], tuple(parts[1:]))

@@ -10,7 +10,7 @@ decided at the same time, each by the worker that has its statistics.
 import math
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from rayprune.orchestrator.stages.context import Context
 from rayprune.orchestrator.stages.reads import BOUNDARY
 from rayprune.orchestrator.stages.subject import Subject
 from rayprune.workers.store.files import Manifest, Task, read_manifest
-from rayprune.workers.store.layout import boundary_file
+from rayprune.workers.store.layout import RESIDUAL_STREAM, boundary_file, statistics_task
 from rayprune.workers.store.shards import even_parts, num_micro_batches
 
 Wave = list[range]
@@ -80,19 +80,102 @@ def stream_layers(
     Raises:
         RaypruneError: from the first layer that fails; the finished ones stay.
     """
+    missing = _unfinished(context, work, range(len(work)))
+    groups = {name for layer in missing for name in work[layer].groups}
+    kept: list[LayerWork] = []
+    if context.store and RESIDUAL_STREAM not in groups:
+        kept = _keep_statistics(
+            context, subject, [layer for layer in missing if work[layer].groups]
+        )
     with context.stage(stage, len(work)):
-        missing = _unfinished(context, work, range(len(work)))
         for layer in sorted(set(range(len(work))) - set(missing)):
             context.emit("task-found", task=context.scope.task(work[layer].task.name))
-        first = _first_layer(context, subject, missing[0]) if missing else len(work)
-        for wave in waves(
-            range(first, len(work)),
-            context.executor.num_workers,
-            subject.plan.memory.layers_per_chunk,
-        ):
-            name = f"layers {wave[0].start} to {wave[-1].stop - 1}"
-            context.attempt(name, partial(_run_wave, context, subject, stage, wave, work))
+        if kept:
+            _work_on_kept(context, stage, work, kept, missing)
+        else:
+            _stream(context, subject, stage, work, missing)
     return [_manifest(work[layer]) for layer in range(len(work))]
+
+
+def _stream(
+    context: Context,
+    subject: Subject,
+    stage: str,
+    work: Sequence[LayerWork],
+    missing: Sequence[int],
+) -> None:
+    """Wave after wave, as far as the last layer that is missing."""
+    if not missing:
+        return
+    first = _first_layer(context, subject, missing[0])
+    for wave in waves(
+        range(first, missing[-1] + 1),
+        context.executor.num_workers,
+        subject.plan.memory.layers_per_chunk,
+    ):
+        name = f"layers {wave[0].start} to {wave[-1].stop - 1}"
+        context.attempt(name, partial(_run_wave, context, subject, stage, wave, work, set(missing)))
+
+
+def _keep_statistics(context: Context, subject: Subject, layers: Sequence[int]) -> list[LayerWork]:
+    """Where there is a store: statistics of all groups of these layers as tasks of their own. Those
+    that are there already take no forward pass.
+    """
+    groups = list(subject.plan.model.units)
+    kept = [
+        layer_work(
+            context, subject, layer, statistics_task(layer), "keep_statistics", (groups,), groups
+        )
+        for layer in range(subject.plan.model.num_layers)
+    ]
+    absent = [layer for layer in layers if context.finished(kept[layer].task) is None]
+    with context.stage("statistics", len(absent)):
+        _stream(context, subject, "statistics", kept, absent)
+    return kept
+
+
+def _work_on_kept(
+    context: Context,
+    stage: str,
+    work: Sequence[LayerWork],
+    kept: Sequence[LayerWork],
+    missing: Sequence[int],
+) -> None:
+    """Work on layers from their kept statistics, one on each worker at a time."""
+    at_once = context.executor.num_workers
+    for start in range(0, len(missing), at_once):
+        some = missing[start : start + at_once]
+        name = f"layers {some[0]} to {some[-1]}"
+        context.attempt(name, partial(_work_at_once, context, stage, work, kept, some))
+
+
+def _work_at_once(
+    context: Context,
+    stage: str,
+    work: Sequence[LayerWork],
+    kept: Sequence[LayerWork],
+    layers: Sequence[int],
+) -> None:
+    """One layer on each worker."""
+    executor, start = context.executor, time.monotonic()
+    calls = []
+    for worker, layer in enumerate(layers):
+        todo, folder = work[layer], str(kept[layer].task.folder)
+        loaded = executor.submit(worker, "load_statistics", layer, folder, list(todo.groups))
+        calls.append(
+            (loaded, executor.submit(worker, todo.step, layer, todo.task, *todo.arguments))
+        )
+    for layer, call in zip(layers, calls, strict=True):
+        _, receipt = executor.wait(call)
+        context.done(work[layer].task)
+        context.emit(
+            "step-finished",
+            stage=stage,
+            layer=layer,
+            seconds=time.monotonic() - start,
+            groups=receipt["groups"],
+            peak_memory_bytes=context.peak_memory_bytes(),
+        )
 
 
 def _manifest(work: LayerWork) -> Manifest:
@@ -133,11 +216,20 @@ def _first_layer(context: Context, subject: Subject, missing: int) -> int:
 
 
 def _run_wave(
-    context: Context, subject: Subject, stage: str, wave: Wave, work: Sequence[LayerWork]
+    context: Context,
+    subject: Subject,
+    stage: str,
+    wave: Wave,
+    work: Sequence[LayerWork],
+    wanted: Collection[int],
 ) -> None:
     """Statistics of the wave's unfinished layers, then the work on them."""
     start = time.monotonic()
-    missing = _unfinished(context, work, range(wave[0].start, wave[-1].stop))
+    missing = [
+        layer
+        for layer in _unfinished(context, work, range(wave[0].start, wave[-1].stop))
+        if layer in wanted
+    ]
     _flow(context, subject, wave, {layer: work[layer].groups for layer in missing})
     submit = context.executor.submit
     settled = [

@@ -17,6 +17,7 @@ RESULT_FILE, STARTED_FILE, TRAINED_FOLDER = "result.json", "started", "model"
 RESIDUAL_STREAM = "residual stream"
 """Beside the names of groups: what a layer is given and gives on the dense path."""
 SURVEY_FILE, SENSITIVITY_TASK = "cuts.safetensors", "sensitivity"
+STATISTICS_FILE = "statistics.safetensors"
 GRADIENTS_TASK, GRADIENTS_FILE = "gradients", "gradients.safetensors"
 
 
@@ -33,6 +34,11 @@ def selection_task(layer: int) -> str:
 def survey_task(layer: int) -> str:
     """Task id of what could stay of a layer: error curves and corrected weights, or scores."""
     return f"survey-{layer:04d}"
+
+
+def statistics_task(layer: int) -> str:
+    """Task id of a layer's statistics on the dense path, where they are kept."""
+    return f"statistics-{layer:04d}"
 
 
 def regularised_task(layer: int) -> str:
