@@ -82,8 +82,8 @@ def prune(context: Context, plan: Plan, checkpoint: Checkpoint) -> Pruned:
     """
     context.record(plan)
     context.executor.use_model(checkpoint.path, context.scope.name)
+    tokens, evaluated = texts.tokenize(context, checkpoint.path)
     dense = source.identify(context, checkpoint)
-    tokens, evaluated = texts.tokenize(context, dense)
     subject = Subject(plan, dense, tokens, tuple(texts.text_digests(context)))
     subject = replace(subject, gradients=gradients.measure_gradients(context, subject))
     shape = probe.choose_shape(context, subject)

@@ -4,13 +4,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rayprune.orchestrator.stages.context import Context
-from rayprune.orchestrator.stages.subject import ModelAt, file_digests
+from rayprune.orchestrator.stages.subject import file_digests
 from rayprune.workers.store.files import Manifest, record_of
 from rayprune.workers.store.layout import CALIBRATION_TASK, EVALUATION_TASK
 from rayprune.workers.store.side_files import TOKENIZER_FILES, side_files
 
 
-def tokenize(context: Context, model: ModelAt) -> tuple[Manifest, Manifest | None]:
+def tokenize(context: Context, model: Path) -> tuple[Manifest, Manifest | None]:
     """The calibration and the evaluation text as tokens, so that a text that will not do is found
     before any other work.
     """
@@ -38,10 +38,10 @@ def _digests(texts: Sequence[str]) -> list[str]:
     return [record_of(Path(text)).sha256 if Path(text).is_file() else "" for text in texts]
 
 
-def _tokens(context: Context, model: ModelAt, name: str, inputs: Mapping[str, object]) -> Manifest:
+def _tokens(context: Context, model: Path, name: str, inputs: Mapping[str, object]) -> Manifest:
     """Tokenise texts, once; depends on the texts, the tokenizer, the cutting and `inputs`, not on
     the rest of the job.
     """
-    tokenizer = file_digests(side_files(model.path, TOKENIZER_FILES))
+    tokenizer = file_digests(side_files(model, TOKENIZER_FILES))
     task, executor = context.task(name, {"tokenizer": tokenizer, **inputs}), context.executor
     return context.once(task, lambda: executor.wait([executor.submit(0, "tokenize", task)]))
