@@ -100,6 +100,17 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--out", type=Path, required=True, help="run folder: tasks, model/ and report.json"
     )
+    run.add_argument(
+        "--redo",
+        choices=["stale"],
+        help="do again what other package versions or another kind of device has made",
+    )
+    run.add_argument(
+        "--store",
+        type=Path,
+        metavar="DIR",
+        help="folder of finished tasks by what they are made from, shared by runs",
+    )
     submit = _job_command(
         commands, "submit", _submit, "run a job on a Ray cluster, from outside it"
     )
@@ -199,7 +210,17 @@ def _run(options: argparse.Namespace) -> None:
     from rayprune.orchestrator.reporting.progress import print_parts
     from rayprune.orchestrator.reporting.report import summary
 
-    print_parts(summary(rayprune.run(_load(options), options.out, progress=True)))
+    print_parts(
+        summary(
+            rayprune.run(
+                _load(options),
+                options.out,
+                progress=True,
+                redo_stale=options.redo == "stale",
+                store=options.store,
+            )
+        )
+    )
 
 
 def _submit(options: argparse.Namespace) -> int:

@@ -45,7 +45,13 @@ def plan(job: Job, profile: MachineProfile | str | os.PathLike[str] | None = Non
     return make_plan(spec, planned_checkpoint(Path(spec.model.path)), machine)
 
 
-def run(job: Job, out: str | os.PathLike[str], progress: Progress = None) -> Report:
+def run(
+    job: Job,
+    out: str | os.PathLike[str],
+    progress: Progress = None,
+    redo_stale: bool = False,
+    store: str | os.PathLike[str] | None = None,
+) -> Report:
     """Run a job to its end, or go on where an earlier attempt stopped.
 
     It may be called in any thread and inside a running event loop, which it blocks; several runs
@@ -56,6 +62,9 @@ def run(job: Job, out: str | os.PathLike[str], progress: Progress = None) -> Rep
         job: the job; relative paths in a mapping start from the current folder.
         out: the run folder; it is made, or goes on.
         progress: is called with every event, in the thread that called `run`.
+        redo_stale: do again what other software or another kind of device has made.
+        store: folder of finished tasks that runs share; those of other runs are found there, and
+            those of this one kept.
 
     Raises:
         SpecError: the job, a text or the run folder is wrong.
@@ -70,7 +79,7 @@ def run(job: Job, out: str | os.PathLike[str], progress: Progress = None) -> Rep
     spec, folder = _loaded(job), Path(out)
     refuse_lost_paths(spec, folder)
     with _shown(progress) as show:
-        return run_job(spec, folder, show)
+        return run_job(spec, folder, show, redo_stale, Path(store) if store else None)
 
 
 def _loaded(job: Job) -> JobSpec:

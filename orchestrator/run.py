@@ -16,6 +16,7 @@ from typing import Any
 
 from rayprune.orchestrator.execution.executor import Executor, InProcessExecutor, MemoryOn
 from rayprune.orchestrator.execution.run_folder import RunFolder
+from rayprune.orchestrator.execution.task_store import TaskStore
 from rayprune.orchestrator.planning.disk import still_needed
 from rayprune.orchestrator.planning.plan import Plan, make_plan
 from rayprune.orchestrator.reporting.gather import write_report
@@ -25,23 +26,30 @@ from rayprune.orchestrator.stages import (
     export,
     gradients,
     probe,
+    source,
     start,
     sweep,
     texts,
     training,
 )
 from rayprune.orchestrator.stages.context import Context
+from rayprune.orchestrator.stages.subject import Pruned, Subject
 from rayprune.specs.errors import ResourceError
 from rayprune.specs.job import JobSpec
 from rayprune.workers.model.checkpoint import Checkpoint, open_checkpoint
 from rayprune.workers.store.files import read_manifest
-from rayprune.workers.store.layout import CACHE, task_folder
+from rayprune.workers.store.layout import Scope, task_folder
 
 Show = Callable[[dict[str, Any]], object]
 
 
-def run_job(job: JobSpec, out: Path, show: Show) -> Report:
+def run_job(
+    job: JobSpec, out: Path, show: Show, redo_stale: bool = False, store: Path | None = None
+) -> Report:
     """Run a job to its end, or go on where an earlier attempt stopped; returns the report.
+
+    With `redo_stale`, what other software or another kind of device has made is done again. In a
+    `store` finished tasks of other runs are found, and those of this one kept.
 
     Raises:
         RaypruneError: as its subclasses say; finished tasks are kept.
@@ -49,13 +57,15 @@ def run_job(job: JobSpec, out: Path, show: Show) -> Report:
     checkpoint = open_checkpoint(Path(job.model.path))
     plan = first_plan(job, checkpoint)
     with ExitStack() as stack:
-        folder = stack.enter_context(RunFolder(out, job))
+        folder = stack.enter_context(RunFolder(out, job, redo_stale))
+        plans = {plan.device: plan}
         executor = stack.enter_context(
             make_executor(
-                job, folder.path, lambda device: settle_on(context, checkpoint, device).memory
+                job, folder.path, lambda device: plan_on(device, plans, job, checkpoint).memory
             )
         )
-        context = Context(job, checkpoint, plan, folder, executor, show)
+        tasks = TaskStore(store) if store else None
+        context = Context(job, folder, executor, show, Scope(folder.path), tasks)
         context.emit(
             "run-started",
             job=str(folder.path),
@@ -66,20 +76,36 @@ def run_job(job: JobSpec, out: Path, show: Show) -> Report:
             context.emit("warning", text=warning)
         _check_disk(folder.path, plan)
         _check_packages(job)
-        context.settle(plan)
-        start.start(context)
-        tokens, evaluated = texts.tokenize(context)
-        context.gradients = gradients.measure_gradients(context, tokens)
-        context.settle(plan.chosen(probe.choose_shape(context, tokens)))
-        training.train_first(context, tokens)
-        layers = sweep.prune_layers(context, tokens)
-        exported = export.export_model(context, layers)
-        recovered = training.recover(context, exported)
-        # it only serves what is not finished
-        shutil.rmtree(folder.path / CACHE, ignore_errors=True)
-        losses = evaluation.evaluate(context, exported, recovered, evaluated)
+        start.start(context, checkpoint.path)
+        device = str(executor.computed_on).partition(" ")[0]
+        done = prune(context, plan_on(device, plans, job, checkpoint), checkpoint)
         context.emit("run-finished")
-        return write_report(context, layers, losses)
+        return write_report(context, done)
+
+
+def prune(context: Context, plan: Plan, checkpoint: Checkpoint) -> Pruned:
+    """One pass over a model, in the context's scope: what came of it.
+
+    Raises:
+        RaypruneError: as its subclasses say; finished tasks are kept.
+    """
+    context.record(plan)
+    context.executor.use_model(checkpoint.path, context.scope.name)
+    tokens, evaluated = texts.tokenize(context, checkpoint.path)
+    dense = source.identify(context, checkpoint)
+    subject = Subject(plan, dense, tokens, tuple(texts.text_digests(context)))
+    subject = replace(subject, gradients=gradients.measure_gradients(context, subject))
+    shape = probe.choose_shape(context, subject)
+    subject = replace(subject, plan=context.record(plan.chosen(shape)))
+    trained = training.train_first(context, subject)
+    layers = sweep.prune_layers(context, trained)
+    pruned = export.export_model(context, trained, layers)
+    recovered = training.recover(context, subject, pruned)
+    # it only serves what is not finished
+    shutil.rmtree(context.scope.cache, ignore_errors=True)
+    models = {"before": dense, "after": pruned} | ({"recovered": recovered} if recovered else {})
+    losses = evaluation.evaluate(context, models, evaluated)
+    return Pruned(trained.plan, dense, pruned, recovered, layers, losses)
 
 
 def first_plan(job: JobSpec, checkpoint: Checkpoint) -> Plan:
@@ -98,17 +124,16 @@ def first_plan(job: JobSpec, checkpoint: Checkpoint) -> Plan:
         raise
 
 
-def settle_on(context: Context, checkpoint: Checkpoint, device: str) -> Plan:
-    """The plan for the device that the workers turned out to have, made again if it is another
-    one.
+def plan_on(device: str, plans: dict[str, Plan], job: JobSpec, checkpoint: Checkpoint) -> Plan:
+    """The plan for the device that the workers turned out to have; made, unless it is among `plans`
+    by device.
 
     Raises:
         ResourceError: a worker needs more memory there than it may use.
     """
-    if context.plan.device != device:
-        plan, shapes = make_plan(context.job, checkpoint, device=device), context.plan.shapes
-        context.settle(replace(plan, shapes=shapes))
-    return context.plan
+    if device not in plans:
+        plans[device] = make_plan(job, checkpoint, device=device)
+    return plans[device]
 
 
 def make_executor(job: JobSpec, run_folder: Path, memory_on: MemoryOn) -> Executor:

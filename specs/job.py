@@ -79,6 +79,12 @@ class TextSpec(Section):
     field: str = Field(default="text", min_length=1)
     """JSON Lines: the key that holds a document's text; documents are joined by a blank line."""
 
+    @property
+    def is_jsonl(self) -> bool:
+        """Whether it is read as JSON Lines."""
+        by_name = self.format == "auto" and self.path.endswith(".jsonl")
+        return self.format == "jsonl" or by_name
+
 
 class MixedTextSpec(TextSpec):
     """A further calibration text."""

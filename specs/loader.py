@@ -206,13 +206,14 @@ def differing_fields(a: JobSpec, b: JobSpec) -> list[str]:
     """The options in which the results of two jobs differ, as lines such as `budget.sparsity: 0.2
     -> 0.3`.
     """
-    return list(_differences(a.result_part(), b.result_part(), ""))
+    return list(differences(a.result_part(), b.result_part()))
 
 
-def _differences(a: object, b: object, name: str) -> Iterator[str]:
+def differences(a: object, b: object, name: str = "") -> Iterator[str]:
+    """Where two JSON documents differ, as such lines."""
     if isinstance(a, dict) and isinstance(b, dict):
         for key in a | b:
-            yield from _differences(a.get(key), b.get(key), f"{name}.{key}" if name else key)
+            yield from differences(a.get(key), b.get(key), f"{name}.{key}" if name else key)
     elif a != b:
         yield f"{name}: {json.dumps(a, ensure_ascii=False)} -> {json.dumps(b, ensure_ascii=False)}"
 

@@ -40,9 +40,8 @@ def load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
 
 def _documents(spec: TextSpec) -> Iterator[str]:
     path = Path(spec.path)
-    jsonl = spec.format == "jsonl" or (spec.format == "auto" and path.suffix == ".jsonl")
     with path.open(encoding="utf-8") as handle:
-        if not jsonl:
+        if not spec.is_jsonl:
             while chunk := handle.read(2**20):
                 yield chunk
             return

@@ -21,15 +21,17 @@ from rayprune.workers.network.reading import consumer_weight
 from rayprune.workers.network.streamed import StreamedModel
 from rayprune.workers.numerics.statistics import Statistic, statistic_type
 from rayprune.workers.passes.sweep import micro_batches
-from rayprune.workers.store.layout import CACHE, CALIBRATION_TASK, TOKENS_FILE, task_folder
+from rayprune.workers.store.layout import CACHE, CALIBRATION_TASK, TOKENS_FILE, Scope
 from rayprune.workers.store.shards import even_parts
 
 
 class Workbench:
     """Job, device and model of a worker, and room for large tensors."""
 
-    def __init__(self, job: JobSpec, run_folder: str, device: str, memory: MemoryPlan) -> None:
-        self.job, self.run_folder = job, Path(run_folder)
+    def __init__(
+        self, job: JobSpec, run_folder: str, device: str, memory: MemoryPlan, scope: str = ""
+    ) -> None:
+        self.job, self.scope = job, Scope(Path(run_folder), scope)
         self.device = device_of(device)
         self.memory, self._peak = memory, PeakMemory()
         torch.set_num_threads(job.parallel.threads_per_worker)
@@ -68,11 +70,11 @@ class Workbench:
 
     def spill(self, to_files: bool) -> Scratch:
         """Room for large tensors, in files or in memory."""
-        return Scratch(self.device, self.run_folder / CACHE / "spill" if to_files else None)
+        return Scratch(self.device, self.scope.run / CACHE / "spill" if to_files else None)
 
     def tokens(self, task: str) -> Tensor:
         """Tokens that a task has written (S, T)."""
-        return load_file(task_folder(self.run_folder, task) / TOKENS_FILE)["tokens"].clone()
+        return load_file(self.scope.folder(task) / TOKENS_FILE)["tokens"].clone()
 
     @cached_property
     def scratch(self) -> Scratch:

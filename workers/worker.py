@@ -29,8 +29,10 @@ class Worker:
     rebuilt from the run folder.
     """
 
-    def __init__(self, job: JobSpec, run_folder: str, device: str, memory: MemoryPlan) -> None:
-        bench = Workbench(job, run_folder, device, memory)
+    def __init__(
+        self, job: JobSpec, run_folder: str, device: str, memory: MemoryPlan, scope: str = ""
+    ) -> None:
+        bench = Workbench(job, run_folder, device, memory, scope)
         deciding, writing = Deciding(bench), Writing(bench)
         probing = Probing(bench, deciding)
         streaming = Streaming(bench, deciding, writing, before=[probing])

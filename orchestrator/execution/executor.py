@@ -41,6 +41,10 @@ class Executor(ABC):
     def __init__(self, job: JobSpec, run_folder: Path, memory_on: MemoryOn) -> None:
         self.job, self.run_folder, self.memory_on = job, run_folder, memory_on
         self.num_workers = job.parallel.workers
+        self.scope = ""
+        self.computed_on: str | None = None
+        """How finished tasks were computed, and workers compute, once either is known."""
+        self._has_said = ""
         self.peak_memory_bytes: dict[str, int] = {}
         self.step_seconds: dict[str, float] = {}
 
@@ -97,12 +101,22 @@ class Executor(ABC):
             )
         return receipts
 
-    def use_model(self, path: Path) -> None:
-        """Go on with another model; workers start anew."""
+    def use_model(self, path: Path, scope: str) -> None:
+        """Go on with this model and in this scope; workers start anew if one is another."""
+        if (str(path), scope) == (self.job.model.path, self.scope):
+            return
+        self.scope = scope
         self.job = self.job.model_copy(
             update={"model": self.job.model.model_copy(update={"path": str(path)})}
         )
         self.drop_workers()
+
+    def how_computed(self) -> str:
+        """Device kind and type of forward passes on the workers; asked once."""
+        if not self._has_said:
+            (receipt,) = self.wait([self.on(0).how_computed()])
+            self._has_said = receipt["computed_on"]
+        return self._has_said
 
     @abstractmethod
     def drop_workers(self) -> None:
@@ -142,7 +156,8 @@ class InProcessExecutor(Executor):
             from rayprune.workers.worker import Worker
 
             device = device_of(self.job.parallel.device).type
-            self._worker = Worker(self.job, str(self.run_folder), device, self.memory_on(device))
+            memory = self.memory_on(device)
+            self._worker = Worker(self.job, str(self.run_folder), device, memory, self.scope)
 
     def _submit(self, worker: int, step: str, *args: Any) -> Call[Any]:
         """Run the step now."""

@@ -174,7 +174,7 @@ class RayExecutor(Executor):
             max_task_retries=0,
             scheduling_strategy="SPREAD",
         )
-        return actor.remote(self.job, str(self.run_folder), self._device, self._memory)
+        return actor.remote(self.job, str(self.run_folder), self._device, self._memory, self.scope)
 
     def _ready(self, actors: Sequence[Any]) -> None:
         limit = START_SECONDS + self.job.cluster.wait_seconds

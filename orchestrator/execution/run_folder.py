@@ -1,13 +1,15 @@
-"""The run folder: one job, one writer at a time, and the record of what is finished.
+"""The run folder: one writer at a time, the job it was last run with, and what is finished.
 
-A folder belongs to the job that first wrote to it. Fields the result does not depend on (workers,
-cluster, memory, evaluation) may change between attempts; any other difference is an error.
+Every finished task says what it was made from. A task that was made from other options or inputs is
+stale: it is done again. Where other software made it, going on would mix roundings, and is refused
+unless asked for.
 """
 
 import json
 import platform
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
@@ -17,20 +19,16 @@ from filelock import FileLock, Timeout
 
 from rayprune.specs.errors import SpecError, VerificationError
 from rayprune.specs.job import JobSpec
-from rayprune.specs.loader import differing_fields, dump_job, load_job
-from rayprune.workers.store.files import (
-    Manifest,
-    damaged_files,
-    fingerprint,
-    read_manifest,
-    write_text,
-)
-from rayprune.workers.store.layout import CACHE, task_folder
+from rayprune.specs.loader import differences, dump_job, load_job
+from rayprune.workers.store.files import Manifest, Task, write_text
+from rayprune.workers.store.layout import Scope
 
-CODE_VERSION = 3
+CODE_VERSION = 4
 """Raised whenever the same job would give other bytes."""
 JOB_FILE, EVENTS_FILE, PLAN_FILE, LOCK_FILE = "job.yaml", "events.jsonl", "plan.json", "run.lock"
 REPORT_FILE, PAGE_FILE = "report.json", "report.html"
+HOW_COMPUTED = ("model.dtype", "parallel.device")
+"""Options that say on what kind of device and in which type workers compute."""
 NUMERIC_PACKAGES = ("torch", "transformers", "numpy", "scipy", "safetensors")
 
 
@@ -45,15 +43,17 @@ def environment() -> dict[str, str]:
 class RunFolder:
     """An opened, locked run folder."""
 
-    def __init__(self, path: Path, job: JobSpec) -> None:
-        self.path, self.job = path.absolute(), job
+    def __init__(self, path: Path, job: JobSpec, redo_stale: bool = False) -> None:
+        """With `redo_stale`, what other software has made is done again, not refused."""
+        self.path, self.job, self.redo_stale = path.absolute(), job, redo_stale
+        self._environment = environment()
         self._lock = FileLock(self.path / LOCK_FILE, timeout=0)
 
     def __enter__(self) -> Self:
-        """Lock the folder and bind it to the job.
+        """Lock the folder and write the job down.
 
         Raises:
-            SpecError: it is another job's, in use, no run folder, or not writable.
+            SpecError: it is in use, no run folder, or not writable.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -76,21 +76,18 @@ class RunFolder:
             raise SpecError(f"{self.path}: cannot be used as the run folder: {error}") from None
         with ExitStack() as stack:
             stack.callback(self._lock.release)
-            self._bind()
+            self._write_job()
             stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._lock.release()
 
-    def _bind(self) -> None:
-        path = self.path / JOB_FILE
-        if path.exists() and (changes := differing_fields(load_job(path), self.job)):
-            raise SpecError(
-                f"{self.path}: belongs to another job; choose another --out, or take back: "
-                + "; ".join(changes)
-            )
-        write_text(path, dump_job(self.job))
+    def _write_job(self) -> None:
+        path, text = self.path / JOB_FILE, dump_job(self.job)
+        if path.exists() and dump_job(load_job(path)) != text:
+            forget_report(self.path)  # it is of another job
+        write_text(path, text)
         events = self.path / EVENTS_FILE
         if events.exists() and not events.read_bytes().endswith(b"\n"):
             with events.open("ab") as handle:
@@ -106,42 +103,62 @@ class RunFolder:
         """All events of all attempts; a line torn by a crash is left out."""
         return read_events(self.path)
 
-    def fingerprint(self, task: str, *inputs: str, part: object = None) -> str:
-        """What a task's result depends on: the job (or the given part of it), the software, and its
-        inputs' digests.
+    def task(
+        self,
+        name: str,
+        scope: Scope,
+        options: Mapping[str, object],
+        inputs: Mapping[str, object],
+        computed_on: str | None = None,
+    ) -> Task:
+        """A task whose result depends on these options and inputs, on the software, and, where it
+        computes with activations, on how.
         """
-        spec = self.job.result_part() if part is None else part
-        return fingerprint(
-            {"task": task, "spec": spec, "environment": environment(), "inputs": list(inputs)}
-        )
+        made_from = {
+            "environment": self._environment,
+            "computed_on": computed_on,
+            "options": options,
+            "inputs": inputs,
+        }
+        # as it is read again
+        return Task(name, scope.folder(name), json.loads(json.dumps(made_from)))
 
-    def finished(self, task: str, expected: str, redo_stale: bool = False) -> Manifest | None:
-        """The manifest of a task that is done; None when it has to be done (again, if its files are
-        damaged).
-
-        With `redo_stale` a task that was done from other inputs has to be done again; otherwise
-        that is an error.
+    def changes(self, found: Manifest, wanted: Task) -> list[str]:
+        """In what a finished task differs from the one that is wanted, as lines; none: it is that
+        one.
 
         Raises:
-            VerificationError: the task was done from other inputs or by other software.
+            VerificationError: other software or another kind of device has made it, and it shall
+                not be redone for that.
         """
-        folder = task_folder(self.path, task)
-        manifest = read_manifest(folder)
-        if manifest is None or damaged_files(folder, manifest):
-            return None
-        if manifest.fingerprint != expected and redo_stale:
-            return None
-        if manifest.fingerprint != expected:
+        old, new = found.made_from, wanted.made_from
+        if old == new and found.fingerprint == wanted.fingerprint:
+            return []
+        moved = old.get("computed_on") != new["computed_on"] and not _asked(old, new)
+        if not self.redo_stale and (moved or old.get("environment") != new["environment"]):
+            what = "; ".join(_differences(old, new, "environment", "computed_on"))
             raise VerificationError(
-                f"{folder}: was made from other inputs (model, text) or by other package versions"
-                f" (now {_versions()}); choose another --out, or delete {folder} and"
-                f" {self.path / CACHE}"
+                f"{wanted.folder}: was made by other software or on another kind of device: {what};"
+                " take that back, choose another --out, or do again what depends on it:"
+                " rayprune run --redo stale"
             )
-        return manifest
+        return _differences(old, new, "environment", "computed_on", "options", "inputs")
 
 
-def _versions() -> str:
-    return ", ".join(f"{name} {number}" for name, number in environment().items())
+def _asked(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether the job itself says that it is to be computed in another way."""
+    return any(
+        old.get("options", {}).get(name) != new["options"].get(name) for name in HOW_COMPUTED
+    )
+
+
+def _differences(old: Mapping[str, object], new: Mapping[str, object], *parts: str) -> list[str]:
+    """Lines of what differs: options and inputs by their own names."""
+    lines: list[str] = []
+    for part in parts:
+        name = "" if part in ("options", "inputs") else part
+        lines += differences(old.get(part) or {}, new[part] or {}, name)
+    return [re.sub(r"\b([0-9a-f]{8})[0-9a-f]{56}\b", r"\1...", line) for line in lines]
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
     from rayprune.workers.network.slicing import CutArrays
     from rayprune.workers.passes.divergence import Kept
-    from rayprune.workers.passes.stream import Wanted
+    from rayprune.workers.passes.stream import Saved, Wanted
     from rayprune.workers.passes.sweep import Parts
     from rayprune.workers.steps.measuring import SquaresArrays
-    from rayprune.workers.store.files import FileRecord
+    from rayprune.workers.store.files import FileRecord, Task
     from rayprune.workers.store.training_stage import Removed
 
 T_co = TypeVar("T_co", covariant=True)
@@ -58,9 +58,9 @@ class Steps:
         """`submit` starts a step by its name, with its arguments."""
         self._submit = submit
 
-    def tokenize(self, task: str, task_fingerprint: str) -> Call[None]:
+    def tokenize(self, task: Task) -> Call[None]:
         """`Texts.tokenize`."""
-        return self._submit("tokenize", task, task_fingerprint)
+        return self._submit("tokenize", task)
 
     def check_text(self) -> Call[None]:
         """`Texts.check_text`."""
@@ -69,6 +69,14 @@ class Steps:
     def check_storage(self, expected: dict[str, FileRecord]) -> Call[None]:
         """`Checking.check_storage`."""
         return self._submit("check_storage", expected)
+
+    def how_computed(self) -> Call[None]:
+        """`Checking.how_computed`."""
+        return self._submit("how_computed")
+
+    def digests(self, owned: tuple[int, int]) -> Call[None]:
+        """`Checking.digests`."""
+        return self._submit("digests", owned)
 
     def check_head(self) -> Call[None]:
         """`Checking.check_head`."""
@@ -82,9 +90,9 @@ class Steps:
         """`Measuring.gradients`."""
         return self._submit("gradients", owned)
 
-    def write_gradients(self, task_fingerprint: str, *parts: Handle[SquaresArrays]) -> Call[None]:
+    def write_gradients(self, task: Task, *parts: Handle[SquaresArrays]) -> Call[None]:
         """`Measuring.write_gradients`."""
-        return self._submit("write_gradients", task_fingerprint, *parts)
+        return self._submit("write_gradients", task, *parts)
 
     def probe(
         self, layer: int, owned: tuple[int, int], num_held_out: int
@@ -124,62 +132,68 @@ class Steps:
         chunk: tuple[int, int],
         number: int,
         wanted: Wanted,
-        end_of_wave: bool,
+        saved: Saved,
         before: Handle[np.ndarray | None] | None,
     ) -> Call[np.ndarray | None]:
         """`Streaming.flow`."""
-        return self._submit("flow", chunk, number, wanted, end_of_wave, before)
+        return self._submit("flow", chunk, number, wanted, saved, before)
 
-    def select(self, layer: int, task_fingerprint: str, kept: Mapping[str, int]) -> Call[None]:
+    def keep_statistics(self, layer: int, task: Task, groups: Sequence[str]) -> Call[None]:
+        """`Streaming.keep_statistics`."""
+        return self._submit("keep_statistics", layer, task, groups)
+
+    def load_statistics(self, layer: int, folder: str, groups: Sequence[str]) -> Call[None]:
+        """`Streaming.load_statistics`."""
+        return self._submit("load_statistics", layer, folder, groups)
+
+    def select(self, layer: int, task: Task, kept: Mapping[str, int]) -> Call[None]:
         """`Streaming.select`."""
-        return self._submit("select", layer, task_fingerprint, kept)
+        return self._submit("select", layer, task, kept)
 
-    def regularise(self, layer: int, task_fingerprint: str, removed: Removed) -> Call[None]:
+    def regularise(self, layer: int, task: Task, removed: Removed) -> Call[None]:
         """`Streaming.regularise`."""
-        return self._submit("regularise", layer, task_fingerprint, removed)
+        return self._submit("regularise", layer, task, removed)
 
     def settle(
         self,
         layer: int,
-        task_fingerprint: str,
+        task: Task,
         kept: Mapping[str, int],
         written: Mapping[str, int],
         position: int | None,
     ) -> Call[None]:
         """`Streaming.settle`."""
-        return self._submit("settle", layer, task_fingerprint, kept, written, position)
+        return self._submit("settle", layer, task, kept, written, position)
 
     def survey(
         self,
         layer: int,
-        task_fingerprint: str,
+        task: Task,
         counts: Mapping[str, Sequence[int]],
         stored: Mapping[str, Sequence[int]],
     ) -> Call[None]:
         """`Streaming.survey`."""
-        return self._submit("survey", layer, task_fingerprint, counts, stored)
+        return self._submit("survey", layer, task, counts, stored)
 
-    def score(self, layer: int, task_fingerprint: str, kept: Mapping[str, float]) -> Call[None]:
+    def score(self, layer: int, task: Task, kept: Mapping[str, float]) -> Call[None]:
         """`Streaming.score`."""
-        return self._submit("score", layer, task_fingerprint, kept)
+        return self._submit("score", layer, task, kept)
 
     def write_layer(
         self,
         layer: int,
-        task_fingerprint: str,
+        task: Task,
         written: Mapping[str, int],
         position: int | None,
         groups: Receipt,
         *cuts: Handle[CutArrays],
     ) -> Call[None]:
         """`Writing.write_layer`."""
-        return self._submit(
-            "write_layer", layer, task_fingerprint, written, position, groups, *cuts
-        )
+        return self._submit("write_layer", layer, task, written, position, groups, *cuts)
 
-    def write_outer(self, task_fingerprint: str, written: Mapping[str, int] | None) -> Call[None]:
+    def write_outer(self, task: Task, written: Mapping[str, int] | None) -> Call[None]:
         """`Writing.write_outer`."""
-        return self._submit("write_outer", task_fingerprint, written)
+        return self._submit("write_outer", task, written)
 
     def copy_outer(self, file: str) -> Call[None]:
         """`Writing.copy_outer`."""

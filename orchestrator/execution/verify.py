@@ -6,16 +6,22 @@ from pathlib import Path
 from rayprune.orchestrator.execution.run_folder import PLAN_FILE
 from rayprune.specs.errors import VerificationError
 from rayprune.workers.store.files import damaged_files, read_manifest
-from rayprune.workers.store.layout import model_folder, task_folder
+from rayprune.workers.store.layout import TASKS, Scope, model_folder, task_folder
 
 
 def _planned_tasks(run: Path) -> list[str]:
+    """The tasks of every pass over a model, by their names in the run folder."""
+    passes = [plan.parent for plan in sorted((run / TASKS).rglob(PLAN_FILE))]
+    scopes = [Scope(run), *(Scope(run, str(path.relative_to(run / TASKS))) for path in passes)]
+    return [scope.task(task) for scope in scopes for task in _tasks_of(scope)]
+
+
+def _tasks_of(scope: Scope) -> list[str]:
+    plan = scope.about / PLAN_FILE
     try:
-        tasks: list[str] = json.loads((run / PLAN_FILE).read_text(encoding="utf-8"))["tasks"]
+        tasks: list[str] = json.loads(plan.read_text(encoding="utf-8"))["tasks"]
     except (OSError, ValueError, KeyError):
-        raise VerificationError(
-            f"{run / PLAN_FILE}: missing or damaged; run the job again"
-        ) from None
+        raise VerificationError(f"{plan}: missing or damaged; run the job again") from None
     return tasks
 
 

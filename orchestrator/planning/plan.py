@@ -40,6 +40,7 @@ from rayprune.workers.store.layout import (
     REGULARISE_TASK,
     SENSITIVITY_TASK,
     SHAPE_TASK,
+    SOURCE_TASK,
     UPDATES_TASK,
     gates_task,
     generation_task,
@@ -302,6 +303,7 @@ def _tasks(job: JobSpec, num_layers: int, shape: Shape, num_shapes: int) -> tupl
     )
     gradients = (GRADIENTS_TASK,) if job.gradient_windows else ()
     return (
+        SOURCE_TASK,
         CALIBRATION_TASK,
         *gradients,
         *spread,

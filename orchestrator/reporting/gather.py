@@ -2,7 +2,7 @@
 exported folder.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -25,8 +25,8 @@ from rayprune.orchestrator.reporting.report import (
     Training,
 )
 from rayprune.orchestrator.stages.context import Context
-from rayprune.workers.model.checkpoint import open_checkpoint
-from rayprune.workers.store.files import Manifest, read_manifest, write_json, write_text
+from rayprune.orchestrator.stages.subject import Pruned
+from rayprune.workers.store.files import read_manifest, write_json, write_text
 from rayprune.workers.store.layout import SHAPE_TASK, model_folder, recovered_folder, task_folder
 from rayprune.workers.store.training_stage import read_log
 
@@ -39,20 +39,20 @@ TRAININGS = {
 }
 """The folders of every kind of training, by name."""
 SHOWN_STEPS = 400
-Losses = dict[str, dict[str, float]] | None
+Losses = Mapping[str, Mapping[str, float]] | None
 
 
-def write_report(context: Context, layers: Sequence[Manifest], losses: Losses) -> Report:
+def write_report(context: Context, done: Pruned) -> Report:
     """Write report.html, then report.json; returns the report."""
-    report = _gather(context, layers, losses)
+    report = _gather(context, done)
     write_text(report.run / PAGE_FILE, html_report(report))
     write_json(report.run / REPORT_FILE, report.to_dict())
     return report
 
 
-def _gather(context: Context, layers: Sequence[Manifest], losses: Losses) -> Report:
-    run, plan, job = context.folder.path, context.plan, context.job
-    before, after = context.original, open_checkpoint(model_folder(run))
+def _gather(context: Context, done: Pruned) -> Report:
+    run, plan, job, losses = context.folder.path, done.plan, context.job, done.losses
+    before, after = done.dense.checkpoint, done.pruned.checkpoint
     events = context.folder.events()
     seconds = seconds_per_stage(events)
     return Report(
@@ -79,10 +79,10 @@ def _gather(context: Context, layers: Sequence[Manifest], losses: Losses) -> Rep
         seconds=seconds | {"total": sum(seconds.values())},
         step_seconds=context.executor.step_seconds,
         peak_memory_bytes=_peaks(events),
-        training=trainings(run),
+        training=trainings(run, plan.tasks),
         layers=tuple(
             LayerReport.model_validate({"layer": number, "groups": manifest.info["groups"]})
-            for number, manifest in enumerate(layers)
+            for number, manifest in enumerate(done.layers)
         ),
     )
 
@@ -92,15 +92,16 @@ def _models(run: Path, recovered: bool) -> Models:
     return Models(pruned=model_folder(run).relative_to(run).as_posix(), recovered=folder)
 
 
-def trainings(run: Path) -> dict[str, Training]:
-    """Of every training the steps (some, where they are many), the terms of its loss and its
-    gradient's norm; gates one after another.
+def trainings(run: Path, tasks: Collection[str]) -> dict[str, Training]:
+    """Of every training among these tasks the steps (some, where they are many), the terms of its
+    loss and its gradient's norm; gates one after another.
 
     Layers that were trained alone are one training, the mean over them.
     """
     found = {}
     for name, pattern in TRAININGS.items():
-        logs = [read_log(folder) for folder in sorted((run / "tasks").glob(pattern))]
+        folders = sorted((run / "tasks").glob(pattern))
+        logs = [read_log(folder) for folder in folders if folder.name in tasks]
         if not any(logs):
             continue
         steps = (

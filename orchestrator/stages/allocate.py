@@ -12,6 +12,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVarTuple
 
 from rayprune.orchestrator.execution.steps import Call, Steps
@@ -30,99 +31,109 @@ from rayprune.orchestrator.stages.spread import (
     mutated,
     predicted_loss,
 )
-from rayprune.orchestrator.stages.stream import layer_tasks, stream_layers
+from rayprune.orchestrator.stages.stream import layer_work, stream_layers
+from rayprune.orchestrator.stages.subject import Subject, digests, file_digests
 from rayprune.specs.allocation import CurvesAllocation, SearchAllocation
-from rayprune.workers.store.files import Manifest, commit
-from rayprune.workers.store.layout import (
-    SENSITIVITY_TASK,
-    SHAPE_TASK,
-    generation_task,
-    survey_task,
-    task_folder,
-)
+from rayprune.workers.store.files import Manifest, Task, commit
+from rayprune.workers.store.layout import SENSITIVITY_TASK, SHAPE_TASK, generation_task, survey_task
 
 Ts = TypeVarTuple("Ts")
 
 
-def allocate(context: Context, tokens: Manifest) -> Shape:
+def allocate(context: Context, subject: Subject) -> Shape:
     """The shape with units of its own for every layer, as `budget.allocation` says.
 
     Raises:
         SpecError: no allocation within its bounds meets the budget.
     """
-    allocation = context.job.budget.allocation
-    base = context.inputs(tokens)
+    allocation, inputs = context.job.budget.allocation, _limits(context, subject)
     if isinstance(allocation, CurvesAllocation):
-        budget = _bounded(context, allocation)
-        surveys, losses = _losses(context, budget, allocation, base)
-        inputs = [survey.digest for survey in surveys]
-        decide = partial(_best_spread, context, budget, allocation, losses, inputs)
+        budget = _bounded(context, subject, allocation)
+        measured, losses = _losses(context, subject, budget, allocation)
+        inputs |= measured
+        spread = cheapest(budget, losses)
+        facts: dict[str, object] = {"predicted_divergence": predicted_loss(losses, spread)}
+        if isinstance(allocation, SearchAllocation):
+            spread, found, last = _search(context, budget, allocation, losses, spread, inputs)
+            facts, inputs = facts | found, inputs | digests([last])
+        decide = partial(_filled, budget, losses, spread, facts)
     else:
-        surveys = _scores(context, base)
-        inputs = [survey.digest for survey in surveys]
-        decide = partial(_threshold, context, surveys)
-    expected = context.folder.fingerprint(SHAPE_TASK, *inputs)
-    done = context.once(SHAPE_TASK, expected, lambda: _commit_shape(context, expected, *decide()))
+        surveys = _scores(context, subject)
+        inputs |= digests(surveys)
+        decide = partial(_threshold, context, subject, surveys)
+    task = context.task(SHAPE_TASK, inputs)
+    done = context.once(task, lambda: _commit_shape(context, subject, task, *decide()))
     return Shape(**done.info["result"])  # type: ignore[arg-type]
 
 
-def _commit_shape(
-    context: Context, expected: str, spread: Spread, facts: Mapping[str, object]
-) -> None:
-    shape = uneven_shape(context.job, context.checkpoint, spread)
-    context.emit("layers-allocated", layers=spread, **facts)
-    commit(
-        task_folder(context.folder.path, SHAPE_TASK),
-        SHAPE_TASK,
-        expected,
-        [],
-        {"result": asdict(shape), "allocation": dict(facts)},
+def _limits(context: Context, subject: Subject) -> dict[str, object]:
+    """What the budget is counted with."""
+    budget, headers = context.job.budget, subject.model.checkpoint.identity
+    table = (
+        {"latency_table": file_digests([Path(budget.latency_table)])}
+        if (budget.latency_ms and budget.latency_table)
+        else {}
     )
+    return {"headers": headers, **table}
 
 
-def _fixed(context: Context) -> Kept:
-    """Units that the job itself gives to every layer."""
-    asked, groups = context.job.budget.kv_groups, context.checkpoint.model.groups
-    fixed = {group.name: group.num_units for group in groups if group.fixed}
-    attention = context.checkpoint.model.names_of("attention")
-    return fixed if asked == "auto" else fixed | dict.fromkeys(attention, asked)
+def _commit_shape(
+    context: Context, subject: Subject, task: Task, spread: Spread, facts: Mapping[str, object]
+) -> None:
+    shape = uneven_shape(context.job, subject.model.checkpoint, spread)
+    context.emit("layers-allocated", layers=spread, **facts)
+    info = {"result": asdict(shape), "allocation": dict(facts)}
+    commit(task, [], info | {"computed_on": context.executor.computed_on})
 
 
-def _mean_removed(context: Context) -> float:
+def _fixed(context: Context, subject: Subject) -> Kept:
+    """Units that the job itself, or the model's form, gives to every layer."""
+    asked, model = context.job.budget.kv_groups, subject.model.checkpoint.model
+    fixed = {group.name: group.num_units for group in model.groups if group.fixed}
+    return fixed if asked == "auto" else fixed | dict.fromkeys(model.names_of("attention"), asked)
+
+
+def _mean_removed(subject: Subject) -> float:
     """Decoder parameters that a layer loses on average: those of the planned shape."""
-    dense = context.checkpoint.decoder_parameters
-    return (dense - context.plan.shapes[0].decoder_parameters) / context.plan.model.num_layers
+    dense, plan = subject.model.checkpoint.decoder_parameters, subject.plan
+    return (dense - plan.shapes[0].decoder_parameters) / plan.model.num_layers
 
 
 # scores
 
 
-def _scores(context: Context, inputs: Sequence[str]) -> list[Manifest]:
-    fraction = context.plan.shapes[0].decoder_parameters / context.checkpoint.decoder_parameters
-    kept = {name: count * fraction for name, count in context.plan.model.units.items()}
-    return _survey(context, Steps.score, inputs, kept)
+def _scores(context: Context, subject: Subject) -> list[Manifest]:
+    plan, dense = subject.plan, subject.model.checkpoint.decoder_parameters
+    fraction = plan.shapes[0].decoder_parameters / dense
+    kept = {name: count * fraction for name, count in plan.model.units.items()}
+    return _survey(context, subject, Steps.score, kept)
 
 
 def _survey(
     context: Context,
-    step: Callable[[Steps, int, str, *Ts], Call[None]],
-    inputs: Sequence[str],
+    subject: Subject,
+    step: Callable[[Steps, int, Task, *Ts], Call[None]],
     *arguments: *Ts,
 ) -> list[Manifest]:
-    layers, groups = context.plan.model.num_layers, list(context.plan.model.units)
-    tasks = layer_tasks(
-        context, step, survey_task, [inputs] * layers, [arguments] * layers, [groups] * layers
-    )
-    return stream_layers(context, "survey", tasks)
+    groups, ranked_by = list(subject.plan.model.units), subject.ranked_by
+    work = [
+        layer_work(
+            context, subject, layer, survey_task(layer), step, arguments, groups, **ranked_by
+        )
+        for layer in range(subject.plan.model.num_layers)
+    ]
+    return stream_layers(context, subject, "survey", work)
 
 
-def _threshold(context: Context, surveys: Sequence[Manifest]) -> tuple[Spread, dict[str, object]]:
-    cost, fixed = _unit_parameters(context), _fixed(context)
+def _threshold(
+    context: Context, subject: Subject, surveys: Sequence[Manifest]
+) -> tuple[Spread, dict[str, object]]:
+    cost, fixed = _unit_parameters(subject), _fixed(context, subject)
     scores = [context.job.method.weighted_scores(_result(survey), cost) for survey in surveys]
     scores = [
         {name: units for name, units in groups.items() if name not in fixed} for groups in scores
     ]
-    return above_threshold(Budget(context.job, context.checkpoint), scores, fixed), {}
+    return above_threshold(Budget(context.job, subject.model.checkpoint), scores, fixed), {}
 
 
 def _result(manifest: Manifest) -> dict[str, Any]:
@@ -134,66 +145,64 @@ def _result(manifest: Manifest) -> dict[str, Any]:
 # error curves, and how much they matter
 
 
-def _bounded(context: Context, allocation: CurvesAllocation) -> Budget:
-    mean = _mean_removed(context)
-    return Budget(context.job, context.checkpoint, allocation.least * mean, allocation.most * mean)
+def _bounded(context: Context, subject: Subject, allocation: CurvesAllocation) -> Budget:
+    mean = _mean_removed(subject)
+    least, most = allocation.least * mean, allocation.most * mean
+    return Budget(context.job, subject.model.checkpoint, least, most)
 
 
-def _unit_parameters(context: Context) -> dict[str, int]:
+def _unit_parameters(subject: Subject) -> dict[str, int]:
     """Parameters of one unit, by group."""
-    return {group.name: group.unit_parameters for group in context.checkpoint.model.groups}
+    groups = subject.model.checkpoint.model.groups
+    return {group.name: group.unit_parameters for group in groups}
 
 
-def _counts(context: Context, budget: Budget, allocation: CurvesAllocation) -> dict[str, list[int]]:
+def _counts(
+    context: Context, subject: Subject, budget: Budget, allocation: CurvesAllocation
+) -> dict[str, list[int]]:
     """For every group the numbers of units that a layer may keep, descending, without all of
     them.
     """
-    units, cost, round_to = (
-        context.plan.model.units,
-        _unit_parameters(context),
-        context.job.budget.round_to,
-    )
-    stepped = context.checkpoint.model.names_of("ffn")
+    units, cost = subject.plan.model.units, _unit_parameters(subject)
+    steps = dict.fromkeys(budget.rounded, context.job.budget.round_to)
     counts = {
-        name: levels(
-            count, cost[name], budget.most, round_to if name in stepped else 1, allocation.levels
-        )
+        name: levels(count, cost[name], budget.most, steps.get(name, 1), allocation.levels)
         for name, count in units.items()
     }
-    return counts | {
-        name: [count] if count < units[name] else [] for name, count in _fixed(context).items()
-    }
+    fixed = _fixed(context, subject)
+    return counts | {name: [n] if n < units[name] else [] for name, n in fixed.items()}
 
 
 def _losses(
-    context: Context, budget: Budget, allocation: CurvesAllocation, inputs: Sequence[str]
-) -> tuple[list[Manifest], Losses]:
-    """The surveys, and for every layer and group the predicted divergence by number of units that
-    stay.
+    context: Context, subject: Subject, budget: Budget, allocation: CurvesAllocation
+) -> tuple[dict[str, str], Losses]:
+    """What was measured, and for every layer and group the predicted divergence by number of units
+    that stay.
     """
-    counts, planned = _counts(context, budget, allocation), context.plan.shapes[0].kept
+    counts = _counts(context, subject, budget, allocation)
+    planned = subject.plan.shapes[0].kept
     reference = {
         name: min(known, key=lambda count: (count == 0, abs(count - planned[name])))
         for name, known in counts.items()
         if known
     }
-    searched = isinstance(allocation, SearchAllocation) or bool(_fixed(context))
+    searched = isinstance(allocation, SearchAllocation) or bool(_fixed(context, subject))
     stored = (
         counts
         if searched
         else {name: [reference[name]] if known else [] for name, known in counts.items()}
     )
-    surveys = _survey(context, Steps.survey, inputs, counts, stored)
+    surveys = _survey(context, subject, Steps.survey, counts, stored)
     alone = [
         (layer, name, count) for layer in range(len(surveys)) for name, count in reference.items()
     ]
-    expected = context.folder.fingerprint(SENSITIVITY_TASK, *(survey.digest for survey in surveys))
-    done = context.once(
-        SENSITIVITY_TASK, expected, lambda: _measure_alone(context, alone, expected)
+    task = context.task(
+        SENSITIVITY_TASK, {**subject.all_of_it(), "alone": alone, **digests(surveys)}
     )
+    done = context.once(task, lambda: _measure_alone(context, len(surveys), alone, task))
     found: Any = done.info["result"]
     measured = dict(zip(alone, found, strict=True))
-    units = context.plan.model.units | _fixed(context)
+    units = subject.plan.model.units | _fixed(context, subject)
     losses: list[dict[str, dict[int, float]]] = []
     for layer, survey in enumerate(surveys):
         losses.append({name: {count: 0.0} for name, count in units.items()})
@@ -203,7 +212,7 @@ def _losses(
             losses[layer][name] |= _falling(
                 {number: scale * errors[number] for number in counts[name] if number < units[name]}
             )
-    return surveys, losses
+    return digests([*surveys, done]), losses
 
 
 def _falling(curve: Mapping[int, float]) -> dict[int, float]:
@@ -214,21 +223,16 @@ def _falling(curve: Mapping[int, float]) -> dict[int, float]:
     return dict(zip(curve, losses, strict=True))
 
 
-def _measure_alone(context: Context, alone: Sequence[tuple[int, str, int]], expected: str) -> None:
-    num_layers = context.plan.model.num_layers
+def _measure_alone(
+    context: Context, num_layers: int, alone: Sequence[tuple[int, str, int]], task: Task
+) -> None:
     candidates: list[Spread] = [
         [{name: count} if index == layer else {} for index in range(num_layers)]
         for layer, name, count in alone
     ]
     with context.stage("sensitivity", math.ceil(len(candidates) / CANDIDATES_AT_ONCE)):
         found = _measured(context, candidates, "sensitivity")
-    commit(
-        task_folder(context.folder.path, SENSITIVITY_TASK),
-        SENSITIVITY_TASK,
-        expected,
-        [],
-        {"result": found},
-    )
+    commit(task, [], {"result": found, "computed_on": context.executor.computed_on})
 
 
 def _measured(context: Context, candidates: Sequence[Spread], stage: str) -> list[float]:
@@ -261,18 +265,9 @@ def _measured(context: Context, candidates: Sequence[Spread], stage: str) -> lis
 # search
 
 
-def _best_spread(
-    context: Context,
-    budget: Budget,
-    allocation: CurvesAllocation,
-    losses: Losses,
-    inputs: Sequence[str],
+def _filled(
+    budget: Budget, losses: Losses, spread: Spread, facts: dict[str, object]
 ) -> tuple[Spread, dict[str, object]]:
-    spread = cheapest(budget, losses)
-    facts: dict[str, object] = {"predicted_divergence": predicted_loss(losses, spread)}
-    if isinstance(allocation, SearchAllocation):
-        spread, found = _search(context, budget, allocation, losses, spread, inputs)
-        facts |= found
     return filled(budget, spread, losses), facts
 
 
@@ -282,36 +277,30 @@ def _search(
     allocation: SearchAllocation,
     losses: Losses,
     spread: Spread,
-    inputs: Sequence[str],
-) -> tuple[Spread, dict[str, object]]:
+    inputs: Mapping[str, object],
+) -> tuple[Spread, dict[str, object], Manifest]:
     """Generation after generation, each a task of its own: a search that was cut off goes on behind
-    the last one that ended.
+    the last one that ended. The best allocation, what is to be told of it, and the last task.
     """
     history: list[float] = []
-    below = list(inputs)
+    below: dict[str, str] = {}
     with context.stage("search", allocation.generations):
         for number in range(allocation.generations):
-            task = generation_task(number)
-            expected = context.folder.fingerprint(task, *below)
-            parent = spread
-            done = context.once(
-                task,
-                expected,
-                partial(_generation, context, budget, allocation, losses, parent, number, expected),
-            )
-            below = [done.digest]
-            result = _result(done)
+            task = context.task(generation_task(number), {**inputs, **below})
+            work = partial(_generation, context, budget, allocation, losses, spread, number, task)
+            done = context.once(task, work)
+            below, result = digests([done]), _result(done)
             spread = result["spread"]
             history.append(result["divergence"])
             context.emit("step-finished", stage="search", generation=number, divergence=history[-1])
     tokens = context.job.divergence_windows * context.job.calibration.sequence_length
-    candidates = 1 + allocation.generations * allocation.offspring
-    return spread, {
+    facts: dict[str, object] = {
         "divergence": history[-1],
         "by_generation": history,
-        "candidates": candidates,
+        "candidates": 1 + allocation.generations * allocation.offspring,
         "tokens_per_candidate": tokens,
     }
+    return spread, facts, done
 
 
 def _generation(
@@ -321,7 +310,7 @@ def _generation(
     losses: Losses,
     parent: Spread,
     number: int,
-    expected: str,
+    task: Task,
 ) -> None:
     """The parent and its offspring are measured; the best one is the next parent, the parent itself
     if none is better.
@@ -335,10 +324,4 @@ def _generation(
         "divergence": found[best],
         "parent_divergence": found[0],
     }
-    commit(
-        task_folder(context.folder.path, generation_task(number)),
-        generation_task(number),
-        expected,
-        [],
-        {"result": result},
-    )
+    commit(task, [], {"result": result, "computed_on": context.executor.computed_on})

@@ -1,63 +1,59 @@
-"""What every stage of a job is given."""
+"""The services that every stage is given."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar
 
 from rayprune.orchestrator.execution.executor import Executor
 from rayprune.orchestrator.execution.failures import Decision, WorkerFailure, decide, stopping_error
-from rayprune.orchestrator.execution.run_folder import PLAN_FILE, RunFolder
+from rayprune.orchestrator.execution.run_folder import PLAN_FILE, RunFolder, forget_report
+from rayprune.orchestrator.execution.task_store import TaskStore
 from rayprune.orchestrator.planning.plan import Plan
+from rayprune.orchestrator.stages.reads import (
+    KEPT_IN_STORE,
+    WITHOUT_ACTIVATIONS,
+    kind_of,
+    options_read,
+)
+from rayprune.specs.errors import SpecError
 from rayprune.specs.job import JobSpec
 from rayprune.workers.machine.memory import PeakMemory
-from rayprune.workers.model.checkpoint import Checkpoint
-from rayprune.workers.store.files import Manifest, record_of, write_json
+from rayprune.workers.store.files import (
+    Manifest,
+    Task,
+    damaged_files,
+    read_manifest,
+    remove_task,
+    write_json,
+)
+from rayprune.workers.store.layout import Scope
 
 T = TypeVar("T")
 
 
-@dataclass
+def nothing_before() -> None:
+    """What has to succeed before a stale task is removed: nothing."""
+
+
+@dataclass(frozen=True)
 class Context:
-    """The job, its plan, its folder, and the workers."""
+    """The job, its folder, and the workers, for one pass over a model."""
 
     job: JobSpec
-    checkpoint: Checkpoint
-    plan: Plan
     folder: RunFolder
     executor: Executor
     show: Callable[[dict[str, Any]], object]
-    source: Checkpoint | None = None
-    """The model the job names, where `checkpoint` is what a training has made of it."""
-    selections: list[Manifest] | None = None
-    """The units that stay, where they were chosen before a training."""
-    gradients: Manifest | None = None
-    """The gradients that activations are scaled by, where the method asks for them."""
+    scope: Scope
+    store: TaskStore | None = None
+    """Where finished tasks of other runs are found, and those of this one kept."""
     memory: PeakMemory = field(default_factory=PeakMemory)
 
-    @property
-    def original(self) -> Checkpoint:
-        """The model the job names."""
-        return self.source or self.checkpoint
-
-    def inputs(self, tokens: Manifest) -> list[str]:
-        """What everything that looks at activations depends on; a latency table, since it may
-        decide what stays.
-        """
-        budget = self.job.budget
-        table = budget.latency_table if budget.latency_ms else None
-        others = [
-            *([self.gradients.digest] if self.gradients else []),
-            *([record_of(Path(table)).sha256] if table else []),
-        ]
-        return [tokens.digest, self.checkpoint.identity, *others]
-
-    def settle(self, plan: Plan) -> None:
-        """Go on with a plan, and write it down."""
-        self.plan = plan
-        write_json(self.folder.path / PLAN_FILE, plan.document())
+    def record(self, plan: Plan) -> Plan:
+        """Write a plan down."""
+        write_json(self.scope.about / PLAN_FILE, plan.document())
+        return plan
 
     def emit(self, event: str, **fields: Any) -> None:
         """Record an event and show it."""
@@ -83,23 +79,65 @@ class Context:
         """Peak private memory of the driver and of every worker that has answered, in bytes."""
         return {"driver": self.memory.bytes} | self.executor.peak_memory_bytes
 
+    def task(self, name: str, inputs: Mapping[str, object], computed_on: str | None = None) -> Task:
+        """A task of this pass, with the options that it reads; `computed_on` where it is not
+        computed as the workers' other steps are.
+        """
+        if computed_on is None and kind_of(name) not in WITHOUT_ACTIVATIONS:
+            computed_on = self.executor.computed_on
+        options = options_read(self.job, name)
+        return self.folder.task(name, self.scope, options, inputs, computed_on)
+
+    def finished(
+        self, task: Task, before_redoing: Callable[[], None] = nothing_before
+    ) -> Manifest | None:
+        """The manifest of a task that is done; None when it has to be done (again, if its files are
+        damaged). What is stale is removed, once `before_redoing` has succeeded.
+
+        Raises:
+            VerificationError: other software has made it, or another kind of device.
+        """
+        manifest, name = read_manifest(task.folder), self.scope.task(task.name)
+        if manifest and (changes := self.folder.changes(manifest, task)):
+            before_redoing()
+            self.emit("task-stale", task=name, changed=changes)
+            forget_report(self.folder.path)
+            remove_task(task.folder)
+            manifest = None
+        if manifest and not damaged_files(task.folder, manifest):
+            return manifest
+        kept = kind_of(task.name) in KEPT_IN_STORE
+        if self.store and kept and (manifest := self.store.fetch(task)):
+            self.emit("task-fetched", task=name)
+            return manifest
+        return None
+
     def once(
-        self, task: str, expected: str, work: Callable[[], object], redo_stale: bool = False
+        self,
+        task: Task,
+        work: Callable[[], object],
+        before_redoing: Callable[[], None] = nothing_before,
     ) -> Manifest:
         """The manifest of a task, after doing its work unless it is done already.
 
         Raises:
-            VerificationError: it was done from other inputs (and `redo_stale` does not say to do it
-                again).
+            VerificationError: other software has made it, or another kind of device.
             ResourceError: the failure policy says stop.
         """
-        if done := self.folder.finished(task, expected, redo_stale):
-            self.emit("task-found", task=task)
+        if done := self.finished(task, before_redoing):
+            self.emit("task-found", task=self.scope.task(task.name))
             return done
-        self.attempt(task, work)
-        done = self.folder.finished(task, expected)
-        assert done is not None, f"{task} left no manifest"
-        return done
+        self.attempt(task.name, work)
+        return self.done(task)
+
+    def done(self, task: Task) -> Manifest:
+        """The manifest of a task whose work has just ended."""
+        manifest = read_manifest(task.folder)
+        assert manifest is not None, f"{task.name} left no manifest"
+        self.folder.emit({"event": "task-done", "task": self.scope.task(task.name)})
+        if self.store and kind_of(task.name) in KEPT_IN_STORE:
+            self.store.keep(task, manifest)
+        return manifest
 
     def attempt(self, task: str, work: Callable[[], T]) -> T:
         """Do a task's work, again after a lost worker, as often as the failure policy says.
@@ -112,6 +150,7 @@ class Context:
             try:
                 if failed:
                     self.executor.replace_lost()
+                self._agree()
                 return work()
             except WorkerFailure as error:
                 failed += 1
@@ -119,3 +158,16 @@ class Context:
                 self.emit("worker-failed", task=task, detail=str(error), decision=decision.value)
                 if decision is Decision.STOP:
                     raise stopping_error(error, task, failed) from None
+
+    def _agree(self) -> None:
+        """See that workers compute as finished tasks were, where that was taken for granted.
+
+        Raises:
+            SpecError: they do not.
+        """
+        taken = self.executor.computed_on
+        if taken is not None and (found := self.executor.how_computed()) != taken:
+            raise SpecError(
+                f"{self.scope.run}: finished tasks were computed on {taken}, workers now compute on"
+                f" {found}; set parallel.device and model.dtype as they were, or give --redo stale"
+            )

@@ -5,19 +5,22 @@ The folder loads with plain `AutoModelForCausalLM.from_pretrained`; the load gat
 the task is finished.
 """
 
-import shutil
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from rayprune.orchestrator.planning.footprint import footprint
 from rayprune.orchestrator.stages.context import Context
+from rayprune.orchestrator.stages.subject import ModelAt, Subject, digests, file_digests, made_model
 from rayprune.workers.model.checkpoint import INDEX_NAME, read_header
 from rayprune.workers.model.rewrite import Written
 from rayprune.workers.store.files import (
     Manifest,
+    Task,
     commit,
     copy_file,
     link_file,
+    remove_task,
     write_json,
     write_text,
 )
@@ -27,72 +30,75 @@ from rayprune.workers.store.layout import (
     OUTER_FILE,
     OUTER_TASK,
     layer_task,
-    model_folder,
-    task_folder,
 )
 from rayprune.workers.store.side_files import COPIED, side_files
 
 
-def export_model(context: Context, layers: Sequence[Manifest]) -> Manifest:
-    """Assemble `model/` from the finished layers and check that it loads; the manifest of the task.
+def export_model(context: Context, subject: Subject, layers: Sequence[Manifest]) -> ModelAt:
+    """Assemble the pruned model from the finished layers and check that it loads.
 
     Raises:
         VerificationError: the folder does not load as planned.
     """
-    folder, executor = context.folder, context.executor
+    model, executor = subject.model, context.executor
     with context.stage("export", 1):
-        layers_written = context.plan.written_layers(context.job.export.pad)
+        layers_written = subject.plan.written_layers(context.job.export.pad)
         alike = all(kept == layers_written[0] for kept in layers_written)
         written = layers_written[0] if alike else None
-        outer = folder.fingerprint(OUTER_TASK, context.checkpoint.identity, str(written))
+        # the form it is written in follows from what layers hold
+        outer = context.task(OUTER_TASK, {"model": model.outer, "layers": written})
         outer_done = context.once(
-            OUTER_TASK, outer, lambda: executor.wait([executor.on(0).write_outer(outer, written)])
+            outer, lambda: executor.wait([executor.on(0).write_outer(outer, written)])
         )
-        expected = folder.fingerprint(
-            EXPORT_TASK, outer_done.digest, *(manifest.digest for manifest in layers)
-        )
-        return context.once(EXPORT_TASK, expected, lambda: _assemble_and_check(context, expected))
+        inputs = {
+            "headers": model.checkpoint.identity,
+            "beside the weights": file_digests(side_files(model.path, COPIED)),
+            "shape": asdict(subject.plan.shape),
+            **digests([outer_done, *layers]),
+        }
+        task = context.task(EXPORT_TASK, inputs)
+        done = context.once(task, lambda: _assemble_and_check(context, subject, task))
+    return made_model(task.folder, done)
 
 
-def _assemble_and_check(context: Context, expected: str) -> None:
-    written = _assemble(context)
-    job, model = context.job, model_folder(context.folder.path)
-    parameters = footprint(
-        context.checkpoint, context.plan.written_layers(job.export.pad), job
-    ).parameters
-    if written.model_type != context.checkpoint.model.model_type:
+def _assemble_and_check(context: Context, subject: Subject, task: Task) -> None:
+    written = _assemble(context, subject)
+    job, model, source = context.job, task.folder, subject.model.checkpoint
+    layers = subject.plan.written_layers(job.export.pad)
+    parameters = footprint(source, layers, job).parameters
+    if written.model_type != source.model.model_type:
         context.executor.wait([context.executor.on(0).write_tokenizer()])
     context.executor.wait([context.executor.on(0).check_export(parameters)])
     files = sorted(str(file.relative_to(model)) for file in model.rglob("*") if file.is_file())
-    commit(model, EXPORT_TASK, expected, files, {"parameters": parameters})
+    commit(task, files, {"parameters": parameters})
 
 
-def _assemble(context: Context) -> Written:
+def _assemble(context: Context, subject: Subject) -> Written:
     """Give every finished file its final name, then write config and, last, the index."""
-    run, model, source = context.folder.path, model_folder(context.folder.path), context.checkpoint
-    if model.is_dir():
-        shutil.rmtree(model)  # what an unfinished attempt left
-    there = context.plan.shape.remaining(source.num_layers)
+    scope, model, source = context.scope, context.scope.model, subject.model.checkpoint
+    remove_task(model)  # what an unfinished attempt left
+    there = subject.plan.shape.remaining(source.num_layers)
     total = len(there) + 1
-    finished = [task_folder(run, OUTER_TASK) / OUTER_FILE]
-    finished += [task_folder(run, layer_task(layer)) / LAYER_FILE for layer in there]
+    finished = [scope.folder(OUTER_TASK) / OUTER_FILE]
+    finished += [scope.folder(layer_task(layer)) / LAYER_FILE for layer in there]
     names = [f"model-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1)]
     for file, name in zip(finished, names, strict=True):
         link_file(file, model / name)
     for file in side_files(source.path, COPIED):
         copy_file(file, model / file.relative_to(source.path))
-    written = _write_config(context, model, there)
+    written = _write_config(context, subject, there)
     write_index(model, names)
     return written
 
 
-def _write_config(context: Context, model: Path, there: Sequence[int]) -> Written:
+def _write_config(context: Context, subject: Subject, there: Sequence[int]) -> Written:
     """The patched config, of the layers that are there; where they differ in size, the class that
     builds them beside it.
     """
-    export = context.job.export
-    layers = context.plan.written_layers(export.pad)
-    written = context.checkpoint.written(there, layers, export.target, export.dtype)
+    model, export = context.scope.model, context.job.export
+    layers = subject.plan.written_layers(export.pad)
+    source = subject.model.checkpoint
+    written = source.written(there, layers, export.target, export.dtype)
     write_json(model / "config.json", written.config)
     if written.code:
         write_text(model / f"{written.code.module}.py", written.code.text)

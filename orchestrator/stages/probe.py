@@ -2,15 +2,17 @@
 
 from dataclasses import asdict
 
+from rayprune.orchestrator.planning.plan import Plan
 from rayprune.orchestrator.planning.shapes import Shape
 from rayprune.orchestrator.stages.allocate import allocate
 from rayprune.orchestrator.stages.context import Context
-from rayprune.workers.store.files import Manifest, commit
-from rayprune.workers.store.layout import SHAPE_TASK, task_folder
+from rayprune.orchestrator.stages.subject import Subject
+from rayprune.workers.store.files import Task, commit
+from rayprune.workers.store.layout import SHAPE_TASK
 from rayprune.workers.store.shards import even_parts
 
 
-def choose_shape(context: Context, tokens: Manifest) -> Shape:
+def choose_shape(context: Context, subject: Subject) -> Shape:
     """The shape with the least predicted output error: mean over probed layers of each group's
     squared relative error.
 
@@ -19,23 +21,25 @@ def choose_shape(context: Context, tokens: Manifest) -> Shape:
     `rayprune.orchestrator.stages.allocate` decides.
     """
     if context.job.budget.per_layer:
-        return allocate(context, tokens)
-    if len(context.plan.shapes) == 1:
-        return context.plan.shape
-    expected = context.folder.fingerprint(SHAPE_TASK, *context.inputs(tokens))
-    done = context.once(SHAPE_TASK, expected, lambda: _probe(context, expected))
+        return allocate(context, subject)
+    if len(subject.plan.shapes) == 1:
+        return subject.plan.shape
+    shapes = [asdict(shape) for shape in subject.plan.shapes]
+    inputs = {**subject.all_of_it(), **subject.ranked_by, "shapes": shapes}
+    task = context.task(SHAPE_TASK, inputs)
+    done = context.once(task, lambda: _probe(context, subject.plan, task))
     return Shape(**done.info["result"])  # type: ignore[arg-type]
 
 
-def _probe(context: Context, expected: str) -> None:
+def _probe(context: Context, plan: Plan, task: Task) -> None:
     """Predict the errors of all open shapes and record the best."""
-    plan, num_layers = context.plan, context.plan.model.num_layers
+    num_layers = plan.model.num_layers
     probed = [
         part.start
         for part in even_parts(num_layers, min(context.job.budget.probe_layers, num_layers))
     ]
     with context.stage("probe", len(probed)):
-        predicted = [_probe_layer(context, layer) for layer in probed]
+        predicted = [_probe_layer(context, plan, layer) for layer in probed]
     errors = [
         sum(layer[index] for layer in predicted) / len(predicted)
         for index in range(len(plan.shapes))
@@ -46,16 +50,18 @@ def _probe(context: Context, expected: str) -> None:
         for shape, error in zip(plan.shapes, errors, strict=True)
     ]
     commit(
-        task_folder(context.folder.path, SHAPE_TASK),
-        SHAPE_TASK,
-        expected,
+        task,
         [],
-        {"result": asdict(best), "candidates": candidates},
+        {
+            "result": asdict(best),
+            "candidates": candidates,
+            "computed_on": context.executor.computed_on,
+        },
     )
     context.emit("shape-chosen", **asdict(best), candidates=candidates)
 
 
-def _probe_layer(context: Context, layer: int) -> list[float]:
+def _probe_layer(context: Context, plan: Plan, layer: int) -> list[float]:
     """Squared relative output error of every open shape at one layer, summed over its groups."""
     executor, samples = context.executor, context.job.budget.probe_samples
     held_out = max(1, samples // 4)
@@ -64,11 +70,11 @@ def _probe_layer(context: Context, layer: int) -> list[float]:
         for worker, owned in executor.shares(samples)
     ]
     executor.wait(collected)
-    units = context.plan.model.units
+    units = plan.model.units
     wanted = sorted(
         {
             (name, kept)
-            for shape in context.plan.shapes
+            for shape in plan.shapes
             for name, kept in shape.kept.items()
             if kept < units[name]
         }
@@ -88,6 +94,4 @@ def _probe_layer(context: Context, layer: int) -> list[float]:
     context.emit(
         "step-finished", stage="probe", layer=layer, peak_memory_bytes=context.peak_memory_bytes()
     )
-    return [
-        sum(errors.get(item, 0.0) for item in shape.kept.items()) for shape in context.plan.shapes
-    ]
+    return [sum(errors.get(item, 0.0) for item in shape.kept.items()) for shape in plan.shapes]

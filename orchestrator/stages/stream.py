@@ -10,16 +10,19 @@ decided at the same time, each by the worker that has its statistics.
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVarTuple
 
 from rayprune.orchestrator.execution.steps import Call, States, Steps
 from rayprune.orchestrator.planning.workload import MICRO_BATCHES_AT_ONCE
 from rayprune.orchestrator.stages.context import Context
-from rayprune.workers.store.files import Manifest
-from rayprune.workers.store.layout import boundary_file
+from rayprune.orchestrator.stages.reads import BOUNDARY
+from rayprune.orchestrator.stages.subject import Subject
+from rayprune.workers.store.files import Manifest, Task, read_manifest
+from rayprune.workers.store.layout import RESIDUAL_STREAM, boundary_file, statistics_task
 from rayprune.workers.store.shards import even_parts, num_micro_batches
 
 Wave = list[range]
@@ -43,85 +46,153 @@ def waves(layers: range, num_workers: int, layers_per_chunk: int) -> list[Wave]:
 
 
 @dataclass(frozen=True)
-class LayerTask:
+class LayerWork:
     """What is done with a layer's statistics once they are complete: a step of the worker that has
     them.
     """
 
-    name: str
-    fingerprint: str
-    start: Callable[[Steps], Call[None]]
-    """Starts the step on a worker."""
+    task: Task
+    step: Callable[..., Call[None]]
+    """A method of `Steps`; it takes the layer, the task and `arguments`."""
+    arguments: tuple[Any, ...]
     groups: Sequence[str]
     """The groups whose statistics it needs."""
 
 
-def layer_tasks(
+def layer_work(
     context: Context,
-    step: Callable[[Steps, int, str, *Ts], Call[None]],
-    name: Callable[[int], str],
-    inputs: Sequence[Sequence[str]],
-    arguments: Sequence[tuple[*Ts]],
-    groups: Sequence[Sequence[str]],
-) -> list[LayerTask]:
-    """One task for each layer, with what it depends on beside the layers below."""
-    names = [name(layer) for layer in range(len(inputs))]
-    prints = [
-        context.folder.fingerprint(task, *known) for task, known in zip(names, inputs, strict=True)
-    ]
-    return [
-        LayerTask(
-            names[layer],
-            prints[layer],
-            _started(step, layer, prints[layer], arguments[layer]),
-            groups[layer],
-        )
-        for layer in range(len(inputs))
-    ]
-
-
-def _started(
-    step: Callable[[Steps, int, str, *Ts], Call[None]],
+    subject: Subject,
     layer: int,
-    fingerprint: str,
+    name: str,
+    step: Callable[[Steps, int, Task, *Ts], Call[None]],
     arguments: tuple[*Ts],
-) -> Callable[[Steps], Call[None]]:
-    return lambda steps: step(steps, layer, fingerprint, *arguments)
+    groups: Sequence[str],
+    **inputs: object,
+) -> LayerWork:
+    """Work on a layer, with all that it depends on."""
+    depends = {**subject.up_to(layer), **inputs, "arguments": arguments, "groups": list(groups)}
+    return LayerWork(context.task(name, depends), step, arguments, groups)
 
 
-def stream_layers(context: Context, stage: str, expected: Sequence[LayerTask]) -> list[Manifest]:
-    """Do the task of every layer from activations of the dense model.
+def stream_layers(
+    context: Context, subject: Subject, stage: str, work: Sequence[LayerWork]
+) -> list[Manifest]:
+    """Do the work on every layer from activations of the dense model.
 
     Raises:
         RaypruneError: from the first layer that fails; the finished ones stay.
     """
-    with context.stage(stage, len(expected)):
-        missing = _unfinished(context, expected, range(len(expected)))
-        for layer in sorted(set(range(len(expected))) - set(missing)):
-            context.emit("task-found", task=expected[layer].name)
-        layers = range(_first_layer(context, missing[0]), len(expected)) if missing else range(0)
-        if missing:  # the plan is that of the workers' device from then on
-            context.attempt(stage, lambda: context.executor.start(context.emit))
-        for wave in waves(
-            layers, context.executor.num_workers, context.plan.memory.layers_per_chunk
-        ):
-            name = f"layers {wave[0].start} to {wave[-1].stop - 1}"
-            context.attempt(name, partial(_run_wave, context, stage, wave, expected))
-    return [_finished(context, task) for task in expected]
+    missing = _unfinished(context, work, range(len(work)))
+    groups = {name for layer in missing for name in work[layer].groups}
+    kept: list[LayerWork] = []
+    if context.store and RESIDUAL_STREAM not in groups:
+        kept = _keep_statistics(
+            context, subject, [layer for layer in missing if work[layer].groups]
+        )
+    with context.stage(stage, len(work)):
+        for layer in sorted(set(range(len(work))) - set(missing)):
+            context.emit("task-found", task=context.scope.task(work[layer].task.name))
+        if kept:
+            _work_on_kept(context, stage, work, kept, missing)
+        else:
+            _stream(context, subject, stage, work, missing)
+    return [_manifest(work[layer]) for layer in range(len(work))]
 
 
-def _finished(context: Context, task: LayerTask) -> Manifest:
-    done = context.folder.finished(task.name, task.fingerprint)
-    assert done is not None, f"{task.name} left no manifest"
+def _stream(
+    context: Context,
+    subject: Subject,
+    stage: str,
+    work: Sequence[LayerWork],
+    missing: Sequence[int],
+) -> None:
+    """Wave after wave, as far as the last layer that is missing."""
+    if not missing:
+        return
+    first = _first_layer(context, subject, missing[0])
+    for wave in waves(
+        range(first, missing[-1] + 1),
+        context.executor.num_workers,
+        subject.plan.memory.layers_per_chunk,
+    ):
+        name = f"layers {wave[0].start} to {wave[-1].stop - 1}"
+        context.attempt(name, partial(_run_wave, context, subject, stage, wave, work, set(missing)))
+
+
+def _keep_statistics(context: Context, subject: Subject, layers: Sequence[int]) -> list[LayerWork]:
+    """Where there is a store: statistics of all groups of these layers as tasks of their own. Those
+    that are there already take no forward pass.
+    """
+    groups = list(subject.plan.model.units)
+    kept = [
+        layer_work(
+            context,
+            subject,
+            layer,
+            statistics_task(layer),
+            Steps.keep_statistics,
+            (groups,),
+            groups,
+        )
+        for layer in range(subject.plan.model.num_layers)
+    ]
+    absent = [layer for layer in layers if context.finished(kept[layer].task) is None]
+    with context.stage("statistics", len(absent)):
+        _stream(context, subject, "statistics", kept, absent)
+    return kept
+
+
+def _work_on_kept(
+    context: Context,
+    stage: str,
+    work: Sequence[LayerWork],
+    kept: Sequence[LayerWork],
+    missing: Sequence[int],
+) -> None:
+    """Work on layers from their kept statistics, one on each worker at a time."""
+    at_once = context.executor.num_workers
+    for start in range(0, len(missing), at_once):
+        some = missing[start : start + at_once]
+        name = f"layers {some[0]} to {some[-1]}"
+        context.attempt(name, partial(_work_at_once, context, stage, work, kept, some))
+
+
+def _work_at_once(
+    context: Context,
+    stage: str,
+    work: Sequence[LayerWork],
+    kept: Sequence[LayerWork],
+    layers: Sequence[int],
+) -> None:
+    """One layer on each worker."""
+    executor, start = context.executor, time.monotonic()
+    calls = []
+    for worker, layer in enumerate(layers):
+        todo, folder = work[layer], str(kept[layer].task.folder)
+        steps = executor.on(worker)
+        loaded = steps.load_statistics(layer, folder, list(todo.groups))
+        calls.append((loaded, todo.step(steps, layer, todo.task, *todo.arguments)))
+    for layer, call in zip(layers, calls, strict=True):
+        _, receipt = executor.wait(call)
+        context.done(work[layer].task)
+        context.emit(
+            "step-finished",
+            stage=stage,
+            layer=layer,
+            seconds=time.monotonic() - start,
+            groups=receipt["groups"],
+            peak_memory_bytes=context.peak_memory_bytes(),
+        )
+
+
+def _manifest(work: LayerWork) -> Manifest:
+    done = read_manifest(work.task.folder)
+    assert done is not None, f"{work.task.name} left no manifest"
     return done
 
 
-def _unfinished(context: Context, expected: Sequence[LayerTask], layers: range) -> list[int]:
-    return [
-        layer
-        for layer in layers
-        if context.folder.finished(expected[layer].name, expected[layer].fingerprint) is None
-    ]
+def _unfinished(context: Context, work: Sequence[LayerWork], layers: range) -> list[int]:
+    return [layer for layer in layers if context.finished(work[layer].task) is None]
 
 
 def _num_batches(context: Context) -> int:
@@ -134,33 +205,49 @@ def _num_batches(context: Context) -> int:
     )
 
 
-def _first_layer(context: Context, missing: int) -> int:
+def _before(context: Context, subject: Subject, layer: int) -> Path:
+    """The folder of hidden states before a layer; its name holds what they depend on."""
+    made = context.task(BOUNDARY, subject.up_to(layer - 1)).fingerprint
+    return context.scope.cache / f"dense-{layer:04d}-{made[:16]}"
+
+
+def _first_layer(context: Context, subject: Subject, missing: int) -> int:
     """The last layer, at most `missing`, before which all hidden states are at hand."""
     numbers = range(_num_batches(context))
     boundaries = (
         layer
         for layer in range(missing, 0, -1)
-        if all(boundary_file(context.folder.path, layer, n).exists() for n in numbers)
+        if all(boundary_file(_before(context, subject, layer), n).exists() for n in numbers)
     )
     return next(boundaries, 0)
 
 
-def _run_wave(context: Context, stage: str, wave: Wave, expected: Sequence[LayerTask]) -> None:
-    """Statistics of the wave's unfinished layers, then their tasks."""
+def _run_wave(
+    context: Context,
+    subject: Subject,
+    stage: str,
+    wave: Wave,
+    work: Sequence[LayerWork],
+    wanted: Collection[int],
+) -> None:
+    """Statistics of the wave's unfinished layers, then the work on them."""
     start = time.monotonic()
-    missing = _unfinished(context, expected, range(wave[0].start, wave[-1].stop))
-    wanted = {layer: expected[layer].groups for layer in missing}
-    _flow(context, wave, wanted)
-    places = [
-        (place, layer, expected[layer])
-        for place, chunk in enumerate(wave)
-        for layer in chunk
+    missing = [
+        layer
+        for layer in _unfinished(context, work, range(wave[0].start, wave[-1].stop))
         if layer in wanted
     ]
-    settled = [(layer, task.start(context.executor.on(place))) for place, layer, task in places]
+    _flow(context, subject, wave, {layer: work[layer].groups for layer in missing})
+    on = context.executor.on
+    settled = [
+        (layer, todo.step(on(place), layer, todo.task, *todo.arguments))
+        for place, chunk in enumerate(wave)
+        for layer, todo in ((layer, work[layer]) for layer in chunk if layer in missing)
+    ]
     # in the order in which they end
     for layer, call in sorted(settled, key=lambda item: item[0] - wave[item[1].worker].start):
         (receipt,) = context.executor.wait([call])
+        context.done(work[layer].task)
         seconds, memory = time.monotonic() - start, context.peak_memory_bytes()
         context.emit(
             "step-finished",
@@ -172,11 +259,13 @@ def _run_wave(context: Context, stage: str, wave: Wave, expected: Sequence[Layer
         )
 
 
-def _flow(context: Context, wave: Wave, wanted: dict[int, Sequence[str]]) -> None:
+def _flow(context: Context, subject: Subject, wave: Wave, wanted: dict[int, Sequence[str]]) -> None:
     """Send all micro-batches through the wave: at each step every chunk works on the one its
     predecessor has just left.
     """
     executor, count = context.executor, _num_batches(context)
+    entering = _before(context, subject, wave[0].start)
+    leaving = _before(context, subject, wave[-1].stop)
     handed: list[States | None] = [None] * len(wave)
     under_way: deque[list[Call[Any]]] = deque()
     for step in range(count + len(wave) - 1 + MICRO_BATCHES_AT_ONCE):
@@ -188,8 +277,11 @@ def _flow(context: Context, wave: Wave, wanted: dict[int, Sequence[str]]) -> Non
             if 0 <= (number := step - place) < count:
                 chunk, last = wave[place], place == len(wave) - 1
                 before = handed[place - 1] if place else None
+                saved = entering, (leaving if last else None)
                 calls.append(
-                    executor.on(place).flow((chunk.start, chunk.stop), number, wanted, last, before)
+                    executor.on(place).flow(
+                        (chunk.start, chunk.stop), number, wanted, saved, before
+                    )
                 )
                 handed[place] = calls[-1].payload
         under_way.append(calls)

@@ -8,14 +8,17 @@ that pass only selects, and a second one on the pruned path corrects.
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rayprune.orchestrator.execution.executor import Executor
 from rayprune.orchestrator.execution.steps import Call, Collected, Decided, Steps
+from rayprune.orchestrator.planning.plan import Plan
 from rayprune.orchestrator.stages.context import Context
-from rayprune.orchestrator.stages.stream import layer_tasks, stream_layers
-from rayprune.workers.store.files import Manifest
+from rayprune.orchestrator.stages.stream import layer_work, stream_layers
+from rayprune.orchestrator.stages.subject import Subject
+from rayprune.workers.store.files import Manifest, Task, fingerprint
 from rayprune.workers.store.layout import layer_task, selection_task
 from rayprune.workers.store.shards import even_parts
 
@@ -23,86 +26,101 @@ if TYPE_CHECKING:
     from rayprune.workers.passes.sweep import Parts
 
 
-def prune_layers(context: Context, tokens: Manifest) -> list[Manifest]:
+def prune_layers(context: Context, subject: Subject) -> list[Manifest]:
     """Prune every layer that is not finished; the manifests of all of them.
 
     Raises:
         RaypruneError: from the first layer that fails; the finished ones stay.
     """
-    inputs = _inputs(context, tokens)
     if context.job.parallel.effective_propagation == "dense":
-        shape, pad = context.plan.shape, context.job.export.pad
-        sizes = [
-            (shape.kept_in(layer), shape.written_in(layer, pad), shape.position(layer))
-            for layer in range(len(inputs))
-        ]
-        return stream_layers(
-            context,
-            "sweep",
-            layer_tasks(context, Steps.settle, layer_task, inputs, sizes, _lossy(context)),
-        )
-    if context.job.selects_first:
-        selections = context.selections or select_units(context, tokens)
-        inputs = [
-            [*known, selection.digest] for known, selection in zip(inputs, selections, strict=True)
-        ]
-    return _pruned_path(context, inputs)
+        return _dense_path(context, subject)
+    if context.job.selects_first and subject.selections is None:
+        subject = replace(subject, selections=tuple(select_units(context, subject)))
+    return _pruned_path(context, subject)
 
 
-def select_units(context: Context, tokens: Manifest) -> list[Manifest]:
-    """Select the units of all layers that stay, from activations of the dense model."""
-    sizes = [(context.plan.shape.kept_in(layer),) for layer in range(context.plan.model.num_layers)]
-    tasks = layer_tasks(
-        context, Steps.select, selection_task, _inputs(context, tokens), sizes, _lossy(context)
-    )
-    return stream_layers(context, "select", tasks)
-
-
-def _inputs(context: Context, tokens: Manifest) -> list[list[str]]:
-    """What every layer depends on, beside the layers below."""
-    layers, shape = range(context.plan.model.num_layers), context.plan.shape
-    return [
-        [*context.inputs(tokens), str(sorted(shape.kept_in(layer).items()))] for layer in layers
-    ]
-
-
-def _lossy(context: Context) -> list[list[str]]:
-    """Of every layer the groups that lose units: on the dense path no other is decided."""
-    return [context.plan.pruned_groups(layer) for layer in range(context.plan.model.num_layers)]
-
-
-def _pruned_path(context: Context, inputs: Sequence[Sequence[str]]) -> list[Manifest]:
-    """One layer after the other; a layer's fingerprint holds the digest of the layer below: it saw
-    activations from there.
-    """
-    below: list[str] = []
-    manifests: list[Manifest] = []
-    with context.stage("sweep", context.plan.model.num_layers):
-        for layer in range(context.plan.model.num_layers):
-            expected = context.folder.fingerprint(layer_task(layer), *inputs[layer], *below)
-            manifests.append(
-                context.once(
-                    layer_task(layer), expected, partial(_prune_layer, context, layer, expected)
-                )
+def _dense_path(context: Context, subject: Subject) -> list[Manifest]:
+    shape, pad, work = subject.plan.shape, context.job.export.pad, []
+    for layer in range(subject.plan.model.num_layers):
+        sizes = shape.kept_in(layer), shape.written_in(layer, pad), shape.position(layer)
+        groups = subject.plan.pruned_groups(layer)  # on the dense path no other is decided
+        work.append(
+            layer_work(
+                context,
+                subject,
+                layer,
+                layer_task(layer),
+                Steps.settle,
+                sizes,
+                groups,
+                **subject.ranked_by,
             )
-            below = [manifests[-1].digest]
+        )
+    return stream_layers(context, subject, "sweep", work)
+
+
+def select_units(context: Context, subject: Subject) -> list[Manifest]:
+    """Select the units of all layers that stay, from activations of the dense model."""
+    work = []
+    for layer in range(subject.plan.model.num_layers):
+        kept, groups = subject.plan.shape.kept_in(layer), subject.plan.pruned_groups(layer)
+        name, ranked_by = selection_task(layer), subject.ranked_by
+        work.append(
+            layer_work(context, subject, layer, name, Steps.select, (kept,), groups, **ranked_by)
+        )
+    return stream_layers(context, subject, "select", work)
+
+
+def _pruned_path(context: Context, subject: Subject) -> list[Manifest]:
+    """One layer after the other; a layer depends on all layers below it: it saw activations from
+    there.
+    """
+    below = ""
+    manifests: list[Manifest] = []
+    with context.stage("sweep", subject.plan.model.num_layers):
+        for layer in range(subject.plan.model.num_layers):
+            task = context.task(layer_task(layer), _depends(context, subject, layer, below))
+            work = partial(_prune_layer, context, subject.plan, layer, task)
+            manifests.append(context.once(task, work))
+            below = fingerprint([below, manifests[-1].digest, manifests[-1].info["kept"]])
     return manifests
 
 
-def _prune_layer(context: Context, layer: int, fingerprint: str) -> None:
+def _depends(context: Context, subject: Subject, layer: int, below: str) -> dict[str, object]:
+    """What a layer depends on, where activations come from the pruned layers `below`."""
+    shape, model, selections = subject.plan.shape, subject.model, subject.selections
+    depends: dict[str, object] = {
+        "calibration-tokens": subject.tokens.digest,
+        "headers": model.checkpoint.identity,
+        "outer": model.outer,
+        "layer": model.layers[layer],
+        "layers below": below,
+        "kept": shape.kept_in(layer),
+        "written": shape.written_in(layer, context.job.export.pad),
+        "position": shape.position(layer),
+        **subject.ranked_by,
+    }
+    if selections:
+        depends["selection"] = selections[layer].digest
+    if context.job.correction.drift:
+        depends["dense"] = model.up_to(layer)
+    return depends
+
+
+def _prune_layer(context: Context, plan: Plan, layer: int, task: Task) -> None:
     """One layer on the workers: statistics from all of them, decisions and writing by one, another
     for each layer.
     """
-    executor, kept, start = context.executor, context.plan.shape.kept_in(layer), time.monotonic()
+    executor, kept, start = context.executor, plan.shape.kept_in(layer), time.monotonic()
     written, position = (
-        context.plan.shape.written_in(layer, context.job.export.pad),
-        context.plan.shape.position(layer),
+        plan.shape.written_in(layer, context.job.export.pad),
+        plan.shape.position(layer),
     )
     parts = even_parts(context.job.calibration.shards, executor.num_workers)
     writer = layer % executor.num_workers
     cuts: list[Decided] = []
     groups: dict[str, dict[str, Any]] = {}
-    for name in context.plan.decided_groups(layer):
+    for name in plan.decided_groups(layer):
         shards = [
             (worker, (part.start, part.stop)) for worker, part in enumerate(parts) if kept[name]
         ]
@@ -116,9 +134,7 @@ def _prune_layer(context: Context, layer: int, fingerprint: str) -> None:
         (receipt,) = executor.wait([decision])
         groups[name] = receipt["group"]
         cuts.append(decision.payload)
-    executor.wait(
-        [executor.on(writer).write_layer(layer, fingerprint, written, position, groups, *cuts)]
-    )
+    executor.wait([executor.on(writer).write_layer(layer, task, written, position, groups, *cuts)])
     seconds = time.monotonic() - start
     context.emit(
         "step-finished",

@@ -1,59 +1,47 @@
 """The stage that turns texts into tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from rayprune.orchestrator.stages.context import Context
-from rayprune.specs.job import TextSpec
+from rayprune.orchestrator.stages.subject import file_digests
 from rayprune.workers.store.files import Manifest, record_of
 from rayprune.workers.store.layout import CALIBRATION_TASK, EVALUATION_TASK
 from rayprune.workers.store.side_files import TOKENIZER_FILES, side_files
 
 
-def tokenize(context: Context) -> tuple[Manifest, Manifest | None]:
+def tokenize(context: Context, model: Path) -> tuple[Manifest, Manifest | None]:
     """The calibration and the evaluation text as tokens, so that a text that will not do is found
     before any other work.
     """
-    job, spec = context.job.calibration, context.job.evaluation
-    cutting = job.model_dump(mode="json", include={"samples", "sequence_length"}) | {
-        "texts": [_reading(text) for text in (job, *job.mix)]
-    }
-    with context.stage("tokenize", 1 + (spec is not None)):
-        calibration = _tokens(
-            context, CALIBRATION_TASK, cutting, [job.path, *(text.path for text in job.mix)]
-        )
-        if spec is None:
+    evaluation, texts = context.job.evaluation, text_digests(context)
+    with context.stage("tokenize", 1 + (evaluation is not None)):
+        calibration = _tokens(context, model, CALIBRATION_TASK, {"texts": texts})
+        if evaluation is None:
             return calibration, None
-        part = spec.model_dump(mode="json") | {"apart_from": context.job.windows_read}
-        return calibration, _tokens(
-            context, EVALUATION_TASK, part, [spec.path], calibration.digest, redo_stale=True
-        )
+        inputs = {
+            "text": _digests([evaluation.path]),
+            "calibration-tokens": calibration.digest,
+            "texts": texts,
+        }
+        return calibration, _tokens(context, model, EVALUATION_TASK, inputs)
 
 
-def _reading(text: TextSpec) -> dict[str, Any]:
-    """How a text is read, and its weight if it has one; where it lies does not matter."""
-    return text.model_dump(mode="json", include={"format", "field", "weight"})
+def text_digests(context: Context) -> list[str]:
+    """SHA-256 of every calibration text."""
+    calibration = context.job.calibration
+    return _digests([calibration.path, *(text.path for text in calibration.mix)])
 
 
-def _tokens(
-    context: Context,
-    task: str,
-    part: dict[str, Any],
-    texts: Sequence[str],
-    *inputs: str,
-    redo_stale: bool = False,
-) -> Manifest:
+def _digests(texts: Sequence[str]) -> list[str]:
+    # the worker reports a missing text
+    return [record_of(Path(text)).sha256 if Path(text).is_file() else "" for text in texts]
+
+
+def _tokens(context: Context, model: Path, name: str, inputs: Mapping[str, object]) -> Manifest:
     """Tokenise texts, once; depends on the texts, the tokenizer, the cutting and `inputs`, not on
     the rest of the job.
     """
-    tokenizer = [
-        record_of(file).sha256 for file in side_files(context.checkpoint.path, TOKENIZER_FILES)
-    ]
-    # the worker reports a missing text
-    digests = [record_of(Path(text)).sha256 if Path(text).is_file() else "" for text in texts]
-    expected = context.folder.fingerprint(task, *tokenizer, *digests, *inputs, part=part)
-    on = context.executor.on
-    return context.once(
-        task, expected, lambda: context.executor.wait([on(0).tokenize(task, expected)]), redo_stale
-    )
+    tokenizer = file_digests(side_files(model, TOKENIZER_FILES))
+    task, executor = context.task(name, {"tokenizer": tokenizer, **inputs}), context.executor
+    return context.once(task, lambda: executor.wait([executor.on(0).tokenize(task)]))

@@ -8,7 +8,7 @@ import random
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,13 @@ from rayprune.orchestrator.planning.shapes import uneven_shape
 from rayprune.orchestrator.stages import sweep
 from rayprune.orchestrator.stages.context import Context
 from rayprune.orchestrator.stages.export import write_index
-from rayprune.orchestrator.stages.stream import layer_tasks, stream_layers
+from rayprune.orchestrator.stages.stream import layer_work, stream_layers
+from rayprune.orchestrator.stages.subject import ModelAt, Subject, digests, file_digests, made_model
 from rayprune.specs.methods.options import DriveOut, TakeOver
-from rayprune.specs.training import HOW_TRAINED, TrainingSpec
-from rayprune.workers.model.checkpoint import open_checkpoint, read_json
+from rayprune.specs.training import TrainingSpec
+from rayprune.workers.model.checkpoint import read_json
 from rayprune.workers.model.sized_layers import MODULE
-from rayprune.workers.store.files import Manifest, commit, copy_file, fingerprint, link_file
+from rayprune.workers.store.files import Manifest, Task, commit, copy_file, link_file
 from rayprune.workers.store.layout import (
     LAYER_FILE,
     OUTER_FILE,
@@ -35,12 +36,10 @@ from rayprune.workers.store.layout import (
     TRAINED_FOLDER,
     UPDATES_TASK,
     gates_task,
-    model_folder,
     regularised_task,
     selection_task,
-    task_folder,
 )
-from rayprune.workers.store.side_files import COPIED, side_files
+from rayprune.workers.store.side_files import COPIED, TOKENIZER_FILES, side_files
 from rayprune.workers.store.training_stage import (
     Aim,
     Finetune,
@@ -58,111 +57,103 @@ from rayprune.workers.store.training_stage import (
 REPORT_SECONDS = 5.0
 
 
-def train_first(context: Context, tokens: Manifest) -> None:
-    """What the method trains before it cuts; afterwards the context's checkpoint is the trained
-    model.
-    """
+def train_first(context: Context, subject: Subject) -> Subject:
+    """What the method trains before it cuts: the trained model, and what was decided for it."""
     match context.job.method.before_cut:
         case DriveOut() as stage:
-            trained = _regularise(context, stage, tokens)
+            subject, trained = _regularise(context, subject, stage)
         case TakeOver() as stage:
-            trained = _shrink_layers(context, stage, tokens)
+            subject, trained = _shrink_layers(context, subject, stage)
         case None:
-            return
-    folder = task_folder(context.folder.path, trained.task) / TRAINED_FOLDER
-    context.source, found = context.checkpoint, open_checkpoint(folder)
-    context.checkpoint = replace(
-        found, identity=fingerprint({"model": found.identity, "trained": trained.digest})
-    )
-    context.executor.use_model(folder)
+            return subject
+    folder = context.scope.folder(trained.task) / TRAINED_FOLDER
+    context.executor.use_model(folder, context.scope.name)
+    return replace(subject, model=made_model(folder, trained))
 
 
-def _regularise(context: Context, stage: DriveOut, tokens: Manifest) -> Manifest:
+def _regularise(context: Context, subject: Subject, stage: DriveOut) -> tuple[Subject, Manifest]:
     """DReSS: choose what goes, then train with a penalty on it."""
-    context.selections = (
-        sweep.select_units(context, tokens)
+    selections = (
+        sweep.select_units(context, subject)
         if stage.seed is None
-        else _random_mask(context, stage.seed)
+        else _random_mask(context, subject, stage.seed)
     )
-    units = context.plan.model.units
+    subject = replace(subject, selections=tuple(selections))
+    units = subject.plan.model.units
     removed: list[Removed] = []
-    for selection in context.selections:
+    for selection in selections:
         kept: Any = selection.info["result"]
         removed.append(
             {name: sorted(set(range(units[name])) - set(stay)) for name, stay in kept.items()}
         )
-    inputs = [*context.inputs(tokens), *(selection.digest for selection in context.selections)]
     if stage.each_layer:
-        return _regularise_layers(context, removed, inputs)
+        return subject, _regularise_layers(context, subject, removed)
     aim = Penalty(removed, stage.strength, stage.norm)
-    return _trained(context, REGULARISE_TASK, context.checkpoint.path, stage.training, aim, inputs)
+    return subject, _trained(context, subject, REGULARISE_TASK, stage.training, aim)
 
 
-def _regularise_layers(
-    context: Context, removed: Sequence[Removed], inputs: Sequence[str]
-) -> Manifest:
+def _regularise_layers(context: Context, subject: Subject, removed: Sequence[Removed]) -> Manifest:
     """Train every layer alone, each where its activations arrive; then put the layers together."""
-    count = len(removed)
-    watched = [[RESIDUAL_STREAM]] * count
-    tasks = layer_tasks(
-        context,
-        Steps.regularise,
-        regularised_task,
-        [inputs] * count,
-        [(gone,) for gone in removed],
-        watched,
-    )
-    layers = stream_layers(context, REGULARISE_TASK, tasks)
-    expected = context.folder.fingerprint(REGULARISE_TASK, *(layer.digest for layer in layers))
-    folder = task_folder(context.folder.path, REGULARISE_TASK)
+    work = [
+        layer_work(
+            context,
+            subject,
+            layer,
+            regularised_task(layer),
+            Steps.regularise,
+            (gone,),
+            [RESIDUAL_STREAM],
+        )
+        for layer, gone in enumerate(removed)
+    ]
+    layers = stream_layers(context, subject, REGULARISE_TASK, work)
+    source, model = subject.model.path, subject.model
+    inputs = {
+        "headers": model.checkpoint.identity,
+        "outer": model.outer,
+        "beside the weights": file_digests(side_files(source, COPIED)),
+        **digests(layers),
+    }
+    task = context.task(REGULARISE_TASK, inputs)
 
-    def work() -> None:
-        trained = folder / TRAINED_FOLDER
+    def put_together() -> None:
+        trained = task.folder / TRAINED_FOLDER
         context.executor.wait([context.executor.on(0).copy_outer(str(trained / OUTER_FILE))])
         for layer in layers:
             link_file(
-                task_folder(context.folder.path, layer.task) / LAYER_FILE,
-                trained / f"{layer.task}.safetensors",
+                context.scope.folder(layer.task) / LAYER_FILE, trained / f"{layer.task}.safetensors"
             )
-        _complete(context.checkpoint.path, trained, own=False)
-        commit(folder, REGULARISE_TASK, expected, _files_in(trained), {"result": {}})
+        _complete(source, trained, own=False)
+        commit(task, _files_in(trained), {"result": {}})
 
-    return context.once(REGULARISE_TASK, expected, work)
+    return context.once(task, put_together)
 
 
-def _random_mask(context: Context, seed: int) -> list[Manifest]:
+def _random_mask(context: Context, subject: Subject, seed: int) -> list[Manifest]:
     """The units that stay, drawn for every layer and group."""
     chance, masks = random.Random(seed), []
-    units, shape = context.plan.model.units, context.plan.shape
-    for layer in range(context.plan.model.num_layers):
+    units, shape = subject.plan.model.units, subject.plan.shape
+    for layer in range(subject.plan.model.num_layers):
         kept = {
             name: sorted(chance.sample(range(units[name]), shape.kept[name]))
-            for name in context.plan.pruned_groups(layer)
+            for name in subject.plan.pruned_groups(layer)
         }
-        task = selection_task(layer)
-        expected = context.folder.fingerprint(task, context.checkpoint.identity, str(kept))
-        folder = task_folder(context.folder.path, task)
-        masks.append(
-            context.once(
-                task, expected, partial(commit, folder, task, expected, [], {"result": kept})
-            )
-        )
+        task = context.task(selection_task(layer), {"kept": kept})
+        masks.append(context.once(task, partial(commit, task, [], {"result": kept})))
     return masks
 
 
-def _shrink_layers(context: Context, stage: TakeOver, tokens: Manifest) -> Manifest:
+def _shrink_layers(context: Context, subject: Subject, stage: TakeOver) -> tuple[Subject, Manifest]:
     """TRSP: one layer after the other is chosen by its gate, then all weights are trained with a
     penalty on their updates.
     """
-    num_layers = context.plan.model.num_layers
-    gone = num_layers - len(context.plan.shape.remaining(num_layers))
+    num_layers = subject.plan.model.num_layers
+    gone = num_layers - len(subject.plan.shape.remaining(num_layers))
     open_to_choice = range(stage.protect_first, num_layers - stage.protect_last)
-    gates, removed, inputs = [1.0] * num_layers, list[int](), context.inputs(tokens)
+    gates, removed = [1.0] * num_layers, list[int]()
     for number in range(gone):
         aim = Gates(tuple(gates), tuple(removed), stage.gate_strength)
-        chosen = _trained(
-            context, gates_task(number), context.checkpoint.path, stage.gates, aim, inputs
-        )
+        chosen = _trained(context, subject, gates_task(number), stage.gates, aim)
         found: Any = chosen.info["result"]
         gates = found["gates"]
         removed.append(
@@ -171,74 +162,82 @@ def _shrink_layers(context: Context, stage: TakeOver, tokens: Manifest) -> Manif
                 key=lambda layer: abs(gates[layer]),
             )
         )
-        inputs = [*context.inputs(tokens), chosen.digest]
         context.emit(
             "layer-chosen", layer=removed[-1], gate=gates[removed[-1]], number=number + 1, of=gone
         )
-    dense, nothing = dict(context.plan.model.units), dict.fromkeys(context.plan.model.units, 0)
+    units = subject.plan.model.units
+    dense, nothing = dict(units), dict.fromkeys(units, 0)
     spread = [nothing if layer in removed else dense for layer in range(num_layers)]
-    context.settle(context.plan.chosen(uneven_shape(context.job, context.checkpoint, spread)))
+    shape = uneven_shape(context.job, subject.model.checkpoint, spread)
+    subject = replace(subject, plan=context.record(subject.plan.chosen(shape)))
     transfer = (
         Updates(tuple(removed), stage.strength, stage.norm)
         if stage.transfer == "penalty"
         else Shrink(tuple(removed), stage.strength)
     )
-    return _trained(
-        context, UPDATES_TASK, context.checkpoint.path, stage.training, transfer, inputs
-    )
+    return subject, _trained(context, subject, UPDATES_TASK, stage.training, transfer)
 
 
-def recover(context: Context, exported: Manifest) -> Manifest | None:
-    """Train the pruned model, if the job says so; what comes of it lies in the task's folder."""
+def recover(context: Context, subject: Subject, pruned: ModelAt) -> ModelAt | None:
+    """Train the pruned model, if the job says so, with the `subject` as its teacher; what comes of
+    it lies in the task's folder.
+    """
     spec = context.job.recover
     if spec is None:
         return None
-    teacher = str(context.original.path) if spec.loss == "distillation" else None
-    inputs = [exported.digest, context.original.identity]
-    return _trained(
-        context,
-        RECOVER_TASK,
-        model_folder(context.folder.path),
-        spec,
-        Recovery(teacher, spec.hidden, spec.lora),
-        inputs,
-    )
+    teacher = str(subject.model.path) if spec.loss == "distillation" else None
+    aim = Recovery(teacher, spec.hidden, spec.lora)
+    taught = {"teacher": subject.model.identity} if teacher else {}
+    done = _trained(context, replace(subject, model=pruned), RECOVER_TASK, spec, aim, **taught)
+    return made_model(context.scope.folder(RECOVER_TASK) / TRAINED_FOLDER, done)
 
 
 def _trained(
-    context: Context, task: str, model: Path, options: TrainingSpec, aim: Aim, inputs: list[str]
+    context: Context, subject: Subject, name: str, options: TrainingSpec, aim: Aim, **inputs: object
 ) -> Manifest:
-    what = context.job.result_part() | {
-        "training": options.model_dump(mode="json", exclude=HOW_TRAINED)
-    }
-    expected = context.folder.fingerprint(task, *inputs, part=what)
-    folder = task_folder(context.folder.path, task)
-    threads = context.job.parallel.threads_per_worker
-    stage = Finetune(str(model), str(folder), context.job.calibration, options, aim, threads)
+    """Train the subject's model, once."""
+    model, job = subject.model.path, context.job
+    about = asdict(aim) if not isinstance(aim, Recovery) else {}  # its options are those it reads
+    inputs |= {"model": subject.model.identity, "texts": subject.texts, "aim": about}
+    inputs["tokenizer"] = file_digests(side_files(model, TOKENIZER_FILES))
+    # its type is one of the options that it reads
+    device = str(context.executor.computed_on).partition(" ")[0]
+    task = context.task(name, inputs, computed_on=device)
+    threads = job.parallel.threads_per_worker
+    stage = Finetune(str(model), str(task.folder), job.calibration, options, aim, threads)
 
-    def work() -> None:
-        if context.job.windows_read > context.job.calibration.samples:
+    def check_text() -> None:
+        if job.windows_read > job.calibration.samples:
             # before what another training has left is removed
             context.executor.wait([context.executor.on(0).check_text()])
-        forget_report(context.folder.path)
-        forget_another(folder, expected)
-        with context.stage(task, 1):
-            with _reported(context, task, folder):
-                context.executor.train(stage)
-            files = [RESULT_FILE]
-            if not isinstance(aim, Gates):
-                _complete(model, folder / TRAINED_FOLDER, own=isinstance(aim, Recovery))
-                files += _files_in(folder / TRAINED_FOLDER)
-            facts: dict[str, Any] = read_json(folder / RESULT_FILE)
-            result = {"gates": facts.pop("gates", None)}
-            facts["peak_memory_bytes"] = {
-                f"rank-0{kind}": peak for kind, peak in facts["peak_memory_bytes"].items()
-            }
-            context.emit("trained", task=task, **facts)
-            commit(folder, task, expected, files, {"result": result, "facts": facts})
-        forget_states(folder)
 
-    return context.once(task, expected, work, redo_stale=isinstance(aim, Recovery))
+    def work() -> None:
+        check_text()
+        forget_report(context.folder.path)
+        forget_another(task.folder, task.fingerprint)
+        with context.stage(name, 1):
+            with _reported(context, name, task.folder):
+                context.executor.train(stage)
+            _commit(context, task, stage)
+        forget_states(task.folder)
+
+    return context.once(task, work, before_redoing=check_text)
+
+
+def _commit(context: Context, task: Task, stage: Finetune) -> None:
+    files = [RESULT_FILE]
+    if not isinstance(stage.aim, Gates):
+        trained, own = task.folder / TRAINED_FOLDER, isinstance(stage.aim, Recovery)
+        _complete(Path(stage.model), trained, own)
+        files += _files_in(task.folder / TRAINED_FOLDER)
+    facts: dict[str, Any] = read_json(task.folder / RESULT_FILE)
+    result = {"gates": facts.pop("gates", None)}
+    facts["peak_memory_bytes"] = {
+        f"rank-0{kind}": peak for kind, peak in facts["peak_memory_bytes"].items()
+    }
+    context.emit("trained", task=task.name, **facts)
+    computed_on = f"{task.made_from['computed_on']} in {stage.options.dtype}"
+    commit(task, files, {"result": result, "facts": facts, "computed_on": computed_on})
 
 
 @contextmanager

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rayprune.orchestrator.cli import main
-from tests.conftest import MakeJob, MakeModel
+from rayprune.orchestrator.execution.verify import verify_run
+from tests.conftest import MakeJob, MakeModel, folder_bytes
 
 Capture = pytest.CaptureFixture[str]
 
@@ -169,10 +170,11 @@ def test_run_folder_of_another_job(
 ) -> None:
     arguments = ["run", str(make_job(make_model())), "--out", str(tmp_path / "run")]
     assert main(arguments) == 0
-    message = fails([*arguments, "--set", "budget.sparsity=0.3"], 2, capsys)
-    assert "belongs to another job" in message
-    assert "budget.sparsity: 0.25 -> 0.3" in message
-    assert main([*arguments, "--set", "parallel.retries=5"]) == 0
+    assert main([*arguments, "--set", "export.dtype=bfloat16"]) == 0
+    assert 'task-stale task=outer changed=[\'export.dtype: "auto" -> "bfloat16"\']' in (
+        capsys.readouterr().out
+    )
+    verify_run(tmp_path / "run")
 
 
 def test_folder_that_is_no_run(
@@ -193,7 +195,10 @@ def test_changed_model_under_an_old_run(
     arguments = ["run", str(job), "--out", str(tmp_path / "run"), "--set", "budget.kv_groups=2"]
     assert main(arguments) == 0
     make_model(num_hidden_layers=4)
-    assert "made from other inputs" in fails(arguments, 5, capsys)
+    assert main(arguments) == 0
+    assert "task-stale task=source" in capsys.readouterr().out
+    assert main([*arguments[:3], str(tmp_path / "fresh"), *arguments[4:]]) == 0
+    assert folder_bytes(tmp_path / "run" / "model") == folder_bytes(tmp_path / "fresh" / "model")
 
 
 def test_too_little_memory(

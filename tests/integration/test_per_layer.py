@@ -14,12 +14,13 @@ from rayprune.orchestrator.planning.shapes import Shape, uneven_shape
 from rayprune.orchestrator.run import run_job
 from rayprune.orchestrator.stages import probe
 from rayprune.orchestrator.stages.context import Context
+from rayprune.orchestrator.stages.subject import Subject
 from rayprune.specs.errors import ModelError, SpecError
 from rayprune.specs.loader import load_job
 from rayprune.workers.model.checkpoint import open_checkpoint
 from rayprune.workers.model.families import prunable
 from rayprune.workers.network.streamed import StreamedModel
-from rayprune.workers.store.files import Manifest, read_manifest
+from rayprune.workers.store.files import read_manifest
 from rayprune.workers.store.layout import SENSITIVITY_TASK, SHAPE_TASK, generation_task, task_folder
 from tests.conftest import MakeJob, MakeModel
 
@@ -40,8 +41,8 @@ def quiet(event: dict[str, Any]) -> None:
 def by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """Allocate as BY_HAND says."""
 
-    def allocated(context: Context, tokens: Manifest) -> Shape:
-        return uneven_shape(context.job, context.checkpoint, BY_HAND)
+    def allocated(context: Context, subject: Subject) -> Shape:
+        return uneven_shape(context.job, subject.model.checkpoint, BY_HAND)
 
     monkeypatch.setattr(probe, "allocate", allocated)
 

@@ -378,4 +378,6 @@ def test_mixed_texts_are_found_beside_the_job_and_belong_to_the_result(
         byte_tokenizer().decode(tokens[1]) == text_file.read_text(encoding="utf-8")[20_000:20_064]
     ), "11 windows of the first, 5 of this"
     (tmp_path / "second.txt").write_text("other text " * 1000, encoding="utf-8")
-    assert main(["run", str(job), "--out", str(tmp_path / "run")]) == 5
+    run(job, tmp_path / "run")
+    run(job, tmp_path / "fresh")
+    assert folder_bytes(tmp_path / "run" / "model") == folder_bytes(tmp_path / "fresh" / "model")

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from rayprune.orchestrator.cli import main
 from rayprune.orchestrator.run import run_job
 from rayprune.orchestrator.stages import stream
-from rayprune.specs.errors import SpecError
+from rayprune.specs.errors import VerificationError
 from rayprune.specs.loader import load_job
 from rayprune.workers.passes.stream import Stream
 from rayprune.workers.store.files import MANIFEST_NAME
@@ -112,8 +112,8 @@ def test_a_restart_on_another_kind_of_device_is_refused(
     manifest = tmp_path / "run" / "tasks" / task / MANIFEST_NAME
     manifest.write_text(manifest.read_text().replace("cpu in float32", "cuda in bfloat16"))
     with pytest.raises(
-        SpecError,
-        match=f"{task}: was computed on cuda in bfloat16, this worker computes on cpu in float32",
+        VerificationError,
+        match=f'{task}: .*computed_on: "cuda in bfloat16" -> "cpu in float32".*--redo stale',
     ):
         run_job(load_job(job, settings), tmp_path / "run", quiet)
 

@@ -1,5 +1,6 @@
 """Tensors of a model folder, as views of its mapped files."""
 
+import hashlib
 import math
 from collections.abc import Mapping
 
@@ -57,3 +58,14 @@ def consumer_weight(checkpoint: Checkpoint, layer: int, consumer: Consumer) -> T
     infos = {consumer.weight: checkpoint.layer_tensors(layer)[consumer.weight]}
     weight = read_tensors(checkpoint, infos, checkpoint.model.prefix(layer))[consumer.weight]
     return weight.T if consumer.transposed else weight
+
+
+def digest_of(checkpoint: Checkpoint, infos: Mapping[str, TensorInfo]) -> str:
+    """SHA-256 over names, types, shapes and values of some tensors, whatever they hold."""
+    digest = hashlib.sha256()
+    for name, info in sorted(infos.items()):
+        digest.update(f"{name} {info.dtype} {info.shape}\n".encode())
+        with safe_open(checkpoint.path / info.file, framework="pt") as handle:
+            values: Tensor = handle.get_tensor(info.stored)
+            digest.update(values.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

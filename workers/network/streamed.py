@@ -79,6 +79,11 @@ def hooked(handles: Sequence[RemovableHandle]) -> Iterator[None]:
             handle.remove()
 
 
+def computed_on(device: torch.device, dtype: torch.dtype) -> str:
+    """Device kind and floating-point type of forward passes, which decide their roundings."""
+    return f"{device.type} in {str(dtype).removeprefix('torch.')}"
+
+
 def layers_of(network: nn.Module, model: Model) -> nn.ModuleList:
     """The layers of a whole network."""
     found = network.get_submodule(model.layers_at)
@@ -115,7 +120,7 @@ class StreamedModel:
     @property
     def computed_on(self) -> str:
         """Device kind and floating-point type of the passes, which decide their roundings."""
-        return f"{self.device.type} in {str(self.dtype).removeprefix('torch.')}"
+        return computed_on(self.device, self.dtype)
 
     def load_layer(self, index: int, prefetch: bool = True) -> nn.Module:
         """One layer with its weights, ready for forward passes; with `prefetch` the next one is

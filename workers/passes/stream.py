@@ -20,22 +20,15 @@ from rayprune.workers.network import layers
 from rayprune.workers.network.streamed import MicroBatch, Store, StreamedModel
 from rayprune.workers.numerics.codec import from_array, to_array
 from rayprune.workers.numerics.statistics import Statistic
-from rayprune.workers.passes.sweep import check_computed_on
-from rayprune.workers.store.files import read_manifest, write_tensors
-from rayprune.workers.store.layout import (
-    RESIDUAL_STREAM,
-    boundary_file,
-    layer_task,
-    regularised_task,
-    selection_task,
-    survey_task,
-    task_folder,
-)
+from rayprune.workers.store.files import write_tensors
+from rayprune.workers.store.layout import RESIDUAL_STREAM, boundary_file
 
 Fits = tuple[Statistic, Statistic]
 """The statistics of the training and of the held-out windows."""
 Wanted = Mapping[int, Collection[str]]
 """The layers, and of each the groups whose statistics are collected, or `RESIDUAL_STREAM`."""
+Saved = tuple[Path, Path | None]
+"""Folders of hidden states before a chunk, and at the end of a wave behind it."""
 Passed = tuple[Tensor, Tensor]
 """The hidden states (T, D) of a window before and behind a layer."""
 
@@ -50,19 +43,17 @@ class Stream:
         empty: Callable[[int], Statistic],
         batches: Sequence[Tensor],
         num_training: int,
-        run_folder: Path,
         keep: Store,
     ) -> None:
         """`empty(width)` makes a statistic; the first `num_training` micro-batches are for
         training; `keep` puts away hidden states.
         """
         self._keep, self._passed = keep, dict[int, list[Passed]]()
-        self._model, self._empty, self._batches, self._num_training, self._folder = (
+        self._model, self._empty, self._batches, self._num_training = (
             model,
             empty,
             batches,
             num_training,
-            run_folder,
         )
         self._groups = {group.name: group for group in groups}
         self._modules: dict[int, nn.Module] = {}
@@ -70,25 +61,17 @@ class Stream:
         self._fits: dict[tuple[int, str], Fits] = {}
 
     def flow(
-        self,
-        chunk: range,
-        number: int,
-        wanted: Wanted,
-        before: np.ndarray | None,
-        end_of_wave: bool,
+        self, chunk: range, number: int, wanted: Wanted, saved: Saved, before: np.ndarray | None
     ) -> np.ndarray | None:
         """Take one micro-batch through the chunk and add it to the wanted statistics.
 
         `before` holds its hidden states from the chunk before (None: embeddings, or the file of the
         wave before); those behind the chunk are returned, or at the end of a wave written to a
-        file.
-
-        Raises:
-            SpecError: an earlier attempt computed on another kind of device or in another type.
+        file, if anything follows. `saved` are the folders of the files before and behind the chunk.
         """
         if number == 0:
             self._begin(chunk, wanted)
-        batch = self._entering(chunk.start, number, before)
+        batch = self._entering(chunk.start, number, saved[0], before)
         for index in chunk:
             watched = {
                 name: self._groups[name] for name in wanted.get(index, ()) if name in self._groups
@@ -100,24 +83,15 @@ class Stream:
             if RESIDUAL_STREAM in wanted.get(index, ()):
                 kept = self._keep(given_BTD), self._keep(batch.hidden_BTD)
                 self._passed.setdefault(index, []).extend(zip(*kept, strict=True))
-        if not end_of_wave:
+        if saved[1] is None:
             return to_array(batch.hidden_BTD)
         if chunk.stop < len(batch.arguments):
             write_tensors(
-                boundary_file(self._folder, chunk.stop, number),
-                {"hidden": batch.hidden_BTD.contiguous()},
+                boundary_file(saved[1], number), {"hidden": batch.hidden_BTD.contiguous()}
             )
         return None
 
     def _begin(self, chunk: range, wanted: Wanted) -> None:
-        for layer in range(self._model.checkpoint.num_layers):
-            for task in (
-                name(layer) for name in (survey_task, selection_task, regularised_task, layer_task)
-            ):
-                if finished := read_manifest(task_folder(self._folder, task)):
-                    check_computed_on(
-                        task_folder(self._folder, task), finished, self._model.computed_on
-                    )
         self._modules = {}  # freed before the new ones are read
         self._modules = {
             index: self._model.load_layer(index, prefetch=index + 1 < chunk.stop) for index in chunk
@@ -134,7 +108,9 @@ class Stream:
         width = self._groups[name].width
         return self._empty(width), self._empty(width)
 
-    def _entering(self, layer: int, number: int, before: np.ndarray | None) -> MicroBatch:
+    def _entering(
+        self, layer: int, number: int, saved: Path, before: np.ndarray | None
+    ) -> MicroBatch:
         """The micro-batch before a layer; the layers' arguments are recorded once per shape."""
         tokens_BT = self._batches[number]
         known = self._arguments.get(tokens_BT.shape)
@@ -143,11 +119,10 @@ class Stream:
             self._arguments[tokens_BT.shape] = known
         if layer == 0:
             return known
-        saved = boundary_file(self._folder, layer, number)
         hidden_BTD = (
             from_array(before, self._model.dtype)
             if before is not None
-            else load_file(saved)["hidden"]
+            else load_file(boundary_file(saved, number))["hidden"]
         )
         return MicroBatch(hidden_BTD, known.arguments)
 

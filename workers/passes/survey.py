@@ -6,7 +6,6 @@ Letters: D hidden, F width of a consumer's input, K kept columns.
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from safetensors import safe_open
@@ -20,7 +19,7 @@ from rayprune.workers.numerics.linalg import unit_rows
 from rayprune.workers.numerics.methods import rank
 from rayprune.workers.numerics.statistics import Statistic
 from rayprune.workers.passes.stream import Fits
-from rayprune.workers.store.layout import SURVEY_FILE, survey_task, task_folder
+from rayprune.workers.store.layout import SURVEY_FILE, Scope, survey_task
 
 
 @dataclass(frozen=True)
@@ -96,11 +95,9 @@ def tensors_of(cuts: dict[int, Cut]) -> dict[str, Tensor]:
     return tensors
 
 
-def stored_cut(run_folder: Path, layer: int, group: str, count: int) -> Cut:
+def stored_cut(scope: Scope, layer: int, group: str, count: int) -> Cut:
     """The cut for so many units, from the layer's survey; its weight is mapped from the file."""
-    with safe_open(
-        task_folder(run_folder, survey_task(layer)) / SURVEY_FILE, framework="pt"
-    ) as handle:
+    with safe_open(scope.folder(survey_task(layer)) / SURVEY_FILE, framework="pt") as handle:
         return Cut(
             group,
             handle.get_tensor(f"{group}.{count}.units"),

@@ -25,7 +25,7 @@ from rayprune.workers.network.slicing import Cut
 from rayprune.workers.network.streamed import MicroBatch, StreamedModel
 from rayprune.workers.numerics.statistics import State, Statistic
 from rayprune.workers.store.files import Manifest, read_manifest, write_tensors
-from rayprune.workers.store.layout import CACHE, LAYER_FILE, layer_task, task_folder
+from rayprune.workers.store.layout import LAYER_FILE, Scope, layer_task
 from rayprune.workers.store.shards import Node, grow_tree, owned_nodes
 
 Parts = dict[Node, State]
@@ -79,7 +79,7 @@ class Sweep:
         groups: Sequence[Group],
         statistic: Callable[[int], Statistic],
         shards: Sequence[Sequence[Tensor]],
-        run_folder: Path,
+        scope: Scope,
         checkpoint_layers: int,
         keep_inputs: bool,
         drift: float,
@@ -88,12 +88,7 @@ class Sweep:
         target.
         """
         self._drift = drift
-        self._model, self._statistic, self._tokens, self._folder = (
-            model,
-            statistic,
-            shards,
-            run_folder,
-        )
+        self._model, self._statistic, self._tokens, self._scope = model, statistic, shards, scope
         self._groups = {group.name: group for group in groups}
         self._checkpoint_layers, self._keep_inputs = checkpoint_layers, keep_inputs
         self._shards: dict[int, Shard] = {}
@@ -201,7 +196,7 @@ class Sweep:
         """A layer's manifest, if it is finished; it must have been computed as this worker
         computes.
         """
-        folder = task_folder(self._folder, layer_task(layer))
+        folder = self._scope.folder(layer_task(layer))
         if manifest := read_manifest(folder):
             check_computed_on(folder, manifest, self._model.computed_on)
         return manifest
@@ -214,8 +209,7 @@ class Sweep:
         if manifest is None:
             return None
         return (
-            self._folder
-            / CACHE
+            self._scope.cache
             / f"shard-{shard:04d}"
             / f"layer-{layer:04d}-{manifest.fingerprint[:16]}.safetensors"
         )
@@ -225,9 +219,7 @@ class Sweep:
         manifest = self._manifest(layer)
         assert manifest is not None, f"layer {layer} is not finished"
         return read_cuts(
-            task_folder(self._folder, layer_task(layer)) / LAYER_FILE,
-            manifest,
-            self._groups.values(),
+            self._scope.folder(layer_task(layer)) / LAYER_FILE, manifest, self._groups.values()
         )
 
     def _advance(self, module: nn.Module, shard: Shard, cuts: Mapping[str, Cut]) -> None:
@@ -283,8 +275,8 @@ def check_computed_on(folder: Path, manifest: Manifest, computed_on: str) -> Non
     if manifest.info.get("computed_on", computed_on) != computed_on:
         raise SpecError(
             f"{folder}: was computed on {manifest.info['computed_on']}, this worker computes on"
-            f" {computed_on}; set parallel.device and model.dtype as they were, or choose another"
-            " --out"
+            f" {computed_on}; set parallel.device and model.dtype as they were, or give --redo"
+            " stale"
         )
 
 

@@ -4,10 +4,10 @@ import torch
 
 from rayprune.specs.errors import ModelError
 from rayprune.workers.network.load_check import check_loads
-from rayprune.workers.network.reading import read_tensors
+from rayprune.workers.network.reading import digest_of, read_tensors
+from rayprune.workers.network.streamed import computed_on
 from rayprune.workers.steps.step import Receipt, step
 from rayprune.workers.store.files import FileRecord
-from rayprune.workers.store.layout import model_folder
 from rayprune.workers.store.storage import check_same_files
 from rayprune.workers.workbench import Workbench
 
@@ -23,6 +23,25 @@ class Checking:
         """Check that this node sees the driver's files."""
         check_same_files(expected)
         return {}, None
+
+    @step
+    def how_computed(self) -> tuple[Receipt, None]:
+        """Device kind and type of forward passes on this worker."""
+        return {"computed_on": computed_on(self._bench.device, self._bench.dtype)}, None
+
+    @step
+    def digests(self, owned: tuple[int, int]) -> tuple[Receipt, None]:
+        """SHA-256 of some parts of the model: of what is outside its layers (0), and of layer n - 1
+        (n).
+        """
+        checkpoint = self._bench.checkpoint
+        found = [
+            digest_of(
+                checkpoint, checkpoint.layer_tensors(n - 1) if n else checkpoint.outer_tensors
+            )
+            for n in range(*owned)
+        ]
+        return {"digests": found}, None
 
     @step
     def check_head(self) -> tuple[Receipt, None]:
@@ -50,5 +69,5 @@ class Checking:
     @step
     def check_export(self, expected_parameters: int) -> tuple[Receipt, None]:
         """The load gate on the exported folder."""
-        check_loads(model_folder(self._bench.run_folder), expected_parameters)
+        check_loads(self._bench.scope.model, expected_parameters)
         return {}, None

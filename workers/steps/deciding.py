@@ -16,12 +16,7 @@ from rayprune.workers.passes.stream import Fits
 from rayprune.workers.passes.sweep import Parts, check_computed_on
 from rayprune.workers.steps.step import Receipt
 from rayprune.workers.store.files import read_manifest
-from rayprune.workers.store.layout import (
-    GRADIENTS_FILE,
-    GRADIENTS_TASK,
-    selection_task,
-    task_folder,
-)
+from rayprune.workers.store.layout import GRADIENTS_FILE, GRADIENTS_TASK, selection_task
 from rayprune.workers.store.shards import Node, merge_siblings
 from rayprune.workers.workbench import Workbench
 
@@ -78,7 +73,7 @@ class Deciding:
 
     def selected(self, layer: int, name: str) -> Tensor:
         """Units that stay, by the layer's own selection pass."""
-        manifest = read_manifest(task_folder(self._bench.run_folder, selection_task(layer)))
+        manifest = read_manifest(self._bench.scope.folder(selection_task(layer)))
         assert manifest is not None, f"layer {layer} has no selection"
         kept: Any = manifest.info["result"]
         return torch.tensor(kept[name])
@@ -102,7 +97,7 @@ class Deciding:
         """
         if not self._job.gradient_windows:
             return self._bench.consumer_weight(layer, self._bench.groups[name])
-        folder = task_folder(self._bench.run_folder, GRADIENTS_TASK)
+        folder = self._bench.scope.folder(GRADIENTS_TASK)
         manifest = read_manifest(folder)
         assert manifest is not None, "gradients are not measured"
         check_computed_on(folder, manifest, self._bench.model.computed_on)

@@ -34,7 +34,7 @@ class Judging:
                 self._bench.groups,
                 windows,
                 candidates,
-                partial(stored_cut, self._bench.run_folder),
+                partial(stored_cut, self._bench.scope),
             )
         }, None
 

@@ -6,8 +6,8 @@ import torch
 from rayprune.specs.errors import ModelError
 from rayprune.workers.passes.gradients import added, squared_gradients
 from rayprune.workers.steps.step import Receipt, step
-from rayprune.workers.store.files import commit, write_tensors
-from rayprune.workers.store.layout import GRADIENTS_FILE, GRADIENTS_TASK, task_folder
+from rayprune.workers.store.files import Task, commit, write_tensors
+from rayprune.workers.store.layout import GRADIENTS_FILE
 from rayprune.workers.store.shards import Node, grow_tree, merge_siblings, owned_nodes
 from rayprune.workers.workbench import Workbench
 
@@ -44,7 +44,7 @@ class Measuring:
         }
 
     @step
-    def write_gradients(self, task_fingerprint: str, *parts: SquaresArrays) -> tuple[Receipt, None]:
+    def write_gradients(self, task: Task, *parts: SquaresArrays) -> tuple[Receipt, None]:
         """Merge the sums of all workers and write the root mean squares: by group one row for each
         layer, fp64.
 
@@ -66,13 +66,6 @@ class Measuring:
             raise ModelError(
                 f"{wrong[0]}: gradients of the loss are not finite; set model.dtype: float32"
             )
-        folder = task_folder(self._bench.run_folder, GRADIENTS_TASK)
-        write_tensors(folder / GRADIENTS_FILE, scales)
-        commit(
-            folder,
-            GRADIENTS_TASK,
-            task_fingerprint,
-            [GRADIENTS_FILE],
-            {"computed_on": self._bench.model.computed_on},
-        )
+        write_tensors(task.folder / GRADIENTS_FILE, scales)
+        commit(task, [GRADIENTS_FILE], {"computed_on": self._bench.model.computed_on})
         return {}, None

@@ -4,6 +4,7 @@ its statistics are.
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 from torch import Tensor
@@ -11,20 +12,14 @@ from torch import Tensor
 from rayprune.specs.methods.options import DriveOut
 from rayprune.workers.network.written import trained
 from rayprune.workers.numerics.methods import scores
-from rayprune.workers.passes.stream import Stream, Wanted
+from rayprune.workers.passes.kept import read_fits, write_fits
+from rayprune.workers.passes.stream import Fits, Saved, Stream, Wanted
 from rayprune.workers.passes.survey import curve, tensors_of
 from rayprune.workers.steps.deciding import Deciding
 from rayprune.workers.steps.step import Cached, Droppable, Receipt, drop_all, step
 from rayprune.workers.steps.writing import Writing
-from rayprune.workers.store.files import commit, write_tensors
-from rayprune.workers.store.layout import (
-    LAYER_FILE,
-    SURVEY_FILE,
-    regularised_task,
-    selection_task,
-    survey_task,
-    task_folder,
-)
+from rayprune.workers.store.files import Task, commit, write_tensors
+from rayprune.workers.store.layout import LAYER_FILE, STATISTICS_FILE, SURVEY_FILE
 from rayprune.workers.store.training_stage import Removed, forget_another, forget_states, read_log
 from rayprune.workers.workbench import Workbench
 
@@ -37,11 +32,13 @@ class Streaming:
     ) -> None:
         self._bench, self._deciding, self._writing = bench, deciding, writing
         self._before, self._stream = before, Cached(self._new_stream)
+        self._loaded: dict[tuple[int, str], Fits] = {}
         self._job = bench.job
 
     def drop(self) -> None:
         """Forget hidden states and statistics of the dense path."""
         self._stream.drop()
+        self._loaded.clear()
 
     def _new_stream(self) -> Stream:
         shards, held_out = self._bench.shards(), self._job.calibration.held_out_shards
@@ -52,7 +49,6 @@ class Streaming:
             partial(self._bench.statistic, self._job.calibration.samples),
             batches,
             sum(len(shard) for shard in shards[:-held_out]),
-            self._bench.run_folder,
             self._bench.spill(True).store,
         )
 
@@ -62,20 +58,43 @@ class Streaming:
         chunk: tuple[int, int],
         number: int,
         wanted: Wanted,
-        end_of_wave: bool,
+        saved: Saved,
         before: np.ndarray | None,
     ) -> tuple[Receipt, np.ndarray | None]:
         """Take a micro-batch through a chunk of layers on the dense path; see `Stream.flow`."""
         drop_all(self._before)
-        return {}, self._stream.value.flow(range(*chunk), number, wanted, before, end_of_wave)
+        return {}, self._stream.value.flow(range(*chunk), number, wanted, saved, before)
+
+    def _fit(self, layer: int, name: str) -> Fits:
+        loaded = self._loaded.pop((layer, name), None)
+        return loaded or self._stream.value.fit(layer, name)
 
     @step
-    def select(
-        self, layer: int, task_fingerprint: str, kept: Mapping[str, int]
+    def keep_statistics(
+        self, layer: int, task: Task, groups: Sequence[str]
     ) -> tuple[Receipt, None]:
+        """Write the statistics of a layer's groups that this worker has, instead of working on
+        them.
+        """
+        write_fits(task.folder, {name: self._stream.value.fit(layer, name) for name in groups})
+        commit(task, [STATISTICS_FILE], {"computed_on": self._bench.model.computed_on})
+        return {"groups": {}}, None
+
+    @step
+    def load_statistics(
+        self, layer: int, folder: str, groups: Sequence[str]
+    ) -> tuple[Receipt, None]:
+        """Take a layer's statistics from where `keep_statistics` has written them."""
+        self._loaded = {
+            (layer, name): read_fits(Path(folder), name, self._bench.scratch) for name in groups
+        }
+        return {}, None
+
+    @step
+    def select(self, layer: int, task: Task, kept: Mapping[str, int]) -> tuple[Receipt, None]:
         """Select the units of a layer that stay, from the statistics this worker has."""
         fits = {
-            name: self._stream.value.fit(layer, name)
+            name: self._fit(layer, name)
             for name, count in kept.items()
             if count < self._bench.groups[name].num_units
         }
@@ -83,30 +102,20 @@ class Streaming:
             name: self._deciding.select(layer, name, kept[name], training).tolist()
             for name, (training, _) in fits.items()
         }
-        folder = task_folder(self._bench.run_folder, selection_task(layer))
-        commit(
-            folder,
-            selection_task(layer),
-            task_fingerprint,
-            [],
-            {"result": units, "computed_on": self._bench.model.computed_on},
-        )
+        commit(task, [], {"result": units, "computed_on": self._bench.model.computed_on})
         return {"groups": {}}, None
 
     @step
-    def regularise(
-        self, layer: int, task_fingerprint: str, removed: Removed
-    ) -> tuple[Receipt, None]:
+    def regularise(self, layer: int, task: Task, removed: Removed) -> tuple[Receipt, None]:
         """Train a layer alone, from the hidden states this worker has, with a penalty on what will
         go; write it as it was on disk.
         """
         # torch's training machinery takes a second to import
         from rayprune.workers.training.layer import train_layer
 
-        stage, name = self._job.method.before_cut, regularised_task(layer)
+        stage, folder = self._job.method.before_cut, task.folder
         assert isinstance(stage, DriveOut)
-        folder = task_folder(self._bench.run_folder, name)
-        forget_another(folder, task_fingerprint)
+        forget_another(folder, task.fingerprint)
         passed = self._stream.value.passed(layer)
         module = train_layer(self._bench.model, layer, passed, removed, stage, folder)
         checkpoint = self._bench.checkpoint
@@ -116,13 +125,8 @@ class Streaming:
             folder / LAYER_FILE, {prefix + key: tensor for key, tensor in tensors.items()}
         )
         last = read_log(folder)[-1]
-        commit(
-            folder,
-            name,
-            task_fingerprint,
-            [LAYER_FILE],
-            {"last_step": last, "computed_on": self._bench.model.computed_on},
-        )
+        info = {"last_step": last, "computed_on": self._bench.model.computed_on}
+        commit(task, [LAYER_FILE], info)
         forget_states(folder)
         return {"groups": {}}, None
 
@@ -130,14 +134,14 @@ class Streaming:
     def settle(
         self,
         layer: int,
-        task_fingerprint: str,
+        task: Task,
         kept: Mapping[str, int],
         written: Mapping[str, int],
         position: int | None,
     ) -> tuple[Receipt, None]:
         """Decide all groups of a layer from the statistics this worker has, and write the layer."""
         fits = {
-            name: self._stream.value.fit(layer, name)
+            name: self._fit(layer, name)
             for name, count in kept.items()
             if count < self._bench.groups[name].num_units
         }
@@ -149,7 +153,7 @@ class Streaming:
             for name, (_, correction) in decided.items()
         }
         self._writing.layer(
-            layer, task_fingerprint, written, position, groups, [cut for cut, _ in decided.values()]
+            layer, task, written, position, groups, [cut for cut, _ in decided.values()]
         )
         return {"groups": groups}, None
 
@@ -157,14 +161,14 @@ class Streaming:
     def survey(
         self,
         layer: int,
-        task_fingerprint: str,
+        task: Task,
         counts: Mapping[str, Sequence[int]],
         stored: Mapping[str, Sequence[int]],
     ) -> tuple[Receipt, None]:
         """Error curves of a layer's groups from the statistics this worker has, and cuts for the
         `stored` numbers of units.
         """
-        fits = {name: self._stream.value.fit(layer, name) for name in counts}
+        fits = {name: self._fit(layer, name) for name in counts}
         errors: dict[str, dict[int, float]] = {}
         tensors: dict[str, Tensor] = {}
         for name in counts:
@@ -178,20 +182,17 @@ class Streaming:
             found = curve(self._job, fits.pop(name), weight_DF, self._bench.groups[name], *part)
             errors[name] = found.errors
             tensors |= tensors_of(found.cuts)
-        folder = task_folder(self._bench.run_folder, survey_task(layer))
-        write_tensors(folder / SURVEY_FILE, tensors)
+        write_tensors(task.folder / SURVEY_FILE, tensors)
         info = {"result": errors, "computed_on": self._bench.model.computed_on}
-        commit(folder, survey_task(layer), task_fingerprint, [SURVEY_FILE], info)
+        commit(task, [SURVEY_FILE], info)
         return {"groups": {}}, None
 
     @step
-    def score(
-        self, layer: int, task_fingerprint: str, kept: Mapping[str, float]
-    ) -> tuple[Receipt, None]:
+    def score(self, layer: int, task: Task, kept: Mapping[str, float]) -> tuple[Receipt, None]:
         """Scores of the units of a layer's groups, comparable between layers, when about so many
         units are to stay.
         """
-        fits = {name: self._stream.value.fit(layer, name) for name in kept}
+        fits = {name: self._fit(layer, name) for name in kept}
         found: dict[str, list[float]] = {}
         for name, count in kept.items():
             training, held_out = fits.pop(name)
@@ -203,12 +204,5 @@ class Streaming:
                 self._bench.groups[name].columns,
                 count,
             ).tolist()
-        info = {"result": found, "computed_on": self._bench.model.computed_on}
-        commit(
-            task_folder(self._bench.run_folder, survey_task(layer)),
-            survey_task(layer),
-            task_fingerprint,
-            [],
-            info,
-        )
+        commit(task, [], {"result": found, "computed_on": self._bench.model.computed_on})
         return {"groups": {}}, None

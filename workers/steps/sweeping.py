@@ -34,7 +34,7 @@ class Sweeping:
             list(self._bench.groups.values()),
             partial(self._bench.statistic, self._job.calibration.samples, drift_width=drift_width),
             self._bench.shards(),
-            self._bench.run_folder,
+            self._bench.scope,
             self._job.memory.checkpoint_layers,
             self._bench.memory.keep_inputs,
             drift,

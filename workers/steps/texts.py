@@ -11,8 +11,8 @@ from rayprune.workers.calibration import (
     load_tokenizer,
 )
 from rayprune.workers.steps.step import Receipt, step
-from rayprune.workers.store.files import commit, write_tensors
-from rayprune.workers.store.layout import CALIBRATION_TASK, TOKENS_FILE, task_folder
+from rayprune.workers.store.files import Task, commit, write_tensors
+from rayprune.workers.store.layout import CALIBRATION_TASK, TOKENS_FILE
 from rayprune.workers.workbench import Workbench
 
 
@@ -24,12 +24,12 @@ class Texts:
         self._job = bench.job
 
     @step
-    def tokenize(self, task: str, task_fingerprint: str) -> tuple[Receipt, None]:
+    def tokenize(self, task: Task) -> tuple[Receipt, None]:
         """Tokenise the calibration or (afterwards) the evaluation text once; every worker reads the
         resulting file.
         """
         tokenizer, evaluation = load_tokenizer(Path(self._job.model.path)), self._job.evaluation
-        if task == CALIBRATION_TASK:
+        if task.name == CALIBRATION_TASK:
             tokens = calibration_windows(self._job.calibration, tokenizer)
             self._text_read(tokens)  # whether the text suffices is known now
         else:
@@ -38,9 +38,8 @@ class Texts:
             check_apart(
                 self._text_read(self._bench.tokens(CALIBRATION_TASK)), tokens, evaluation.path
             )
-        folder = task_folder(self._bench.run_folder, task)
-        write_tensors(folder / TOKENS_FILE, {"tokens": tokens})
-        commit(folder, task, task_fingerprint, [TOKENS_FILE], {"shape": list(tokens.shape)})
+        write_tensors(task.folder / TOKENS_FILE, {"tokens": tokens})
+        commit(task, [TOKENS_FILE], {"shape": list(tokens.shape)})
         return {}, None
 
     @step

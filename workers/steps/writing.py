@@ -11,15 +11,8 @@ from rayprune.workers.model.form import AS_IT_IS, Form
 from rayprune.workers.network.reading import layer_tensors, read_tensors
 from rayprune.workers.network.slicing import Cut, CutArrays, pad_layer, slice_layer
 from rayprune.workers.steps.step import Receipt, step
-from rayprune.workers.store.files import commit, write_tensors
-from rayprune.workers.store.layout import (
-    LAYER_FILE,
-    OUTER_FILE,
-    OUTER_TASK,
-    layer_task,
-    model_folder,
-    task_folder,
-)
+from rayprune.workers.store.files import Task, commit, write_tensors
+from rayprune.workers.store.layout import LAYER_FILE, OUTER_FILE
 from rayprune.workers.workbench import Workbench
 
 
@@ -34,7 +27,7 @@ class Writing:
     def write_layer(
         self,
         layer: int,
-        task_fingerprint: str,
+        task: Task,
         written: Mapping[str, int],
         position: int | None,
         groups: Receipt,
@@ -48,26 +41,21 @@ class Writing:
         nothing stays has none, and no file.
         """
         self.layer(
-            layer,
-            task_fingerprint,
-            written,
-            position,
-            groups,
-            [Cut.from_arrays(arrays) for arrays in cuts],
+            layer, task, written, position, groups, [Cut.from_arrays(arrays) for arrays in cuts]
         )
         return {}, None
 
     def layer(
         self,
         layer: int,
-        task_fingerprint: str,
+        task: Task,
         written: Mapping[str, int],
         position: int | None,
         groups: Receipt,
         cuts: Sequence[Cut],
     ) -> None:
         """Write a layer's tensors, unless nothing stays, and then its manifest."""
-        bench, folder = self._bench, task_folder(self._bench.run_folder, layer_task(layer))
+        bench = self._bench
         kept = {cut.group: cut.units.tolist() for cut in cuts}
         info = {"groups": groups, "kept": kept, "computed_on": bench.model.computed_on}
         if position is not None:
@@ -75,11 +63,11 @@ class Writing:
             prefix = f"{form.layers_at or bench.checkpoint.model.layers_at}.{position}."
             tensors = form.layer(self._cut_layer(layer, written, cuts))
             named = {prefix + name: tensor for name, tensor in tensors.items()}
-            write_tensors(folder / LAYER_FILE, named)
+            write_tensors(task.folder / LAYER_FILE, named)
             modules = {name: form.module(g.consumer.module) for name, g in bench.groups.items()}
             info["consumers"] = {name: f"{prefix}{m}.weight" for name, m in modules.items()}
         files = [] if position is None else [LAYER_FILE]
-        commit(folder, layer_task(layer), task_fingerprint, files, info)
+        commit(task, files, info)
 
     def _form(self, written: Mapping[str, int]) -> Form:
         """How the pruned model is written, of which every layer's file holds so many units; layers
@@ -103,9 +91,7 @@ class Writing:
         return {name: tensor.to(dtypes[name]) for name, tensor in sliced.items()}
 
     @step
-    def write_outer(
-        self, task_fingerprint: str, written: Mapping[str, int] | None
-    ) -> tuple[Receipt, None]:
+    def write_outer(self, task: Task, written: Mapping[str, int] | None) -> tuple[Receipt, None]:
         """Write what is outside the layers in its type on disk, in the form of a model whose layers
         all hold so many units (None: they differ).
         """
@@ -114,9 +100,8 @@ class Writing:
             name: tensor.to(self._bench.disk_dtype(tensor)) for name, tensor in found.items()
         }
         form = AS_IT_IS if written is None else self._form(written)
-        folder = task_folder(self._bench.run_folder, OUTER_TASK)
-        write_tensors(folder / OUTER_FILE, form.outer(tensors))
-        commit(folder, OUTER_TASK, task_fingerprint, [OUTER_FILE], {})
+        write_tensors(task.folder / OUTER_FILE, form.outer(tensors))
+        commit(task, [OUTER_FILE], {})
         return {}, None
 
     @step
@@ -135,10 +120,7 @@ class Writing:
         Raises:
             VerificationError: it gives other tokens.
         """
-        folder, tokenizer = (
-            model_folder(self._bench.run_folder),
-            load_tokenizer(self._bench.checkpoint.path),
-        )
+        folder, tokenizer = (self._bench.scope.model, load_tokenizer(self._bench.checkpoint.path))
         tokenizer.save_pretrained(folder)
         sample = "a  b\n" + "a b ".join(["", *tokenizer.all_special_tokens, ""])
         if load_tokenizer(folder)(sample)["input_ids"] != tokenizer(sample)["input_ids"]:

@@ -31,11 +31,31 @@ class FileRecord:
 
 
 @dataclass(frozen=True)
+class Task:
+    """A task that is to be done."""
+
+    name: str
+    """Within its pass over a model."""
+    folder: Path
+    """Where its artifact and manifest will lie."""
+    made_from: Mapping[str, object]
+    """What its result depends on, as JSON: options of the job, digests of what it reads, software,
+    and how it is computed.
+    """
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over its name and all that it depends on."""
+        return fingerprint({"task": self.name, "made_from": self.made_from})
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The record of a finished task."""
 
     task: str
     fingerprint: str
+    made_from: Mapping[str, object]
     files: dict[str, FileRecord]
     info: dict[str, object]
 
@@ -140,21 +160,20 @@ def write_tensors(path: Path, tensors: "Mapping[str, Tensor]") -> None:
     _write(path, _save)
 
 
-def commit(
-    folder: Path, task: str, task_fingerprint: str, files: Iterable[str], info: Mapping[str, object]
-) -> Manifest:
+def commit(task: Task, files: Iterable[str], info: Mapping[str, object]) -> Manifest:
     """Record a task as finished: the last thing its maker does.
 
-    Shapes and units: `files` are names inside `folder`; `info` is JSON, its key `result` enters the
-    digest.
+    Shapes and units: `files` are names inside its folder; `info` is JSON, its key `result` enters
+    the digest.
     """
     manifest = Manifest(
-        task,
-        task_fingerprint,
-        {name: record_of(folder / name) for name in sorted(files)},
+        task.name,
+        task.fingerprint,
+        task.made_from,
+        {name: record_of(task.folder / name) for name in sorted(files)},
         dict(info),
     )
-    write_json(folder / MANIFEST_NAME, asdict(manifest))
+    write_json(task.folder / MANIFEST_NAME, asdict(manifest))
     return manifest
 
 
@@ -163,9 +182,16 @@ def read_manifest(folder: Path) -> Manifest | None:
     try:
         value = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
         files = {name: FileRecord(**record) for name, record in value["files"].items()}
-        return Manifest(value["task"], value["fingerprint"], files, value["info"])
+        made_from = value.get("made_from", {})  # there was none in the first versions
+        return Manifest(value["task"], value["fingerprint"], made_from, files, value["info"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def remove_task(folder: Path) -> None:
+    """Remove what a task has left, its manifest first."""
+    (folder / MANIFEST_NAME).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def damaged_files(folder: Path, manifest: Manifest) -> list[str]:

@@ -1,8 +1,9 @@
 """Names inside a run folder. No torch."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
-CACHE = "cache"
+CACHE, TASKS = "cache", "tasks"
 LAYER_FILE = "layer.safetensors"
 OUTER_TASK, OUTER_FILE = "outer", "outer.safetensors"
 CALIBRATION_TASK, EVALUATION_TASK, TOKENS_FILE = (
@@ -10,12 +11,13 @@ CALIBRATION_TASK, EVALUATION_TASK, TOKENS_FILE = (
     "evaluation-tokens",
     "tokens.safetensors",
 )
-SHAPE_TASK, EXPORT_TASK = "shape", "export"
+SOURCE_TASK, SHAPE_TASK, EXPORT_TASK = "source", "shape", "export"
 REGULARISE_TASK, UPDATES_TASK, RECOVER_TASK = "regularise", "updates", "recover"
 RESULT_FILE, STARTED_FILE, TRAINED_FOLDER = "result.json", "started", "model"
 RESIDUAL_STREAM = "residual stream"
 """Beside the names of groups: what a layer is given and gives on the dense path."""
 SURVEY_FILE, SENSITIVITY_TASK = "cuts.safetensors", "sensitivity"
+STATISTICS_FILE = "statistics.safetensors"
 GRADIENTS_TASK, GRADIENTS_FILE = "gradients", "gradients.safetensors"
 
 
@@ -34,6 +36,11 @@ def survey_task(layer: int) -> str:
     return f"survey-{layer:04d}"
 
 
+def statistics_task(layer: int) -> str:
+    """Task id of a layer's statistics on the dense path, where they are kept."""
+    return f"statistics-{layer:04d}"
+
+
 def regularised_task(layer: int) -> str:
     """Task id of a layer that was trained alone, before the cut."""
     return f"regularised-{layer:04d}"
@@ -49,9 +56,45 @@ def generation_task(number: int) -> str:
     return f"generation-{number:04d}"
 
 
-def boundary_file(run_folder: Path, layer: int, number: int) -> Path:
-    """A micro-batch's hidden states before a layer on the dense path, where a wave has ended."""
-    return run_folder / CACHE / f"dense-{layer:04d}" / f"{number:05d}.safetensors"
+@dataclass(frozen=True)
+class Scope:
+    """One pass over a model within a run folder: its tasks and caches have names of their own.
+
+    The scope without a name is that of a job with one pass.
+    """
+
+    run: Path
+    name: str = ""
+
+    def task(self, task: str) -> str:
+        """A task's name within the run folder."""
+        return f"{self.name}/{task}" if self.name else task
+
+    def folder(self, task: str) -> Path:
+        """Where a task's artifact and manifest lie."""
+        return task_folder(self.run, self.task(task))
+
+    @property
+    def model(self) -> Path:
+        """Where the pruned model lies."""
+        return self.folder(EXPORT_TASK)
+
+    @property
+    def cache(self) -> Path:
+        """Where hidden states lie."""
+        return self.run / CACHE / self.name
+
+    @property
+    def about(self) -> Path:
+        """Where the plan of this pass lies."""
+        return self.run / TASKS / self.name if self.name else self.run
+
+
+def boundary_file(folder: Path, number: int) -> Path:
+    """A micro-batch's hidden states in the folder of a layer on the dense path before which a wave
+    has ended.
+    """
+    return folder / f"{number:05d}.safetensors"
 
 
 def model_folder(run_folder: Path) -> Path:
@@ -66,4 +109,4 @@ def recovered_folder(run_folder: Path) -> Path:
 
 def task_folder(run_folder: Path, task: str) -> Path:
     """Where a task's artifact and manifest lie."""
-    return model_folder(run_folder) if task == EXPORT_TASK else run_folder / "tasks" / task
+    return model_folder(run_folder) if task == EXPORT_TASK else run_folder / TASKS / task

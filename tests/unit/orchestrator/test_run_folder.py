@@ -1,15 +1,18 @@
 """The run folder: whose it is, who writes, what is finished."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from rayprune.orchestrator.execution import run_folder
 from rayprune.orchestrator.execution.run_folder import (
     EVENTS_FILE,
     JOB_FILE,
     LOCK_FILE,
+    REPORT_FILE,
     RunFolder,
     environment,
     read_events,
@@ -18,8 +21,8 @@ from rayprune.orchestrator.execution.run_folder import (
 from rayprune.specs.errors import SpecError, VerificationError
 from rayprune.specs.job import JobSpec
 from rayprune.specs.loader import load_job
-from rayprune.workers.store.files import MANIFEST_NAME, commit, write_text
-from rayprune.workers.store.layout import EXPORT_TASK, task_folder
+from rayprune.workers.store.files import Task, commit
+from rayprune.workers.store.layout import Scope
 
 
 def make(**sections: dict[str, Any]) -> JobSpec:
@@ -38,50 +41,19 @@ def test_a_new_folder_holds_its_job(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("section", "options", "line"),
-    [
-        ("budget", {"sparsity": 0.3}, "budget.sparsity: 0.2 -> 0.3"),
-        ("calibration", {"samples": 64}, "calibration.samples: 128 -> 64"),
-        ("correction", {"damping": 0.1}, 'correction.damping: "held-out" -> 0.1'),
-        ("parallel", {"micro_batch": 2}, "parallel.micro_batch: 4 -> 2"),
-        ("export", {"target": "vllm"}, 'export.target: "transformers" -> "vllm"'),
-    ],
-)
-def test_another_job_is_refused_with_the_field(
-    section: str, options: dict[str, Any], line: str, tmp_path: Path
-) -> None:
-    with RunFolder(tmp_path, make()):
-        pass
-    before = (tmp_path / JOB_FILE).read_bytes()
-    with (
-        pytest.raises(SpecError, match="belongs to another job") as caught,
-        RunFolder(tmp_path, make(**{section: options})),
-    ):
-        pass
-    assert line in str(caught.value)
-    assert (tmp_path / JOB_FILE).read_bytes() == before
-    with RunFolder(tmp_path, make()):  # the refused attempt has let go of the lock
-        pass
-
-
-@pytest.mark.parametrize(
     ("section", "options"),
-    [
-        ("parallel", {"workers": 4}),
-        ("parallel", {"retries": 9}),
-        ("memory", {"worker": "8GiB"}),
-        ("cluster", {"executor": "in-process"}),
-        ("evaluation", {"path": "/e"}),
-    ],
+    [("budget", {"sparsity": 0.3}), ("parallel", {"workers": 4}), ("evaluation", {"path": "/e"})],
 )
-def test_the_same_job_may_run_elsewhere(
+def test_another_job_goes_on_in_the_folder_and_takes_the_report_away(
     section: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
-    with RunFolder(tmp_path, make()) as first:
-        fingerprint = first.fingerprint("task", "input")
-    with RunFolder(tmp_path, make(**{section: options})) as second:
+    with RunFolder(tmp_path, make()):
+        (tmp_path / REPORT_FILE).write_text("{}")
+    with RunFolder(tmp_path, make()):
+        assert (tmp_path / REPORT_FILE).exists()
+    with RunFolder(tmp_path, make(**{section: options})):
         assert load_job(tmp_path / JOB_FILE) == make(**{section: options})
-        assert second.fingerprint("task", "input") == fingerprint
+        assert not (tmp_path / REPORT_FILE).exists()
 
 
 def test_a_foreign_folder_is_left_alone(tmp_path: Path) -> None:
@@ -130,50 +102,68 @@ def test_a_second_writer_is_refused(tmp_path: Path) -> None:
         pass
 
 
+def of(folder: RunFolder, options: Any = None, inputs: Any = None, on: str | None = None) -> Task:
+    return folder.task("layer-0000", Scope(folder.path), options or {}, inputs or {}, on)
+
+
 def test_fingerprints_hold_all_a_result_depends_on(tmp_path: Path) -> None:
-    folder, other = RunFolder(tmp_path, make()), RunFolder(tmp_path, make(budget={"sparsity": 0.5}))
-    prints = [
-        folder.fingerprint("a"),
-        folder.fingerprint("b"),
-        folder.fingerprint("a", "x"),
-        folder.fingerprint("a", "x", "y"),
-        folder.fingerprint("a", "y", "x"),
-        folder.fingerprint("a", part={"only": 1}),
-        other.fingerprint("a"),
+    folder = RunFolder(tmp_path, make())
+    tasks = [
+        of(folder),
+        folder.task("layer-0001", Scope(folder.path), {}, {}),
+        of(folder, {"budget.sparsity": 0.2}),
+        of(folder, {"budget.sparsity": 0.3}),
+        of(folder, {}, {"text": "a"}),
+        of(folder, {}, {"model": "a"}),
+        of(folder, {}, {}, "cpu in float32"),
     ]
-    assert len(set(prints)) == len(prints)
-    assert other.fingerprint("a", part={"only": 1}) == folder.fingerprint("a", part={"only": 1})
+    assert len({task.fingerprint for task in tasks}) == len(tasks)
     assert {"torch", "transformers", "machine", "code"} <= environment().keys()
+    elsewhere = folder.task("layer-0000", Scope(folder.path, "step-02"), {}, {})
+    assert elsewhere.folder == tmp_path / "tasks" / "step-02" / "layer-0000"
+    assert elsewhere.fingerprint == tasks[0].fingerprint, "where it lies does not matter"
 
 
-def finish(folder: RunFolder, task: str, fingerprint: str) -> Path:
-    path = task_folder(folder.path, task)
-    write_text(path / "artifact", "content")
-    commit(path, task, fingerprint, ["artifact"], {"n": 1})
-    return path
+def test_what_is_stale_is_named(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, make())
+    done = commit(of(folder, {"budget": {"sparsity": 0.2}}, {"text": "a" * 64}), [], {})
+    assert folder.changes(done, of(folder, {"budget": {"sparsity": 0.2}}, {"text": "a" * 64})) == []
+    assert folder.changes(done, of(folder, {"budget": {"sparsity": 0.3}}, {"text": "b" * 64})) == [
+        "budget.sparsity: 0.2 -> 0.3",
+        'text: "aaaaaaaa..." -> "bbbbbbbb..."',
+    ]
 
 
-@pytest.mark.parametrize("task", ["layer-0000", EXPORT_TASK])
-def test_finished(task: str, tmp_path: Path) -> None:
-    with RunFolder(tmp_path, make()) as folder:
-        assert folder.finished(task, "f") is None
-        path = finish(folder, task, "f")
-        done = folder.finished(task, "f")
-        assert done is not None
-        assert done.info == {"n": 1}
-        with pytest.raises(
-            VerificationError, match=r"made from other inputs .*choose another --out, or delete"
-        ):
-            folder.finished(task, "g")
-        assert folder.finished(task, "g", redo_stale=True) is None
-        (path / "artifact").write_text("c0ntent")
-        assert folder.finished(task, "f") is None
-        assert folder.finished(task, "g") is None
-        (path / "artifact").unlink()
-        assert folder.finished(task, "f") is None
-        finish(folder, task, "f")
-        (path / MANIFEST_NAME).write_text("{")
-        assert folder.finished(task, "f") is None
+def test_other_software_is_refused_unless_it_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = commit(of(RunFolder(tmp_path, make())), [], {})
+    other = environment() | {"torch": "1.0", "machine": "abacus"}
+    monkeypatch.setattr(run_folder, "environment", lambda: other)
+    folder = RunFolder(tmp_path, make())
+    with pytest.raises(VerificationError, match="rayprune run --redo stale") as caught:
+        folder.changes(done, of(folder))
+    assert all(word in str(caught.value) for word in ('-> "1.0"', '-> "abacus"', "layer-0000"))
+    folder = RunFolder(tmp_path, make(), redo_stale=True)
+    assert len(folder.changes(done, of(folder))) == 2
+
+
+def test_another_kind_of_device_is_refused_unless_the_job_says_so(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, make())
+    done = commit(of(folder, {"model.dtype": "auto"}, {}, "cpu in float32"), [], {})
+    with pytest.raises(VerificationError, match='computed_on: "cpu in float32" -> "cuda in'):
+        folder.changes(done, of(folder, {"model.dtype": "auto"}, {}, "cuda in bfloat16"))
+    assert folder.changes(done, of(folder, {"model.dtype": "bfloat16"}, {}, "cpu in bfloat16")) == [
+        'computed_on: "cpu in float32" -> "cpu in bfloat16"',
+        'model.dtype: "auto" -> "bfloat16"',
+    ]
+
+
+def test_a_manifest_of_the_first_versions_is_other_software(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, make())
+    old = replace(commit(of(folder), [], {}), made_from={})
+    with pytest.raises(VerificationError, match="environment"):
+        folder.changes(old, of(folder))
 
 
 def test_events_come_back_in_order_with_their_time(tmp_path: Path) -> None:

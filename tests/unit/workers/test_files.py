@@ -13,6 +13,7 @@ import torch
 
 from rayprune.workers.store.files import (
     MANIFEST_NAME,
+    Task,
     commit,
     copy_file,
     damaged_files,
@@ -73,9 +74,9 @@ def test_a_link_shares_the_content_and_replacing_it_leaves_the_source(tmp_path: 
 def test_manifest_round_trip(tmp_path: Path) -> None:
     write_text(tmp_path / "a", "one")
     write_text(tmp_path / "b", "")
-    written = commit(
-        tmp_path, "layer-0001", "f" * 64, ["b", "a"], {"kept": {"heads": [0, 2]}, "result": 1.5}
-    )
+    task = Task("layer-0001", tmp_path, {"options": {"budget.sparsity": 0.2}})
+    written = commit(task, ["b", "a"], {"kept": {"heads": [0, 2]}, "result": 1.5})
+    assert (written.fingerprint, written.made_from) == (task.fingerprint, task.made_from)
     assert read_manifest(tmp_path) == written
     assert list(written.files) == ["a", "b"]
     assert (written.files["a"].bytes, written.files["b"].bytes) == (3, 0)
@@ -84,12 +85,15 @@ def test_manifest_round_trip(tmp_path: Path) -> None:
 
 def test_digest_covers_files_and_result_alone(tmp_path: Path) -> None:
     write_text(tmp_path / "a", "one")
-    base = commit(tmp_path, "t", "f", ["a"], {"result": 1, "seconds": 3})
-    assert commit(tmp_path, "other", "g", ["a"], {"result": 1, "seconds": 4}).digest == base.digest
-    assert commit(tmp_path, "t", "f", ["a"], {"result": 2}).digest != base.digest
-    assert commit(tmp_path, "t", "f", [], {"result": 1}).digest != base.digest
+    base = commit(Task("t", tmp_path, {}), ["a"], {"result": 1, "seconds": 3})
+    assert (
+        commit(Task("other", tmp_path, {"n": 1}), ["a"], {"result": 1, "seconds": 4}).digest
+        == base.digest
+    )
+    assert commit(Task("t", tmp_path, {}), ["a"], {"result": 2}).digest != base.digest
+    assert commit(Task("t", tmp_path, {}), [], {"result": 1}).digest != base.digest
     write_text(tmp_path / "a", "two")
-    assert commit(tmp_path, "t", "f", ["a"], {"result": 1}).digest != base.digest
+    assert commit(Task("t", tmp_path, {}), ["a"], {"result": 1}).digest != base.digest
 
 
 @pytest.mark.parametrize(
@@ -120,7 +124,7 @@ def test_a_missing_or_torn_manifest_is_none(torn: bytes | None, tmp_path: Path) 
 
 def test_a_manifest_cut_anywhere_is_none(tmp_path: Path) -> None:
     write_text(tmp_path / "a", "one")
-    commit(tmp_path, "t", "f", ["a"], {})
+    commit(Task("t", tmp_path, {}), ["a"], {})
     whole = (tmp_path / MANIFEST_NAME).read_bytes().rstrip()
     for length in range(len(whole)):
         (tmp_path / MANIFEST_NAME).write_bytes(whole[:length])
@@ -131,7 +135,7 @@ def test_a_manifest_cut_anywhere_is_none(tmp_path: Path) -> None:
 def test_damaged_files_are_named(tmp_path: Path) -> None:
     for name in "abcd":
         write_text(tmp_path / name, "content")
-    manifest = commit(tmp_path, "t", "f", "abcd", {})
+    manifest = commit(Task("t", tmp_path, {}), "abcd", {})
     data = bytearray((tmp_path / "b").read_bytes())
     data[3] ^= 1
     (tmp_path / "b").write_bytes(data)

@@ -1,0 +1,144 @@
+"""What every kind of task reads of the job: a changed option makes stale what reads it, and nothing
+else.
+
+What a task reads besides (texts, model, other tasks, sizes that follow from the budget) are its
+inputs, given where the task is made.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from rayprune.orchestrator.execution.run_folder import HOW_COMPUTED
+from rayprune.specs.job import JobSpec, TextSpec
+from rayprune.specs.training import HOW_TRAINED
+from rayprune.workers.store.layout import (
+    CALIBRATION_TASK,
+    EVALUATION_TASK,
+    EXPORT_TASK,
+    GRADIENTS_TASK,
+    OUTER_TASK,
+    RECOVER_TASK,
+    REGULARISE_TASK,
+    SENSITIVITY_TASK,
+    SHAPE_TASK,
+    SOURCE_TASK,
+    UPDATES_TASK,
+)
+
+BOUNDARY = "boundary"
+"""Hidden states that a wave of the dense path leaves behind: no task, but they depend on things as
+one does.
+"""
+_ACTIVATIONS = (*HOW_COMPUTED, "parallel.threads_per_worker")
+_STATISTICS = (
+    *_ACTIVATIONS,
+    "parallel.micro_batch",
+    "calibration.shards",
+    "calibration.held_out_shards",
+    "method.needs_rows",
+)
+_SELECTION = (*_STATISTICS, "method.selector")
+_CUT = (*_SELECTION, "correction", "export.dtype")
+_TEXT = ("calibration.texts", "calibration.sequence_length")
+_TRAINING = ("parallel.device", "parallel.threads_per_worker", *_TEXT, "calibration.samples")
+_ALLOCATION = ("bounds", "export.target", "export.pad")
+
+READS: Mapping[str, tuple[str, ...]] = {
+    SOURCE_TASK: (),
+    CALIBRATION_TASK: (*_TEXT, "calibration.samples"),
+    EVALUATION_TASK: ("evaluation", "windows_read", *_TEXT),
+    GRADIENTS_TASK: (*_ACTIVATIONS, "gradient_windows"),
+    "statistics": _STATISTICS,
+    "survey": _CUT,
+    SENSITIVITY_TASK: (*_ACTIVATIONS, "divergence_windows"),
+    "generation": (*_ACTIVATIONS, "divergence_windows", *_ALLOCATION),
+    SHAPE_TASK: (*_CUT, *_ALLOCATION, "budget.probe_samples", "budget.probe_layers"),
+    "selection": (*_SELECTION, "method.mask", "method.seed"),
+    "regularised": (*_STATISTICS, "method"),
+    REGULARISE_TASK: (*_TRAINING, "method"),
+    "gates": (*_TRAINING, "method"),
+    UPDATES_TASK: (*_TRAINING, "method"),
+    "layer": (*_CUT, "parallel.propagation", "export.target", "export.pad"),
+    BOUNDARY: (*_ACTIVATIONS, "parallel.micro_batch", "calibration.shards"),
+    OUTER_TASK: ("export.dtype",),
+    EXPORT_TASK: ("export",),
+    RECOVER_TASK: (*_TRAINING, "recover"),
+    "evaluate-before": (*_ACTIVATIONS, "evaluation.stride"),
+    "evaluate-after": (*_ACTIVATIONS, "evaluation.stride"),
+    "evaluate-recovered": (*_ACTIVATIONS, "evaluation.stride"),
+}
+"""By kind of task; a section's name stands for all of it."""
+KEPT_IN_STORE = {
+    CALIBRATION_TASK,
+    EVALUATION_TASK,
+    GRADIENTS_TASK,
+    "statistics",
+    "survey",
+    SENSITIVITY_TASK,
+    "generation",
+    SHAPE_TASK,
+    "selection",
+    "layer",
+    OUTER_TASK,
+    "evaluate-before",
+    "evaluate-after",
+}
+"""Kinds of tasks that a store keeps. Not `source`, since a folder's files tell it apart in that
+folder alone; not trainings, whose folders hold more than their results; not the exported model.
+"""
+WITHOUT_ACTIVATIONS = {SOURCE_TASK, CALIBRATION_TASK, EVALUATION_TASK, OUTER_TASK, EXPORT_TASK}
+"""Tasks whose result does not depend on how workers compute."""
+
+
+def kind_of(task: str) -> str:
+    """A task's name without its number."""
+    return re.sub(r"-\d{4}$", "", task)
+
+
+def options_read(job: JobSpec, task: str) -> dict[str, object]:
+    """The options that a task reads, by dotted name."""
+    known = _known(job)
+    return {name: _at(known, name) for name in READS[kind_of(task)]}
+
+
+def _at(known: Any, name: str) -> object:
+    for key in name.split("."):
+        known = known.get(key) if isinstance(known, Mapping) else None
+    return known
+
+
+def _known(job: JobSpec) -> dict[str, Any]:
+    """The job as it is read: what is left to a default is resolved, and what does not change a
+    result is left out.
+    """
+    left_out: Any = {
+        "evaluation": {"path", "format", "field"},
+        "recover": HOW_TRAINED,
+        "method": {"training": HOW_TRAINED, "gates": HOW_TRAINED},
+    }
+    known: dict[str, Any] = job.model_dump(mode="json", exclude=left_out)
+    known["parallel"]["propagation"] = job.parallel.effective_propagation
+    known["method"]["needs_rows"] = job.method.needs_rows
+    selector = job.method.selector
+    known["method"]["selector"] = selector.model_dump(mode="json", exclude={"training", "gates"})
+    calibration, evaluation = job.calibration, job.evaluation
+    known["calibration"]["texts"] = [_reading(text) for text in (calibration, *calibration.mix)]
+    if evaluation:
+        known["evaluation"] |= {"text": _reading(evaluation), "stride": evaluation.effective_stride}
+    elsewhere: Any = {"latency_table", "probe_samples", "probe_layers"}
+    known["bounds"] = job.budget.model_dump(
+        mode="json", exclude=dict.fromkeys(elsewhere, True) | {"allocation": {"generations"}}
+    )
+    for name in ("windows_read", "gradient_windows", "divergence_windows"):
+        known[name] = getattr(job, name)
+    return known
+
+
+def _reading(text: TextSpec) -> dict[str, object]:
+    """How a text is read, and its weight if it has one; where it lies does not matter."""
+    return {
+        "jsonl": text.is_jsonl,
+        "field": text.field if text.is_jsonl else None,
+        "weight": getattr(text, "weight", None),
+    }

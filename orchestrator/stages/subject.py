@@ -1,0 +1,98 @@
+"""What stages take and return: a model, and what is known of it in one pass."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rayprune.orchestrator.planning.plan import Plan
+from rayprune.workers.model.checkpoint import Checkpoint, open_checkpoint
+from rayprune.workers.store.files import Manifest, fingerprint, record_of
+
+
+@dataclass(frozen=True)
+class ModelAt:
+    """A model in a folder, with digests of its values."""
+
+    checkpoint: Checkpoint
+    outer: str
+    """Of the tensors outside the layers."""
+    layers: tuple[str, ...]
+    """Of every layer."""
+
+    @property
+    def path(self) -> Path:
+        """Its folder."""
+        return self.checkpoint.path
+
+    @property
+    def identity(self) -> str:
+        """Of config, headers and all values."""
+        return self.up_to(len(self.layers) - 1)
+
+    def up_to(self, layer: int) -> str:
+        """Of config, headers, and the values that hidden states behind a layer depend on."""
+        return fingerprint(
+            {
+                "headers": self.checkpoint.identity,
+                "outer": self.outer,
+                "layers": self.layers[: layer + 1],
+            }
+        )
+
+
+def made_model(folder: Path, made: Manifest) -> ModelAt:
+    """A model that a task has written."""
+    checkpoint = open_checkpoint(folder)
+    return ModelAt(checkpoint, made.digest, (made.digest,) * checkpoint.num_layers)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, the plan to prune it by, and what is known of it so far."""
+
+    plan: Plan
+    model: ModelAt
+    tokens: Manifest
+    """The calibration text."""
+    texts: tuple[str, ...]
+    """Digests of the files it was read from."""
+    gradients: Manifest | None = None
+    """The gradients that activations are scaled by, where the method asks for them."""
+    selections: tuple[Manifest, ...] | None = None
+    """The units that stay, where they were chosen before a training."""
+
+    def up_to(self, layer: int) -> dict[str, str]:
+        """What activations of the dense model within a layer depend on."""
+        return {"calibration-tokens": self.tokens.digest, "model": self.model.up_to(layer)}
+
+    def all_of_it(self) -> dict[str, str]:
+        """What anything that runs through the whole dense model depends on."""
+        return self.up_to(len(self.model.layers) - 1)
+
+    @property
+    def ranked_by(self) -> dict[str, str]:
+        """What units are chosen by, besides activations and weights."""
+        return {"gradients": self.gradients.digest} if self.gradients else {}
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What came of a pass over a model."""
+
+    plan: Plan
+    dense: ModelAt
+    pruned: ModelAt
+    recovered: ModelAt | None
+    layers: Sequence[Manifest]
+    losses: Mapping[str, Mapping[str, float]] | None
+    """Perplexity and token count of every model, by name, where there is a text for it."""
+
+
+def digests(tasks: Sequence[Manifest]) -> dict[str, str]:
+    """What tasks have made, by name."""
+    return {done.task: done.digest for done in tasks}
+
+
+def file_digests(files: Sequence[Path]) -> dict[str, str]:
+    """SHA-256 of files, by name."""
+    return {file.name: record_of(file).sha256 for file in files}
