@@ -15,12 +15,9 @@ from rayprune.orchestrator.cli import main
 from rayprune.orchestrator.run import run_job
 from rayprune.specs.loader import load_job
 from tests.conftest import MakeJob, MakeModel, folder_bytes
+from tests.helpers import quiet
 
 WINDOWS_NT = torch.randint(3, 259, (32, 64), generator=torch.Generator().manual_seed(0))
-
-
-def quiet(event: dict[str, Any]) -> None:
-    """Show nothing."""
 
 
 @pytest.fixture
@@ -62,7 +59,7 @@ def test_the_pruned_model_stays_closer_to_the_dense_one(
     text = tmp_path / "random.txt"
     # as long as the windows; the tokenizer has one token for a byte
     text.write_bytes(bytes(WINDOWS_NT.flatten() % 96 + 32))
-    dense = make_model(num_hidden_layers=6)
+    dense = make_model(num_hidden_layers=4)
     errors = {}
     for drift in (0.0, 0.5, 1.0):
         calibration = {"path": str(text), "samples": 32}
@@ -80,7 +77,7 @@ def test_the_pruned_model_stays_closer_to_the_dense_one(
         assert names == ({"heads", "neurons"} if drift else {"neurons"}), (
             "blocks that lose nothing make up for drift too"
         )
-    assert errors[0.5] < errors[0.0]
+    assert max(errors[0.5], errors[1.0]) < errors[0.0]
 
 
 @pytest.mark.parametrize(

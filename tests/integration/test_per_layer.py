@@ -21,6 +21,7 @@ from rayprune.workers.network.layers import StreamedModel
 from rayprune.workers.store.files import Manifest, read_manifest
 from rayprune.workers.store.layout import SENSITIVITY_TASK, SHAPE_TASK, generation_task, task_folder
 from tests.conftest import MakeJob, MakeModel
+from tests.helpers import quiet
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "smollm3")
 BY_HAND = [
@@ -30,10 +31,6 @@ BY_HAND = [
     {"heads": 1, "neurons": 20},
 ]
 TOKENS = torch.tensor([[3, 77, 15, 200, 9, 31, 8, 120]])
-
-
-def quiet(event: dict[str, Any]) -> None:
-    """Show nothing."""
 
 
 @pytest.fixture
@@ -239,3 +236,23 @@ def test_the_sensitivity_of_a_layer_is_the_divergence_of_a_model_cut_there_alone
     assert len(measured.info["result"]) == 3
     assert all(value > 0 for value in measured.info["result"])
     assert read_manifest(task_folder(tmp_path / "run", SHAPE_TASK)) is not None
+
+
+def test_heads_whose_scores_are_multiplied_by_their_cost_stay(
+    make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+) -> None:
+    """A KV group has 16 times a channel's parameters: with times-cost no group scores less than a
+    channel, without it some do.
+    """
+    budget, kept = {"per_layer": True, "allocation": "threshold"}, dict[str, list[int]]()
+    model = make_model(num_hidden_layers=2)
+
+    def listen(event: dict[str, Any]) -> None:
+        if event["event"] == "layers-allocated":
+            kept[score] = [layer["heads"] for layer in event["layers"]]
+
+    for score in ("cost", "times-cost"):
+        job = make_job(model, budget=budget, method={"name": "numerical", "head_score": score})
+        run_job(load_job(job), tmp_path / score, listen)
+    assert kept["times-cost"] == [2, 2]
+    assert sum(kept["cost"]) < 4

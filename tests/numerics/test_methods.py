@@ -17,12 +17,11 @@ from rayprune.specs.methods import (
     StatOptions,
     WandaOptions,
 )
-from rayprune.workers.machine.scratch import Scratch
 from rayprune.workers.numerics.correction import correct
 from rayprune.workers.numerics.methods import RANKINGS, numerical, rank, select
 from rayprune.workers.numerics.statistics import RowsStatistic
+from tests.helpers import SCRATCH, correlated
 
-SCRATCH = Scratch(torch.device("cpu"), None)
 UNITS, HIDDEN = 10, 4
 METHODS = [
     StatOptions(),
@@ -37,16 +36,7 @@ METHODS += [WandaOptions()]
 
 def data(columns: int, seed: int = 0, tokens: int = 80) -> tuple[Tensor, Tensor]:
     """Activations with unlike columns and a mean, and a weight."""
-    generator = torch.Generator().manual_seed(seed)
-    width = UNITS * columns
-    mixing = torch.eye(width) + 0.3 * torch.randn(width, width, generator=generator)
-    z_TF = (
-        torch.randn(tokens, width, generator=generator)
-        @ mixing
-        * (torch.rand(width, generator=generator) + 0.1)
-        + 0.2
-    )
-    return z_TF.double(), torch.randn(HIDDEN, width, generator=generator).double()
+    return correlated(tokens, UNITS * columns, HIDDEN, seed, mean=0.2, uneven=True)
 
 
 def statistic(z_TF: Tensor) -> RowsStatistic:
