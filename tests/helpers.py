@@ -1,7 +1,9 @@
 """What many tests need, once."""
 
+from collections.abc import Iterable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -13,6 +15,13 @@ SCRATCH = Scratch(torch.device("cpu"), None)
 
 def quiet(event: dict[str, Any]) -> None:
     """Show nothing."""
+
+
+def some(values: Iterable[Any], *quick: Any) -> list[Any]:
+    """Parameters of a test that sees the same with each of them: only these few are fast tests."""
+    return [
+        pytest.param(value, marks=[] if value in quick else pytest.mark.slow) for value in values
+    ]
 
 
 def correlated(

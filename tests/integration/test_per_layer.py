@@ -21,7 +21,7 @@ from rayprune.workers.network.layers import StreamedModel
 from rayprune.workers.store.files import Manifest, read_manifest
 from rayprune.workers.store.layout import SENSITIVITY_TASK, SHAPE_TASK, generation_task, task_folder
 from tests.conftest import MakeJob, MakeModel
-from tests.helpers import quiet
+from tests.helpers import quiet, some
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "smollm3")
 BY_HAND = [
@@ -61,7 +61,7 @@ def streamed_logits(folder: Path) -> torch.Tensor:
 
 
 @pytest.mark.usefixtures("by_hand")
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", some(FAMILIES, "llama", "gemma2"))
 @pytest.mark.parametrize("drift", [0.0, 0.5])
 def test_remote_code_padded_and_own_models_agree(
     drift: float, model_type: str, make_model: MakeModel, make_job: MakeJob, tmp_path: Path
