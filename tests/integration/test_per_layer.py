@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from rayprune.orchestrator.execution.verify import verify_run
@@ -19,7 +20,14 @@ from rayprune.specs.loader import load_job
 from rayprune.workers.model.checkpoint import open_checkpoint
 from rayprune.workers.network.layers import StreamedModel
 from rayprune.workers.store.files import Manifest, read_manifest
-from rayprune.workers.store.layout import SENSITIVITY_TASK, SHAPE_TASK, generation_task, task_folder
+from rayprune.workers.store.layout import (
+    LAYER_FILE,
+    SENSITIVITY_TASK,
+    SHAPE_TASK,
+    generation_task,
+    layer_task,
+    task_folder,
+)
 from tests.conftest import MakeJob, MakeModel
 from tests.helpers import quiet, some
 
@@ -172,6 +180,13 @@ def test_curves_meet_the_budget_to_one_step(
     assert 0 <= 0.75 * sizes["before"] - sizes["after"] < 4 * 3 * 32  # four channels
     assert len({str(layer["groups"]) for layer in report["layers"]}) > 1
     verify_run(tmp_path / "run")
+    before = load_file(dense / "model.safetensors")
+    for layer in range(5):
+        folder = task_folder(tmp_path / "run", layer_task(layer))
+        done: Any = read_manifest(folder)
+        up, after = f"model.layers.{layer}.mlp.up_proj.weight", load_file(folder / LAYER_FILE)
+        rows = before[up][done.info["kept"].get("neurons", slice(None))]
+        assert torch.equal(after[up], rows) if len(rows) else up not in after, layer
 
 
 SEARCH = {
