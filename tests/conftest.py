@@ -115,29 +115,28 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def write_job(path: Path, text_file: Path, model: Path, **sections: Any) -> Path:
+    """Write a job file over a model folder; keyword arguments replace or extend whole sections."""
+    document: dict[str, Any] = {
+        "model": {"path": str(model)},
+        "calibration": {"path": str(text_file), "samples": 16, "sequence_length": 64, "shards": 4},
+        "budget": {"sparsity": 0.25, "round_to": 4},
+        # on machines with a GPU too: tests/gpu has its own
+        "parallel": {"workers": 1, "micro_batch": 2, "device": "cpu"},
+        "cluster": {"executor": "in-process"},
+    }
+    for section, values in sections.items():
+        document[section] = document.get(section, {}) | values if values is not None else None
+    path.write_text(yaml.safe_dump(document))
+    return path
+
+
 @pytest.fixture
 def make_job(tmp_path: Path, text_file: Path) -> MakeJob:
-    """Write a job file over a model folder; keyword arguments replace or extend whole sections."""
+    """Write a job file into the test's folder, see `write_job`."""
 
     def make(model: Path, name: str = "job.yaml", **sections: Any) -> Path:
-        document: dict[str, Any] = {
-            "model": {"path": str(model)},
-            "calibration": {
-                "path": str(text_file),
-                "samples": 16,
-                "sequence_length": 64,
-                "shards": 4,
-            },
-            "budget": {"sparsity": 0.25, "round_to": 4},
-            # on machines with a GPU too: tests/gpu has its own
-            "parallel": {"workers": 1, "micro_batch": 2, "device": "cpu"},
-            "cluster": {"executor": "in-process"},
-        }
-        for section, values in sections.items():
-            document[section] = document.get(section, {}) | values if values is not None else None
-        path = tmp_path / name
-        path.write_text(yaml.safe_dump(document))
-        return path
+        return write_job(tmp_path / name, text_file, model, **sections)
 
     return make
 

@@ -82,15 +82,17 @@ def test_ctrl_c_in_a_training_on_ray(
 def test_an_interrupt_inside_a_finalizer(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    ended: list[str] = []
+
     def command(_: object) -> None:
         connection = Connection()
         weakref.finalize(connection, signal.raise_signal, signal.SIGTERM)
         del connection
-        time.sleep(20)
+        time.sleep(300)  # or until the interrupt
+        ended.append("undisturbed")
 
     monkeypatch.setattr(cli, "_validate", command)
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
-    start = time.monotonic()
     assert cli.main(["validate", "job.yaml"]) == INTERRUPTED
-    assert time.monotonic() - start < 10
+    assert not ended
     assert "run the same command again" in capfd.readouterr().err

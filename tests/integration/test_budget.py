@@ -13,10 +13,7 @@ from rayprune.orchestrator.cli import main
 from rayprune.orchestrator.run import run_job
 from rayprune.specs.loader import load_job
 from tests.conftest import MakeJob, MakeModel
-
-
-def quiet(event: dict[str, Any]) -> None:
-    """Show nothing."""
+from tests.helpers import quiet
 
 
 @torch.inference_mode()

@@ -16,17 +16,14 @@ from rayprune.orchestrator.run import run_job
 from rayprune.specs.loader import load_job
 from rayprune.workers.model.checkpoint import open_checkpoint
 from rayprune.workers.model.families import prunable
-from tests.conftest import MakeJob, MakeModel, folder_bytes
+from tests.conftest import MakeJob, MakeModel, build_model, folder_bytes, write_job
+from tests.helpers import quiet, some
 
 WINDOWS_NT = torch.randint(3, 259, (32, 64), generator=torch.Generator().manual_seed(0))
 
 
-def quiet(event: dict[str, Any]) -> None:
-    """Show nothing."""
-
-
-@pytest.fixture
-def job(make_model: MakeModel, make_job: MakeJob) -> Path:
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
     """A job over 5 layers with the FFN pruned, 22 windows in 5 shards of uneven size, half of the
     drift made up for.
     """
@@ -34,9 +31,11 @@ def job(make_model: MakeModel, make_job: MakeJob) -> Path:
         {"samples": 22, "shards": 5, "held_out_shards": 2},
         {"checkpoint_layers": 2},
     )
-    dense = make_model(num_hidden_layers=5)
-    return make_job(
-        dense,
+    folder = tmp_path_factory.mktemp("drift")
+    return write_job(
+        folder / "job.yaml",
+        text_file,
+        build_model(folder / "dense", num_hidden_layers=5),
         budget={"kv_groups": 2},
         calibration=calibration,
         memory=memory,
@@ -44,11 +43,11 @@ def job(make_model: MakeModel, make_job: MakeJob) -> Path:
     )
 
 
-@pytest.fixture
-def expected(job: Path, tmp_path: Path) -> dict[str, bytes]:
+@pytest.fixture(scope="module")
+def expected(job: Path) -> dict[str, bytes]:
     """The exported folder of an undisturbed in-process run."""
-    run_job(load_job(job), tmp_path / "expected", quiet)
-    return folder_bytes(tmp_path / "expected" / "model")
+    run_job(load_job(job), job.parent / "expected", quiet)
+    return folder_bytes(job.parent / "expected" / "model")
 
 
 @torch.inference_mode()
@@ -64,7 +63,7 @@ def test_the_pruned_model_stays_closer_to_the_dense_one(
     text = tmp_path / "random.txt"
     # as long as the windows; the tokenizer has one token for a byte
     text.write_bytes(bytes(WINDOWS_NT.flatten() % 96 + 32))
-    dense = make_model(num_hidden_layers=6)
+    dense = make_model(num_hidden_layers=4)
     errors = {}
     for drift in (0.0, 0.5, 1.0):
         calibration = {"path": str(text), "samples": 32}
@@ -82,7 +81,7 @@ def test_the_pruned_model_stays_closer_to_the_dense_one(
         assert names == ({"heads", "neurons"} if drift else {"neurons"}), (
             "blocks that lose nothing make up for drift too"
         )
-    assert errors[0.5] < errors[0.0]
+    assert max(errors[0.5], errors[1.0]) < errors[0.0]
 
 
 @pytest.mark.parametrize(
@@ -129,7 +128,9 @@ def test_workers_give_the_same_bytes(
     assert folder_bytes(tmp_path / "ray" / "model") == expected
 
 
-@pytest.mark.parametrize("model_type", [name for name in prunable() if name != "gemma2"])
+@pytest.mark.parametrize(
+    "model_type", some([name for name in prunable() if name != "gemma2"], "qwen3", "granite")
+)
 def test_families(
     model_type: str, make_model: MakeModel, make_job: MakeJob, tmp_path: Path
 ) -> None:

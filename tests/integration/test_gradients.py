@@ -12,12 +12,9 @@ from rayprune.orchestrator.stages import gradients
 from rayprune.specs.loader import load_job
 from rayprune.workers.store.files import read_manifest
 from tests.conftest import MakeJob, MakeModel, folder_bytes
+from tests.helpers import quiet
 
 GRADIENTS = ["method.scale=gradients"]
-
-
-def quiet(event: dict[str, Any]) -> None:
-    """Show nothing."""
 
 
 def kept(run: Path) -> list[Any]:

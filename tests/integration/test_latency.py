@@ -3,7 +3,6 @@ sizes.
 """
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,6 +13,7 @@ from rayprune.specs.latency import LatencyTable, load_latency
 from rayprune.specs.loader import load_job
 from rayprune.workers.model.checkpoint import open_checkpoint
 from tests.conftest import MakeJob, MakeModel
+from tests.helpers import quiet
 
 TABLE = LatencyTable(
     machine="somewhere",
@@ -25,10 +25,6 @@ TABLE = LatencyTable(
     layer_ms=10.0,
     narrowed_ms={"heads": {0: 7.0, 1: 8.0, 2: 10.0}, "neurons": {0: 4.0, 24: 6.0, 48: 10.0}},
 )
-
-
-def quiet(event: dict[str, Any]) -> None:
-    """Show nothing."""
 
 
 @pytest.mark.parametrize(

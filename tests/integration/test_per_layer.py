@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from rayprune.orchestrator.execution.verify import verify_run
@@ -21,8 +22,16 @@ from rayprune.workers.model.checkpoint import open_checkpoint
 from rayprune.workers.model.families import prunable
 from rayprune.workers.network.streamed import StreamedModel
 from rayprune.workers.store.files import read_manifest
-from rayprune.workers.store.layout import SENSITIVITY_TASK, SHAPE_TASK, generation_task, task_folder
+from rayprune.workers.store.layout import (
+    LAYER_FILE,
+    SENSITIVITY_TASK,
+    SHAPE_TASK,
+    generation_task,
+    layer_task,
+    task_folder,
+)
 from tests.conftest import MakeJob, MakeModel
+from tests.helpers import quiet, some
 
 BY_HAND = [
     {"heads": 0, "neurons": 40},
@@ -31,10 +40,6 @@ BY_HAND = [
     {"heads": 1, "neurons": 20},
 ]
 TOKENS = torch.tensor([[3, 77, 15, 200, 9, 31, 8, 120]])
-
-
-def quiet(event: dict[str, Any]) -> None:
-    """Show nothing."""
 
 
 @pytest.fixture
@@ -65,7 +70,7 @@ def streamed_logits(folder: Path) -> torch.Tensor:
 
 
 @pytest.mark.usefixtures("by_hand")
-@pytest.mark.parametrize("model_type", prunable())
+@pytest.mark.parametrize("model_type", some(prunable(), "llama", "gemma2"))
 @pytest.mark.parametrize("drift", [0.0, 0.5])
 def test_remote_code_padded_and_own_models_agree(
     drift: float, model_type: str, make_model: MakeModel, make_job: MakeJob, tmp_path: Path
@@ -180,6 +185,13 @@ def test_curves_meet_the_budget_to_one_step(
     assert 0 <= 0.75 * sizes.before - sizes.after < 4 * 3 * 32  # four channels
     assert len({str(layer.groups) for layer in report.layers}) > 1
     verify_run(tmp_path / "run")
+    before = load_file(dense / "model.safetensors")
+    for layer in range(5):
+        folder = task_folder(tmp_path / "run", layer_task(layer))
+        done: Any = read_manifest(folder)
+        up, after = f"model.layers.{layer}.mlp.up_proj.weight", load_file(folder / LAYER_FILE)
+        rows = before[up][done.info["kept"].get("neurons", slice(None))]
+        assert torch.equal(after[up], rows) if len(rows) else up not in after, layer
 
 
 SEARCH = {
@@ -244,3 +256,23 @@ def test_the_sensitivity_of_a_layer_is_the_divergence_of_a_model_cut_there_alone
     assert len(measured.info["result"]) == 3
     assert all(value > 0 for value in measured.info["result"])
     assert read_manifest(task_folder(tmp_path / "run", SHAPE_TASK)) is not None
+
+
+def test_heads_whose_scores_are_multiplied_by_their_cost_stay(
+    make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+) -> None:
+    """A KV group has 16 times a channel's parameters: with times-cost no group scores less than a
+    channel, without it some do.
+    """
+    budget, kept = {"per_layer": True, "allocation": "threshold"}, dict[str, list[int]]()
+    model = make_model(num_hidden_layers=2)
+
+    def listen(event: dict[str, Any]) -> None:
+        if event["event"] == "layers-allocated":
+            kept[score] = [layer["heads"] for layer in event["layers"]]
+
+    for score in ("cost", "times-cost"):
+        job = make_job(model, budget=budget, method={"name": "numerical", "head_score": score})
+        run_job(load_job(job), tmp_path / score, listen)
+    assert kept["times-cost"] == [2, 2]
+    assert sum(kept["cost"]) < 4

@@ -20,13 +20,10 @@ from rayprune.specs.loader import load_job
 from rayprune.specs.memory import MemoryPlan
 from rayprune.workers.store.files import FileRecord
 from tests.conftest import MakeJob, MakeModel, folder_bytes
+from tests.helpers import quiet
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 TOKEN = os.environ["RAY_AUTH_TOKEN"].encode()
-
-
-def quiet(event: dict[str, Any]) -> None:
-    """Show nothing."""
 
 
 def workers_alive() -> list[int]:

@@ -16,12 +16,9 @@ from rayprune.specs.loader import load_job
 from rayprune.workers.passes.stream import Stream
 from rayprune.workers.store.files import MANIFEST_NAME
 from tests.conftest import MakeJob, MakeModel, folder_bytes
+from tests.helpers import quiet
 
 _empty_fits = Stream._empty_fits
-
-
-def quiet(event: dict[str, Any]) -> None:
-    """Show nothing."""
 
 
 @pytest.fixture

@@ -17,12 +17,9 @@ from rayprune.workers.store.files import MANIFEST_NAME, read_manifest
 from rayprune.workers.store.layout import regularised_task, selection_task, task_folder
 from rayprune.workers.store.training_stage import read_log
 from tests.conftest import MakeJob, MakeModel, folder_bytes
+from tests.helpers import quiet
 
 TRAINING = {"epochs": 1, "batch": 4, "learning_rate": 1e-3, "checkpoint_steps": 2}
-
-
-def quiet(event: dict[str, Any]) -> None:
-    """Show nothing."""
 
 
 @pytest.mark.parametrize("mask", ["random", "stat"])

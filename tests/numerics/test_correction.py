@@ -12,7 +12,6 @@ from torch import Tensor
 
 from rayprune.specs.errors import ModelError
 from rayprune.specs.job import CorrectionSpec
-from rayprune.workers.machine.scratch import Scratch
 from rayprune.workers.numerics.correction import Correction, correct
 from rayprune.workers.numerics.statistics import (
     GramStatistic,
@@ -21,22 +20,16 @@ from rayprune.workers.numerics.statistics import (
     Statistic,
     complement,
 )
+from tests.helpers import SCRATCH, correlated
 
 ROUTES = ["gram", "qr"]
-SCRATCH = Scratch(torch.device("cpu"), None)
 TRAINING = 150
 
 
 def data(
-    tokens: int = 200, width: int = 20, hidden: int = 6, rank: int | None = None, seed: int = 0
+    tokens: int = 200, width: int = 20, rank: int | None = None, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Correlated activations Z (of some rank) and a weight, fp64."""
-    generator = torch.Generator().manual_seed(seed)
-    base = torch.randn(tokens, rank or width, generator=generator, dtype=torch.float64)
-    mixing = torch.randn(rank or width, width, generator=generator, dtype=torch.float64)
-    if rank is None:
-        mixing = torch.eye(width, dtype=torch.float64) + 0.3 * mixing
-    return base @ mixing, torch.randn(hidden, width, generator=generator, dtype=torch.float64)
+    return correlated(tokens, width, 6, seed, rank)
 
 
 def statistic(route: str, z_TF: Tensor) -> Statistic:

@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 
 from rayprune.specs.errors import ModelError
-from rayprune.workers.machine.scratch import Scratch
 from rayprune.workers.numerics.elimination import Elimination
 from rayprune.workers.numerics.linalg import inverse_
+from tests.helpers import SCRATCH
 
-SCRATCH = Scratch(torch.device("cpu"), None)
 WIDTH, HIDDEN, RIDGE = 12, 5, 0.25
 
 

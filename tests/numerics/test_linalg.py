@@ -11,10 +11,8 @@ import torch
 from torch import Tensor
 
 from rayprune.specs.errors import ModelError
-from rayprune.workers.machine.scratch import Scratch
 from rayprune.workers.numerics import linalg, pivoting
-
-SCRATCH = Scratch(torch.device("cpu"), None)
+from tests.helpers import SCRATCH
 
 
 def activations(tokens: int, width: int, seed: int = 0) -> Tensor:

@@ -17,13 +17,12 @@ from rayprune.specs.methods.ranking.numerical import NumericalOptions
 from rayprune.specs.methods.ranking.obs import ObsOptions
 from rayprune.specs.methods.ranking.stat import StatOptions
 from rayprune.specs.methods.ranking.wanda import WandaOptions
-from rayprune.workers.machine.scratch import Scratch
 from rayprune.workers.numerics import methods
 from rayprune.workers.numerics.correction import correct
 from rayprune.workers.numerics.methods import method_of, numerical, rank, scores, select
 from rayprune.workers.numerics.statistics import RowsStatistic
+from tests.helpers import SCRATCH, correlated
 
-SCRATCH = Scratch(torch.device("cpu"), None)
 UNITS, HIDDEN = 10, 4
 METHODS = [options.model_validate({}) for options in RANKINGS.values()]
 METHODS += [StatOptions(factorization="qr"), ObsOptions(rounds=3, swaps=5)]
@@ -31,16 +30,7 @@ METHODS += [StatOptions(factorization="qr"), ObsOptions(rounds=3, swaps=5)]
 
 def data(columns: int, seed: int = 0, tokens: int = 80) -> tuple[Tensor, Tensor]:
     """Activations with unlike columns and a mean, and a weight."""
-    generator = torch.Generator().manual_seed(seed)
-    width = UNITS * columns
-    mixing = torch.eye(width) + 0.3 * torch.randn(width, width, generator=generator)
-    z_TF = (
-        torch.randn(tokens, width, generator=generator)
-        @ mixing
-        * (torch.rand(width, generator=generator) + 0.1)
-        + 0.2
-    )
-    return z_TF.double(), torch.randn(HIDDEN, width, generator=generator).double()
+    return correlated(tokens, UNITS * columns, HIDDEN, seed, mean=0.2, uneven=True)
 
 
 def statistic(z_TF: Tensor) -> RowsStatistic:

@@ -8,26 +8,19 @@ import torch
 from torch import Tensor
 
 from rayprune.specs.methods.ranking.stat import StatOptions
-from rayprune.workers.machine.scratch import Scratch
 from rayprune.workers.model.config import Config
 from rayprune.workers.model.families import family_of
 from rayprune.workers.numerics.linalg import unit_rows
 from rayprune.workers.numerics.methods import select
 from rayprune.workers.numerics.statistics import GramStatistic, Moments, RowsStatistic, Statistic
+from tests.helpers import SCRATCH, correlated
 
 ROUTES = ["gram", "qr"]
 STAT = StatOptions()
-SCRATCH = Scratch(torch.device("cpu"), None)
 
 
 def data(width: int, seed: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    mixing = torch.eye(width) + 0.4 * torch.randn(width, width, generator=generator)
-    z_TF = torch.randn(40, width, generator=generator) @ mixing
-    weight_DF = torch.randn(3, width, generator=generator) * (
-        torch.rand(width, generator=generator) + 0.2
-    )
-    return z_TF.double(), weight_DF.double()
+    return correlated(40, width, 3, seed, mixed=0.4)
 
 
 def statistic(route: str, z_TF: Tensor) -> Statistic:

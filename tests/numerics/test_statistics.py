@@ -31,8 +31,8 @@ from rayprune.workers.numerics.statistics import (
 )
 from rayprune.workers.passes.sweep import grow_states
 from rayprune.workers.store.shards import even_parts, merge_siblings
+from tests.helpers import SCRATCH
 
-MEMORY = Scratch(torch.device("cpu"), None)
 WIDTH, HIDDEN = 24, 9
 STAT = StatOptions()
 Kind = Callable[..., Statistic]
@@ -52,7 +52,7 @@ def weight(seed: int = 9) -> Tensor:
     )
 
 
-def rows(*batches: Tensor, place: Scratch = MEMORY) -> RowsStatistic:
+def rows(*batches: Tensor, place: Scratch = SCRATCH) -> RowsStatistic:
     statistic = RowsStatistic.empty(WIDTH, place)
     for z_TF in batches:
         statistic.update(z_TF)
@@ -65,7 +65,7 @@ def by_workers(batches: list[Tensor], workers: int) -> RowsStatistic:
     """
     root = (0, len(batches))
     nodes = {
-        node: restored(state, MEMORY)
+        node: restored(state, SCRATCH)
         for part in even_parts(len(batches), workers)
         for node, state in grow_states(
             [root], (part.start, part.stop), lambda shard: rows(*batches[shard].split(3))
@@ -76,7 +76,7 @@ def by_workers(batches: list[Tensor], workers: int) -> RowsStatistic:
     return merged
 
 
-def gram(z_TF: Tensor, place: Scratch = MEMORY) -> GramStatistic:
+def gram(z_TF: Tensor, place: Scratch = SCRATCH) -> GramStatistic:
     moments = Moments.empty(WIDTH, place.device).plus(z_TF)
     return GramStatistic.from_state({"gram": (z_TF.T @ z_TF).numpy()} | moments.state(), place)
 
@@ -169,7 +169,7 @@ def test_rows_survive_their_state_in_read_only_arrays(dtype: torch.dtype) -> Non
     state = rows(z_TF[:4], z_TF[4:]).state()
     for array in state.values():
         array.flags.writeable = False
-    rebuilt = restored(state, MEMORY)
+    rebuilt = restored(state, SCRATCH)
     assert isinstance(rebuilt, RowsStatistic)
     assert torch.equal(rebuilt.parts[0], z_TF)
     assert rebuilt.parts[0].dtype == dtype
@@ -180,7 +180,7 @@ def test_gram_leaves_the_arrays_of_its_state_alone() -> None:
     z_TF = activations(40)
     state = gram(z_TF).state()
     before, state["gram"].flags.writeable = state["gram"].copy(), False
-    restored(state, MEMORY).merge(restored(state, MEMORY))
+    restored(state, SCRATCH).merge(restored(state, SCRATCH))
     assert np.array_equal(state["gram"], before)
 
 
@@ -188,7 +188,7 @@ def test_rows_lie_in_files_where_statistics_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scratch, "MAPPED_FROM_BYTES", 1)
-    place, z_TF = Scratch(MEMORY.device, tmp_path), activations(10)
+    place, z_TF = Scratch(SCRATCH.device, tmp_path), activations(10)
     statistic = rows(z_TF, place=place)
     assert torch.equal(statistic.parts[0], z_TF)
     assert statistic.parts[0].data_ptr() != z_TF.data_ptr()
@@ -199,7 +199,7 @@ def test_rows_lie_in_files_where_statistics_do(
 @pytest.mark.parametrize("kind", [rows, gram])
 def test_moments_and_products_are_those_of_all_tokens(tokens: int, kind: Kind) -> None:
     z_TF = activations(tokens) + 3.0
-    statistic = kind(z_TF[:5]).merge(restored(kind(z_TF[5:]).state(), MEMORY))
+    statistic = kind(z_TF[:5]).merge(restored(kind(z_TF[5:]).state(), SCRATCH))
     torch.testing.assert_close(statistic.gram(), z_TF.T @ z_TF, rtol=1e-11, atol=1e-11)
     torch.testing.assert_close(
         statistic.column_energy, z_TF.square().sum(0), rtol=1e-11, atol=1e-11
@@ -272,7 +272,7 @@ def test_mapped_files_give_the_bits_of_memory(
 ) -> None:
     monkeypatch.setattr(scratch, "MAPPED_FROM_BYTES", 1)
     results = []
-    for place in (MEMORY, Scratch(torch.device("cpu"), tmp_path)):
+    for place in (SCRATCH, Scratch(torch.device("cpu"), tmp_path)):
         training, held_out = (
             kind(activations(tokens, 1), place=place),
             kind(activations(9, 2), place=place),
