@@ -3,6 +3,7 @@ tested here with no further edit.
 """
 
 import random
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from rayprune.orchestrator.planning.footprint import footprint
+from rayprune.orchestrator.planning.plan import make_plan
 from rayprune.orchestrator.planning.shapes import Shape, uneven_shape
 from rayprune.orchestrator.run import run_job
 from rayprune.orchestrator.stages import probe
@@ -316,36 +319,49 @@ def counts_of(dense: Dense, **changes: int) -> list[dict[str, int]]:
     return [dense.checkpoint.model.units | changes] * dense.checkpoint.num_layers
 
 
-@pytest.mark.parametrize("heads", [2, 3, 4])
-def test_a_cut_model_is_the_dense_one_with_its_units_masked(
-    heads: int, dense: Dense, make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In the family's form, reloaded with stock classes; of the heads alone, or of channels."""
+def cut_job(dense: Dense, counts: list[dict[str, int]], make_job: MakeJob) -> Path:
+    """A job whose budget is met by exactly these units."""
+    job = load_job(make_job(dense.folder))
+    after = footprint(dense.checkpoint, counts, job).decoder_parameters
+    sparsity = 1 - after / dense.checkpoint.decoder_parameters
+    budget = {"kv_groups": counts[0]["heads"], "sparsity": sparsity - 1e-9, "round_to": 1}
+    return make_job(dense.folder, calibration=SMALL, budget=budget)
+
+
+def most_heads(dense: Dense, make_job: MakeJob) -> int | None:
+    """The most KV groups below all with which the model can be written; None: none.
+
+    More are refused for a reason, and by the job with the same words.
+    """
     group, model = dense.groups["heads"], dense.checkpoint.model
-    kv_groups = group.num_units * heads // 4
-    cut = {"heads": kv_groups} if heads < 4 else {"neurons": 60}
-    counts = counts_of(dense, **cut)
-    removed = sum(
-        (dense.groups[n].num_units - k) * dense.groups[n].unit_parameters for n, k in cut.items()
-    )
-    sparsity = removed * dense.checkpoint.num_layers / dense.checkpoint.decoder_parameters
-    job = make_job(
-        dense.folder,
-        calibration=SMALL,
-        budget={"kv_groups": kv_groups, "sparsity": sparsity - 1e-9, "round_to": 1},
-    )
-    try:
-        dense.checkpoint.form(counts[0], "transformers")
-    except SpecError as error:
-        assert heads < 4, "channels can always go"
-        assert model.hidden % (8 * heads // 4) or group.fixed, (
-            "every divisor of the hidden size loads"
-        )
-        with pytest.raises(SpecError, match=str(error)):
-            run_job(load_job(job), tmp_path / "run", lambda event: None)
+    for kept in range(group.num_units - 1, 0, -1):
+        try:
+            dense.checkpoint.form(model.units | {"heads": kept}, "transformers")
+        except SpecError as error:
+            query_heads = SIZES["num_attention_heads"] * kept // group.num_units
+            assert model.hidden % query_heads or group.fixed, "every divisor of the hidden size"
+            job = make_job(dense.folder, calibration=SMALL, budget={"kv_groups": kept})
+            with pytest.raises(SpecError, match=re.escape(str(error))):
+                make_plan(load_job(job), dense.checkpoint)
+        else:
+            assert not group.fixed
+            return kept
+    assert group.fixed
+    return None
+
+
+@pytest.mark.parametrize("name", ["heads", "neurons"])
+def test_a_cut_model_is_the_dense_one_with_its_units_masked(
+    name: str, dense: Dense, make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the family's form, reloaded with stock classes; some units of one group go."""
+    stays = 60 if name == "neurons" else most_heads(dense, make_job)
+    if stays is None:
         return
-    assert heads == 4 or not group.fixed
-    kept = drawn(dense, [{name: c[name] for name in cut} for c in counts])
+    counts = counts_of(dense, **{name: stays})
+    kept = drawn(dense, [{name: stays}] * len(counts))
+    assert len(set(map(str, kept))) > 1, "other units in each layer"
+    job = cut_job(dense, counts, make_job)
     network = pruned(dense, kept, job, tmp_path / "run", monkeypatch)
     with masked(dense, kept) as expected:
         same(logits_of(network), logits_of(expected))
@@ -364,7 +380,7 @@ def spread(monkeypatch: pytest.MonkeyPatch, layers: Sequence[Mapping[str, int]])
 def test_padded_layers_are_the_dense_ones_with_their_units_masked(
     dense: Dense, make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Layers of different sizes, a block that is gone among them, filled up with zeros."""
+    """Layers that keep different numbers of units, filled up with zeros to one size."""
     heads = dense.groups["heads"]
     fewer = {"heads": heads.num_units if heads.fixed else heads.num_units // 2}
     counts = [fewer | {"neurons": n} for n in (50, 17, 64, 33)]
