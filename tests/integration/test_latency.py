@@ -117,18 +117,12 @@ def test_a_latency_without_a_table_or_with_a_broken_one_is_refused(
     (tmp_path / "half.yaml").write_text(
         TABLE.model_copy(update={"narrowed_ms": {"heads": {2: 1.0}}}).model_dump_json()
     )
-    with pytest.raises(SpecError, match=r"narrowed_ms lacks \['neurons'\]"):
-        load_latency(str(tmp_path / "half.yaml"))
     (tmp_path / "broken.yaml").write_text("machine: here")
-    job = load_job(
-        make_job(
-            make_model(),
-            budget={
-                "sparsity": None,
-                "latency_ms": 5,
-                "latency_table": str(tmp_path / "broken.yaml"),
-            },
-        )
-    )
-    with pytest.raises(SpecError, match=r"broken\.yaml: layer_ms: Field required"):
-        run_job(job, tmp_path / "run", quiet)
+    for name, message in (
+        ("half", r"narrowed_ms lacks \['neurons'\]"),
+        ("broken", r"broken\.yaml: layer_ms: Field required"),
+    ):
+        table = str(tmp_path / f"{name}.yaml")
+        budget = {"sparsity": None, "latency_ms": 5, "latency_table": table}
+        with pytest.raises(SpecError, match=message):
+            run_job(load_job(make_job(make_model(), budget=budget)), tmp_path / "run", quiet)
