@@ -1,3 +1,3 @@
-"""What is coordinated: plan, driver, executors, command line. No torch; ray in one module, rich in
-one module.
+"""What is coordinated: plan, driver, executors, command line. No torch; ray in three modules of
+`execution`, rich in one of `reporting`.
 """

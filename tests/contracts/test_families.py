@@ -29,7 +29,7 @@ from rayprune.specs.methods.ranking.stat import StatOptions
 from rayprune.workers.machine.scratch import Scratch
 from rayprune.workers.model.checkpoint import Checkpoint, open_checkpoint
 from rayprune.workers.model.description import Group
-from rayprune.workers.model.families import prunable
+from rayprune.workers.model.families import family_named, prunable
 from rayprune.workers.network.layers import (
     apply_cut,
     consumer_input,
@@ -44,7 +44,7 @@ from rayprune.workers.numerics.linalg import unit_rows
 from rayprune.workers.numerics.methods import select
 from rayprune.workers.numerics.statistics import GramStatistic
 from rayprune.workers.steps import deciding
-from tests.conftest import MakeJob, build_model
+from tests.conftest import MakeJob, build_model, edit_json
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
@@ -89,6 +89,8 @@ class Dense:
 @pytest.fixture(scope="module", params=prunable())
 def dense(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Dense:
     folder = build_model(tmp_path_factory.mktemp(request.param) / "dense", request.param, **SIZES)
+    # lists that the class works out from the layers' numbers, which change when layers go
+    edit_json(folder / "config.json", **dict.fromkeys(family_named(request.param).lists))
     network = AutoModelForCausalLM.from_pretrained(folder)
     return Dense(folder, open_checkpoint(folder), network.eval())
 
