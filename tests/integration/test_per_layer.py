@@ -143,50 +143,37 @@ def test_a_cache_that_could_not_count_is_refused(make_model: MakeModel, make_job
 
 
 @pytest.mark.usefixtures("by_hand")
-def test_stock_classes_refuse_layers_of_different_sizes(
+def test_neither_stock_classes_nor_a_second_run_take_layers_of_different_sizes(
     make_model: MakeModel, make_job: MakeJob, tmp_path: Path
 ) -> None:
-    run_job(
-        load_job(make_job(make_model(num_hidden_layers=4), budget={"per_layer": True})),
-        tmp_path / "run",
-        quiet,
-    )
+    dense = make_model(num_hidden_layers=4)
+    run_job(load_job(make_job(dense, budget={"per_layer": True})), tmp_path / "run", quiet)
     with pytest.raises((RuntimeError, ValueError)):
         AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", trust_remote_code=False)
-
-
-@pytest.mark.usefixtures("by_hand")
-def test_a_model_whose_layers_differ_is_not_pruned_again(
-    make_model: MakeModel, make_job: MakeJob, tmp_path: Path
-) -> None:
-    run_job(
-        load_job(make_job(make_model(num_hidden_layers=4), budget={"per_layer": True})),
-        tmp_path / "run",
-        quiet,
-    )
     again = load_job(make_job(tmp_path / "run" / "model"))
     with pytest.raises(ModelError, match="layers differ in size"):
         run_job(again, tmp_path / "again", quiet)
+
+
+CURVES = {"per_layer": True, "allocation": {"name": "curves", "levels": 6, "samples": 2}}
 
 
 @pytest.mark.parametrize("propagation", ["pruned", "dense", "refit"])
 def test_curves_meet_the_budget_to_one_step(
     propagation: str, make_model: MakeModel, make_job: MakeJob, tmp_path: Path
 ) -> None:
-    dense = make_model(num_hidden_layers=5)
+    dense = make_model(num_hidden_layers=4)
     placement = "shards" if propagation == "pruned" else "layers"
     parallel = {"workers": 1, "micro_batch": 2, "placement": placement, "propagation": propagation}
     report = run_job(
-        load_job(make_job(dense, budget={"per_layer": True}, parallel=parallel)),
-        tmp_path / "run",
-        quiet,
+        load_job(make_job(dense, budget=CURVES, parallel=parallel)), tmp_path / "run", quiet
     )
     sizes = report.decoder_parameters
     assert 0 <= 0.75 * sizes.before - sizes.after < 4 * 3 * 32  # four channels
     assert len({str(layer.groups) for layer in report.layers}) > 1
     verify_run(tmp_path / "run")
     before = load_file(dense / "model.safetensors")
-    for layer in range(5):
+    for layer in range(4):
         folder = task_folder(tmp_path / "run", layer_task(layer))
         done: Any = read_manifest(folder)
         up, after = f"model.layers.{layer}.mlp.up_proj.weight", load_file(folder / LAYER_FILE)
@@ -196,14 +183,14 @@ def test_curves_meet_the_budget_to_one_step(
 
 SEARCH = {
     "per_layer": True,
-    "allocation": {"name": "search", "generations": 3, "offspring": 4, "samples": 3, "levels": 6},
+    "allocation": {"name": "search", "generations": 3, "offspring": 3, "samples": 2, "levels": 4},
 }
 
 
 def test_search_is_never_worse_than_curves_and_goes_on_where_it_was_cut_off(
     make_model: MakeModel, make_job: MakeJob, tmp_path: Path
 ) -> None:
-    job = load_job(make_job(make_model(num_hidden_layers=5), budget=SEARCH))
+    job = load_job(make_job(make_model(num_hidden_layers=3), budget=SEARCH))
     run_job(job, tmp_path / "run", quiet)
     generations = [
         read_manifest(task_folder(tmp_path / "run", generation_task(number))) for number in range(3)
@@ -231,7 +218,7 @@ def test_one_threshold_for_all_layers(
 ) -> None:
     budget = {"per_layer": True, "allocation": "threshold"}
     job = load_job(
-        make_job(make_model(num_hidden_layers=5), budget=budget, method={"name": method})
+        make_job(make_model(num_hidden_layers=3), budget=budget, method={"name": method})
     )
     sizes = run_job(job, tmp_path / "run", quiet).decoder_parameters
     assert 0 <= 0.75 * sizes.before - sizes.after < 4 * 3 * 32
@@ -262,17 +249,15 @@ def test_heads_whose_scores_are_multiplied_by_their_cost_stay(
     make_model: MakeModel, make_job: MakeJob, tmp_path: Path
 ) -> None:
     """A KV group has 16 times a channel's parameters: with times-cost no group scores less than a
-    channel, without it some do.
+    channel.
     """
-    budget, kept = {"per_layer": True, "allocation": "threshold"}, dict[str, list[int]]()
-    model = make_model(num_hidden_layers=2)
+    budget, kept = {"per_layer": True, "allocation": "threshold"}, list[int]()
 
     def listen(event: dict[str, Any]) -> None:
         if event["event"] == "layers-allocated":
-            kept[score] = [layer["heads"] for layer in event["layers"]]
+            kept.extend(layer["heads"] for layer in event["layers"])
 
-    for score in ("cost", "times-cost"):
-        job = make_job(model, budget=budget, method={"name": "numerical", "head_score": score})
-        run_job(load_job(job), tmp_path / score, listen)
-    assert kept["times-cost"] == [2, 2]
-    assert sum(kept["cost"]) < 4
+    method = {"name": "numerical", "head_score": "times-cost"}
+    job = make_job(make_model(num_hidden_layers=2), budget=budget, method=method)
+    run_job(load_job(job), tmp_path / "run", listen)
+    assert kept == [2, 2]

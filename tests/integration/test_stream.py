@@ -15,30 +15,33 @@ from rayprune.specs.errors import VerificationError
 from rayprune.specs.loader import load_job
 from rayprune.workers.passes.stream import Stream
 from rayprune.workers.store.files import MANIFEST_NAME
-from tests.conftest import MakeJob, MakeModel, folder_bytes
+from tests.conftest import build_model, folder_bytes, write_job
 from tests.helpers import quiet
 
 _empty_fits = Stream._empty_fits
 
 
-@pytest.fixture
-def job(make_model: MakeModel, make_job: MakeJob) -> Path:
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
     """A job over 7 layers with both groups pruned, 22 windows in 5 shards of uneven size."""
     calibration = {"samples": 22, "shards": 5, "held_out_shards": 2}
     parallel = {"placement": "layers", "micro_batch": 2}
-    return make_job(
-        make_model(num_hidden_layers=7),
+    folder = tmp_path_factory.mktemp("stream")
+    return write_job(
+        folder / "job.yaml",
+        text_file,
+        build_model(folder / "dense", num_hidden_layers=7),
         budget={"kv_groups": 1},
         calibration=calibration,
-        parallel=parallel,
+        parallel=parallel | {"device": "cpu"},
     )
 
 
-@pytest.fixture
-def expected(job: Path, tmp_path: Path) -> dict[str, bytes]:
+@pytest.fixture(scope="module")
+def expected(job: Path) -> dict[str, bytes]:
     """The exported folder of an undisturbed in-process run."""
-    run_job(load_job(job), tmp_path / "expected", quiet)
-    return folder_bytes(tmp_path / "expected" / "model")
+    run_job(load_job(job), job.parent / "expected", quiet)
+    return folder_bytes(job.parent / "expected" / "model")
 
 
 @pytest.mark.parametrize("layers_per_chunk", [1, 3])
