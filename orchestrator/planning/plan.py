@@ -303,8 +303,8 @@ def _tasks(job: JobSpec, num_layers: int, shape: Shape, num_shapes: int) -> tupl
     )
     gradients = (GRADIENTS_TASK,) if job.gradient_windows else ()
     return (
-        SOURCE_TASK,
         CALIBRATION_TASK,
+        SOURCE_TASK,
         *gradients,
         *spread,
         *((SHAPE_TASK,) if num_shapes > 1 else ()),

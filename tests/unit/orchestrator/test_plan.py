@@ -279,7 +279,7 @@ def test_tasks_are_listed_in_order(
     assert short[0] == "calibration-tokens"
     assert short[-2:] == ("outer", "export")
     full = planned(model, make_job, evaluation={"path": str(text_file), "window": 32})[0].tasks
-    assert full[:2] == ("calibration-tokens", "shape")
+    assert full[:3] == ("calibration-tokens", "source", "shape")
     assert full[-3:] == ("evaluation-tokens", "evaluate-before", "evaluate-after")
 
 
