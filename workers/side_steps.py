@@ -10,12 +10,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from rayprune.specs.errors import ModelError, VerificationError
-from rayprune.workers.calibration import (
-    calibration_windows,
-    check_apart,
-    evaluation_windows,
-    load_tokenizer,
-)
+from rayprune.workers.calibration import ReadText, load_tokenizer, read_calibration, read_evaluation
 from rayprune.workers.network.layers import read_tensors
 from rayprune.workers.network.load_check import check_loads
 from rayprune.workers.passes.evaluate import window_losses
@@ -33,6 +28,13 @@ from rayprune.workers.store.layout import (
 )
 from rayprune.workers.store.shards import Node, grow_tree, merge_siblings, owned_nodes
 from rayprune.workers.store.storage import check_same_files
+from rayprune.workers.texts.checks import (
+    check_apart,
+    check_known,
+    check_positions,
+    check_varied,
+    embedding_rows,
+)
 from rayprune.workers.workbench import Receipt, Workbench, step
 
 HEADS = ("model.embed_tokens.weight", "lm_head.weight")
@@ -59,16 +61,34 @@ class SideSteps(Workbench):
         """
         tokenizer, evaluation = load_tokenizer(Path(self.job.model.path)), self.job.evaluation
         if task == CALIBRATION_TASK:
-            tokens = calibration_windows(self.job.calibration, tokenizer)
-            self._text_read(tokens)  # whether the text suffices is known now
+            tokens, texts = read_calibration(self.job.calibration, tokenizer)
+            option, apart = "calibration.sequence_length", []
+            self._check_read(self._all_read()[1] if self._reads_more else texts)
         else:
             assert evaluation is not None
-            tokens = evaluation_windows(evaluation, tokenizer)
-            check_apart(self._text_read(self._tokens(CALIBRATION_TASK)), tokens, evaluation.path)
+            texts = [read_evaluation(evaluation, tokenizer)]
+            tokens, option = texts[0].windows_NT, "evaluation.window"
+            self._check_read(texts)
+            calibration_ST = self._text_read(self._tokens(CALIBRATION_TASK))
+            apart = check_apart(calibration_ST, tokens, evaluation.path)
+        found = {
+            "texts": [text.facts.document() for text in texts],
+            "warnings": check_positions(self._checkpoint, tokens.shape[1], option)
+            + [warning for text in texts for warning in check_varied(text.windows_NT, text.path)]
+            + apart,
+        }
         folder = task_folder(self.run_folder, task)
         write_tensors(folder / TOKENS_FILE, {"tokens": tokens})
-        commit(folder, task, task_fingerprint, [TOKENS_FILE], {"shape": list(tokens.shape)})
-        return {}, None
+        commit(
+            folder, task, task_fingerprint, [TOKENS_FILE], {"shape": list(tokens.shape), **found}
+        )
+        return found, None
+
+    def _check_read(self, texts: list[ReadText]) -> None:
+        """Check that the model has an embedding for every token."""
+        rows = embedding_rows(self._checkpoint)
+        for text in texts:
+            check_known(text.windows_NT, rows, text.path, text.facts)
 
     @step
     def check_text(self) -> tuple[Receipt, None]:
@@ -80,10 +100,17 @@ class SideSteps(Workbench):
         """All windows that the job reads of its text: those of the calibration, `given`, unless a
         training takes more (S, T).
         """
-        if self.job.windows_read == len(given_ST):
-            return given_ST
+        return self._all_read()[0] if self._reads_more else given_ST
+
+    @property
+    def _reads_more(self) -> bool:
+        """Whether a training takes more windows than the calibration."""
+        return self.job.windows_read > self.job.calibration.samples
+
+    def _all_read(self) -> tuple[Tensor, list[ReadText]]:
+        """All windows that the job reads of its text (S, T), and those of each text."""
         read = self.job.calibration.model_copy(update={"samples": self.job.windows_read})
-        return calibration_windows(read, load_tokenizer(Path(self.job.model.path)))
+        return read_calibration(read, load_tokenizer(Path(self.job.model.path)))
 
     @step
     def gradients(self, owned: tuple[int, int]) -> tuple[Receipt, SquaresArrays]:

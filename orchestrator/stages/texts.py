@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from rayprune.orchestrator.stages.context import Context
+from rayprune.specs.errors import SpecError
 from rayprune.specs.job import TextSpec
 from rayprune.workers.store.files import Manifest, record_of
 from rayprune.workers.store.layout import CALIBRATION_TASK, EVALUATION_TASK
-from rayprune.workers.store.side_files import TOKENIZER_FILES, side_files
+from rayprune.workers.store.side_files import CHAT_TEMPLATES, TOKENIZER_FILES, side_files
+from rayprune.workers.texts.files import text_files
 
 
 def tokenize(context: Context) -> tuple[Manifest, Manifest | None]:
@@ -48,15 +50,34 @@ def _tokens(
     the rest of the job.
     """
     tokenizer = [
-        record_of(file).sha256 for file in side_files(context.checkpoint.path, TOKENIZER_FILES)
+        record_of(file).sha256
+        for file in side_files(context.checkpoint.path, (*TOKENIZER_FILES, *CHAT_TEMPLATES))
     ]
-    # the worker reports a missing text
-    digests = [record_of(Path(text)).sha256 if Path(text).is_file() else "" for text in texts]
+    digests = [_digest(Path(text)) for text in texts]
     expected = context.folder.fingerprint(task, *tokenizer, *digests, *inputs, part=part)
     submit = context.executor.submit
-    return context.once(
+    done = context.once(
         task,
         expected,
         lambda: context.executor.wait([submit(0, "tokenize", task, expected)]),
         redo_stale,
     )
+    found: Any = done.info
+    for text, facts in zip(texts, found["texts"], strict=True):
+        context.emit("text", path=text, **facts)
+    for warning in found["warnings"]:
+        context.emit("warning", text=warning)
+    return done
+
+
+def _digest(text: Path) -> str:
+    """What a text holds: the digest of a file, or names and digests of a folder's files; nothing
+    where it cannot be read, which the worker reports.
+    """
+    try:
+        files = text_files(text)
+        if files == [text]:
+            return record_of(text).sha256
+        return "\n".join(f"{file.name} {record_of(file).sha256}" for file in files)
+    except (SpecError, OSError):
+        return ""

@@ -42,6 +42,12 @@ WITHOUT_TORCH = {
     "rayprune.workers.store.layout",
     "rayprune.workers.model.shapes",
     "rayprune.workers.store.storage",
+    "rayprune.workers.texts.chats",
+    "rayprune.workers.texts.fields",
+    "rayprune.workers.texts.files",
+    "rayprune.workers.texts.forms",
+    "rayprune.workers.texts.reading",
+    "rayprune.workers.texts.records",
 }
 
 
