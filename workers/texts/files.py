@@ -22,7 +22,7 @@ from rayprune.specs.errors import SpecError
 
 HEAD = 2**16
 """Bytes of a file, after decompression, by which its form is recognised."""
-MOST_LINE = 2**27
+MOST_LINE = 2**26
 """Characters of the longest line that is read."""
 ARROW_STATE, ARROW_SPLITS = "state.json", "dataset_dict.json"
 """What `datasets` writes beside the Arrow files of a dataset, and above those of its splits."""
@@ -187,7 +187,7 @@ def _mode(path: Path) -> int:
     try:
         mode = path.stat().st_mode
     except OSError as error:
-        if path.is_symlink():
+        if os.path.islink(path):
             raise SpecError(
                 f"{path}: cannot be read: links to {os.readlink(path)}: {error.strerror}"
             ) from None

@@ -57,8 +57,9 @@ _BY_NAME: dict[str, Form] = {
 }
 _COMPRESSED_NAMES = (".gz", ".zst", ".zstd", ".bz2", ".xz", ".lz4")
 _MARKUP = re.compile(r"\s*<(\?xml|!doctype|html)\b", re.IGNORECASE)
+_NUMBERS = re.compile(r"\s*(\d+[\s,]+){8,}\d*\s*")
 _COLUMN = re.compile(r"[^\W\d]([\w.\-/ ]{0,38}\w)?")
-_DELIMITERS = ",;\t"
+_DELIMITERS = ",;\t|"
 _LONG_LINE = 2**24
 FREE_TEXT = ", or format: text to read it as plain text"
 
@@ -138,6 +139,11 @@ def _guessed(file: TextFile) -> Form:
         raise SpecError(
             f"{file.path}: holds markup, whose tags would be read as text; give the text"
             f" alone{FREE_TEXT}"
+        )
+    if _NUMBERS.fullmatch(text):
+        raise SpecError(
+            f"{file.path}: holds whole numbers alone; if they are token ids, save them as .npy or"
+            f" as JSON lists{FREE_TEXT}"
         )
     if delimiter := _table_delimiter(file, text):
         form = "tsv" if delimiter == "\t" else "csv"

@@ -24,7 +24,7 @@ CHARACTERS_PER_TOKEN = 8
 MOST_CHARACTERS = 2**28
 """So many are read where nothing says how many tokens are needed: all of it must fit the memory."""
 _CHUNK = 2**20
-_QUICK_CHARACTERS, _QUICK_TOKENS_OF = 2**20, 2**17
+_QUICK_CHARACTERS, _QUICK_TOKENS_OF = 2**20, 2**15
 _QUICK_JSON = 2**24
 Piece = str | list[int]
 

@@ -21,7 +21,7 @@ from rayprune.workers.texts.files import MOST_LINE, bounded_lines
 from rayprune.workers.texts.forms import FREE_TEXT, Source, names_columns
 
 MOST_JSON = 2**30
-"""Characters of the largest JSON document that is read; JSON Lines may be of any size."""
+"""Bytes or characters of the largest JSON document that is read; JSON Lines may be of any size."""
 _ROWS, _IDS = 256, 2**16
 _LOOKED_AT = 32
 """Rows of a table in text by which columns of numbers are told from text."""
@@ -71,10 +71,12 @@ def _loaded(text: str, where: str) -> Any:
 
 
 def _json(source: Source, field: str | None) -> tuple[str | None, Records]:
-    path = source.file.path
-    with source.file.open_text() as handle:
-        text = handle.read(MOST_JSON + 1)
-    if len(text) > MOST_JSON:
+    path, text = source.file.path, ""
+    too_large = source.file.compression is None and path.stat().st_size > MOST_JSON
+    if not too_large:
+        with source.file.open_text() as handle:
+            text = handle.read(MOST_JSON + 1)
+    if too_large or len(text) > MOST_JSON:
         raise SpecError(
             f"{path}: a JSON document of more than {MOST_JSON:,} characters; write it as JSON Lines"
         )
@@ -93,6 +95,8 @@ def _json(source: Source, field: str | None) -> tuple[str | None, Records]:
 
 def _inside(value: Any, field: str | None, path: str) -> tuple[list[Any], str | None]:
     """The records of a JSON document, and the field inside each."""
+    if value in ([], {}):
+        raise SpecError(f"{path}: is empty; give a text")
     if isinstance(value, list):
         return ([value] if is_ids(value) or is_chat(value) else value), field
     if not isinstance(value, dict):

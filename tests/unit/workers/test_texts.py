@@ -568,6 +568,11 @@ BAD: dict[str, tuple[Write, dict[str, Any], str]] = {
         {},
         r"a\.txt: .*set format: tsv, or format: text",
     ),
+    "numbers": (put("a.txt", "1 2 3\n" * 9), {}, r"a\.txt: holds whole numbers alone; .*\.npy"),
+    "bars": (put("a.txt", "id|text\n1|x\n"), {}, r"a\.txt: .*looks like one .*format: csv"),
+    "a name too long": (lambda folder: folder / ("x" * 300), {}, r"xx: cannot be read: File name"),
+    "an empty list": (put("a.json", "[]"), {}, r"a\.json: is empty; give a text"),
+    "an empty object": (put("a.json", "{}"), {}, r"a\.json: is empty; give a text"),
     "html": (put("a.txt", "<!DOCTYPE html><p>x</p>"), {}, r"a\.txt: holds markup.*format: text"),
     "text called parquet": (
         put("a.parquet", "words"),
