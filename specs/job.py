@@ -69,21 +69,25 @@ class ModelSpec(Section):
     """
 
 
+TextFormat = Literal["auto", "text", "jsonl", "json", "csv", "tsv", "parquet", "arrow", "npy"]
+
+
 class TextSpec(Section):
     """A text, tokenised once as a whole and cut into windows."""
 
     path: LocalPath
-    """UTF-8 text file, or JSON Lines."""
-    format: Literal["auto", "text", "jsonl"] = "auto"
-    """How the file is read; `auto`: JSON Lines when the name ends in .jsonl, else plain text."""
-    field: str = Field(default="text", min_length=1)
-    """JSON Lines: the key that holds a document's text; documents are joined by a blank line."""
-
-    @property
-    def is_jsonl(self) -> bool:
-        """Whether it is read as JSON Lines."""
-        by_name = self.format == "auto" and self.path.endswith(".jsonl")
-        return self.format == "jsonl" or by_name
+    """File of plain text, JSON, a table or token ids, compressed or not, or a folder of such
+    files.
+    """
+    format: TextFormat = "auto"
+    """How a file is read; `auto`: as its content says, and its name where the content may be
+    several things.
+    """
+    field: Annotated[str, Field(min_length=1)] | None = None
+    """The key or column that holds a document (a text, a chat or token ids), `a.b` for a key inside
+    another; null: `text`, `content`, `messages`, `conversations`, `input_ids`, or the only one that
+    holds text.
+    """
 
 
 class MixedTextSpec(TextSpec):

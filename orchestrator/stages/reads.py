@@ -137,8 +137,4 @@ def _known(job: JobSpec) -> dict[str, Any]:
 
 def _reading(text: TextSpec) -> dict[str, object]:
     """How a text is read, and its weight if it has one; where it lies does not matter."""
-    return {
-        "jsonl": text.is_jsonl,
-        "field": text.field if text.is_jsonl else None,
-        "weight": getattr(text, "weight", None),
-    }
+    return {"format": text.format, "field": text.field, "weight": getattr(text, "weight", None)}

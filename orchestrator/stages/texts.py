@@ -2,46 +2,70 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rayprune.orchestrator.stages.context import Context
 from rayprune.orchestrator.stages.subject import file_digests
+from rayprune.specs.errors import SpecError
 from rayprune.workers.store.files import Manifest, record_of
 from rayprune.workers.store.layout import CALIBRATION_TASK, EVALUATION_TASK
-from rayprune.workers.store.side_files import TOKENIZER_FILES, side_files
+from rayprune.workers.store.side_files import CHAT_TEMPLATES, TOKENIZER_FILES, side_files
+from rayprune.workers.texts.files import text_files
 
 
 def tokenize(context: Context, model: Path) -> tuple[Manifest, Manifest | None]:
     """The calibration and the evaluation text as tokens, so that a text that will not do is found
     before any other work.
     """
-    evaluation, texts = context.job.evaluation, text_digests(context)
+    evaluation, texts, paths = context.job.evaluation, text_digests(context), _paths(context)
     with context.stage("tokenize", 1 + (evaluation is not None)):
-        calibration = _tokens(context, model, CALIBRATION_TASK, {"texts": texts})
+        calibration = _tokens(context, model, CALIBRATION_TASK, paths, {"texts": texts})
         if evaluation is None:
             return calibration, None
         inputs = {
-            "text": _digests([evaluation.path]),
+            "text": _digest(Path(evaluation.path)),
             "calibration-tokens": calibration.digest,
             "texts": texts,
         }
-        return calibration, _tokens(context, model, EVALUATION_TASK, inputs)
+        held_out = [evaluation.path]
+        return calibration, _tokens(context, model, EVALUATION_TASK, held_out, inputs)
 
 
 def text_digests(context: Context) -> list[str]:
-    """SHA-256 of every calibration text."""
+    """What every calibration text holds."""
+    return [_digest(Path(path)) for path in _paths(context)]
+
+
+def _paths(context: Context) -> list[str]:
     calibration = context.job.calibration
-    return _digests([calibration.path, *(text.path for text in calibration.mix)])
+    return [calibration.path, *(text.path for text in calibration.mix)]
 
 
-def _digests(texts: Sequence[str]) -> list[str]:
-    # the worker reports a missing text
-    return [record_of(Path(text)).sha256 if Path(text).is_file() else "" for text in texts]
-
-
-def _tokens(context: Context, model: Path, name: str, inputs: Mapping[str, object]) -> Manifest:
+def _tokens(
+    context: Context, model: Path, name: str, texts: Sequence[str], inputs: Mapping[str, object]
+) -> Manifest:
     """Tokenise texts, once; depends on the texts, the tokenizer, the cutting and `inputs`, not on
     the rest of the job.
     """
-    tokenizer = file_digests(side_files(model, TOKENIZER_FILES))
+    tokenizer = file_digests(side_files(model, (*TOKENIZER_FILES, *CHAT_TEMPLATES)))
     task, executor = context.task(name, {"tokenizer": tokenizer, **inputs}), context.executor
-    return context.once(task, lambda: executor.wait([executor.on(0).tokenize(task)]))
+    done = context.once(task, lambda: executor.wait([executor.on(0).tokenize(task)]))
+    found: Any = done.info
+    for path, facts in zip(texts, found["texts"], strict=True):
+        context.emit("text", path=path, **facts)
+    for warning in found["warnings"]:
+        context.emit("warning", text=warning)
+    return done
+
+
+def _digest(text: Path) -> str:
+    """What a text holds: the digest of a file, or names and digests of a folder's files; nothing
+    where it cannot be read, which the worker reports.
+    """
+    try:
+        files = text_files(text)
+        if files == [text]:
+            return record_of(text).sha256
+        return "\n".join(f"{file.name} {record_of(file).sha256}" for file in files)
+    except (SpecError, OSError):
+        return ""

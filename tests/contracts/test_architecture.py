@@ -39,7 +39,8 @@ ROOMS = {
     "workers.model": {"specs"},
     "workers.store": {"specs"},
     "workers.numerics": {"specs", "workers.machine"},
-    "workers.calibration": {"specs"},
+    "workers.texts": {"specs", "workers.model"},
+    "workers.calibration": {"specs", "workers.texts"},
     "workers.network": {"specs", "workers.machine", "workers.model", "workers.numerics"},
     "workers.passes": {
         "specs",

@@ -32,6 +32,14 @@ class Config:
             raise ModelError(f"config.json: {key} must be a positive integer, found {value!r}")
         return value
 
+    def optional(self, key: str) -> int | None:
+        """A positive integer, or None where there is none.
+
+        Raises:
+            ModelError: it is something else.
+        """
+        return None if self.raw.get(key) is None else self.integer(key)
+
     def number(self, key: str, default: float) -> float:
         """A finite number.
 

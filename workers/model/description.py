@@ -190,6 +190,10 @@ class Model:
     """Whether the head is the embedding matrix."""
     dtype: str
     """Type of the weights by the config, as torch calls it."""
+    positions: int | None = None
+    """Positions by the config, at most; None: it says none."""
+    position_table: str | None = None
+    """The matrix of learned positions; None: positions are computed."""
     module_names: Mapping[str, str] = field(default_factory=dict)
     """Tensors whose names in the files are not those of the modules: file's name to module's."""
     recomputed: tuple[str, ...] = ()

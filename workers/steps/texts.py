@@ -4,15 +4,17 @@ from pathlib import Path
 
 from torch import Tensor
 
-from rayprune.workers.calibration import (
-    calibration_windows,
-    check_apart,
-    evaluation_windows,
-    load_tokenizer,
-)
+from rayprune.workers.calibration import ReadText, load_tokenizer, read_calibration, read_evaluation
 from rayprune.workers.steps.step import Receipt, step
 from rayprune.workers.store.files import Task, commit, write_tensors
 from rayprune.workers.store.layout import CALIBRATION_TASK, TOKENS_FILE
+from rayprune.workers.texts.checks import (
+    check_apart,
+    check_known,
+    check_positions,
+    check_varied,
+    embedding_rows,
+)
 from rayprune.workers.workbench import Workbench
 
 
@@ -30,17 +32,31 @@ class Texts:
         """
         tokenizer, evaluation = load_tokenizer(Path(self._job.model.path)), self._job.evaluation
         if task.name == CALIBRATION_TASK:
-            tokens = calibration_windows(self._job.calibration, tokenizer)
-            self._text_read(tokens)  # whether the text suffices is known now
+            tokens, texts = read_calibration(self._job.calibration, tokenizer)
+            option, apart = "calibration.sequence_length", []
+            self._check_read(self._all_read()[1] if self._reads_more else texts)
         else:
             assert evaluation is not None
-            tokens = evaluation_windows(evaluation, tokenizer)
-            check_apart(
-                self._text_read(self._bench.tokens(CALIBRATION_TASK)), tokens, evaluation.path
-            )
+            texts = [read_evaluation(evaluation, tokenizer)]
+            tokens, option = texts[0].windows_NT, "evaluation.window"
+            self._check_read(texts)
+            calibration_ST = self._text_read(self._bench.tokens(CALIBRATION_TASK))
+            apart = check_apart(calibration_ST, tokens, evaluation.path)
+        found = {
+            "texts": [text.facts.document() for text in texts],
+            "warnings": check_positions(self._bench.checkpoint, tokens.shape[1], option)
+            + [warning for text in texts for warning in check_varied(text.windows_NT, text.path)]
+            + apart,
+        }
         write_tensors(task.folder / TOKENS_FILE, {"tokens": tokens})
-        commit(task, [TOKENS_FILE], {"shape": list(tokens.shape)})
-        return {}, None
+        commit(task, [TOKENS_FILE], {"shape": list(tokens.shape), **found})
+        return found, None
+
+    def _check_read(self, texts: list[ReadText]) -> None:
+        """Check that the model has an embedding for every token."""
+        rows = embedding_rows(self._bench.checkpoint)
+        for text in texts:
+            check_known(text.windows_NT, rows, text.path, text.facts)
 
     @step
     def check_text(self) -> tuple[Receipt, None]:
@@ -52,7 +68,14 @@ class Texts:
         """All windows that the job reads of its text: those of the calibration, `given`, unless a
         training takes more (S, T).
         """
-        if self._job.windows_read == len(given_ST):
-            return given_ST
+        return self._all_read()[0] if self._reads_more else given_ST
+
+    @property
+    def _reads_more(self) -> bool:
+        """Whether a training takes more windows than the calibration."""
+        return self._job.windows_read > self._job.calibration.samples
+
+    def _all_read(self) -> tuple[Tensor, list[ReadText]]:
+        """All windows that the job reads of its text (S, T), and those of each text."""
         read = self._job.calibration.model_copy(update={"samples": self._job.windows_read})
-        return calibration_windows(read, load_tokenizer(Path(self._job.model.path)))
+        return read_calibration(read, load_tokenizer(Path(self._job.model.path)))

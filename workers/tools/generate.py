@@ -19,6 +19,7 @@ from rayprune.specs.job import TextSpec
 from rayprune.workers.calibration import load_tokenizer, tokenize
 from rayprune.workers.machine.device import device_of
 from rayprune.workers.model.checkpoint import open_checkpoint
+from rayprune.workers.texts.checks import check_known, embedding_rows
 
 PROMPT = 32
 """Tokens of a prompt."""
@@ -46,15 +47,16 @@ def generate(
     """
     if min(tokens, length, batch) < 1 or temperature <= 0:
         raise SpecError("--tokens, --length and --batch must be at least 1, --temperature above 0")
-    open_checkpoint(model)
+    checkpoint = open_checkpoint(model)
     tokenizer, device_map = (
         load_tokenizer(model),
         ("auto" if device_of("auto").type == "cuda" else "cpu"),
     )
+    prompts_NP = _prompts(tokenizer, prompts, math.ceil(tokens / length))
+    check_known(prompts_NP, embedding_rows(checkpoint), str(prompts or model))
     network = AutoModelForCausalLM.from_pretrained(
         model, dtype="auto", device_map=device_map, trust_remote_code=False, local_files_only=True
     )
-    prompts_NP = _prompts(tokenizer, prompts, math.ceil(tokens / length))
     torch.manual_seed(seed)
     first = written = 0
     while written < tokens:

@@ -12,13 +12,12 @@ from rayprune.specs.errors import ModelError, SpecError
 from rayprune.specs.job import CalibrationSpec, EvaluationSpec, TextSpec
 from rayprune.workers.calibration import (
     calibration_windows,
-    check_apart,
     evaluation_windows,
     load_tokenizer,
-    shared_fraction,
     shares,
     tokenize,
 )
+from rayprune.workers.texts.checks import check_apart, shared_fraction
 from tests.conftest import build_model
 
 
@@ -135,7 +134,9 @@ def test_other_encodings_are_refused(
         tokenize(write(tmp_path / name, b'{"text": "caf\xe9"}'), tokenizer, None)
 
 
-@pytest.mark.parametrize(("name", "reason"), [("absent.txt", "No such file"), (".", "directory")])
+@pytest.mark.parametrize(
+    ("name", "reason"), [("absent.txt", "No such file"), (".", "a directory without a text")]
+)
 def test_unreadable_texts_are_named(
     name: str, reason: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
@@ -292,9 +293,11 @@ def test_shared_text_is_found_at_any_offset(
         match=r"evaluation\.path: /e\.txt: \d+% of its tokens stand in the windows for calibration",
     ):
         check_apart(calibration.reshape(samples, length), windows_NT, "/e.txt")
-    assert (
-        shared_fraction(calibration.reshape(samples, length), text[:4096].reshape(-1, 16)) == 0
-    ), "too short to tell"
+    short = text[:4096].reshape(-1, 16)
+    assert shared_fraction(calibration.reshape(samples, length), short) is None
+    [warning] = check_apart(calibration.reshape(samples, length), short, "/e.txt")
+    assert "/e.txt: whether" in warning
+    assert "cannot be told with windows of 16 tokens" in warning
     apart = other[: 4096 // window * window].reshape(-1, window)
     assert shared_fraction(calibration.reshape(samples, length), apart) == 0
-    check_apart(calibration.reshape(samples, length), apart, "/e.txt")
+    assert check_apart(calibration.reshape(samples, length), apart, "/e.txt") == []

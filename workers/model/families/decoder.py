@@ -41,6 +41,7 @@ class Keys:
     kv_heads: str | None = "num_key_value_heads"
     head_dim: str | None = "head_dim"
     width: str = "intermediate_size"
+    positions: str = "max_position_embeddings"
 
 
 @dataclass(frozen=True)
@@ -139,8 +140,8 @@ class Decoder(Family):
     head: str = "lm_head.weight"
     head_bias: str | None = None
     """Name of the head's bias, where it has one."""
-    more_outer: Callable[[Config], Mapping[str, Shape]] = lambda config: {}
-    """Further tensors outside the layers."""
+    position_table: str | None = None
+    """Name of the matrix of learned positions, where there is one."""
     tied: bool = False
     """Whether the head is the embedding matrix where the config does not say."""
     module_names: Mapping[str, str] = field(default_factory=dict)
@@ -213,6 +214,8 @@ class Decoder(Family):
             head=self.head,
             tied=tied,
             dtype=config.dtype,
+            positions=config.optional(self.keys.positions),
+            position_table=self.position_table,
             module_names=self.module_names,
             recomputed=self.recomputed,
             sized_alike=self.sized_alike,
@@ -234,7 +237,9 @@ class Decoder(Family):
 
     def _outer(self, config: Config, hidden: int, vocabulary: int, tied: bool) -> Shapes:
         shapes: dict[str, Shape] = {self.embedding: (vocabulary, hidden)}
-        shapes |= self._norm(self.last_norm, hidden) | dict(self.more_outer(config))
+        shapes |= self._norm(self.last_norm, hidden)
+        if self.position_table:
+            shapes[self.position_table] = (config.integer(self.keys.positions), hidden)
         shapes |= {} if tied else {self.head: (vocabulary, hidden)}
         return shapes | ({self.head_bias: (vocabulary,)} if self.head_bias else {})
 

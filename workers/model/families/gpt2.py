@@ -1,13 +1,7 @@
 """GPT-2: weights are (in, out), queries, keys and values are one matrix, positions are learned."""
 
 from rayprune.workers.model.config import Config
-from rayprune.workers.model.description import Shape
 from rayprune.workers.model.families.decoder import Decoder, Keys, Part
-
-
-def _positions(config: Config) -> dict[str, Shape]:
-    positions = config.integer("n_positions", 1024), config.integer("n_embd")
-    return {"transformer.wpe.weight": positions}
 
 
 def _refused(config: Config) -> str | None:
@@ -27,6 +21,7 @@ FAMILY = Decoder(
         kv_heads=None,
         head_dim=None,
         width="n_inner",
+        positions="n_positions",
     ),
     attention=Part("attn", {"attn.c_attn": "h h h"}, "attn.c_proj", returns=2),
     ffn=Part("mlp", {"mlp.c_fc": "1"}, "mlp.c_proj"),
@@ -38,7 +33,7 @@ FAMILY = Decoder(
     layers_at="transformer.h",
     backbone="transformer",
     embedding="transformer.wte.weight",
-    more_outer=_positions,
+    position_table="transformer.wpe.weight",
     last_norm="transformer.ln_f",
     tied=True,
     recomputed=(".attn.bias", ".attn.masked_bias"),
