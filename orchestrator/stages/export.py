@@ -46,7 +46,7 @@ def export_model(context: Context, subject: Subject, layers: Sequence[Manifest])
         alike = all(kept == layers_written[0] for kept in layers_written)
         written = layers_written[0] if alike else None
         # the form it is written in follows from what layers hold
-        outer = context.task(OUTER_TASK, {"model": model.outer, "layers": written})
+        outer = context.task(OUTER_TASK, {"model": model.outer_digest, "layers": written})
         outer_done = context.once(
             outer, lambda: executor.wait([executor.on(0).write_outer(outer, written)])
         )

@@ -14,9 +14,9 @@ class ModelAt:
     """A model in a folder, with digests of its values."""
 
     checkpoint: Checkpoint
-    outer: str
+    outer_digest: str
     """Of the tensors outside the layers."""
-    layers: tuple[str, ...]
+    layer_digests: tuple[str, ...]
     """Of every layer."""
 
     @property
@@ -27,15 +27,15 @@ class ModelAt:
     @property
     def identity(self) -> str:
         """Of config, headers and all values."""
-        return self.up_to(len(self.layers) - 1)
+        return self.up_to(len(self.layer_digests) - 1)
 
     def up_to(self, layer: int) -> str:
         """Of config, headers, and the values that hidden states behind a layer depend on."""
         return fingerprint(
             {
                 "headers": self.checkpoint.identity,
-                "outer": self.outer,
-                "layers": self.layers[: layer + 1],
+                "outer": self.outer_digest,
+                "layers": self.layer_digests[: layer + 1],
             }
         )
 
@@ -67,7 +67,7 @@ class Subject:
 
     def all_of_it(self) -> dict[str, str]:
         """What anything that runs through the whole dense model depends on."""
-        return self.up_to(len(self.model.layers) - 1)
+        return self.up_to(len(self.model.layer_digests) - 1)
 
     @property
     def ranked_by(self) -> dict[str, str]:

@@ -92,8 +92,8 @@ def _depends(context: Context, subject: Subject, layer: int, below: str) -> dict
     depends: dict[str, object] = {
         "calibration-tokens": subject.tokens.digest,
         "headers": model.checkpoint.identity,
-        "outer": model.outer,
-        "layer": model.layers[layer],
+        "outer": model.outer_digest,
+        "layer": model.layer_digests[layer],
         "layers below": below,
         "kept": shape.kept_in(layer),
         "written": shape.written_in(layer, context.job.export.pad),

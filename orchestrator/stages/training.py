@@ -110,7 +110,7 @@ def _regularise_layers(context: Context, subject: Subject, removed: Sequence[Rem
     source, model = subject.model.path, subject.model
     inputs = {
         "headers": model.checkpoint.identity,
-        "outer": model.outer,
+        "outer": model.outer_digest,
         "beside the weights": file_digests(side_files(source, COPIED)),
         **digests(layers),
     }

@@ -65,6 +65,7 @@ ROOMS = {
         "workers.machine",
         "workers.model",
         "workers.network",
+        "workers.texts",
     },
     "workers.workbench": {
         "specs",
@@ -85,6 +86,7 @@ ROOMS = {
         "workers.store",
         "workers.training",
         "workers.workbench",
+        "workers.texts",
     },
     "workers.worker": {"specs", "workers.machine", "workers.steps", "workers.workbench"},
     "orchestrator.planning": {
@@ -108,13 +110,13 @@ ROOMS = {
         "workers.machine",
         "workers.model",
         "workers.store",
+        "workers.texts",
     },
     "orchestrator.reporting": {
         "orchestrator.execution",
         "orchestrator.planning",
         "orchestrator.stages",
         "specs",
-        "workers.model",
         "workers.store",
     },
     "orchestrator.run": {
@@ -152,11 +154,13 @@ LAWS = {
     "No torch": {"orchestrator", "workers.model", "workers.store"},
     "Knows no model": {"workers.machine", "workers.numerics"},
     "no run folder": {"workers.numerics"},
+    "Torch in `checks` alone": {"workers.texts"},
     "the only reader of config keys": {"workers.model"},  # held by test_description.py
     "the only room that touches modules of transformers": {"workers.network"},
 }
 """What docstrings of packages and rooms promise, and whose do; held by the tests below."""
 WITHOUT_TORCH = LAWS["Neither torch nor ray"] | LAWS["No torch"]
+CHECKS = "rayprune.workers.texts.checks"
 WRITES_TENSORS = "rayprune.workers.store.files"
 """Without torch at import; a function of it writes safetensors files."""
 
@@ -291,7 +295,13 @@ def test_laws_of_imports_follow_from_the_table() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in FILES if {package(name), room_of(name)} & WITHOUT_TORCH]
+    "name",
+    [
+        name
+        for name in FILES
+        if {package(name), room_of(name)} & WITHOUT_TORCH
+        or (room_of(name) == "workers.texts" and name != CHECKS)
+    ],
 )
 def test_no_torch_where_none_is_promised(name: str) -> None:
     """Not inside functions either."""

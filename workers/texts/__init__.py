@@ -1,1 +1,1 @@
-"""Texts in the forms people have them in: files, forms, fields, chats. No torch but in `checks`."""
+"""Texts in the forms people have them in: files, forms, fields, chats. Torch in `checks` alone."""

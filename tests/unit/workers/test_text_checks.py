@@ -9,7 +9,7 @@ from rayprune.specs.errors import ModelError, SpecError
 from rayprune.workers.model.checkpoint import Checkpoint, open_checkpoint
 from rayprune.workers.texts.checks import check_known, check_positions, check_varied, embedding_rows
 from rayprune.workers.texts.reading import TextFacts
-from tests.conftest import build_model, edit_json
+from tests.conftest import MakeModel, build_model, edit_json
 
 IDS = TextFacts(("npy",), (), ("token ids",), 1, 1, 0, 9, True)
 
