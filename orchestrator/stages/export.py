@@ -13,6 +13,7 @@ from rayprune.orchestrator.planning.footprint import footprint
 from rayprune.orchestrator.stages.context import Context
 from rayprune.orchestrator.stages.subject import ModelAt, Subject, digests, file_digests, made_model
 from rayprune.workers.model.checkpoint import INDEX_NAME, read_header
+from rayprune.workers.model.form import AS_IT_IS
 from rayprune.workers.model.rewrite import Written
 from rayprune.workers.store.files import (
     Manifest,
@@ -45,8 +46,9 @@ def export_model(context: Context, subject: Subject, layers: Sequence[Manifest])
         layers_written = subject.plan.written_layers(context.job.export.pad)
         alike = all(kept == layers_written[0] for kept in layers_written)
         written = layers_written[0] if alike else None
-        # the form it is written in follows from what layers hold
-        outer = context.task(OUTER_TASK, {"model": model.outer_digest, "layers": written})
+        form = model.checkpoint.form(written, context.job.export.target) if written else AS_IT_IS
+        names = sorted(form.outer_shapes(model.checkpoint.model.outer))
+        outer = context.task(OUTER_TASK, {"model": model.outer_digest, "names": names})
         outer_done = context.once(
             outer, lambda: executor.wait([executor.on(0).write_outer(outer, written)])
         )

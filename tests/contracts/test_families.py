@@ -22,6 +22,7 @@ from rayprune.orchestrator.planning.shapes import Shape, uneven_shape
 from rayprune.orchestrator.run import run_job
 from rayprune.orchestrator.stages import probe
 from rayprune.orchestrator.stages.context import Context
+from rayprune.orchestrator.stages.subject import Subject
 from rayprune.specs.errors import SpecError
 from rayprune.specs.job import CorrectionSpec
 from rayprune.specs.loader import load_job
@@ -373,8 +374,8 @@ def test_a_cut_model_is_the_dense_one_with_its_units_masked(
 def spread(monkeypatch: pytest.MonkeyPatch, layers: Sequence[Mapping[str, int]]) -> None:
     """Allocate so many units to every layer."""
 
-    def allocated(context: Context, tokens: object) -> Shape:
-        return uneven_shape(context.job, context.checkpoint, layers)
+    def allocated(context: Context, subject: Subject) -> Shape:
+        return uneven_shape(context.job, subject.model.checkpoint, layers)
 
     monkeypatch.setattr(probe, "allocate", allocated)
 

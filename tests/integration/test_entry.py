@@ -91,7 +91,7 @@ def test_the_view_of_the_command_line(
 def test_a_notebook_shows_a_plan(sections: dict[str, Any]) -> None:
     html = rayprune.plan(sections | {"method": "stat"})._repr_html_()
     assert html.count("<table") == html.count("</table>") >= 3
-    assert "FFN width" in html
+    assert "FFN channels" in html
 
 
 def test_errors_are_our_own(sections: dict[str, Any], tmp_path: Path) -> None:

@@ -180,7 +180,7 @@ CHANGES: dict[str, list[str]] = {
 NOT_CHANGED = {
     "schema_version": "there is one",
     "model.path": "identity",
-    "calibration.field": "with JSON Lines, see the unit test",
+    "calibration.field": "plain text has none",
     "budget.latency_ms": "needs a table of measured times",
     "budget.latency_table": "needs a table of measured times",
     "budget.allocation.name": "changed with per_layer and threshold",
@@ -301,8 +301,6 @@ def test_every_task_says_what_it_reads(make_job: MakeJob, folder: Path) -> None:
         "cluster.wait_seconds=9",
         "recover.micro_batch=2",
         "recover.checkpoint_steps=1",
-        "calibration.field=words",
-        "evaluation.format=text",
     ],
 )
 def test_no_task_reads_where_and_how_it_is_computed(
@@ -331,7 +329,6 @@ RUN_AGAIN: dict[str, set[str]] = {
     "recover.learning_rate=1e-4": {"recover"},
     "recover=": {"nothing"},
     "budget.probe_layers=1": {"shape"},
-    "calibration.field=words": set(),
 }
 
 

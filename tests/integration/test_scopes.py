@@ -41,7 +41,7 @@ def two_passes(job: JobSpec, out: Path, show: Any = quiet) -> list[Pruned]:
         folder = stack.enter_context(RunFolder(out, job))
         plan = make_plan(job, open_checkpoint(model))
         plan = replace(plan, memory=replace(plan.memory, layers_per_chunk=1))
-        executor = stack.enter_context(make_executor(job, folder.path, plan))
+        executor = stack.enter_context(make_executor(job, folder.path, lambda _: plan.memory))
         context = Context(job, folder, executor, show, Scope(folder.path))
         start.start(context, model)
         for name in ("", "step-02"):

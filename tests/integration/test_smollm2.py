@@ -11,12 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rayprune.orchestrator.cli import main
 from rayprune.specs.loader import load_job
-from rayprune.workers.calibration import (
-    calibration_windows,
-    evaluation_windows,
-    load_tokenizer,
-    shared_fraction,
-)
+from rayprune.workers.calibration import calibration_windows, evaluation_windows, load_tokenizer
+from rayprune.workers.texts.checks import shared_fraction
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "smollm2"
 DECODER_PARAMETERS = 106_202_880

@@ -2,24 +2,16 @@
 in another type, files of an unfinished export.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
 
-from rayprune.orchestrator.execution.run_folder import RunFolder
-from rayprune.orchestrator.run import first_plan, make_executor, run_job
-from rayprune.orchestrator.stages import evaluation, texts
-from rayprune.orchestrator.stages.context import Context
-from rayprune.specs.errors import VerificationError
-from rayprune.specs.job import JobSpec
+from rayprune.orchestrator.run import run_job
 from rayprune.specs.loader import load_job
-from rayprune.workers.model.checkpoint import open_checkpoint
-from rayprune.workers.store.files import MANIFEST_NAME, commit, read_manifest
-from rayprune.workers.store.layout import LAYER_FILE, layer_task, model_folder, task_folder
+from rayprune.workers.store.files import MANIFEST_NAME, Task, commit, read_manifest
+from rayprune.workers.store.layout import LAYER_FILE, layer_task, task_folder
 from tests.conftest import MakeJob, MakeModel, folder_bytes
 from tests.helpers import quiet
 
@@ -36,44 +28,32 @@ def test_a_layer_above_another_layer_is_not_taken_over(
     next(iter(tensors.values())).add_(1.0)
     (folder / LAYER_FILE).unlink()  # model/ has the same file under its own name
     save_file(tensors, folder / LAYER_FILE, metadata={"format": "pt"})
-    commit(folder, done.task, done.fingerprint, done.files, done.info)
-    with pytest.raises(VerificationError, match=r"layer-0001: was made from other inputs"):
-        run_job(job, tmp_path / "run", quiet)
+    commit(Task(done.task, folder, done.made_from), done.files, done.info)
+    seen: list[dict[str, Any]] = []
+    run_job(job, tmp_path / "run", seen.append)
+    stale = {event["task"]: event["changed"] for event in seen if event["event"] == "task-stale"}
+    assert "layer-0001" in stale
+    assert "layer-0000" not in stale
 
 
 @pytest.fixture
-def evaluated(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> JobSpec:
+def evaluated(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> Path:
     """A job with an evaluation."""
     text = tmp_path / "held_out.txt"
     text.write_text("Nothing of this stands in the other text, as far as anybody knows. " * 20)
     section = {"path": str(text), "window": 32, "max_windows": 4}
-    return load_job(make_job(make_model(num_hidden_layers=2), evaluation=section))
+    return make_job(make_model(num_hidden_layers=2), evaluation=section)
 
 
-@contextmanager
-def opened(job: JobSpec, folder: RunFolder) -> Iterator[Context]:
-    """A context over a folder that is open."""
-    checkpoint = open_checkpoint(Path(job.model.path))
-    plan = first_plan(job, checkpoint)
-    with make_executor(job, folder.path, lambda _: plan.memory) as executor:
-        yield Context(job, checkpoint, plan, folder, executor, quiet)
-
-
-def test_a_perplexity_in_another_type_is_not_taken_over(evaluated: JobSpec, tmp_path: Path) -> None:
-    run_job(evaluated, tmp_path / "run", quiet)
-    narrow = evaluated.model_copy(
-        update={"model": evaluated.model.model_copy(update={"dtype": "bfloat16"})}
-    )
-    exported = read_manifest(model_folder(tmp_path / "run"))
-    assert exported is not None
-    found: dict[str, Any] = {}
-    with RunFolder(tmp_path / "run", evaluated) as folder:
-        for name, job in (("as it was", evaluated), ("narrow", narrow)):
-            with opened(evaluated, folder) as context:
-                _, tokens = texts.tokenize(context)
-            with opened(job, folder) as context:
-                found[name] = evaluation.evaluate(context, exported, None, tokens)
-    assert found["as it was"]["before"]["perplexity"] != found["narrow"]["before"]["perplexity"]
+@pytest.mark.parametrize("option", ["model.dtype=bfloat16", "evaluation.stride=16"])
+def test_a_perplexity_of_another_protocol_is_not_taken_over(
+    option: str, evaluated: Path, tmp_path: Path
+) -> None:
+    first = run_job(load_job(evaluated), tmp_path / "run", quiet)
+    second = run_job(load_job(evaluated, [option]), tmp_path / "run", quiet)
+    assert first.perplexity is not None
+    assert second.perplexity is not None
+    assert first.perplexity.before != second.perplexity.before
 
 
 def test_an_unfinished_export_leaves_nothing_behind(

@@ -77,10 +77,10 @@ def test_another_sparsity_finds_what_does_not_depend_on_it(
     for number, (run, report) in enumerate((("first", first), ("second", second))):
         alone = tmp_path / f"plain-{number}"
         assert folder_bytes(tmp_path / run / "model") == folder_bytes(alone / "model")
-        assert report["perplexity"] == plain[number]["perplexity"]
+        assert report.perplexity == plain[number].perplexity
     assert set(of_events(tmp_path / "second", "task-fetched")) >= FOUND | FOUND_BESIDES[name]
     assert not set(of_events(tmp_path / "second", "task-done")) & (FOUND | FOUND_BESIDES[name])
-    passes = PASSES & second["step_seconds"].keys()
+    passes = PASSES & second.step_seconds.keys()
     assert passes == ({"collect"} if name in ("pruned path", "refit") else set())
     assert main(["verify", str(tmp_path / "second")]) == 0
 

@@ -19,8 +19,9 @@ WINDOWS_ST = torch.randint(3, 259, (6, 16), generator=torch.Generator().manual_s
 def first_step(model: Path, folder: Path, micro_batch: int) -> dict[str, Any]:
     """What is logged of the only step, over all windows."""
     options = TrainingSpec(batch=6, micro_batch=micro_batch, warmup=0.0)
-    whole = load_for_training(open_checkpoint(model), options, ALONE)
-    Training(whole, Objective(), WINDOWS_ST, options, folder, ALONE).run()
+    checkpoint = open_checkpoint(model)
+    whole, objective = load_for_training(checkpoint, options, ALONE), Objective(checkpoint.model)
+    Training(whole, objective, WINDOWS_ST, options, folder, ALONE).run()
     (step,) = read_log(folder)
     return step
 

@@ -179,7 +179,7 @@ def test_commands_beside_packages_of_the_same_names(commands: Path, home: Path) 
 
     assert rayprune("--version").startswith("rayprune ")
     assert "usage: rayprune" in rayprune("--help")
-    assert "FFN width" in rayprune("plan", "job.yaml")
+    assert "FFN channels" in rayprune("plan", "job.yaml")
     words = ("run", "job.yaml", "--set", "cluster.executor=in-process", "--out")
     assert "decoder_parameters" in rayprune(*words, "command")
     assert "agree with their records" in rayprune("verify", "command")

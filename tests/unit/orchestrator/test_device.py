@@ -2,16 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from rayprune.orchestrator.execution.executor import InProcessExecutor, chosen_device
-from rayprune.orchestrator.execution.run_folder import RunFolder
 from rayprune.orchestrator.planning.plan import make_plan
-from rayprune.orchestrator.run import first_plan, run_job, settle_on
-from rayprune.orchestrator.stages.context import Context
+from rayprune.orchestrator.run import first_plan, plan_on, run_job
 from rayprune.specs.errors import ResourceError
 from rayprune.specs.loader import load_job
 from rayprune.specs.memory import MemoryPlan
@@ -59,14 +56,11 @@ def test_auto_is_planned_for_the_device_that_the_workers_have(
     checkpoint = open_checkpoint(model)
     on_cpu = first_plan(job, checkpoint)
     assert (on_cpu.device, on_cpu.memory.spill_statistics) == ("cpu", True)
-    with RunFolder(tmp_path / "run", job) as folder:
-        nobody: Any = None
-        context = Context(job, checkpoint, on_cpu, folder, nobody, lambda _: None)
-        assert settle_on(context, checkpoint, "cpu") is on_cpu
-        on_gpu = settle_on(context, checkpoint, "cuda")
-        assert (on_gpu.device, on_gpu.memory.spill_statistics) == ("cuda", False)
-        assert context.plan is on_gpu
-        assert json.loads((folder.path / "plan.json").read_text())["device"] == "cuda"
+    plans = {"cpu": on_cpu}
+    assert plan_on("cpu", plans, job, checkpoint) is on_cpu
+    on_gpu = plan_on("cuda", plans, job, checkpoint)
+    assert (on_gpu.device, on_gpu.memory.spill_statistics) == ("cuda", False)
+    assert plan_on("cuda", plans, job, checkpoint) is on_gpu
 
 
 def test_what_only_a_gpu_can_do_is_refused_once_there_is_none(

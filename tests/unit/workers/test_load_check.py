@@ -16,7 +16,7 @@ from rayprune.workers.model.checkpoint import open_checkpoint
 from rayprune.workers.model.sized_layers import MODULE
 from rayprune.workers.network.load_check import check_loads
 from rayprune.workers.network.streamed import built_from
-from rayprune.workers.store.files import commit, read_manifest
+from rayprune.workers.store.files import Task, commit, read_manifest
 from tests.conftest import MakeJob, MakeModel, edit_json
 
 SPREAD = [{"heads": 1, "neurons": 48}, {"heads": 2, "neurons": 20}, {"heads": 0, "neurons": 48}]
@@ -107,7 +107,8 @@ def test_verify_of_somebody_elses_run_runs_no_code(
     )
     done = read_manifest(model)
     assert done is not None
-    commit(model, done.task, done.fingerprint, [*done.files, code.name], done.info)
+    task = Task(done.task, model, done.made_from)
+    commit(task, [*done.files, code.name], done.info)
     capsys.readouterr()
     assert main(["verify", str(run)]) == 5
     assert str(code) in capsys.readouterr().err
