@@ -255,8 +255,8 @@ def test_a_change_in_the_same_folder_gives_the_bytes_of_a_new_one(
     job = job_of(base, folder, make_job, *settings(change, folder))
     reports = [run_job(job, tmp_path / name, quiet) for name in ("same", "new")]
     assert made(tmp_path / "same") == made(tmp_path / "new")
-    assert reports[0]["perplexity"] == reports[1]["perplexity"]
-    assert reports[0]["training"].keys() == reports[1]["training"].keys()
+    assert reports[0].perplexity == reports[1].perplexity
+    assert reports[0].training.keys() == reports[1].training.keys()
     verify_run(tmp_path / "same")
 
 
