@@ -94,31 +94,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"rayprune {rayprune.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    run = _job_command(
-        commands, "run", _run, "run a job, or go on where an earlier attempt stopped"
-    )
-    run.add_argument(
-        "--out", type=Path, required=True, help="run folder: tasks, model/ and report.json"
-    )
-    run.add_argument(
-        "--redo",
-        choices=["stale"],
-        help="do again what other package versions or another kind of device has made",
-    )
-    run.add_argument(
-        "--store",
-        type=Path,
-        metavar="DIR",
-        help="folder of finished tasks by what they are made from, shared by runs",
-    )
-    submit = _job_command(
+    _run_command(commands, "run", _run, "run a job, or go on where an earlier attempt stopped")
+    submit = _run_command(
         commands, "submit", _submit, "run a job on a Ray cluster, from outside it"
-    )
-    submit.add_argument(
-        "--out",
-        type=Path,
-        required=True,
-        help="run folder, an absolute path that every node of the cluster sees",
     )
     submit.add_argument(
         "--address", required=True, metavar="http://HOST:8265", help="the cluster's dashboard"
@@ -202,6 +180,29 @@ def _job_command(commands: Any, name: str, command: Any, text: str) -> argparse.
     return parser
 
 
+def _run_command(commands: Any, name: str, command: Any, text: str) -> argparse.ArgumentParser:
+    parser = _job_command(commands, name, command, text)
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="run folder: tasks, model/ and report.json; on a cluster, an absolute path that every"
+        " node sees",
+    )
+    parser.add_argument(
+        "--redo",
+        choices=["stale"],
+        help="do again what other package versions or another kind of device has made",
+    )
+    parser.add_argument(
+        "--store",
+        type=Path,
+        metavar="DIR",
+        help="folder of finished tasks by what they are made from, shared by runs",
+    )
+    return parser
+
+
 def _load(options: argparse.Namespace) -> JobSpec:
     return rayprune.load_job(options.job, options.overrides)
 
@@ -226,7 +227,14 @@ def _run(options: argparse.Namespace) -> None:
 def _submit(options: argparse.Namespace) -> int:
     from rayprune.orchestrator.execution.submit import submit
 
-    return submit(_load(options), options.out, options.address, not options.no_wait)
+    return submit(
+        _load(options),
+        options.out,
+        options.address,
+        not options.no_wait,
+        redo=options.redo,
+        store=options.store,
+    )
 
 
 def _plan(options: argparse.Namespace) -> None:

@@ -76,10 +76,10 @@ def run(
     from rayprune.orchestrator.execution.submit import refuse_lost_paths
     from rayprune.orchestrator.run import run_job
 
-    spec, folder = _loaded(job), Path(out)
-    refuse_lost_paths(spec, folder)
+    spec, folder, kept = _loaded(job), Path(out), Path(store) if store else None
+    refuse_lost_paths(spec, folder, kept)
     with _shown(progress) as show:
-        return run_job(spec, folder, show, redo_stale, Path(store) if store else None)
+        return run_job(spec, folder, show, redo_stale, kept)
 
 
 def _loaded(job: Job) -> JobSpec:

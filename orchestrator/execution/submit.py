@@ -28,9 +28,9 @@ _END = "END_OF_JOB"
 _OUR_CODES = (0, 1, 2, 3, 4, 5, INTERRUPTED)
 
 
-def refuse_lost_paths(job: JobSpec, out: Path) -> None:
-    """Inside a Ray job, refuse a relative run folder, and paths in the job's working directory: Ray
-    throws that away.
+def refuse_lost_paths(job: JobSpec, out: Path, store: Path | None) -> None:
+    """Inside a Ray job, refuse a relative run folder or store, and paths in the job's working
+    directory: Ray throws that away.
 
     Raises:
         SpecError: names the option.
@@ -38,13 +38,14 @@ def refuse_lost_paths(job: JobSpec, out: Path) -> None:
     config = os.environ.get(_IN_JOB)
     if config is None:
         return
-    if not out.is_absolute():
-        raise SpecError(
-            f"--out {out}: is relative, and a Ray job's folder is thrown away; give an absolute"
-            " path that every node sees"
-        )
+    for option, folder in _folders(out, store).items():
+        if not folder.is_absolute():
+            raise SpecError(
+                f"{option} {folder}: is relative, and a Ray job's folder is thrown away; give an"
+                " absolute path that every node sees"
+            )
     if (json.loads(config).get("runtime_env") or {}).get("working_dir"):
-        for option, path in _paths(job, out).items():
+        for option, path in (_folders(out, store) | _paths(job)).items():
             if path.is_relative_to(Path.cwd()):
                 raise SpecError(
                     f"{option} {path}: lies in the Ray job's working directory, which is thrown"
@@ -52,12 +53,12 @@ def refuse_lost_paths(job: JobSpec, out: Path) -> None:
                 )
 
 
-def _paths(job: JobSpec, out: Path) -> dict[str, Path]:
-    paths = {
-        "--out": str(out),
-        "model.path": job.model.path,
-        "calibration.path": job.calibration.path,
-    }
+def _folders(out: Path, store: Path | None) -> dict[str, Path]:
+    return {"--out": out} | ({"--store": store} if store else {})
+
+
+def _paths(job: JobSpec) -> dict[str, Path]:
+    paths = {"model.path": job.model.path, "calibration.path": job.calibration.path}
     paths |= {
         f"calibration.mix.{number}.path": text.path
         for number, text in enumerate(job.calibration.mix)
@@ -67,20 +68,30 @@ def _paths(job: JobSpec, out: Path) -> dict[str, Path]:
     return {option: Path(path) for option, path in paths.items()}
 
 
-def submit(job: JobSpec, out: Path, address: str, wait: bool) -> int:
+def submit(
+    job: JobSpec,
+    out: Path,
+    address: str,
+    wait: bool,
+    *,
+    redo: str | None = None,
+    store: Path | None = None,
+) -> int:
     """Run a job on a cluster, show its log, and return its exit code; without `wait` return when
-    the cluster has accepted it.
+    the cluster has accepted it. `redo` and `store` are those of `rayprune run`.
 
     Raises:
-        SpecError: the address, the run folder or this machine's set-up is wrong.
+        SpecError: the address, the run folder, the store or this machine's set-up is wrong.
         ResourceError: the cluster does not answer, or the job ended without an exit code of ours.
     """
-    if not out.is_absolute():
-        raise SpecError(
-            f"--out {out}: is relative; the cluster needs an absolute path that every node sees"
-        )
+    for option, folder in _folders(out, store).items():
+        if not folder.is_absolute():
+            raise SpecError(
+                f"{option} {folder}: is relative; the cluster needs an absolute path that every"
+                " node sees"
+            )
     client = _connect(address)
-    command = entrypoint(job, out)
+    command = entrypoint(job, out, redo, store)
     submission = _accepted(client, command, submission_id(out))
     try:
         print(f"submitted {submission} to {address}", flush=True)
@@ -104,15 +115,15 @@ def submission_id(out: Path) -> str:
     return f"rayprune-{name}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
 
 
-def entrypoint(job: JobSpec, out: Path) -> str:
+def entrypoint(job: JobSpec, out: Path, redo: str | None = None, store: Path | None = None) -> str:
     """The shell command that runs a job on the cluster; the job is its standard input. `exec`:
     signals reach the driver itself.
     """
     here = job.model_copy(update={"cluster": job.cluster.model_copy(update={"address": "auto"})})
-    return (
-        f"exec rayprune run /dev/stdin --out {shlex.quote(str(out))}"
-        f" <<'{_END}'\n{dump_job(here)}{_END}\n"
-    )
+    words = ["exec", "rayprune", "run", "/dev/stdin", "--out", str(out)]
+    words += ["--redo", redo] if redo else []
+    words += ["--store", str(store)] if store else []
+    return f"{shlex.join(words)} <<'{_END}'\n{dump_job(here)}{_END}\n"
 
 
 def _connect(address: str) -> Any:

@@ -88,6 +88,19 @@ def test_a_relative_run_folder(job: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "--out runs/one: is relative" in capsys.readouterr().err
 
 
+def test_the_command_carries_what_run_understands(job: Path) -> None:
+    command = entrypoint(load_job(job), Path("/run"), redo="stale", store=Path("/a store"))
+    assert command.splitlines()[0] == (
+        "exec rayprune run /dev/stdin --out /run --redo stale --store '/a store' <<'END_OF_JOB'"
+    )
+
+
+def test_a_relative_store(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["submit", str(job), "--out", "/runs/one", "--store", "store"]
+    assert main([*words, "--address", "http://127.0.0.1:1"]) == 2
+    assert "--store store: is relative" in capsys.readouterr().err
+
+
 def test_without_a_token(job: Path, tmp_path: Path) -> None:
     pytest.importorskip("aiohttp")
     code, complaint = refused(
@@ -136,6 +149,8 @@ def test_lost_paths_inside_a_ray_job(
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(config))
     assert main(["run", str(job), "--out", "run"]) == 2
     assert "--out run: is relative" in capsys.readouterr().err
+    assert main(["run", str(job), "--out", "/runs/one", "--store", "store"]) == 2
+    assert "--store store: is relative" in capsys.readouterr().err
     monkeypatch.chdir(tmp_path)
     assert main(["run", str(job), "--out", str(tmp_path / "run")]) == 2
     assert (
