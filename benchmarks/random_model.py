@@ -28,6 +28,20 @@ _LLAMA: dict[str, Any] = {
     "torch_dtype": "bfloat16",
     "rms_norm_eps": 1e-5,
 }
+SIZES: dict[str, Any] = {
+    "vocab_size": 260,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+"""Those of a model for tests, by Llama's keys."""
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-2-7b": {
         "vocab_size": 32000,

@@ -77,8 +77,7 @@ def run_job(
         _check_disk(folder.path, plan)
         _check_packages(job)
         start.start(context, checkpoint.path)
-        device = str(executor.computed_on).partition(" ")[0]
-        done = prune(context, plan_on(device, plans, job, checkpoint), checkpoint)
+        done = prune(context, plan_on(executor.device_kind, plans, job, checkpoint), checkpoint)
         context.emit("run-finished")
         return write_report(context, done)
 
@@ -91,9 +90,10 @@ def prune(context: Context, plan: Plan, checkpoint: Checkpoint) -> Pruned:
     """
     context.record(plan)
     context.executor.use_model(checkpoint.path, context.scope.name)
-    tokens, evaluated = texts.tokenize(context, checkpoint.path)
+    digests = texts.text_digests(context)
+    tokens, evaluated = texts.tokenize(context, checkpoint.path, digests)
     dense = source.identify(context, checkpoint)
-    subject = Subject(plan, dense, tokens, tuple(texts.text_digests(context)))
+    subject = Subject(plan, dense, tokens, tuple(digests))
     subject = replace(subject, gradients=gradients.measure_gradients(context, subject))
     shape = probe.choose_shape(context, subject)
     subject = replace(subject, plan=context.record(plan.chosen(shape)))

@@ -23,26 +23,12 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks.random_model import byte_tokenizer
+from benchmarks.random_model import SIZES, byte_tokenizer
 from rayprune.workers.model.families import family_named
 from rayprune.workers.model.families.decoder import Decoder, Keys
 
 torch.set_num_threads(1)
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 260,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-"""Sizes by Llama's keys."""
 OF_FAMILY: dict[str, dict[str, Any]] = {
     "granite": {  # by default all are 1, and nothing that overlooks one would show
         "attention_multiplier": 0.2,

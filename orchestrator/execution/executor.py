@@ -118,6 +118,11 @@ class Executor(ABC):
             self._has_said = receipt["computed_on"]
         return self._has_said
 
+    @property
+    def device_kind(self) -> str:
+        """The kind of device that workers compute on, once it is known."""
+        return str(self.computed_on).partition(" ")[0]
+
     @abstractmethod
     def drop_workers(self) -> None:
         """Stop the workers and what they keep; the next step starts new ones."""

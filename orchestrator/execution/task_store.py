@@ -51,10 +51,8 @@ class TaskStore:
             copy_file(task.folder / MANIFEST_NAME, temporary / MANIFEST_NAME)
             shutil.rmtree(entry, ignore_errors=True)  # one that is damaged
             temporary.rename(entry)
-        except FileExistsError:
-            return  # another run was faster
         except OSError:
-            if not self._whole(entry):
+            if not self._whole(entry):  # else another run was faster
                 raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)

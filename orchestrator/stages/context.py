@@ -75,6 +75,21 @@ class Context:
             peak_memory_bytes=self.peak_memory_bytes(),
         )
 
+    def layer_finished(
+        self, stage: str, layer: int, start: float, groups: Mapping[str, object]
+    ) -> None:
+        """Report that a stage has done a layer, `start` by the monotonic clock, with what was
+        decided about its groups.
+        """
+        self.emit(
+            "step-finished",
+            stage=stage,
+            layer=layer,
+            seconds=time.monotonic() - start,
+            groups=groups,
+            peak_memory_bytes=self.peak_memory_bytes(),
+        )
+
     def peak_memory_bytes(self) -> dict[str, int]:
         """Peak private memory of the driver and of every worker that has answered, in bytes."""
         return {"driver": self.memory.bytes} | self.executor.peak_memory_bytes

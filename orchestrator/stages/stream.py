@@ -175,14 +175,7 @@ def _work_at_once(
     for layer, call in zip(layers, calls, strict=True):
         _, receipt = executor.wait(call)
         context.done(work[layer].task)
-        context.emit(
-            "step-finished",
-            stage=stage,
-            layer=layer,
-            seconds=time.monotonic() - start,
-            groups=receipt["groups"],
-            peak_memory_bytes=context.peak_memory_bytes(),
-        )
+        context.layer_finished(stage, layer, start, receipt["groups"])
 
 
 def _manifest(work: LayerWork) -> Manifest:
@@ -191,7 +184,7 @@ def _manifest(work: LayerWork) -> Manifest:
     return done
 
 
-def _unfinished(context: Context, work: Sequence[LayerWork], layers: range) -> list[int]:
+def _unfinished(context: Context, work: Sequence[LayerWork], layers: Sequence[int]) -> list[int]:
     return [layer for layer in layers if context.finished(work[layer].task) is None]
 
 
@@ -232,11 +225,8 @@ def _run_wave(
 ) -> None:
     """Statistics of the wave's unfinished layers, then the work on them."""
     start = time.monotonic()
-    missing = [
-        layer
-        for layer in _unfinished(context, work, range(wave[0].start, wave[-1].stop))
-        if layer in wanted
-    ]
+    inside = [layer for chunk in wave for layer in chunk if layer in wanted]
+    missing = _unfinished(context, work, inside)
     _flow(context, subject, wave, {layer: work[layer].groups for layer in missing})
     on = context.executor.on
     settled = [
@@ -248,15 +238,7 @@ def _run_wave(
     for layer, call in sorted(settled, key=lambda item: item[0] - wave[item[1].worker].start):
         (receipt,) = context.executor.wait([call])
         context.done(work[layer].task)
-        seconds, memory = time.monotonic() - start, context.peak_memory_bytes()
-        context.emit(
-            "step-finished",
-            stage=stage,
-            layer=layer,
-            seconds=seconds,
-            groups=receipt["groups"],
-            peak_memory_bytes=memory,
-        )
+        context.layer_finished(stage, layer, start, receipt["groups"])
 
 
 def _flow(context: Context, subject: Subject, wave: Wave, wanted: dict[int, Sequence[str]]) -> None:

@@ -135,15 +135,7 @@ def _prune_layer(context: Context, plan: Plan, layer: int, task: Task) -> None:
         groups[name] = receipt["group"]
         cuts.append(decision.payload)
     executor.wait([executor.on(writer).write_layer(layer, task, written, position, groups, *cuts)])
-    seconds = time.monotonic() - start
-    context.emit(
-        "step-finished",
-        stage="sweep",
-        layer=layer,
-        seconds=seconds,
-        groups=groups,
-        peak_memory_bytes=context.peak_memory_bytes(),
-    )
+    context.layer_finished("sweep", layer, start, groups)
 
 
 def _reduced(executor: Executor, calls: Sequence["Call[Parts]"]) -> list[Collected]:

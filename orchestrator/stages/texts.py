@@ -13,11 +13,13 @@ from rayprune.workers.store.side_files import CHAT_TEMPLATES, TOKENIZER_FILES, s
 from rayprune.workers.texts.files import text_files
 
 
-def tokenize(context: Context, model: Path) -> tuple[Manifest, Manifest | None]:
-    """The calibration and the evaluation text as tokens, so that a text that will not do is found
-    before any other work.
+def tokenize(
+    context: Context, model: Path, texts: Sequence[str]
+) -> tuple[Manifest, Manifest | None]:
+    """The calibration texts, of which the digests are given, and the evaluation text as tokens, so
+    that a text that will not do is found before any other work.
     """
-    evaluation, texts, paths = context.job.evaluation, text_digests(context), _paths(context)
+    evaluation, paths = context.job.evaluation, _paths(context)
     with context.stage("tokenize", 1 + (evaluation is not None)):
         calibration = _tokens(context, model, CALIBRATION_TASK, paths, {"texts": texts})
         if evaluation is None:

@@ -115,7 +115,7 @@ def _regularise_layers(context: Context, subject: Subject, removed: Sequence[Rem
         **digests(layers),
     }
     # the type is that of the layers' tasks; the name is also a training's
-    task = context.task(REGULARISE_TASK, inputs, computed_on=_device(context))
+    task = context.task(REGULARISE_TASK, inputs, computed_on=context.executor.device_kind)
 
     def put_together() -> None:
         trained = task.folder / TRAINED_FOLDER
@@ -202,7 +202,7 @@ def _trained(
     inputs |= {"model": subject.model.identity, "texts": subject.texts, "aim": about}
     inputs["tokenizer"] = file_digests(side_files(model, TOKENIZER_FILES))
     # its type is one of the options that it reads
-    task = context.task(name, inputs, computed_on=_device(context))
+    task = context.task(name, inputs, computed_on=context.executor.device_kind)
     threads = job.parallel.threads_per_worker
     stage = Finetune(str(model), str(task.folder), job.calibration, options, aim, threads)
 
@@ -222,11 +222,6 @@ def _trained(
         forget_states(task.folder)
 
     return context.once(task, work, before_redoing=check_text)
-
-
-def _device(context: Context) -> str:
-    """The kind of device that workers compute on."""
-    return str(context.executor.computed_on).partition(" ")[0]
 
 
 def _commit(context: Context, task: Task, stage: Finetune) -> None:
