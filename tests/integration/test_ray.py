@@ -226,7 +226,7 @@ def test_all_workers_are_asked_at_once_which_of_them_is_lost(
         finally:
             for process in busy:
                 os.kill(process, signal.SIGCONT)
-        executor.wait([executor.submit(worker, "check_head") for worker in range(3)])
+        executor.wait([executor.on(worker).check_head() for worker in range(3)])
     assert len(lost) == 1
     assert sum(waits) <= 5.0
 
