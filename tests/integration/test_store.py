@@ -157,6 +157,6 @@ def test_many_workers_share_a_store(job: JobSpec, tmp_path: Path, ray_session: N
     )
     for name, one in (("first", many), ("second", another(many))):
         report = run_job(one, tmp_path / name, quiet, store=tmp_path / "store")
-    assert not PASSES & report["step_seconds"].keys()
+    assert not PASSES & report.step_seconds.keys()
     run_job(another(job), tmp_path / "plain", quiet)
     assert folder_bytes(tmp_path / "second" / "model") == folder_bytes(tmp_path / "plain" / "model")
