@@ -5,6 +5,8 @@ both.
 import json
 import os
 import secrets
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
@@ -40,6 +42,9 @@ OF_FAMILY: dict[str, dict[str, Any]] = {
 }
 """Keys that only one family has."""
 
+_MODELS = tempfile.TemporaryDirectory(prefix="models-")
+_BUILT: dict[str, Path] = {}
+
 MakeModel = Callable[..., Path]
 MakeJob = Callable[..., Path]
 
@@ -64,10 +69,19 @@ def build_model(
     **changes: Any,
 ) -> Path:
     """Write a tiny random model of a family with a byte-level tokenizer; activations are made
-    unlike by random norm weights.
+    unlike by random norm weights. The same one is built once and copied after that.
     """
+    wanted = json.dumps([raw_config(model_type, **changes), seed, str(dtype)], sort_keys=True)
+    if wanted not in _BUILT:
+        _BUILT[wanted] = Path(_MODELS.name) / str(len(_BUILT))
+        _build(_BUILT[wanted], raw_config(model_type, **changes), seed, dtype)
+    shutil.copytree(_BUILT[wanted], folder, dirs_exist_ok=True)
+    return folder
+
+
+def _build(folder: Path, raw: dict[str, Any], seed: int, dtype: torch.dtype) -> None:
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(**raw_config(model_type, **changes))
+    config = AutoConfig.for_model(**raw)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -78,7 +92,6 @@ def build_model(
             )
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

@@ -23,9 +23,9 @@ def _names_below(section: type[BaseModel]) -> set[str]:
     return set(section.model_fields).union(*map(_names_below, below))
 
 
-@pytest.mark.parametrize("name", option_names())
-def test_every_option_is_documented(name: str) -> None:
-    assert f"`{name}`" in (ROOT / "docs" / "job.md").read_text()
+def test_every_option_is_documented() -> None:
+    document = (ROOT / "docs" / "job.md").read_text()
+    assert [name for name in option_names() if f"`{name}`" not in document] == []
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))

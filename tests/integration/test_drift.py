@@ -100,7 +100,7 @@ def test_what_memory_holds_never_changes_the_bytes(
     assert folder_bytes(tmp_path / "tight" / "model") == expected
 
 
-@pytest.mark.parametrize("stop_after", [0, 1, 3])
+@pytest.mark.parametrize("stop_after", some([0, 1, 3], 1))
 def test_a_restart_has_its_dense_path_again(
     stop_after: int, job: Path, expected: Any, tmp_path: Path
 ) -> None:
@@ -129,7 +129,7 @@ def test_workers_give_the_same_bytes(
 
 
 @pytest.mark.parametrize(
-    "model_type", some([name for name in prunable() if name != "gemma2"], "qwen3", "granite")
+    "model_type", some([name for name in prunable() if name != "gemma2"], "granite")
 )
 def test_families(
     model_type: str, make_model: MakeModel, make_job: MakeJob, tmp_path: Path

@@ -18,6 +18,7 @@ import yaml
 import rayprune
 from rayprune.orchestrator.cli import main
 from tests.conftest import MakeJob, MakeModel, folder_bytes
+from tests.helpers import some
 
 ROOT = Path(__file__).parents[2]
 RUN_IN_A_THREAD = """
@@ -130,6 +131,7 @@ def test_inside_an_event_loop_and_in_a_thread(sections: dict[str, Any], tmp_path
     assert in_loop == in_thread
 
 
+@pytest.mark.slow
 def test_the_command_line_in_a_thread(sections: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(sections))
     codes: list[int] = []
@@ -184,7 +186,7 @@ def test_the_code_of_the_documents_runs(
     assert "layers" not in names or [layer for layer, _ in names["layers"]] == [0, 1, 2]
 
 
-@pytest.mark.parametrize("command", ["plan", "run"])
+@pytest.mark.parametrize("command", some(["plan", "run"], "plan"))
 def test_a_reader_that_stops_stops_nothing(
     command: str, make_model: MakeModel, make_job: MakeJob, tmp_path: Path
 ) -> None:

@@ -83,6 +83,7 @@ def done(code: Path, *words: object) -> str:
     return result.stdout
 
 
+@pytest.mark.slow
 def test_a_method_of_two_files_prunes_a_model(
     code: Path, make_model: MakeModel, make_job: MakeJob, tmp_path: Path
 ) -> None:

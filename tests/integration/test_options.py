@@ -21,7 +21,8 @@ from rayprune.specs.job import JobSpec
 from rayprune.specs.loader import load_job
 from rayprune.workers.store.files import read_manifest
 from rayprune.workers.store.layout import RESULT_FILE, task_folder
-from tests.conftest import MakeJob, MakeModel, build_model
+from tests.conftest import MakeJob, build_model
+from tests.helpers import quiet
 
 TRAINING = {"batch": 4, "learning_rate": 1e-3}
 BASES: dict[str, dict[str, Any]] = {
@@ -188,10 +189,6 @@ NOT_CHANGED = {
 }
 
 
-def quiet(event: dict[str, Any]) -> None:
-    """Show nothing."""
-
-
 def settings(change: str, folder: Path) -> list[str]:
     """`--set` words, with the texts in place."""
     for name in ("OTHER", "LINES"):
@@ -200,17 +197,11 @@ def settings(change: str, folder: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def base_runs() -> dict[str, Path]:
-    """Finished runs by base: made once."""
-    return {}
-
-
-@pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
     """Model and texts."""
     path = tmp_path_factory.mktemp("options")
     text = text_file.read_text(encoding="utf-8")
-    build_model(path / "dense")
+    build_model(path / "dense", num_hidden_layers=2)
     (path / "held_out.txt").write_text(text[40_000:44_000], encoding="utf-8")
     (path / "other.txt").write_text(text[50_000:], encoding="utf-8")
     lines = [json.dumps({"text": text[start : start + 500]}) for start in range(0, 20_000, 500)]
@@ -223,6 +214,13 @@ def job_of(base: str, folder: Path, make_job: MakeJob, *words: str) -> JobSpec:
     return load_job(
         make_job(folder / "dense", **({"evaluation": evaluation} | BASES[base])), list(words)
     )
+
+
+def finished(base: str, folder: Path, make_job: MakeJob) -> Path:
+    """The run folder of a base; it runs once."""
+    if not (folder / base).exists():
+        run_job(job_of(base, folder, make_job), folder / base, quiet)
+    return folder / base
 
 
 def made(run: Path) -> dict[str, Any]:
@@ -241,17 +239,9 @@ def made(run: Path) -> dict[str, Any]:
     ("base", "change"), [(base, change) for base, changes in CHANGES.items() for change in changes]
 )
 def test_a_change_in_the_same_folder_gives_the_bytes_of_a_new_one(
-    base: str,
-    change: str,
-    folder: Path,
-    base_runs: dict[str, Path],
-    make_job: MakeJob,
-    tmp_path: Path,
+    base: str, change: str, folder: Path, make_job: MakeJob, tmp_path: Path
 ) -> None:
-    if base not in base_runs:
-        run_job(job_of(base, folder, make_job), folder / base, quiet)
-        base_runs[base] = folder / base
-    shutil.copytree(base_runs[base], tmp_path / "same")
+    shutil.copytree(finished(base, folder, make_job), tmp_path / "same")
     job = job_of(base, folder, make_job, *settings(change, folder))
     reports = [run_job(job, tmp_path / name, quiet) for name in ("same", "new")]
     assert made(tmp_path / "same") == made(tmp_path / "new")
@@ -334,9 +324,9 @@ RUN_AGAIN: dict[str, set[str]] = {
 
 @pytest.mark.parametrize("change", RUN_AGAIN)
 def test_what_runs_again_after_a_change(
-    change: str, make_model: MakeModel, make_job: MakeJob, folder: Path, tmp_path: Path
+    change: str, make_job: MakeJob, folder: Path, tmp_path: Path
 ) -> None:
-    run_job(job_of("recover", folder, make_job), tmp_path / "run", quiet)
+    shutil.copytree(finished("recover", folder, make_job), tmp_path / "run")
     before = sum(event["event"] == "task-done" for event in read_events(tmp_path / "run"))
     words = ["recover=null"] if change == "recover=" else [change]
     run_job(job_of("recover", folder, make_job, *words), tmp_path / "run", quiet)

@@ -70,7 +70,7 @@ def streamed_logits(folder: Path) -> torch.Tensor:
 
 
 @pytest.mark.usefixtures("by_hand")
-@pytest.mark.parametrize("model_type", some(prunable(), "llama", "gemma2"))
+@pytest.mark.parametrize("model_type", some(prunable(), "gemma2"))
 @pytest.mark.parametrize("drift", [0.0, 0.5])
 def test_remote_code_padded_and_own_models_agree(
     drift: float, model_type: str, make_model: MakeModel, make_job: MakeJob, tmp_path: Path
@@ -158,7 +158,7 @@ def test_neither_stock_classes_nor_a_second_run_take_layers_of_different_sizes(
 CURVES = {"per_layer": True, "allocation": {"name": "curves", "levels": 6, "samples": 2}}
 
 
-@pytest.mark.parametrize("propagation", ["pruned", "dense", "refit"])
+@pytest.mark.parametrize("propagation", some(["pruned", "dense", "refit"], "dense"))
 def test_curves_meet_the_budget_to_one_step(
     propagation: str, make_model: MakeModel, make_job: MakeJob, tmp_path: Path
 ) -> None:
@@ -212,7 +212,7 @@ def test_search_is_never_worse_than_curves_and_goes_on_where_it_was_cut_off(
             assert file.read_bytes() == (tmp_path / "cut" / "model" / file.name).read_bytes()
 
 
-@pytest.mark.parametrize("method", ["numerical", "flap"])
+@pytest.mark.parametrize("method", some(["numerical", "flap"], "numerical"))
 def test_one_threshold_for_all_layers(
     method: str, make_model: MakeModel, make_job: MakeJob, tmp_path: Path
 ) -> None:

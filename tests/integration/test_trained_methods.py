@@ -17,12 +17,12 @@ from rayprune.workers.store.files import MANIFEST_NAME, read_manifest
 from rayprune.workers.store.layout import regularised_task, selection_task, task_folder
 from rayprune.workers.store.training_stage import read_log
 from tests.conftest import MakeJob, MakeModel, folder_bytes
-from tests.helpers import quiet
+from tests.helpers import quiet, some
 
 TRAINING = {"epochs": 1, "batch": 4, "learning_rate": 1e-3, "checkpoint_steps": 2}
 
 
-@pytest.mark.parametrize("mask", ["random", "stat"])
+@pytest.mark.parametrize("mask", some(["random", "stat"], "random"))
 def test_dress_trains_with_a_penalty_on_its_mask_and_cuts_exactly_that(
     mask: str, make_model: MakeModel, make_job: MakeJob, tmp_path: Path
 ) -> None:
@@ -54,6 +54,7 @@ def test_dress_trains_with_a_penalty_on_its_mask_and_cuts_exactly_that(
     verify_run(tmp_path / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["llama", "gemma2"])  # without masks and with them
 def test_dress_trains_every_layer_alone(
     model_type: str, make_model: MakeModel, make_job: MakeJob, tmp_path: Path
@@ -100,7 +101,7 @@ def test_dress_trains_every_layer_alone(
     assert folder_bytes(tmp_path / "cut" / "model") == folder_bytes(tmp_path / "run" / "model")
 
 
-@pytest.mark.parametrize("transfer", ["shrink", "penalty"])
+@pytest.mark.parametrize("transfer", some(["shrink", "penalty"], "shrink"))
 def test_trsp_removes_the_layers_that_its_gates_choose(
     transfer: str, make_model: MakeModel, make_job: MakeJob, tmp_path: Path
 ) -> None:
@@ -150,11 +151,14 @@ def test_trsp_removes_the_layers_that_its_gates_choose(
 
 @pytest.mark.parametrize(
     "options",
-    [
-        {"loss": "lm"},
+    some(
+        [
+            {"loss": "lm"},
+            {"loss": "distillation"},
+            {"lora": {"rank": 4}, "learning_rate": 1e-2, "dtype": "bfloat16"},
+        ],
         {"loss": "distillation"},
-        {"lora": {"rank": 4}, "learning_rate": 1e-2, "dtype": "bfloat16"},
-    ],
+    ),
 )
 def test_recovery_trains_the_pruned_model(
     options: dict[str, Any],
@@ -212,6 +216,7 @@ def test_recovery_may_be_added_and_changed_afterwards(
     assert losses[0][-1] < losses[1][-1]
 
 
+@pytest.mark.slow
 def test_a_recovery_that_cannot_be_repeated_keeps_the_one_before(
     make_model: MakeModel, make_job: MakeJob, tmp_path: Path
 ) -> None:
@@ -230,6 +235,7 @@ def test_a_recovery_that_cannot_be_repeated_keeps_the_one_before(
     assert not (run / "report.json").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_off_in_training_ends_with_the_same_bytes(
     make_model: MakeModel, make_job: MakeJob, tmp_path: Path
 ) -> None:

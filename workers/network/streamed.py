@@ -20,6 +20,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import AutoConfig
+from transformers.initialization import no_init_weights
 
 from rayprune.specs.errors import ModelError
 from rayprune.workers.model.checkpoint import Checkpoint, TensorInfo
@@ -203,7 +204,8 @@ def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     size; never code of the folder.
     """
     sizes = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
-    with init_empty_weights(include_buffers=False):
+    # buffers hold their values from the start; what parameters would start from is never read
+    with init_empty_weights(include_buffers=False), no_init_weights():
         if (code := checkpoint.model.code) is None:
             stock = getattr(transformers, checkpoint.model.auto_class)
             return stock.from_config(sizes, dtype=dtype, trust_remote_code=False)
