@@ -74,9 +74,9 @@ class Steps:
         """`Checking.how_computed`."""
         return self._submit("how_computed")
 
-    def digests(self, owned: tuple[int, int]) -> Call[None]:
+    def digests(self, model: str, owned: tuple[int, int]) -> Call[None]:
         """`Checking.digests`."""
-        return self._submit("digests", owned)
+        return self._submit("digests", model, owned)
 
     def check_head(self) -> Call[None]:
         """`Checking.check_head`."""
