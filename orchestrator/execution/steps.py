@@ -138,6 +138,10 @@ class Steps:
         """`Streaming.flow`."""
         return self._submit("flow", chunk, number, wanted, saved, before)
 
+    def remove_damaged(self, folder: str, owned: tuple[int, int]) -> Call[None]:
+        """`Streaming.remove_damaged`."""
+        return self._submit("remove_damaged", folder, owned)
+
     def keep_statistics(self, layer: int, task: Task, groups: Sequence[str]) -> Call[None]:
         """`Streaming.keep_statistics`."""
         return self._submit("keep_statistics", layer, task, groups)

@@ -147,9 +147,7 @@ def link_file(source: Path, path: Path) -> None:
 
 
 def write_tensors(
-    path: Path,
-    tensors: "Mapping[str, Tensor]",
-    about: Mapping[str, str] = MappingProxyType({}),
+    path: Path, tensors: "Mapping[str, Tensor]", about: Mapping[str, str] = MappingProxyType({})
 ) -> None:
     """Write a safetensors file atomically, with bytes that depend on the tensors (and on `about`,
     words for its header) alone, readable as the umask allows.

@@ -1,5 +1,5 @@
-"""Lines of JSON that were written one by one, and may be torn by a crash or by others: what is not of
-the kind is passed over. No torch.
+"""Logs of JSON lines, which a crash may tear and others may write to: a line that is not of the
+kind is passed over. No torch.
 """
 
 import json

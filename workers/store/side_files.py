@@ -27,9 +27,7 @@ def side_files(source: Path, patterns: Sequence[str]) -> list[Path]:
     """
     found = {file for pattern in patterns for file in source.glob(pattern)}
     return sorted(
-        within(source, file)
-        for file in found
-        if file.is_file() and file.suffix not in NEVER_COPIED
+        within(source, file) for file in found if file.is_file() and file.suffix not in NEVER_COPIED
     )
 
 
