@@ -21,7 +21,6 @@ from rayprune.workers.store.files import (
     read_manifest,
 )
 
-
 ABANDONED_SECONDS = 86_400.0
 """Nobody takes so long to put an entry down: one that is unfinished after a day was killed."""
 
