@@ -6,10 +6,13 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-Amount = Annotated[FiniteFloat, Field(ge=0)]
-"""A finite number, not negative."""
+LARGEST = 1e100
+"""Nothing that is measured is larger; sums and differences of what is smaller are finite."""
+Number = Annotated[float, Field(ge=-LARGEST, le=LARGEST, allow_inf_nan=False)]
+Amount = Annotated[float, Field(ge=0, le=LARGEST, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class Line(BaseModel):
@@ -22,22 +25,22 @@ class EventLine(Line):
     """A line of events.jsonl."""
 
     event: str
-    time: FiniteFloat
+    time: Number
     """Seconds since 1970."""
     elapsed: Amount = 0.0
     """Seconds since the attempt began, by a clock that is never set."""
     stage: str = ""
-    peak_memory_bytes: dict[str, Amount] = {}
+    peak_memory_bytes: dict[str, Count] = {}
 
 
 class TrainingLine(Line):
-    """A line of training.jsonl; every term of the loss is a finite number too."""
+    """A line of training.jsonl; every term of the loss is a number too."""
 
-    __pydantic_extra__: dict[str, FiniteFloat]
-    step: Annotated[int, Field(ge=0)]
-    of: Annotated[int, Field(ge=0)]
-    loss: FiniteFloat
-    gradient_norm: FiniteFloat
+    __pydantic_extra__: dict[str, Number]
+    step: Count
+    of: Count
+    loss: Number
+    gradient_norm: Number
     tokens_per_second: Amount
 
 

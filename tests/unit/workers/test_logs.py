@@ -31,11 +31,13 @@ ODD_EVENTS = [
     {"time": float("inf")},
     {"time": True},
     {"time": 10**400},
+    {"time": 1e308},
     {"elapsed": -1.0},
     {"stage": 7},
     {"peak_memory_bytes": [1]},
     {"peak_memory_bytes": {"driver": "much"}},
     {"peak_memory_bytes": {"driver": -1}},
+    {"peak_memory_bytes": {"driver": 1.5}},
 ]
 ODD_STEPS = [
     {"step": -1},
@@ -43,6 +45,7 @@ ODD_STEPS = [
     {"step": "0"},
     {"loss": float("nan")},
     {"loss": None},
+    {"loss": 1e308},
     {"lm": "low"},
     {"<script>": {}},
     {"tokens_per_second": -1.0},
