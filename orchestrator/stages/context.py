@@ -166,6 +166,7 @@ class Context:
         elif damaged := self._damaged(task, manifest):
             self.emit("task-damaged", task=name, files=damaged)
             forget_report(self.folder.path)
+            (task.folder / MANIFEST_NAME).unlink(missing_ok=True)
             manifest = None
         if manifest:
             return manifest
@@ -179,8 +180,7 @@ class Context:
     def _damaged(task: Task, manifest: Manifest | None) -> list[str]:
         """What of a task is not as it was written."""
         if manifest is None:
-            path = task.folder / MANIFEST_NAME
-            return [MANIFEST_NAME] if path.exists() else []
+            return [MANIFEST_NAME] if (task.folder / MANIFEST_NAME).is_file() else []
         return damaged_files(task.folder, manifest)
 
     def once(

@@ -59,8 +59,9 @@ def test_finished(name: str, context: Context, events: list[dict[str, Any]]) -> 
     assert done.info == {"n": 1}
     for damage in DAMAGES.values():
         damage(task)
-        assert context.finished(task) is None
-        (damaged,) = events
+        for _ in range(2):
+            assert context.finished(task) is None
+        (damaged,) = events  # told once
         assert (damaged["event"], damaged["task"]) == ("task-damaged", context.scope.task(name))
         events.clear()
         finish(task)
