@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rayprune.orchestrator.execution.records import read_sealed_report
+from rayprune.orchestrator.execution.records import planned_tasks, read_sealed_report
 from rayprune.specs.errors import SpecError, VerificationError
 from rayprune.workers.store.files import (
     MANIFEST_NAME,
@@ -49,6 +49,8 @@ def verify_run(run: Path) -> list[str]:
         name: _whole(task_folder(run, name), name, digest)
         for name, digest in report["records"]["tasks"].items()
     }
+    if missing := [name for name in planned_tasks(run) if name not in found]:
+        raise VerificationError(f"{run}: task {missing[0]} is not finished; run the job again")
     for name in found:
         _check_strays(task_folder(run, name), name, found[name])
     _check_parts(run, found)
