@@ -26,8 +26,11 @@ import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.random_model import SIZES, byte_tokenizer
+from rayprune.orchestrator.execution.records import records, sealed
+from rayprune.orchestrator.execution.run_folder import REPORT_FILE
 from rayprune.workers.model.families import family_named
 from rayprune.workers.model.families.decoder import Decoder, Keys
+from rayprune.workers.store.files import MANIFEST_NAME
 
 torch.set_num_threads(1)
 
@@ -183,6 +186,28 @@ def edit_json(path: Path, **changes: Any) -> None:
         if entry is not None
     }
     path.write_text(json.dumps(value))
+
+
+def edit_manifest(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    """Change a task's manifest as somebody would who knows how it is written."""
+    path = folder / MANIFEST_NAME
+    value = json.loads(path.read_text())
+    edit(value)
+    path.write_text(json.dumps(sealed(value)))
+
+
+def seal_report(run: Path) -> None:
+    """Write the report anew over whatever the run folder holds."""
+    path = run / REPORT_FILE
+    path.write_text(json.dumps(sealed(json.loads(path.read_text()) | {"records": records(run)})))
+
+
+def flip_bit(file: Path, place: int = -3) -> None:
+    """Damage a file; other names of it keep what they have."""
+    data = bytearray(file.read_bytes())
+    data[place] ^= 1
+    file.unlink()
+    file.write_bytes(data)
 
 
 def folder_bytes(folder: Path) -> dict[str, bytes]:

@@ -47,8 +47,8 @@ class Worker:
         }
 
     def run(self, name: str, *arguments: Any) -> tuple[Receipt, Any]:
-        """Do a step; its receipt, with the seconds it took and the worker's peak memory (bytes, by
-        kind), and its payload. No free memory is kept behind it.
+        """Do a step; its receipt, with the seconds it took, the worker's peak memory (bytes, by
+        kind) and its warnings, and its payload. No free memory is kept behind it.
 
         Raises:
             ResourceError: memory has run out.
@@ -60,5 +60,7 @@ class Worker:
         facts = {
             "seconds": time.perf_counter() - start,
             "peak_memory_bytes": self._bench.peak_memory_bytes(),
+            "warned": self._bench.warnings.copy(),
         }
+        self._bench.warnings.clear()
         return receipt | facts, payload

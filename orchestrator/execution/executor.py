@@ -47,6 +47,7 @@ class Executor(ABC):
         self._has_said = ""
         self.peak_memory_bytes: dict[str, int] = {}
         self.step_seconds: dict[str, float] = {}
+        self._warned: list[str] = []
 
     def __enter__(self) -> Self:
         return self
@@ -99,7 +100,13 @@ class Executor(ABC):
             self.step_seconds[call.step] = (
                 self.step_seconds.get(call.step, 0.0) + receipt["seconds"]
             )
+            self._warned += receipt["warned"]
         return receipts
+
+    def warned(self) -> list[str]:
+        """What workers had to tell since this was last asked."""
+        told, self._warned = list(dict.fromkeys(self._warned)), []
+        return told
 
     def use_model(self, path: Path, scope: str) -> None:
         """Go on with this model and in this scope; workers start anew if one is another."""

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rayprune.orchestrator.reporting.tables import printable
+from rayprune.specs.errors import printable
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from rich.progress import (
 from rich.table import Table
 
 from rayprune.orchestrator.reporting.events import brief, plain_line
-from rayprune.orchestrator.reporting.tables import Part, printable
+from rayprune.orchestrator.reporting.tables import Part
+from rayprune.specs.errors import printable
 
 
 def write_nowhere() -> None:
@@ -82,13 +83,13 @@ class ProgressView:
         match event["event"]:
             case "stage-started":
                 self._task = self._progress.add_task(
-                    event["stage"], total=event.get("steps"), note=""
+                    escape(printable(event["stage"])), total=event.get("steps"), note=""
                 )
             case "step-finished" | "task-found" if self._task is not None:
                 self._progress.update(
                     self._task,
                     advance=1,
-                    note=f"{event.get('seconds', 0):.1f} s/step, {brief(event)}",
+                    note=escape(printable(f"{event.get('seconds', 0):.1f} s/step, {brief(event)}")),
                 )
             case "stage-finished" if self._task is not None:
                 self._progress.update(

@@ -112,6 +112,15 @@ class Training(_Facts):
     tokens_per_second: float
 
 
+class Records(_Facts):
+    """SHA-256 digests of what the report stands on, for `rayprune verify`."""
+
+    tasks: dict[str, str]
+    """Of the manifest of every task, by name."""
+    files: dict[str, str]
+    """Of the files beside report.json."""
+
+
 class Report(_Facts):
     """The report of a finished run."""
 
@@ -147,6 +156,8 @@ class Report(_Facts):
     """Private memory by process, over all attempts."""
     training: dict[str, Training]
     layers: tuple[LayerReport, ...]
+    records: Records | None = None
+    """Null before the report is written, and in reports of the first versions."""
 
     @property
     def model(self) -> Path:

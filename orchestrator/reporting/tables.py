@@ -29,13 +29,6 @@ def text(value: object) -> str:
     return escape(str(value))
 
 
-def printable(line: str) -> str:
-    """A line without what a terminal would obey instead of showing: names come from files."""
-    return "".join(
-        letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in line
-    )
-
-
 def html_table(
     label: str, style: str, columns: Iterable[str], rows: Iterable[Sequence[object]]
 ) -> str:

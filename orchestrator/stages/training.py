@@ -232,6 +232,8 @@ def _commit(context: Context, task: Task, stage: Finetune) -> None:
         files += _files_in(task.folder / TRAINED_FOLDER)
     facts: dict[str, Any] = read_json(task.folder / RESULT_FILE)
     result = {"gates": facts.pop("gates", None)}
+    for text in facts.pop("warnings"):
+        context.emit("warning", text=text)
     facts["peak_memory_bytes"] = {
         f"rank-0{kind}": peak for kind, peak in facts["peak_memory_bytes"].items()
     }

@@ -1,8 +1,11 @@
 """Steps that check what a run stands on and what it has written."""
 
+from pathlib import Path
+
 import torch
 
 from rayprune.specs.errors import ModelError
+from rayprune.workers.model.checkpoint import open_checkpoint
 from rayprune.workers.network.load_check import check_loads
 from rayprune.workers.network.reading import digest_of, read_tensors
 from rayprune.workers.network.streamed import computed_on
@@ -30,11 +33,11 @@ class Checking:
         return {"computed_on": computed_on(self._bench.device, self._bench.dtype)}, None
 
     @step
-    def digests(self, owned: tuple[int, int]) -> tuple[Receipt, None]:
-        """SHA-256 of some parts of the model: of what is outside its layers (0), and of layer n - 1
-        (n).
+    def digests(self, model: str, owned: tuple[int, int]) -> tuple[Receipt, None]:
+        """SHA-256 of some parts of a model folder: of what is outside its layers (0), and of layer
+        n - 1 (n).
         """
-        checkpoint = self._bench.checkpoint
+        checkpoint = open_checkpoint(Path(model))
         found = [
             digest_of(
                 checkpoint, checkpoint.layer_tensors(n - 1) if n else checkpoint.outer_tensors

@@ -60,6 +60,7 @@ def finetune(stage: Finetune, ranks: Ranks) -> None:
     training.run()
     result: dict[str, Any] = {
         "steps": training.steps,
+        "warnings": training.warnings,
         "state_bytes": state_bytes(training),
         "peak_memory_bytes": peak_memory_bytes(peak, ranks.device),
     }

@@ -56,6 +56,7 @@ def make_report(num_layers: int = 4) -> dict[str, Any]:
         "layers": [
             {"layer": number, "groups": copy.deepcopy(groups)} for number in range(num_layers)
         ],
+        "records": {"tasks": {"outer": "0c" * 32}, "files": {"plan.json": "1d" * 32}},
     }
 
 

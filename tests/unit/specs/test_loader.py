@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from rayprune.specs.errors import SpecError
+from rayprune.specs.errors import SpecError, printable
 from rayprune.specs.job import JobSpec
 from rayprune.specs.loader import differing_fields, dump_job, load_job
 
@@ -479,7 +479,7 @@ def test_overrides_reach_into_a_section_that_is_written_as_a_name(load: Load) ->
     ],
 )
 def test_wrong_override_is_named(refuse: Refuse, override: str, message: str) -> None:
-    assert refuse("evaluation: null", override) == [f"--set {override}: {message}"]
+    assert refuse("evaluation: null", override) == [f"--set {printable(override)}: {message}"]
 
 
 # --- paths ---
