@@ -9,8 +9,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from rayprune.specs.errors import ModelError
-from rayprune.workers.model.checkpoint import Checkpoint, TensorInfo
+from rayprune.workers.model.checkpoint import Checkpoint
 from rayprune.workers.model.description import Consumer
+from rayprune.workers.model.folder import TensorInfo
 
 
 def read_tensors(

@@ -22,8 +22,9 @@ from torch.utils.hooks import RemovableHandle
 from transformers import AutoConfig
 
 from rayprune.specs.errors import ModelError
-from rayprune.workers.model.checkpoint import Checkpoint, TensorInfo
+from rayprune.workers.model.checkpoint import Checkpoint
 from rayprune.workers.model.description import Model, RemoteCode
+from rayprune.workers.model.folder import TensorInfo
 from rayprune.workers.network.mapped import placed
 from rayprune.workers.network.reading import layer_tensors, read_tensors
 
