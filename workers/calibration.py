@@ -10,7 +10,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rayprune.specs.errors import ModelError, SpecError
 from rayprune.specs.job import CalibrationSpec, EvaluationSpec, TextSpec
+from rayprune.workers.stock import stock_config
 from rayprune.workers.texts.reading import TextFacts, read_tokens
+from rayprune.workers.texts.tokenizer import fast_encoder
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,11 @@ def load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
     """The model's own tokenizer, from its folder alone.
 
     Raises:
-        ModelError: the folder has none.
+        ModelError: the folder has none, its packages are missing, or its config is wrong.
     """
+    if (model / "config.json").exists():
+        stock_config(model)  # the tokenizer reads it too, and would be blamed for it
+    fast_encoder(model)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             model, trust_remote_code=False, local_files_only=True

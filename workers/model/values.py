@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from rayprune.workers.model.config import Config
 
 ACTIVATIONS = frozenset(
-    [
+    {
         "gelu",
         "gelu_10",
         "gelu_accurate",
@@ -33,7 +33,7 @@ ACTIVATIONS = frozenset(
         "swish",
         "tanh",
         "xielu",
-    ]
+    }
 )
 """Names that transformers knows, so that no transformers has to be imported to check one."""
 ROPE_TYPES = frozenset(("default", *"linear dynamic yarn longrope llama3 proportional".split()))  # noqa: SIM905

@@ -8,13 +8,8 @@ from rayprune.workers.calibration import ReadText, load_tokenizer, read_calibrat
 from rayprune.workers.steps.step import Receipt, step
 from rayprune.workers.store.files import Task, commit, write_tensors
 from rayprune.workers.store.layout import CALIBRATION_TASK, TOKENS_FILE
-from rayprune.workers.texts.checks import (
-    check_apart,
-    check_known,
-    check_positions,
-    check_varied,
-    embedding_rows,
-)
+from rayprune.workers.texts.checks import check_apart, check_known, check_varied
+from rayprune.workers.texts.limits import check_positions, embedding_rows
 from rayprune.workers.workbench import Workbench
 
 
