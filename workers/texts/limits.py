@@ -5,12 +5,60 @@ from collections import Counter
 from collections.abc import Sequence
 
 from rayprune.specs.errors import ModelError, RaypruneError, SpecError
-from rayprune.specs.job import TextSpec
+from rayprune.specs.job import CalibrationSpec, EvaluationSpec, TextSpec
 from rayprune.workers.model.checkpoint import Checkpoint
 from rayprune.workers.texts.reading import TextFacts
 
 MUCH_OF_ONE, ALL_OF_ONE = 0.5, 0.98
 """Parts of a text that may be one and the same token: with more, a warning, an error."""
+
+
+def windows_of_texts(spec: CalibrationSpec) -> list[tuple[TextSpec, int]]:
+    """The calibration texts, with how many windows are taken from each.
+
+    Raises:
+        SpecError: a text's weight is too small for a single window.
+    """
+    texts: list[TextSpec] = [spec, *spec.mix]
+    counts = shares(spec.samples, [1.0, *(text.weight for text in spec.mix)])
+    for text, count in zip(texts, counts, strict=True):
+        if count == 0:
+            raise SpecError(
+                f"{text.path}: its weight gives it none of the {spec.samples} samples; raise the"
+                " weight or calibration.samples"
+            )
+    return list(zip(texts, counts, strict=True))
+
+
+def shares(total: int, weights: Sequence[float]) -> list[int]:
+    """`total` things in proportion to weights, whole ones: the largest remainders round up, ties
+    the earlier first.
+    """
+    exact = [total * weight / sum(weights) for weight in weights]
+    counts = [int(share) for share in exact]
+    by_remainder = sorted(
+        range(len(weights)), key=lambda number: (counts[number] - exact[number], number)
+    )
+    for number in by_remainder[: total - sum(counts)]:
+        counts[number] += 1
+    return counts
+
+
+def too_few_samples(spec: TextSpec, samples: int, length: int, found: int) -> SpecError:
+    """The error of a text that has fewer tokens than so many windows need."""
+    return SpecError(
+        f"{spec.path}: too short: {samples} samples of {length} tokens need"
+        f" {samples * length} tokens, the text has {found}; give a longer text,"
+        " or lower calibration.samples or calibration.sequence_length"
+    )
+
+
+def no_window(spec: EvaluationSpec, found: int) -> SpecError:
+    """The error of an evaluation text that is shorter than one window."""
+    return SpecError(
+        f"{spec.path}: too short: one window needs {spec.window} tokens, the text has"
+        f" {found}; lower evaluation.window"
+    )
 
 
 def embedding_rows(checkpoint: Checkpoint) -> int | None:

@@ -14,10 +14,10 @@ from rayprune.workers.calibration import (
     calibration_windows,
     evaluation_windows,
     load_tokenizer,
-    shares,
     tokenize,
 )
 from rayprune.workers.texts.checks import check_apart, shared_fraction
+from rayprune.workers.texts.limits import shares
 from tests.conftest import build_model
 
 
