@@ -59,9 +59,9 @@ def test_bad_option(
 
 @pytest.mark.parametrize(
     ("path", "words"),
-    [("/nowhere.txt", "cannot be read"), (None, "stand in the windows for calibration")],
+    [("/nowhere.txt", "cannot be read"), (None, "is read for calibration or training too")],
 )
-def test_an_evaluation_text_that_will_not_do_is_found_before_any_layer(
+def test_an_evaluation_text_that_will_not_do_is_found_before_the_run_folder_is_made(
     path: str | None,
     words: str,
     make_model: MakeModel,
@@ -75,6 +75,19 @@ def test_an_evaluation_text_that_will_not_do_is_found_before_any_layer(
     )
     message = fails(["run", str(job), "--out", str(tmp_path / "run")], 2, capsys)
     assert words in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_copy_of_the_calibration_text_is_found_before_any_layer(
+    make_model: MakeModel, make_job: MakeJob, text_file: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    (tmp_path / "copy.txt").write_bytes(text_file.read_bytes())
+    job = make_job(
+        make_model(),
+        evaluation={"path": str(tmp_path / "copy.txt"), "window": 8, "max_windows": 99},
+    )
+    message = fails(["run", str(job), "--out", str(tmp_path / "run")], 2, capsys)
+    assert "stand in the windows for calibration" in message
     assert {folder.name for folder in (tmp_path / "run" / "tasks").iterdir()} == {
         "calibration-tokens"
     }

@@ -133,7 +133,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     model = family_of(config).describe(config)
     if model.not_pruned:
         raise ModelError(
-            f"model_type {config.model_type!r} can be planned but not pruned: {model.not_pruned};"
+            f"{path}: model_type {config.model_type!r} can be planned but not pruned:"
+            f" {model.not_pruned};"
             f" supported are {', '.join(prunable())}"
         )
     digest = hashlib.sha256(json.dumps(config.raw, sort_keys=True).encode())

@@ -28,11 +28,13 @@ class Config:
         """The key that names the family."""
         return str(self.raw.get("model_type"))
 
-    def wrong(self, key: str, wanted: str, value: object = None) -> ModelError:
+    def wrong(
+        self, key: str, wanted: str, value: object = None, remedy: str = "correct it"
+    ) -> ModelError:
         """The error of a value that is not as it must be."""
         found = repr(self.raw.get(key) if value is None else value)
         found = found if len(found) <= 80 else f"{found[:77]}..."
-        return ModelError(f"{self.file}: {key} must be {wanted}, found {found}")
+        return ModelError(f"{self.file}: {key} must be {wanted}, found {found}; {remedy}")
 
     def integer(self, key: str, default: int | None = None, most: int = MOST) -> int:
         """A positive integer of at most `most`.

@@ -37,6 +37,12 @@ ACTIVATIONS = frozenset(
 )
 """Names that transformers knows, so that no transformers has to be imported to check one."""
 ROPE_TYPES = frozenset(("default", *"linear dynamic yarn longrope llama3 proportional".split()))  # noqa: SIM905
+_ROPE_NEEDS = {
+    **dict.fromkeys(("linear", "dynamic", "yarn"), ("factor",)),
+    "longrope": ("short_factor", "long_factor"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
+_LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
 _ROPE_ALIASES = {"su"}
 """Old names that config classes translate."""
 _ACTIVATION_KEYS = ("hidden_act", "hidden_activation", "activation_function")
@@ -85,9 +91,28 @@ def check_values(config: Config) -> None:
         _check_rope(config, key, config.raw.get(key))
     for key in ("attn_implementation", "_attn_implementation"):
         if config.raw.get(key) not in _COMPUTED:
-            raise config.wrong(key, "eager or sdpa; remove it: the loader chooses by itself")
+            raise config.wrong(
+                key, "eager or sdpa", remedy="remove it, the loader chooses by itself"
+            )
     if config.raw.get("transformers_weights") is not None:
-        raise config.wrong("transformers_weights", "left out; name the file model.safetensors")
+        raise config.wrong(
+            "transformers_weights", "left out", remedy="name the file model.safetensors"
+        )
+
+
+def check_layer_types(config: Config, count: int) -> None:
+    """Check the list of what kind of attention every layer has.
+
+    Raises:
+        ModelError: it has not one known entry for each layer.
+    """
+    given = config.raw.get("layer_types")
+    if given is None:
+        return
+    if not isinstance(given, list) or len(given) != count:
+        raise config.wrong("layer_types", f"a list with an entry for each of {count} layers")
+    if unknown := [kind for kind in given if kind not in _LAYER_TYPES]:
+        raise config.wrong("layer_types", f"a list of {', '.join(_LAYER_TYPES)}", unknown[0])
 
 
 def check_padding(config: Config, vocabulary: int) -> None:
@@ -98,9 +123,7 @@ def check_padding(config: Config, vocabulary: int) -> None:
     """
     token = config.raw.get("pad_token_id")
     if token is not None and not (type(token) is int and -vocabulary <= token < vocabulary):
-        raise config.wrong(
-            "pad_token_id", f"null or a token below vocab_size ({vocabulary}); correct it there"
-        )
+        raise config.wrong("pad_token_id", f"null or a token below vocab_size ({vocabulary})")
 
 
 def _check_class(config: Config) -> None:
@@ -110,8 +133,8 @@ def _check_class(config: Config) -> None:
     if any(_OTHER_HEAD.search(name) for name in names):
         raise config.wrong(
             "architectures",
-            "a causal language model: the head of another one would be lost; prune the model that"
-            " it was made from",
+            "those of a causal language model",
+            remedy="the head of another one would be lost: prune the model that it was made from",
         )
 
 
@@ -139,6 +162,9 @@ def _check_rope(config: Config, key: str, value: object) -> None:
         return
     if unknown := [kind for kind in kinds if kind not in [*ROPE_TYPES, *_ROPE_ALIASES]]:
         raise config.wrong(key, f"of a rope_type of {', '.join(sorted(ROPE_TYPES))}", unknown[0])
+    for kind in kinds:
+        if lacks := [name for name in _ROPE_NEEDS.get(str(kind), ()) if value.get(name) is None]:
+            raise config.wrong(key, f"a mapping with {lacks[0]} for rope_type {kind}", dict(value))
     inside = Config(value, f"{config.file}: {key}")
     for name in ("rope_theta", "factor"):
         _number(inside, name, lambda number: number > 0, "a number above 0")

@@ -25,7 +25,7 @@ from rayprune.workers.model.description import (
 from rayprune.workers.model.families.family import MOST_LAYERS, Family
 from rayprune.workers.model.form import Form
 from rayprune.workers.model.sized_layers import sized_layers
-from rayprune.workers.model.values import check_padding, check_values
+from rayprune.workers.model.values import check_layer_types, check_padding, check_values
 
 ROTARY = (".rotary_emb.inv_freq",)
 """Buffers in old files."""
@@ -199,6 +199,7 @@ class Decoder(Family):
         if problem := self.check(config):
             raise ModelError(f"{config.file}: {problem}")
         check_values(config)
+        check_layer_types(config, self.count_layers(config))
         count = self.count_layers(config)
         layers = (self._layer(config),) * count
         if config.layers_differ:
