@@ -6,7 +6,7 @@ import shutil
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import requires
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -157,12 +157,12 @@ def check_packages(job: JobSpec) -> None:
     Raises:
         ResourceError: a package is not installed.
     """
-    missing = []
+    needed: list[str] = []
     if job.trains_on_ranks and job.cluster.executor == "ray":
-        missing += [name for name in _needs_of_ray_train() if not _is_installed(name)]
-    if job.recover and job.recover.lora and find_spec("peft") is None:
-        missing.append("peft")
-    if missing:
+        needed += _needs_of_ray_train()
+    if job.recover and job.recover.lora:
+        needed.append("peft")
+    if missing := [name for name in needed if find_spec(name) is None]:
         raise ResourceError(
             f"packages for training are missing ({', '.join(missing)}); install rayprune with its"
             " extra: pip install 'rayprune[train]'"
@@ -170,18 +170,10 @@ def check_packages(job: JobSpec) -> None:
 
 
 def _needs_of_ray_train() -> list[str]:
-    """Packages of Ray's own extra, by name; Ray is not imported for it."""
+    """Packages of Ray's own extra, whose modules have their names; Ray is not imported for it."""
     needs = [Requirement(line) for line in requires("ray") or []]
     extra = {"extra": "train"}
     return [need.name for need in needs if need.marker and need.marker.evaluate(extra)]
-
-
-def _is_installed(name: str) -> bool:
-    try:
-        version(name)
-    except PackageNotFoundError:
-        return False
-    return True
 
 
 def check_disk(out: Path, plan: Plan) -> None:

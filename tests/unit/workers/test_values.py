@@ -139,7 +139,7 @@ def test_many_experts_do_not_hang(tmp_path: Path) -> None:
         "num_local_experts": 16000,
     }
     (tmp_path / "config.json").write_text(json.dumps(mixtral))
-    with pytest.raises(ModelError, match="implies 768.* tensors in its layers"):
+    with pytest.raises(ModelError, match=r"implies 768.* tensors in its layers"):
         planned_checkpoint(tmp_path)
 
 
