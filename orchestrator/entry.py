@@ -108,12 +108,14 @@ def run(
         OSError: a file cannot be read or written.
     """
     from rayprune.orchestrator.execution.submit import refuse_lost_paths
-    from rayprune.orchestrator.run import run_job
 
     spec, folder, kept = _loaded(job), Path(out), Path(store) if store else None
     refuse_lost_paths(spec, folder, kept)
+    checked = check_job(spec, folder)
+    from rayprune.orchestrator.run import run_job  # torch, which takes seconds to import
+
     with _shown(progress) as show:
-        return run_job(spec, folder, show, redo_stale, kept)
+        return run_job(spec, folder, show, redo_stale, kept, checked)
 
 
 def _loaded(job: Job) -> JobSpec:

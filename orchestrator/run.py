@@ -16,7 +16,7 @@ from rayprune.orchestrator.execution.executor import Executor, InProcessExecutor
 from rayprune.orchestrator.execution.run_folder import RunFolder
 from rayprune.orchestrator.execution.task_store import TaskStore
 from rayprune.orchestrator.planning.plan import Plan, make_plan
-from rayprune.orchestrator.planning.preflight import check_job
+from rayprune.orchestrator.planning.preflight import Checked, check_job
 from rayprune.orchestrator.reporting.gather import write_report
 from rayprune.orchestrator.reporting.report import Report
 from rayprune.orchestrator.stages import (
@@ -40,17 +40,23 @@ Show = Callable[[dict[str, Any]], object]
 
 
 def run_job(
-    job: JobSpec, out: Path, show: Show, redo_stale: bool = False, store: Path | None = None
+    job: JobSpec,
+    out: Path,
+    show: Show,
+    redo_stale: bool = False,
+    store: Path | None = None,
+    checked: Checked | None = None,
 ) -> Report:
     """Run a job to its end, or go on where an earlier attempt stopped; returns the report.
 
     With `redo_stale`, what other software or another kind of device has made is done again. In a
-    `store` finished tasks of other runs are found, and those of this one kept.
+    `store` finished tasks of other runs are found, and those of this one kept. The job is checked
+    first, unless it is `checked`.
 
     Raises:
         RaypruneError: as its subclasses say; finished tasks are kept.
     """
-    checked = check_job(job, out)
+    checked = checked or check_job(job, out)
     checkpoint, plan = checked.checkpoint, checked.plan
     with ExitStack() as stack:
         folder = stack.enter_context(RunFolder(out, job, redo_stale))
