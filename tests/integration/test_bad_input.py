@@ -163,6 +163,19 @@ def test_bad_model(
     assert all(word in message for word in words), message
 
 
+def test_a_weight_too_large_for_the_exported_type_is_found_before_the_sweep(
+    make_model: MakeModel, make_job: MakeJob, tmp_path: Path, capsys: Capture
+) -> None:
+    model = make_model()
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.2.mlp.up_proj.weight"][0, 0] = 1e5
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    job = make_job(model, export={"dtype": "float16"}, budget={"kv_groups": 2})
+    message = fails(["run", str(job), "--out", str(tmp_path / "run")], 3, capsys)
+    assert "model.layers.2.mlp.up_proj.weight: 1e+05 is too large for float16; set" in message
+    assert not list((tmp_path / "run" / "tasks").glob("layer-*"))
+
+
 def test_poisoned_layer_keeps_the_finished_ones(
     make_model: MakeModel, make_job: MakeJob, tmp_path: Path, capsys: Capture
 ) -> None:

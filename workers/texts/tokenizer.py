@@ -18,8 +18,8 @@ _LINE_OF_TIKTOKEN = 80
 
 def has_template(model: Path) -> bool:
     """Whether the folder says how a chat is written."""
-    config = read_json(model / _CONFIG) if (model / _CONFIG).exists() else {}
-    return bool(config.get("chat_template")) or any((model / n).exists() for n in _TEMPLATES)
+    options = read_json(model / _CONFIG) if (model / _CONFIG).exists() else {}
+    return bool(options.get("chat_template")) or any((model / n).exists() for n in _TEMPLATES)
 
 
 def fast_encoder(model: Path) -> Encode | None:
