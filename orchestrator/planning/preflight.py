@@ -119,7 +119,7 @@ def _looked_at(
             f"{text.path}: holds chats, but the model has no chat template; put its"
             " chat_template.jinja into the model folder, or give plain text"
         )
-    check_ids(ids, embedding_rows(checkpoint), text.path, facts)
+    check_ids(ids[:needed], embedding_rows(checkpoint), text.path, facts)
     return ids, facts
 
 
