@@ -2,6 +2,7 @@
 `validate`, `plan` and `run` share it.
 """
 
+import os
 import shutil
 from collections import Counter
 from contextlib import suppress
@@ -180,9 +181,15 @@ def check_disk(out: Path, plan: Plan) -> None:
     """Miss room for the models and states that are yet to be written now, not after hours.
 
     Raises:
+        SpecError: nothing can be written there at all.
         ResourceError: there is less.
     """
-    there = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise SpecError(
+            f"{out}: cannot be used as the run folder: {there} is no folder that can be written"
+            " to; choose another --out"
+        )
     tasks = [need.task for need in plan.disk]
     finished = {task for task in tasks if read_manifest(task_folder(out, task))}
     needed, free = still_needed(plan.disk, finished), shutil.disk_usage(there).free

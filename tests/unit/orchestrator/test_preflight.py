@@ -50,7 +50,7 @@ def damaged_index(wrong: Wrong) -> None:
 
 
 def ids_beyond(wrong: Wrong) -> None:
-    np.save(wrong.folder / "ids.npy", np.arange(1000) % 270)
+    np.save(wrong.folder / "ids.npy", (np.arange(1000) + 200) % 270)
     wrong.texts(path=str(wrong.folder / "ids.npy"))
 
 
@@ -181,6 +181,16 @@ def test_a_sound_job_is_valid(wrong: Wrong, capsys: Capture) -> None:
         assert main(["validate", job, *options]) == 0
         assert capsys.readouterr().out.splitlines()[-1] == f"{job}: valid"
     assert not (wrong.folder / "runs").exists()
+
+
+@pytest.mark.parametrize("out", ["a.txt", "a.txt/run", "/proc/none/run"])
+def test_a_run_folder_that_cannot_be_is_refused(out: str, wrong: Wrong, capsys: Capture) -> None:
+    job = str(job_of(wrong))
+    for command in ("validate", "run"):
+        assert main([command, job, "--out", str(wrong.folder / out)]) in (2, 4)
+        message = capsys.readouterr().err
+        assert "choose another --out" in message
+        assert "Traceback" not in message
 
 
 def test_windows_beyond_the_positions(wrong: Wrong, capsys: Capture) -> None:
