@@ -152,7 +152,13 @@ def _parser() -> argparse.ArgumentParser:
         help="text whose parts the documents go on from; default: from nothing",
     )
     generate.set_defaults(command=_generate)
-    _job_command(commands, "validate", _validate, "check a job file")
+    validate = _job_command(
+        commands, "validate", _validate, "check a job, its model and its texts, before any work"
+    )
+    validate.add_argument("--out", type=Path, help="run folder whose disk is checked too")
+    validate.add_argument(
+        "--deep", action="store_true", help="tokenise all texts too, with the model's tokenizer"
+    )
     schema = commands.add_parser("schema", help="print the JSON schema of job files")
     schema.set_defaults(command=lambda _: print(job_schema_text(), end=""))
     for name, command, text in (
@@ -274,7 +280,8 @@ def _generate(options: argparse.Namespace) -> None:
 
 
 def _validate(options: argparse.Namespace) -> None:
-    _load(options)
+    for warning in rayprune.validate(_load(options), options.out, options.deep):
+        print(f"warning: {warning}")
     print(f"{options.job}: valid")
 
 

@@ -147,6 +147,7 @@ def make_job(tmp_path: Path, text_file: Path) -> MakeJob:
 def force_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Make plans keep things where the test says, not where the budget does."""
     from rayprune.orchestrator import run
+    from rayprune.orchestrator.planning import preflight
 
     planned = run.make_plan
 
@@ -156,6 +157,7 @@ def force_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             return replace(made, memory=replace(made.memory, **memory))
 
         monkeypatch.setattr(run, "make_plan", plan)
+        monkeypatch.setattr(preflight, "make_plan", plan)
 
     return force
 

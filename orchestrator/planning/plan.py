@@ -7,6 +7,7 @@ picks one before the sweep. Numbers come from `rayprune.orchestrator.planning.me
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -99,6 +100,8 @@ class Plan:
     calibration_tokens: int
     tokens_per_neuron: float
     corrects_drift: bool
+    notes: tuple[str, ...] = ()
+    """Warnings about model and texts, from checks before the run and in it."""
 
     @property
     def shape(self) -> Shape:
@@ -115,7 +118,7 @@ class Plan:
     def warnings(self) -> tuple[str, ...]:
         """What will harm the result, with numbers."""
         if self.tokens_per_neuron >= FEW_TOKENS:
-            return ()
+            return self.notes
         given, each = self.calibration_tokens, self.tokens_per_neuron
         return (
             (
@@ -123,7 +126,12 @@ class Plan:
                 f" corrections overfit; {math.ceil(given * FEW_TOKENS / each):,} tokens would do"
                 " (calibration.samples, calibration.sequence_length)"
             ),
+            *self.notes,
         )
+
+    def noting(self, warnings: Sequence[str]) -> "Plan":
+        """The plan with further warnings; each stands once."""
+        return replace(self, notes=tuple(dict.fromkeys((*self.notes, *warnings))))
 
     def pruned_groups(self, layer: int) -> list[str]:
         """Groups of a layer that lose units, in the order in which it computes them."""

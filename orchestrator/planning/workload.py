@@ -18,9 +18,10 @@ from rayprune.specs.memory import MemoryPlan
 from rayprune.specs.methods.options import DriveOut, MethodOptions, RankedGroup
 from rayprune.specs.training import TrainingSpec
 from rayprune.workers.machine.blocks import EVALUATED_AT_ONCE
-from rayprune.workers.model.checkpoint import PLANNED_BYTES, Checkpoint
+from rayprune.workers.model.checkpoint import Checkpoint
 from rayprune.workers.model.config import DTYPES
 from rayprune.workers.model.description import Group, Model
+from rayprune.workers.model.folder import PLANNED_BYTES
 from rayprune.workers.store.layout import RECOVER_TASK, REGULARISE_TASK, UPDATES_TASK
 from rayprune.workers.store.training_stage import saved_states
 

@@ -30,6 +30,18 @@ def evaluate(
     return results
 
 
+def doubts(losses: Mapping[str, Mapping[str, float]] | None) -> list[str]:
+    """Warnings about a recovery that ends where it should not."""
+    found = {name: values["perplexity"] for name, values in (losses or {}).items()}
+    if found.get("recovered", 0.0) <= found.get("after", 0.0):
+        return []
+    return [
+        f"recovery made the model worse: perplexity {found['after']:.4g} before it,"
+        f" {found['recovered']:.4g} after it; lower recover.learning_rate, train on text of the"
+        " evaluation's kind, or leave recover out"
+    ]
+
+
 def _perplexity(context: Context, name: str, model: ModelAt, tokens: Manifest) -> dict[str, float]:
     executor = context.executor
     shape: Any = tokens.info["shape"]

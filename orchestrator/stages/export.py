@@ -13,7 +13,7 @@ from rayprune.orchestrator.planning.footprint import footprint
 from rayprune.orchestrator.stages.context import Context
 from rayprune.orchestrator.stages.subject import ModelAt, Subject, digests, file_digests, made_model
 from rayprune.specs.errors import VerificationError
-from rayprune.workers.model.checkpoint import INDEX_NAME, read_header
+from rayprune.workers.model.folder import INDEX_NAME, read_header
 from rayprune.workers.model.form import AS_IT_IS
 from rayprune.workers.model.rewrite import Written
 from rayprune.workers.store.files import (

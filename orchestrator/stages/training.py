@@ -23,7 +23,7 @@ from rayprune.orchestrator.stages.stream import layer_work, stream_layers
 from rayprune.orchestrator.stages.subject import ModelAt, Subject, digests, file_digests, made_model
 from rayprune.specs.methods.options import DriveOut, TakeOver
 from rayprune.specs.training import TrainingSpec
-from rayprune.workers.model.checkpoint import read_json
+from rayprune.workers.model.folder import read_json
 from rayprune.workers.model.sized_layers import MODULE
 from rayprune.workers.store.files import Manifest, Task, commit, copy_file, link_file
 from rayprune.workers.store.layout import (

@@ -11,8 +11,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rayprune.specs.errors import ModelError
-from rayprune.workers.model.checkpoint import Checkpoint, TensorInfo
+from rayprune.workers.model.checkpoint import Checkpoint
 from rayprune.workers.model.description import Consumer
+from rayprune.workers.model.folder import TensorInfo
+
+_PART = 2**20
+"""Numbers that are looked at together."""
 
 
 def read_tensors(
@@ -32,13 +36,18 @@ def read_tensors(
                 if info.file == file
             }
     for name, tensor in tensors.items():
-        # a sum takes no memory
-        if not math.isfinite(tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))):
+        # a sum takes no memory; one of finite values may pass the largest number
+        wide = torch.promote_types(tensor.dtype, torch.float32)
+        if not math.isfinite(tensor.sum(dtype=wide)) and not _is_finite(tensor):
             raise ModelError(
                 f"{checkpoint.path / infos[name].file}: {prefix}{name} holds NaN or infinity; the"
                 " checkpoint is damaged, fetch it again"
             )
     return tensors
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return all(bool(part.isfinite().all()) for part in tensor.reshape(-1).split(_PART))
 
 
 @contextmanager

@@ -138,8 +138,8 @@ class Stream:
         if not all(statistic.is_finite() for statistic in fits):
             consumer = self._groups[name].consumer.module
             raise ModelError(
-                f"layer {layer}, {name}: input of {consumer} is not finite; set model.dtype:"
-                " float32"
+                f"layer {layer}, {name}: input of {consumer} is not finite;"
+                f" {self._model.not_finite}"
             )
         training, held_out = fits
         return training.finished(), held_out.finished()

@@ -132,8 +132,8 @@ class Sweep:
         if not statistic.is_finite():
             consumer = self._groups[name].consumer.module
             raise ModelError(
-                f"layer {layer}, {name}: input of {consumer} is not finite (shard {shard}); set"
-                " model.dtype: float32"
+                f"layer {layer}, {name}: input of {consumer} is not finite (shard {shard});"
+                f" {self._model.not_finite}"
             )
         return statistic
 

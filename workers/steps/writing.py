@@ -10,6 +10,7 @@ from rayprune.workers.calibration import load_tokenizer
 from rayprune.workers.model.form import AS_IT_IS, Form
 from rayprune.workers.network.reading import digest_of, layer_tensors, read_tensors
 from rayprune.workers.network.slicing import Cut, CutArrays, pad_layer, slice_layer
+from rayprune.workers.network.written import narrowed
 from rayprune.workers.steps.step import Receipt, step
 from rayprune.workers.store.files import Task, commit, write_tensors
 from rayprune.workers.store.layout import LAYER_FILE, OUTER_FILE, SOURCE
@@ -90,7 +91,8 @@ class Writing:
         if self._job.export.pad:
             kept = bench.checkpoint.model.units | {cut.group: len(cut.units) for cut in cuts}
             sliced = pad_layer(sliced, tensors, groups, kept, written)
-        return {name: tensor.to(dtypes[name]) for name, tensor in sliced.items()}
+        prefix = bench.checkpoint.model.prefix(layer)
+        return {n: narrowed(tensor, dtypes[n], prefix + n) for n, tensor in sliced.items()}
 
     @step
     def write_outer(self, task: Task, written: Mapping[str, int] | None) -> tuple[Receipt, None]:
@@ -100,7 +102,8 @@ class Writing:
         checkpoint = self._bench.checkpoint
         found = read_tensors(checkpoint, checkpoint.outer_tensors)
         tensors = {
-            name: tensor.to(self._bench.disk_dtype(tensor)) for name, tensor in found.items()
+            name: narrowed(tensor, self._bench.disk_dtype(tensor), name)
+            for name, tensor in found.items()
         }
         form = AS_IT_IS if written is None else self._form(written)
         write_tensors(task.folder / OUTER_FILE, form.outer(tensors))

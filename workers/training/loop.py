@@ -173,8 +173,8 @@ class Training:
             for name, what in (("loss", "the loss"), ("gradient_norm", "the gradient's norm")):
                 if not math.isfinite(facts[name]):
                     raise ModelError(
-                        f"step {step}: {what} is {facts[name]}; lower learning_rate, or set dtype:"
-                        " float32"
+                        f"step {step}: {what} is {facts[name]}; lower learning_rate"
+                        + ("" if self.options.dtype == "float32" else ", or set dtype: float32")
                     )
             tokens = len(numbers) * self._windows_ST.shape[1]
             self._log(
