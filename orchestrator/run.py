@@ -18,6 +18,7 @@ from rayprune.orchestrator.execution.executor import Executor, InProcessExecutor
 from rayprune.orchestrator.execution.run_folder import RunFolder
 from rayprune.orchestrator.execution.task_store import TaskStore
 from rayprune.orchestrator.planning.disk import still_needed
+from rayprune.orchestrator.planning.patience import step_limit
 from rayprune.orchestrator.planning.plan import Plan, make_plan
 from rayprune.orchestrator.reporting.gather import write_report
 from rayprune.orchestrator.reporting.report import Report
@@ -64,6 +65,7 @@ def run_job(
                 job, folder.path, lambda device: plan_on(device, plans, job, checkpoint).memory
             )
         )
+        executor.step_limit = step_limit(job, plan)
         tasks = TaskStore(store) if store else None
         context = Context(job, folder, executor, show, Scope(folder.path), tasks)
         context.emit(
