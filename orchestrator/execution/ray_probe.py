@@ -9,8 +9,6 @@ import sys
 from contextlib import redirect_stdout
 from urllib.parse import urlsplit
 
-NOTHING_FOUND = "no cluster runs on this machine, and RAY_ADDRESS names none"
-
 
 def probe(address: str, seconds: float) -> dict[str, str]:
     """`address`, with `auto` resolved as Ray does, once a head node has answered there.
@@ -19,19 +17,27 @@ def probe(address: str, seconds: float) -> dict[str, str]:
         OSError: nobody listens there.
         ValueError: no address, or Ray Client's.
     """
-    from ray._private.services import canonicalize_bootstrap_address
-    from ray._raylet import GcsClient
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
 
     if address == "auto":
-        found = os.environ.get("RAY_ADDRESS") or canonicalize_bootstrap_address("auto", None)
-        if found is None:
-            raise ConnectionError(NOTHING_FOUND)
-        address = found
+        address = os.environ.get("RAY_ADDRESS") or _running_here()
     check_address(address)
     parts = urlsplit(f"//{address}")
     socket.create_connection((str(parts.hostname), int(parts.port or 0)), seconds).close()
     GcsClient(address=address)
     return {"address": address}
+
+
+def _running_here() -> str:
+    from ray._private.services import canonicalize_bootstrap_address
+
+    try:
+        found = canonicalize_bootstrap_address("auto", None)
+    except ConnectionError:
+        found = None
+    if found is None:
+        raise ConnectionError("no Ray cluster runs on this machine, and RAY_ADDRESS names none")
+    return str(found)
 
 
 def check_address(address: str) -> None:

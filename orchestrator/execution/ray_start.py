@@ -78,12 +78,11 @@ def begin(cluster: ClusterSpec, num_cpus: int) -> None:
 
 
 def _start_local(seconds: float, num_cpus: int) -> None:
-    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", str(int(seconds)))
     folder, deadline = temporary_folder(), time.monotonic() + seconds
     while True:
         others = _children()
         try:
-            with _patient(deadline):
+            with _patient(deadline, others):
                 ray.init(
                     address="local",
                     num_cpus=num_cpus,
@@ -94,33 +93,34 @@ def _start_local(seconds: float, num_cpus: int) -> None:
             _end_with_driver(_children() - others)
             return
         except Exception as error:  # Ray has no class of its own for what keeps it from starting
+            slow = _took_too_long(error) and not _has_died(others)
             ray.shutdown()
             _end(_children() - others)
-            if not _took_too_long(error) or time.monotonic() >= deadline:
-                raise _not_started(error, folder) from None
+            if not slow or time.monotonic() >= deadline:
+                raise _not_started(error, slow, folder) from None
         time.sleep(RETRY_SECONDS)
 
 
-def _not_started(error: Exception, folder: str | None) -> ResourceError:
-    where = folder or f"{tempfile.gettempdir()}/ray"
+def _not_started(error: Exception, slow: bool, folder: str | None) -> ResourceError:
+    where = folder or f"{os.environ.get('RAY_TMPDIR') or tempfile.gettempdir()}/ray"
     advice = (
         "this machine is slow or busy: raise cluster.start_seconds"
-        if _took_too_long(error)
-        else "free what is missing"
+        if slow
+        else "free memory or disk, or raise the limits that `ulimit -a` shows"
     )
     return ResourceError(
-        f"cluster.address: local: Ray does not start on this machine: {one_line(error)}; {advice},"
-        f" look at Ray's logs below {where}, or set cluster.executor: in-process, which needs no"
-        " Ray"
+        f"cluster.address: local: Ray does not start on this machine: {one_line(error)}; {advice};"
+        f" Ray's logs are below {where}; cluster.executor: in-process needs no Ray"
     )
 
 
 def one_line(error: BaseException) -> str:
     """What an exception says, on one line, without the traceback that Ray puts into it."""
     text = str(error).partition("Traceback (most recent call last)")[0]
-    return "; ".join(line.strip(" ;") for line in text.splitlines() if line.strip(" ;.")) or type(
-        error
-    ).__name__
+    return (
+        "; ".join(line.strip(" ;") for line in text.splitlines() if line.strip(" ;."))
+        or type(error).__name__
+    )
 
 
 def _took_too_long(error: Exception) -> bool:
@@ -133,8 +133,10 @@ def _took_too_long(error: Exception) -> bool:
 
 
 @contextmanager
-def _patient(deadline: float) -> Iterator[None]:
-    """Ray gives a node 30 s to come up, and has no option for it: ask until the deadline."""
+def _patient(deadline: float, others: set[psutil.Process]) -> Iterator[None]:
+    """Ray gives a node 30 s to come up, and has no option for it: ask until the deadline, or until
+    a process of it has died.
+    """
     asked: Callable[..., Any] = services.get_node
 
     def get_node(*arguments: Any) -> Any:
@@ -142,7 +144,7 @@ def _patient(deadline: float) -> Iterator[None]:
             try:
                 return asked(*arguments)
             except RuntimeError:
-                if time.monotonic() >= deadline:
+                if time.monotonic() >= deadline or _has_died(others):
                     raise
             time.sleep(0.1)
 
@@ -152,6 +154,15 @@ def _patient(deadline: float) -> Iterator[None]:
 
 def _children() -> set[psutil.Process]:
     return set(psutil.Process().children(recursive=True))
+
+
+def _has_died(others: set[psutil.Process]) -> bool:
+    """Whether a child beside these has ended already: then waiting does not help."""
+    for process in _children() - others:
+        with suppress(psutil.Error):
+            if process.status() == psutil.STATUS_ZOMBIE:
+                return True
+    return False
 
 
 def _end(processes: set[psutil.Process]) -> None:

@@ -146,8 +146,15 @@ def _connect(address: str) -> Any:
     from rayprune.orchestrator.execution.ray_start import check_reachable
 
     check_reachable(host, port, f"--address {address}", ANSWER_SECONDS)
+
+    class Client(JobSubmissionClient):
+        """Ray's own, which waits for ever where something else listens."""
+
+        def _do_request(self, *arguments: Any, **options: Any) -> Any:
+            return super()._do_request(*arguments, **{"timeout": ANSWER_SECONDS, **options})
+
     try:
-        return JobSubmissionClient(address)
+        return Client(address)
     except AuthenticationError as error:
         raise ResourceError(
             f"--address {address}: {error}; use the cluster's own token: RAY_AUTH_TOKEN or"

@@ -17,7 +17,7 @@ from pydantic import (
 )
 
 from rayprune.orchestrator.execution.run_folder import PAGE_FILE, REPORT_FILE
-from rayprune.orchestrator.reporting.tables import Part, Table, html_parts
+from rayprune.orchestrator.reporting.tables import Part, Table, html_parts, titled
 from rayprune.specs.errors import SpecError
 
 N = TypeVar("N", int, float)
@@ -262,7 +262,7 @@ def _layer_rows(layer: LayerReport) -> list[list[str]]:
     return [
         [
             str(layer.layer),
-            name,
+            titled(name),
             f"{group.kept}/{group.of}",
             f"{group.damping:g}",
             f"{group.training_error:.4f}",

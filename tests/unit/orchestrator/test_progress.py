@@ -62,7 +62,7 @@ EVENTS: list[dict[str, Any]] = [
             [
                 "step-finished",
                 "layer=0",
-                "heads 3/4 error 0.123, neurons 20/48 error 0.500",
+                "KV groups 3/4 error 0.123, FFN channels 20/48 error 0.500",
                 "memory 1.00 GiB",
             ],
         ),
