@@ -293,8 +293,11 @@ def _generate(options: argparse.Namespace) -> None:
         name: getattr(options, name)
         for name in ("model", "tokens", "length", "batch", "temperature", "seed", "prompts")
     }
-    for text in generate(**wanted):
+    about = -(-options.tokens // max(1, options.length))
+    for number, text in enumerate(generate(**wanted), 1):
         print(json.dumps({"text": text}), flush=True)
+        if number % max(1, options.batch) == 0:
+            print(f"rayprune: {number} of about {about} documents", file=sys.stderr, flush=True)
 
 
 def _validate(options: argparse.Namespace) -> None:

@@ -100,6 +100,8 @@ class ProgressView:
                     advance=1,
                     note=f"{event.get('seconds', 0):.1f} s/step, {brief(event)}",
                 )
+            case "windows-evaluated" | "candidates-measured" if self._task is not None:
+                self._progress.update(self._task, note=f"{event['done']} of {event['of']}")
             case "stage-finished" if self._task is not None:
                 self._progress.update(
                     self._task,

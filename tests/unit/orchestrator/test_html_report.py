@@ -135,8 +135,8 @@ def test_the_content_is_there_in_order() -> None:
     ]
     words += [
         "text held.txt · window 1,024 · stride 512 · 20 windows · 20,460 scored tokens",
-        "heads",
-        "neurons",
+        "KV groups",
+        "FFN channels",
         "40.0 s in all",
     ]
     words += [
