@@ -80,7 +80,7 @@ def run_job(
         _check_packages(job)
         start.start(context, checkpoint.path)
         done = prune(context, plan_on(executor.device_kind, plans, job, checkpoint), checkpoint)
-        context.emit("run-finished")
+        context.emit("run-finished", step_seconds=executor.step_seconds)
         return write_report(context, done)
 
 

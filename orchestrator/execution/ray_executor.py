@@ -215,7 +215,7 @@ class RayExecutor(Executor):
         self.start()
         self.drop_workers()
         storage = self.run_folder / CACHE / "ray-train"
-        train_on_ray(stage, self.num_workers, self._device == "cuda", storage)
+        train_on_ray(stage, self.num_workers, self._device == "cuda", storage, self.step_limit)
 
     def replace_lost(self) -> list[int]:
         """Replace the dead actors and those that hang. All are asked at once; another one that does

@@ -4,6 +4,7 @@ within the job's limits, and is told with what to do about it.
 
 import json
 import logging
+import math
 import os
 import signal
 import socket
@@ -30,6 +31,8 @@ SOCKET_BYTES = 107
 """Longest path of a socket that Linux takes."""
 SESSION_BYTES = len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")
 RETRY_SECONDS = 1.0
+MOST_ENDS = 3
+"""How often a start is tried in which a process of Ray's ends."""
 _END_WITH_DRIVER = """
 import os, sys
 sys.stdin.read()
@@ -77,8 +80,15 @@ def begin(cluster: ClusterSpec, num_cpus: int) -> None:
         signal.signal(signal.SIGTERM, handler)  # ray.init replaces it, in the main thread
 
 
+class _ProcessEndedError(Exception):
+    """A process of Ray's has ended while the others wait for it."""
+
+
 def _start_local(seconds: float, num_cpus: int) -> None:
-    folder, deadline = temporary_folder(), time.monotonic() + seconds
+    # a worker, and what a node starts with, may take as long as everything together
+    os.environ.setdefault("RAY_worker_register_timeout_seconds", str(math.ceil(seconds)))
+    os.environ.setdefault("RAY_agent_register_timeout_ms", str(math.ceil(seconds * 1000)))
+    folder, deadline, ended = temporary_folder(), time.monotonic() + seconds, 0
     while True:
         others = _children()
         try:
@@ -92,26 +102,37 @@ def _start_local(seconds: float, num_cpus: int) -> None:
                 )
             _end_with_driver(_children() - others)
             return
-        except Exception as error:  # Ray has no class of its own for what keeps it from starting
-            slow = _took_too_long(error) and not _has_died(others)
+        except BaseException as error:  # Ray has no class of its own for what keeps it from it
+            has_ended = _has_ended(others)
+            ended += has_ended
+            again = ended < MOST_ENDS if has_ended else _took_too_long(error)
             ray.shutdown()
             _end(_children() - others)
-            if not slow or time.monotonic() >= deadline:
-                raise _not_started(error, slow, folder) from None
+            if not isinstance(error, Exception):
+                raise
+            if not again or time.monotonic() >= deadline:
+                raise _not_started(error, folder) from None
         time.sleep(RETRY_SECONDS)
 
 
-def _not_started(error: Exception, slow: bool, folder: str | None) -> ResourceError:
-    where = folder or f"{os.environ.get('RAY_TMPDIR') or tempfile.gettempdir()}/ray"
-    advice = (
-        "this machine is slow or busy: raise cluster.start_seconds"
-        if slow
-        else "free memory or disk, or raise the limits that `ulimit -a` shows"
-    )
+def _not_started(error: Exception, folder: str | None) -> ResourceError:
+    place = Path(folder or f"{os.environ.get('RAY_TMPDIR') or tempfile.gettempdir()}/ray")
+    cause = "; ".join(filter(None, [one_line(error), *_last_words(place)]))
     return ResourceError(
-        f"cluster.address: local: Ray does not start on this machine: {one_line(error)}; {advice};"
-        f" Ray's logs are below {where}; cluster.executor: in-process needs no Ray"
+        f"cluster.address: local: Ray does not start on this machine: {cause}; on a slow or busy"
+        " machine raise cluster.start_seconds, else free memory or disk, or raise the limits that"
+        f" `ulimit -a` shows; Ray's logs are below {place}; cluster.executor: in-process needs no"
+        " Ray"
     )
+
+
+def _last_words(place: Path) -> Iterator[str]:
+    """What Ray's own processes have written before they gave up."""
+    for name in ("gcs_server.out", "raylet.out"):
+        with suppress(OSError):
+            log = (place / "session_latest" / "logs" / name).read_text(errors="replace")
+            fatal = [line for line in log.splitlines() if " C " in line[:60]]
+            yield from (line.rpartition("Check failed: ")[2][:300] for line in fatal[:1])
 
 
 def one_line(error: BaseException) -> str:
@@ -123,7 +144,7 @@ def one_line(error: BaseException) -> str:
     )
 
 
-def _took_too_long(error: Exception) -> bool:
+def _took_too_long(error: BaseException) -> bool:
     """Whether time was the cause; the machine's own refusals have numbers."""
     if isinstance(error, OSError) and error.errno is not None:
         return False
@@ -135,7 +156,7 @@ def _took_too_long(error: Exception) -> bool:
 @contextmanager
 def _patient(deadline: float, others: set[psutil.Process]) -> Iterator[None]:
     """Ray gives a node 30 s to come up, and has no option for it: ask until the deadline, or until
-    a process of it has died.
+    a process of it has ended, as those do that have waited too long for another one.
     """
     asked: Callable[..., Any] = services.get_node
 
@@ -144,7 +165,9 @@ def _patient(deadline: float, others: set[psutil.Process]) -> Iterator[None]:
             try:
                 return asked(*arguments)
             except RuntimeError:
-                if time.monotonic() >= deadline or _has_died(others):
+                if _has_ended(others):
+                    raise _ProcessEndedError("a process of it has ended") from None
+                if time.monotonic() >= deadline:
                     raise
             time.sleep(0.1)
 
@@ -156,7 +179,7 @@ def _children() -> set[psutil.Process]:
     return set(psutil.Process().children(recursive=True))
 
 
-def _has_died(others: set[psutil.Process]) -> bool:
+def _has_ended(others: set[psutil.Process]) -> bool:
     """Whether a child beside these has ended already: then waiting does not help."""
     for process in _children() - others:
         with suppress(psutil.Error):

@@ -23,8 +23,11 @@ def step_limit(job: JobSpec, plan: Plan) -> float:
     if job.parallel.step_seconds != "auto":
         return float(job.parallel.step_seconds)
     text_bytes = sum(map(_size, _texts(job)))
-    evaluated = 2 * plan.model.active_parameters * text_bytes  # a token has a byte at least
-    flops = sum(stage.flops for stage in plan.stages) + (evaluated if job.evaluation else 0)
+    tokens = text_bytes if job.evaluation else 0  # a token has a byte at least
+    for training in job.method.trainings:  # forward and backward, the forward pass twice
+        windows = training.epochs * (training.samples or job.calibration.samples)
+        tokens += int(4 * windows * job.calibration.sequence_length)
+    flops = sum(stage.flops for stage in plan.stages) + 2 * plan.model.active_parameters * tokens
     return (
         LEAST_SECONDS
         + flops / plan.workers / SLOWEST[plan.device]

@@ -142,7 +142,7 @@ class Report(_Facts):
     seconds: dict[str, float]
     """By stage, over all attempts, and `total`."""
     step_seconds: dict[str, float]
-    """By step of the workers, all workers together, in the last attempt."""
+    """By step of the workers, all workers together, in the last attempt that did any."""
     peak_memory_bytes: dict[str, int]
     """Private memory by process, over all attempts."""
     training: dict[str, Training]
