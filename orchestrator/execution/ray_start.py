@@ -18,12 +18,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from unittest import mock
+from urllib.parse import urlsplit
 
 import psutil
 import ray
 from ray._private import services
 
-from rayprune.orchestrator.execution.ray_probe import check_address
 from rayprune.specs.cluster import ClusterSpec
 from rayprune.specs.errors import ResourceError, SpecError
 
@@ -243,15 +243,13 @@ def _takes_sockets(folder: str, name: str) -> bool:
 
 
 def _connect(cluster: ClusterSpec) -> None:
-    problem = f"cluster.address {cluster.address!r}"
-    if cluster.address != "auto":
-        try:
-            check_address(cluster.address)
-        except ValueError as error:
-            raise SpecError(f"cluster.address: {error}") from None
-    elif named := os.environ.get("RAY_ADDRESS"):
-        problem += f" (RAY_ADDRESS is {named!r})"
-    address = _answering(cluster, problem)
+    address, problem = cluster.address, f"cluster.address {cluster.address!r}"
+    if address == "auto" and (named := os.environ.get("RAY_ADDRESS")):
+        address, problem = named, f"{problem} (RAY_ADDRESS is {named!r})"
+    if address != "auto":
+        host, port = _parted(address, problem)
+        check_reachable(host, port, problem, cluster.connect_seconds)
+    address = _answering(address, cluster.connect_seconds, problem)
     try:
         ray.init(address=address, **QUIET)
     except Exception as error:  # Ray has no class of its own for what keeps it from connecting
@@ -262,23 +260,35 @@ def _connect(cluster: ClusterSpec) -> None:
         ) from None
 
 
-def _answering(cluster: ClusterSpec, problem: str) -> str:
+def _parted(address: str, problem: str) -> tuple[str, int]:
+    """Host and port of a head node.
+
+    Raises:
+        SpecError: it is not the address of one.
+    """
+    with suppress(ValueError):
+        parts = urlsplit(f"//{address}")
+        if "://" not in address and parts.hostname and parts.port:
+            return parts.hostname, parts.port
+    raise SpecError(
+        f"{problem}: {address!r} is no HOST:PORT of a head node (port 6379, unless it was started"
+        " with another); from outside a cluster use `rayprune submit`"
+    )
+
+
+def _answering(address: str, seconds: int, problem: str) -> str:
     """The address at which the cluster's head node has answered in time."""
     words = [sys.executable, "-P", "-m", "rayprune.orchestrator.execution.ray_probe"]
-    words += [cluster.address, str(cluster.connect_seconds)]
+    words += [address]
     try:
         done = subprocess.run(
-            words,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=cluster.connect_seconds,
+            words, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=seconds
         )
         answer: dict[str, str] = json.loads(done.stdout)
     except subprocess.TimeoutExpired:
         answer = {
             "problem": f"no head node of a Ray cluster has answered within"
-            f" {cluster.connect_seconds} s (cluster.connect_seconds)"
+            f" {seconds} s (cluster.connect_seconds)"
         }
     except ValueError:
         answer = {"problem": (done.stderr.strip().splitlines() or ["Ray ended at once"])[-1]}
