@@ -61,3 +61,20 @@ def test_a_complaint_that_nobody_hears(monkeypatch: pytest.MonkeyPatch) -> None:
         assert cli.main(["validate", "job.yaml"]) == 2
         monkeypatch.undo()
         os.dup2(os.open(os.devnull, os.O_WRONLY), writer)
+
+
+@pytest.mark.slow
+def test_nothing_is_written_outside(
+    make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+) -> None:
+    """A home folder that cannot be written, or that there is not, is not missed."""
+    job, out = make_job(make_model(), budget={"per_layer": True}), tmp_path / "run"
+    before = {path for path in tmp_path.rglob("*") if out not in path.parents}
+    environment = {key: os.environ[key] for key in ("PATH", "OMP_NUM_THREADS") if key in os.environ}
+    words = [sys.executable, "-m", "rayprune.orchestrator.cli", "run", str(job), "--out", str(out)]
+    for home in ({"HOME": str(tmp_path)}, {"HOME": "/proc/nothing"}, {}):
+        done = subprocess.run(
+            words, cwd=ROOT, env=environment | home, capture_output=True, text=True, timeout=100
+        )
+        assert done.returncode == 0, done.stderr
+        assert {path for path in tmp_path.rglob("*") if out not in path.parents} == before | {out}
