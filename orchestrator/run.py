@@ -15,6 +15,7 @@ from typing import Any
 from rayprune.orchestrator.execution.executor import Executor, InProcessExecutor, MemoryOn
 from rayprune.orchestrator.execution.run_folder import RunFolder
 from rayprune.orchestrator.execution.task_store import TaskStore
+from rayprune.orchestrator.planning.patience import step_limit
 from rayprune.orchestrator.planning.plan import Plan, make_plan
 from rayprune.orchestrator.planning.preflight import Checked, check_job
 from rayprune.orchestrator.reporting.gather import write_report
@@ -66,6 +67,7 @@ def run_job(
                 job, folder.path, lambda device: plan_on(device, plans, job, checkpoint).memory
             )
         )
+        executor.step_limit = step_limit(job, plan)
         tasks = TaskStore(store) if store else None
         context = Context(job, folder, executor, show, Scope(folder.path), tasks)
         context.emit(
@@ -78,7 +80,7 @@ def run_job(
             context.emit("warning", text=warning)
         start.start(context, checkpoint.path)
         done = prune(context, plan_on(executor.device_kind, plans, job, checkpoint), checkpoint)
-        context.emit("run-finished")
+        context.emit("run-finished", step_seconds=executor.step_seconds)
         return write_report(context, done)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from rayprune.specs.errors import ModelError, RaypruneError
-from rayprune.workers.machine.memory import is_out_of_memory
+from rayprune.workers.machine.shortage import is_out_of_memory
 
 MOST_WORDS = 400
 """Characters that are shown of a foreign library's error."""

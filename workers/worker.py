@@ -5,7 +5,8 @@ from typing import Any
 
 from rayprune.specs.job import JobSpec
 from rayprune.specs.memory import MemoryPlan
-from rayprune.workers.machine.memory import explained_shortage, give_back_free_memory
+from rayprune.workers.machine.memory import give_back_free_memory
+from rayprune.workers.machine.shortage import explained_shortage
 from rayprune.workers.steps.checking import Checking
 from rayprune.workers.steps.deciding import Deciding
 from rayprune.workers.steps.judging import Judging

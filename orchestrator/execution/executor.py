@@ -4,6 +4,7 @@ their small receipts.
 A step's payload stays where it was made; a handle to it can be given to another step.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -44,6 +45,8 @@ class Executor(ABC):
         self.scope = ""
         self.computed_on: str | None = None
         """How finished tasks were computed, and workers compute, once either is known."""
+        self.step_limit = math.inf
+        """Seconds without the end of any step after which a worker has hung."""
         self._has_said = ""
         self.peak_memory_bytes: dict[str, int] = {}
         self.step_seconds: dict[str, float] = {}

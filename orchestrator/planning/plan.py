@@ -18,6 +18,7 @@ from rayprune.orchestrator.planning.memory_choice import MemoryNeeds, choose_mem
 from rayprune.orchestrator.planning.shapes import Shape, open_shapes, planned_shape
 from rayprune.orchestrator.planning.timing import Stage, stages
 from rayprune.orchestrator.planning.workload import (
+    FEW_TOKENS,
     Workload,
     in_rows,
     tokens_per_neuron,
@@ -51,10 +52,6 @@ from rayprune.workers.store.layout import (
     survey_task,
 )
 
-FEW_TOKENS = 10
-"""Calibration tokens per FFN channel below which corrections overfit, measured on SmolLM2-135M
-(docs/methods/stat.md).
-"""
 FLAT_PARTS = ("model", "needs", "traffic")
 """Parts of a plan whose fields stand side by side with the rest in plan.json."""
 

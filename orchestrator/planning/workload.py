@@ -29,6 +29,10 @@ CANDIDATES_AT_ONCE = 32
 """Allocations whose divergences are measured in one pass over the layers: what bounds the hidden
 states that are held.
 """
+FEW_TOKENS = 10
+"""Calibration tokens per FFN channel below which corrections overfit, measured on SmolLM2-135M
+(docs/methods/stat.md).
+"""
 GRADIENT_WINDOWS_AT_ONCE = 16
 """Windows that a worker takes up and down all layers together, for which weights are read twice:
 what bounds its file of hidden states.

@@ -79,7 +79,7 @@ def _gather(context: Context, done: Pruned) -> Report:
         calibration=job.calibration.model_dump(mode="json"),
         warnings=plan.warnings,
         seconds=seconds | {"total": sum(seconds.values())},
-        step_seconds=context.executor.step_seconds,
+        step_seconds=_step_seconds(events),
         peak_memory_bytes=_peaks(events),
         training=trainings(run, plan.tasks),
         layers=tuple(
@@ -156,6 +156,12 @@ def _evaluation(context: Context, losses: Losses) -> Evaluation | None:
         | {"stride": context.job.evaluation.effective_stride}
         | counts
     )
+
+
+def _step_seconds(events: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Those of the last attempt in which workers did any."""
+    told = [found for event in events if (found := event.get("step_seconds"))]
+    return told[-1] if told else {}
 
 
 def _peaks(events: Sequence[dict[str, Any]]) -> dict[str, int]:

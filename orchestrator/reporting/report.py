@@ -17,7 +17,7 @@ from pydantic import (
 )
 
 from rayprune.orchestrator.execution.run_folder import PAGE_FILE, REPORT_FILE
-from rayprune.orchestrator.reporting.tables import Part, Table, html_parts
+from rayprune.orchestrator.reporting.tables import Part, Table, html_parts, titled
 from rayprune.specs.errors import SpecError
 
 N = TypeVar("N", int, float)
@@ -151,7 +151,7 @@ class Report(_Facts):
     seconds: dict[str, float]
     """By stage, over all attempts, and `total`."""
     step_seconds: dict[str, float]
-    """By step of the workers, all workers together, in the last attempt."""
+    """By step of the workers, all workers together, in the last attempt that did any."""
     peak_memory_bytes: dict[str, int]
     """Private memory by process, over all attempts."""
     training: dict[str, Training]
@@ -273,7 +273,7 @@ def _layer_rows(layer: LayerReport) -> list[list[str]]:
     return [
         [
             str(layer.layer),
-            name,
+            titled(name),
             f"{group.kept}/{group.of}",
             f"{group.damping:g}",
             f"{group.training_error:.4f}",

@@ -20,6 +20,15 @@ class Table:
         return any(row[column][:1].isalpha() for row in self.rows)
 
 
+TITLES = {"heads": "KV groups", "neurons": "FFN channels"}
+"""What people call the coupled groups that files name so."""
+
+
+def titled(group: str) -> str:
+    """A coupled group as people name it; a family's own groups have their own names."""
+    return TITLES.get(group, group)
+
+
 Part = str | Table
 """A line, or a table."""
 

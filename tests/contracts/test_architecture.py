@@ -27,6 +27,8 @@ Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 ONLY_IN = {
     "ray": {
         "rayprune.orchestrator.execution.ray_executor",
+        "rayprune.orchestrator.execution.ray_probe",
+        "rayprune.orchestrator.execution.ray_start",
         "rayprune.orchestrator.execution.ray_train",
         "rayprune.orchestrator.execution.submit",
     },
