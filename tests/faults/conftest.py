@@ -1,76 +1,23 @@
-"""What the tests of faults share: jobs and their undisturbed runs, and the table of what was tried,
-which `--reliability FILE` writes when the tests have ended.
+"""What the tests of faults share: undisturbed runs, and the table of what was tried, which
+`--reliability FILE` writes when the tests have ended.
 """
 
-import json
-import shutil
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.conftest import folder_bytes
-from tests.faults.forks import attempt
-from tests.faults.hooks import Count, Operation, counted
-from tests.faults.kinds import command, prepare
+from tests.faults.calm import Calm, calm_run
 from tests.faults.reliability import Row, page
 
 Record = Callable[[Row], None]
-MACHINE = {"seconds", "step_seconds", "peak_memory_bytes", "tokens_per_second"}
-"""What two reports of the same job differ in."""
 
 
 @pytest.fixture
 def record(record_property: Callable[[str, object], None]) -> Record:
     """Note a fault that was tried, for docs/reliability.md."""
     return lambda row: record_property("fault", row.as_json())
-
-
-def numbers(report: object) -> object:
-    """A report without what the machine's speed and size decide."""
-    if isinstance(report, dict):
-        return {key: numbers(value) for key, value in report.items() if key not in MACHINE}
-    return [numbers(value) for value in report] if isinstance(report, list) else report
-
-
-def result_of(run: Path) -> dict[str, Any]:
-    """All that a user takes from a run: the models' bytes and the report's numbers."""
-    models = [run / "model", run / "tasks" / "recover" / "model"]
-    files = {f"{m.name}/{k}": v for m in models if m.exists() for k, v in folder_bytes(m).items()}
-    return files | {"report": numbers(json.loads((run / "report.json").read_text()))}
-
-
-@dataclass
-class Calm:
-    """A job, what came of it undisturbed, and its operations on files."""
-
-    name: str
-    job: Path
-    run: Path
-    expected: dict[str, Any]
-    operations: list[Operation]
-
-    def command(self, out: Path) -> list[str]:
-        return command(self.job, out, self.name)
-
-    def fresh(self) -> Path:
-        """A run folder that is not there yet, and no store beside it."""
-        out = self.run.with_name("disturbed")
-        for folder in (out, out.with_name("disturbed-store")):
-            shutil.rmtree(folder, ignore_errors=True)
-        return out
-
-    def copied(self) -> Path:
-        """A copy of the finished run."""
-        out = self.fresh()
-        for folder in (self.run, self.run.with_name(self.run.name + "-store")):
-            if folder.exists():
-                beside = folder.name.removeprefix(self.run.name)
-                shutil.copytree(folder, out.with_name(out.name + beside))
-        return out
 
 
 MakeCalm = Callable[[str], Calm]
@@ -83,11 +30,7 @@ def calm(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> MakeCalm:
 
     def make(name: str) -> Calm:
         if name not in made:
-            folder = tmp_path_factory.mktemp("calm")
-            job, run = prepare(folder, text_file, name), folder / "run"
-            ended = attempt(command(job, run, name), Count(run, folder / "operations"))
-            assert ended.code == 0, ended.words
-            made[name] = Calm(name, job, run, result_of(run), counted(folder / "operations"))
+            made[name] = calm_run(tmp_path_factory.mktemp("calm"), text_file, name)
         return made[name]
 
     return make

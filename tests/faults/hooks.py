@@ -266,3 +266,36 @@ class NoRoom:
 
         told = shutil.disk_usage
         shutil.disk_usage = lambda path: told(path)._replace(free=self.free)
+
+
+@dataclass
+class OneLayerAtATime:
+    """The plan has room for one layer a worker on the dense path."""
+
+    def __call__(self) -> None:
+        from dataclasses import replace
+
+        from rayprune.orchestrator import run
+
+        planned = run.make_plan
+
+        def plan(*arguments: object, **options: object) -> object:
+            made = planned(*arguments, **options)  # type: ignore[arg-type]
+            return replace(made, memory=replace(made.memory, layers_per_chunk=1))
+
+        run.make_plan = plan  # type: ignore[assignment]
+
+
+RAY_WAS_STARTED = 77
+
+
+@dataclass
+class NoRay:
+    """Ray is not to be started: the process ends where it tries."""
+
+    def __call__(self) -> None:
+        sys.addaudithook(self._hear)
+
+    def _hear(self, event: str, args: Sequence[object]) -> None:
+        if event == "subprocess.Popen" and "ray" in str(args[1]):
+            os._exit(RAY_WAS_STARTED)

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from tests.conftest import build_model, write_job
+from tests.faults.forks import Fault
+from tests.faults.hooks import OneLayerAtATime
 
-TRAINING = {"epochs": 1, "batch": 4, "learning_rate": 1e-3, "checkpoint_steps": 2}
+TRAINING = {"epochs": 1.5, "batch": 4, "learning_rate": 1e-3, "checkpoint_steps": 1}
 CURVES = {"name": "curves", "samples": 2, "levels": 4}
 SEARCH = {"name": "search", "generations": 2, "offspring": 3, "samples": 2, "levels": 4}
 
@@ -26,6 +28,13 @@ class Kind:
     evaluated: bool = True
     stored: bool = False
     """Whether it keeps its tasks in a store."""
+    waves: bool = False
+    """Whether its layers are done one by one on the dense path, with boundary files between."""
+
+    @property
+    def faults(self) -> tuple[Fault, ...]:
+        """What every process that runs it is told first."""
+        return (OneLayerAtATime(),) if self.waves else ()
 
 
 KINDS: dict[str, Kind] = {
@@ -55,6 +64,7 @@ KINDS: dict[str, Kind] = {
         },
         "statistics|cache|^store",
         stored=True,
+        waves=True,
     ),
     "refit, drift": Kind(
         {
@@ -64,6 +74,7 @@ KINDS: dict[str, Kind] = {
         },
         "selection|cache",
         evaluated=False,
+        waves=True,
     ),
     "flap": Kind({"method": {"name": "flap"}}, "^$", evaluated=False),
     "dress": Kind(

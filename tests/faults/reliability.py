@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass, replace
 SECTIONS = {
     "crash": (
         "The process dies",
-        "A hook kills the process (SIGKILL) before an operation on a file, or when half of a file"
-        " or line is written (*torn*); the same command again ends the job. `N` stands for a"
-        " number, `*` for a digest.",
-        ("job", "file or folder", "before which operations"),
+        "A hook kills the process (SIGKILL) before every operation on files that follows a change,"
+        " and in the middle of writing a file or a line; the same command again ends the job. `N`"
+        " stands for a number, `*` for a digest.",
+        ("job", "file or folder", "killed when"),
     ),
     "machine": (
         "The machine refuses",

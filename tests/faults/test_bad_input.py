@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import build_model, edit_json, folder_bytes, write_job
 from tests.faults.conftest import Record
 from tests.faults.forks import attempt
-from tests.faults.hooks import NoRoom, Without
+from tests.faults.hooks import NoRay, NoRoom, Without
 from tests.faults.reliability import Row
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(120)]
@@ -120,13 +120,21 @@ def config(name: str, *words: str, **keys: Any) -> Bad:
     return model(name, lambda place: edit_json(place.config, **keys), *words)
 
 
-def text(name: str, spoil: Spoil, *words: str, code: int = 2) -> Bad:
-    return Bad(f"text: {name}", spoil, code, words)
+DEEP = ("validate --deep", "run in-process")
+"""Those that read a text to its end."""
+
+
+def text(name: str, spoil: Spoil, *words: str, commands: Any = ("validate", "run")) -> Bad:
+    return Bad(f"text: {name}", spoil, 2, words, commands)
 
 
 def content(name: str, file: str, data: str | bytes, *words: str, **options: Any) -> Bad:
-    """A calibration text of this name and content."""
-    return text(name, lambda place: place.text_as(file, data, **options), file, *words)
+    """A calibration text of this name and content; what only a reader of it all can know is said
+    by `DEEP`, where no `options` of the calibration make it plain.
+    """
+    commands = ("validate", "run") if options or not data else DEEP
+    spoil: Spoil = lambda place: place.text_as(file, data, **options)  # noqa: E731
+    return text(name, spoil, file, *words, commands=commands)
 
 
 def fifo(path: Path) -> None:
@@ -257,7 +265,7 @@ BAD = [
     job("a list", "- model\n", "mapping"),
     job("not YAML", "model: {path: [}\n", "not valid YAML"),
     job("a tab", "model:\n\tpath: x\n", "not valid YAML"),
-    job("a field twice", "model: {path: a}\nmodel: {path: b}\n", "model", "twice"),
+    job("a field twice", "model: {path: a}\nmodel: {path: b}\n", "duplicate key", "model"),
     job("latin-1", "model: {path: \xe9}\n".encode("latin-1"), "UTF-8"),
     job("a NUL", "model: {path: 'a\0b'}\n", "not allowed"),
     job("megabytes", "#" * 2**21, "larger than"),
@@ -376,7 +384,7 @@ def regular(folder: Path) -> dict[str, bytes]:
 
 def test_the_good_one_is_valid(place: Place) -> None:
     """Otherwise every row below would be."""
-    ended = attempt(["validate", str(place.job)], Without("ray"))
+    ended = attempt(["validate", str(place.job)], NoRay())
     assert ended.code == 0, ended.words
     words = ["--out", str(place.out), "--set", "cluster.executor=in-process"]
     ended = attempt(["run", str(place.job), *words])
@@ -389,10 +397,11 @@ def test_bad_input(bad: Bad, place: Place, record: Record) -> None:
     before, problems = regular(place.model), []
     for command in bad.commands:
         words = [command.split()[0], str(place.job)]
+        words += ["--deep"] if "--deep" in command else []
         words += [word for override in bad.sets for word in ("--set", override)]
         words += ["--out", str(place.out)] if words[0] == "run" else []
         words += ["--set", "cluster.executor=in-process"] if "in-process" in command else []
-        ended = attempt(words, Without("ray"), timeout=20, folder=place.folder)
+        ended = attempt(words, NoRay(), timeout=20, folder=place.folder)
         lacks = [word for word in bad.words if word not in ended.err]
         if ended.code != bad.code or lacks or "Traceback" in ended.err or ended.seconds > SECONDS:
             problems.append(f"{command}: {ended.code} in {ended.seconds:.1f} s, lacks {lacks}:")

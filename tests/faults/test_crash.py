@@ -10,29 +10,46 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.conftest import Calm, MakeCalm, Record, result_of
-from tests.faults.forks import attempt
-from tests.faults.hooks import DieAt
+from tests.faults.calm import Calm, result_of
+from tests.faults.conftest import MakeCalm, Record
+from tests.faults.hooks import DieAt, Operation
 from tests.faults.kinds import KINDS
 from tests.faults.reliability import Row
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
-TORN = {"append", "rename"}
+SEEN = {
+    ("sync", False): "written, not synced",
+    ("rename", True): "half written",
+    ("remove", False): "renamed",
+    ("append", True): "half a line",
+}
+"""What the process leaves that dies before an operation, or in the middle of it."""
 
 
 def points(calm: Calm) -> Iterator[tuple[str, str, int, bool]]:
-    """Where to die: operation, place, number, and whether half of it is done; each kind of
-    operation on each kind of file once, in the middle of its occurrences.
+    """Where to die: place, what is left there, number of the operation, and whether half of it is
+    done; each kind of operation on each kind of file once, in the middle of its occurrences, unless
+    nothing has changed since the one before it.
     """
     found = defaultdict[tuple[str, str], list[int]](list)
     for number, operation in enumerate(calm.operations):
         if re.search(KINDS[calm.name].own, operation.path):
-            found[operation.name, operation.where].append(number)
-    for (name, where), numbers in found.items():
+            found[operation.where, operation.name].append(number)
+    for (where, name), numbers in found.items():
         number = numbers[len(numbers) // 2]
-        yield name, where, number, False
-        if name in TORN:
-            yield name, where, number, True
+        if not (number and unchanging(calm.operations[number - 1])):
+            yield where, SEEN.get((name, False), f"before {name}"), number, False
+        if (name, True) in SEEN:
+            yield where, SEEN[name, True], number, True
+
+
+def unchanging(operation: Operation) -> bool:
+    """Whether the files are the same after it; a temporary file that is removed has been renamed
+    before.
+    """
+    return operation.name == "sync" or (
+        operation.name == "remove" and operation.path.endswith(".tmp")
+    )
 
 
 def finished(run: Path) -> dict[Path, int]:
@@ -44,8 +61,8 @@ def finished(run: Path) -> dict[Path, int]:
 def test_a_process_dies(name: str, calm: MakeCalm, record: Record) -> None:
     job, problems = calm(name), list[str]()
     met = defaultdict[str, list[str]](list)
-    for operation, where, number, torn in points(job):
-        met[where].append(f"{operation} (torn)" if torn else operation)
+    for where, left, number, torn in points(job):
+        met[where].append(left)
         if problem := after_death(job, job.fresh(), number, torn):
             problems.append(f"{job.operations[number]}, number {number}, torn {torn}: {problem}")
     for where, operations in met.items():
@@ -56,11 +73,11 @@ def test_a_process_dies(name: str, calm: MakeCalm, record: Record) -> None:
 
 def after_death(job: Calm, out: Path, number: int, torn: bool) -> str:
     """What is wrong after one crash and the same command again."""
-    died = attempt(job.command(out), DieAt(out, number, torn))
+    died = job.attempt(out, DieAt(out, number, torn))
     if died.code != -signal.SIGKILL:
         return f"did not die there: {died}"
     before = finished(out)
-    again = attempt(job.command(out))
+    again = job.attempt(out)
     if again.code:
         return again.words
     after = finished(out)
@@ -76,8 +93,8 @@ def test_a_dead_attempt_leaves_nothing_behind(calm: MakeCalm, record: Record) ->
     places = {o.where: n for n, o in enumerate(job.operations) if o.name == "sync"}
     for where, number in places.items():
         out = job.fresh()
-        attempt(job.command(out), DieAt(out, number))
-        assert attempt(job.command(out)).code == 0
+        job.attempt(out, DieAt(out, number))
+        assert job.attempt(out).code == 0
         left[where] = [path.name for path in out.rglob("*") if path.name.endswith(".tmp")]
     row = Row("crash", "stat", "temporary files", "sync", "removed", len(places), bytes_equal=True)
     record(row)

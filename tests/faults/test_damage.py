@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from tests.conftest import edit_json, folder_bytes
-from tests.faults.conftest import Calm, MakeCalm, Record, result_of
+from tests.faults.calm import Calm, result_of
+from tests.faults.conftest import MakeCalm, Record
 from tests.faults.forks import attempt
 from tests.faults.hooks import DieAt
 from tests.faults.reliability import Row
@@ -99,6 +100,13 @@ def put(**keys: Any) -> Harm:
     return harm
 
 
+def another_entry(path: Path) -> None:
+    """An entry of a store takes the place of another one."""
+    entries = sorted({file.parent for file in path.parents[2].glob("*/*/manifest.json")})
+    delete(entries[-1])
+    shutil.copytree(entries[0], entries[-1])
+
+
 def outside(path: Path) -> Path:
     return next(folder for folder in path.parents if folder.name == "disturbed").parent / "outside"
 
@@ -129,8 +137,12 @@ def _errors(manifest: Any) -> None:
 
 
 def _perplexity(manifest: Any) -> None:
-    key = next(key for key in manifest["info"] if "perplexity" in key or "loss" in key)
-    manifest["info"][key] = 1.5
+    manifest["info"]["result"]["perplexity"] = 1.5
+
+
+def _gates(manifest: Any) -> None:
+    gates = manifest["info"]["result"]["gates"]
+    gates[0], gates[1] = gates[1], gates[0]
 
 
 def _result(manifest: Any) -> None:
@@ -164,7 +176,7 @@ class Damage:
 
 
 LAYER, MANIFEST = "tasks/layer-0001/layer.safetensors", "tasks/layer-0001/manifest.json"
-HALF_SHARDS, HALF_WAVES = "tasks/layer-0002/", "tasks/layer-0002/"
+HALF_SHARDS = "tasks/layer-0002/"
 STATE = "tasks/recover/step-*/*"
 DAMAGES = [
     Damage("one bit", LAYER, flip),
@@ -200,8 +212,8 @@ DAMAGES = [
     Damage("deleted", "model/tokenizer.json", delete),
     Damage("names another file", "model/model.safetensors.index.json", put(weight_map={})),
     Damage("half of it is missing", "model/manifest.json", cut),
-    Damage("weights that hide ours", "model/model.safetensors", says("x" * 100)),
-    Damage("an adapter is laid beside", "model/adapter_config.json", says("{}")),
+    Damage("weights that hide ours", "model/model.safetensors", says("x" * 100), 5, (0, 5)),
+    Damage("an adapter is laid beside", "model/adapter_config.json", says("{}"), 5, (0, 5)),
     Damage("a link to the same content outside", "model", moved_and_linked, None, (0, 2, 5)),
     Damage("a file of that name", "model", a_file, 5, (0, 2, 5)),
     Damage("a link to the same content outside", "tasks", moved_and_linked, None, (0, 2, 5)),
@@ -232,15 +244,27 @@ DAMAGES = [
         stop=HALF_SHARDS,
     ),
     Damage("deleted", "cache", delete, None, stop=HALF_SHARDS),
-    Damage("one bit", "cache/dense-*/*", flip, None, (0,), "layers, stored", HALF_WAVES),
-    Damage("half of it is missing", "cache/dense-*/*", cut, None, (0,), "refit, drift", HALF_WAVES),
+    Damage("one bit", "cache/dense-*/*", flip, None, (0,), "layers, stored", "tasks/statistics-0002"),
+    Damage("half of it is missing", "cache/dense-*/*", cut, None, (0,), "refit, drift", "tasks/selection-0002"),
     Damage("one bit", "tasks/layer-0000/layer.safetensors", flip, None, stop=HALF_SHARDS),
     Damage(
         "another unit kept", "tasks/layer-0000/manifest.json", edited(_kept), None, (0,), "stat",
         HALF_SHARDS,
     ),
-    Damage("one bit", STATE, flip, None, (0,), "recovered", "tasks/recover/model/"),
-    Damage("half of it is missing", STATE, cut, None, (0,), "recovered", "tasks/recover/model/"),
+    Damage(
+        "the content of another micro-batch",
+        "cache/dense-*/00000.safetensors",
+        another("00001.safetensors"),
+        None,
+        (0,),
+        "refit, drift",
+        "tasks/selection-0002",
+    ),
+    Damage("one bit", "store/*/*/layer*", flip, None, (0,), "layers, stored"),
+    Damage("half of it is missing", "store/*/*/manifest.json", cut, None, (0,), "layers, stored"),
+    Damage("another's", "store/*/*/manifest.json", another_entry, None, (0,), "layers, stored"),
+    Damage("one bit", STATE, flip, None, (0,), "recovered", "tasks/recover/model"),
+    Damage("half of it is missing", STATE, cut, None, (0,), "recovered", "tasks/recover/model"),
     Damage(
         "lines of other kinds",
         "tasks/recover/training.jsonl",
@@ -248,26 +272,31 @@ DAMAGES = [
         None,
         (0,),
         "recovered",
-        "tasks/recover/model/",
+        "tasks/recover/model",
     ),
     Damage("one bit", "tasks/recover/model/outer.safetensors", flip, kind="recovered"),
     Damage("lines of other kinds", "tasks/recover/training.jsonl", appended("null\n3\n"), None,
            (0,), "recovered"),
-    Damage("one bit", "tasks/gates-0000/manifest.json", lambda path: edited(_digest_of_gates)(path),
+    Damage("other gates", "tasks/gates-0000/manifest.json", edited(_gates),
            kind="trsp"),
 ]  # fmt: skip
 
 
-def _digest_of_gates(manifest: Any) -> None:
-    gates = manifest["info"]["gates"]
-    gates[0], gates[1] = gates[1], gates[0]
+def place_of(out: Path, file: str) -> Path:
+    """A path in the run folder; `store/...` in the store beside it, and then the run folder is
+    gone, so that all comes from the store.
+    """
+    if not file.startswith("store/"):
+        return out / file
+    shutil.rmtree(out)
+    return out.with_name(out.name + "-store") / file.removeprefix("store/")
 
 
 def half(job: Calm, stop: str) -> Path:
     """What a run leaves that dies before its first operation on such a path."""
     out = job.fresh()
     number = next(n for n, operation in enumerate(job.operations) if stop in operation.path + "/")
-    assert attempt(job.command(out), DieAt(out, number)).code == -9
+    assert job.attempt(out, DieAt(out, number)).code == -9
     return out
 
 
@@ -278,7 +307,7 @@ def test_damage(damage: Damage, calm: MakeCalm, record: Record) -> None:
     job = calm(damage.kind)
     out = half(job, damage.stop) if damage.stop else job.copied()
     shutil.rmtree(out.parent / "outside", ignore_errors=True)
-    damage.harm(one(out / damage.file))
+    damage.harm(one(place_of(out, damage.file)))
     seen = []
     beyond = folder_bytes(out.parent / "outside")
     if damage.verify is not None:
@@ -286,7 +315,7 @@ def test_damage(damage: Damage, calm: MakeCalm, record: Record) -> None:
         assert found.code == damage.verify, found.words
         assert "Traceback" not in found.words, found.err
         seen.append(f"`verify`: {found.code}")
-    again = attempt(job.command(out))
+    again = job.attempt(out)
     assert "Traceback" not in again.words, again.err
     assert again.code in damage.run, again.words
     assert folder_bytes(out.parent / "outside") == beyond, "written outside"
@@ -327,7 +356,7 @@ def test_any_bit(stop: str | None, calm: MakeCalm, record: Record) -> None:
         verified = None if stop else attempt(["verify", str(out)])
         if verified and str(name) not in SILENT and verified.code != 5:
             problems.append(f"{what}: verify ended with {verified.code}: {verified.words[-300:]}")
-        again = attempt(job.command(out))
+        again = job.attempt(out)
         if again.code not in (0, 2, 5) or "Traceback" in again.words:
             problems.append(f"{what}: run ended with {again.code}: {again.words[-300:]}")
         elif again.code == 0 and result_of(out) != job.expected:
