@@ -10,7 +10,7 @@ import re
 import resource
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -299,3 +299,51 @@ class NoRay:
     def _hear(self, event: str, args: Sequence[object]) -> None:
         if event == "subprocess.Popen" and "ray" in str(args[1]):
             os._exit(RAY_WAS_STARTED)
+
+
+@dataclass
+class Umask:
+    """Files are made with these bits missing."""
+
+    mask: int
+
+    def __call__(self) -> None:
+        os.umask(self.mask)
+
+
+@dataclass
+class ActAt(Act):
+    """Somebody does something to another file at the n-th operation below `root`."""
+
+    root: Path
+    number: int
+    act: Callable[[Path], None]
+    target: Path
+
+    def __call__(self) -> None:
+        self._left = self.number
+        Watch(self.root, self)
+
+    def meet(self, operation: Operation, path: Path) -> None:
+        self._left -= 1
+        if self._left == -1:
+            self.act(self.target)
+
+
+@dataclass
+class Strays:
+    """Notes in a file what is changed outside some folders, one path a line."""
+
+    allowed: tuple[Path, ...]
+    file: Path
+
+    def __call__(self) -> None:
+        self._handle = os.open(self.file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        self._allowed = tuple(map(str, self.allowed))
+        sys.addaudithook(self._hear)
+
+    def _hear(self, event: str, args: Sequence[object]) -> None:
+        if event == "open" or event.startswith("os."):
+            found = _operation(event, args)
+            if found and found[0] != "sync" and not found[1].startswith(self._allowed):
+                os.write(self._handle, (found[1] + "\n").encode())

@@ -176,7 +176,8 @@ class Damage:
 
 
 LAYER, MANIFEST = "tasks/layer-0001/layer.safetensors", "tasks/layer-0001/manifest.json"
-HALF_SHARDS = "tasks/layer-0002/"
+HALF_SHARDS, HALF_WAVES = "tasks/layer-0002/", "tasks/selection-0002"
+HALF_STATISTICS = "tasks/statistics-0002"
 STATE = "tasks/recover/step-*/*"
 DAMAGES = [
     Damage("one bit", LAYER, flip),
@@ -244,8 +245,8 @@ DAMAGES = [
         stop=HALF_SHARDS,
     ),
     Damage("deleted", "cache", delete, None, stop=HALF_SHARDS),
-    Damage("one bit", "cache/dense-*/*", flip, None, (0,), "layers, stored", "tasks/statistics-0002"),
-    Damage("half of it is missing", "cache/dense-*/*", cut, None, (0,), "refit, drift", "tasks/selection-0002"),
+    Damage("one bit", "cache/dense-*/*", flip, None, (0,), "layers, stored", HALF_STATISTICS),
+    Damage("half of it is missing", "cache/dense-*/*", cut, None, (0,), "refit, drift", HALF_WAVES),
     Damage("one bit", "tasks/layer-0000/layer.safetensors", flip, None, stop=HALF_SHARDS),
     Damage(
         "another unit kept", "tasks/layer-0000/manifest.json", edited(_kept), None, (0,), "stat",
@@ -258,7 +259,7 @@ DAMAGES = [
         None,
         (0,),
         "refit, drift",
-        "tasks/selection-0002",
+        HALF_WAVES,
     ),
     Damage("one bit", "store/*/*/layer*", flip, None, (0,), "layers, stored"),
     Damage("half of it is missing", "store/*/*/manifest.json", cut, None, (0,), "layers, stored"),
