@@ -162,10 +162,8 @@ class FailAt(Act):
         Watch(self.root, self)
 
     def meet(self, operation: Operation, path: Path) -> None:
-        if operation.name in ("remove", "rmdir"):
-            return  # these need no room
         self._left -= 1
-        if self._left < 0:
+        if self._left < 0 and operation.name not in ("remove", "rmdir"):  # these need no room
             raise OSError(self.error, os.strerror(self.error), str(path))
 
 

@@ -1,5 +1,5 @@
-"""Model and run folders of somebody who means harm: nothing of theirs runs, nothing that lies outside
-is read into the model or written, nothing of theirs reaches a terminal or a page unescaped.
+"""Model and run folders of somebody who means harm: nothing of theirs runs, nothing outside is read
+into the model or written, nothing of theirs reaches a terminal or a page unescaped.
 """
 
 import json
