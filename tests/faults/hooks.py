@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_TRUNC
 _BY_NAME = {
@@ -233,24 +234,25 @@ class Without:
     package: str
 
     def __call__(self) -> None:
-        from importlib import util
-
-        for name in [name for name in sys.modules if f"{name}.".startswith(f"{self.package}.")]:
+        for name in [name for name in sys.modules if self.hides(name)]:
             del sys.modules[name]
-        sys.meta_path.insert(0, _Missing(self.package))
-        told = util.find_spec
-        util.find_spec = lambda name, package=None: (
-            None if f"{name}.".startswith(f"{self.package}.") else told(name, package)
-        )
+        sys.meta_path[:] = [_Hiding(finder, self) for finder in sys.meta_path]
+
+    def hides(self, name: str) -> bool:
+        return f"{name}.".startswith(f"{self.package}.")
 
 
-@dataclass
-class _Missing:
-    package: str
+class _Hiding:
+    """A finder of modules that does not find some."""
 
-    def find_spec(self, name: str, path: object, target: object = None) -> None:
-        if f"{name}.".startswith(f"{self.package}."):
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+    def __init__(self, finder: Any, without: Without) -> None:
+        self._finder, self._without = finder, without
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._finder, name)
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        return None if self._without.hides(name) else self._finder.find_spec(name, path, target)
 
 
 @dataclass

@@ -193,11 +193,6 @@ def not_a_number(tensors: dict[str, torch.Tensor]) -> None:
     tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = torch.nan
 
 
-def bare_names(tensors: dict[str, torch.Tensor]) -> None:
-    for name in list(tensors):
-        tensors[name.removeprefix("model.")] = tensors.pop(name)
-
-
 def adapter(place: Place) -> None:
     replaced(place.model / "adapter_config.json", json.dumps({"peft_type": "LORA", "r": 2}))
     save_file({"x": torch.zeros(2)}, place.model / "adapter_model.safetensors")
@@ -211,6 +206,14 @@ def no_tokenizer(place: Place) -> None:
 def evaluation(**options: Any) -> Spoil:
     def spoil(place: Place) -> None:
         place.edit(evaluation={"path": str(place.text), "window": 32} | options)
+
+    return spoil
+
+
+def other_text(**options: Any) -> Spoil:
+    def spoil(place: Place) -> None:
+        (place.folder / "other.txt").write_text("Nights, and not a word of the others. " * 400)
+        place.edit(evaluation={"path": str(place.folder / "other.txt")} | options)
 
     return spoil
 
@@ -255,7 +258,6 @@ BAD = [
     sets("=3", 2, "--set =3"),
     sets("budget.sparsity.more=3", 2, "budget.sparsity"),
     sets("calibration.samples=5000", 2, "too short", "calibration.samples"),
-    sets("calibration.sequence_length=512", 2, "256", "sequence_length"),
     sets("calibration.path=/nowhere.txt", 2, "/nowhere.txt"),
     sets("model.path=/nowhere", 3, "/nowhere", "model.path"),
     sets("model.path=HuggingFaceTB/SmolLM2-135M", 3, "HuggingFaceTB/SmolLM2-135M", "download"),
@@ -310,7 +312,6 @@ BAD = [
           "model.layers.1.mlp.up_proj.weight"),
     model("whole numbers as weights", lambda place: place.tensors(whole_numbers),
           "model.layers.1.mlp.up_proj.weight"),
-    model("names without their prefix", lambda place: place.tensors(bare_names), "model."),
     model("NaN among the weights", lambda place: place.tensors(not_a_number),
           "model.layers.1.mlp.up_proj.weight", "NaN", commands=("run in-process",)),
     model("an adapter beside the weights", adapter, "adapter_config.json", "merge"),
@@ -336,7 +337,8 @@ BAD = [
     content("NULs", "n.txt", "\0" * 5000),
     content("latin-1", "l.txt", ("caf\xe9 " * 2000).encode("latin-1"), "UTF-8"),
     content("a line without the field", "r.jsonl", '{"text": "a"}\n{"txt": "b"}\n' * 50, "text"),
-    content("torn JSON Lines", "t.jsonl", '{"text": "a day"}\n' * 400 + '{"te', "401"),
+    content("torn JSON Lines", "t.jsonl", '{"text": "a day"}\n' * 2 + '{"te\n' + '{"text": "a day"}\n' * 400,
+            "t.jsonl:3"),
     content("a wrong field", "f.jsonl", '{"text": "a day"}\n' * 400, "body", field="body"),
     content("a wrong column", "c.csv", "text,id\na day,1\n" * 400, "body", field="body"),
     content("gz cut in half", "g.txt.gz", gzip.compress(os.urandom(9000).hex().encode())[:5000]),
@@ -346,7 +348,10 @@ BAD = [
     text("/dev/zero", lambda place: endless(place.text), "text.txt"),
     text("an empty folder", lambda place: (place.text.unlink(), place.text.mkdir()), "text.txt"),
     text("an evaluation text that is missing", evaluation(path="/nowhere.txt"), "/nowhere.txt"),
-    text("an evaluation window beyond the positions", evaluation(window=512), "256"),
+    text("an evaluation window beyond the positions", other_text(window=512), "256", "window"),
+    text("a calibration window beyond the positions",
+         lambda place: place.text_as("long.txt", DAYS * 2, sequence_length=512), "256",
+         "sequence_length"),
     text("an evaluation on the calibration text alone", evaluation(), "evaluation"),
 ]  # fmt: skip
 
@@ -479,7 +484,6 @@ def test_bad_command_line(line: Line, place: Place, record: Record) -> None:
 
 NEEDS = [
     ("room on the disk", NoRoom(1000), {}, ("1000",)),
-    ("the package ray", Without("ray"), {}, ("ray", "install")),
     ("the package ray.train", Without("ray.train"), {"recover": {"epochs": 1}}, ("train",)),
     ("the package peft", Without("peft"), {"recover": {"epochs": 1, "lora": {"rank": 2}}},
      ("peft",)),
@@ -494,9 +498,9 @@ def test_something_is_missing(
     place.edit(**sections)
     seen = ", ".join(f"`{word}`" for word in said)
     record(Row("input", "validate, run", f"missing: {what}", seen, "refused, 4", 2))
-    for words in (["validate"], ["run", "--out", str(place.out)]):
-        ended = attempt([words[0], str(place.job), *words[1:]], fault, timeout=20)
-        assert ended.code == 4, f"{words[0]}: {ended.words}"
+    for command in ("validate", "run"):
+        ended = attempt([command, str(place.job), "--out", str(place.out)], fault, timeout=20)
+        assert ended.code == 4, f"{command}: {ended.words}"
         assert "Traceback" not in ended.err
         assert all(word in ended.err for word in said), ended.err
         assert not (place.out / "tasks").exists()
