@@ -7,7 +7,7 @@ STAMP := .venv/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-faults check bench format clean
+.PHONY: help install demo test test-faults audit check bench format clean
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1	\2/' | expand -t 18
@@ -34,6 +34,10 @@ test: install ## run all tests but those of faults
 test-faults: install ## break things on purpose (about ten minutes); writes docs/reliability.md
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist worksteal tests/faults \
 		--hypothesis-profile=faults --reliability docs/reliability.md
+
+audit: install ## known holes in the installed packages (needs a network)
+	.venv/bin/python -m pip install --quiet "pip-audit>=2.10,<3"
+	.venv/bin/pip-audit --skip-editable
 
 check: install ## lint, types and the fast tests
 	.venv/bin/ruff check
