@@ -7,9 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.faults.calm import Calm, calm_run
 from tests.faults.reliability import Row, page
+
+settings.register_profile("fast", max_examples=15, deadline=None, database=None, derandomize=True)
+settings.register_profile("faults", max_examples=300, deadline=None, database=None)
+settings.load_profile("fast")
 
 Record = Callable[[Row], None]
 

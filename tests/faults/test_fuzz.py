@@ -28,10 +28,6 @@ from rayprune.workers.store.shards import even_parts, grow_tree, merge_siblings,
 from tests.conftest import build_model
 from tests.faults.forks import ROOT
 
-settings.register_profile("fast", max_examples=20, deadline=None, database=None, derandomize=True)
-settings.register_profile("faults", max_examples=400, deadline=None, database=None)
-if settings._current_profile == "default":
-    settings.load_profile("fast")
 SAME_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 JOB: dict[str, Any] = {"model": {"path": "/m"}, "calibration": {"path": "/t"}}
