@@ -283,7 +283,9 @@ class OneLayerAtATime:
             made = planned(*arguments, **options)  # type: ignore[arg-type]
             return replace(made, memory=replace(made.memory, layers_per_chunk=1))
 
-        run.make_plan = plan  # type: ignore[assignment]
+        for module in [*sys.modules.values()]:  # wherever it was imported by its name
+            if getattr(module, "make_plan", None) is planned:
+                module.make_plan = plan  # type: ignore[attr-defined]
 
 
 RAY_WAS_STARTED = 77
