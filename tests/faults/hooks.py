@@ -283,7 +283,8 @@ class OneLayerAtATime:
             made = planned(*arguments, **options)  # type: ignore[arg-type]
             return replace(made, memory=replace(made.memory, layers_per_chunk=1))
 
-        for module in [*sys.modules.values()]:  # wherever it was imported by its name
+        ours = [module for name, module in sys.modules.items() if name.startswith("rayprune.")]
+        for module in ours:  # wherever it was imported by its name
             if getattr(module, "make_plan", None) is planned:
                 module.make_plan = plan  # type: ignore[attr-defined]
 
