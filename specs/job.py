@@ -223,7 +223,9 @@ class CorrectionSpec(Section):
     candidates: tuple[Annotated[float, Field(gt=0.0, le=1e6)], ...] = Field(
         default=(1e-3, 1e-2, 3e-2, 1e-1, 3e-1), min_length=1, max_length=32
     )
-    """Damping values tried when `damping` is `held-out`, as multiples of the mean diagonal."""
+    """Damping values tried when `damping` is `held-out`, as multiples of the mean diagonal; from
+    the largest down, until the held-out error rises.
+    """
     drift: float = Field(default=0.0, ge=0.0, le=1.0)
     """Fraction of what the residual stream has drifted from the dense model's that every block's
     correction also makes up for.
