@@ -3,6 +3,7 @@ import neither torch nor ray.
 """
 
 import argparse
+import faulthandler
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import rayprune
-from rayprune.specs.errors import INTERRUPTED, RaypruneError, SpecError
+from rayprune.specs.errors import INTERRUPTED, RaypruneError, SpecError, printable
 from rayprune.specs.job import JobSpec
 from rayprune.specs.machine import PROFILES, profile_text
 from rayprune.specs.schema import job_schema_text
@@ -36,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
                 signal.signal(number, _interrupt)
         sys.unraisablehook = _unraisable
+    with suppress(OSError, ValueError):  # where the stream is no file
+        faulthandler.enable()  # a mapped file that is cut off ends the process: say where
     try:
         code: int = options.command(options) or 0
         sys.stdout.flush()
@@ -56,7 +59,7 @@ def _exit_code(error: BaseException) -> int:
     if isinstance(found, RaypruneError):
         return _told(str(found), found.exit_code)
     if isinstance(error, OSError) and error.filename is not None:
-        place = os.fsdecode(error.filename)
+        place = printable(os.fsdecode(error.filename))
         return _told(f"{place}: {error.strerror}; finished tasks are kept", SpecError.exit_code)
     with suppress(OSError):
         traceback.print_exception(error)  # a bug, shown in full

@@ -7,7 +7,7 @@ import os
 import stat
 from pathlib import Path
 
-from rayprune.specs.errors import RaypruneError, SpecError
+from rayprune.specs.errors import ModelError, RaypruneError, SpecError
 
 _KINDS = {
     stat.S_ISFIFO: "a named pipe",
@@ -51,3 +51,19 @@ def read_document(
     if len(content) > most:
         raise error_type(f"{path}: larger than {most} bytes; is this {what}?")
     return content
+
+
+def within(folder: Path, file: Path) -> Path:
+    """The file itself, which must lie in the model folder, or beside it in the blobs of a hub
+    cache: what a link brings in from elsewhere would be copied for everybody to read.
+
+    Raises:
+        ModelError: it lies elsewhere.
+    """
+    root, target = folder.resolve(), file.resolve()
+    allowed = [root] + ([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])
+    if not any(target.is_relative_to(place) for place in allowed):
+        raise ModelError(
+            f"{file}: links to {target}, outside the model folder; copy the file into the folder"
+        )
+    return file

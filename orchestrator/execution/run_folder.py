@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 from rayprune.specs.errors import SpecError, VerificationError
 from rayprune.specs.job import JobSpec
 from rayprune.specs.loader import differences, dump_job, load_job
+from rayprune.workers.machine.shortage import is_disk_full
 from rayprune.workers.store.files import Manifest, Task, write_text
 from rayprune.workers.store.layout import CACHE, TASKS, Scope, model_folder
 from rayprune.workers.store.logs import EventLine, read_lines
@@ -78,6 +79,8 @@ class RunFolder:
                 f"{self.path}: another run is writing here; wait for it, or choose another --out"
             ) from None
         except OSError as error:
+            if is_disk_full(error):
+                raise
             raise SpecError(f"{self.path}: cannot be used as the run folder: {error}") from None
         with ExitStack() as stack:
             stack.callback(self._lock.release)

@@ -11,11 +11,11 @@ from pathlib import Path
 from rayprune.orchestrator.stages.context import Context, Watched, state_of
 from rayprune.orchestrator.stages.subject import ModelAt
 from rayprune.specs.errors import ModelError
+from rayprune.specs.files import within
 from rayprune.workers.model.checkpoint import Checkpoint, open_checkpoint
 from rayprune.workers.model.folder import INDEX_NAME
 from rayprune.workers.store.files import Task, commit
 from rayprune.workers.store.layout import SOURCE_TASK
-from rayprune.workers.store.side_files import within
 
 
 def identify(context: Context, checkpoint: Checkpoint) -> ModelAt:

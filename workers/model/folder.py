@@ -14,7 +14,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from rayprune.specs.errors import ModelError
-from rayprune.specs.files import no_file, read_document
+from rayprune.specs.files import no_file, read_document, within
 from rayprune.workers.model.config import Config
 
 CONFIG_NAME = "config.json"
@@ -226,18 +226,13 @@ def _inside(path: Path, file: str) -> Path:
     """The shard's real path, which must lie in the folder, or beside it in the blobs of a hub
     cache.
     """
-    root, target = path.resolve(), (path / file).resolve()
-    allowed = [root] + ([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])
+    target = (path / file).resolve()
     if not target.exists():
         raise ModelError(f"{path / file}: no such file, but {INDEX_NAME} names it; fetch it")
     if not target.is_file():
         what = no_file(target.stat().st_mode) or "a folder"
         raise ModelError(f"{path / file}: {what}, not a weight file; fetch the model again")
-    if not any(target.is_relative_to(folder) for folder in allowed):
-        raise ModelError(
-            f"{path / file}: links to {target}, outside the model folder; copy the file into the"
-            " folder"
-        )
+    within(path, path / file)
     return target
 
 

@@ -20,6 +20,7 @@ from rayprune.workers.network.streamed import MicroBatch, Store, StreamedModel
 from rayprune.workers.numerics.codec import from_array, to_array
 from rayprune.workers.numerics.statistics import Statistic
 from rayprune.workers.passes.sealed import read_sealed, write_sealed
+from rayprune.workers.store.files import remove
 from rayprune.workers.store.layout import RESIDUAL_STREAM, boundary_file
 
 Fits = tuple[Statistic, Statistic]
@@ -158,7 +159,7 @@ def _saved_states(file: Path) -> Tensor:
     """
     saved = read_sealed(file)
     if saved is None or "hidden" not in saved:
-        file.unlink(missing_ok=True)
+        remove(file)
         raise VerificationError(
             f"{file}: was damaged while it was used, and is removed; run the same command again"
         )

@@ -24,7 +24,7 @@ from rayprune.workers.network.slicing import Cut
 from rayprune.workers.network.streamed import MicroBatch, StreamedModel
 from rayprune.workers.numerics.statistics import State, Statistic
 from rayprune.workers.passes.sealed import read_sealed, write_sealed
-from rayprune.workers.store.files import Manifest, read_manifest
+from rayprune.workers.store.files import Manifest, read_manifest, remove
 from rayprune.workers.store.layout import LAYER_FILE, Scope, layer_task
 from rayprune.workers.store.shards import Node, grow_tree, owned_nodes
 
@@ -247,7 +247,7 @@ class Sweep:
             )
             for old in path.parent.glob("layer-*.safetensors"):
                 if old != path:
-                    old.unlink(missing_ok=True)
+                    remove(old)
 
     def _restored(self, index: int, layer: int) -> Shard:
         batches, dense = (

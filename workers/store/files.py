@@ -113,6 +113,8 @@ def _write(path: Path, save: Callable[[Path], None]) -> None:
         save(temporary)
         with temporary.open("rb") as handle:
             os.fsync(handle.fileno())
+        if path.is_dir():  # nothing of ours: it has only the name
+            remove(path)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -236,6 +238,14 @@ def _below(name: str) -> bool:
     """Whether a file's name stays in the folder it starts from."""
     path = PurePosixPath(name)
     return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder in its place; nothing where there is neither."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def remove_task(folder: Path) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from rayprune.specs.errors import ModelError
+from rayprune.specs.files import within
 
 TOKENIZER_FILES = (
     "tokenizer*",
@@ -29,19 +29,3 @@ def side_files(source: Path, patterns: Sequence[str]) -> list[Path]:
     return sorted(
         within(source, file) for file in found if file.is_file() and file.suffix not in NEVER_COPIED
     )
-
-
-def within(folder: Path, file: Path) -> Path:
-    """The file itself, which must lie in the model folder, or beside it in the blobs of a hub
-    cache: what a link brings in from elsewhere would be copied for everybody to read.
-
-    Raises:
-        ModelError: it lies elsewhere.
-    """
-    root, target = folder.resolve(), file.resolve()
-    allowed = [root] + ([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])
-    if not any(target.is_relative_to(place) for place in allowed):
-        raise ModelError(
-            f"{file}: links to {target}, outside the model folder; copy the file into the folder"
-        )
-    return file
