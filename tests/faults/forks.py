@@ -4,6 +4,7 @@ takes as long as its work, and may die, be killed, or find the machine broken.
 
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -56,8 +57,8 @@ def attempt(
             process.kill()
             process.join()
         seconds, code = time.perf_counter() - begin, process.exitcode
-        if late and kill_after is None:
-            code = TIMED_OUT
+        if late:  # the server of forks may lose the status of what is killed: it says 255 then
+            code = TIMED_OUT if kill_after is None else -signal.SIGKILL
         out, err = (
             file.read_text(errors="replace") if (file := Path(scratch, name)).exists() else ""
             for name in ("out", "err")

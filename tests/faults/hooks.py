@@ -145,7 +145,9 @@ class DieAt(Act):
         if self.torn and operation.name == "append":
             with path.open("ab") as handle:
                 handle.write(TORN)
-        elif self.torn and path.is_file():
+        elif (
+            self.torn and path.is_file() and path.stat().st_nlink == 1
+        ):  # else it was never written
             os.truncate(path, path.stat().st_size // 2)
         os.kill(os.getpid(), signal.SIGKILL)
 

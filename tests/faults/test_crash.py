@@ -16,7 +16,9 @@ from tests.faults.hooks import DieAt, Operation
 from tests.faults.kinds import KINDS
 from tests.faults.reliability import Row
 
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
+PARTS = 3
+"""Tests of one kind of job, so that two processes share its points."""
 SEEN = {
     ("sync", False): "written, not synced",
     ("rename", True): "half written",
@@ -57,11 +59,14 @@ def finished(run: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in run.rglob("manifest.json")}
 
 
+@pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if kind.own != "^$"])
-def test_a_process_dies(name: str, calm: MakeCalm, record: Record) -> None:
+def test_a_process_dies(name: str, part: int, calm: MakeCalm, record: Record) -> None:
     job, problems = calm(name), list[str]()
     met = defaultdict[str, list[str]](list)
-    for where, left, number, torn in points(job):
+    chosen = sorted(points(job))
+    share = slice(len(chosen) * part // PARTS, len(chosen) * (part + 1) // PARTS)
+    for where, left, number, torn in chosen[share]:
         met[where].append(left)
         if problem := after_death(job, job.fresh(), number, torn):
             problems.append(f"{job.operations[number]}, number {number}, torn {torn}: {problem}")
