@@ -13,17 +13,12 @@ from typing import Any
 
 from rayprune.orchestrator.planning.costs import LayerCost, Traffic, layer_costs, traffic
 from rayprune.orchestrator.planning.disk import DiskNeed, disk_needs
+from rayprune.orchestrator.planning.job_workload import workload_of
 from rayprune.orchestrator.planning.layer_kinds import layer_kinds
 from rayprune.orchestrator.planning.memory_choice import MemoryNeeds, choose_memory, memory_needs
 from rayprune.orchestrator.planning.shapes import Shape, open_shapes, planned_shape
 from rayprune.orchestrator.planning.timing import Stage, stages
-from rayprune.orchestrator.planning.workload import (
-    FEW_TOKENS,
-    Workload,
-    in_rows,
-    tokens_per_neuron,
-    workload_of,
-)
+from rayprune.orchestrator.planning.workload import FEW_TOKENS, Workload, in_rows, tokens_per_neuron
 from rayprune.specs.allocation import CurvesAllocation, SearchAllocation
 from rayprune.specs.errors import ModelError, SpecError
 from rayprune.specs.job import JobSpec

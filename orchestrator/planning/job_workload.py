@@ -1,0 +1,169 @@
+"""The workload of a job: what the cost formulas need to know of it and of its model."""
+
+from dataclasses import replace
+
+from rayprune.orchestrator.planning.layer_kinds import LayerKind
+from rayprune.orchestrator.planning.shapes import Shape
+from rayprune.orchestrator.planning.workload import TrainingLoad, Workload
+from rayprune.specs.allocation import CurvesAllocation, SearchAllocation, ThresholdAllocation
+from rayprune.specs.job import JobSpec
+from rayprune.specs.methods.options import DriveOut
+from rayprune.specs.training import TrainingSpec
+from rayprune.workers.model.checkpoint import Checkpoint
+from rayprune.workers.model.config import DTYPES
+from rayprune.workers.model.description import Model
+from rayprune.workers.model.folder import PLANNED_BYTES
+from rayprune.workers.store.layout import RECOVER_TASK, REGULARISE_TASK, UPDATES_TASK
+from rayprune.workers.store.training_stage import saved_states
+
+
+def workload_of(
+    job: JobSpec,
+    checkpoint: Checkpoint,
+    kinds: tuple[LayerKind, ...],
+    shapes: tuple[Shape, ...],
+    on_gpu: bool,
+) -> Workload:
+    """What the cost formulas need. Of several open shapes, each group counts with most units; it is
+    pruned if any shape prunes it.
+    """
+    model, calibration, evaluation = checkpoint.model, job.calibration, job.evaluation
+    outer = sum(info.num_parameters for info in checkpoint.outer_tensors.values())
+    return Workload(
+        kinds=kinds,
+        kept=_least_cut(model, job) if job.budget.per_layer else _most_kept(model, shapes),
+        hidden=model.hidden,
+        vocabulary=model.vocabulary,
+        outer_parameters=outer,
+        bytes_on_disk=checkpoint.bytes_on_disk,
+        output_bytes=max(shape.parameters for shape in shapes)
+        * _written_element_bytes(job, checkpoint),
+        samples=calibration.samples,
+        sequence_length=calibration.sequence_length,
+        shards=calibration.shards,
+        held_out_shards=calibration.held_out_shards,
+        micro_batch=job.parallel.micro_batch,
+        workers=1 if job.cluster.executor == "in-process" else job.parallel.workers,
+        on_gpu=on_gpu,
+        element_bytes=_element_bytes(job, checkpoint, on_gpu),
+        written_element_bytes=_written_element_bytes(job, checkpoint),
+        num_candidates=(
+            len(job.correction.candidates) if job.correction.damping == "held-out" else 1
+        ),
+        checkpoint_layers=job.memory.checkpoint_layers,
+        evaluation_tokens=(
+            (evaluation.max_windows or calibration.samples) * evaluation.window if evaluation else 0
+        ),
+        evaluation_window=evaluation.window if evaluation else 1,
+        most_evaluated=evaluation.max_windows if evaluation else None,
+        ranking=job.method.selector,
+        selects=not job.method.selects_first,
+        exact=job.method.needs_rows,
+        drift=job.correction.drift > 0,
+        in_process=job.cluster.executor == "in-process",
+        survey_levels=_survey_levels(job),
+        candidates=_candidates(job, checkpoint.num_layers),
+        trainings=_trainings(job),
+        gradient_windows=job.gradient_windows,
+        candidate_windows=job.divergence_windows,
+        placement=job.parallel.placement,
+        propagation=job.parallel.effective_propagation,
+    )
+
+
+def _trainings(job: JobSpec) -> tuple[TrainingLoad, ...]:
+    """The trainings of a job; a training of gates takes less than the one of all weights."""
+    loads = []
+    if first := job.method.before_cut:
+        loads.append(
+            replace(
+                _training(job, first.training),
+                each_layer=job.method.trains_layers_alone,
+                task=REGULARISE_TASK if isinstance(first, DriveOut) else UPDATES_TASK,
+            )
+        )
+    if recover := job.recover:
+        rank = recover.lora.rank if recover.lora else 0
+        loads.append(
+            replace(
+                _training(job, recover),
+                teacher=recover.loss == "distillation",
+                lora_rank=rank,
+                task=RECOVER_TASK,
+            )
+        )
+    return tuple(loads)
+
+
+def _training(job: JobSpec, options: TrainingSpec) -> TrainingLoad:
+    return TrainingLoad(
+        options.micro_batch,
+        not options.activation_checkpointing,
+        4 if options.dtype == "float32" else 2,
+        saved_states=saved_states(options, options.samples or job.calibration.samples),
+    )
+
+
+def _survey_levels(job: JobSpec) -> int:
+    """Corrections of a group in the survey: an error for every level, and the weights that are kept
+    of it.
+
+    A mask, and layers that are trained alone, need none, but a pass like it.
+    """
+    first = job.method.before_cut
+    if isinstance(first, DriveOut) and (first.each_layer or first.seed is None):
+        return 1
+    match job.budget.allocation:
+        case SearchAllocation(levels=levels):
+            return 2 * levels
+        case CurvesAllocation(levels=levels):
+            return levels + 1
+        case ThresholdAllocation():
+            return 1
+    return 0
+
+
+def _candidates(job: JobSpec, num_layers: int) -> int:
+    """Every group of every layer alone, and what the search tries."""
+    match job.budget.allocation:
+        case SearchAllocation(generations=generations, offspring=offspring):
+            return 2 * num_layers + generations * (offspring + 1)
+        case CurvesAllocation():
+            return 2 * num_layers
+    return 0
+
+
+def _least_cut(model: Model, job: JobSpec) -> dict[str, int]:
+    """Where layers may differ: what a layer keeps that loses as little as can be."""
+    step, asked = job.budget.round_to, job.budget.kv_groups
+    most = {
+        group.name: (group.num_units - 1) // step * step
+        if group.kind == "ffn"
+        else group.num_units - 1
+        if asked == "auto"
+        else asked
+        for group in model.groups
+    }
+    return {name: count for name, count in most.items() if 0 < count < model.units[name]}
+
+
+def _most_kept(model: Model, shapes: tuple[Shape, ...]) -> dict[str, int]:
+    units = model.units
+    fewer = {
+        name: [shape.kept[name] for shape in shapes if shape.kept[name] < units[name]]
+        for name in units
+    }
+    return {name: max(kept) for name, kept in fewer.items() if kept}
+
+
+def _element_bytes(job: JobSpec, checkpoint: Checkpoint, on_gpu: bool) -> int:
+    """Bytes per element of the forward passes."""
+    if job.model.dtype == "auto":
+        return PLANNED_BYTES[DTYPES[checkpoint.model.dtype]] if on_gpu else 4
+    return 4 if job.model.dtype == "float32" else 2
+
+
+def _written_element_bytes(job: JobSpec, checkpoint: Checkpoint) -> int:
+    """Bytes per element of the pruned model on disk, the widest where they differ."""
+    widest = max(PLANNED_BYTES[info.dtype] for info in checkpoint.tensors.values())
+    return {"auto": widest, "float32": 4}.get(job.export.dtype, 2)
