@@ -170,7 +170,11 @@ def unreadable(path: Path, error: OSError) -> SpecError:
     """The error of a file that the machine does not give, or whose compression is damaged."""
     if error.strerror is None:
         return SpecError(f"{path}: damaged ({error}); fetch or compress it again")
-    return SpecError(f"{path}: cannot be read: {error.strerror}")
+    link = f" (a link to {os.readlink(path)})" if os.path.islink(path) else ""
+    return SpecError(
+        f"{path}{link}: cannot be read: {error.strerror}; check the path in the job (a relative one"
+        " starts from the job file) and its permissions"
+    )
 
 
 def _mode(path: Path) -> int:
@@ -182,10 +186,6 @@ def _mode(path: Path) -> int:
     try:
         mode = path.stat().st_mode
     except OSError as error:
-        if os.path.islink(path):
-            raise SpecError(
-                f"{path}: cannot be read: links to {os.readlink(path)}: {error.strerror}"
-            ) from None
         raise unreadable(path, error) from None
     if kind := no_file(mode):
         raise SpecError(f"{path}: cannot be read: {kind}; write the text to a file first")

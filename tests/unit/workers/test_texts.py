@@ -714,7 +714,9 @@ def test_what_never_ends_is_never_opened(
     named = {"itself": path, "in a folder": path.parent, "by a link": link}[where]
     start = time.monotonic()
     for look in (check_text, lambda spec: read_tokens(spec, tokenizer, 8)):
-        with pytest.raises(SpecError, match=r"\.txt: cannot be read: (a|links to)"):
+        with pytest.raises(
+            SpecError, match=r"\.txt: cannot be read: a|\.txt \(a link to .*\): cannot be read"
+        ):
             look(TextSpec(path=str(named)))
     assert time.monotonic() - start < 1
 
