@@ -715,7 +715,7 @@ def test_what_never_ends_is_never_opened(
     start = time.monotonic()
     for look in (check_text, lambda spec: read_tokens(spec, tokenizer, 8)):
         with pytest.raises(
-            SpecError, match=r"\.txt: cannot be read: a|\.txt \(a link to .*\): cannot be read"
+            SpecError, match=r"\.txt( \(a link to .*\): cannot|: cannot be read: a)"
         ):
             look(TextSpec(path=str(named)))
     assert time.monotonic() - start < 1
