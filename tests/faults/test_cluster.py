@@ -25,6 +25,8 @@ from tests.faults.reliability import Row
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults, pytest.mark.timeout(600)]
 NODES, LAYERS = 3, 10
+HANGS_AFTER = 20
+"""Seconds without the end of a step; a step of these jobs takes a moment."""
 CHECKS = {f"health_check_{name}": 500 for name in ("initial_delay_ms", "period_ms", "timeout_ms")}
 PLACEMENTS = {"shards": "layer-0003", "layers": f"layers 0 to {LAYERS - 1}"}
 
@@ -97,7 +99,7 @@ def test_a_loss_in_mid_run(
     fault: Fault, placement: str, bench: Bench, tmp_path: Path, record: Record
 ) -> None:
     out = tmp_path / "run"
-    sets = [f"parallel.placement={placement}"]
+    sets = [f"parallel.placement={placement}", f"parallel.step_seconds={HANGS_AFTER}"]
     driver = bench.driver(out, *sets)
     in_mid_run(out, placement, driver)
     what = fault.act(bench)
