@@ -7,7 +7,7 @@ STAMP := .venv/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check bench format clean
+.PHONY: help install demo test test-faults audit check bench format clean
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1	\2/' | expand -t 18
@@ -27,15 +27,23 @@ demo: install ## prune SmolLM2-135M and print the report
 	.venv/bin/rayprune run examples/smollm2/job.yaml --out runs/smollm2
 	.venv/bin/rayprune report runs/smollm2
 
-test: install ## run all tests
+test: install ## run all tests but those of faults
 	.venv/bin/python examples/smollm2/prepare.py
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile -m "not faults"
+
+test-faults: install ## break things on purpose (about ten minutes); writes docs/reliability.md
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist worksteal tests/faults \
+		--hypothesis-profile=faults --reliability docs/reliability.md
+
+audit: install ## known holes in the installed packages (needs a network)
+	.venv/bin/python -m pip install --quiet "pip-audit>=2.10,<3"
+	.venv/bin/pip-audit --skip-editable
 
 check: install ## lint, types and the fast tests
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 --dist loadfile -m "not slow and not model and not gpu"
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 --dist loadfile -m "not slow and not model and not gpu and not faults"
 
 TEXT ?= $(CURDIR)/examples/smollm2/calibration.txt
 bench: install ## scaling and linear algebra on this machine (about an hour); TEXT=/path/to/text

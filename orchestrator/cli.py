@@ -3,7 +3,7 @@ import neither torch nor ray.
 """
 
 import argparse
-import errno
+import faulthandler
 import json
 import os
 import signal
@@ -11,61 +11,88 @@ import sys
 import threading
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import rayprune
-from rayprune.specs.errors import INTERRUPTED, RaypruneError, ResourceError, SpecError
+from rayprune.specs.errors import INTERRUPTED, RaypruneError, SpecError, printable
 from rayprune.specs.job import JobSpec
 from rayprune.specs.machine import PROFILES, profile_text
 from rayprune.specs.schema import job_schema_text
-from rayprune.workers.machine.memory import is_out_of_memory
+from rayprune.workers.machine.shortage import explained
 
 RESEND_SECONDS = 0.1
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+MEMORY_ADVICE = "free some, or lower what the job asks for; finished tasks are kept"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 ok, 2 spec, 3 model, 4 resources, 5 verification,
     130 interrupted.
     """
+    _open_standard_streams()
     options = _parser().parse_args(arguments)
     if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
-        signal.signal(signal.SIGTERM, _interrupt)
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+                signal.signal(number, _interrupt)
         sys.unraisablehook = _unraisable
+    with suppress(OSError, ValueError):  # where the stream is no file
+        faulthandler.enable()  # a mapped file that is cut off ends the process: say where
     try:
         code: int = options.command(options) or 0
         sys.stdout.flush()
         return code
-    except RaypruneError as error:
-        print(f"rayprune: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("rayprune: interrupted; run the same command again to go on", file=sys.stderr)
-        return INTERRUPTED
-    except OSError as error:
-        if options.command is not _submit and _reader_is_gone():
+    except BaseException as error:  # the process boundary
+        if options.command is not _submit and _reader_is_gone(error):
             return 0
-        if error.filename is None and error.errno not in _FULL:
-            traceback.print_exc()
-            return 1
-        print(
-            f"rayprune: {error.filename or 'disk'}: {error.strerror}; finished tasks are kept",
-            file=sys.stderr,
-        )
-        return ResourceError.exit_code if error.errno in _FULL else SpecError.exit_code
-    except Exception as error:  # the process boundary
-        if is_out_of_memory(error):
-            print(f"rayprune: out of memory: {error}", file=sys.stderr)
-            return ResourceError.exit_code
-        traceback.print_exc()  # a bug, shown in full
-        return 1
+        return _exit_code(error)
 
 
-def _reader_is_gone() -> bool:
+def _exit_code(error: BaseException) -> int:
+    """Tell what has ended a command, by what lies behind it; the exit code."""
+    if isinstance(error, SystemExit):
+        raise error
+    found = explained(error, "", MEMORY_ADVICE)
+    if isinstance(found, KeyboardInterrupt):
+        return _told("interrupted; run the same command again to go on", INTERRUPTED)
+    if isinstance(found, RaypruneError):
+        return _told(str(found), found.exit_code)
+    if isinstance(error, OSError) and error.filename is not None:
+        place = printable(os.fsdecode(error.filename))
+        return _told(f"{place}: {error.strerror}; finished tasks are kept", SpecError.exit_code)
+    with suppress(OSError):
+        traceback.print_exception(error)  # a bug, shown in full
+    return 1
+
+
+def _told(words: str, code: int) -> int:
+    """Say why a command ends, to whoever still listens; the exit code."""
+    with suppress(OSError):
+        print(f"rayprune: {words}", file=sys.stderr, flush=True)
+    return code
+
+
+def _open_standard_streams() -> None:
+    """Let a stream that the caller has closed lead nowhere: else the next file that is opened would
+    get its number, and what is printed.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+
+
+def _reader_is_gone(error: BaseException) -> bool:
     """Whether whoever read the output has stopped, as `head` does: then there is no more to do."""
     from rayprune.orchestrator.reporting.progress import write_nowhere
 
+    if not isinstance(error, BrokenPipeError):
+        return False
     try:
         sys.stdout.flush()
     except BrokenPipeError:
@@ -152,7 +179,13 @@ def _parser() -> argparse.ArgumentParser:
         help="text whose parts the documents go on from; default: from nothing",
     )
     generate.set_defaults(command=_generate)
-    _job_command(commands, "validate", _validate, "check a job file")
+    validate = _job_command(
+        commands, "validate", _validate, "check a job, its model and its texts, before any work"
+    )
+    validate.add_argument("--out", type=Path, help="run folder whose disk is checked too")
+    validate.add_argument(
+        "--deep", action="store_true", help="tokenise all texts too, with the model's tokenizer"
+    )
     schema = commands.add_parser("schema", help="print the JSON schema of job files")
     schema.set_defaults(command=lambda _: print(job_schema_text(), end=""))
     for name, command, text in (
@@ -269,12 +302,16 @@ def _generate(options: argparse.Namespace) -> None:
         name: getattr(options, name)
         for name in ("model", "tokens", "length", "batch", "temperature", "seed", "prompts")
     }
-    for text in generate(**wanted):
+    about = -(-options.tokens // max(1, options.length))
+    for number, text in enumerate(generate(**wanted), 1):
         print(json.dumps({"text": text}), flush=True)
+        if number % max(1, options.batch) == 0:
+            print(f"rayprune: {number} of about {about} documents", file=sys.stderr, flush=True)
 
 
 def _validate(options: argparse.Namespace) -> None:
-    _load(options)
+    for warning in rayprune.validate(_load(options), options.out, options.deep):
+        print(f"warning: {warning}")
     print(f"{options.job}: valid")
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from rayprune.orchestrator.planning.plan import Plan, make_plan
+from rayprune.orchestrator.planning.preflight import check_inputs, check_job, check_packages
 from rayprune.orchestrator.reporting.events import Event
 from rayprune.orchestrator.reporting.report import Report
 from rayprune.specs.job import JobSpec
@@ -32,9 +33,9 @@ def plan(job: Job, profile: MachineProfile | str | os.PathLike[str] | None = Non
             that `rayprune profile` has written. Without one there are no times.
 
     Raises:
-        SpecError: the job is wrong, or its budget cannot be met.
+        SpecError: the job or a text is wrong, or the budget cannot be met.
         ModelError: the model is missing, damaged or not known.
-        ResourceError: a worker would need more memory than it may use.
+        ResourceError: a worker would need more memory than it may use, or packages are missing.
     """
     spec = _loaded(job)
     machine = (
@@ -42,7 +43,40 @@ def plan(job: Job, profile: MachineProfile | str | os.PathLike[str] | None = Non
         if profile is None or isinstance(profile, MachineProfile)
         else load_profile(os.fspath(profile))
     )
-    return make_plan(spec, planned_checkpoint(Path(spec.model.path)), machine)
+    checkpoint = planned_checkpoint(Path(spec.model.path))
+    # a config alone is planned on paper: neither weights nor texts need to be there
+    warnings = check_inputs(spec, checkpoint) if checkpoint.has_weights else []
+    if checkpoint.has_weights and spec.cluster.address == "local":
+        check_packages(spec)
+    return make_plan(spec, checkpoint, machine).noting(warnings)
+
+
+def validate(
+    job: Job, out: str | os.PathLike[str] | None = None, deep: bool = False
+) -> tuple[str, ...]:
+    """Check a job as far as that takes no tensor: model folder, texts, packages, plan. A run does
+    the same first.
+
+    Args:
+        job: the job; relative paths in a mapping start from the current folder.
+        out: the run folder; with it the room on its disk is checked too. Nothing is written.
+        deep: tokenise all texts too, with the model's own tokenizer.
+
+    Returns:
+        Warnings: what will harm the result.
+
+    Raises:
+        SpecError: the job or a text is wrong.
+        ModelError: the model is missing, damaged or not supported.
+        ResourceError: packages, memory or disk are missing.
+    """
+    spec = _loaded(job)
+    plan = check_job(spec, None if out is None else Path(out)).plan
+    if deep:
+        from rayprune.workers.tokens import check_tokens
+
+        plan = plan.noting(check_tokens(spec))
+    return plan.warnings
 
 
 def run(
@@ -74,12 +108,14 @@ def run(
         OSError: a file cannot be read or written.
     """
     from rayprune.orchestrator.execution.submit import refuse_lost_paths
-    from rayprune.orchestrator.run import run_job
 
     spec, folder, kept = _loaded(job), Path(out), Path(store) if store else None
     refuse_lost_paths(spec, folder, kept)
+    checked = check_job(spec, folder)
+    from rayprune.orchestrator.run import run_job  # torch, which takes seconds to import
+
     with _shown(progress) as show:
-        return run_job(spec, folder, show, redo_stale, kept)
+        return run_job(spec, folder, show, redo_stale, kept, checked)
 
 
 def _loaded(job: Job) -> JobSpec:

@@ -2,14 +2,12 @@
 evaluate, report.
 """
 
-import importlib
-import importlib.util
 import os
 import secrets
 import shutil
 import sys
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +15,9 @@ from typing import Any
 from rayprune.orchestrator.execution.executor import Executor, InProcessExecutor, MemoryOn
 from rayprune.orchestrator.execution.run_folder import RunFolder
 from rayprune.orchestrator.execution.task_store import TaskStore
-from rayprune.orchestrator.planning.disk import still_needed
+from rayprune.orchestrator.planning.patience import step_limit
 from rayprune.orchestrator.planning.plan import Plan, make_plan
+from rayprune.orchestrator.planning.preflight import Checked, check_job
 from rayprune.orchestrator.reporting.gather import write_report
 from rayprune.orchestrator.reporting.report import Report
 from rayprune.orchestrator.stages import (
@@ -34,28 +33,32 @@ from rayprune.orchestrator.stages import (
 )
 from rayprune.orchestrator.stages.context import Context
 from rayprune.orchestrator.stages.subject import Pruned, Subject
-from rayprune.specs.errors import ResourceError
 from rayprune.specs.job import JobSpec
-from rayprune.workers.model.checkpoint import Checkpoint, open_checkpoint
-from rayprune.workers.store.files import read_manifest
-from rayprune.workers.store.layout import Scope, task_folder
+from rayprune.workers.model.checkpoint import Checkpoint
+from rayprune.workers.store.layout import Scope
 
 Show = Callable[[dict[str, Any]], object]
 
 
 def run_job(
-    job: JobSpec, out: Path, show: Show, redo_stale: bool = False, store: Path | None = None
+    job: JobSpec,
+    out: Path,
+    show: Show,
+    redo_stale: bool = False,
+    store: Path | None = None,
+    checked: Checked | None = None,
 ) -> Report:
     """Run a job to its end, or go on where an earlier attempt stopped; returns the report.
 
     With `redo_stale`, what other software or another kind of device has made is done again. In a
-    `store` finished tasks of other runs are found, and those of this one kept.
+    `store` finished tasks of other runs are found, and those of this one kept. The job is checked
+    first, unless it is `checked`.
 
     Raises:
         RaypruneError: as its subclasses say; finished tasks are kept.
     """
-    checkpoint = open_checkpoint(Path(job.model.path))
-    plan = first_plan(job, checkpoint)
+    checked = checked or check_job(job, out)
+    checkpoint, plan = checked.checkpoint, checked.plan
     with ExitStack() as stack:
         folder = stack.enter_context(RunFolder(out, job, redo_stale))
         plans = {plan.device: plan}
@@ -64,6 +67,7 @@ def run_job(
                 job, folder.path, lambda device: plan_on(device, plans, job, checkpoint).memory
             )
         )
+        executor.step_limit = step_limit(job, plan)
         tasks = TaskStore(store) if store else None
         context = Context(job, folder, executor, show, Scope(folder.path), tasks)
         context.emit(
@@ -74,11 +78,9 @@ def run_job(
         )
         for warning in plan.warnings:
             context.emit("warning", text=warning)
-        _check_disk(folder.path, plan)
-        _check_packages(job)
         start.start(context, checkpoint.path)
         done = prune(context, plan_on(executor.device_kind, plans, job, checkpoint), checkpoint)
-        context.emit("run-finished")
+        context.emit("run-finished", step_seconds=executor.step_seconds)
         return write_report(context, done)
 
 
@@ -91,7 +93,8 @@ def prune(context: Context, plan: Plan, checkpoint: Checkpoint) -> Pruned:
     context.record(plan)
     context.executor.use_model(checkpoint.path, context.scope.name)
     digests = texts.text_digests(context)
-    tokens, evaluated = texts.tokenize(context, checkpoint.path, digests)
+    tokens, evaluated, warnings = texts.tokenize(context, checkpoint.path, digests)
+    plan = context.record(_noting(context, plan, warnings))
     dense = source.identify(context, checkpoint)
     subject = Subject(plan, dense, tokens, tuple(digests))
     subject = replace(subject, gradients=gradients.measure_gradients(context, subject))
@@ -105,23 +108,16 @@ def prune(context: Context, plan: Plan, checkpoint: Checkpoint) -> Pruned:
     shutil.rmtree(context.scope.cache, ignore_errors=True)
     models = {"before": dense, "after": pruned} | ({"recovered": recovered} if recovered else {})
     losses = evaluation.evaluate(context, models, evaluated)
-    return Pruned(trained.plan, dense, pruned, recovered, layers, losses)
+    final = _noting(context, trained.plan, evaluation.doubts(losses))
+    return Pruned(final, dense, pruned, recovered, layers, losses)
 
 
-def first_plan(job: JobSpec, checkpoint: Checkpoint) -> Plan:
-    """The plan before the workers' device is known: `auto` counts as a CPU, or as a GPU where only
-    that will do.
-
-    Raises:
-        RaypruneError: as `make_plan` says.
-    """
-    try:
-        return make_plan(job, checkpoint)
-    except ResourceError:
-        if job.parallel.device == "auto":
-            with suppress(ResourceError):
-                return make_plan(job, checkpoint, device="cuda")
-        raise
+def _noting(context: Context, plan: Plan, warnings: Sequence[str]) -> Plan:
+    """The plan with warnings; those that are new are shown."""
+    for warning in warnings:
+        if warning not in plan.notes:
+            context.emit("warning", text=warning)
+    return plan.noting(warnings)
 
 
 def plan_on(device: str, plans: dict[str, Plan], job: JobSpec, checkpoint: Checkpoint) -> Plan:
@@ -132,7 +128,8 @@ def plan_on(device: str, plans: dict[str, Plan], job: JobSpec, checkpoint: Check
         ResourceError: a worker needs more memory there than it may use.
     """
     if device not in plans:
-        plans[device] = make_plan(job, checkpoint, device=device)
+        notes = [note for plan in plans.values() for note in plan.notes]
+        plans[device] = make_plan(job, checkpoint, device=device).noting(notes)
     return plans[device]
 
 
@@ -155,34 +152,3 @@ def _secure_local_ray() -> None:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-
-
-def _check_packages(job: JobSpec) -> None:
-    """Miss what a training needs now, not after hours of other work."""
-    try:
-        if job.trains_on_ranks and job.cluster.executor == "ray":
-            importlib.import_module("ray.train")
-        # importing it would import torch
-        if job.recover and job.recover.lora and importlib.util.find_spec("peft") is None:
-            raise ImportError("no module named peft")
-    except ImportError as error:
-        raise ResourceError(
-            f"packages for training are missing ({error}); install rayprune with its extra 'train'"
-        ) from None
-
-
-def _check_disk(path: Path, plan: Plan) -> None:
-    """Miss room for the models and states that are yet to be written now, not after hours.
-
-    Raises:
-        ResourceError: there is less.
-    """
-    tasks = [need.task for need in plan.disk]
-    finished = {task for task in tasks if read_manifest(task_folder(path, task))}
-    needed, free = still_needed(plan.disk, finished), shutil.disk_usage(path).free
-    if free < needed:
-        left = ", ".join(task for task in tasks if task not in finished)
-        raise ResourceError(
-            f"{path}: what is yet to be written ({left}) needs {needed} bytes, {free} are free;"
-            " choose another --out"
-        )

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rayprune.orchestrator.entry import Progress as Progress
     from rayprune.orchestrator.entry import plan as plan
     from rayprune.orchestrator.entry import run as run
+    from rayprune.orchestrator.entry import validate as validate
     from rayprune.orchestrator.planning.plan import Plan as Plan
     from rayprune.orchestrator.reporting.events import Event as Event
     from rayprune.orchestrator.reporting.report import Report as Report
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from rayprune.specs.machine import MachineProfile as MachineProfile
 else:
     _HOMES = {
-        "rayprune.orchestrator.entry": ("Progress", "plan", "run"),
+        "rayprune.orchestrator.entry": ("Progress", "plan", "run", "validate"),
         "rayprune.orchestrator.planning.plan": ("Plan",),
         "rayprune.orchestrator.reporting.events": ("Event",),
         "rayprune.orchestrator.reporting.report": ("Report", "read_report"),

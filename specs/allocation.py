@@ -53,13 +53,14 @@ class SearchAllocation(CurvesAllocation):
     """Seed of the mutations."""
 
 
+_Options = Annotated[
+    Annotated[UniformAllocation, Tag("uniform")]
+    | Annotated[ThresholdAllocation, Tag("threshold")]
+    | Annotated[CurvesAllocation, Tag("curves")]
+    | Annotated[SearchAllocation, Tag("search")],
+    told_apart_by_name("uniform"),
+]
+_Name = Literal["uniform", "threshold", "curves", "search"]
 AllocationSpec = Annotated[
-    Annotated[
-        Annotated[UniformAllocation, Tag("uniform")]
-        | Annotated[ThresholdAllocation, Tag("threshold")]
-        | Annotated[CurvesAllocation, Tag("curves")]
-        | Annotated[SearchAllocation, Tag("search")],
-        told_apart_by_name("uniform"),
-    ],
-    BeforeValidator(named),
+    _Options, BeforeValidator(named, json_schema_input_type=_Name | _Options)
 ]

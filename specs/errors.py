@@ -8,10 +8,20 @@ INTERRUPTED = 130
 """The exit code of a command that the user, or the machine, has stopped."""
 
 
+def printable(line: str) -> str:
+    """A line without what a terminal would obey instead of showing: names come from files."""
+    return "".join(
+        letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in line
+    )
+
+
 class RaypruneError(Exception):
     """Base of every error that is reported to the user without a traceback."""
 
     exit_code: ClassVar[int] = 1
+
+    def __str__(self) -> str:
+        return "\n".join(printable(line) for line in super().__str__().splitlines())
 
 
 class SpecError(RaypruneError):

@@ -3,7 +3,6 @@ and what was probably meant.
 """
 
 import difflib
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias, get_args, get_origin
@@ -13,6 +12,7 @@ from pydantic_core import ErrorDetails
 
 from rayprune.specs.core_yaml import CORE_SCHEMA, NUMBER_TAGS
 from rayprune.specs.job import JobSpec
+from rayprune.specs.located import Located, shown
 
 KeyPath: TypeAlias = tuple[str | int, ...]
 
@@ -33,27 +33,6 @@ _EXPECTATIONS = {
     "too_short": "a list of at least {min_length} value(s)",
     "too_long": "a list of at most {max_length} value(s)",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Located:
-    """A value, the place to name in an error, and the folder its relative paths start from."""
-
-    value: Any
-    where: str
-    folder: str
-
-    def child(self, key: str | int) -> "Located | None":
-        """The value under a key, or None."""
-        if isinstance(self.value, list):
-            return self.value[key] if isinstance(key, int) and key < len(self.value) else None
-        return self.value.get(key) if isinstance(self.value, dict) else None
-
-    def plain(self) -> Any:
-        """The value without the places."""
-        if isinstance(self.value, dict):
-            return {key: item.plain() for key, item in self.value.items()}
-        return [item.plain() for item in self.value] if isinstance(self.value, list) else self.value
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,12 +168,6 @@ def _suggestion(given: object, known: Iterable[object]) -> str:
     names = [name for name in known if isinstance(name, str)]
     near = difflib.get_close_matches(given, names, n=1) if isinstance(given, str) else []
     return f"did you mean {shown(near[0])}?" if near else ""
-
-
-def shown(value: object) -> str:
-    """A value as YAML would have it on one line, shortened."""
-    text = json.dumps(value, ensure_ascii=isinstance(value, str) and not value.isprintable())
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def parts(annotation: Any) -> Iterator[Any]:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from rayprune.specs.allocation import AllocationSpec, CurvesAllocation, UniformAllocation
+from rayprune.specs.cluster import ClusterSpec, ParallelSpec
 from rayprune.specs.methods import MethodSpec
 from rayprune.specs.methods.ranking.stat import StatOptions
 from rayprune.specs.section import Section
@@ -222,52 +223,13 @@ class CorrectionSpec(Section):
     candidates: tuple[Annotated[float, Field(gt=0.0, le=1e6)], ...] = Field(
         default=(1e-3, 1e-2, 3e-2, 1e-1, 3e-1), min_length=1, max_length=32
     )
-    """Damping values tried when `damping` is `held-out`, as multiples of the mean diagonal."""
+    """Damping values tried when `damping` is `held-out`, as multiples of the mean diagonal; from
+    the largest down, until the held-out error rises.
+    """
     drift: float = Field(default=0.0, ge=0.0, le=1.0)
     """Fraction of what the residual stream has drifted from the dense model's that every block's
     correction also makes up for.
     """
-
-
-class ParallelSpec(Section):
-    """How the work is spread. The result does not depend on `workers` and `retries`."""
-
-    workers: int = Field(default=1, ge=1, le=4096)
-    """Number of worker processes."""
-    placement: Literal["shards", "layers"] = "shards"
-    """`shards`: the calibration shards are split over the workers and every layer visits all of
-    them; `layers`: every worker has layers of its own, micro-batches flow from one to the next, and
-    all decide at the same time. Part of the result.
-    """
-    propagation: Literal["auto", "pruned", "dense", "refit"] = "auto"
-    """Where activations come from; `pruned`: the pruned layers below; `dense`: the dense model;
-    `refit`: selections from the dense model, then corrections on the pruned path; `auto`: `pruned`
-    for `shards`, `dense` for `layers`. Part of the result.
-    """
-    threads_per_worker: int = Field(default=1, ge=1, le=1024)
-    """CPU threads of one worker. Part of the result: factorisations round differently with other
-    thread counts.
-    """
-    micro_batch: int = Field(default=4, ge=1, le=4096)
-    """Windows that go through a layer together. Part of the result."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where workers compute; `auto`: one GPU per worker when there are enough, else the CPU."""
-    retries: int = Field(default=2, ge=0, le=100)
-    """How often a layer is tried again after a worker was lost."""
-
-    @property
-    def effective_propagation(self) -> Literal["pruned", "dense", "refit"]:
-        """`propagation` with `auto` resolved."""
-        if self.propagation == "auto":
-            return "pruned" if self.placement == "shards" else "dense"
-        return self.propagation
-
-    @model_validator(mode="after")
-    def _propagation_fits(self) -> Self:
-        if (self.placement == "shards") != (self.effective_propagation == "pruned"):
-            needed = "layers" if self.placement == "shards" else "shards"
-            raise ValueError(f"propagation {self.propagation!r} needs placement: {needed}")
-        return self
 
 
 class MemorySpec(Section):
@@ -318,21 +280,6 @@ class EvaluationSpec(TextSpec):
         if self.stride is not None and self.stride > self.window:
             raise ValueError(f"stride ({self.stride}) must not exceed window ({self.window})")
         return self
-
-
-class ClusterSpec(Section):
-    """Where the workers live."""
-
-    executor: Literal["ray", "in-process"] = "ray"
-    """`ray`: one Ray actor per worker; `in-process`: all work in the driver's process."""
-    address: str = Field(default="local", min_length=1)
-    """`local`: a private Ray on this machine; else the address of a Ray cluster, or `auto` for the
-    one this runs in.
-    """
-    wait_seconds: int = Field(default=0, ge=0, le=86_400)
-    """How long a run waits, in seconds, for an autoscaler to bring missing CPUs and GPUs; 0: it
-    stops at once.
-    """
 
 
 class JobSpec(Section):
@@ -442,7 +389,7 @@ class JobSpec(Section):
             "evaluation": True,
             "memory": True,
             "recover": True,
-            "parallel": {"workers", "retries"},
+            "parallel": {"workers", "retries", "step_seconds"},
         }
         left_out["method"] = {"training": HOW_TRAINED, "gates": HOW_TRAINED}
         document: dict[str, object] = self.model_dump(mode="json", exclude=left_out)

@@ -65,7 +65,7 @@ def load_latency(path: str) -> LatencyTable:
     Raises:
         SpecError: there is no such file, or it describes no table.
     """
-    return load_section(LatencyTable, Path(path))
+    return load_section(LatencyTable, Path(path), "a latency table")
 
 
 def latency_text(table: LatencyTable) -> str:

@@ -95,7 +95,7 @@ def load_profile(name: str) -> MachineProfile:
         return PROFILES[name]
     if not (path := Path(name)).exists():
         raise SpecError(f"--profile {name}: no such file, and not one of {', '.join(PROFILES)}")
-    return load_section(MachineProfile, path)
+    return load_section(MachineProfile, path, "a machine profile")
 
 
 def profile_text(profile: MachineProfile) -> str:

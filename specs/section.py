@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, ValidationError
 
 from rayprune.specs.errors import SpecError
+from rayprune.specs.yaml_file import Builder, parse_yaml, read_text
 
 S = TypeVar("S", bound="Section")
 
@@ -40,18 +40,18 @@ def told_apart_by_name(default: str) -> Discriminator:
     return Discriminator(name)
 
 
-def load_section(section: type[S], path: Path) -> S:
-    """A section that has a YAML file of its own.
+def load_section(section: type[S], path: Path, what: str) -> S:
+    """A section that has a YAML file of its own; `what` names that file in errors.
 
     Raises:
         SpecError: no such file, no YAML, or not such a section.
     """
+    file = Builder(str(path), "", has_lines=True, numbers_are_keys=True)
+    root = parse_yaml(read_text(path, what), file)
+    if file.problems:
+        raise SpecError("\n".join(file.problems))
     try:
-        return section.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise SpecError(f"{path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SpecError(f"{path}: not valid YAML: {error}") from None
+        return section.model_validate(root.plain())
     except ValidationError as error:
         problems = [
             f"{path}: {'.'.join(map(str, part['loc'])) or 'file'}: {part['msg']}"

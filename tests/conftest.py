@@ -26,9 +26,12 @@ import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.random_model import SIZES, byte_tokenizer
+from rayprune.orchestrator.execution.records import records, sealed
+from rayprune.orchestrator.execution.run_folder import REPORT_FILE
 from rayprune.workers.model.families import family_named
 from rayprune.workers.model.families.decoder import Decoder
 from rayprune.workers.model.families.parts import Keys
+from rayprune.workers.store.files import MANIFEST_NAME
 
 torch.set_num_threads(1)
 
@@ -164,6 +167,7 @@ def make_job(tmp_path: Path, text_file: Path) -> MakeJob:
 def force_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Make plans keep things where the test says, not where the budget does."""
     from rayprune.orchestrator import run
+    from rayprune.orchestrator.planning import preflight
 
     planned = run.make_plan
 
@@ -173,6 +177,7 @@ def force_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             return replace(made, memory=replace(made.memory, **memory))
 
         monkeypatch.setattr(run, "make_plan", plan)
+        monkeypatch.setattr(preflight, "make_plan", plan)
 
     return force
 
@@ -203,6 +208,28 @@ def edit_json(path: Path, **changes: Any) -> None:
         if entry is not None
     }
     path.write_text(json.dumps(value))
+
+
+def edit_manifest(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    """Change a task's manifest as somebody would who knows how it is written."""
+    path = folder / MANIFEST_NAME
+    value = json.loads(path.read_text())
+    edit(value)
+    path.write_text(json.dumps(sealed(value)))
+
+
+def seal_report(run: Path) -> None:
+    """Write the report anew over whatever the run folder holds."""
+    path = run / REPORT_FILE
+    path.write_text(json.dumps(sealed(json.loads(path.read_text()) | {"records": records(run)})))
+
+
+def flip_bit(file: Path, place: int = -3) -> None:
+    """Damage a file; other names of it keep what they have."""
+    data = bytearray(file.read_bytes())
+    data[place] ^= 1
+    file.unlink()
+    file.write_bytes(data)
 
 
 def folder_bytes(folder: Path) -> dict[str, bytes]:

@@ -1,6 +1,5 @@
 """Text in, token windows out: read once, tokenised as a whole, cut without overlap."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,9 +7,12 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from rayprune.specs.errors import ModelError, SpecError
+from rayprune.specs.errors import ModelError
 from rayprune.specs.job import CalibrationSpec, EvaluationSpec, TextSpec
+from rayprune.workers.stock import stock_config
+from rayprune.workers.texts.limits import no_window, too_few_samples, windows_of_texts
 from rayprune.workers.texts.reading import TextFacts, read_tokens
+from rayprune.workers.texts.tokenizer import fast_encoder
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,11 @@ def load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
     """The model's own tokenizer, from its folder alone.
 
     Raises:
-        ModelError: the folder has none.
+        ModelError: the folder has none, its packages are missing, or its config is wrong.
     """
+    if (model / "config.json").exists():
+        stock_config(model)  # the tokenizer reads it too, and would be blamed for it
+    fast_encoder(model)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             model, trust_remote_code=False, local_files_only=True
@@ -78,38 +83,14 @@ def read_calibration(
     Raises:
         SpecError: a text is too short, or its weight too small for a single window.
     """
-    texts: list[TextSpec] = [spec, *spec.mix]
-    counts = shares(spec.samples, [1.0, *(text.weight for text in spec.mix)])
-    for text, count in zip(texts, counts, strict=True):
-        if count == 0:
-            raise SpecError(
-                f"{text.path}: its weight gives it none of the {spec.samples} samples; raise the"
-                " weight or calibration.samples"
-            )
-    read = [
-        _first_windows(text, tokenizer, count, spec.sequence_length)
-        for text, count in zip(texts, counts, strict=True)
-    ]
+    wanted = windows_of_texts(spec)
+    read = [_first_windows(text, tokenizer, n, spec.sequence_length) for text, n in wanted]
     turns = sorted(
         ((place + 0.5) / count, number, place)
-        for number, count in enumerate(counts)
+        for number, (_, count) in enumerate(wanted)
         for place in range(count)
     )
     return torch.stack([read[number].windows_NT[place] for _, number, place in turns]), read
-
-
-def shares(total: int, weights: Sequence[float]) -> list[int]:
-    """`total` things in proportion to weights, whole ones: the largest remainders round up, ties
-    the earlier first.
-    """
-    exact = [total * weight / sum(weights) for weight in weights]
-    counts = [int(share) for share in exact]
-    by_remainder = sorted(
-        range(len(weights)), key=lambda number: (counts[number] - exact[number], number)
-    )
-    for number in by_remainder[: total - sum(counts)]:
-        counts[number] += 1
-    return counts
 
 
 def _first_windows(
@@ -118,11 +99,7 @@ def _first_windows(
     """The first windows of one text."""
     tokens, facts = _tokens(spec, tokenizer, samples * sequence_length)
     if len(tokens) < samples * sequence_length:
-        raise SpecError(
-            f"{spec.path}: too short: {samples} samples of {sequence_length} tokens need"
-            f" {samples * sequence_length} tokens, the text has {len(tokens)}; give a longer text,"
-            " or lower calibration.samples or calibration.sequence_length"
-        )
+        raise too_few_samples(spec, samples, sequence_length, len(tokens))
     return ReadText(spec.path, tokens.reshape(samples, sequence_length), facts)
 
 
@@ -148,8 +125,5 @@ def read_evaluation(spec: EvaluationSpec, tokenizer: PreTrainedTokenizerBase) ->
         None if spec.max_windows is None else (spec.max_windows - 1) * stride + spec.window,
     )
     if len(tokens) < spec.window:
-        raise SpecError(
-            f"{spec.path}: too short: one window needs {spec.window} tokens, the text has"
-            f" {len(tokens)}; lower evaluation.window"
-        )
+        raise no_window(spec, len(tokens))
     return ReadText(spec.path, tokens.unfold(0, spec.window, stride).contiguous(), facts)

@@ -34,6 +34,8 @@ class Workbench:
         self.job, self.scope = job, Scope(Path(run_folder), scope)
         self.device = device_of(device)
         self.memory, self._peak = memory, PeakMemory()
+        self.warnings: list[str] = []
+        """What the user is to be told with the step's receipt."""
         torch.set_num_threads(job.parallel.threads_per_worker)
         threadpool_limits(job.parallel.threads_per_worker)
         torch.backends.cuda.matmul.allow_tf32 = False

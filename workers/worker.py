@@ -5,7 +5,8 @@ from typing import Any
 
 from rayprune.specs.job import JobSpec
 from rayprune.specs.memory import MemoryPlan
-from rayprune.workers.machine.memory import explained_shortage, give_back_free_memory
+from rayprune.workers.machine.memory import give_back_free_memory
+from rayprune.workers.machine.shortage import explained_shortage
 from rayprune.workers.steps.checking import Checking
 from rayprune.workers.steps.deciding import Deciding
 from rayprune.workers.steps.judging import Judging
@@ -47,8 +48,8 @@ class Worker:
         }
 
     def run(self, name: str, *arguments: Any) -> tuple[Receipt, Any]:
-        """Do a step; its receipt, with the seconds it took and the worker's peak memory (bytes, by
-        kind), and its payload. No free memory is kept behind it.
+        """Do a step; its receipt, with the seconds it took, the worker's peak memory (bytes, by
+        kind) and its warnings, and its payload. No free memory is kept behind it.
 
         Raises:
             ResourceError: memory has run out.
@@ -60,5 +61,7 @@ class Worker:
         facts = {
             "seconds": time.perf_counter() - start,
             "peak_memory_bytes": self._bench.peak_memory_bytes(),
+            "warned": self._bench.warnings.copy(),
         }
+        self._bench.warnings.clear()
         return receipt | facts, payload

@@ -4,6 +4,7 @@ their small receipts.
 A step's payload stays where it was made; a handle to it can be given to another step.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -44,9 +45,12 @@ class Executor(ABC):
         self.scope = ""
         self.computed_on: str | None = None
         """How finished tasks were computed, and workers compute, once either is known."""
+        self.step_limit = math.inf
+        """Seconds without the end of any step after which a worker has hung."""
         self._has_said = ""
         self.peak_memory_bytes: dict[str, int] = {}
         self.step_seconds: dict[str, float] = {}
+        self._warned: list[str] = []
 
     def __enter__(self) -> Self:
         return self
@@ -99,7 +103,13 @@ class Executor(ABC):
             self.step_seconds[call.step] = (
                 self.step_seconds.get(call.step, 0.0) + receipt["seconds"]
             )
+            self._warned += receipt["warned"]
         return receipts
+
+    def warned(self) -> list[str]:
+        """What workers had to tell since this was last asked."""
+        told, self._warned = list(dict.fromkeys(self._warned)), []
+        return told
 
     def use_model(self, path: Path, scope: str) -> None:
         """Go on with this model and in this scope; workers start anew if one is another."""

@@ -9,6 +9,7 @@ class Failure(StrEnum):
     """What was seen."""
 
     PROCESS_LOST = "a worker process, its node or its data was lost"
+    HUNG = "a worker has hung: none of its steps has ended in time"
     OUT_OF_MEMORY = "a worker was stopped because its machine ran out of memory"
     UNSCHEDULABLE = "the cluster cannot start the workers"
 
@@ -23,6 +24,10 @@ class Decision(StrEnum):
 ADVICE = {
     Failure.PROCESS_LOST: (
         "look at the worker's log, then run the same command again: finished tasks are kept"
+    ),
+    Failure.HUNG: (
+        "where a step may take that long raise parallel.step_seconds, else look at the worker's"
+        " node; finished tasks are kept"
     ),
     Failure.OUT_OF_MEMORY: (
         "lower parallel.micro_batch, set memory.worker, or use fewer workers per machine"
@@ -42,12 +47,9 @@ class WorkerFailure(Exception):  # noqa: N818 - a value for `decide`, not a verd
 
 
 def decide(failure: Failure, failed_attempts: int, retries: int) -> Decision:
-    """Only lost processes are tried again, at most `retries` times."""
-    return (
-        Decision.RETRY
-        if failure is Failure.PROCESS_LOST and failed_attempts <= retries
-        else Decision.STOP
-    )
+    """Only lost and hung processes are tried again, at most `retries` times."""
+    may_pass = failure in (Failure.PROCESS_LOST, Failure.HUNG)
+    return Decision.RETRY if may_pass and failed_attempts <= retries else Decision.STOP
 
 
 def stopping_error(error: WorkerFailure, task: str, attempts: int) -> ResourceError:

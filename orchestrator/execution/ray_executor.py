@@ -5,11 +5,8 @@ Ray's retries stay off because with them on it re-runs an actor's calls in anoth
 The driver retries.
 """
 
-import logging
 import os
-import signal
-import socket
-import threading
+import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +23,7 @@ from rayprune.orchestrator.execution.executor import (
     unheard,
 )
 from rayprune.orchestrator.execution.failures import Failure, WorkerFailure
+from rayprune.orchestrator.execution.ray_start import begin
 from rayprune.orchestrator.execution.steps import Call, Receipt
 from rayprune.specs.errors import ResourceError
 from rayprune.specs.job import JobSpec
@@ -33,8 +31,7 @@ from rayprune.specs.memory import MemoryPlan
 from rayprune.workers.store.layout import CACHE
 from rayprune.workers.store.training_stage import Finetune
 
-START_SECONDS = 300.0
-CONNECT_SECONDS = 10.0
+RECEIPT_SECONDS = 300.0
 PING_SECONDS = 20.0
 POLL_SECONDS = 5.0
 WAIT_POLL_SECONDS = 1.0
@@ -67,20 +64,6 @@ def classify(error: BaseException) -> Failure | None:
     return None
 
 
-def check_reachable(host: str, port: int, problem: str) -> None:
-    """Fail within seconds where nobody listens; Ray itself would wait for minutes.
-
-    Raises:
-        ResourceError: nothing answers there; it begins with `problem`.
-    """
-    try:
-        socket.create_connection((host, port), timeout=CONNECT_SECONDS).close()
-    except (OSError, UnicodeError) as error:
-        raise ResourceError(
-            f"{problem}: cannot connect: {error}; is the head node up, and this its port?"
-        ) from None
-
-
 def _cluster_has(names: Iterable[str]) -> dict[str, float]:
     total = ray.cluster_resources()
     return {name: float(total.get(name, 0)) for name in names}
@@ -88,6 +71,18 @@ def _cluster_has(names: Iterable[str]) -> dict[str, float]:
 
 def _listed(amounts: Mapping[str, float]) -> str:
     return " and ".join(f"{amount:g} {name}s" for name, amount in amounts.items())
+
+
+def _cannot_begin(error: ray_errors.RayActorError) -> ResourceError:
+    """A worker's own error in its constructor: another try would meet it again."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    places = [line for line in lines if line.startswith("File ")]
+    node = found[1] if (found := re.search(r"ip=([^,)\s]+)", str(error))) else "unknown"
+    return ResourceError(
+        f"a worker cannot begin on node {node}: {lines[-1]} ({', '.join(places[-1:])}); every node"
+        " needs the driver's packages, in the same versions, and no file or folder of their names"
+        " in the current folder or on PYTHONPATH"
+    )
 
 
 class RayExecutor(Executor):
@@ -98,6 +93,7 @@ class RayExecutor(Executor):
         self._actors: list[Any] = []
         self._device, self._memory = "cpu", MemoryPlan()
         self._connected_here = False
+        self._hung = set[int]()
 
     def start(self, notify: Notify = unheard) -> None:
         """Connect and start one actor per worker; waits for their nodes as long as the job allows.
@@ -118,25 +114,8 @@ class RayExecutor(Executor):
     def _connect(self) -> None:
         if ray.is_initialized():
             return
-        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-        handler = signal.getsignal(signal.SIGTERM)
-        if self.job.cluster.address == "local":
-            slots = max(
-                os.cpu_count() or 1, self.num_workers * self.job.parallel.threads_per_worker
-            )
-            ray.init(address="local", num_cpus=slots, include_dashboard=False, **quiet)
-        else:
-            host, _, port = self.job.cluster.address.rpartition(":")
-            if host and port.isdigit():
-                check_reachable(host, int(port), f"cluster.address {self.job.cluster.address!r}")
-            try:
-                ray.init(address=self.job.cluster.address, **quiet)
-            except (ConnectionError, ValueError, RuntimeError, ray_errors.RayError) as error:
-                raise ResourceError(
-                    f"cluster.address {self.job.cluster.address!r}: cannot connect: {error}"
-                ) from None
-        if handler and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, handler)  # ray.init replaces it, in the main thread
+        slots = max(os.cpu_count() or 1, self.num_workers * self.job.parallel.threads_per_worker)
+        begin(self.job.cluster, slots)
         self._connected_here = True
 
     def _need(self) -> dict[str, float]:
@@ -177,7 +156,7 @@ class RayExecutor(Executor):
         return actor.remote(self.job, str(self.run_folder), self._device, self._memory, self.scope)
 
     def _ready(self, actors: Sequence[Any]) -> None:
-        limit = START_SECONDS + self.job.cluster.wait_seconds
+        limit = self.job.cluster.start_seconds + self.job.cluster.wait_seconds
         try:
             ray.get([actor.__ray_ready__.remote() for actor in actors], timeout=limit)
         except ray_errors.GetTimeoutError:
@@ -187,6 +166,8 @@ class RayExecutor(Executor):
             raise self._translated(error) from None
 
     def _translated(self, error: ray_errors.RayError) -> BaseException:
+        if isinstance(error, ray_errors.RayActorError) and error.actor_init_failed:
+            return _cannot_begin(error)
         failure = classify(error)
         if failure is not None:
             return WorkerFailure(failure, str(error).splitlines()[0])
@@ -201,16 +182,31 @@ class RayExecutor(Executor):
 
     def _receipts(self, calls: Sequence[Call[Any]]) -> list[Receipt]:
         pending = [call.receipt for call in calls]
+        since = time.monotonic()
         try:
             while pending:
-                done, pending = ray.wait(pending, num_returns=1, timeout=POLL_SECONDS)
-                ray.get(done, timeout=START_SECONDS)
+                poll = min(POLL_SECONDS, self.step_limit)
+                done, pending = ray.wait(pending, num_returns=1, timeout=poll)
+                ray.get(done, timeout=RECEIPT_SECONDS)
+                if done:
+                    since = time.monotonic()
+                elif time.monotonic() - since >= self.step_limit:
+                    raise self._hang([call for call in calls if call.receipt in pending])
             receipts: list[Receipt] = ray.get(
-                [call.receipt for call in calls], timeout=START_SECONDS
+                [call.receipt for call in calls], timeout=RECEIPT_SECONDS
             )
         except ray_errors.RayError as error:
             raise self._translated(error) from None
         return receipts
+
+    def _hang(self, calls: Sequence[Call[Any]]) -> WorkerFailure:
+        """Note whose steps do not end: these workers are replaced, whether they answer or not."""
+        self._hung |= {call.worker for call in calls}
+        workers = ", ".join(f"worker-{number}" for number in sorted(self._hung))
+        steps = ", ".join(sorted({call.step for call in calls}))
+        return WorkerFailure(
+            Failure.HUNG, f"{workers} ({steps}): nothing for {self.step_limit:.0f} s"
+        )
 
     def train(self, stage: Finetune) -> None:
         """A gang of Ray Train in place of the actors, which start anew with their next step."""
@@ -219,15 +215,20 @@ class RayExecutor(Executor):
         self.start()
         self.drop_workers()
         storage = self.run_folder / CACHE / "ray-train"
-        train_on_ray(stage, self.num_workers, self._device == "cuda", storage)
+        train_on_ray(stage, self.num_workers, self._device == "cuda", storage, self.step_limit)
 
     def replace_lost(self) -> list[int]:
-        """Replace the dead actors. All are asked at once, and one that does not answer in time is
-        busy: it answers when its step ends.
+        """Replace the dead actors and those that hang. All are asked at once; another one that does
+        not answer in time is busy: it answers when its step ends.
         """
-        pings = [actor.__ray_ready__.remote() for actor in self._actors]
-        answered, _ = ray.wait(pings, num_returns=len(pings), timeout=PING_SECONDS)
-        lost = [pings.index(ping) for ping in answered if not self._is_alive(ping)]
+        asked = {
+            actor.__ray_ready__.remote(): number
+            for number, actor in enumerate(self._actors)
+            if number not in self._hung
+        }
+        answered, _ = ray.wait([*asked], num_returns=max(1, len(asked)), timeout=PING_SECONDS)
+        dead = {asked[ping] for ping in answered if not self._is_alive(ping)}
+        lost, self._hung = sorted(dead | self._hung), set()
         for number in lost:
             ray.kill(self._actors[number])
             self._actors[number] = self._new_actor()

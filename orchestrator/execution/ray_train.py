@@ -3,6 +3,7 @@ the driver retries.
 """
 
 import logging
+import math
 import os
 import time
 from pathlib import Path
@@ -19,6 +20,9 @@ from rayprune.orchestrator.execution.failures import Failure, WorkerFailure
 from rayprune.specs.errors import RaypruneError
 from rayprune.workers.store.training_stage import Finetune
 
+MOST_SILENT_SECONDS = 600.0
+_SILENCE = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
+
 
 class _Trainer(TorchTrainer):
     """A trainer that leaves interrupts to the command: Ray's handler would end the process as if
@@ -29,15 +33,19 @@ class _Trainer(TorchTrainer):
         """Register none."""
 
 
-def train_on_ray(stage: Finetune, num_ranks: int, on_gpu: bool, storage: Path) -> None:
+def train_on_ray(
+    stage: Finetune, num_ranks: int, on_gpu: bool, storage: Path, silence: float
+) -> None:
     """Run a training stage on so many ranks, from its last checkpoint if there is one. Ray Train's
-    own retries are off, the driver retries.
+    own retries are off, the driver retries. A rank that does not answer for `silence` seconds, or
+    ten minutes, is lost; one that answers may work as long as it takes.
 
     Raises:
         RaypruneError: the stage's own error.
         WorkerFailure: a rank was lost, or the ranks cannot be scheduled.
     """
     logging.getLogger("ray.train").setLevel(logging.ERROR)
+    os.environ[_SILENCE] = str(math.ceil(min(silence, MOST_SILENT_SECONDS)))
     resources = {"CPU": float(stage.threads)} | ({"GPU": 1.0} if on_gpu else {})
     trainer = _Trainer(
         _rank,

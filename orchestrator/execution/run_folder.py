@@ -20,10 +20,13 @@ from filelock import FileLock, Timeout
 from rayprune.specs.errors import SpecError, VerificationError
 from rayprune.specs.job import JobSpec
 from rayprune.specs.loader import differences, dump_job, load_job
+from rayprune.workers.machine.shortage import is_disk_full
 from rayprune.workers.store.files import Manifest, Task, write_text
-from rayprune.workers.store.layout import Scope
+from rayprune.workers.store.layout import CACHE, TASKS, Scope, model_folder
+from rayprune.workers.store.logs import EventLine, read_lines
+from rayprune.workers.store.plain import check_plain, remove_temporaries
 
-CODE_VERSION = 4
+CODE_VERSION = 5
 """Raised whenever the same job would give other bytes."""
 JOB_FILE, EVENTS_FILE, PLAN_FILE, LOCK_FILE = "job.yaml", "events.jsonl", "plan.json", "run.lock"
 REPORT_FILE, PAGE_FILE = "report.json", "report.html"
@@ -47,13 +50,15 @@ class RunFolder:
         """With `redo_stale`, what other software has made is done again, not refused."""
         self.path, self.job, self.redo_stale = path.absolute(), job, redo_stale
         self._environment = environment()
+        self._start = time.monotonic()
         self._lock = FileLock(self.path / LOCK_FILE, timeout=0)
 
     def __enter__(self) -> Self:
-        """Lock the folder and write the job down.
+        """Lock the folder, remove what dead attempts have left half-written, and write the job
+        down.
 
         Raises:
-            SpecError: it is in use, no run folder, or not writable.
+            SpecError: it is in use, no run folder, not writable, or holds what leads out of it.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -67,21 +72,44 @@ class RunFolder:
                     f"{self.path}: is not empty and holds no {JOB_FILE}; --out must name a new"
                     " folder or an earlier run"
                 )
+            self._check_parts()
             self._lock.acquire()
         except Timeout:
             raise SpecError(
                 f"{self.path}: another run is writing here; wait for it, or choose another --out"
             ) from None
         except OSError as error:
+            if is_disk_full(error):
+                raise
             raise SpecError(f"{self.path}: cannot be used as the run folder: {error}") from None
         with ExitStack() as stack:
             stack.callback(self._lock.release)
+            remove_temporaries(self.path)
             self._write_job()
             stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._lock.release()
+
+    def _check_parts(self) -> None:
+        """Check that what is there is what a run leaves: another's links would be written through,
+        or read from.
+
+        Raises:
+            SpecError: it is not.
+        """
+        check_plain(
+            self.path, "a run folder holds none: remove it from there, or choose another --out"
+        )
+        for part in (self.path / CACHE, self.path / TASKS, model_folder(self.path)):
+            if part.exists() and not part.is_dir():
+                raise SpecError(f"{part}: is no folder; remove it, or choose another --out")
+        for name in (JOB_FILE, EVENTS_FILE, PLAN_FILE, REPORT_FILE, PAGE_FILE):
+            if (self.path / name).is_dir():
+                raise SpecError(
+                    f"{self.path / name}: is a folder; remove it, or choose another --out"
+                )
 
     def _write_job(self) -> None:
         path, text = self.path / JOB_FILE, dump_job(self.job)
@@ -96,11 +124,12 @@ class RunFolder:
 
     def emit(self, event: dict[str, Any]) -> None:
         """Append an event to events.jsonl."""
+        now = {"time": time.time(), "elapsed": time.monotonic() - self._start}
         with (self.path / EVENTS_FILE).open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps({"time": time.time()} | event) + "\n")
+            handle.write(json.dumps(now | event) + "\n")
 
     def events(self) -> list[dict[str, Any]]:
-        """All events of all attempts; a line torn by a crash is left out."""
+        """All events of all attempts; a line that is none is left out."""
         return read_events(self.path)
 
     def task(
@@ -142,7 +171,8 @@ class RunFolder:
                 " take that back, choose another --out, or do again what depends on it:"
                 " rayprune run --redo stale"
             )
-        return _differences(old, new, "environment", "computed_on", "options", "inputs")
+        parts = "environment", "computed_on", "options", "inputs"
+        return _differences(old, new, *parts) or [f"it is the record of {found.task}"]
 
 
 def _asked(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
@@ -162,31 +192,29 @@ def _differences(old: Mapping[str, object], new: Mapping[str, object], *parts: s
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """All events of a run folder; a line torn by a crash is left out."""
-    file = path / EVENTS_FILE
-    events = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
-        try:
-            events.append(json.loads(line))
-        except ValueError:
-            continue
-    return events
+    """All events of a run folder; a line that is none (torn by a crash, or odd) is left out."""
+    return read_lines(path / EVENTS_FILE, EventLine)
 
 
 def seconds_per_stage(events: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Time spent in each stage over all attempts, in seconds; an attempt that was cut off counts up
-    to its last event.
+    to its last event. Never negative, whatever the machine's clock did.
     """
     seconds: dict[str, float] = {}
     stage, since = None, 0.0
     for index, event in enumerate(events):
         if event["event"] == "stage-started":
-            stage, since = event["stage"], event["time"]
+            stage, since = event.get("stage"), _clock(event)
         following = events[index + 1]["event"] if index + 1 < len(events) else "run-started"
         if stage and (event["event"] == "stage-finished" or following == "run-started"):
-            seconds[stage] = seconds.get(stage, 0.0) + event["time"] - since
+            seconds[stage] = seconds.get(stage, 0.0) + max(0.0, _clock(event) - since)
             stage = None
     return seconds
+
+
+def _clock(event: Mapping[str, Any]) -> float:
+    """Seconds within an attempt; the first versions wrote down the machine's clock alone."""
+    return float(event.get("elapsed", event["time"]))
 
 
 def forget_report(run: Path) -> None:

@@ -74,9 +74,9 @@ class Steps:
         """`Checking.how_computed`."""
         return self._submit("how_computed")
 
-    def digests(self, owned: tuple[int, int]) -> Call[None]:
+    def digests(self, model: str, owned: tuple[int, int]) -> Call[None]:
         """`Checking.digests`."""
-        return self._submit("digests", owned)
+        return self._submit("digests", model, owned)
 
     def check_head(self) -> Call[None]:
         """`Checking.check_head`."""
@@ -137,6 +137,10 @@ class Steps:
     ) -> Call[np.ndarray | None]:
         """`Streaming.flow`."""
         return self._submit("flow", chunk, number, wanted, saved, before)
+
+    def remove_damaged(self, folder: str, owned: tuple[int, int]) -> Call[None]:
+        """`Streaming.remove_damaged`."""
+        return self._submit("remove_damaged", folder, owned)
 
     def keep_statistics(self, layer: int, task: Task, groups: Sequence[str]) -> Call[None]:
         """`Streaming.keep_statistics`."""

@@ -22,6 +22,7 @@ from rayprune.specs.job import JobSpec
 from rayprune.specs.loader import dump_job
 
 POLL_SECONDS = 1.0
+ANSWER_SECONDS = 20.0
 PATIENCE_SECONDS = 60.0
 _IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 _END = "END_OF_JOB"
@@ -142,11 +143,18 @@ def _connect(address: str) -> Any:
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
-    from rayprune.orchestrator.execution.ray_executor import check_reachable
+    from rayprune.orchestrator.execution.ray_start import check_reachable
 
-    check_reachable(host, port, f"--address {address}")
+    check_reachable(host, port, f"--address {address}", ANSWER_SECONDS)
+
+    class Client(JobSubmissionClient):
+        """Ray's own, which waits for ever where something else listens."""
+
+        def _do_request(self, *arguments: Any, **options: Any) -> Any:
+            return super()._do_request(*arguments, **{"timeout": ANSWER_SECONDS, **options})
+
     try:
-        return JobSubmissionClient(address)
+        return Client(address)
     except AuthenticationError as error:
         raise ResourceError(
             f"--address {address}: {error}; use the cluster's own token: RAY_AUTH_TOKEN or"

@@ -5,11 +5,14 @@ by one rename, so that runs may write at the same time; an entry that is damaged
 """
 
 import shutil
+import time
 import uuid
 from pathlib import Path
 
+from rayprune.specs.errors import SpecError
 from rayprune.workers.store.files import (
     MANIFEST_NAME,
+    TEMPORARY,
     Manifest,
     Task,
     copy_file,
@@ -18,18 +21,23 @@ from rayprune.workers.store.files import (
     read_manifest,
 )
 
+ABANDONED_SECONDS = 86_400.0
+"""Nobody takes so long to put an entry down: one that is unfinished after a day was killed."""
+
 
 class TaskStore:
     """A folder of finished tasks."""
 
     def __init__(self, path: Path) -> None:
         self.path = path.absolute()
+        for entry in self.path.glob("??/.*.tmp"):
+            self._remove_abandoned(entry)
 
     def fetch(self, task: Task) -> Manifest | None:
         """Put a task that somebody has finished where it belongs, if there is one."""
         entry = self._entry(task)
         manifest = read_manifest(entry)
-        if manifest is None or manifest.made_from != task.made_from:
+        if manifest is None or (manifest.task, manifest.made_from) != (task.name, task.made_from):
             return None
         if damaged_files(entry, manifest):
             return None
@@ -58,7 +66,26 @@ class TaskStore:
             shutil.rmtree(temporary, ignore_errors=True)
 
     def _entry(self, task: Task) -> Path:
-        return self.path / task.fingerprint[:2] / task.fingerprint
+        """Where a task's entry lies, or would.
+
+        Raises:
+            SpecError: there is a link, which leads elsewhere.
+        """
+        entry = self.path / task.fingerprint[:2] / task.fingerprint
+        for place in (entry.parent, entry):
+            if place.is_symlink():
+                raise SpecError(f"{place}: is a link; a store holds none: remove it from there")
+        return entry
+
+    @staticmethod
+    def _remove_abandoned(entry: Path) -> None:
+        if not TEMPORARY.fullmatch(entry.name) or entry.is_symlink() or entry.parent.is_symlink():
+            return
+        try:
+            if time.time() - entry.stat().st_mtime > ABANDONED_SECONDS:
+                shutil.rmtree(entry, ignore_errors=True)
+        except FileNotFoundError:
+            return  # its writer has just ended, or somebody else has removed it
 
     @staticmethod
     def _whole(entry: Path) -> bool:

@@ -1,47 +1,127 @@
-"""Whether the files of a finished run are as they were recorded."""
+"""Whether a finished run is as it was written: from the report over the tasks' manifests to every
+file, and what the model's folder holds besides.
+"""
 
-import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from rayprune.orchestrator.execution.run_folder import PLAN_FILE
-from rayprune.specs.errors import VerificationError
-from rayprune.workers.store.files import damaged_files, read_manifest
-from rayprune.workers.store.layout import TASKS, Scope, model_folder, task_folder
+from rayprune.orchestrator.execution.records import planned_tasks, read_sealed_report
+from rayprune.specs.errors import SpecError, VerificationError
+from rayprune.workers.store.files import (
+    MANIFEST_NAME,
+    FileRecord,
+    Manifest,
+    damaged_files,
+    read_manifest,
+    record_of,
+)
+from rayprune.workers.store.layout import (
+    EXPORT_TASK,
+    LAYER_FILE,
+    OUTER_FILE,
+    TRAINED_FOLDER,
+    model_folder,
+    task_folder,
+)
+from rayprune.workers.store.plain import check_plain
 
-
-def _planned_tasks(run: Path) -> list[str]:
-    """The tasks of every pass over a model, by their names in the run folder."""
-    passes = [plan.parent for plan in sorted((run / TASKS).rglob(PLAN_FILE))]
-    scopes = [Scope(run), *(Scope(run, str(path.relative_to(run / TASKS))) for path in passes)]
-    return [scope.task(task) for scope in scopes for task in _tasks_of(scope)]
-
-
-def _tasks_of(scope: Scope) -> list[str]:
-    plan = scope.about / PLAN_FILE
-    try:
-        tasks: list[str] = json.loads(plan.read_text(encoding="utf-8"))["tasks"]
-    except (OSError, ValueError, KeyError):
-        raise VerificationError(f"{plan}: missing or damaged; run the job again") from None
-    return tasks
+AGAIN = "run the job again to rebuild it"
 
 
 def verify_run(run: Path) -> list[str]:
-    """Compare every recorded file of a finished run with its record; the names of the tasks that
-    were checked.
+    """Follow a finished run from its report to every file of its models; the names of the tasks
+    that were checked.
 
     Raises:
-        VerificationError: the run is not finished, or a file differs.
+        VerificationError: the run is not finished, a file differs from its record, is missing or
+            is a link, or a model's folder holds what the run has not written.
     """
-    if read_manifest(model_folder(run)) is None:
-        raise VerificationError(f"{run}: no exported model here; run the job to its end first")
-    tasks = _planned_tasks(run)
-    for task in tasks:
-        manifest = read_manifest(task_folder(run, task))
-        if manifest is None:
-            raise VerificationError(f"{run}: task {task} is not finished; run the job again")
-        if damaged := damaged_files(task_folder(run, task), manifest):
+    report = read_sealed_report(run)
+    try:
+        check_plain(run, "a run folder holds none: remove it from there")
+    except SpecError as error:
+        raise VerificationError(str(error)) from None
+    for name, digest in report["records"]["files"].items():
+        if not (run / name).is_file() or record_of(run / name).sha256 != digest:
+            raise VerificationError(f"{run / name}: is missing or differs from its record; {AGAIN}")
+    found = {
+        name: _whole(task_folder(run, name), name, digest)
+        for name, digest in report["records"]["tasks"].items()
+    }
+    if missing := [name for name in planned_tasks(run) if name not in found]:
+        raise VerificationError(f"{run}: task {missing[0]} is not finished; run the job again")
+    for name in found:
+        _check_strays(task_folder(run, name), name, found[name])
+    _check_parts(run, found)
+    _check_told(run, report, found)
+    return list(found)
+
+
+def _whole(folder: Path, name: str, digest: str) -> Manifest:
+    """The manifest of a task, as the report knows it, with files that fit it."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise VerificationError(
+            f"{folder}: task {name} is not finished, or its {MANIFEST_NAME} is damaged; {AGAIN}"
+        )
+    if manifest.sha256 != digest:
+        raise VerificationError(
+            f"{folder / MANIFEST_NAME}: is another one than when the report was written; {AGAIN}"
+        )
+    if damaged := damaged_files(folder, manifest):
+        raise VerificationError(f"{folder / damaged[0]}: differs from its record; {AGAIN}")
+    return manifest
+
+
+def _check_strays(folder: Path, name: str, manifest: Manifest) -> None:
+    """Check that the model in a task's folder, if there is one, has no file of anybody else's."""
+    exported = name.rpartition("/")[2] == EXPORT_TASK
+    model, known = (folder if exported else folder / TRAINED_FOLDER), {MANIFEST_NAME}
+    for file in _files(model):
+        if file.relative_to(folder).as_posix() not in {
+            *manifest.files,
+            *(known if exported else ()),
+        }:
             raise VerificationError(
-                f"{task_folder(run, task) / damaged[0]}: differs from its record; run the job again"
-                " to rebuild it"
+                f"{file}: was not written by this run; remove it, or move it elsewhere"
             )
-    return tasks
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (path for path in sorted(folder.rglob("*")) if path.is_file())
+
+
+def _check_parts(run: Path, found: Mapping[str, Manifest]) -> None:
+    """Check that an exported model holds the parts that its pass has made."""
+    for name, exported in found.items():
+        scope, _, task = name.rpartition("/")
+        if task != EXPORT_TASK:
+            continue
+        for part, record in _parts(found, scope):
+            if record not in exported.files.values():
+                raise VerificationError(
+                    f"{task_folder(run, name)}: does not hold what {part} has made; {AGAIN}"
+                )
+
+
+def _parts(found: Mapping[str, Manifest], scope: str) -> Iterator[tuple[str, FileRecord]]:
+    """The files of layers and of what is outside them."""
+    for name, manifest in found.items():
+        if name.rpartition("/")[0] == scope and not manifest.task.startswith("regularised"):
+            for file in (LAYER_FILE, OUTER_FILE):
+                if file in manifest.files:
+                    yield name, manifest.files[file]
+
+
+def _check_told(run: Path, report: Mapping[str, Any], found: Mapping[str, Manifest]) -> None:
+    """Check that a report tells what the manifests say."""
+    results: dict[str, Any] = {
+        name.removeprefix("evaluate-"): manifest.info["result"]
+        for name, manifest in found.items()
+        if name.startswith("evaluate-")
+    }
+    measured = {name: result["perplexity"] for name, result in results.items()} or None
+    models = report["models"]
+    if report["perplexity"] != measured or run / models["pruned"] != model_folder(run):
+        raise VerificationError(f"{run}: its report tells of other models than its tasks; {AGAIN}")

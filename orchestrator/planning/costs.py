@@ -149,19 +149,18 @@ def selection_flops(load: Workload, group: Group) -> int:
 
 
 def correction_flops(load: Workload, group: Group) -> int:
-    """For every candidate, and three times for the rest: K^3/3 + 2 K^2 D + F^2 D; on rows 6 M^3 + 3
-    M^2 D + 2 n (F + K) D, and one QR.
+    """A factor and a solution for every candidate, as if none were left out, and for the result:
+    K^3/3 + 2 K^2 D, on rows 6 M^3 + 3 M^2 D and one QR; an energy for every candidate and three
+    besides: F^2 D, on rows 2 n (F + K) D.
     """
-    kept, fits, rows = load.columns(group), load.num_candidates + 3, factorised_rows(load, group)
+    kept, fits, rows = load.columns(group), load.num_candidates + 1, factorised_rows(load, group)
+    energies = fits + 2
     if not in_rows(load, group):
-        return (
-            group.count
-            * fits
-            * (kept**3 // 3 + 2 * kept**2 * load.hidden + group.width**2 * load.hidden)
-        )
+        solved = fits * (kept**3 // 3 + 2 * kept**2 * load.hidden)
+        return group.count * (solved + energies * group.width**2 * load.hidden)
     small, large = sorted((rows, kept))
-    each = 6 * small**3 + 3 * small**2 * load.hidden + 2 * rows * (group.width + kept) * load.hidden
-    return group.count * (4 * large * small**2 + fits * each)
+    solved = 4 * large * small**2 + fits * (6 * small**3 + 3 * small**2 * load.hidden)
+    return group.count * (solved + energies * 2 * rows * (group.width + kept) * load.hidden)
 
 
 @dataclass(frozen=True)

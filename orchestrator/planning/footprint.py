@@ -8,9 +8,10 @@ from dataclasses import astuple, dataclass
 
 from rayprune.specs.job import BudgetSpec, ExportSpec, JobSpec
 from rayprune.specs.latency import load_latency
-from rayprune.workers.model.checkpoint import PLANNED_BYTES, Checkpoint, TensorInfo
+from rayprune.workers.model.checkpoint import Checkpoint
 from rayprune.workers.model.config import DTYPES
 from rayprune.workers.model.description import Shapes
+from rayprune.workers.model.folder import PLANNED_BYTES, TensorInfo
 from rayprune.workers.model.form import AS_IT_IS, Form
 
 

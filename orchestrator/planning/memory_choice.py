@@ -13,7 +13,7 @@ from rayprune.orchestrator.planning.worker_memory import (
     peak_bytes,
     total,
 )
-from rayprune.orchestrator.planning.workload import Workload
+from rayprune.orchestrator.planning.workload import FEW_TOKENS, Workload, tokens_per_neuron
 from rayprune.specs.errors import ResourceError
 from rayprune.specs.memory import MemoryPlan
 
@@ -101,15 +101,14 @@ def _remedies(load: Workload, limit_bytes: int) -> str:
 
 
 def _fewer_samples(load: Workload, limit_bytes: int) -> int | None:
-    fewer = [load.samples >> shift for shift in range(1, load.samples.bit_length())]
-    return next(
-        (
-            count
-            for count in fewer
-            if count >= load.shards and fitting(replace(load, samples=count), limit_bytes)
-        ),
-        None,
-    )
+    """How many windows would fit that are still enough tokens."""
+    for count in (load.samples >> shift for shift in range(1, load.samples.bit_length())):
+        fewer = replace(load, samples=count)
+        if count < load.shards or tokens_per_neuron(fewer) < FEW_TOKENS:
+            return None
+        if fitting(fewer, limit_bytes):
+            return count
+    return None
 
 
 def fewest_workers(load: Workload, limit_bytes: int, keep_all: bool = False) -> int | None:

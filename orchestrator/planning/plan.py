@@ -7,6 +7,7 @@ picks one before the sweep. Numbers come from `rayprune.orchestrator.planning.me
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from rayprune.orchestrator.planning.memory_choice import MemoryNeeds, choose_mem
 from rayprune.orchestrator.planning.shapes import Shape, open_shapes, planned_shape
 from rayprune.orchestrator.planning.timing import Stage, stages
 from rayprune.orchestrator.planning.workload import (
+    FEW_TOKENS,
     Workload,
     in_rows,
     tokens_per_neuron,
@@ -50,10 +52,6 @@ from rayprune.workers.store.layout import (
     survey_task,
 )
 
-FEW_TOKENS = 10
-"""Calibration tokens per FFN channel below which corrections overfit, measured on SmolLM2-135M
-(docs/methods/stat.md).
-"""
 FLAT_PARTS = ("model", "needs", "traffic")
 """Parts of a plan whose fields stand side by side with the rest in plan.json."""
 
@@ -101,6 +99,8 @@ class Plan:
     calibration_tokens: int
     tokens_per_neuron: float
     corrects_drift: bool
+    notes: tuple[str, ...] = ()
+    """Warnings about model and texts, from checks before the run and in it."""
 
     @property
     def shape(self) -> Shape:
@@ -117,7 +117,7 @@ class Plan:
     def warnings(self) -> tuple[str, ...]:
         """What will harm the result, with numbers."""
         if self.tokens_per_neuron >= FEW_TOKENS:
-            return ()
+            return self.notes
         given, each = self.calibration_tokens, self.tokens_per_neuron
         return (
             (
@@ -125,7 +125,12 @@ class Plan:
                 f" corrections overfit; {math.ceil(given * FEW_TOKENS / each):,} tokens would do"
                 " (calibration.samples, calibration.sequence_length)"
             ),
+            *self.notes,
         )
+
+    def noting(self, warnings: Sequence[str]) -> "Plan":
+        """The plan with further warnings; each stands once."""
+        return replace(self, notes=tuple(dict.fromkeys((*self.notes, *warnings))))
 
     def pruned_groups(self, layer: int) -> list[str]:
         """Groups of a layer that lose units, in the order in which it computes them."""

@@ -18,15 +18,20 @@ from rayprune.specs.memory import MemoryPlan
 from rayprune.specs.methods.options import DriveOut, MethodOptions, RankedGroup
 from rayprune.specs.training import TrainingSpec
 from rayprune.workers.machine.blocks import EVALUATED_AT_ONCE
-from rayprune.workers.model.checkpoint import PLANNED_BYTES, Checkpoint
+from rayprune.workers.model.checkpoint import Checkpoint
 from rayprune.workers.model.config import DTYPES
 from rayprune.workers.model.description import Group, Model
+from rayprune.workers.model.folder import PLANNED_BYTES
 from rayprune.workers.store.layout import RECOVER_TASK, REGULARISE_TASK, UPDATES_TASK
 from rayprune.workers.store.training_stage import saved_states
 
 CANDIDATES_AT_ONCE = 32
 """Allocations whose divergences are measured in one pass over the layers: what bounds the hidden
 states that are held.
+"""
+FEW_TOKENS = 10
+"""Calibration tokens per FFN channel below which corrections overfit, measured on SmolLM2-135M
+(docs/methods/stat.md).
 """
 GRADIENT_WINDOWS_AT_ONCE = 16
 """Windows that a worker takes up and down all layers together, for which weights are read twice:

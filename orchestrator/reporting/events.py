@@ -1,10 +1,11 @@
 """What happens during a run, as it is recorded in events.jsonl."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rayprune.orchestrator.reporting.tables import printable
+from rayprune.orchestrator.reporting.tables import titled
+from rayprune.specs.errors import printable
 
 
 @dataclass(frozen=True)
@@ -54,24 +55,61 @@ class Event:
 
 def plain_line(event: Mapping[str, Any]) -> str:
     """The record of an event as one line."""
-    rest = {
-        key: value
+    if words := _TOLD.get(event["event"]):
+        return printable(f"{event['event']} {words(event)}")
+    told = [
+        f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={_words(value)}"
         for key, value in event.items()
-        if key not in ("event", "peak_memory_bytes", "groups", "candidates")
-    }
-    words = [
-        f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}"
-        for key, value in rest.items()
+        if key not in _NOT_TOLD and value not in ((), [], {}, None)
     ]
-    return printable(
-        " ".join([event["event"], *words, *([note] if (note := brief(event)) else [])])
-    )
+    return printable(" ".join([event["event"], *told, *([note] if (note := brief(event)) else [])]))
+
+
+_NOT_TOLD = ("event", "peak_memory_bytes", "step_seconds", "groups", "candidates")
+
+
+def _words(value: object) -> str:
+    """A value as a person reads it: what it holds, without brackets and quotes."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{titled(str(key))} {_words(entry)}" for key, entry in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_words, value))
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _shape(event: Mapping[str, Any]) -> str:
+    """The units that stay in every layer, and what the model has then."""
+    sizes = [
+        f"{event[key]:,} {key.replace('_', ' ')}"
+        for key in ("decoder_parameters", "parameters", "weight_bytes")
+        if event.get(key)
+    ]
+    return f"{_words(event['kept'])}: {', '.join(sizes)}"
+
+
+def _layers(event: Mapping[str, Any]) -> str:
+    """How few and how many units of every group stay in a layer, and what was measured."""
+    layers: Sequence[Mapping[str, int]] = event["layers"]
+    ranges = []
+    for group in layers[0] if layers else ():
+        counts = [layer[group] for layer in layers]
+        ranges.append(f"{titled(group)} {min(counts)} to {max(counts)}")
+    facts = [
+        f"{key.replace('_', ' ')} {_words(value)}"
+        for key, value in event.items()
+        if key not in ("event", "time", "layers")
+    ]
+    return "; ".join([", ".join(ranges), *facts])
+
+
+_TOLD = {"shape-chosen": _shape, "layers-allocated": _layers}
+"""Events that are not told as a list of their fields."""
 
 
 def brief(event: Mapping[str, Any]) -> str:
     """Kept units and held-out error of a layer, and the largest worker's memory."""
     parts = [
-        f"{name} {info['kept']}/{info['of']} error {info['held_out_error']:.3f}"
+        f"{titled(name)} {info['kept']}/{info['of']} error {info['held_out_error']:.3f}"
         for name, info in event.get("groups", {}).items()
     ]
     if memory := event.get("peak_memory_bytes"):

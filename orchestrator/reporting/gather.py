@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from rayprune import __version__
+from rayprune.orchestrator.execution.records import records, sealed
 from rayprune.orchestrator.execution.run_folder import (
     PAGE_FILE,
     REPORT_FILE,
@@ -46,8 +47,9 @@ def write_report(context: Context, done: Pruned) -> Report:
     """Write report.html, then report.json; returns the report."""
     report = _gather(context, done)
     write_text(report.run / PAGE_FILE, html_report(report))
-    write_json(report.run / REPORT_FILE, report.to_dict())
-    return report
+    content = sealed(report.to_dict() | {"records": records(report.run)})
+    write_json(report.run / REPORT_FILE, content)
+    return Report.model_validate({**content, "run": report.run})
 
 
 def _gather(context: Context, done: Pruned) -> Report:
@@ -77,7 +79,7 @@ def _gather(context: Context, done: Pruned) -> Report:
         calibration=job.calibration.model_dump(mode="json"),
         warnings=plan.warnings,
         seconds=seconds | {"total": sum(seconds.values())},
-        step_seconds=context.executor.step_seconds,
+        step_seconds=_step_seconds(events),
         peak_memory_bytes=_peaks(events),
         training=trainings(run, plan.tasks),
         layers=tuple(
@@ -104,22 +106,35 @@ def trainings(run: Path, tasks: Collection[str]) -> dict[str, Training]:
         logs = [read_log(folder) for folder in folders if folder.name in tasks]
         if not any(logs):
             continue
-        steps = (
-            [[line] for log in logs for line in log]
-            if name == "gates"
-            else list(zip(*logs, strict=True))
-        )
-        shown = range(0, len(steps), -(-len(steps) // SHOWN_STEPS))
-        terms = [term for term in steps[0][0] if term not in ("step", "of", "tokens_per_second")]
-        curves = {
-            term: [fmean(line[term] for line in steps[number]) for number in shown]
-            for term in terms
-        }
-        if any(curves[term] == curves["loss"] for term in terms if term != "loss"):
-            del curves["loss"]  # it has one term
-        speed = fmean(line["tokens_per_second"] for step in steps for line in step)
-        found[name] = Training(steps=shown, curves=curves, tokens_per_second=speed)
+        steps = [[line] for log in logs for line in log] if name == "gates" else _steps(logs)
+        if steps:
+            found[name] = _training(steps)
     return found
+
+
+def _steps(logs: Sequence[Sequence[Mapping[str, Any]]]) -> list[list[Mapping[str, Any]]]:
+    """What several trainings have logged of the steps that all of them know, in order."""
+    by_step = [{line["step"]: line for line in log} for log in logs]
+    common = set.intersection(*map(set, by_step))
+    return [[lines[step] for lines in by_step] for step in sorted(common)]
+
+
+def _training(steps: Sequence[Sequence[Mapping[str, Any]]]) -> Training:
+    """The course of a training from the lines of each step."""
+    shown = range(0, len(steps), -(-len(steps) // SHOWN_STEPS))
+    others = ("step", "of", "tokens_per_second")
+    terms = [
+        term
+        for term in steps[0][0]
+        if term not in others and all(term in line for step in steps for line in step)
+    ]
+    curves = {
+        term: [fmean(line[term] for line in steps[number]) for number in shown] for term in terms
+    }
+    if any(curves[term] == curves["loss"] for term in terms if term != "loss"):
+        del curves["loss"]  # it has one term
+    speed = fmean(line["tokens_per_second"] for step in steps for line in step)
+    return Training(steps=shown, curves=curves, tokens_per_second=speed)
 
 
 def _allocation(context: Context) -> dict[str, Any] | None:
@@ -141,6 +156,12 @@ def _evaluation(context: Context, losses: Losses) -> Evaluation | None:
         | {"stride": context.job.evaluation.effective_stride}
         | counts
     )
+
+
+def _step_seconds(events: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Those of the last attempt in which workers did any."""
+    told = [found for event in events if (found := event.get("step_seconds"))]
+    return told[-1] if told else {}
 
 
 def _peaks(events: Sequence[dict[str, Any]]) -> dict[str, int]:

@@ -24,7 +24,7 @@ from rayprune.orchestrator.reporting.report import (
     Report,
     Training,
 )
-from rayprune.orchestrator.reporting.tables import html_table, text
+from rayprune.orchestrator.reporting.tables import html_table, text, titled
 
 SERIES: dict[str, Callable[[GroupReport], float]] = {
     "training": lambda group: group.training_error,
@@ -87,7 +87,7 @@ def html_report(report: Report) -> str:
         group: f"{kept:,}" if kept == least[group] else f"{least[group]:,} to {kept:,}"
         for group, kept in report.shape.items()
     }
-    facts = [", ".join(f"{text(group)} {kept}" for group, kept in ranges.items())]
+    facts = [", ".join(f"{text(titled(group))} {kept}" for group, kept in ranges.items())]
     facts += [
         f"{text(name)} {text(value)}"
         for name, value in method.items()
@@ -192,7 +192,7 @@ def _panel(number: int, group: str, layers: Sequence[LayerReport], marks: Sequen
     """Both errors of one group over the layers; a layer where it was not pruned leaves a gap."""
     xs = places(len(layers))
     parts = [
-        label(0, 15, "name panel", group),
+        label(0, 15, "name panel", titled(group)),
         frame([layer.layer for layer in layers], "layer", marks),
     ]
     for x, series in zip((WIDTH - 240, WIDTH - 120), SERIES, strict=True):
@@ -262,7 +262,13 @@ def _layers(layers: Sequence[LayerReport]) -> str:
         for group, info in layer.groups.items():
             errors = (f"{error(info):.4f}" for error in SERIES.values())
             rows.append(
-                (layer.layer, group, f"{info.kept:,} / {info.of:,}", f"{info.damping:g}", *errors)
+                (
+                    layer.layer,
+                    titled(group),
+                    f"{info.kept:,} / {info.of:,}",
+                    f"{info.damping:g}",
+                    *errors,
+                )
             )
         rows += [] if layer.groups else [(layer.layer, "not pruned", *[""] * 4)]
     return html_table(

@@ -186,8 +186,8 @@ def _stages(plan: "Plan") -> Iterator[Part]:
     yield Table(title, ["stage", "FLOPs", *(["time", "bound by"] if timed else [])], rows)
     if timed:
         yield (
-            f"expected time: {duration(plan.seconds)}, without start, tokenisation, probe, export"
-            " and load check"
+            f"expected time: at least {duration(plan.seconds)}: every stage at the machine's full"
+            " speed; without start, tokenisation, probe, export and load check"
         )
     else:
         yield (

@@ -20,15 +20,21 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
 
 from rayprune.orchestrator.reporting.events import brief, plain_line
-from rayprune.orchestrator.reporting.tables import Part, printable
+from rayprune.orchestrator.reporting.tables import Part
+from rayprune.specs.errors import printable
 
 
 def write_nowhere() -> None:
     """Let what is still printed vanish: its reader is gone."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _whole() -> Column:
+    """A column that is never cut; only the note behind it gives way."""
+    return Column(no_wrap=True)
 
 
 class _Output(Console):
@@ -49,13 +55,18 @@ class ProgressView:
         self._console = console or _Output()
         self._live = self._console.is_terminal
         self._progress = Progress(
-            TextColumn("{task.description:<10}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.description:<10}", table_column=_whole()),
+            BarColumn(bar_width=12, table_column=_whole()),
+            MofNCompleteColumn(table_column=_whole()),
+            TimeElapsedColumn(table_column=_whole()),
+            TimeRemainingColumn(table_column=_whole()),
+            TextColumn(
+                "{task.fields[note]}",
+                markup=False,
+                table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"),
+            ),
             console=self._console,
+            expand=True,
         )
         self._task: TaskID | None = None
         self._start = time.monotonic()
@@ -82,14 +93,16 @@ class ProgressView:
         match event["event"]:
             case "stage-started":
                 self._task = self._progress.add_task(
-                    event["stage"], total=event.get("steps"), note=""
+                    escape(printable(event["stage"])), total=event.get("steps"), note=""
                 )
             case "step-finished" | "task-found" if self._task is not None:
                 self._progress.update(
                     self._task,
                     advance=1,
-                    note=f"{event.get('seconds', 0):.1f} s/step, {brief(event)}",
+                    note=escape(printable(f"{event.get('seconds', 0):.1f} s/step, {brief(event)}")),
                 )
+            case "windows-evaluated" | "candidates-measured" if self._task is not None:
+                self._progress.update(self._task, note=f"{event['done']} of {event['of']}")
             case "stage-finished" if self._task is not None:
                 self._progress.update(
                     self._task,

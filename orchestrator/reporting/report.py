@@ -17,7 +17,7 @@ from pydantic import (
 )
 
 from rayprune.orchestrator.execution.run_folder import PAGE_FILE, REPORT_FILE
-from rayprune.orchestrator.reporting.tables import Part, Table, html_parts
+from rayprune.orchestrator.reporting.tables import Part, Table, html_parts, titled
 from rayprune.specs.errors import SpecError
 
 N = TypeVar("N", int, float)
@@ -112,6 +112,15 @@ class Training(_Facts):
     tokens_per_second: float
 
 
+class Records(_Facts):
+    """SHA-256 digests of what the report stands on, for `rayprune verify`."""
+
+    tasks: dict[str, str]
+    """Of the manifest of every task, by name."""
+    files: dict[str, str]
+    """Of the files beside report.json."""
+
+
 class Report(_Facts):
     """The report of a finished run."""
 
@@ -142,11 +151,13 @@ class Report(_Facts):
     seconds: dict[str, float]
     """By stage, over all attempts, and `total`."""
     step_seconds: dict[str, float]
-    """By step of the workers, all workers together, in the last attempt."""
+    """By step of the workers, all workers together, in the last attempt that did any."""
     peak_memory_bytes: dict[str, int]
     """Private memory by process, over all attempts."""
     training: dict[str, Training]
     layers: tuple[LayerReport, ...]
+    records: Records | None = None
+    """Null before the report is written, and in reports of the first versions."""
 
     @property
     def model(self) -> Path:
@@ -262,7 +273,7 @@ def _layer_rows(layer: LayerReport) -> list[list[str]]:
     return [
         [
             str(layer.layer),
-            name,
+            titled(name),
             f"{group.kept}/{group.of}",
             f"{group.damping:g}",
             f"{group.training_error:.4f}",

@@ -20,6 +20,15 @@ class Table:
         return any(row[column][:1].isalpha() for row in self.rows)
 
 
+TITLES = {"heads": "KV groups", "neurons": "FFN channels"}
+"""What people call the coupled groups that files name so."""
+
+
+def titled(group: str) -> str:
+    """A coupled group as people name it; a family's own groups have their own names."""
+    return TITLES.get(group, group)
+
+
 Part = str | Table
 """A line, or a table."""
 
@@ -27,13 +36,6 @@ Part = str | Table
 def text(value: object) -> str:
     """A value as text of a page."""
     return escape(str(value))
-
-
-def printable(line: str) -> str:
-    """A line without what a terminal would obey instead of showing: names come from files."""
-    return "".join(
-        letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in line
-    )
 
 
 def html_table(

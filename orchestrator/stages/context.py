@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 from rayprune.orchestrator.execution.executor import Executor
@@ -17,10 +18,11 @@ from rayprune.orchestrator.stages.reads import (
     kind_of,
     options_read,
 )
-from rayprune.specs.errors import SpecError
+from rayprune.specs.errors import SpecError, VerificationError
 from rayprune.specs.job import JobSpec
 from rayprune.workers.machine.memory import PeakMemory
 from rayprune.workers.store.files import (
+    MANIFEST_NAME,
     Manifest,
     Task,
     damaged_files,
@@ -31,6 +33,27 @@ from rayprune.workers.store.files import (
 from rayprune.workers.store.layout import Scope
 
 T = TypeVar("T")
+
+
+def state_of(file: Path) -> str:
+    """What changes whenever a file is written, replaced or renamed, though its size and its time of
+    writing may be what they were.
+    """
+    try:
+        stat = file.stat()
+    except OSError as error:
+        return str(error.strerror)
+    return f"{stat.st_size} bytes, inode {stat.st_ino}, changed at {stat.st_ctime_ns} ns"
+
+
+@dataclass
+class Watched:
+    """Files that a run reads again and again."""
+
+    states: dict[Path, str]
+    """Their states (`state_of`) when what they hold was digested."""
+    is_same: Callable[[], bool]
+    """Digests it again: whether it is the same."""
 
 
 def nothing_before() -> None:
@@ -49,6 +72,8 @@ class Context:
     store: TaskStore | None = None
     """Where finished tasks of other runs are found, and those of this one kept."""
     memory: PeakMemory = field(default_factory=PeakMemory)
+    watched: list["Watched"] = field(default_factory=list)
+    """The model's files, once their values are digested."""
 
     def record(self, plan: Plan) -> Plan:
         """Write a plan down."""
@@ -103,11 +128,30 @@ class Context:
         options = options_read(self.job, name)
         return self.folder.task(name, self.scope, options, inputs, computed_on)
 
+    def check_source(self) -> None:
+        """Check that the model still holds the values that were digested, where somebody has
+        touched its files since.
+
+        Raises:
+            VerificationError: it holds others.
+        """
+        for watched in self.watched:
+            if touched := [f for f, state in watched.states.items() if state_of(f) != state]:
+                states = {file: state_of(file) for file in watched.states}
+                if not watched.is_same():
+                    raise VerificationError(
+                        f"{touched[0]}: was changed while this run read it; what was computed"
+                        " meanwhile is not kept: run the same command again once the model stays"
+                        " as it is"
+                    )
+                watched.states = states
+
     def finished(
         self, task: Task, before_redoing: Callable[[], None] = nothing_before
     ) -> Manifest | None:
-        """The manifest of a task that is done; None when it has to be done (again, if its files are
-        damaged). What is stale is removed, once `before_redoing` has succeeded.
+        """The manifest of a task that is done; None when it has to be done (again, if its files or
+        its manifest are damaged, of which an event tells). What is stale is removed, once
+        `before_redoing` has succeeded.
 
         Raises:
             VerificationError: other software has made it, or another kind of device.
@@ -119,13 +163,25 @@ class Context:
             forget_report(self.folder.path)
             remove_task(task.folder)
             manifest = None
-        if manifest and not damaged_files(task.folder, manifest):
+        elif damaged := self._damaged(task, manifest):
+            self.emit("task-damaged", task=name, files=damaged)
+            forget_report(self.folder.path)
+            (task.folder / MANIFEST_NAME).unlink(missing_ok=True)
+            manifest = None
+        if manifest:
             return manifest
         kept = kind_of(task.name) in KEPT_IN_STORE
         if self.store and kept and (manifest := self.store.fetch(task)):
             self.emit("task-fetched", task=name)
             return manifest
         return None
+
+    @staticmethod
+    def _damaged(task: Task, manifest: Manifest | None) -> list[str]:
+        """What of a task is not as it was written."""
+        if manifest is None:
+            return [MANIFEST_NAME] if (task.folder / MANIFEST_NAME).is_file() else []
+        return damaged_files(task.folder, manifest)
 
     def once(
         self,
@@ -146,9 +202,20 @@ class Context:
         return self.done(task)
 
     def done(self, task: Task) -> Manifest:
-        """The manifest of a task whose work has just ended."""
+        """The manifest of a task whose work has just ended.
+
+        Raises:
+            VerificationError: the model was changed meanwhile; the task is removed.
+        """
+        try:
+            self.check_source()
+        except VerificationError:
+            remove_task(task.folder)
+            raise
         manifest = read_manifest(task.folder)
         assert manifest is not None, f"{task.name} left no manifest"
+        for text in self.executor.warned():
+            self.emit("warning", text=text)
         self.folder.emit({"event": "task-done", "task": self.scope.task(task.name)})
         if self.store and kind_of(task.name) in KEPT_IN_STORE:
             self.store.keep(task, manifest)

@@ -12,10 +12,12 @@ from pathlib import Path
 from rayprune.orchestrator.planning.footprint import footprint
 from rayprune.orchestrator.stages.context import Context
 from rayprune.orchestrator.stages.subject import ModelAt, Subject, digests, file_digests, made_model
-from rayprune.workers.model.checkpoint import INDEX_NAME, read_header
+from rayprune.specs.errors import VerificationError
+from rayprune.workers.model.folder import INDEX_NAME, read_header
 from rayprune.workers.model.form import AS_IT_IS
 from rayprune.workers.model.rewrite import Written
 from rayprune.workers.store.files import (
+    FileRecord,
     Manifest,
     Task,
     commit,
@@ -25,13 +27,7 @@ from rayprune.workers.store.files import (
     write_json,
     write_text,
 )
-from rayprune.workers.store.layout import (
-    EXPORT_TASK,
-    LAYER_FILE,
-    OUTER_FILE,
-    OUTER_TASK,
-    layer_task,
-)
+from rayprune.workers.store.layout import EXPORT_TASK, OUTER_TASK, SOURCE
 from rayprune.workers.store.side_files import COPIED, side_files
 
 
@@ -52,6 +48,7 @@ def export_model(context: Context, subject: Subject, layers: Sequence[Manifest])
         outer_done = context.once(
             outer, lambda: executor.wait([executor.on(0).write_outer(outer, written)])
         )
+        _check_origin(context, model, [outer_done, *layers])
         inputs = {
             "headers": model.checkpoint.identity,
             "beside the weights": file_digests(side_files(model.path, COPIED)),
@@ -59,12 +56,33 @@ def export_model(context: Context, subject: Subject, layers: Sequence[Manifest])
             **digests([outer_done, *layers]),
         }
         task = context.task(EXPORT_TASK, inputs)
-        done = context.once(task, lambda: _assemble_and_check(context, subject, task))
+        done = context.once(
+            task, lambda: _assemble_and_check(context, subject, task, [outer_done, *layers])
+        )
     return made_model(task.folder, done)
 
 
-def _assemble_and_check(context: Context, subject: Subject, task: Task) -> None:
-    written = _assemble(context, subject)
+def _check_origin(context: Context, model: ModelAt, parts: Sequence[Manifest]) -> None:
+    """Check that all parts were cut from the values that the model has been told by: half of one
+    and half of another would be a model of its own.
+
+    Raises:
+        VerificationError: one was not; it is removed.
+    """
+    digests = (model.outer_digest, *model.layer_digests) if model.identified else ()
+    for part, digest in zip(parts, digests, strict=bool(digests)):
+        if part.info.get(SOURCE) != digest:
+            remove_task(context.scope.folder(part.task))
+            raise VerificationError(
+                f"{model.path}: {part.task} was cut from other values than the model holds; it is"
+                " not kept: run the same command again once the model stays as it is"
+            )
+
+
+def _assemble_and_check(
+    context: Context, subject: Subject, task: Task, parts: Sequence[Manifest]
+) -> None:
+    written, linked = _assemble(context, subject, parts)
     job, model, source = context.job, task.folder, subject.model.checkpoint
     layers = subject.plan.written_layers(job.export.pad)
     parameters = footprint(source, layers, job).parameters
@@ -72,25 +90,32 @@ def _assemble_and_check(context: Context, subject: Subject, task: Task) -> None:
         context.executor.wait([context.executor.on(0).write_tokenizer()])
     context.executor.wait([context.executor.on(0).check_export(parameters)])
     files = sorted(str(file.relative_to(model)) for file in model.rglob("*") if file.is_file())
-    commit(task, files, {"parameters": parameters})
+    commit(task, files, {"parameters": parameters}, linked)
 
 
-def _assemble(context: Context, subject: Subject) -> Written:
-    """Give every finished file its final name, then write config and, last, the index."""
+def _assemble(
+    context: Context, subject: Subject, parts: Sequence[Manifest]
+) -> tuple[Written, dict[str, FileRecord]]:
+    """Give every finished file its final name, then write config and, last, the index; what was
+    recorded of the files.
+    """
     scope, model, source = context.scope, context.scope.model, subject.model.checkpoint
     remove_task(model)  # what an unfinished attempt left
     there = subject.plan.shape.remaining(source.num_layers)
-    total = len(there) + 1
-    finished = [scope.folder(OUTER_TASK) / OUTER_FILE]
-    finished += [scope.folder(layer_task(layer)) / LAYER_FILE for layer in there]
+    finished = [
+        (scope.folder(part.task) / name, record)
+        for part in parts
+        for name, record in part.files.items()
+    ]
+    total = len(finished)
     names = [f"model-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1)]
-    for file, name in zip(finished, names, strict=True):
+    for (file, _), name in zip(finished, names, strict=True):
         link_file(file, model / name)
     for file in side_files(source.path, COPIED):
         copy_file(file, model / file.relative_to(source.path))
     written = _write_config(context, subject, there)
     write_index(model, names)
-    return written
+    return written, dict(zip(names, (record for _, record in finished), strict=True))
 
 
 def _write_config(context: Context, subject: Subject, there: Sequence[int]) -> Written:

@@ -205,14 +205,28 @@ def _before(context: Context, subject: Subject, layer: int) -> Path:
 
 
 def _first_layer(context: Context, subject: Subject, missing: int) -> int:
-    """The last layer, at most `missing`, before which all hidden states are at hand."""
-    numbers = range(_num_batches(context))
-    boundaries = (
-        layer
-        for layer in range(missing, 0, -1)
-        if all(boundary_file(_before(context, subject, layer), n).exists() for n in numbers)
+    """The last layer, at most `missing`, before which all hidden states are at hand, as they were
+    written.
+    """
+    return next(
+        (layer for layer in range(missing, 0, -1) if _is_at_hand(context, subject, layer)), 0
     )
-    return next(boundaries, 0)
+
+
+def _is_at_hand(context: Context, subject: Subject, layer: int) -> bool:
+    folder, count = _before(context, subject, layer), _num_batches(context)
+    if not all(boundary_file(folder, number).exists() for number in range(count)):
+        return False
+
+    def check() -> bool:
+        executor = context.executor
+        calls = [
+            executor.on(worker).remove_damaged(str(folder), owned)
+            for worker, owned in executor.shares(count)
+        ]
+        return all(receipt["whole"] for receipt in executor.wait(calls))
+
+    return context.attempt(f"hidden states before layer {layer}", check)
 
 
 def _run_wave(

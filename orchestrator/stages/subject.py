@@ -18,6 +18,8 @@ class ModelAt:
     """Of the tensors outside the layers."""
     layer_digests: tuple[str, ...]
     """Of every layer."""
+    identified: bool = False
+    """Whether the digests are those that workers take of the values they read."""
 
     @property
     def path(self) -> Path:

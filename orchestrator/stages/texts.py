@@ -15,22 +15,28 @@ from rayprune.workers.texts.files import text_files
 
 def tokenize(
     context: Context, model: Path, texts: Sequence[str]
-) -> tuple[Manifest, Manifest | None]:
+) -> tuple[Manifest, Manifest | None, list[str]]:
     """The calibration texts, of which the digests are given, and the evaluation text as tokens, so
-    that a text that will not do is found before any other work.
+    that a text that will not do is found before any other work; and warnings about them.
     """
     evaluation, paths = context.job.evaluation, _paths(context)
     with context.stage("tokenize", 1 + (evaluation is not None)):
         calibration = _tokens(context, model, CALIBRATION_TASK, paths, {"texts": texts})
         if evaluation is None:
-            return calibration, None
+            return calibration, None, _warnings(calibration)
         inputs = {
             "text": _digest(Path(evaluation.path)),
             "calibration-tokens": calibration.digest,
             "texts": texts,
         }
         held_out = [evaluation.path]
-        return calibration, _tokens(context, model, EVALUATION_TASK, held_out, inputs)
+        evaluated = _tokens(context, model, EVALUATION_TASK, held_out, inputs)
+        return calibration, evaluated, [*_warnings(calibration), *_warnings(evaluated)]
+
+
+def _warnings(tokens: Manifest) -> list[str]:
+    found: Any = tokens.info["warnings"]
+    return list(found)
 
 
 def text_digests(context: Context) -> list[str]:
@@ -55,8 +61,6 @@ def _tokens(
     found: Any = done.info
     for path, facts in zip(texts, found["texts"], strict=True):
         context.emit("text", path=path, **facts)
-    for warning in found["warnings"]:
-        context.emit("warning", text=warning)
     return done
 
 

@@ -23,7 +23,7 @@ from rayprune.orchestrator.stages.stream import layer_work, stream_layers
 from rayprune.orchestrator.stages.subject import ModelAt, Subject, digests, file_digests, made_model
 from rayprune.specs.methods.options import DriveOut, TakeOver
 from rayprune.specs.training import TrainingSpec
-from rayprune.workers.model.checkpoint import read_json
+from rayprune.workers.model.folder import read_json
 from rayprune.workers.model.sized_layers import MODULE
 from rayprune.workers.store.files import Manifest, Task, commit, copy_file, link_file
 from rayprune.workers.store.layout import (
@@ -232,6 +232,8 @@ def _commit(context: Context, task: Task, stage: Finetune) -> None:
         files += _files_in(task.folder / TRAINED_FOLDER)
     facts: dict[str, Any] = read_json(task.folder / RESULT_FILE)
     result = {"gates": facts.pop("gates", None)}
+    for text in facts.pop("warnings"):
+        context.emit("warning", text=text)
     facts["peak_memory_bytes"] = {
         f"rank-0{kind}": peak for kind, peak in facts["peak_memory_bytes"].items()
     }

@@ -7,7 +7,7 @@ listed here.
 from collections.abc import Mapping
 from functools import reduce
 from operator import or_
-from typing import TYPE_CHECKING, Annotated, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 from pydantic import BeforeValidator, Tag
 
@@ -23,10 +23,10 @@ METHODS: Mapping[str, type[MethodOptions]] = RANKINGS | {"dress": DressOptions, 
 if TYPE_CHECKING:
     MethodSpec: TypeAlias = MethodOptions
 else:
+    _Options = Annotated[
+        reduce(or_, [Annotated[options, Tag(name)] for name, options in METHODS.items()]),
+        told_apart_by_name("stat"),
+    ]
     MethodSpec = Annotated[
-        Annotated[
-            reduce(or_, [Annotated[options, Tag(name)] for name, options in METHODS.items()]),
-            told_apart_by_name("stat"),
-        ],
-        BeforeValidator(named),
+        _Options, BeforeValidator(named, json_schema_input_type=Literal[tuple(METHODS)] | _Options)
     ]

@@ -31,6 +31,7 @@ NAMES = {
     "plan",
     "read_report",
     "run",
+    "validate",
 }
 LIGHT = """
 import sys

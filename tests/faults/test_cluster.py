@@ -1,123 +1,332 @@
-"""A real multi-node Ray cluster on this machine: a node is killed in mid-sweep, or comes late; the
-job ends with the same bytes.
+"""One Ray cluster of several nodes on this machine, of which workers, nodes and drivers are killed,
+stopped and starved; drivers are commands as a user gives them. Every job ends with the same bytes,
+or says what it was and goes on later.
 """
 
-import json
+import os
+import signal
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
-
-from rayprune.orchestrator.cli import main
-from tests.conftest import MakeJob, MakeModel, folder_bytes
-
-SCRIPT = """
-import sys
-from pathlib import Path
-
 from ray.cluster_utils import Cluster
 
-from rayprune.orchestrator.run import run_job
-from rayprune.specs.loader import load_job
+from tests.conftest import build_model, folder_bytes, write_job
+from tests.faults.bench import Bench, ended, failures, in_mid_run, log, until, workers
+from tests.faults.conftest import Record
+from tests.faults.forks import attempt
+from tests.faults.reliability import Row
 
-names = ("initial_delay_ms", "period_ms", "timeout_ms")
-checks = {f"health_check_{name}": 500 for name in names} | {"health_check_failure_threshold": 3}
-head = {"num_cpus": 0, "include_dashboard": False, "_system_config": checks}
-cluster = Cluster(initialize_head=True, head_node_args=head)
-nodes = [cluster.add_node(num_cpus=1) for _ in range(3)]
-
-
-def kill_a_node(event):
-    if (event["event"] == "micro-batches" or event.get("layer") == 2) and len(nodes) == 3:
-        cluster.remove_node(nodes[0], allow_graceful=False)
-        nodes.append(cluster.add_node(num_cpus=1))
+pytestmark = [pytest.mark.slow, pytest.mark.faults, pytest.mark.timeout(600)]
+NODES, LAYERS = 3, 10
+CHECKS = {f"health_check_{name}": 500 for name in ("initial_delay_ms", "period_ms", "timeout_ms")}
+PLACEMENTS = {"shards": "layer-0003", "layers": f"layers 0 to {LAYERS - 1}"}
 
 
-settings = ["cluster.executor=ray", f"cluster.address={cluster.address}", "parallel.workers=3"]
-run_job(load_job(Path(sys.argv[1]), settings), Path(sys.argv[2]), kill_a_node)
-cluster.shutdown()
-"""
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Iterator[Bench]:
+    folder = tmp_path_factory.mktemp("cluster")
+    write_job(
+        folder / "job.yaml",
+        text_file,
+        build_model(folder / "dense", num_hidden_layers=LAYERS),
+        budget={"kv_groups": 1},
+        parallel={"workers": 2, "micro_batch": 1},
+    )
+    config = CHECKS | {"health_check_failure_threshold": 3}
+    head = {"num_cpus": 0, "include_dashboard": False, "_system_config": config}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(NODES)]
+    yield Bench(folder, cluster, nodes)
+    cluster.shutdown()
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(240)
-@pytest.mark.parametrize(
-    ("placement", "interrupted"), [("shards", "layer-0003"), ("layers", "layers 0 to 4")]
-)
-def test_killed_node(
-    placement: str, interrupted: str, make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+@dataclass(frozen=True)
+class Fault:
+    """What is done in mid-run to a cluster, and what is undone afterwards."""
+
+    name: str
+    act: Callable[[Bench], object]
+    undo: Callable[[Bench, Any], object] = lambda bench, what: None
+
+
+def stop(number: int) -> list[int]:
+    os.kill(number, signal.SIGSTOP)
+    return [number]
+
+
+def go_on(_: Bench, stopped: list[int]) -> None:
+    for number in stopped:
+        try:
+            os.kill(number, signal.SIGCONT)
+        except ProcessLookupError:
+            continue
+
+
+def stop_raylet(bench: Bench) -> list[int]:
+    """The daemon of a node hangs: the head takes the node for dead."""
+    (raylet,) = bench.nodes[0].all_processes["raylet"]
+    return stop(raylet.process.pid)
+
+
+def after_raylet(bench: Bench, stopped: list[int]) -> None:
+    go_on(bench, stopped)
+    bench.replace(bench.nodes[0])
+
+
+LOSSES = [
+    Fault("a worker is killed (SIGKILL)", lambda b: os.kill(workers()[0], signal.SIGKILL)),
+    Fault("a worker is told to end (SIGTERM)", lambda b: os.kill(workers()[0], signal.SIGTERM)),
+    Fault("a worker reads behind the end of a file (SIGBUS)",
+          lambda b: os.kill(workers()[0], signal.SIGBUS)),
+    Fault("a worker hangs (SIGSTOP)", lambda b: stop(workers()[0]), go_on),
+    Fault("a node loses its power, another one comes", lambda b: b.replace(b.nodes[0])),
+    Fault("a node's daemon hangs (SIGSTOP)", stop_raylet, after_raylet),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("placement", list(PLACEMENTS))
+@pytest.mark.parametrize("fault", LOSSES, ids=[fault.name for fault in LOSSES])
+def test_a_loss_in_mid_run(
+    fault: Fault, placement: str, bench: Bench, tmp_path: Path, record: Record
 ) -> None:
-    parallel = {"placement": placement, "micro_batch": 1}
-    job = make_job(make_model(num_hidden_layers=5), budget={"kv_groups": 1}, parallel=parallel)
-    assert main(["run", str(job), "--out", str(tmp_path / "calm")]) == 0
-    finished = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(job), str(tmp_path / "cluster")],
-        capture_output=True,
-        timeout=200,
-        text=True,
-    )
-    assert finished.returncode == 0, finished.stderr
-    events = [
-        json.loads(line)
-        for line in (tmp_path / "cluster" / "events.jsonl").read_text().splitlines()
-    ]
-    assert [event["task"] for event in events if event["event"] == "worker-failed"] == [interrupted]
-    assert folder_bytes(tmp_path / "cluster" / "model") == folder_bytes(tmp_path / "calm" / "model")
+    out = tmp_path / "run"
+    sets = [f"parallel.placement={placement}"]
+    driver = bench.driver(out, *sets)
+    in_mid_run(out, placement, driver)
+    what = fault.act(bench)
+    try:
+        words = ended(driver)
+    finally:
+        fault.undo(bench, what)
+    assert driver.returncode == 0, words
+    equal = folder_bytes(out / "model") == bench.of(placement)
+    lost = ", ".join(failures(out)) or "nothing"
+    seen = "the task is done again" if failures(out) else "not even noticed"
+    record(Row("cluster", f"placement: {placement}", fault.name, seen, "ends", 1, equal))
+    assert equal
+    assert len(failures(out)) <= 1, lost
 
 
-LATE = """
-import sys
-from pathlib import Path
-
-from ray.cluster_utils import Cluster
-
-from rayprune.orchestrator.run import run_job
-from rayprune.specs.errors import ResourceError
-from rayprune.specs.loader import load_job
-
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-nodes = [cluster.add_node(num_cpus=1)]
-settings = ["cluster.executor=ray", f"cluster.address={cluster.address}", "parallel.workers=2"]
-
-
-def run(wait, show):
-    job = load_job(Path(sys.argv[1]), [*settings, f"cluster.wait_seconds={wait}"])
-    run_job(job, Path(sys.argv[2]), show)
+def test_no_retries(bench: Bench, tmp_path: Path, record: Record) -> None:
+    out = tmp_path / "run"
+    driver = bench.driver(out, "parallel.retries=0")
+    in_mid_run(out, "shards", driver)
+    os.kill(workers()[0], signal.SIGKILL)
+    words = ended(driver)
+    assert driver.returncode == 4, words
+    assert "finished tasks are kept" in words
+    again = bench.driver(out, "parallel.retries=0")
+    words = ended(again)
+    assert again.returncode == 0, words
+    equal = folder_bytes(out / "model") == bench.of("shards")
+    record(Row("cluster", "parallel.retries: 0", "a worker is killed (SIGKILL)", "exit code 4",
+               "goes on later", 1, equal))  # fmt: skip
+    assert equal
 
 
-def add_a_node(event):
-    if event["event"] == "waiting-for-nodes" and len(nodes) == 1:
-        nodes.append(cluster.add_node(num_cpus=1))
+def test_the_driver_is_killed(bench: Bench, tmp_path: Path, record: Record) -> None:
+    """Its workers go with it, and the next driver repeats nothing."""
+    out = tmp_path / "run"
+    driver = bench.driver(out)
+    in_mid_run(out, "shards", driver)
+    driver.kill()
+    driver.wait()
+    done = {path: path.stat().st_mtime_ns for path in out.glob("tasks/*/manifest.json")}
+    deadline = time.monotonic() + 10
+    while workers() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not workers(), "workers outlive their driver by ten seconds"
+    again = bench.driver(out)
+    words = ended(again)
+    assert again.returncode == 0, words
+    assert all(path.stat().st_mtime_ns == written for path, written in done.items())
+    equal = folder_bytes(out / "model") == bench.of("shards")
+    record(Row("cluster", "driver", "it is killed (SIGKILL)", "its workers end within 10 s",
+               "goes on, nothing done twice", 1, equal))  # fmt: skip
+    assert equal
 
 
+def test_two_drivers(bench: Bench, tmp_path: Path, record: Record) -> None:
+    """Two of one folder: the second is refused. One more in its own folder: it waits for no one."""
+    first = bench.driver(tmp_path / "run", "parallel.workers=1")
+    until((tmp_path / "run" / "plan.json").exists, first, "a plan")
+    second = bench.driver(tmp_path / "run", "parallel.workers=1")
+    third = bench.driver(tmp_path / "other", "parallel.workers=1")
+    words = ended(second)
+    assert second.returncode == 2, words
+    assert "another run is writing here" in words
+    for driver, name in ((first, "run"), (third, "other")):
+        words = ended(driver)
+        assert driver.returncode == 0, words
+        assert folder_bytes(tmp_path / name / "model") == bench.of("shards")
+    record(Row("cluster", "driver", "two drivers of one folder", "exit code 2 for the second",
+               "the first ends", 1, True))  # fmt: skip
+    record(Row("cluster", "driver", "two drivers on one cluster", "both run", "both end", 1, True))
+
+
+def test_too_few_nodes(bench: Bench, tmp_path: Path, record: Record) -> None:
+    """The first run waits a second in vain; the second gets its node while it waits."""
+    out, sets = tmp_path / "run", [f"parallel.workers={NODES + 1}"]
+    driver = bench.driver(out, *sets, "cluster.wait_seconds=1")
+    words = ended(driver)
+    assert driver.returncode == 4, words
+    assert f"{NODES + 1} workers need {NODES + 1} CPUs, the cluster has {NODES} CPUs" in words
+    record(Row("cluster", "nodes", "fewer than workers", "exit code 4", "goes on later", 1))
+    driver = bench.driver(out, *sets, "cluster.wait_seconds=60")
+    until(lambda: log(out).count("waiting-for-nodes") == 2, driver, "the wait")
+    node = bench.cluster.add_node(num_cpus=1)
+    words = ended(driver)
+    bench.cluster.remove_node(node)
+    assert driver.returncode == 0, words
+    equal = folder_bytes(out / "model") == bench.of("shards")
+    record(Row("cluster", "nodes", "one comes late", "it is waited for", "ends", 1, equal))
+    assert equal
+
+
+FULL = """
+import sys, time
+import numpy, ray
+ray.init(address=sys.argv[1], log_to_driver=False)
+kept = []
 try:
-    run(2, lambda event: None)
-    sys.exit("it should have stopped")
-except ResourceError as error:
+    for _ in range(400):
+        kept.append(ray.put(numpy.random.rand(2**17)))
+except Exception as error:
     print(error)
-run(60, add_a_node)
-cluster.shutdown()
+print("full", flush=True)
+time.sleep(300)
 """
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(240)
-def test_late_node(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
-    """The first run waits two seconds in vain; the second gets its node while it waits."""
-    job, out = make_job(make_model(), budget={"kv_groups": 1}), tmp_path / "late"
-    assert main(["run", str(job), "--out", str(tmp_path / "calm")]) == 0
-    finished = subprocess.run(
-        [sys.executable, "-c", LATE, str(job), str(out)],
-        capture_output=True,
-        timeout=200,
+def test_the_object_store_is_full(bench: Bench, tmp_path: Path, record: Record) -> None:
+    """Another driver holds all of a small node's memory for objects."""
+    node = bench.cluster.add_node(num_cpus=2, object_store_memory=80 * 2**20)
+    words = [sys.executable, "-c", FULL, bench.cluster.address]
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    greedy = subprocess.Popen(words, **pipes)
+    try:
+        assert greedy.stdout is not None
+        while "full" not in (line := greedy.stdout.readline()):
+            assert line, "it could not fill the store"
+        driver = bench.driver(tmp_path / "run", f"parallel.workers={NODES + 2}",
+                              "calibration.shards=8")  # fmt: skip
+        said = ended(driver)
+    finally:
+        greedy.kill()
+        bench.cluster.remove_node(node, allow_graceful=False)
+    calm = tmp_path / "calm"
+    job = str(bench.folder / "job.yaml")
+    assert attempt(["run", job, "--out", str(calm), "--set", "calibration.shards=8"]).code == 0
+    assert driver.returncode == 0, said
+    equal = folder_bytes(tmp_path / "run" / "model") == folder_bytes(calm / "model")
+    record(Row("cluster", "nodes", "the object store is full", "Ray spills", "ends", 1, equal))
+    assert equal
+
+
+def silent() -> tuple[socket.socket, str]:
+    """Something listens, and never answers."""
+    server = socket.create_server(("127.0.0.1", 0))
+    return server, f"127.0.0.1:{server.getsockname()[1]}"
+
+
+def closed() -> tuple[socket.socket, str]:
+    """Nobody listens."""
+    server, address = silent()
+    server.close()
+    return server, address
+
+
+@pytest.mark.parametrize(
+    ("what", "listen"), [("nobody listens", closed), ("somebody listens and never answers", silent)]
+)
+def test_a_wrong_address(
+    what: str,
+    listen: Callable[[], tuple[socket.socket, str]],
+    bench: Bench,
+    tmp_path: Path,
+    record: Record,
+) -> None:
+    server, address = listen()
+    begin = time.monotonic()
+    driver = bench.driver(tmp_path / "run", address=address)
+    words = ended(driver, 100)
+    seconds = time.monotonic() - begin
+    server.close()
+    record(Row("cluster", "cluster.address", what, "exit code 4 within a minute", "refused"))
+    assert driver.returncode == 4, words
+    assert "Traceback" not in words
+    assert address in words
+    assert seconds < 60, seconds
+
+
+def test_a_head_that_is_gone(bench: Bench, tmp_path: Path, record: Record) -> None:
+    """`auto`, with an address that nobody answers at."""
+    server, address = closed()
+    begin = time.monotonic()
+    driver = subprocess.Popen(
+        bench.command(tmp_path / "run", address="auto"),
+        env=os.environ | {"RAY_ADDRESS": address},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
     )
-    assert finished.returncode == 0, finished.stderr
-    assert "2 workers need 2 CPUs, the cluster has 1 CPUs" in finished.stdout
-    events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
-    waited = [event for event in events if event["event"] == "waiting-for-nodes"]
-    assert [event["wait_seconds"] for event in waited] == [2, 60]
-    assert waited[0]["have"] == {"CPU": 1.0}
-    assert waited[0]["need"] == {"CPU": 2.0}
-    assert folder_bytes(out / "model") == folder_bytes(tmp_path / "calm" / "model")
+    words = ended(driver, 100)
+    server.close()
+    record(Row("cluster", "cluster.address: auto", "RAY_ADDRESS leads nowhere",
+               "exit code 4 within a minute", "refused"))  # fmt: skip
+    assert driver.returncode == 4, words
+    assert "Traceback" not in words
+    assert time.monotonic() - begin < 60
+
+
+BROKEN = "raise RuntimeError('somebody else has put a package here')\n"
+
+
+def test_a_worker_that_cannot_be_made(bench: Bench, tmp_path: Path, record: Record) -> None:
+    """Ray's workers look for packages in the current folder first: the error is shown, at once."""
+    (tmp_path / "scipy").mkdir()
+    (tmp_path / "scipy" / "__init__.py").write_text(BROKEN)
+    begin = time.monotonic()
+    driver = subprocess.Popen(
+        [sys.executable, "-P", *bench.command(tmp_path / "run")[1:]],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    words = ended(driver, 120)
+    record(Row("cluster", "workers", "one cannot be made (a package of the same name)",
+               "the error is shown at once", "refused"))  # fmt: skip
+    assert driver.returncode != 0, words
+    assert "somebody else has put a package here" in words
+    assert not failures(tmp_path / "run"), "it was tried again"
+    assert time.monotonic() - begin < 60
+
+
+def test_the_head_is_killed(bench: Bench, tmp_path: Path, record: Record) -> None:
+    """The last one: no cluster is left. The run goes on without it."""
+    out = tmp_path / "run"
+    driver = bench.driver(out)
+    in_mid_run(out, "shards", driver)
+    head = bench.cluster.head_node
+    for part in ("gcs_server", "raylet"):
+        for process in head.all_processes[part]:
+            os.kill(process.process.pid, signal.SIGKILL)
+    words = ended(driver)
+    done = {path: path.stat().st_mtime_ns for path in out.glob("tasks/*/manifest.json")}
+    again = attempt(["run", str(bench.folder / "job.yaml"), "--out", str(out)])
+    assert again.code == 0, again.words
+    assert all(path.stat().st_mtime_ns == written for path, written in done.items())
+    equal = folder_bytes(out / "model") == bench.of("shards")
+    record(Row("cluster", "head", "it is killed in mid-sweep", "exit code 4",
+               "goes on without a cluster, nothing done twice", 1, equal))  # fmt: skip
+    assert equal
+    assert driver.returncode == 4, words
+    assert "Traceback" not in words

@@ -16,6 +16,8 @@ from rayprune.orchestrator import cli
 from rayprune.specs.errors import INTERRUPTED
 from rayprune.workers.store.layout import task_folder
 from tests.conftest import MakeJob, MakeModel
+from tests.faults.conftest import Record
+from tests.faults.reliability import Row
 
 
 class Connection:
@@ -54,9 +56,12 @@ def test_what_the_machine_refuses_has_an_exit_code(
 
 
 @pytest.mark.slow
+@pytest.mark.faults
 def test_ctrl_c_in_a_training_on_ray(
-    make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+    make_model: MakeModel, make_job: MakeJob, tmp_path: Path, record: Record
 ) -> None:
+    row = Row("cluster", "Ray Train", "Ctrl-C in a training", "exit code 130", "goes on later")
+    record(row)
     training = {"epochs": 200, "batch": 2, "checkpoint_steps": 1000}
     job = make_job(make_model(), recover=training, cluster={"executor": "ray", "address": "local"})
     words = [

@@ -20,9 +20,12 @@ from transformers import AutoModelForCausalLM
 
 from rayprune.orchestrator.cli import main
 from tests.conftest import MakeJob, MakeModel, folder_bytes
+from tests.faults.conftest import Record
+from tests.faults.reliability import Row
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.faults,
     pytest.mark.timeout(300),
     pytest.mark.skipif(
         importlib.util.find_spec("aiohttp_cors") is None,
@@ -193,8 +196,18 @@ def test_end_to_end(
 
 
 def test_the_jobs_own_exit_code(
-    cluster: Cluster, make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+    cluster: Cluster, make_model: MakeModel, make_job: MakeJob, tmp_path: Path, record: Record
 ) -> None:
+    record(
+        Row(
+            "cluster",
+            "submit",
+            "four workers on three CPUs; damaged weights",
+            "exit codes 4 and 3",
+            "refused",
+            2,
+        )
+    )
     model = make_model()
     job = make_job(model, cluster={"executor": "ray"})
     too_many = cluster.submit(job, tmp_path / "four", "--set", "parallel.workers=4")
@@ -207,8 +220,19 @@ def test_the_jobs_own_exit_code(
 
 
 def test_killed_driver_goes_on_when_submitted_again(
-    cluster: Cluster, make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+    cluster: Cluster, make_model: MakeModel, make_job: MakeJob, tmp_path: Path, record: Record
 ) -> None:
+    record(
+        Row(
+            "cluster",
+            "submit",
+            "the driver is killed (SIGKILL)",
+            "exit code 4",
+            "goes on when submitted again",
+            1,
+            True,
+        )
+    )
     job = make_job(
         make_model(num_hidden_layers=40),
         memory={"checkpoint_layers": 3},
@@ -271,7 +295,10 @@ def test_interrupted_client_leaves_the_job_alone(
     make_model: MakeModel,
     make_job: MakeJob,
     tmp_path: Path,
+    record: Record,
 ) -> None:
+    what = f"the client gets {interrupting.name}"
+    record(Row("cluster", "submit", what, "exit code 130", "the job goes on"))
     job, out = (
         make_job(make_model(), cluster={"executor": "ray"}, budget={"kv_groups": 1}),
         tmp_path / "run",
@@ -301,9 +328,12 @@ def test_interrupted_client_leaves_the_job_alone(
 
 
 def test_stopped_job(
-    cluster: Cluster, make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+    cluster: Cluster, make_model: MakeModel, make_job: MakeJob, tmp_path: Path, record: Record
 ) -> None:
     """`--no-wait` says how to stop a job; stopping is quick and leaves a run that can go on."""
+    record(
+        Row("cluster", "submit", "`ray job stop`", "the driver ends within 20 s", "goes on later")
+    )
     job, out = (
         make_job(
             make_model(num_hidden_layers=40), cluster={"executor": "ray"}, budget={"kv_groups": 1}
@@ -339,11 +369,21 @@ def test_stopped_job(
 
 
 def test_lost_paths_are_refused_inside_a_job(
-    cluster: Cluster, make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+    cluster: Cluster, make_model: MakeModel, make_job: MakeJob, tmp_path: Path, record: Record
 ) -> None:
     """A job that Ray's own client submits with its folder: what it names by relative paths would be
     lost.
     """
+    record(
+        Row(
+            "cluster",
+            "submit",
+            "paths that the cluster would throw away",
+            "exit code 2",
+            "refused",
+            2,
+        )
+    )
     folder = tmp_path / "sent"
     folder.mkdir()
     job = make_job(make_model(), cluster={"executor": "in-process"})
@@ -372,8 +412,9 @@ def test_lost_paths_are_refused_inside_a_job(
 
 
 def test_a_wrong_token(
-    cluster: Cluster, make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+    cluster: Cluster, make_model: MakeModel, make_job: MakeJob, tmp_path: Path, record: Record
 ) -> None:
+    record(Row("cluster", "submit", "a wrong token", "exit code 4", "refused"))
     wrong = Cluster(cluster.address, cluster.environment | {"RAY_AUTH_TOKEN": "0" * 64})
     refused = wrong.submit(make_job(make_model()), tmp_path / "run")
     assert refused.returncode == 4

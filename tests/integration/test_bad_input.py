@@ -59,9 +59,9 @@ def test_bad_option(
 
 @pytest.mark.parametrize(
     ("path", "words"),
-    [("/nowhere.txt", "cannot be read"), (None, "stand in the windows for calibration")],
+    [("/nowhere.txt", "cannot be read"), (None, "is read for calibration or training too")],
 )
-def test_an_evaluation_text_that_will_not_do_is_found_before_any_layer(
+def test_an_evaluation_text_that_will_not_do_is_found_before_the_run_folder_is_made(
     path: str | None,
     words: str,
     make_model: MakeModel,
@@ -75,6 +75,19 @@ def test_an_evaluation_text_that_will_not_do_is_found_before_any_layer(
     )
     message = fails(["run", str(job), "--out", str(tmp_path / "run")], 2, capsys)
     assert words in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_copy_of_the_calibration_text_is_found_before_any_layer(
+    make_model: MakeModel, make_job: MakeJob, text_file: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    (tmp_path / "copy.txt").write_bytes(text_file.read_bytes())
+    job = make_job(
+        make_model(),
+        evaluation={"path": str(tmp_path / "copy.txt"), "window": 8, "max_windows": 99},
+    )
+    message = fails(["run", str(job), "--out", str(tmp_path / "run")], 2, capsys)
+    assert "stand in the windows for calibration" in message
     assert {folder.name for folder in (tmp_path / "run" / "tasks").iterdir()} == {
         "calibration-tokens"
     }
@@ -150,6 +163,19 @@ def test_bad_model(
     assert all(word in message for word in words), message
 
 
+def test_a_weight_too_large_for_the_exported_type_is_found_before_the_sweep(
+    make_model: MakeModel, make_job: MakeJob, tmp_path: Path, capsys: Capture
+) -> None:
+    model = make_model()
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.2.mlp.up_proj.weight"][0, 0] = 1e5
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    job = make_job(model, export={"dtype": "float16"}, budget={"kv_groups": 2})
+    message = fails(["run", str(job), "--out", str(tmp_path / "run")], 3, capsys)
+    assert "model.layers.2.mlp.up_proj.weight: 1e+05 is too large for float16; set" in message
+    assert not list((tmp_path / "run" / "tasks").glob("layer-*"))
+
+
 def test_poisoned_layer_keeps_the_finished_ones(
     make_model: MakeModel, make_job: MakeJob, tmp_path: Path, capsys: Capture
 ) -> None:
@@ -171,9 +197,12 @@ def test_run_folder_of_another_job(
     arguments = ["run", str(make_job(make_model())), "--out", str(tmp_path / "run")]
     assert main(arguments) == 0
     assert main([*arguments, "--set", "export.dtype=bfloat16"]) == 0
-    assert 'task-stale task=outer changed=[\'export.dtype: "auto" -> "bfloat16"\']' in (
-        capsys.readouterr().out
+    (line,) = (
+        line
+        for line in capsys.readouterr().out.splitlines()
+        if "task-stale" in line and "task=outer" in line
     )
+    assert 'export.dtype: "auto" -> "bfloat16"' in line
     verify_run(tmp_path / "run")
 
 

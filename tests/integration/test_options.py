@@ -287,8 +287,11 @@ def test_every_task_says_what_it_reads(make_job: MakeJob, folder: Path) -> None:
     [
         "parallel.workers=2",
         "parallel.retries=9",
+        "parallel.step_seconds=9",
         "memory.checkpoint_layers=1",
         "cluster.wait_seconds=9",
+        "cluster.start_seconds=9",
+        "cluster.connect_seconds=9",
         "recover.micro_batch=2",
         "recover.checkpoint_steps=1",
     ],

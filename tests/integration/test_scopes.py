@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from rayprune.orchestrator.execution.run_folder import RunFolder
 from rayprune.orchestrator.execution.verify import verify_run
 from rayprune.orchestrator.planning.plan import make_plan
+from rayprune.orchestrator.reporting.gather import write_report
 from rayprune.orchestrator.run import make_executor, prune, run_job
 from rayprune.orchestrator.stages import start
 from rayprune.orchestrator.stages.context import Context
@@ -46,6 +47,7 @@ def two_passes(job: JobSpec, out: Path, show: Any = quiet) -> list[Pruned]:
             scoped = replace(context, scope=Scope(folder.path, name))
             plan = replace(make_plan(job, checkpoint), memory=plan.memory)
             done.append(prune(scoped, plan, checkpoint))
+        write_report(context, done[0])
     return done
 
 

@@ -14,8 +14,7 @@ from rayprune.orchestrator.stages import stream
 from rayprune.specs.errors import VerificationError
 from rayprune.specs.loader import load_job
 from rayprune.workers.passes.stream import Stream
-from rayprune.workers.store.files import MANIFEST_NAME
-from tests.conftest import build_model, folder_bytes, write_job
+from tests.conftest import build_model, edit_manifest, folder_bytes, write_job
 from tests.helpers import quiet, some
 
 _empty_fits = Stream._empty_fits
@@ -110,8 +109,10 @@ def test_a_restart_on_another_kind_of_device_is_refused(
     settings = [f"parallel.propagation={propagation}"]
     with pytest.raises(KeyboardInterrupt):
         run_job(load_job(job, settings), tmp_path / "run", stop)
-    manifest = tmp_path / "run" / "tasks" / task / MANIFEST_NAME
-    manifest.write_text(manifest.read_text().replace("cpu in float32", "cuda in bfloat16"))
+    edit_manifest(
+        tmp_path / "run" / "tasks" / task,
+        lambda value: value["made_from"].update(computed_on="cuda in bfloat16"),
+    )
     with pytest.raises(
         VerificationError,
         match=f'{task}: .*computed_on: "cuda in bfloat16" -> "cpu in float32".*--redo stale',

@@ -118,15 +118,21 @@ def test_a_tokenizer_that_is_too_large_stops_the_run_first(
 def test_what_harms_is_said_and_the_run_goes_on(
     make_model: MakeModel, make_job: MakeJob, text_file: Path, tmp_path: Path
 ) -> None:
+    (tmp_path / "other.txt").write_text(text_file.read_text()[30_000:])
     job = make_job(
         make_model(max_position_embeddings=32),
-        evaluation={"path": str(text_file), "window": 16, "max_windows": 4},
+        evaluation={"path": str(tmp_path / "other.txt"), "window": 16, "max_windows": 4},
     )
     for _ in range(2):
         assert main(["run", str(job), "--out", str(tmp_path / "run")]) == 0
     warnings = [event["text"] for event in events(tmp_path / "run", "warning")]
     assert sum("calibration.sequence_length: 64 tokens, but" in text for text in warnings) == 2
     assert sum("cannot be told with windows of 16 tokens" in text for text in warnings) == 2
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    page = (tmp_path / "run" / "report.html").read_text()
+    for words in ("64 tokens, but the model", "cannot be told with windows of 16 tokens"):
+        assert sum(words in text for text in report["warnings"]) == 1
+        assert words in page
 
 
 @pytest.mark.parametrize("section", ["calibration", "evaluation"])

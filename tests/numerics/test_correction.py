@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rayprune.specs.errors import ModelError
 from rayprune.specs.job import CorrectionSpec
-from rayprune.workers.numerics.correction import Correction, correct
+from rayprune.workers.numerics.correction import Correction, _Fit, _Trial, correct
 from rayprune.workers.numerics.statistics import (
     GramStatistic,
     Moments,
@@ -157,6 +157,32 @@ def test_held_out_damping_is_the_best_candidate_and_errors_are_those_of_the_data
         )
         chosen.add(result.damping)
     assert len(chosen) >= 3
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_candidates_are_tried_from_the_largest_until_the_error_rises(
+    route: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    z_TF, weight_DF = data(tokens=60, width=20)
+    kept_K = pivots(route, z_TF[:24], weight_DF, 14)
+    tried: list[float] = []
+    trial = _Fit.trial
+
+    def recorded(fit: _Fit, damping: float, judge: Statistic) -> _Trial:
+        found = trial(fit, damping, judge)
+        tried.append(found.error)
+        return found
+
+    monkeypatch.setattr(_Fit, "trial", recorded)
+    candidates = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 3e-1, 3.0, 100.0)
+    result = corrected(
+        route, z_TF, weight_DF, kept_K, "held-out", training=24, candidates=candidates
+    )
+    *falling, risen = tried
+    assert falling == sorted(falling, reverse=True)
+    assert risen > falling[-1]
+    assert 2 < len(tried) < len(candidates)
+    assert result.damping == sorted(candidates, reverse=True)[len(falling) - 1]
 
 
 @pytest.mark.parametrize("route", ROUTES)

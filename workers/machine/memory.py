@@ -5,22 +5,13 @@ Private memory is what the kernel cannot take back without swapping: anonymous p
 """
 
 import ctypes
-import errno
 import resource
 import threading
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
-from rayprune.specs.errors import ResourceError
-
 SAMPLE_SECONDS = 0.02
-_REFUSALS = ("allocate memory", "out of memory", "not enough memory", "ALLOC_FAILED")
-"""What torch says of memory it did not get, in exceptions that are plain RuntimeErrors on the CPU
-and in CUDA's libraries.
-"""
 _STATUS = Path("/proc/self/status")
 _trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
 
@@ -41,31 +32,6 @@ def give_back_free_memory() -> None:
     """
     if _trim is not None:
         _trim(0)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that there was no memory: of Python, numpy, the system or torch."""
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM
-    if isinstance(error, RuntimeError):
-        return any(words in str(error) for words in _REFUSALS)
-    return isinstance(error, MemoryError)
-
-
-@contextmanager
-def explained_shortage(what: str, advice: str) -> Iterator[None]:
-    """Say of what memory has run out, and what to do.
-
-    Raises:
-        ResourceError: in place of whatever exception says so; others pass.
-    """
-    try:
-        yield
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        detail = str(error).splitlines() or [type(error).__name__]
-        raise ResourceError(f"{what}: out of memory ({detail[0]}): {advice}") from None
 
 
 def _watch(meter: "weakref.ref[PeakMemory]", done: threading.Event) -> None:

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from rayprune.specs.errors import VerificationError
-from rayprune.workers.machine.memory import is_out_of_memory
+from rayprune.workers.machine.shortage import is_out_of_memory
 from rayprune.workers.model.checkpoint import own_code
 from rayprune.workers.network.streamed import built_from
 

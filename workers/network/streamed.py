@@ -19,14 +19,15 @@ import transformers
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import AutoConfig
 from transformers.initialization import no_init_weights
 
 from rayprune.specs.errors import ModelError
-from rayprune.workers.model.checkpoint import Checkpoint, TensorInfo
+from rayprune.workers.model.checkpoint import Checkpoint
 from rayprune.workers.model.description import Model, RemoteCode
+from rayprune.workers.model.folder import TensorInfo
 from rayprune.workers.network.mapped import placed
 from rayprune.workers.network.reading import layer_tensors, read_tensors
+from rayprune.workers.stock import refused_by_transformers, stock_config
 
 Store = Callable[[Tensor], Tensor]
 LayerArguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -130,6 +131,13 @@ class StreamedModel:
         self._model.set_submodule(self._described.layers_at, nn.ModuleList(layers))
 
     @property
+    def not_finite(self) -> str:
+        """What to do when something computed is not finite."""
+        if self.dtype == torch.float32:
+            return "its weights are too large, or they or its config damaged: fetch both again"
+        return "set model.dtype: float32"
+
+    @property
     def computed_on(self) -> str:
         """Device kind and floating-point type of the passes, which decide their roundings."""
         return computed_on(self.device, self.dtype)
@@ -215,9 +223,10 @@ def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     """The model without its weights: the stock class, or this package's own where layers differ in
     size; never code of the folder.
     """
-    sizes = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
+    sizes, file = stock_config(checkpoint.path), checkpoint.path / "config.json"
+    refused = refused_by_transformers(file, "correct the value")
     # buffers hold their values from the start; what parameters would start from is never read
-    with init_empty_weights(include_buffers=False), no_init_weights():
+    with refused, init_empty_weights(include_buffers=False), no_init_weights():
         if (code := checkpoint.model.code) is None:
             stock = getattr(transformers, checkpoint.model.auto_class)
             network = stock.from_config(sizes, dtype=dtype, trust_remote_code=False)

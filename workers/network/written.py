@@ -16,6 +16,21 @@ def on_disk(tensor: Tensor, code: str) -> Tensor:
     return tensor.to("cpu", _TYPES[code]).contiguous()
 
 
+def narrowed(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """The tensor in the type that it is written in.
+
+    Raises:
+        ModelError: a finite number of it is too large for that type.
+    """
+    result = tensor.to(dtype)
+    if dtype != tensor.dtype and not result.isfinite().all() and tensor.isfinite().all():
+        raise ModelError(
+            f"{name}: {float(tensor.abs().max()):.3g} is too large for"
+            f" {str(dtype).removeprefix('torch.')}; set export.dtype: bfloat16 or float32"
+        )
+    return result
+
+
 def trained(tensors: Mapping[str, Tensor], codes: Mapping[str, str]) -> dict[str, Tensor]:
     """Weights of a training, by name, as they are written in the types of these codes.
 

@@ -48,20 +48,21 @@ def correct(
     a file: it is read in blocks of rows. `kept_K` ascending column indices, on the statistics'
     device. The result has `dtype` and lies beside `weight_DF`. Both statistics are consumed.
     Numerics: fp64. The damping is a multiple of the mean column energy; ties go to the larger one.
-    Cost: with a Gram matrix K^3/3 + 2 K^2 D + F^2 D flops per damping candidate, and about three
-    times that for the rest.
+    Cost: with a Gram matrix K^3/3 + 2 K^2 D + F^2 D flops for every candidate that is tried, and
+    about twice that for the rest.
     """
     if len(kept_K) == 0:
         return Correction(weight_DF[:, :0].to(dtype), 0.0, 1.0, 1.0)
     fit = _Fit.of(training, weight_DF, kept_K)
-    damping, error = fit.best_damping(held_out, options)
+    best = fit.best(held_out, options)
     training_error = _relative(
-        fit.error(damping, training), _output_energy(training, weight_DF, kept_K.device)
+        best.training_error + fit.refit.remainder(weight_DF),
+        _output_energy(training, weight_DF, kept_K.device),
     )
-    held_out_error = _relative(error, _output_energy(held_out, weight_DF, kept_K.device))
+    held_out_error = _relative(best.error, _output_energy(held_out, weight_DF, kept_K.device))
     del fit  # its memory
-    weight_DK = _Fit.of(training.merge(held_out), weight_DF, kept_K).weight(damping, dtype)
-    return Correction(weight_DK, damping, training_error, held_out_error)
+    weight_DK = _Fit.of(training.merge(held_out), weight_DF, kept_K).weight(best.damping, dtype)
+    return Correction(weight_DK, best.damping, training_error, held_out_error)
 
 
 def error_curve(
@@ -77,11 +78,10 @@ def error_curve(
     Shapes as for `correct`; neither statistic is consumed.
     """
     energy = _output_energy(held_out, weight_DF, kept_sets[0].device)
-    damping, _ = _Fit.of(training, weight_DF, kept_sets[len(kept_sets) // 2]).best_damping(
-        held_out, options
-    )
+    middle = _Fit.of(training, weight_DF, kept_sets[len(kept_sets) // 2])
+    damping = middle.best(held_out, options).damping
     fits = (_Fit.of(training, weight_DF, kept_K) for kept_K in kept_sets)
-    return damping, [_relative(fit.error(damping, held_out), energy) ** 2 for fit in fits]
+    return damping, [_relative(fit.trial(damping, held_out).error, energy) ** 2 for fit in fits]
 
 
 def corrected(
@@ -89,6 +89,17 @@ def corrected(
 ) -> Tensor:
     """The corrected weight (D, K) for a damping that is known; the statistic is not consumed."""
     return _Fit.of(statistic, weight_DF, kept_K).weight(damping, dtype)
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """A damping, its squared error on the held-out tokens, and that on the tokens of the fit, less
+    the remainder.
+    """
+
+    damping: float
+    error: float
+    training_error: float
 
 
 @dataclass(frozen=True)
@@ -108,41 +119,50 @@ class _Fit:
         refit = statistic.refit(kept_K)
         return cls(statistic, refit, weight_DF, kept_K, refit.targets(weight_DF))
 
+    def _ridge(self, damping: float) -> float:
+        # without any energy every ridge gives no change, but none would be singular
+        return damping * (self.statistic.mean_energy or 1.0)
+
     def _changes(self, damping: float) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Per block its rows, the weight in fp64, and the change of its kept columns."""
-        # without any energy every ridge gives no change, but none would be singular
-        energy = self.statistic.mean_energy or 1.0
-        solve = self.refit.solver(damping * energy)
+        solve = self.refit.solver(self._ridge(damping))
         for rows, weight_BF in wide_blocks(self.weight_DF, self.kept_K.device):
             yield rows, weight_BF, solve(self.targets_DM[rows])
 
-    def best_damping(self, held_out: Statistic, options: CorrectionSpec) -> tuple[float, float]:
-        """The damping to take, the larger one of equals, and its squared error on the held-out
-        tokens.
+    def best(self, held_out: Statistic, options: CorrectionSpec) -> _Trial:
+        """The trial with the least error, of candidates from the largest down until the error
+        rises: with less damping a fit to the training tokens alone only goes on.
 
-        Candidates that are too small to solve with are passed over.
+        The larger one of equals; candidates that are too small to solve with are passed over.
 
         Raises:
             ModelError: so are all.
         """
         candidates = options.candidates if options.damping == "held-out" else (options.damping,)
-        trials: dict[float, float] = {}
+        best: _Trial | None = None
         for damping in sorted(candidates, reverse=True):
             try:
-                trials[damping] = self.error(damping, held_out)
+                trial = self.trial(damping, held_out)
             except ModelError:
-                if not trials:
+                if best is None:
                     raise
                 break  # with less damping it is more singular still
-        damping = min(trials, key=trials.__getitem__)
-        return damping, trials[damping]
+            if best is not None and trial.error > best.error:
+                break
+            if best is None or trial.error < best.error:
+                best = trial
+        assert best is not None, "there is at least one candidate"
+        return best
 
-    def error(self, damping: float, judge: Statistic) -> float:
-        """|Z_K W_K' - Z W' - E|^2 on the judge's tokens."""
-        total = 0.0
+    def trial(self, damping: float, judge: Statistic) -> _Trial:
+        """A damping, judged by other tokens: |Z_K W_K' - Z W' - E|^2."""
+        error = training_error = 0.0
         for rows, weight_BF, change_BK in self._changes(damping):
-            total += judge.misfit(weight_BF.neg_().index_copy_(1, self.kept_K, change_BK), rows)
-        return total
+            training_error += self.refit.misfit(
+                change_BK, self.targets_DM[rows], self._ridge(damping)
+            )
+            error += judge.misfit(weight_BF.neg_().index_copy_(1, self.kept_K, change_BK), rows)
+        return _Trial(damping, error, training_error)
 
     def weight(self, damping: float, dtype: torch.dtype) -> Tensor:
         """W_K', rounded to `dtype`."""
@@ -161,4 +181,4 @@ def _output_energy(statistic: Statistic, weight_DF: Tensor, device: torch.device
 
 
 def _relative(error: float, energy: float) -> float:
-    return (error / energy) ** 0.5 if energy > 0 else 0.0
+    return (max(0.0, error) / energy) ** 0.5 if energy > 0 else 0.0

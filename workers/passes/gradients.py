@@ -84,7 +84,7 @@ def _behind_last(model: StreamedModel, window_1T: Tensor, hidden_1TD: Tensor, se
     log_p_TV = torch.log_softmax(model.logits(window_1T, given_1TD)[0].float(), -1)
     if log_p_TV.isnan().any():
         raise ModelError(
-            f"{model.checkpoint.path}: its predictions are not finite; set model.dtype: float32"
+            f"{model.checkpoint.path}: its predictions are not finite; {model.not_finite}"
         )
     # alike on any device
     drawn_T1 = torch.multinomial(

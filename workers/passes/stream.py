@@ -11,16 +11,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from rayprune.specs.errors import ModelError
+from rayprune.specs.errors import ModelError, VerificationError
 from rayprune.workers.model.description import Group
 from rayprune.workers.network import layers
 from rayprune.workers.network.streamed import MicroBatch, Store, StreamedModel
 from rayprune.workers.numerics.codec import from_array, to_array
 from rayprune.workers.numerics.statistics import Statistic
-from rayprune.workers.store.files import write_tensors
+from rayprune.workers.passes.sealed import read_sealed, write_sealed
+from rayprune.workers.store.files import remove
 from rayprune.workers.store.layout import RESIDUAL_STREAM, boundary_file
 
 Fits = tuple[Statistic, Statistic]
@@ -86,9 +86,7 @@ class Stream:
         if saved[1] is None:
             return to_array(batch.hidden_BTD)
         if chunk.stop < len(batch.arguments):
-            write_tensors(
-                boundary_file(saved[1], number), {"hidden": batch.hidden_BTD.contiguous()}
-            )
+            write_sealed(boundary_file(saved[1], number), {"hidden": batch.hidden_BTD.contiguous()})
         return None
 
     def _begin(self, chunk: range, wanted: Wanted) -> None:
@@ -122,7 +120,7 @@ class Stream:
         hidden_BTD = (
             from_array(before, self._model.dtype)
             if before is not None
-            else load_file(boundary_file(saved, number))["hidden"]
+            else _saved_states(boundary_file(saved, number))
         )
         return MicroBatch(hidden_BTD, known.arguments)
 
@@ -141,8 +139,8 @@ class Stream:
         if not all(statistic.is_finite() for statistic in fits):
             consumer = self._groups[name].consumer.module
             raise ModelError(
-                f"layer {layer}, {name}: input of {consumer} is not finite; set model.dtype:"
-                " float32"
+                f"layer {layer}, {name}: input of {consumer} is not finite;"
+                f" {self._model.not_finite}"
             )
         training, held_out = fits
         return training.finished(), held_out.finished()
@@ -150,3 +148,19 @@ class Stream:
     def passed(self, layer: int) -> list[Passed]:
         """What the layer was given and has given, window by window, handed over."""
         return self._passed.pop(layer)
+
+
+def _saved_states(file: Path) -> Tensor:
+    """Hidden states that a wave has left; damaged ones are removed, so that a new attempt makes
+    them again.
+
+    Raises:
+        VerificationError: they are not as they were written.
+    """
+    saved = read_sealed(file)
+    if saved is None or "hidden" not in saved:
+        remove(file)
+        raise VerificationError(
+            f"{file}: was damaged while it was used, and is removed; run the same command again"
+        )
+    return saved["hidden"]

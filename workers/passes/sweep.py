@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rayprune.specs.errors import ModelError, SpecError
@@ -24,7 +23,8 @@ from rayprune.workers.network import layers
 from rayprune.workers.network.slicing import Cut
 from rayprune.workers.network.streamed import MicroBatch, StreamedModel
 from rayprune.workers.numerics.statistics import State, Statistic
-from rayprune.workers.store.files import Manifest, read_manifest, write_tensors
+from rayprune.workers.passes.sealed import read_sealed, write_sealed
+from rayprune.workers.store.files import Manifest, read_manifest, remove
 from rayprune.workers.store.layout import LAYER_FILE, Scope, layer_task
 from rayprune.workers.store.shards import Node, grow_tree, owned_nodes
 
@@ -83,11 +83,12 @@ class Sweep:
         checkpoint_layers: int,
         keep_inputs: bool,
         drift: float,
+        warn: Callable[[str], object],
     ) -> None:
         """`drift` is the fraction of the drift from the dense model that statistics hold as a
-        target.
+        target; `warn` tells the user something.
         """
-        self._drift = drift
+        self._drift, self._warn = drift, warn
         self._model, self._statistic, self._tokens, self._scope = model, statistic, shards, scope
         self._groups = {group.name: group for group in groups}
         self._checkpoint_layers, self._keep_inputs = checkpoint_layers, keep_inputs
@@ -131,8 +132,8 @@ class Sweep:
         if not statistic.is_finite():
             consumer = self._groups[name].consumer.module
             raise ModelError(
-                f"layer {layer}, {name}: input of {consumer} is not finite (shard {shard}); set"
-                " model.dtype: float32"
+                f"layer {layer}, {name}: input of {consumer} is not finite (shard {shard});"
+                f" {self._model.not_finite}"
             )
         return statistic
 
@@ -211,7 +212,7 @@ class Sweep:
         return (
             self._scope.cache
             / f"shard-{shard:04d}"
-            / f"layer-{layer:04d}-{manifest.fingerprint[:16]}.safetensors"
+            / f"layer-{layer:04d}-{manifest.sha256[:16]}.safetensors"
         )
 
     def _finished_cuts(self, layer: int) -> dict[str, Cut]:
@@ -237,7 +238,7 @@ class Sweep:
             return
         if path := self._hidden_path(index, shard.layer):
             batches = [*shard.batches, *shard.dense]
-            write_tensors(
+            write_sealed(
                 path,
                 {
                     f"{number:05d}": batch.hidden_BTD.contiguous()
@@ -246,7 +247,7 @@ class Sweep:
             )
             for old in path.parent.glob("layer-*.safetensors"):
                 if old != path:
-                    old.unlink(missing_ok=True)
+                    remove(old)
 
     def _restored(self, index: int, layer: int) -> Shard:
         batches, dense = (
@@ -255,12 +256,17 @@ class Sweep:
         )
         for saved in range(layer, 0, -1):
             path = self._hidden_path(index, saved)
-            if path and path.is_file():
-                for batch, (_, hidden_BTD) in zip(
-                    [*batches, *dense], sorted(load_file(path).items()), strict=True
-                ):
-                    batch.hidden_BTD = batch.store(hidden_BTD.to(self._model.device, copy=True))
-                return Shard(saved, batches, dense)
+            if path is None or not path.exists():
+                continue
+            hidden = read_sealed(path)
+            if hidden is None or len(hidden) != len(batches) + len(dense):
+                self._warn(f"{path}: is damaged or not of this run; its layers are computed again")
+                continue
+            for batch, (_, hidden_BTD) in zip(
+                [*batches, *dense], sorted(hidden.items()), strict=True
+            ):
+                batch.hidden_BTD = batch.store(hidden_BTD.to(self._model.device, copy=True))
+            return Shard(saved, batches, dense)
         return Shard(0, batches, dense)
 
 

@@ -1,11 +1,17 @@
 """Steps that check what a run stands on and what it has written."""
 
+from collections.abc import Mapping
+from pathlib import Path
+
 import torch
 
 from rayprune.specs.errors import ModelError
+from rayprune.workers.model.checkpoint import Checkpoint, open_checkpoint
+from rayprune.workers.model.folder import TensorInfo
 from rayprune.workers.network.load_check import check_loads
 from rayprune.workers.network.reading import digest_of, read_tensors
 from rayprune.workers.network.streamed import computed_on
+from rayprune.workers.network.written import narrowed
 from rayprune.workers.steps.step import Receipt, step
 from rayprune.workers.store.files import FileRecord
 from rayprune.workers.store.storage import check_same_files
@@ -30,18 +36,29 @@ class Checking:
         return {"computed_on": computed_on(self._bench.device, self._bench.dtype)}, None
 
     @step
-    def digests(self, owned: tuple[int, int]) -> tuple[Receipt, None]:
-        """SHA-256 of some parts of the model: of what is outside its layers (0), and of layer n - 1
-        (n).
+    def digests(self, model: str, owned: tuple[int, int]) -> tuple[Receipt, None]:
+        """SHA-256 of some parts of a model folder: of what is outside its layers (0), and of layer
+        n - 1 (n).
+
+        Raises:
+            ModelError: a weight is too large for the exported type.
         """
-        checkpoint = self._bench.checkpoint
-        found = [
-            digest_of(
-                checkpoint, checkpoint.layer_tensors(n - 1) if n else checkpoint.outer_tensors
-            )
-            for n in range(*owned)
-        ]
+        checkpoint = open_checkpoint(Path(model))
+        found = []
+        for n in range(*owned):
+            infos = checkpoint.layer_tensors(n - 1) if n else checkpoint.outer_tensors
+            found.append(digest_of(checkpoint, infos))
+            if self._bench.job.export.dtype == "float16":  # bfloat16 reaches as far as float32
+                prefix = checkpoint.model.prefix(n - 1) if n else ""
+                self._check_range(checkpoint, infos, prefix)
         return {"digests": found}, None
+
+    def _check_range(
+        self, checkpoint: Checkpoint, infos: Mapping[str, TensorInfo], prefix: str
+    ) -> None:
+        """Miss a weight that is too large for the exported type now, not after the sweep."""
+        for name, tensor in read_tensors(checkpoint, infos, prefix).items():
+            narrowed(tensor, self._bench.disk_dtype(tensor), prefix + name)
 
     @step
     def check_head(self) -> tuple[Receipt, None]:

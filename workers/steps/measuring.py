@@ -64,7 +64,7 @@ class Measuring:
         }
         if wrong := [name for name, scale in scales.items() if not scale.isfinite().all()]:
             raise ModelError(
-                f"{wrong[0]}: gradients of the loss are not finite; set model.dtype: float32"
+                f"{wrong[0]}: gradients of the loss are not finite; {self._bench.model.not_finite}"
             )
         write_tensors(task.folder / GRADIENTS_FILE, scales)
         commit(task, [GRADIENTS_FILE], {"computed_on": self._bench.model.computed_on})

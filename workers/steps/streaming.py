@@ -13,13 +13,14 @@ from rayprune.specs.methods.options import DriveOut
 from rayprune.workers.network.written import trained
 from rayprune.workers.numerics.methods import scores
 from rayprune.workers.passes.kept import read_fits, write_fits
+from rayprune.workers.passes.sealed import read_sealed
 from rayprune.workers.passes.stream import Fits, Saved, Stream, Wanted
 from rayprune.workers.passes.survey import curve, tensors_of
 from rayprune.workers.steps.deciding import Deciding
 from rayprune.workers.steps.step import Cached, Droppable, Receipt, drop_all, step
 from rayprune.workers.steps.writing import Writing
 from rayprune.workers.store.files import Task, commit, write_tensors
-from rayprune.workers.store.layout import LAYER_FILE, STATISTICS_FILE, SURVEY_FILE
+from rayprune.workers.store.layout import LAYER_FILE, STATISTICS_FILE, SURVEY_FILE, boundary_file
 from rayprune.workers.store.training_stage import Removed, forget_another, forget_states, read_log
 from rayprune.workers.workbench import Workbench
 
@@ -64,6 +65,20 @@ class Streaming:
         """Take a micro-batch through a chunk of layers on the dense path; see `Stream.flow`."""
         drop_all(self._before)
         return {}, self._stream.value.flow(range(*chunk), number, wanted, saved, before)
+
+    @step
+    def remove_damaged(self, folder: str, owned: tuple[int, int]) -> tuple[Receipt, None]:
+        """Of some micro-batches remove the hidden states in a folder that are not as they were
+        written; whether all of them are left.
+        """
+        files = [boundary_file(Path(folder), number) for number in range(*owned)]
+        damaged = [file for file in files if read_sealed(file) is None]
+        for file in damaged:
+            if file.exists():
+                text = f"{file}: is damaged or not of this run; its layers are computed again"
+                self._bench.warnings.append(text)
+                file.unlink()
+        return {"whole": not damaged}, None
 
     def _fit(self, layer: int, name: str) -> Fits:
         loaded = self._loaded.pop((layer, name), None)
@@ -117,7 +132,8 @@ class Streaming:
         assert isinstance(stage, DriveOut)
         forget_another(folder, task.fingerprint)
         passed = self._stream.value.passed(layer)
-        module = train_layer(self._bench.model, layer, passed, removed, stage, folder)
+        warn = self._bench.warnings.append
+        module = train_layer(self._bench.model, layer, passed, removed, stage, folder, warn)
         checkpoint = self._bench.checkpoint
         infos, prefix = checkpoint.layer_tensors(layer), checkpoint.model.prefix(layer)
         tensors = trained(module.state_dict(), {key: info.dtype for key, info in infos.items()})

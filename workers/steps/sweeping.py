@@ -38,6 +38,7 @@ class Sweeping:
             self._job.memory.checkpoint_layers,
             self._bench.memory.keep_inputs,
             drift,
+            self._bench.warnings.append,
         )
 
     @step

@@ -8,11 +8,12 @@ from torch import Tensor
 from rayprune.specs.errors import VerificationError
 from rayprune.workers.calibration import load_tokenizer
 from rayprune.workers.model.form import AS_IT_IS, Form
-from rayprune.workers.network.reading import layer_tensors, read_tensors
+from rayprune.workers.network.reading import digest_of, layer_tensors, read_tensors
 from rayprune.workers.network.slicing import Cut, CutArrays, pad_layer, slice_layer
+from rayprune.workers.network.written import narrowed
 from rayprune.workers.steps.step import Receipt, step
 from rayprune.workers.store.files import Task, commit, write_tensors
-from rayprune.workers.store.layout import LAYER_FILE, OUTER_FILE
+from rayprune.workers.store.layout import LAYER_FILE, OUTER_FILE, SOURCE
 from rayprune.workers.workbench import Workbench
 
 
@@ -57,7 +58,9 @@ class Writing:
         """Write a layer's tensors, unless nothing stays, and then its manifest."""
         bench = self._bench
         kept = {cut.group: cut.units.tolist() for cut in cuts}
+        source = digest_of(bench.checkpoint, bench.checkpoint.layer_tensors(layer))
         info = {"groups": groups, "kept": kept, "computed_on": bench.model.computed_on}
+        info[SOURCE] = source
         if position is not None:
             form = self._form(written)
             prefix = f"{form.layers_at or bench.checkpoint.model.layers_at}.{position}."
@@ -88,20 +91,23 @@ class Writing:
         if self._job.export.pad:
             kept = bench.checkpoint.model.units | {cut.group: len(cut.units) for cut in cuts}
             sliced = pad_layer(sliced, tensors, groups, kept, written)
-        return {name: tensor.to(dtypes[name]) for name, tensor in sliced.items()}
+        prefix = bench.checkpoint.model.prefix(layer)
+        return {n: narrowed(tensor, dtypes[n], prefix + n) for n, tensor in sliced.items()}
 
     @step
     def write_outer(self, task: Task, written: Mapping[str, int] | None) -> tuple[Receipt, None]:
         """Write what is outside the layers in its type on disk, in the form of a model whose layers
         all hold so many units (None: they differ).
         """
-        found = read_tensors(self._bench.checkpoint, self._bench.checkpoint.outer_tensors)
+        checkpoint = self._bench.checkpoint
+        found = read_tensors(checkpoint, checkpoint.outer_tensors)
         tensors = {
-            name: tensor.to(self._bench.disk_dtype(tensor)) for name, tensor in found.items()
+            name: narrowed(tensor, self._bench.disk_dtype(tensor), name)
+            for name, tensor in found.items()
         }
         form = AS_IT_IS if written is None else self._form(written)
         write_tensors(task.folder / OUTER_FILE, form.outer(tensors))
-        commit(task, [OUTER_FILE], {})
+        commit(task, [OUTER_FILE], {SOURCE: digest_of(checkpoint, checkpoint.outer_tensors)})
         return {}, None
 
     @step

@@ -1,8 +1,8 @@
 """The one module that writes files: temp file, fsync, rename, fsync of the folder; a task's
 manifest last.
 
-No torch at import. A task is done when its manifest exists, carries the planned fingerprint and
-fits its files.
+No torch at import. A task is done when its manifest exists, is whole, carries the planned
+fingerprint and fits its files.
 """
 
 import hashlib
@@ -13,13 +13,18 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+from pathlib import Path, PurePosixPath
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from rayprune.specs.errors import VerificationError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 MANIFEST_NAME = "manifest.json"
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
+"""What `_write` calls a file until it is whole: nobody else's has such a name."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,8 @@ class Manifest:
     made_from: Mapping[str, object]
     files: dict[str, FileRecord]
     info: dict[str, object]
+    sha256: str = ""
+    """Over all the rest, as it was written; the first versions wrote none."""
 
     @property
     def digest(self) -> str:
@@ -106,6 +113,8 @@ def _write(path: Path, save: Callable[[Path], None]) -> None:
         save(temporary)
         with temporary.open("rb") as handle:
             os.fsync(handle.fileno())
+        if path.is_dir():  # nothing of ours: it has only the name
+            remove(path)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -139,16 +148,19 @@ def link_file(source: Path, path: Path) -> None:
     _write(path, _link)
 
 
-def write_tensors(path: Path, tensors: "Mapping[str, Tensor]") -> None:
-    """Write a safetensors file atomically, with bytes that depend on the tensors alone, readable as
-    the umask allows.
+def write_tensors(
+    path: Path, tensors: "Mapping[str, Tensor]", about: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    """Write a safetensors file atomically, with bytes that depend on the tensors (and on `about`,
+    words for its header) alone, readable as the umask allows.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     def _save(temporary: Path) -> None:
         try:
-            save_file(dict(sorted(tensors.items())), temporary, metadata={"format": "pt"})
+            words = {"format": "pt", **about}
+            save_file(dict(sorted(tensors.items())), temporary, metadata=words)
         except SafetensorError as error:  # its writer tells only in words what the machine refused
             if (found := re.search(r"os error (\d+)", str(error))) is None:
                 raise
@@ -160,32 +172,80 @@ def write_tensors(path: Path, tensors: "Mapping[str, Tensor]") -> None:
     _write(path, _save)
 
 
-def commit(task: Task, files: Iterable[str], info: Mapping[str, object]) -> Manifest:
+def commit(
+    task: Task,
+    files: Iterable[str],
+    info: Mapping[str, object],
+    known: Mapping[str, FileRecord] = MappingProxyType({}),
+) -> Manifest:
     """Record a task as finished: the last thing its maker does.
 
     Shapes and units: `files` are names inside its folder; `info` is JSON, its key `result` enters
-    the digest.
+    the digest. `known` are records that files must fit, since they are others under new names.
+
+    Raises:
+        VerificationError: a file is not the one that is known.
     """
-    manifest = Manifest(
-        task.name,
-        task.fingerprint,
-        task.made_from,
-        {name: record_of(task.folder / name) for name in sorted(files)},
-        dict(info),
-    )
-    write_json(task.folder / MANIFEST_NAME, asdict(manifest))
-    return manifest
+    found = {name: record_of(task.folder / name) for name in sorted(files)}
+    if wrong := [name for name, record in known.items() if found[name] != record]:
+        raise VerificationError(
+            f"{task.folder / wrong[0]}: differs from what was written; run the same command again"
+            " to rebuild it"
+        )
+    manifest = Manifest(task.name, task.fingerprint, task.made_from, found, dict(info))
+    value: dict[str, Any] = json.loads(json.dumps(asdict(manifest)))  # as it is read again
+    value["sha256"] = _digest_of_the_rest(value)
+    write_json(task.folder / MANIFEST_NAME, value)
+    return _manifest(value)
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest of a finished task, or None when there is none or it is torn."""
+    """The manifest of a finished task, or None when there is none, or it is torn, edited, or names
+    files outside its folder.
+    """
+    path = folder / MANIFEST_NAME
     try:
-        value = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
-        files = {name: FileRecord(**record) for name, record in value["files"].items()}
-        made_from = value.get("made_from", {})  # there was none in the first versions
-        return Manifest(value["task"], value["fingerprint"], made_from, files, value["info"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        if path.is_symlink() or not path.is_file():
+            return None
+        value = json.loads(path.read_bytes())
+        whole = "sha256" not in value or value["sha256"] == _digest_of_the_rest(value)
+        return _manifest(value) if whole else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
+
+
+def _digest_of_the_rest(value: Mapping[str, object]) -> str:
+    """SHA-256 of all of a manifest's content but its own digest."""
+    return fingerprint({key: entry for key, entry in value.items() if key != "sha256"})
+
+
+def _manifest(value: Mapping[str, Any]) -> Manifest:
+    """A manifest's content, checked.
+
+    Raises:
+        ValueError: it is not of the kind.
+    """
+    files = {name: FileRecord(**record) for name, record in value["files"].items()}
+    made_from, info = value.get("made_from", {}), value["info"]  # there was none at first
+    if not (isinstance(made_from, dict) and isinstance(info, dict) and all(map(_below, files))):
+        raise ValueError("no manifest")
+    return Manifest(
+        value["task"], value["fingerprint"], made_from, files, info, value.get("sha256", "")
+    )
+
+
+def _below(name: str) -> bool:
+    """Whether a file's name stays in the folder it starts from."""
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder in its place; nothing where there is neither."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def remove_task(folder: Path) -> None:
@@ -195,12 +255,22 @@ def remove_task(folder: Path) -> None:
 
 
 def damaged_files(folder: Path, manifest: Manifest) -> list[str]:
-    """Names of recorded files that are missing or differ from their record."""
-    return [
-        name
-        for name, record in manifest.files.items()
-        if not (folder / name).is_file() or record_of(folder / name) != record
+    """Names of recorded files that are missing, are links, or differ from their record; and of the
+    manifest where it has no digest of its own.
+    """
+    unsealed = [] if manifest.sha256 else [MANIFEST_NAME]
+    return unsealed + [
+        name for name, record in manifest.files.items() if not _fits(folder, name, record)
     ]
+
+
+def _fits(folder: Path, name: str, record: FileRecord) -> bool:
+    path = folder / name
+    try:
+        plain = path.is_file() and path.resolve() == folder.resolve() / name
+        return plain and path.stat().st_size == record.bytes and record_of(path) == record
+    except OSError:
+        return False
 
 
 def _ignore(_: object) -> None:

@@ -14,6 +14,8 @@ CALIBRATION_TASK, EVALUATION_TASK, TOKENS_FILE = (
 SOURCE_TASK, SHAPE_TASK, EXPORT_TASK = "source", "shape", "export"
 REGULARISE_TASK, UPDATES_TASK, RECOVER_TASK = "regularise", "updates", "recover"
 RESULT_FILE, STARTED_FILE, TRAINED_FOLDER = "result.json", "started", "model"
+SOURCE = "source"
+"""In what a manifest tells of weights: digest of the values that they were cut from."""
 RESIDUAL_STREAM = "residual stream"
 """Beside the names of groups: what a layer is given and gives on the dense path."""
 SURVEY_FILE, SENSITIVITY_TASK = "cuts.safetensors", "sensitivity"

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from rayprune.specs.files import within
+
 TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -18,6 +20,12 @@ NEVER_COPIED = (".py", ".bin", ".pt", ".pth", ".pkl")
 
 
 def side_files(source: Path, patterns: Sequence[str]) -> list[Path]:
-    """Files of a model folder that match; never code, never pickles."""
+    """Files of a model folder that match; never code, never pickles.
+
+    Raises:
+        ModelError: one is a link that leads out of the folder.
+    """
     found = {file for pattern in patterns for file in source.glob(pattern)}
-    return sorted(file for file in found if file.is_file() and file.suffix not in NEVER_COPIED)
+    return sorted(
+        within(source, file) for file in found if file.is_file() and file.suffix not in NEVER_COPIED
+    )

@@ -1,6 +1,5 @@
 """A training stage as data, on its way from the driver to the ranks. No torch."""
 
-import json
 import math
 import shutil
 from collections.abc import Collection, Mapping, Sequence
@@ -12,6 +11,7 @@ from rayprune.specs.job import CalibrationSpec
 from rayprune.specs.training import LoraSpec, Norm, TrainingSpec
 from rayprune.workers.store.files import write_text
 from rayprune.workers.store.layout import STARTED_FILE
+from rayprune.workers.store.logs import TrainingLine, read_lines
 
 LOG_FILE = "training.jsonl"
 STATE_PREFIX = "step-"
@@ -97,18 +97,8 @@ def saved_states(options: TrainingSpec, num_windows: int) -> int:
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """What was logged, step by step; a line torn by a crash is left out."""
-    lines = []
-    for line in (
-        (folder / LOG_FILE).read_text(encoding="utf-8").splitlines()
-        if (folder / LOG_FILE).exists()
-        else ()
-    ):
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            continue
-    return lines
+    """What was logged, step by step; a line that is none (torn by a crash, or odd) is left out."""
+    return read_lines(folder / LOG_FILE, TrainingLine)
 
 
 def forget_another(folder: Path, expected: str) -> None:
@@ -116,7 +106,7 @@ def forget_another(folder: Path, expected: str) -> None:
     does not go on from there.
     """
     started = folder / STARTED_FILE
-    if not started.exists() or started.read_text(encoding="utf-8") != expected:
+    if not started.is_file() or started.read_bytes() != expected.encode():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         write_text(started, expected)

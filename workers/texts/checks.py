@@ -2,26 +2,20 @@
 something, that windows fit, and that the evaluation text is another one.
 """
 
+from collections import Counter
+
 import torch
 from torch import Tensor
 
-from rayprune.specs.errors import ModelError, SpecError
-from rayprune.workers.model.checkpoint import Checkpoint
+from rayprune.specs.errors import SpecError
+from rayprune.workers.texts.limits import check_counts, unknown_token
 from rayprune.workers.texts.reading import TextFacts
 
 SHARED_RUN = 64
 """Tokens in a row that two texts do not have in common by chance."""
 SHARED_FRACTION = 0.01
 """Of the evaluation tokens, so many may lie in such runs: quotations and boilerplate."""
-MUCH_OF_ONE, ALL_OF_ONE = 0.5, 0.98
-"""Parts of a text that may be one and the same token: with more, a warning, an error."""
 _CHUNK = 2**16
-
-
-def embedding_rows(checkpoint: Checkpoint) -> int | None:
-    """Rows of the embedding matrix on disk, which may differ from `vocab_size`; None: not found."""
-    info = checkpoint.tensors.get(checkpoint.model.embedding)
-    return info.shape[0] if info else None
 
 
 def check_known(
@@ -36,16 +30,7 @@ def check_known(
     if rows is None or ids_NT.numel() == 0 or int(ids_NT.max()) < rows:
         return
     unknown = ids_NT[ids_NT >= rows]
-    found = (
-        f"{path}: token {int(unknown[0])} ({len(unknown)} of {ids_NT.numel()} tokens are like it),"
-        f" but the model's embeddings have {rows} rows"
-    )
-    if facts is not None and "token ids" in facts.holds:
-        raise SpecError(f"{found}; give token ids of this model")
-    raise ModelError(
-        f"{found}: the tokenizer is larger than the model; copy the tokenizer that belongs to it,"
-        " or give the model its rows (resize_token_embeddings)"
-    )
+    raise unknown_token(path, int(unknown[0]), len(unknown), ids_NT.numel(), rows, facts)
 
 
 def check_varied(ids_NT: Tensor, path: str) -> list[str]:
@@ -54,33 +39,8 @@ def check_varied(ids_NT: Tensor, path: str) -> list[str]:
     Raises:
         SpecError: nearly all of it is one token.
     """
-    counts = torch.unique(ids_NT, return_counts=True)
-    share = int(counts[1].max()) / ids_NT.numel()
-    token = int(counts[0][counts[1].argmax()])
-    if share <= MUCH_OF_ONE:
-        return []
-    found = (
-        f"{path}: {share:.0%} of the {ids_NT.numel():,} tokens that are read are token {token}, and"
-        f" {len(counts[0])} tokens occur at all"
-    )
-    if share > ALL_OF_ONE:
-        raise SpecError(f"{found}; give a text that says something")
-    return [f"{found}: what is kept will suit little else"]
-
-
-def check_positions(checkpoint: Checkpoint, length: int, option: str) -> list[str]:
-    """Warnings about windows that are longer than the model's positions.
-
-    Raises:
-        SpecError: the model has none beyond them.
-    """
-    limit = checkpoint.model.positions
-    if limit is None or length <= limit:
-        return []
-    found = f"{option}: {length} tokens, but the model's config says {limit} positions"
-    if checkpoint.model.position_table:
-        raise SpecError(f"{found}, and it has learned no others; set {option}: {limit}")
-    return [f"{found}: it was not trained on longer texts; {option}: {limit} is safe"]
+    tokens, counts = torch.unique(ids_NT, return_counts=True)
+    return check_counts(Counter(dict(zip(tokens.tolist(), counts.tolist(), strict=True))), path)
 
 
 def check_apart(calibration_ST: Tensor, evaluation_NT: Tensor, path: str) -> list[str]:
@@ -115,9 +75,16 @@ def shared_fraction(calibration_ST: Tensor, evaluation_NT: Tensor) -> float | No
     all of them, by hash. Runs that lie in two windows are not seen: where windows are short, up to
     half of what there is.
     """
+    if min(calibration_ST.shape[1], evaluation_NT.shape[1]) >= SHARED_RUN // 2:
+        return _shared(calibration_ST, evaluation_NT)
+    # windows of one text stand in a row; where texts are mixed they do not, so none proves nothing
+    found = _shared(calibration_ST.reshape(1, -1), evaluation_NT.reshape(1, -1))
+    return found if found > SHARED_FRACTION else None
+
+
+def _shared(calibration_ST: Tensor, evaluation_NT: Tensor) -> float:
+    """The fraction for windows that are long enough, or texts as one window."""
     size = min(SHARED_RUN, calibration_ST.shape[1] // 2, evaluation_NT.shape[1] // 2)
-    if size < SHARED_RUN // 4:
-        return None
     # products wrap around: a hash
     factors = torch.randint(2**62, (size,), generator=torch.Generator().manual_seed(0)) * 2 + 1
     runs = calibration_ST[:, : calibration_ST.shape[1] // size * size].reshape(-1, size)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from rayprune.specs.errors import SpecError
+from rayprune.specs.files import no_file
 
 HEAD = 2**16
 """Bytes of a file, after decompression, by which its form is recognised."""
@@ -38,12 +39,6 @@ _MARKS = {  # the marks of UTF-32 begin with those of UTF-16
     codecs.BOM_UTF8: "utf-8-sig",
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
-}
-_KINDS = {
-    stat.S_ISFIFO: "a named pipe",
-    stat.S_ISCHR: "a device",
-    stat.S_ISBLK: "a device",
-    stat.S_ISSOCK: "a socket",
 }
 _BESIDE = ("readme", "license", "licence", "notice", "citation", "dataset_info", "sha256sums")
 """Beginnings of the names of files that lie beside texts and are none themselves."""
@@ -192,9 +187,8 @@ def _mode(path: Path) -> int:
                 f"{path}: cannot be read: links to {os.readlink(path)}: {error.strerror}"
             ) from None
         raise unreadable(path, error) from None
-    for is_kind, name in _KINDS.items():
-        if is_kind(mode):
-            raise SpecError(f"{path}: cannot be read: {name}; write the text to a file first")
+    if kind := no_file(mode):
+        raise SpecError(f"{path}: cannot be read: {kind}; write the text to a file first")
     return mode
 
 

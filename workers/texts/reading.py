@@ -1,6 +1,6 @@
 """A text as pieces of plain text and of token ids, and what was found on the way. No torch."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain, groupby
 from pathlib import Path
@@ -24,9 +24,12 @@ CHARACTERS_PER_TOKEN = 8
 MOST_CHARACTERS = 2**28
 """So many are read where nothing says how many tokens are needed: all of it must fit the memory."""
 _CHUNK = 2**20
-_QUICK_CHARACTERS, _QUICK_TOKENS_OF = 2**20, 2**15
+QUICK_CHARACTERS = 2**20
+"""So many characters are looked at before any work, at most."""
 _QUICK_JSON = 2**24
 Piece = str | list[int]
+Encode = Callable[[str], list[int]]
+"""From a text to its token ids."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +172,7 @@ def read_tokens(
     while True:
         reader = TextReader(spec, tokenizer)
         pieces, complete = _up_to(reader.pieces(), budget)
-        ids = _ids_of(pieces, tokenizer)
+        ids = _ids_of(pieces, lambda text: tokenizer(text, verbose=False)["input_ids"])
         # a cut text's last tokens may differ
         margin = 65 if pieces and isinstance(pieces[-1], str) else 0
         if complete or (max_tokens is not None and len(ids) >= max_tokens + margin):
@@ -184,27 +187,28 @@ def read_tokens(
         budget *= 2
 
 
-def check_text(spec: TextSpec, tokenizer: "PreTrainedTokenizerBase | None" = None) -> TextFacts:
-    """Look at the beginning of a text, in well under a second: that it exists, which form it has,
-    that its first documents have the field, and how much there is at least.
+def check_text(
+    spec: TextSpec, encode: Encode | None = None, most: int = QUICK_CHARACTERS
+) -> tuple[list[int], TextFacts]:
+    """Look at the beginning of a text, up to `most` characters: that it exists, which form it has,
+    that its first documents have the field, and its tokens; without `encode` only those of token
+    ids. Of chats the tokens are those of what is said in them.
 
-    For a check of a job before any work. Where `complete` holds, all of the text was looked at, so
-    that its `characters`, and with a tokenizer its `tokens`, are all there are; else there is at
-    least as much. Of a large JSON document only the beginning is looked at, nothing is counted.
+    For a check of a job before any work. Where `complete` holds, all of the text was looked at.
+    Of a large JSON document only the beginning is looked at, nothing is counted.
 
     Raises:
         SpecError: the text cannot be read, or is not what it should be.
     """
-    reader = TextReader(spec, tokenizer, quick=True)
-    budget = _QUICK_CHARACTERS if tokenizer is None else _QUICK_TOKENS_OF
-    pieces, complete = _up_to(reader.pieces(), budget)
+    reader = TextReader(spec, None, quick=True)
+    pieces, complete = _up_to(reader.pieces(), most)
     facts = reader.facts(None, complete)
     if facts.complete:
         _refuse_blank(pieces, spec)
-    if tokenizer is None:
-        only_ids = facts.holds == ("token ids",)
-        return replace(facts, tokens=sum(map(len, pieces))) if only_ids else facts
-    return replace(facts, tokens=len(_ids_of(pieces, tokenizer)))
+    if encode is None and facts.holds != ("token ids",):
+        return [], facts
+    ids = _ids_of(pieces, encode or (lambda text: []))
+    return ids, replace(facts, tokens=len(ids))
 
 
 def _refuse_blank(pieces: list[Piece], spec: TextSpec) -> None:
@@ -246,12 +250,12 @@ def _up_to(pieces: Iterator[Piece], budget: int) -> tuple[list[Piece], bool]:
     return taken, True
 
 
-def _ids_of(pieces: list[Piece], tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+def _ids_of(pieces: list[Piece], encode: Encode) -> list[int]:
     """Token ids; text that stands in a row is tokenised as a whole."""
     ids: list[int] = []
     for is_text, run in groupby(pieces, lambda piece: isinstance(piece, str)):
         if is_text:
-            ids += tokenizer("".join(map(str, run)), verbose=False)["input_ids"]
+            ids += encode("".join(map(str, run)))
         else:
             ids += chain.from_iterable(run)  # type: ignore[arg-type]
     return ids

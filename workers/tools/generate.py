@@ -19,7 +19,8 @@ from rayprune.specs.job import TextSpec
 from rayprune.workers.calibration import load_tokenizer, tokenize
 from rayprune.workers.machine.device import device_of
 from rayprune.workers.model.checkpoint import open_checkpoint
-from rayprune.workers.texts.checks import check_known, embedding_rows
+from rayprune.workers.texts.checks import check_known
+from rayprune.workers.texts.limits import embedding_rows
 
 PROMPT = 32
 """Tokens of a prompt."""

@@ -90,9 +90,10 @@ def train_layer(
     removed: Removed,
     stage: DriveOut,
     folder: Path,
+    warn: Callable[[str], object],
 ) -> nn.Module:
-    """Train one layer of the dense model in float32, from its last checkpoint in `folder` if there
-    is one; the layer.
+    """Train one layer of the dense model in float32, from its last saved state in `folder` if there
+    is one; the layer. `warn` tells the user something.
 
     Raises:
         ModelError: the loss or its gradient is not finite.
@@ -112,5 +113,9 @@ def train_layer(
     described = model.checkpoint.model
     objective = LayerTransfer(passed, arguments, described, removed, stage.strength, stage.norm)
     numbers_ST = torch.arange(len(passed))[:, None].expand(-1, len(passed[0][0]))
-    Training(layer, objective, numbers_ST, stage.training, folder, Ranks(0, 1, model.device)).run()
+    ranks = Ranks(0, 1, model.device)
+    training = Training(layer, objective, numbers_ST, stage.training, folder, ranks)
+    training.run()
+    for text in training.warnings:
+        warn(text)
     return layer

@@ -1,15 +1,14 @@
 """The training loop: FSDP2 over the ranks of a gang, or one plain process. Nothing here knows of
 Ray.
 
-What is minimised is an `Objective`. The order of the windows follows from the job alone, every step
-takes the same windows whatever the number of ranks, and state is saved with
-torch.distributed.checkpoint: a training goes on from its last checkpoint, on fewer ranks too.
+What is minimised is an `Objective`. The order of the windows follows from the job alone, and every
+step takes the same windows whatever the number of ranks: a training goes on from its last saved
+state, on fewer ranks too.
 Letters: B windows of a micro-batch, T tokens.
 """
 
 import json
 import math
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,9 +20,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -32,11 +28,17 @@ from rayprune.specs.errors import ModelError
 from rayprune.specs.training import LoraSpec, TrainingSpec
 from rayprune.workers.model.checkpoint import Checkpoint
 from rayprune.workers.network.streamed import layers_of, whole_model
-from rayprune.workers.store.training_stage import LOG_FILE, STATE_PREFIX, read_log, total_steps
+from rayprune.workers.store.files import write_text
+from rayprune.workers.store.training_stage import LOG_FILE, read_log, total_steps
 from rayprune.workers.training.adapters import add_adapters
 from rayprune.workers.training.objectives import Objective, local_part
-
-_TRAINED_ALONE = StateDictOptions(ignore_frozen_params=True, strict=False)
+from rayprune.workers.training.states import (
+    open_state,
+    remove_state,
+    save_state,
+    saved_steps,
+    take_over,
+)
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,9 @@ class Ranks:
     device: torch.device
 
     def summed(self, value: Tensor) -> Tensor:
-        """The sum over all ranks."""
+        """The sum over all ranks; `value` itself holds it where it lies on the ranks' device."""
         if self.world > 1:
+            value = value.to(self.device)
             dist.all_reduce(value)
         return value
 
@@ -143,6 +146,10 @@ class Training:
         )
         self._windows_ST = windows_ST
         self.parameters = objective.prepare(model, ranks.summed)
+        chosen = set(self.parameters)
+        self._trained = {name: p for name, p in model.named_parameters() if p in chosen}
+        self.warnings: list[str] = []
+        """What the user is to be told."""
         # fused: no temporary is as large as a parameter
         self._optimizer = torch.optim.AdamW(
             self.parameters, lr=options.learning_rate, weight_decay=options.weight_decay, fused=True
@@ -166,8 +173,8 @@ class Training:
             for name, what in (("loss", "the loss"), ("gradient_norm", "the gradient's norm")):
                 if not math.isfinite(facts[name]):
                     raise ModelError(
-                        f"step {step}: {what} is {facts[name]}; lower learning_rate, or set dtype:"
-                        " float32"
+                        f"step {step}: {what} is {facts[name]}; lower learning_rate"
+                        + ("" if self.options.dtype == "float32" else ", or set dtype: float32")
                     )
             tokens = len(numbers) * self._windows_ST.shape[1]
             self._log(
@@ -240,41 +247,39 @@ class Training:
                 handle.write(json.dumps(facts) + "\n")
 
     def _save(self, step: int) -> None:
-        """Save all state; the checkpoint before is removed only afterwards."""
-        weights, optimizer = get_state_dict(self.model, self._optimizer, options=_TRAINED_ALONE)
-        save(
-            {"model": weights, "optimizer": optimizer},
-            checkpoint_id=self.folder / f"{STATE_PREFIX}{step:07d}",
-        )
+        """Save all state; what was saved before is removed only when every rank is done."""
+        where = self.folder, step, self.ranks.rank, self.ranks.world
+        save_state(*where, self._trained, self._optimizer)
+        self._agreed(True)
         if self.ranks.rank == 0:
             for old in saved_steps(self.folder)[:-1]:
-                shutil.rmtree(self.folder / f"{STATE_PREFIX}{old:07d}")
+                remove_state(self.folder, old)
 
     def _resume(self) -> int:
-        """Load the last whole checkpoint; the step to go on with."""
-        done = saved_steps(self.folder)
-        if not done:
-            (self.folder / LOG_FILE).unlink(missing_ok=True)
-            return 0
-        weights, optimizer = get_state_dict(self.model, self._optimizer, options=_TRAINED_ALONE)
-        state: dict[str, Any] = {"model": weights, "optimizer": optimizer}
-        load(state, checkpoint_id=self.folder / f"{STATE_PREFIX}{done[-1]:07d}")
-        trained = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
-        set_state_dict(self.model, self._optimizer, **trained, options=_TRAINED_ALONE)
-        if self.ranks.rank == 0:
-            kept = [line for line in read_log(self.folder) if line["step"] < done[-1]]
-            (self.folder / LOG_FILE).write_text(
-                "".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8"
+        """Load the last state that is as it was written; the step to go on with."""
+        for step in reversed(saved_steps(self.folder)):
+            state = open_state(self.folder, step, self._trained)
+            if self._agreed(state is not None) and state is not None:
+                take_over(state, self._trained, self._optimizer)
+                self._cut_log(step)
+                return step
+            self.warnings.append(
+                f"{self.folder}: the saved state before step {step} is damaged or of another"
+                " training; it goes on from an earlier one, or from the beginning"
             )
-        return done[-1]
+        self._cut_log(0)
+        return 0
 
+    def _agreed(self, mine: bool) -> bool:
+        """Whether it is so on all ranks; waits for them."""
+        return int(self.ranks.summed(torch.tensor(int(mine)))) == self.ranks.world
 
-def saved_steps(folder: Path) -> list[int]:
-    """Steps whose checkpoints are whole, ascending: a checkpoint's metadata is written last."""
-    return sorted(
-        int(file.parent.name.removeprefix(STATE_PREFIX))
-        for file in folder.glob(f"{STATE_PREFIX}*/.metadata")
-    )
+    def _cut_log(self, step: int) -> None:
+        """Leave only what was logged before a step."""
+        if self.ranks.rank == 0:
+            kept = [line for line in read_log(self.folder) if line["step"] < step]
+            text = "".join(json.dumps(line) + "\n" for line in kept)
+            write_text(self.folder / LOG_FILE, text)
 
 
 def state_bytes(training: Training) -> int:

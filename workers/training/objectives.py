@@ -100,14 +100,14 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _first_row(parameter: nn.Parameter) -> int:
+def first_row(tensor: Tensor) -> int:
     """Number of the first row that this rank holds: FSDP2 cuts rows into chunks of equal size, the
     last ones smaller.
     """
-    if not isinstance(parameter.data, DTensor):
+    if not isinstance(tensor, DTensor):
         return 0
-    mesh = parameter.data.device_mesh
-    return min(mesh.get_local_rank() * -(-parameter.shape[0] // mesh.size()), parameter.shape[0])
+    mesh = tensor.device_mesh
+    return min(mesh.get_local_rank() * -(-tensor.shape[0] // mesh.size()), tensor.shape[0])
 
 
 def group_parts(layer: nn.Module, group: Group) -> list[_Part]:
@@ -120,7 +120,7 @@ def group_parts(layer: nn.Module, group: Group) -> list[_Part]:
 
 def _part(parameter: nn.Parameter, axis: Axis, num_units: int) -> _Part:
     held = local_part(parameter.data)
-    begin = _first_row(parameter) if axis.dim == 0 else 0
+    begin = first_row(parameter.data) if axis.dim == 0 else 0
     stop = begin + held.shape[axis.dim]
     first = min(max(axis.start, begin), stop)
     last = max(first, min(axis.start + num_units * axis.per_unit, stop))

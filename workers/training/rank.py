@@ -9,7 +9,8 @@ from torch.distributed.tensor import DTensor
 
 from rayprune.workers.calibration import calibration_windows, load_tokenizer
 from rayprune.workers.machine.device import device_of, peak_memory_bytes
-from rayprune.workers.machine.memory import PeakMemory, explained_shortage
+from rayprune.workers.machine.memory import PeakMemory
+from rayprune.workers.machine.shortage import explained_shortage
 from rayprune.workers.model.checkpoint import Checkpoint, open_checkpoint
 from rayprune.workers.network.reading import read_tensors
 from rayprune.workers.network.written import trained
@@ -60,6 +61,7 @@ def finetune(stage: Finetune, ranks: Ranks) -> None:
     training.run()
     result: dict[str, Any] = {
         "steps": training.steps,
+        "warnings": training.warnings,
         "state_bytes": state_bytes(training),
         "peak_memory_bytes": peak_memory_bytes(peak, ranks.device),
     }

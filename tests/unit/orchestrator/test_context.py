@@ -1,6 +1,6 @@
 """What every stage stands on: tasks are found, or done again."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from rayprune.specs.job import JobSpec
 from rayprune.specs.memory import MemoryPlan
 from rayprune.workers.store.files import MANIFEST_NAME, Task, commit, write_text
 from rayprune.workers.store.layout import EXPORT_TASK, Scope, layer_task
+from tests.conftest import edit_json
 
 JOB = JobSpec.model_validate({"model": {"path": "/m"}, "calibration": {"path": "/c"}})
 
@@ -38,6 +39,16 @@ def finish(task: Task) -> None:
     commit(task, ["artifact"], {"n": 1})
 
 
+DAMAGES: dict[str, Callable[[Task], object]] = {
+    "a file is edited": lambda task: (task.folder / "artifact").write_text("c0ntent"),
+    "a file is missing": lambda task: (task.folder / "artifact").unlink(),
+    "the manifest is torn": lambda task: (task.folder / MANIFEST_NAME).write_text("{"),
+    "what it tells is edited": lambda task: edit_json(task.folder / MANIFEST_NAME, info={"n": 2}),
+    "it hides its files": lambda task: edit_json(task.folder / MANIFEST_NAME, files={}),
+    "it has no digest": lambda task: edit_json(task.folder / MANIFEST_NAME, sha256=None),
+}
+
+
 @pytest.mark.parametrize("name", [layer_task(0), EXPORT_TASK])
 def test_finished(name: str, context: Context, events: list[dict[str, Any]]) -> None:
     task, other = context.task(name, {"text": "a"}), context.task(name, {"text": "b"})
@@ -46,15 +57,14 @@ def test_finished(name: str, context: Context, events: list[dict[str, Any]]) -> 
     done = context.finished(task)
     assert done is not None
     assert done.info == {"n": 1}
-    (task.folder / "artifact").write_text("c0ntent")
-    assert context.finished(task) is None
-    (task.folder / "artifact").unlink()
-    assert context.finished(task) is None
-    finish(task)
-    (task.folder / MANIFEST_NAME).write_text("{")
-    assert context.finished(task) is None
-    assert events == []
-    finish(task)
+    for damage in DAMAGES.values():
+        damage(task)
+        for _ in range(2):
+            assert context.finished(task) is None
+        (damaged,) = events  # told once
+        assert (damaged["event"], damaged["task"]) == ("task-damaged", context.scope.task(name))
+        events.clear()
+        finish(task)
     assert context.finished(other) is None
     assert not task.folder.exists()
     (stale,) = events

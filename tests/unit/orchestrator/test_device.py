@@ -8,7 +8,8 @@ import torch
 
 from rayprune.orchestrator.execution.executor import InProcessExecutor, chosen_device
 from rayprune.orchestrator.planning.plan import make_plan
-from rayprune.orchestrator.run import first_plan, plan_on, run_job
+from rayprune.orchestrator.planning.preflight import first_plan
+from rayprune.orchestrator.run import plan_on, run_job
 from rayprune.specs.errors import ResourceError
 from rayprune.specs.loader import load_job
 from rayprune.specs.memory import MemoryPlan

@@ -21,6 +21,8 @@ from rayprune.specs.errors import RaypruneError, ResourceError
         (Failure.PROCESS_LOST, 2, 1, Decision.STOP),
         (Failure.PROCESS_LOST, 2, 2, Decision.RETRY),
         (Failure.PROCESS_LOST, 3, 2, Decision.STOP),
+        (Failure.HUNG, 1, 1, Decision.RETRY),
+        (Failure.HUNG, 2, 1, Decision.STOP),
         (Failure.OUT_OF_MEMORY, 1, 100, Decision.STOP),
         (Failure.UNSCHEDULABLE, 1, 100, Decision.STOP),
     ],

@@ -56,6 +56,7 @@ def make_report(num_layers: int = 4) -> dict[str, Any]:
         "layers": [
             {"layer": number, "groups": copy.deepcopy(groups)} for number in range(num_layers)
         ],
+        "records": {"tasks": {"outer": "0c" * 32}, "files": {"plan.json": "1d" * 32}},
     }
 
 
@@ -118,7 +119,7 @@ def test_the_content_is_there_in_order() -> None:
     page = Page(page_of(make_report()))
     words = [
         "stat: 20.3% of the decoder parameters removed",
-        "heads 3, neurons 1,120",
+        "KV groups 3, FFN channels 1,120",
         "Parameters",
         "112.95 M",
         "from 134.52 M",
@@ -135,8 +136,8 @@ def test_the_content_is_there_in_order() -> None:
     ]
     words += [
         "text held.txt · window 1,024 · stride 512 · 20 windows · 20,460 scored tokens",
-        "heads",
-        "neurons",
+        "KV groups",
+        "FFN channels",
         "40.0 s in all",
     ]
     words += [

@@ -1,12 +1,15 @@
 """Which way to use memory is taken, and what a refusal says."""
 
+import math
 from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 
+from rayprune.orchestrator.planning import memory_choice
 from rayprune.orchestrator.planning.memory_choice import choices, choose_memory, fewest_workers
 from rayprune.orchestrator.planning.worker_memory import RUNTIME_BYTES, gib, peak_bytes
+from rayprune.orchestrator.planning.workload import FEW_TOKENS, tokens_per_neuron
 from rayprune.specs.errors import ResourceError
 from rayprune.specs.memory import MemoryPlan
 from tests.unit.orchestrator.workloads import BIG, GPU, REFIT
@@ -42,6 +45,21 @@ def test_refusals_say_need_have_and_what_would_help() -> None:
     limit = peak_bytes(replace(attention_bound, micro_batch=1), list(choices(BIG))[-1])
     with pytest.raises(ResourceError, match=r"lower parallel\.micro_batch to 1"):
         choose_memory(attention_bound, limit)
+
+
+def test_no_refusal_advises_too_few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An eighth of the windows would fit; that is advised where they are enough tokens."""
+    enough = math.ceil(BIG.samples * FEW_TOKENS / tokens_per_neuron(BIG))
+    monkeypatch.setattr(
+        memory_choice, "fitting", lambda load, most: load.samples <= most and MemoryPlan()
+    )
+    for samples, advised in ((enough * 8, True), (enough * 8 - 8, False)):
+        load = replace(BIG, shards=2, samples=samples, micro_batch=1)
+        with pytest.raises(ResourceError) as caught:
+            choose_memory(load, samples // 8)
+        words = f"lower calibration.samples to {samples // 8}"
+        assert (words in str(caught.value)) is advised
+        assert ("lower calibration.samples" in str(caught.value)) is advised
 
 
 def test_fewest_workers() -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import re
 from typing import Any
 
 import pytest
@@ -62,7 +63,7 @@ EVENTS: list[dict[str, Any]] = [
             [
                 "step-finished",
                 "layer=0",
-                "heads 3/4 error 0.123, neurons 20/48 error 0.500",
+                "KV groups 3/4 error 0.123, FFN channels 20/48 error 0.500",
                 "memory 1.00 GiB",
             ],
         ),
@@ -103,6 +104,56 @@ def test_a_terminal_gets_bars_and_the_events_between_them() -> None:
     shown = out.getvalue()
     for words in ("sweep", "2/2", "run-started", "[Errno 9] [/x]", "run-finished"):
         assert words in shown
+
+
+def test_80_columns_keep_count_elapsed_and_time_left() -> None:
+    out = io.StringIO()
+    memory = {"driver": 2**30, "worker-0": 2**31}
+    with ProgressView(Console(file=out, force_terminal=True, width=80)) as view:
+        view.show({"event": "stage-started", "stage": "sensitivity", "steps": 128})
+        view.show(EVENTS[3] | {"peak_memory_bytes": memory})
+        view.show({"event": "windows-evaluated", "stage": "evaluate", "done": 64, "of": 999})
+    shown = re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-Z]", "", out.getvalue()).replace("\r", "\n")
+    last = [line for line in shown.splitlines() if "sensitivity" in line][-1]
+    assert len(last) <= 80
+    for words in ("1/128", "0:00:0", "-:--:--", "64 of 999"):
+        assert words in last
+
+
+@pytest.mark.parametrize(
+    ("event", "line"),
+    [
+        (
+            {
+                "event": "shape-chosen",
+                "kept": {"heads": 3, "neurons": 1126},
+                "decoder_parameters": 84934656,
+                "parameters": 113,
+                "weight_bytes": 5,
+                "latency_ms": 0,
+                "layers": (),
+                "candidates": {"1": {}},
+            },
+            "shape-chosen KV groups 3, FFN channels 1126: 84,934,656 decoder parameters,"
+            " 113 parameters, 5 weight bytes",
+        ),
+        (
+            {
+                "event": "layers-allocated",
+                "layers": [{"heads": 1, "neurons": 8}, {"heads": 2, "neurons": 4}],
+                "predicted": 0.25,
+            },
+            "layers-allocated KV groups 1 to 2, FFN channels 4 to 8; predicted 0.25",
+        ),
+        (
+            {"event": "waiting-for-nodes", "have": {"CPU": 1.0}, "need": {"CPU": 2.0}, "x": []},
+            "waiting-for-nodes have=CPU 1 need=CPU 2",
+        ),
+        ({"event": "run-finished", "step_seconds": {"collect": 1.0}}, "run-finished"),
+    ],
+)
+def test_events_are_told_in_words(event: dict[str, Any], line: str) -> None:
+    assert plain_line(event) == line
 
 
 def test_a_view_that_is_left_by_an_error_stops() -> None:

@@ -240,6 +240,54 @@ def test_an_attempt_that_was_cut_off_counts_up_to_its_last_event() -> None:
     assert seconds_per_stage([]) == {}
 
 
+def test_a_clock_that_is_set_back_counts_nothing_and_the_other_one_counts() -> None:
+    events = timed(
+        (50, "stage-started", "sweep"),
+        (20, "stage-finished", "sweep"),
+        (20, "stage-started", "export"),
+        (9, "stage-finished", "export"),
+    )
+    assert seconds_per_stage(events) == {"sweep": 0, "export": 0}
+    ticks = (1.0, 4.0, 4.0, 5.5)
+    events = [event | {"elapsed": tick} for event, tick in zip(events, ticks, strict=True)]
+    assert seconds_per_stage(events) == {"sweep": 3, "export": 1.5}
+
+
+def test_events_hold_a_clock_that_is_never_set(tmp_path: Path) -> None:
+    with RunFolder(tmp_path, make()) as folder:
+        for _ in range(2):
+            folder.emit({"event": "x"})
+        first, second = folder.events()
+    assert 0 <= first["elapsed"] <= second["elapsed"] < 60
+
+
+@pytest.mark.parametrize("name", ["cache", "tasks", "model"])
+def test_a_file_where_a_folder_belongs_is_refused(name: str, tmp_path: Path) -> None:
+    with RunFolder(tmp_path, make()):
+        (tmp_path / name).write_text("")
+    with pytest.raises(SpecError, match=f"{name}: is no folder"), RunFolder(tmp_path, make()):
+        pass
+
+
+def test_the_record_of_another_task_is_stale(tmp_path: Path) -> None:
+    with RunFolder(tmp_path, make()) as folder:
+        one, other = (folder.task(name, Scope(tmp_path), {}, {}) for name in ("a", "b"))
+        done = commit(one, [], {})
+        assert folder.changes(done, one) == []
+        assert folder.changes(done, other) == ["it is the record of a"]
+
+
+def test_temporary_files_of_a_live_run_are_left_alone(tmp_path: Path) -> None:
+    file = tmp_path / f".job.yaml.{'0a' * 16}.tmp"
+    with RunFolder(tmp_path, make()):
+        file.write_text("half")
+        with pytest.raises(SpecError, match="another run"), RunFolder(tmp_path, make()):
+            pass
+        assert file.exists()
+    with RunFolder(tmp_path, make()):
+        assert not file.exists()
+
+
 def test_the_lock_file_alone_does_not_make_a_folder_foreign(tmp_path: Path) -> None:
     (tmp_path / LOCK_FILE).write_text("")
     with RunFolder(tmp_path, make()) as folder:

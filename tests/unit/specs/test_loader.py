@@ -1,5 +1,6 @@
 """Job files and overrides: what is read, what is refused, and what the refusal says."""
 
+import json
 import os
 import subprocess
 import sys
@@ -12,7 +13,9 @@ import yaml
 
 from rayprune.specs.errors import SpecError
 from rayprune.specs.job import JobSpec
+from rayprune.specs.latency import load_latency
 from rayprune.specs.loader import differing_fields, dump_job, load_job
+from rayprune.specs.machine import load_profile
 
 REQUIRED = "model: {path: m}\ncalibration: {path: c}\n"
 
@@ -424,6 +427,89 @@ def test_override_sets_a_value(
     assert getattr(getattr(load(text, override), section), name) == value
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a #1",
+        "a: b",
+        "a:",
+        "# a",
+        "- a",
+        "? a",
+        "&a x",
+        "*a",
+        "!a x",
+        "!!str 12",
+        "%a",
+        "@a",
+        "`a`",
+        "|",
+        "> a",
+        "a, b]",
+        "a'b",
+        'a"b"',
+        " a",
+        "a ",
+        "a\tb",
+        "a\nb",
+        "---",
+        "...",
+        "yes",
+        "NO",
+        "on",
+        "off",
+        "2024-01-02",
+        "12:30:45",
+        "1_000",
+        "0b11",
+        "1e",
+        "=",
+        "<<",
+        "a=b",
+        "\x07",
+        "\ufeffa",
+        "\u00e9\u2028",
+    ],
+)
+def test_an_override_keeps_every_character(load: Load, text: str) -> None:
+    assert load("", f"cluster.address={text}").cluster.address == text
+    assert load("", f"calibration.field={text}").calibration.field == text
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("'a #1'", "a #1"), ('"a\\tb"', "a\tb"), ("'2024'", "2024"), ("'null'", "null")],
+)
+def test_an_override_in_quotes_is_the_text_in_them(load: Load, text: str, value: str) -> None:
+    assert load("", f"cluster.address={text}").cluster.address == value
+
+
+@pytest.mark.parametrize("kind", ["a named pipe", "a device", "a folder", "nothing"])
+def test_what_is_no_file_is_refused_at_once(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    if kind == "a named pipe":
+        os.mkfifo(path)
+    elif kind == "a device":
+        path.symlink_to("/dev/zero")
+    elif kind == "a folder":
+        path.mkdir()
+    for read in (load_job, lambda file: load_profile(str(file)), lambda file: load_latency(file)):
+        words = {"a folder": "Is a directory", "nothing": "o such file"}.get(kind, kind)
+        with pytest.raises(SpecError, match=rf"job\.yaml.*: .*{words}"):
+            read(path)
+
+
+def test_a_pipe_that_the_shell_has_opened_is_read() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "rayprune.orchestrator.cli", "plan", "/dev/stdin"],
+        input=REQUIRED.replace(" m}", " /nowhere}").encode(),
+        capture_output=True,
+        cwd=Path(__file__).parents[3],
+        check=False,
+    )
+    assert b"/nowhere" in done.stderr, done.stderr
+
+
 def test_override_creates_a_null_section_and_the_last_wins(load: Load) -> None:
     job = load(
         "evaluation: null", "evaluation.path=/a", "evaluation.window=4", "evaluation.window=8"
@@ -475,11 +561,34 @@ def test_overrides_reach_into_a_section_that_is_written_as_a_name(load: Load) ->
                 " '<stream end>'; correct the syntax"
             ),
         ),
-        ("export.dtype=\x07", "the character U+0007 is not allowed in YAML; remove it"),
+        (
+            "export.dtype=\x07",
+            'export.dtype: must be one of "auto", "float32", "bfloat16", "float16" (got "\\u0007")',
+        ),
+        ("model.path=\0", '"\\u0000" holds a NUL or half a surrogate pair; remove it'),
+        ("model.path=2024", "model.path: must be a text (got 2024); put it in quotes"),
+        ("model.path=~", "model.path: must be a text (got null)"),
     ],
 )
 def test_wrong_override_is_named(refuse: Refuse, override: str, message: str) -> None:
-    assert refuse("evaluation: null", override) == [f"--set {override}: {message}"]
+    name = override if override.isprintable() else json.dumps(override)
+    assert refuse("evaluation: null", override) == [f"--set {name}: {message}"]
+
+
+@pytest.mark.parametrize(
+    ("override", "lost"),
+    [
+        ("model.path='a' #1", "#1"),
+        ("calibration.mix=[{path: a}] # one", "# one"),
+        ("calibration.mix=[{path: a\nb}]", "a\nb"),
+        ("model.path='a\nb'", "'a\nb'"),
+    ],
+)
+def test_what_a_reader_of_yaml_would_pass_over_is_named(
+    refuse: Refuse, override: str, lost: str
+) -> None:
+    (line,) = refuse("", override)
+    assert f"{json.dumps(lost)} would not be kept; put all of a text" in line
 
 
 # --- paths ---

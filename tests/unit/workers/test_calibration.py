@@ -14,10 +14,10 @@ from rayprune.workers.calibration import (
     calibration_windows,
     evaluation_windows,
     load_tokenizer,
-    shares,
     tokenize,
 )
 from rayprune.workers.texts.checks import check_apart, shared_fraction
+from rayprune.workers.texts.limits import shares
 from tests.conftest import build_model
 
 
@@ -294,8 +294,12 @@ def test_shared_text_is_found_at_any_offset(
     ):
         check_apart(calibration.reshape(samples, length), windows_NT, "/e.txt")
     short = text[:4096].reshape(-1, 16)
-    assert shared_fraction(calibration.reshape(samples, length), short) is None
-    [warning] = check_apart(calibration.reshape(samples, length), short, "/e.txt")
+    assert shared_fraction(calibration.reshape(samples, length), short) > 0.01
+    with pytest.raises(SpecError, match="of its tokens stand in the windows"):
+        check_apart(calibration.reshape(samples, length), short, "/e.txt")
+    short = other[:2048].reshape(-1, 16)
+    assert shared_fraction(other[2048:].reshape(-1, 16), short) is None
+    [warning] = check_apart(other[2048:].reshape(-1, 16), short, "/e.txt")
     assert "/e.txt: whether" in warning
     assert "cannot be told with windows of 16 tokens" in warning
     apart = other[: 4096 // window * window].reshape(-1, window)

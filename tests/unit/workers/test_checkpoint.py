@@ -11,13 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from rayprune.specs.errors import ModelError
-from rayprune.workers.model.checkpoint import (
-    INDEX_NAME,
-    MAX_JSON_BYTES,
-    SINGLE_NAME,
-    open_checkpoint,
-    read_header,
-)
+from rayprune.workers.model.checkpoint import open_checkpoint
+from rayprune.workers.model.folder import INDEX_NAME, MAX_JSON_BYTES, SINGLE_NAME, read_header
 from rayprune.workers.network.reading import layer_tensors
 from rayprune.workers.network.streamed import layers_of
 from tests.conftest import MakeModel, build_model, edit_json
@@ -93,7 +88,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (lambda f: (f / "config.json").unlink(), r"config\.json: no such file"),
     "config is a folder": (
         lambda f: replace_with_folder(f / "config.json"),
-        r"config\.json: cannot be read as JSON",
+        r"config\.json: cannot read a config or an index: Is a directory",
     ),
     "config cut": (
         lambda f: truncate(f / "config.json", 5),
@@ -174,7 +169,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "quantised": (
         lambda f: edit_json(f / "config.json", quantization_config={"bits": 4}),
-        "quantised weights cannot be pruned; save the model in a floating-point type",
+        "quantised weights cannot be pruned.*; take the model that they were made from",
     ),
     "split groups": (
         lambda f: edit_json(f / "config.json", num_key_value_heads=3),

@@ -188,7 +188,7 @@ def test_missing_head_keys_have_their_defaults() -> None:
         ({"num_attention_heads": 0}, "num_attention_heads must be a positive integer, found 0"),
         ({"intermediate_size": 1.5}, "intermediate_size must be a positive integer, found 1.5"),
         ({"head_dim": "8"}, "head_dim must be a positive integer, found '8'"),
-        ({"per_layer_config": [1]}, "per_layer_config must map layer numbers to sizes"),
+        ({"per_layer_config": [1]}, "per_layer_config must be a mapping of layer numbers to sizes"),
         ({"dtype": "int8"}, "dtype 'int8' is not supported"),
     ],
 )

@@ -7,10 +7,12 @@ import resource
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from rayprune.specs.errors import VerificationError
 from rayprune.workers.store.files import (
     MANIFEST_NAME,
     Task,
@@ -25,6 +27,7 @@ from rayprune.workers.store.files import (
     write_tensors,
     write_text,
 )
+from tests.conftest import edit_json, edit_manifest
 
 SHARED = torch.zeros(4)
 FAILING: dict[str, Callable[[Path], None]] = {
@@ -130,6 +133,72 @@ def test_a_manifest_cut_anywhere_is_none(tmp_path: Path) -> None:
         (tmp_path / MANIFEST_NAME).write_bytes(whole[:length])
         assert read_manifest(tmp_path) is None
     assert read_manifest(tmp_path / "absent") is None
+
+
+@pytest.mark.parametrize("value", [{"kept": {2: 0.5, 10: 1e-9}}, {"result": ["é", None, 1.0]}])
+def test_what_is_committed_is_what_is_read(value: dict[str, Any], tmp_path: Path) -> None:
+    """Numbers as keys too, which JSON does not know."""
+    written = commit(Task("t", tmp_path, {}), [], value)
+    assert read_manifest(tmp_path) == written
+    assert len(written.sha256) == 64
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"task": "other"},
+        {"fingerprint": "f"},
+        {"made_from": {"options": {}}},
+        {"files": {}},
+        {"info": {"n": 2}},
+        {"sha256": "0" * 64},
+        {"more": 1},
+    ],
+    ids=str,
+)
+def test_an_edited_manifest_is_none(change: dict[str, Any], tmp_path: Path) -> None:
+    write_text(tmp_path / "a", "one")
+    commit(Task("t", tmp_path, {}), ["a"], {"n": 1})
+    edit_json(tmp_path / MANIFEST_NAME, **change)
+    assert read_manifest(tmp_path) is None
+
+
+def test_a_manifest_of_an_earlier_version_is_read_and_not_trusted(tmp_path: Path) -> None:
+    commit(Task("t", tmp_path, {}), [], {"n": 1})
+    edit_json(tmp_path / MANIFEST_NAME, sha256=None)
+    manifest = read_manifest(tmp_path)
+    assert manifest is not None
+    assert damaged_files(tmp_path, manifest) == [MANIFEST_NAME]
+
+
+@pytest.mark.parametrize("name", ["../a", "/etc/passwd", "b/../../a", "..", ""])
+def test_a_manifest_that_names_files_elsewhere_is_none(name: str, tmp_path: Path) -> None:
+    commit(Task("t", tmp_path, {}), [], {})
+    files = {name: {"bytes": 3, "sha256": "0" * 64}}
+    edit_manifest(tmp_path, lambda value: value.update(files=files))
+    assert read_manifest(tmp_path) is None
+
+
+@pytest.mark.parametrize("place", ["a", "folder/a", MANIFEST_NAME])
+def test_a_link_is_no_file_of_a_task(place: str, tmp_path: Path) -> None:
+    task = Task("t", tmp_path / "task", {})
+    write_text(tmp_path / "task" / "a", "one")
+    write_text(tmp_path / "task" / "folder" / "a", "one")
+    manifest = commit(task, ["a", "folder/a"], {})
+    moved = task.folder / place.split("/")[0]
+    moved.rename(tmp_path / "elsewhere")
+    moved.symlink_to(tmp_path / "elsewhere")
+    assert damaged_files(task.folder, manifest) == ([place] if place != MANIFEST_NAME else [])
+    assert (read_manifest(task.folder) is None) == (place == MANIFEST_NAME)
+
+
+def test_a_file_that_is_known_to_be_another_is_not_recorded(tmp_path: Path) -> None:
+    write_text(tmp_path / "a", "one")
+    known = {"a": record_of(tmp_path / "a")}
+    write_text(tmp_path / "a", "two")
+    with pytest.raises(VerificationError, match="a: differs from what was written"):
+        commit(Task("t", tmp_path, {}), ["a"], {}, known)
+    assert read_manifest(tmp_path) is None
 
 
 def test_damaged_files_are_named(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from rayprune.workers.model.sized_layers import MODULE
 from rayprune.workers.network.load_check import check_loads
 from rayprune.workers.network.streamed import built_from
 from rayprune.workers.store.files import Task, commit, read_manifest
-from tests.conftest import MakeJob, MakeModel, edit_json
+from tests.conftest import MakeJob, MakeModel, edit_json, seal_report
 
 SPREAD = [{"heads": 1, "neurons": 48}, {"heads": 2, "neurons": 20}, {"heads": 0, "neurons": 48}]
 
@@ -109,6 +109,7 @@ def test_verify_of_somebody_elses_run_runs_no_code(
     assert done is not None
     task = Task(done.task, model, done.made_from)
     commit(task, [*done.files, code.name], done.info)
+    seal_report(run)
     capsys.readouterr()
     assert main(["verify", str(run)]) == 5
     assert str(code) in capsys.readouterr().err

@@ -14,8 +14,7 @@ from rayprune.specs.errors import SpecError
 from rayprune.specs.job import JobSpec
 from rayprune.specs.loader import load_job
 from rayprune.specs.memory import MemoryPlan
-from rayprune.workers.store.files import MANIFEST_NAME
-from tests.conftest import MakeJob, MakeModel
+from tests.conftest import MakeJob, MakeModel, edit_manifest
 
 
 @pytest.fixture
@@ -65,8 +64,10 @@ def test_hidden_states_of_another_kind_of_device_are_refused(
 ) -> None:
     # saves them
     steps(finished).collect(2, "heads", (0, 4))
-    manifest = finished[1] / "tasks" / "layer-0001" / MANIFEST_NAME
-    manifest.write_text(manifest.read_text().replace("cpu in float32", "cuda in bfloat16"))
+    edit_manifest(
+        finished[1] / "tasks" / "layer-0001",
+        lambda value: value["info"].update(computed_on="cuda in bfloat16"),
+    )
     with pytest.raises(
         SpecError,
         match=(

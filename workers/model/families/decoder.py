@@ -17,7 +17,7 @@ from rayprune.workers.model.description import (
     Shape,
     Shapes,
 )
-from rayprune.workers.model.families.family import Family
+from rayprune.workers.model.families.family import MOST_LAYERS, Family
 from rayprune.workers.model.families.parts import (
     ATTENTION,
     FFN,
@@ -31,6 +31,7 @@ from rayprune.workers.model.families.parts import (
 )
 from rayprune.workers.model.form import Form
 from rayprune.workers.model.sized_layers import sized_layers
+from rayprune.workers.model.values import check_layer_types, check_padding, check_values
 
 ROTARY = (".rotary_emb.inv_freq",)
 """Buffers in old files."""
@@ -125,6 +126,8 @@ class Decoder(Family):
     """Rows of it that no position reads."""
     tied: bool = False
     """Whether the head is the embedding matrix where the config does not say."""
+    pads: bool = True
+    """Whether the class keeps a row of the embeddings for the padding token."""
     module_names: Mapping[str, str] = field(default_factory=dict)
     recomputed: tuple[str, ...] = ROTARY
     fewer_heads: Callable[["Decoder", Config, int, str], Form] = any_number
@@ -162,7 +165,8 @@ class Decoder(Family):
         size = config.integer(keys.head_dim, default) if keys.head_dim else default
         if heads % groups:
             raise ModelError(
-                f"config.json: {keys.heads} ({heads}) is no multiple of {keys.kv_heads} ({groups})"
+                f"{config.file}: {keys.heads} ({heads}) is no multiple of {keys.kv_heads}"
+                f" ({groups})"
             )
         return Heads(heads, groups, size)
 
@@ -177,7 +181,7 @@ class Decoder(Family):
 
     def count_layers(self, config: Config) -> int:
         """How many layers a config says."""
-        return config.integer(self.keys.layers)
+        return config.integer(self.keys.layers, most=MOST_LAYERS)
 
     def keeping(self, config: Config, layers: Sequence[int]) -> dict[str, object]:
         """The keys that say that these layers stay."""
@@ -187,13 +191,17 @@ class Decoder(Family):
     def describe(self, config: Config) -> Model:
         """The model that a config says."""
         if problem := self.check(config):
-            raise ModelError(f"config.json: {problem}")
+            raise ModelError(f"{config.file}: {problem}")
+        check_values(config)
+        check_layer_types(config, self.count_layers(config))
         count = self.count_layers(config)
         layers = (self._layer(config),) * count
         if config.layers_differ:
             layers = tuple(self._layer(config.of_layer(layer)) for layer in range(count))
         hidden, vocabulary = self.hidden(config), config.integer(self.keys.vocabulary)
         tied = config.flag("tie_word_embeddings", self.tied)
+        if self.pads:
+            check_padding(config, vocabulary)
         return Model(
             model_type=config.model_type,
             auto_class="AutoModelForCausalLM",

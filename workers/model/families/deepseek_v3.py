@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from rayprune.workers.model.config import Config
 from rayprune.workers.model.description import Axis, Block, Consumer, Group, Layer, Shape, Shapes
+from rayprune.workers.model.families.family import MOST_LAYERS
 from rayprune.workers.model.families.parts import unit_parameters
 from rayprune.workers.model.families.planned import Planned, ffn_group, ffn_shapes
 
@@ -52,7 +53,10 @@ class _DeepseekV3(Planned):
         if not is_moe:
             ffn = (ffn_group("neurons", "mlp.", _NAMES, shapes, (1, 1)),)
         else:
-            count = (config.integer("n_routed_experts"), config.integer("num_experts_per_tok"))
+            count = (
+                config.integer("n_routed_experts", most=MOST_LAYERS),
+                config.integer("num_experts_per_tok"),
+            )
             ffn = (
                 ffn_group("experts", "mlp.experts.0.", _NAMES, shapes, count),
                 ffn_group("shared", "mlp.shared_experts.", _NAMES, shapes, (1, 1)),
@@ -98,7 +102,10 @@ def _dense(config: Config, hidden: int) -> dict[str, Shape]:
 
 
 def _experts(config: Config, hidden: int) -> dict[str, Shape]:
-    experts, width = config.integer("n_routed_experts"), config.integer("moe_intermediate_size")
+    experts, width = (
+        config.integer("n_routed_experts", most=MOST_LAYERS),
+        config.integer("moe_intermediate_size"),
+    )
     shapes: dict[str, Shape] = {"mlp.gate.weight": (experts, hidden)}
     shapes["mlp.gate.e_score_correction_bias"] = (experts,)
     for expert in range(experts):

@@ -138,6 +138,7 @@ FAMILY = _Falcon(
     last_norm="transformer.ln_f",
     tied=True,
     fewer_heads=_as_phi,
+    pads=False,
     sized_alike="Falcon's layers cannot be built with sizes of their own yet",
     check=_refused,
     varies=_variant,

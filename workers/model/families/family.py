@@ -9,6 +9,9 @@ from rayprune.workers.model.config import Config
 from rayprune.workers.model.description import Model, RemoteCode
 from rayprune.workers.model.form import Form
 
+MOST_LAYERS = 2**14
+"""No model has more; each is described."""
+
 
 class Family(ABC):
     """A model type. `architecture` is the class that transformers builds for it."""

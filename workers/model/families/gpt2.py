@@ -37,6 +37,7 @@ FAMILY = Decoder(
     position_table="transformer.wpe.weight",
     last_norm="transformer.ln_f",
     tied=True,
+    pads=False,
     recomputed=(".attn.bias", ".attn.masked_bias"),
     heads_stay="its class takes the head size from n_embd and n_head, so all heads have to stay",
     sized_alike="GPT-2's layers cannot be built with sizes of their own yet",

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rayprune.specs.errors import ModelError
 from rayprune.workers.model.config import Config
 from rayprune.workers.model.families.decoder import Decoder
 from rayprune.workers.model.families.parts import WITH_BIAS, Keys, Part
@@ -18,9 +17,8 @@ def _kinds(config: Config) -> list[str]:
         pairs = config.raw.get("attention_types") or [[["global", "local"], 12]]
         return [str(kind) for kinds, times in pairs for _ in range(times) for kind in kinds]  # type: ignore[attr-defined]
     except (TypeError, ValueError):
-        raise ModelError(
-            "config.json: attention_types must be pairs of kinds and how often they repeat"
-        ) from None
+        wanted = "pairs of kinds and how often they repeat"
+        raise config.wrong("attention_types", wanted) from None
 
 
 def _kind(config: Config, layer: int) -> dict[str, object]:
@@ -68,6 +66,7 @@ FAMILY = _GPTNeo(
     heads_stay="its class takes the head size from hidden_size and num_heads, so all heads have to"
     " stay",
     values_of_layer=_kind,
+    pads=False,
     sized_alike="GPT-Neo's layers cannot be built with sizes of their own yet",
     check=_refused,
 )

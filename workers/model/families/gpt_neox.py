@@ -80,6 +80,7 @@ FAMILY = Decoder(
     last_norm="gpt_neox.final_layer_norm",
     head="embed_out.weight",
     module_names={"embed_out.weight": "lm_head.weight"},
+    pads=False,
     recomputed=(".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias"),
     fewer_heads=_as_phi,
     sized_alike="GPT-NeoX's layers cannot be built with sizes of their own yet",

@@ -96,6 +96,7 @@ FAMILY = Decoder(
     head_bias="lm_head.bias",
     recomputed=(".attn.bias", ".attn.masked_bias", ".attn.embed_positions"),
     fewer_heads=_as_phi,
+    pads=False,
     sized_alike="GPT-J's layers cannot be built with sizes of their own yet",
     check=_refused,
 )

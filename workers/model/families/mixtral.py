@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from rayprune.workers.model.config import Config
 from rayprune.workers.model.description import Layer
 from rayprune.workers.model.families.decoder import Decoder
+from rayprune.workers.model.families.family import MOST_LAYERS
 from rayprune.workers.model.families.planned import Planned, ffn_group, ffn_shapes
 
 _EXPERTS = "block_sparse_moe"
@@ -23,7 +24,7 @@ class _Mixtral(Planned):
         dense = Decoder(self.architecture).describe(config).layers[0]
         attention = dense.group("heads")
         hidden, width = config.integer("hidden_size"), config.integer("intermediate_size")
-        experts = config.integer("num_local_experts")
+        experts = config.integer("num_local_experts", most=MOST_LAYERS)
         shapes = {n: shape for n, shape in dense.shapes.items() if not n.startswith("mlp.")}
         shapes[f"{_EXPERTS}.gate.weight"] = (experts, hidden)
         for expert in range(experts):

@@ -17,9 +17,10 @@ from rayprune.workers.model.description import (
     Shape,
     Shapes,
 )
-from rayprune.workers.model.families.family import Family
+from rayprune.workers.model.families.family import MOST_LAYERS, Family
 from rayprune.workers.model.families.parts import unit_parameters
 from rayprune.workers.model.form import Form
+from rayprune.workers.model.values import check_values
 
 _NORMS = ("input_layernorm", "post_attention_layernorm")
 _EMBEDDING, _NORM, _HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
@@ -39,7 +40,7 @@ class Planned(Family):
 
     def count_layers(self, config: Config) -> int:
         """How many layers a config says."""
-        return config.integer("num_hidden_layers")
+        return config.integer("num_hidden_layers", most=MOST_LAYERS)
 
     def keeping(self, config: Config, layers: Sequence[int]) -> dict[str, object]:
         """The key that says so many layers."""
@@ -48,6 +49,7 @@ class Planned(Family):
 
     def describe(self, config: Config) -> Model:
         """The model that a config says."""
+        check_values(config)
         hidden, vocabulary = config.integer("hidden_size"), config.integer("vocab_size")
         tied = config.flag("tie_word_embeddings")
         outer: dict[str, Shape] = {_EMBEDDING: (vocabulary, hidden), _NORM: (hidden,)}

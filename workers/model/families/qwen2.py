@@ -21,7 +21,7 @@ def slides_above(config: Config, layer: int) -> dict[str, object]:
     first = config.raw.get("max_window_layers", 28)
     slides = (
         config.flag("use_sliding_window")
-        and config.flag("sliding_window", True)
+        and bool(config.raw.get("sliding_window", True))
         and isinstance(first, int)
         and layer >= first
     )

@@ -39,6 +39,16 @@ class Refit(Protocol):
         """
         ...
 
+    def misfit(self, change_BK: Tensor, target_BM: Tensor, ridge: float) -> float:
+        """|Z_K C' - Z_P W_P' - E|^2 of what `solver` with this ridge has found for these targets,
+        less its share of the remainder, fp64.
+        """
+        ...
+
+    def remainder(self, weight_DF: Tensor) -> float:
+        """What the misfits of all outputs leave out, since it does not depend on the ridge."""
+        ...
+
 
 class Statistic(Protocol):
     """A sum over calibration tokens from which units are selected and corrections solved."""

@@ -4,7 +4,7 @@ Letters: T tokens, F width, D hidden, N rows, K kept columns, P pruned columns, 
 rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -193,13 +193,17 @@ class _RowsRefit:
         """W_P Z_P', in the coordinates of the square problem: D x min(N, K). Cost: 2 D N P flops,
         and 2 D N K for N >= K.
         """
-        pruned_P = complement(self._kept_K, self._width)
-        pruned_NP = self._columns(pruned_P)
         targets = self._scratch.empty(len(weight_DF), len(self._core), dtype=WIDE)
-        for rows, weight_BF in linalg.wide_blocks(weight_DF, pruned_P.device):
-            target_BN = weight_BF[:, pruned_P] @ pruned_NP.T
+        for rows, target_BN in self._lost(weight_DF):
             targets[rows] = target_BN if self._is_short else target_BN @ self._q
         return targets
+
+    def _lost(self, weight_DF: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """b = W_P Z_P' by blocks of outputs."""
+        pruned_P = complement(self._kept_K, self._width)
+        pruned_NP = self._columns(pruned_P)
+        for rows, weight_BF in linalg.wide_blocks(weight_DF, pruned_P.device):
+            yield rows, weight_BF[:, pruned_P] @ pruned_NP.T
 
     def solver(self, ridge: float) -> Solver:
         """QR of [R; sqrt(ridge) I], or of [L; sqrt(ridge) I]."""
@@ -212,3 +216,21 @@ class _RowsRefit:
             )
         solve = linalg.least_squares_solver(self._core, ridge)
         return lambda target_BN: solve(target_BN) @ self._q.T
+
+    def misfit(self, change_BK: Tensor, target_BM: Tensor, ridge: float) -> float:
+        """In the coordinates of the square problem. Cost: 2 B K M flops."""
+        output_BM = (
+            change_BK @ self._q @ self._core.T if self._is_short else change_BK @ self._core.T
+        )
+        return float((output_BM - target_BM).square().sum())
+
+    def remainder(self, weight_DF: Tensor) -> float:
+        """|b - b Q Q'|^2 of all outputs: what lies outside the kept columns' span. Cost: that of
+        the targets, and 2 D N K; nothing where rows are few.
+        """
+        if self._is_short:
+            return 0.0
+        return sum(
+            float((target_BN - target_BN @ self._q @ self._q.T).square().sum())
+            for _, target_BN in self._lost(weight_DF)
+        )

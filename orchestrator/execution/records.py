@@ -1,0 +1,74 @@
+"""What a report says of the files it stands on: digests of every task's manifest and of what lies
+beside it. With its own digest it is the beginning of a chain that ends at every file of the model.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rayprune.orchestrator.execution.run_folder import JOB_FILE, PAGE_FILE, PLAN_FILE, REPORT_FILE
+from rayprune.specs.errors import VerificationError
+from rayprune.workers.store.files import fingerprint, read_manifest, record_of
+from rayprune.workers.store.layout import TASKS, Scope, task_folder
+
+SEAL = "sha256"
+
+
+def records(run: Path) -> dict[str, dict[str, str]]:
+    """Digests of the manifests of the planned tasks, and of the files beside the report.
+
+    Raises:
+        VerificationError: a plan is missing or damaged.
+    """
+    found = {name: read_manifest(task_folder(run, name)) for name in planned_tasks(run)}
+    tasks = {name: manifest.sha256 for name, manifest in found.items() if manifest}
+    files = {name: record_of(run / name).sha256 for name in (JOB_FILE, PLAN_FILE, PAGE_FILE)}
+    return {"tasks": tasks, "files": files}
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A report's content with the digest of all of it."""
+    rest = {key: value for key, value in content.items() if key != SEAL}
+    return {**rest, SEAL: fingerprint(rest)}
+
+
+def read_sealed_report(run: Path) -> dict[str, Any]:
+    """The content of a finished run's report, as it was written.
+
+    Raises:
+        VerificationError: there is none, or it is another one.
+    """
+    path = run / REPORT_FILE
+    if not path.is_file():
+        raise VerificationError(f"{path}: no such file; run the job to its end first")
+    try:
+        content: dict[str, Any] = json.loads(path.read_bytes())
+        whole = content[SEAL] == sealed(content)[SEAL] and bool(content["records"]["tasks"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        whole = False
+    if not whole:
+        raise VerificationError(
+            f"{path}: is not as this version has written it; run the job again to write it anew"
+        )
+    return content
+
+
+def planned_tasks(run: Path) -> list[str]:
+    """The tasks of every pass over a model, by their names in the run folder.
+
+    Raises:
+        VerificationError: a plan is missing or damaged.
+    """
+    passes = [plan.parent for plan in sorted((run / TASKS).rglob(PLAN_FILE))]
+    scopes = [Scope(run), *(Scope(run, str(path.relative_to(run / TASKS))) for path in passes)]
+    return [scope.task(task) for scope in scopes for task in _tasks_of(scope)]
+
+
+def _tasks_of(scope: Scope) -> list[str]:
+    plan = scope.about / PLAN_FILE
+    try:
+        tasks: list[str] = json.loads(plan.read_bytes())["tasks"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise VerificationError(f"{plan}: missing or damaged; run the job again") from None
+    return tasks

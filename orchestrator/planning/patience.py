@@ -1,0 +1,46 @@
+"""After how long without progress a worker counts as hung: long after any step of the plan ends."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from rayprune.orchestrator.planning.plan import Plan
+from rayprune.specs.job import JobSpec
+
+LEAST_SECONDS = 600.0
+SLOWEST = {"cpu": 4e9, "cuda": 4e11}
+"""Floating-point operations in a second that every worker reaches, beside other work too."""
+SLOWEST_DISK = 10e6
+"""Bytes in a second."""
+SLOWEST_TEXT = 1e5
+"""Bytes of text in a second, tokenised."""
+
+
+def step_limit(job: JobSpec, plan: Plan) -> float:
+    """`parallel.step_seconds`; `auto`: all of a worker's work in one step, on the slowest machine.
+
+    After a loss one step may replay all layers, so no smaller part of the work is a bound.
+    """
+    if job.parallel.step_seconds != "auto":
+        return float(job.parallel.step_seconds)
+    text_bytes = sum(map(_size, _texts(job)))
+    tokens = text_bytes if job.evaluation else 0  # a token has a byte at least
+    for training in job.method.trainings:  # forward and backward, the forward pass twice
+        windows = training.epochs * (training.samples or job.calibration.samples)
+        tokens += int(4 * windows * job.calibration.sequence_length)
+    flops = sum(stage.flops for stage in plan.stages) + 2 * plan.model.active_parameters * tokens
+    return (
+        LEAST_SECONDS
+        + flops / plan.workers / SLOWEST[plan.device]
+        + plan.model.bytes_on_disk / SLOWEST_DISK
+        + text_bytes / SLOWEST_TEXT
+    )
+
+
+def _texts(job: JobSpec) -> Iterator[Path]:
+    for text in (job.calibration, *job.calibration.mix, *filter(None, [job.evaluation])):
+        path = Path(text.path)
+        yield from path.rglob("*") if path.is_dir() else [path]
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0

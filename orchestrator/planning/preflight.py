@@ -1,0 +1,201 @@
+"""What can be known of a job before any work, in about a second: everything that needs no tensor.
+`validate`, `plan` and `run` share it.
+"""
+
+import os
+import shutil
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import requires
+from importlib.util import find_spec
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+from rayprune.orchestrator.planning.disk import still_needed
+from rayprune.orchestrator.planning.plan import Plan, make_plan
+from rayprune.specs.errors import ResourceError, SpecError
+from rayprune.specs.job import EvaluationSpec, JobSpec, TextSpec
+from rayprune.workers.model.checkpoint import Checkpoint, open_checkpoint
+from rayprune.workers.store.files import read_manifest
+from rayprune.workers.store.layout import task_folder
+from rayprune.workers.texts.limits import (
+    check_counts,
+    check_ids,
+    check_other_text,
+    check_positions,
+    embedding_rows,
+    no_window,
+    too_few_samples,
+    windows_of_texts,
+)
+from rayprune.workers.texts.reading import (
+    CHARACTERS_PER_TOKEN,
+    QUICK_CHARACTERS,
+    Encode,
+    TextFacts,
+    check_text,
+)
+from rayprune.workers.texts.tokenizer import fast_encoder, has_template
+
+SPECIAL_TOKENS = 8
+"""So many tokens more than the fast tokenizer a text may have in the end: those that are added."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A job that may start: its model, and the plan with all warnings."""
+
+    checkpoint: Checkpoint
+    plan: Plan
+
+
+def check_job(job: JobSpec, out: Path | None = None) -> Checked:
+    """Check a job for a run, in the run folder `out` where it is known; nothing is written.
+
+    Raises:
+        SpecError: the job or a text is wrong.
+        ModelError: the model is missing, damaged or not supported.
+        ResourceError: packages, memory or disk are missing.
+    """
+    checkpoint = open_checkpoint(Path(job.model.path))
+    warnings = check_inputs(job, checkpoint)
+    check_packages(job)
+    plan = first_plan(job, checkpoint).noting(warnings)
+    if out is not None:
+        check_disk(out, plan)
+    return Checked(checkpoint, plan)
+
+
+def check_inputs(job: JobSpec, checkpoint: Checkpoint) -> list[str]:
+    """Check texts and tokenizer against the model; warnings.
+
+    Raises:
+        SpecError: a text is missing, of an unknown form, too short, or judged by itself; windows
+            are longer than learned positions.
+        ModelError: the tokenizer will not do, or gives tokens that the model has not.
+    """
+    spec, evaluation = job.calibration, job.evaluation
+    encode = fast_encoder(checkpoint.path)
+    warnings = check_positions(checkpoint, spec.sequence_length, "calibration.sequence_length")
+    read = windows_of_texts(spec.model_copy(update={"samples": job.windows_read}))
+    for text, count in read:
+        needed = count * spec.sequence_length
+        ids, facts = _looked_at(checkpoint, text, encode, needed)
+        if _is_less(facts, needed):
+            raise too_few_samples(text, count, spec.sequence_length, len(ids))
+        warnings += _said(ids[:needed], facts, text, needed)
+    if evaluation:
+        warnings += check_positions(checkpoint, evaluation.window, "evaluation.window")
+        needed = _evaluated(evaluation)
+        ids, facts = _looked_at(checkpoint, evaluation, encode, needed)
+        if _is_less(facts, evaluation.window):
+            raise no_window(evaluation, len(ids))
+        warnings += _said(ids[:needed], facts, evaluation, evaluation.window)
+        check_other_text([text for text, _ in read], evaluation)
+    return warnings
+
+
+def _evaluated(spec: EvaluationSpec) -> int:
+    """Tokens that an evaluation reads, as far as is looked at here."""
+    if spec.max_windows is None:
+        return QUICK_CHARACTERS
+    return (spec.max_windows - 1) * spec.effective_stride + spec.window
+
+
+def _looked_at(
+    checkpoint: Checkpoint, text: TextSpec, encode: Encode | None, needed: int
+) -> tuple[list[int], TextFacts]:
+    """The tokens of a text's beginning, all of which the model has.
+
+    Raises:
+        SpecError: the text will not do.
+        ModelError: the model has no embedding for a token.
+    """
+    most = min(QUICK_CHARACTERS, needed * CHARACTERS_PER_TOKEN)
+    ids, facts = check_text(text, encode, most)
+    if "chats" in facts.holds and not has_template(checkpoint.path):
+        raise SpecError(
+            f"{text.path}: holds chats, but the model has no chat template; put its"
+            " chat_template.jinja into the model folder, or give plain text"
+        )
+    check_ids(ids[:needed], embedding_rows(checkpoint), text.path, facts)
+    return ids, facts
+
+
+def _is_less(facts: TextFacts, needed: int) -> bool:
+    """Whether a text certainly has fewer tokens; a chat has more than what is said in it."""
+    if not facts.complete or facts.tokens is None or "chats" in facts.holds:
+        return False
+    return facts.tokens + SPECIAL_TOKENS < needed
+
+
+def _said(ids: list[int], facts: TextFacts, text: TextSpec, needed: int) -> list[str]:
+    whole = facts.complete or len(ids) >= needed
+    return check_counts(Counter(ids), text.path) if whole else []
+
+
+def first_plan(job: JobSpec, checkpoint: Checkpoint) -> Plan:
+    """The plan before the workers' device is known: `auto` counts as a CPU, or as a GPU where only
+    that will do.
+
+    Raises:
+        RaypruneError: as `make_plan` says.
+    """
+    try:
+        return make_plan(job, checkpoint)
+    except ResourceError:
+        if job.parallel.device == "auto":
+            with suppress(ResourceError):
+                return make_plan(job, checkpoint, device="cuda")
+        raise
+
+
+def check_packages(job: JobSpec) -> None:
+    """Miss what a training needs now, not after hours of other work.
+
+    Raises:
+        ResourceError: a package is not installed.
+    """
+    needed: list[str] = []
+    if job.trains_on_ranks and job.cluster.executor == "ray":
+        needed += _needs_of_ray_train()
+    if job.recover and job.recover.lora:
+        needed.append("peft")
+    if missing := [name for name in needed if find_spec(name) is None]:
+        raise ResourceError(
+            f"packages for training are missing ({', '.join(missing)}); install rayprune with its"
+            " extra: pip install 'rayprune[train]'"
+        )
+
+
+def _needs_of_ray_train() -> list[str]:
+    """Packages of Ray's own extra, whose modules have their names; Ray is not imported for it."""
+    needs = [Requirement(line) for line in requires("ray") or []]
+    extra = {"extra": "train"}
+    return [need.name for need in needs if need.marker and need.marker.evaluate(extra)]
+
+
+def check_disk(out: Path, plan: Plan) -> None:
+    """Miss room for the models and states that are yet to be written now, not after hours.
+
+    Raises:
+        SpecError: nothing can be written there at all.
+        ResourceError: there is less.
+    """
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise SpecError(
+            f"{out}: cannot be used as the run folder: {there} is no folder that can be written"
+            " to; choose another --out"
+        )
+    tasks = [need.task for need in plan.disk]
+    finished = {task for task in tasks if read_manifest(task_folder(out, task))}
+    needed, free = still_needed(plan.disk, finished), shutil.disk_usage(there).free
+    if free < needed:
+        left = ", ".join(task for task in tasks if task not in finished)
+        raise ResourceError(
+            f"{out}: what is yet to be written ({left}) needs {needed} bytes, {free} are free;"
+            " choose another --out"
+        )

@@ -1,0 +1,86 @@
+"""Whether the tensors of a folder are those that its config implies: all of them, and no others."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from rayprune.specs.errors import ModelError
+from rayprune.workers.model.description import Model, Shape
+from rayprune.workers.model.folder import CONFIG_NAME, TensorInfo
+
+Tensors = Mapping[str, TensorInfo]
+
+
+def prefixed(tensors: Tensors, model: Model) -> dict[str, TensorInfo]:
+    """Tensors by the description's names: a folder that the base class has saved lacks a prefix."""
+    prefix = f"{model.backbone}."
+    bare = f"{model.layers_at.removeprefix(prefix)}."
+    if any(n.startswith(f"{model.layers_at}.") for n in tensors) or not any(
+        n.startswith(bare) for n in tensors
+    ):
+        return dict(tensors)
+    outside = tuple(name for name in model.outer if not name.startswith(prefix))
+    return {n if n in outside else prefix + n: info for n, info in tensors.items()}
+
+
+def check_tensors(path: Path, model: Model, tensors: Tensors) -> None:
+    """Check tensors, by the description's names, against what the config implies.
+
+    Raises:
+        ModelError: one is missing, has another shape, or is not known.
+    """
+    known = dict(model.outer)
+    for number, layer in enumerate(model.layers):
+        prefix = model.prefix(number)
+        inside = {prefix + name: shape for name, shape in layer.shapes.items()}
+        for name, shape in inside.items():
+            _check(path, model, tensors, name, shape)
+        known |= inside
+    for name, shape in model.outer.items():
+        _check(path, model, tensors, name, shape)
+    if model.tied:
+        known[model.head] = known[model.embedding]
+    if stray := [name for name in tensors if name not in known]:
+        raise ModelError(f"{path}: holds {stray[0]}, {_unknown(model, stray[0])}")
+
+
+def _unknown(model: Model, name: str) -> str:
+    inside = f"{model.layers_at}."
+    number = name.removeprefix(inside).partition(".")[0]
+    if name.startswith(inside) and number.isdecimal() and int(number) >= model.num_layers:
+        return f"but {CONFIG_NAME} says {model.num_layers} layers; correct it, or fetch it again"
+    return (
+        f"which no causal language model of type {model.model_type} has: it would be lost; save the"
+        " model from AutoModelForCausalLM, with adapters merged"
+    )
+
+
+def _check(path: Path, model: Model, tensors: Tensors, name: str, shape: Shape) -> None:
+    found = tensors[name].shape if name in tensors else None
+    if found == shape:
+        return
+    if found is None:
+        raise ModelError(f"{path}: {name} is missing, {_why_missing(model, tensors, name, shape)}")
+    if name in (model.embedding, model.head) and found[1:] == shape[1:]:
+        raise ModelError(
+            f"{path}: {name} has {found[0]} rows, but {CONFIG_NAME} says vocab_size {shape[0]}, so"
+            f" transformers would not load it; set vocab_size: {found[0]} there if the tokenizer"
+            " has so many tokens, else fetch both again"
+        )
+    raise ModelError(
+        f"{path}: {name} has shape {found}, {CONFIG_NAME} implies {shape}; fetch both again"
+    )
+
+
+def _why_missing(model: Model, tensors: Tensors, name: str, shape: Shape) -> str:
+    implied = f"{CONFIG_NAME} implies {shape}"
+    if others := [n for n in tensors if n.endswith(f".{name}")]:
+        return f"{implied}; it is there as {others[0]}: rename the tensors, transformers reads none"
+    if name == model.head:
+        return (
+            f"{implied}; transformers would make it up at random: save the model with its head"
+            " (AutoModelForCausalLM), or set tie_word_embeddings: true if it is the embedding"
+            " matrix"
+        )
+    if name == model.embedding and model.tied and model.head in tensors:
+        return f"{implied}; only {model.head} is there: save the model anew with transformers"
+    return f"{implied}; correct the config, or fetch the model again"

@@ -1,0 +1,47 @@
+"""A folder as transformers itself reads it; no code that lies in it is run."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from rayprune.specs.errors import ModelError, RaypruneError
+from rayprune.workers.machine.shortage import is_out_of_memory
+
+MOST_WORDS = 400
+"""Characters that are shown of a foreign library's error."""
+
+
+def stock_config(model: Path) -> Any:
+    """The config as its class in transformers reads it.
+
+    Raises:
+        ModelError: the class refuses it.
+    """
+    file = model / "config.json"
+    with refused_by_transformers(file, "correct the value"):
+        return AutoConfig.from_pretrained(model, trust_remote_code=False, local_files_only=True)
+
+
+@contextmanager
+def refused_by_transformers(file: Path, remedy: str) -> Iterator[None]:
+    """Turn whatever transformers raises on a damaged or odd file into an error that names it.
+
+    Raises:
+        ModelError: instead.
+    """
+    try:
+        yield
+    except (RaypruneError, MemoryError):
+        raise
+    # a wrong value is met with KeyError, TypeError, AssertionError, even plain Exception
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        words = " ".join(str(error).split()) or "no reason given"
+        raise ModelError(
+            f"{file}: transformers refuses it: {type(error).__name__}: {words[:MOST_WORDS]};"
+            f" {remedy}"
+        ) from error

@@ -1,0 +1,148 @@
+"""What a model sets as limits to texts and windows: its tokens and its positions. No torch."""
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+
+from rayprune.specs.errors import ModelError, RaypruneError, SpecError
+from rayprune.specs.job import CalibrationSpec, EvaluationSpec, TextSpec
+from rayprune.workers.model.checkpoint import Checkpoint
+from rayprune.workers.texts.reading import TextFacts
+
+MUCH_OF_ONE, ALL_OF_ONE = 0.5, 0.98
+"""Parts of a text that may be one and the same token: with more, a warning, an error."""
+
+
+def windows_of_texts(spec: CalibrationSpec) -> list[tuple[TextSpec, int]]:
+    """The calibration texts, with how many windows are taken from each.
+
+    Raises:
+        SpecError: a text's weight is too small for a single window.
+    """
+    texts: list[TextSpec] = [spec, *spec.mix]
+    counts = shares(spec.samples, [1.0, *(text.weight for text in spec.mix)])
+    for text, count in zip(texts, counts, strict=True):
+        if count == 0:
+            raise SpecError(
+                f"{text.path}: its weight gives it none of the {spec.samples} samples; raise the"
+                " weight or calibration.samples"
+            )
+    return list(zip(texts, counts, strict=True))
+
+
+def shares(total: int, weights: Sequence[float]) -> list[int]:
+    """`total` things in proportion to weights, whole ones: the largest remainders round up, ties
+    the earlier first.
+    """
+    exact = [total * weight / sum(weights) for weight in weights]
+    counts = [int(share) for share in exact]
+    by_remainder = sorted(
+        range(len(weights)), key=lambda number: (counts[number] - exact[number], number)
+    )
+    for number in by_remainder[: total - sum(counts)]:
+        counts[number] += 1
+    return counts
+
+
+def too_few_samples(spec: TextSpec, samples: int, length: int, found: int) -> SpecError:
+    """The error of a text that has fewer tokens than so many windows need."""
+    return SpecError(
+        f"{spec.path}: too short: {samples} samples of {length} tokens need"
+        f" {samples * length} tokens, the text has {found}; give a longer text,"
+        " or lower calibration.samples or calibration.sequence_length"
+    )
+
+
+def no_window(spec: EvaluationSpec, found: int) -> SpecError:
+    """The error of an evaluation text that is shorter than one window."""
+    return SpecError(
+        f"{spec.path}: too short: one window needs {spec.window} tokens, the text has"
+        f" {found}; lower evaluation.window"
+    )
+
+
+def embedding_rows(checkpoint: Checkpoint) -> int | None:
+    """Rows of the embedding matrix on disk; None: not found."""
+    info = checkpoint.tensors.get(checkpoint.model.embedding)
+    return info.shape[0] if info else None
+
+
+def unknown_token(
+    path: str, token: int, alike: int, total: int, rows: int, facts: TextFacts | None
+) -> RaypruneError:
+    """The error of a token that the model has no embedding for: `alike` of `total` are like it."""
+    found = (
+        f"{path}: token {token} ({alike} of {total} tokens are like it),"
+        f" but the model's embeddings have {rows} rows"
+    )
+    if facts is not None and "token ids" in facts.holds:
+        return SpecError(f"{found}; give token ids of this model")
+    return ModelError(
+        f"{found}: the tokenizer is larger than the model; copy the tokenizer that belongs to it,"
+        " or give the model its rows (resize_token_embeddings)"
+    )
+
+
+def check_ids(ids: Sequence[int], rows: int | None, path: str, facts: TextFacts) -> None:
+    """Check that the model has an embedding for every token.
+
+    Raises:
+        ModelError: the tokenizer gives a token that it has not.
+        SpecError: a text that consists of token ids holds one that it has not.
+    """
+    if rows is not None and (unknown := [token for token in ids if token >= rows]):
+        raise unknown_token(path, unknown[0], len(unknown), len(ids), rows, facts)
+
+
+def check_counts(counts: Counter[int], path: str) -> list[str]:
+    """Warnings about a text that says little, from how often every token occurs in it.
+
+    Raises:
+        SpecError: nearly all of it is one token.
+    """
+    if not counts:
+        return []
+    ((token, most),) = counts.most_common(1)
+    total = counts.total()
+    if most <= MUCH_OF_ONE * total:
+        return []
+    found = (
+        f"{path}: {most / total:.0%} of the {total:,} tokens that are read are token {token}, and"
+        f" {len(counts)} tokens occur at all"
+    )
+    if most > ALL_OF_ONE * total:
+        raise SpecError(f"{found}; give a text that says something")
+    return [f"{found}: what is kept will suit little else"]
+
+
+def check_positions(checkpoint: Checkpoint, length: int, option: str) -> list[str]:
+    """Warnings about windows that are longer than the model's positions.
+
+    Raises:
+        SpecError: the model has none beyond them.
+    """
+    limit = checkpoint.model.positions
+    if limit is None or length <= limit:
+        return []
+    found = f"{option}: {length} tokens, but the model's config says {limit} positions"
+    if checkpoint.model.position_table:
+        raise SpecError(f"{found}, and it has learned no others; set {option}: {limit}")
+    return [f"{found}: it was not trained on longer texts; {option}: {limit} is safe"]
+
+
+def check_other_text(read: Sequence[TextSpec], evaluation: TextSpec) -> None:
+    """Refuse to judge a model by the very text that it is calibrated or trained on.
+
+    Raises:
+        SpecError: both are read from the same file.
+    """
+    for text in read:
+        try:
+            same = os.path.samefile(text.path, evaluation.path)
+        except OSError:  # said where it is read
+            continue
+        if same and text.field == evaluation.field:
+            raise SpecError(
+                f"evaluation.path: {evaluation.path}: is read for calibration or training too, so"
+                " perplexity would flatter the pruned model; evaluate on other text"
+            )

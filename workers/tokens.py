@@ -1,0 +1,101 @@
+"""The tokens of a job's texts, and what is checked of them before any other work."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rayprune.specs.job import JobSpec
+from rayprune.workers.calibration import ReadText, load_tokenizer, read_calibration, read_evaluation
+from rayprune.workers.model.checkpoint import Checkpoint, open_checkpoint
+from rayprune.workers.texts.checks import check_apart, check_known, check_varied
+from rayprune.workers.texts.limits import check_positions, embedding_rows
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Windows (S, T), the texts that they are from, and warnings."""
+
+    windows_ST: Tensor
+    texts: list[ReadText]
+    warnings: list[str]
+
+
+@dataclass(frozen=True)
+class JobTexts:
+    """The texts of a job, tokenised for its model."""
+
+    job: JobSpec
+    checkpoint: Checkpoint
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's own."""
+        return load_tokenizer(self.checkpoint.path)
+
+    def calibration(self) -> Tokens:
+        """The calibration windows; what only a training reads is checked too.
+
+        Raises:
+            SpecError: a text is too short, or says nothing.
+            ModelError: the model has no embedding for a token.
+        """
+        spec = self.job.calibration
+        windows_ST, texts = read_calibration(spec, self.tokenizer)
+        read = self._all_read()[1] if self._reads_more else texts
+        warnings = self._checked(read, spec.sequence_length, "calibration.sequence_length")
+        return Tokens(windows_ST, texts, warnings)
+
+    def evaluation(self, calibration_ST: Tensor) -> Tokens:
+        """The evaluation windows of a job that has some.
+
+        Raises:
+            SpecError: the text is too short, says nothing, or was calibrated or trained on.
+            ModelError: the model has no embedding for a token.
+        """
+        spec = self.job.evaluation
+        assert spec is not None
+        text = read_evaluation(spec, self.tokenizer)
+        warnings = self._checked([text], spec.window, "evaluation.window")
+        apart = check_apart(self.all_read(calibration_ST), text.windows_NT, spec.path)
+        return Tokens(text.windows_NT, [text], warnings + apart)
+
+    def all_read(self, given_ST: Tensor) -> Tensor:
+        """All windows that the job reads of its calibration text: those of the calibration,
+        `given`, unless a training takes more (S, T).
+        """
+        return self._all_read()[0] if self._reads_more else given_ST
+
+    @property
+    def _reads_more(self) -> bool:
+        """Whether a training takes more windows than the calibration."""
+        return self.job.windows_read > self.job.calibration.samples
+
+    def _all_read(self) -> tuple[Tensor, list[ReadText]]:
+        read = self.job.calibration.model_copy(update={"samples": self.job.windows_read})
+        return read_calibration(read, self.tokenizer)
+
+    def _checked(self, texts: list[ReadText], length: int, option: str) -> list[str]:
+        rows = embedding_rows(self.checkpoint)
+        for text in texts:
+            check_known(text.windows_NT, rows, text.path, text.facts)
+        return check_positions(self.checkpoint, length, option) + [
+            warning for text in texts for warning in check_varied(text.windows_NT, text.path)
+        ]
+
+
+def check_tokens(job: JobSpec) -> list[str]:
+    """Tokenise all texts of a job and check them, as a run does first; warnings.
+
+    Raises:
+        SpecError: a text will not do.
+        ModelError: the model or its tokenizer will not do.
+    """
+    texts = JobTexts(job, open_checkpoint(Path(job.model.path)))
+    calibration = texts.calibration()
+    found = calibration.warnings
+    if job.evaluation:
+        found = found + texts.evaluation(calibration.windows_ST).warnings
+    return found
