@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from rayprune.orchestrator.planning.plan import Plan, make_plan
 from rayprune.orchestrator.planning.shapes import MAX_OPEN_SHAPES, Shape
-from rayprune.orchestrator.reporting.plan_view import print_plan
+from rayprune.orchestrator.reporting.plan_view import plan_parts, print_plan
 from rayprune.specs.errors import ResourceError, SpecError
 from rayprune.specs.job import JobSpec
 from rayprune.specs.loader import load_job
@@ -341,3 +341,11 @@ def test_the_mask_of_a_training_costs_what_the_method_that_chooses_it_does(
 
     assert flops({"name": "dress", "mask": "obs"}) == flops({"name": "obs"})
     assert flops({"name": "dress"}) == [0]
+
+
+def test_the_plan_says_which_units_stay_and_why(make_model: MakeModel, make_job: MakeJob) -> None:
+    plan, _, _ = planned(make_model("olmo2"), make_job, budget={"sparsity": 0.2})
+    assert plan.shape.kept["heads"] == 2
+    (said,) = [part for part in plan_parts(plan) if "stay" in str(part)]
+    assert str(said).startswith("all KV groups stay: its norms of queries and keys stretch over")
+    assert plan.document()["stays"].keys() == {"heads"}
