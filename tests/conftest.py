@@ -29,12 +29,22 @@ from benchmarks.random_model import SIZES, byte_tokenizer
 from rayprune.orchestrator.execution.records import records, sealed
 from rayprune.orchestrator.execution.run_folder import REPORT_FILE
 from rayprune.workers.model.families import family_named
-from rayprune.workers.model.families.decoder import Decoder, Keys
+from rayprune.workers.model.families.decoder import Decoder
+from rayprune.workers.model.families.parts import Keys
 from rayprune.workers.store.files import MANIFEST_NAME
 
 torch.set_num_threads(1)
 
+WINDOW = {"sliding_window": 8}
 OF_FAMILY: dict[str, dict[str, Any]] = {
+    "cohere2": WINDOW,
+    "exaone4": WINDOW,
+    "falcon": {"new_decoder_architecture": True},
+    "gemma3_text": WINDOW,
+    "gpt_neo": {"window_size": 8},
+    "gptj": {"rotary_dim": 4},
+    "ministral": WINDOW,
+    "olmo3": WINDOW,
     "granite": {  # by default all are 1, and nothing that overlooks one would show
         "attention_multiplier": 0.2,
         "embedding_multiplier": 2.0,
@@ -43,7 +53,16 @@ OF_FAMILY: dict[str, dict[str, Any]] = {
     },
     "gpt2": {"n_positions": 256},
 }
-"""Keys that only one family has."""
+"""Keys that only one family has, or that show what it does."""
+WORKED_OUT: dict[str, dict[str, Callable[[dict[str, Any]], Any]]] = {
+    "gpt_neo": {
+        "attention_types": lambda given: [
+            [[["global", "local"][n % 2] for n in range(given["num_hidden_layers"])], 1]
+        ]
+    },
+    "helium": {"head_dim": lambda given: given["hidden_size"] // given["num_attention_heads"]},
+}
+"""Keys that must fit others."""
 
 _MODELS = tempfile.TemporaryDirectory(prefix="models-")
 _BUILT: dict[str, Path] = {}
@@ -57,6 +76,7 @@ def raw_config(model_type: str, **changes: Any) -> dict[str, Any]:
     of sizes that it has not are left out.
     """
     given = SIZES | OF_FAMILY.get(model_type, {}) | changes
+    given |= {key: value(given) for key, value in WORKED_OUT.get(model_type, {}).items()}
     family = family_named(model_type)
     if isinstance(family, Decoder):
         own = {getattr(Keys, key.name): getattr(family.keys, key.name) for key in fields(Keys)}

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 
 from rayprune.workers.machine.scratch import Scratch
+from rayprune.workers.model.config import Config
+from rayprune.workers.model.families import family_named, prunable
+from rayprune.workers.model.families.decoder import Decoder
 
 SCRATCH = Scratch(torch.device("cpu"), None)
 """Plain memory on the CPU."""
@@ -21,6 +24,27 @@ def some(values: Iterable[Any], *quick: Any) -> list[Any]:
     """Parameters of a test that sees the same with each of them: only these few are fast tests."""
     return [
         pytest.param(value, marks=[] if value in quick else pytest.mark.slow) for value in values
+    ]
+
+
+def families(*but: str) -> list[Any]:
+    """Parameters of a test that sees the same with every family that can be pruned: fast tests with
+    those of `OF_EACH_KIND`.
+    """
+    return some([name for name in prunable() if name not in but], *OF_EACH_KIND)
+
+
+OF_EACH_KIND = ("llama", "gemma2", "gpt2", "gpt_neox", "falcon", "opt", "bloom")
+"""Plain; norms behind blocks; transposed; written as another; in place; no block; nothing cut."""
+
+
+def normalised() -> list[str]:
+    """Families that do not add their blocks' outputs as they are."""
+    found = {name: family_named(name) for name in prunable()}
+    return [
+        name
+        for name, family in found.items()
+        if isinstance(family, Decoder) and family.scale(Config({})) is None
     ]
 
 

@@ -63,6 +63,8 @@ class PlannedModel:
     units: dict[str, int]
     titles: dict[str, str]
     """What the units of every group are called."""
+    stays: dict[str, str]
+    """Why all units of a group have to stay, of the groups of which they do."""
     parameters: int
     active_parameters: int
     decoder_parameters: int
@@ -254,6 +256,7 @@ def _planned_model(checkpoint: Checkpoint, load: Workload) -> PlannedModel:
         num_layers=checkpoint.num_layers,
         units=model.units,
         titles={group.name: group.title for group in model.groups},
+        stays={group.name: group.fixed for group in model.groups if group.fixed},
         parameters=checkpoint.parameters,
         active_parameters=load.active_parameters + load.outer_parameters,
         decoder_parameters=checkpoint.decoder_parameters,

@@ -100,6 +100,8 @@ def _shapes(plan: "Plan") -> Iterator[Part]:
     if plan.shapes[0].latency_ms:
         rows.append([LATENCY, *(f"{shape.latency_ms:.2f}" for shape in plan.shapes)])
     yield Table(title, ["", *(str(number + 1) for number in range(len(plan.shapes)))], rows)
+    for name, reason in plan.model.stays.items():
+        yield f"all {plan.model.titles[name]} stay: {reason}"
 
 
 def _memory(plan: "Plan") -> Iterator[Part]:

@@ -1,6 +1,7 @@
 """A job from YAML to a folder that plain transformers loads, for every family and both routes."""
 
 import json
+import re
 import string
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,8 @@ from rayprune.specs.errors import ModelError, SpecError
 from rayprune.specs.loader import load_job
 from rayprune.specs.methods.ranking import RANKINGS
 from rayprune.workers.model.checkpoint import open_checkpoint
-from rayprune.workers.model.families import prunable
 from tests.conftest import MakeJob, MakeModel, edit_json, folder_bytes
-from tests.helpers import some
+from tests.helpers import families, some
 
 
 def run(job: Path, out: Path, *overrides: str) -> dict[str, Any]:
@@ -38,16 +38,16 @@ def load(folder: Path) -> Any:
     return model.eval()
 
 
-@pytest.mark.parametrize("model_type", some(prunable(), "llama", "gpt_neox"))
+@pytest.mark.parametrize("model_type", families())
 @pytest.mark.parametrize("part", [1, 2])
 def test_every_family_loads_and_generates(
     model_type: str, part: int, make_model: MakeModel, make_job: MakeJob, tmp_path: Path
 ) -> None:
     dense = make_model(model_type)
-    heads = open_checkpoint(dense).model.layers[0].group("heads")
+    heads, neurons = open_checkpoint(dense).model.layers[0].groups
     job = make_job(dense, budget={"kv_groups": heads.num_units // part})
-    if part > 1 and heads.fixed:
-        with pytest.raises(SpecError, match=heads.fixed):
+    if refused := (part > 1 and heads.fixed) or neurons.fixed:
+        with pytest.raises(SpecError, match=re.escape(refused)):
             run_job(load_job(job), tmp_path / "run", lambda event: None)
         return
     report = run(job, tmp_path / "run")

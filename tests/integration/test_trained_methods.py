@@ -101,6 +101,31 @@ def test_dress_trains_every_layer_alone(
     assert folder_bytes(tmp_path / "cut" / "model") == folder_bytes(tmp_path / "run" / "model")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model_type", "method"),
+    [
+        *((name, {"name": "trsp"}) for name in ("bloom", "mpt", "gpt_neo", "gpt2")),
+        *((name, {"name": "dress", "scope": "layer"}) for name in ("falcon", "gpt_neo", "opt")),
+    ],
+)
+def test_layers_of_every_build_are_trained(
+    model_type: str,
+    method: dict[str, Any],
+    make_model: MakeModel,
+    make_job: MakeJob,
+    tmp_path: Path,
+) -> None:
+    """Layers that return tuples, and an FFN that is no module; BLOOM and MPT lose whole layers."""
+    dense = make_model(model_type, num_hidden_layers=4)
+    gates = {"gates": TRAINING} if method["name"] == "trsp" else {}
+    job = make_job(dense, method={**method, "training": TRAINING, **gates})
+    report = run_job(load_job(job), tmp_path / "run", quiet)
+    network = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    assert sum(p.numel() for p in network.parameters()) == report.parameters.after
+    assert report.decoder_parameters.after <= 0.75 * report.decoder_parameters.before
+
+
 @pytest.mark.parametrize("transfer", some(["shrink", "penalty"], "shrink"))
 def test_trsp_removes_the_layers_that_its_gates_choose(
     transfer: str, make_model: MakeModel, make_job: MakeJob, tmp_path: Path

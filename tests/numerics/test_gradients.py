@@ -13,10 +13,10 @@ from torch import Tensor
 from rayprune.specs.errors import ModelError
 from rayprune.workers.machine.scratch import Scratch
 from rayprune.workers.model.checkpoint import open_checkpoint
-from rayprune.workers.model.families import prunable
 from rayprune.workers.network.streamed import StreamedModel, layers_of, whole_model
 from rayprune.workers.passes.gradients import added, squared_gradients
 from tests.conftest import MakeModel
+from tests.helpers import families
 
 WINDOWS = [
     torch.tensor([[3, 77, 15, 200, 9, 31, 8, 120]]),
@@ -40,7 +40,7 @@ def loss_of(model: Any, window: Tensor, seed: int = 0) -> Tensor:
     return -log_p.gather(1, drawn).sum()
 
 
-@pytest.mark.parametrize("model_type", prunable())
+@pytest.mark.parametrize("model_type", families())
 def test_layer_by_layer_they_are_those_of_the_whole_model(
     model_type: str, make_model: MakeModel
 ) -> None:

@@ -61,10 +61,15 @@ class Block:
     scale: float | None = 1.0
     """What its output is multiplied by where it is added to the residual stream; None: it is not
     added as it is, something else works on it first."""
+    tensors: tuple[str, ...] = ()
+    """What names of the tensors begin with that go when no unit stays; empty: those of the
+    module."""
+    flat: bool = False
+    """Whether it works on (B * T, D), where others work on (B, T, D)."""
 
     def holds(self, name: str) -> bool:
-        """Whether a tensor of the layer belongs to the block, and goes when no unit stays."""
-        return name.startswith(f"{self.module}.")
+        """Whether a tensor of the layer goes when no unit stays."""
+        return name.startswith(self.tensors or f"{self.module}.")
 
 
 @dataclass(frozen=True)
@@ -190,6 +195,8 @@ class Model:
     """Whether the head is the embedding matrix."""
     dtype: str
     """Type of the weights by the config, as torch calls it."""
+    layer_returns: int = 0
+    """Length of the tuple that a layer returns, hidden states first; 0: it returns those."""
     positions: int | None = None
     """Positions by the config, at most; None: it says none."""
     position_table: str | None = None

@@ -29,6 +29,8 @@ class Form:
     """Keys of the config that are added or differ."""
     dropped: tuple[str, ...] = ()
     """Keys of the original's config that the form does not have."""
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """Keys that the form calls otherwise, those of `changes` too: the original's to the form's."""
     layers_at: str | None = None
     """What names of layers begin with; None: as in the original."""
     layer: Convert = dict

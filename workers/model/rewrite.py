@@ -61,7 +61,7 @@ def _patched(config: Config, kept: Mapping[str, int], target: str, dtype: str) -
     if dtype != "auto":
         named = [key for key in ("dtype", "torch_dtype") if key in config.raw] or ["dtype"]
         changes |= dict.fromkeys(named, dtype)
-    return result | changes
+    return {form.renamed.get(key, key): value for key, value in (result | changes).items()}
 
 
 def _of_sizes(config: Config, layers: Sequence[Mapping[str, int]], dtype: str) -> Written:
@@ -96,7 +96,7 @@ def of_layers(config: Config, layers: Sequence[int]) -> Config:
     if len(layers) == count:
         return config
     cut = {key: [values[n] for n in layers] for key, values in layer_lists(config).items()}
-    changed = family_of(config).of_count(len(layers))
+    changed = family_of(config).keeping(config, layers)
     return Config({**config.raw, **cut, **changed})
 
 

@@ -45,12 +45,14 @@ _ROPE_NEEDS = {
 _LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
 _ROPE_ALIASES = {"su"}
 """Old names that config classes translate."""
-_ACTIVATION_KEYS = ("hidden_act", "hidden_activation", "activation_function")
+_ACTIVATION_KEYS = ("hidden_act", "hidden_activation", "activation_function", "activation")
 _ROPE_KEYS = ("rope_parameters", "rope_scaling")
 _POSITIVE = (
     "rms_norm_eps",
     "layer_norm_eps",
     "layer_norm_epsilon",
+    "norm_eps",
+    "norm_epsilon",
     "rope_theta",
     "rotary_emb_base",
     "query_pre_attn_scalar",

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from rayprune.workers.model.description import Block, Group
 from rayprune.workers.network.slicing import Cut
-from rayprune.workers.network.streamed import MicroBatch, hooked
+from rayprune.workers.network.streamed import MicroBatch, hooked, output_of, returned
 from rayprune.workers.numerics.linalg import unit_rows
 
 
@@ -30,16 +30,17 @@ class _Catch(nn.Module):
 
 
 class _Constant(nn.Module):
-    """Stands for a block whose output is known."""
+    """Stands for a block whose output (B, T, D) is known."""
 
     def __init__(self, output: Tensor, block: Block) -> None:
         super().__init__()
-        self.output, self.returns = output, block.returns
+        self.output, self.block = output, block
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The known output, whatever comes in."""
+        """A copy of the known output, whatever comes in: some layers add to it in place."""
         del args, kwargs
-        return (self.output, *[None] * (self.returns - 1)) if self.returns else self.output
+        output = self.output.flatten(0, 1) if self.block.flat else self.output
+        return returned(output.clone(), self.block.returns)
 
 
 @contextmanager
@@ -56,9 +57,9 @@ def _swapped(layer: nn.Module, replacements: Mapping[str, nn.Module]) -> Iterato
 
 def _run(layer: nn.Module, index: int, batch: MicroBatch, swaps: Mapping[str, nn.Module]) -> Tensor:
     args, kwargs = batch.arguments[index]
+    hidden_BTD = batch.hidden_BTD.to(_device(layer))  # once swapped it may have no parameters left
     with _swapped(layer, swaps):
-        result: Tensor = layer(batch.hidden_BTD.to(_device(layer)), *args, **kwargs)
-    return result
+        return output_of(layer(hidden_BTD, *args, **kwargs))
 
 
 def _device(layer: nn.Module) -> torch.device:
@@ -81,7 +82,9 @@ def _outputs_noted(
 
     def noting(block: Block) -> Callable[[nn.Module, Any, Any], None]:
         def _note(module: nn.Module, args: Any, output: Any) -> None:
-            batch.outputs[block.module] = batch.store(output[0] if block.returns else output)
+            # a copy: some layers go on with it in place
+            output_BTD = output_of(output).clone().view_as(batch.hidden_BTD)
+            batch.outputs[block.module] = batch.store(output_BTD)
 
         return _note
 
@@ -108,10 +111,15 @@ def consumer_input(
             with _outputs_noted(layer, groups, batch):
                 _run(layer, index, batch, swaps)
         except _CaughtInput as caught:
-            batch.inputs[name] = caught.value
+            batch.inputs[name] = _by_window(caught.value, batch)
         else:
             raise RuntimeError(f"layer {index} never called {consumer}")
     return batch.inputs[name]
+
+
+def _by_window(z: Tensor, batch: MicroBatch) -> Tensor:
+    """A consumer's input as (B, T, F): some layers flatten it."""
+    return z.view(*batch.hidden_BTD.shape[:2], -1)
 
 
 def stream_before(batch: MicroBatch, groups: Mapping[str, Group], name: str) -> Tensor:
@@ -175,7 +183,7 @@ def apply_cut(
     # of a matrix: 8 times faster than z_BTF[..., columns]
     kept_TK = z_BTF.flatten(0, -2).index_select(1, columns)
     output_TD = nn.functional.linear(kept_TK, weight_DK, bias)
-    batch.outputs[group.block.module] = batch.store(output_TD.unflatten(0, z_BTF.shape[:-1]))
+    batch.outputs[group.block.module] = batch.store(output_TD.unflatten(0, z_BTF.shape[:2]))
     del batch.inputs[name]
 
 
@@ -218,7 +226,7 @@ def dense_pass(
     """
     with _inputs_noted(layer, groups) as inputs:
         batch.hidden_BTD = batch.store(_run(layer, index, batch, {}))
-    return inputs
+    return {name: _by_window(z, batch) for name, z in inputs.items()}
 
 
 def backward(
@@ -234,4 +242,5 @@ def backward(
     with _inputs_noted(layer, groups) as inputs:
         output_BTD = _run(layer, index, MicroBatch(given_BTD, arguments), {})
     before_BTD, *found = torch.autograd.grad(output_BTD, [given_BTD, *inputs.values()], behind_BTD)
-    return before_BTD, dict(zip(inputs, found, strict=True))
+    by_window = [_by_window(gradient, batch) for gradient in found]
+    return before_BTD, dict(zip(inputs, by_window, strict=True))

@@ -51,24 +51,35 @@ class MicroBatch:
 
 
 class _Recorder(nn.Module):
-    """Stands for a layer: notes its arguments and passes the hidden states on, or returns given
-    ones.
+    """Stands for a layer: notes its arguments and passes the hidden states on, or gives others; in
+    a tuple of so many, if the layer returns one.
     """
 
-    def __init__(self, wrapped: nn.Module, returns: Tensor | None = None) -> None:
+    def __init__(self, wrapped: nn.Module, returns: int, others: Tensor | None = None) -> None:
         super().__init__()
         # not a submodule: only its plain attributes are looked up
         self.__dict__["wrapped"] = wrapped
-        self.returns = returns
+        self.returns, self.others = returns, others
         self.arguments: LayerArguments | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["wrapped"], name)
 
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Note the arguments."""
         self.arguments = (args, kwargs)
-        return hidden if self.returns is None else self.returns
+        return returned(hidden if self.others is None else self.others, self.returns)
+
+
+def returned(output: Tensor, returns: int) -> Any:
+    """An output as a module gives it back: in a tuple of so many, or by itself if 0."""
+    return (output, *[None] * (returns - 1)) if returns else output
+
+
+def output_of(result: Any) -> Tensor:
+    """The output that a module has given back, by itself or first in a tuple."""
+    output: Tensor = result[0] if isinstance(result, tuple) else result
+    return output
 
 
 @contextmanager
@@ -189,7 +200,7 @@ class StreamedModel:
         """Embeddings of some windows, with the arguments of every layer: recorded, or those of
         `reuse`, a batch of the same shape.
         """
-        recorders = [_Recorder(layer) for layer in self._layers]
+        recorders = [_Recorder(layer, self._described.layer_returns) for layer in self._layers]
         self._put(recorders[:1] if reuse else recorders)
         caught: list[Tensor] = []
         backbone = self._model.get_submodule(self._described.backbone)
@@ -202,7 +213,8 @@ class StreamedModel:
 
     def logits(self, tokens_BT: Tensor, hidden_BTD: Tensor) -> Tensor:
         """Output of the stock model whose last layer returned `hidden_BTD`."""
-        self._put([_Recorder(self._layers[0], hidden_BTD.to(self.device))])
+        returns = self._described.layer_returns
+        self._put([_Recorder(self._layers[0], returns, hidden_BTD.to(self.device))])
         logits: Tensor = self._model(input_ids=tokens_BT.to(self.device), use_cache=False).logits
         return logits
 
@@ -217,8 +229,14 @@ def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     with refused, init_empty_weights(include_buffers=False), no_init_weights():
         if (code := checkpoint.model.code) is None:
             stock = getattr(transformers, checkpoint.model.auto_class)
-            return stock.from_config(sizes, dtype=dtype, trust_remote_code=False)
-        return built_from(code)._from_config(sizes, dtype=dtype)
+            network = stock.from_config(sizes, dtype=dtype, trust_remote_code=False)
+        else:
+            network = built_from(code)._from_config(sizes, dtype=dtype)
+    for module in network.modules():
+        # as `from_pretrained` does: tables of positions are computed in float32
+        if module._buffers and not module._parameters:
+            network._init_weights(module)
+    return network
 
 
 def built_from(code: RemoteCode) -> Any:

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from rayprune.specs.methods.options import DriveOut
 from rayprune.specs.training import Norm
 from rayprune.workers.model.description import Model
-from rayprune.workers.network.streamed import LayerArguments, StreamedModel
+from rayprune.workers.network.streamed import LayerArguments, StreamedModel, output_of
 from rayprune.workers.passes.stream import Passed
 from rayprune.workers.store.training_stage import Removed
 from rayprune.workers.training.loop import Ranks, Training
@@ -61,7 +61,7 @@ class LayerTransfer(GroupPenalty):
             for side in (0, 1)
         )
         args, kwargs = self._arguments(len(batch_BT))
-        found_BTD: Tensor = model(given_BTD, *args, **kwargs)
+        found_BTD = output_of(model(given_BTD, *args, **kwargs))
         return {
             "transfer": _lengths(found_BTD - wanted_BTD, wanted_BTD).mean() / (self._update or 1.0)
         }

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from rayprune.specs.training import Norm
 from rayprune.workers.model.description import Axis, Group, Model
-from rayprune.workers.network.streamed import layers_of
+from rayprune.workers.network.streamed import layers_of, output_of, returned
 from rayprune.workers.store.training_stage import Removed
 
 Sum = Callable[[Tensor], Tensor]
@@ -230,12 +230,13 @@ class Watched(nn.Module):
     def __init__(
         self,
         inner: nn.Module,
+        returns: int,
         gate: nn.Parameter | None = None,
         norm: Norm | None = None,
         scale: float = 1.0,
     ) -> None:
         super().__init__()
-        self.inner, self.norm, self.scale = inner, norm, scale
+        self.inner, self.norm, self.scale, self.returns = inner, norm, scale, returns
         self.register_parameter("gate", gate)
         self.update: Tensor | None = None
 
@@ -245,18 +246,20 @@ class Watched(nn.Module):
         except AttributeError:
             return getattr(super().__getattr__("inner"), name)
 
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The scaled layer; at 0 it is left out."""
         if self.scale == 0:
-            return hidden
-        update_BTD: Tensor = self.inner(hidden, *args, **kwargs) - hidden
+            return returned(hidden, self.returns)
+        update_BTD = output_of(self.inner(hidden, *args, **kwargs)) - hidden
         if self.norm:
             wide_BTD = update_BTD.to(torch.promote_types(update_BTD.dtype, torch.float32))
             sizes_BT = wide_BTD.abs().sum(-1) if self.norm == "l1" else wide_BTD.norm(dim=-1)
             self.update = sizes_BT.mean() * sizes_BT.shape[1] ** 0.5
         gate = self._parameters["gate"]
         scaled_BTD = update_BTD if self.scale == 1 else self.scale * update_BTD
-        return hidden + (scaled_BTD if gate is None else gate.to(update_BTD.dtype) * scaled_BTD)
+        if gate is not None:
+            scaled_BTD = gate.to(update_BTD.dtype) * scaled_BTD
+        return returned(hidden + scaled_BTD, self.returns)
 
 
 class LayerGates(Objective):
@@ -275,14 +278,11 @@ class LayerGates(Objective):
         """Freeze the model and put a gate on every layer."""
         model.requires_grad_(False)
         device = next(model.parameters()).device
-        layers = self.layers(model)
+        layers, returns = self.layers(model), self.described.layer_returns
         for index, layer in enumerate(layers):
-            gate = (
-                None
-                if index in self._removed
-                else nn.Parameter(torch.tensor(self._initial[index], device=device))
-            )
-            layers[index] = Watched(layer, gate, scale=0.0 if index in self._removed else 1.0)
+            stays = index not in self._removed
+            gate = nn.Parameter(torch.tensor(self._initial[index], device=device))
+            layers[index] = Watched(layer, returns, gate if stays else None, scale=float(stays))
         return self._gates(model)
 
     def _gates(self, model: Any) -> list[Any]:
@@ -315,9 +315,9 @@ class UpdatePenalty(Objective):
 
     def prepare(self, model: Any, summed: Sum) -> list[nn.Parameter]:
         """Watch the layers that will go."""
-        layers = self.layers(model)
+        layers, returns = self.layers(model), self.described.layer_returns
         for index in self._removed:
-            layers[index] = Watched(layers[index], norm=self._norm)
+            layers[index] = Watched(layers[index], returns, norm=self._norm)
         return super().prepare(model, summed)
 
     def losses(self, model: Any, batch_BT: Tensor) -> dict[str, Tensor]:
@@ -344,9 +344,9 @@ class UpdateShrink(Objective):
 
     def prepare(self, model: Any, summed: Sum) -> list[nn.Parameter]:
         """Watch the layers that will go."""
-        layers = self.layers(model)
+        layers, returns = self.layers(model), self.described.layer_returns
         for index in self._removed:
-            self._watched.append(Watched(layers[index]))
+            self._watched.append(Watched(layers[index], returns))
             layers[index] = self._watched[-1]
         return super().prepare(model, summed)
 

@@ -11,19 +11,21 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from rayprune.orchestrator.planning.plan import Plan, make_plan
 from rayprune.orchestrator.planning.shapes import MAX_OPEN_SHAPES, Shape
-from rayprune.orchestrator.reporting.plan_view import print_plan
+from rayprune.orchestrator.reporting.plan_view import plan_parts, print_plan
 from rayprune.specs.errors import ResourceError, SpecError
 from rayprune.specs.job import JobSpec
 from rayprune.specs.loader import load_job
 from rayprune.workers.model.checkpoint import Checkpoint, open_checkpoint
 from rayprune.workers.model.config import Config
-from rayprune.workers.model.families import family_of, prunable
+from rayprune.workers.model.families import family_of
 from rayprune.workers.network.streamed import layers_of
 from tests.conftest import MakeJob, MakeModel
+from tests.helpers import families
 
 BIASED = {"attention_bias": True, "mlp_bias": True}
-VARIANTS: list[tuple[str, dict[str, Any]]] = [
-    *((name, {}) for name in prunable()),
+VARIANTS: list[Any] = [
+    *(pytest.param(*param.values, {}, marks=param.marks) for param in families("bloom", "mpt")),
+    ("llama", BIASED | {"hidden_size": 30, "num_attention_heads": 6, "num_key_value_heads": 3}),
     ("llama", BIASED),
     ("llama", {"tie_word_embeddings": True}),
     ("qwen2", {"tie_word_embeddings": True}),
@@ -202,15 +204,10 @@ def test_one_group_fewer_needs_fewer_channels_gone_where_only_some_shapes_fit(
             ),
         ),
         (
-            "llama",
-            {
-                "hidden_size": 30,
-                "num_attention_heads": 6,
-                "num_key_value_heads": 3,
-                "attention_bias": True,
-            },
-            {"kv_groups": 2},
-            "llama cannot be written with 4 heads",
+            "bloom",
+            {},
+            {"sparsity": 0.2},
+            "no shape removes 20.0% of the decoder: bloom: its class makes every FFN four times",
         ),
     ],
 )
@@ -344,3 +341,11 @@ def test_the_mask_of_a_training_costs_what_the_method_that_chooses_it_does(
 
     assert flops({"name": "dress", "mask": "obs"}) == flops({"name": "obs"})
     assert flops({"name": "dress"}) == [0]
+
+
+def test_the_plan_says_which_units_stay_and_why(make_model: MakeModel, make_job: MakeJob) -> None:
+    plan, _, _ = planned(make_model("olmo2"), make_job, budget={"sparsity": 0.2})
+    assert plan.shape.kept["heads"] == 2
+    (said,) = [part for part in plan_parts(plan) if "stay" in str(part)]
+    assert str(said).startswith("all KV groups stay: its norms of queries and keys stretch over")
+    assert plan.document()["stays"].keys() == {"heads"}

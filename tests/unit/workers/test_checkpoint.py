@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM
 
 from rayprune.specs.errors import ModelError
 from rayprune.workers.model.checkpoint import open_checkpoint
-from rayprune.workers.model.families import prunable
 from rayprune.workers.model.folder import INDEX_NAME, MAX_JSON_BYTES, SINGLE_NAME, read_header
 from rayprune.workers.network.reading import layer_tensors
 from rayprune.workers.network.streamed import layers_of
 from tests.conftest import MakeModel, build_model, edit_json
+from tests.helpers import families
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
@@ -105,7 +105,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "config empty": (
         lambda f: (f / "config.json").write_text("{}"),
-        "model_type 'None' is not supported; supported are gemma",
+        "model_type 'None' is not supported; supported are bloom",
     ),
     "no weights": (lambda f: (f / SINGLE_NAME).unlink(), "no weights found"),
     "only a pickle": (
@@ -160,8 +160,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         r"model\.layers\.3\.\S+ is missing",
     ),
     "another architecture": (
-        lambda f: (f / "config.json").write_text('{"model_type": "bloom", "n_embed": 32}'),
-        "model_type 'bloom' is not supported",
+        lambda f: (f / "config.json").write_text('{"model_type": "mamba", "n_embed": 32}'),
+        "model_type 'mamba' is not supported",
     ),
     "unsupported": (
         lambda f: edit_json(f / "config.json", model_type="mamba"),
@@ -293,7 +293,7 @@ def test_links_out_of_a_hub_cache_are_refused(sharded: Path, tmp_path: Path) -> 
         open_checkpoint(snapshot)
 
 
-@pytest.mark.parametrize("model_type", prunable())
+@pytest.mark.parametrize("model_type", families())
 @pytest.mark.parametrize("tied", [True, False])
 def test_counts_equal_those_of_transformers(
     model_type: str, tied: bool, make_model: MakeModel
@@ -400,7 +400,7 @@ def test_a_folder_that_the_base_class_has_saved_is_read_all_the_same(
             assert torch.equal(tensor, tensors[before.model.prefix(layer) + name])
 
 
-@pytest.mark.parametrize("model_type", prunable())
+@pytest.mark.parametrize("model_type", families())
 def test_buffers_of_old_files_are_passed_over(model_type: str, make_model: MakeModel) -> None:
     folder = make_model(model_type)
     before = open_checkpoint(folder)

@@ -45,6 +45,16 @@ def test_a_list_with_an_entry_for_each_layer_is_cut(
     assert cut["eos_token_id"] == [2, 3, 4]
 
 
+def test_gpt_neo_says_its_kinds_twice() -> None:
+    """Its class reads the one, other programs the other."""
+    kinds, original = ["global", "local"], {"model_type": "gpt_neo", "num_layers": 4}
+    types = {"attention_types": [[kinds, 2]], "attention_layers": kinds * 2}
+    for given in ({"attention_types": [[kinds, 2]]}, types):
+        cut = of_layers(Config(original | given), [0, 1, 3]).raw
+        assert cut["attention_types"] == [[["global", "local", "local"], 1]]
+        assert cut["attention_layers"] == ["global", "local", "local"]
+
+
 def test_what_a_class_works_out_from_a_layer_s_number_is_written() -> None:
     original = Config({"model_type": "smollm3", "num_hidden_layers": 8})
     cut = of_layers(original, [0, 3, 7]).raw

@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM
 from rayprune.specs.errors import ModelError
 from rayprune.workers.model.checkpoint import Checkpoint, open_checkpoint
 from rayprune.workers.model.description import Group
-from rayprune.workers.model.families import prunable
 from rayprune.workers.network.layers import (
     apply_cut,
     consumer_input,
@@ -23,12 +22,15 @@ from rayprune.workers.network.layers import (
     stream_before,
 )
 from rayprune.workers.network.slicing import Cut
-from rayprune.workers.network.streamed import MicroBatch, StreamedModel, layers_of
+from rayprune.workers.network.streamed import MicroBatch, StreamedModel, layers_of, output_of
 from tests.conftest import MakeModel
+from tests.helpers import families, normalised
+from tests.unit.workers.test_descriptions import FALCONS
 
 CPU = torch.device("cpu")
 TOKENS_BT = torch.randint(3, 259, (2, 24), generator=torch.Generator().manual_seed(0))
-VARIANTS: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in prunable()] + [
+VARIANTS: list[Any] = [
+    *(pytest.param(*param.values, {}, marks=param.marks) for param in families()),
     ("mistral", {"sliding_window": 8}),
     ("gemma2", {"sliding_window": 8}),
     ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
@@ -36,6 +38,10 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in prunable()]
     ("llama", {"attention_bias": True, "mlp_bias": True}),
     ("llama", {"tie_word_embeddings": True}),
     ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}),
+    *(("falcon", kind) for kind in FALCONS),
+    ("stablelm", {"use_parallel_residual": True, "qk_layernorm": True}),
+    ("cohere", {"use_qk_norm": True}),
+    ("bloom", {"apply_residual_connection_post_layernorm": True}),
 ]
 
 
@@ -61,7 +67,7 @@ def stock_hidden(
     """Output of every layer, and the logits, of the stock model."""
     outputs: list[Tensor] = []
     handles = [
-        layer.register_forward_hook(lambda _module, _args, output: outputs.append(output))
+        layer.register_forward_hook(lambda _, args, output: outputs.append(output_of(output)))
         for layer in layers_of(model, checkpoint.model)
     ]
     logits: Tensor = model(input_ids=tokens_BT, use_cache=False).logits
@@ -88,7 +94,7 @@ def test_streaming_equals_the_stock_model_bit_for_bit(
     assert torch.equal(model.logits(TOKENS_BT, batch.hidden_BTD), expected_logits)
 
 
-@pytest.mark.parametrize("model_type", prunable())
+@pytest.mark.parametrize("model_type", families())
 def test_consumer_inputs_are_those_of_the_stock_layer(
     model_type: str, make_model: MakeModel
 ) -> None:
@@ -104,7 +110,7 @@ def test_consumer_inputs_are_those_of_the_stock_layer(
                 args: tuple[Tensor, ...],
                 key: tuple[int, str] = (index, group.name),
             ) -> None:
-                seen[key] = args[0]
+                seen[key] = args[0].view(*TOKENS_BT.shape, -1)  # OPT flattens it
 
             layer.get_submodule(group.consumer.module).register_forward_pre_hook(note)
     stock_hidden(stock, checkpoint, TOKENS_BT)
@@ -139,7 +145,7 @@ def test_keeping_every_unit_with_its_weight_changes_nothing(
         torch.testing.assert_close(batch.hidden_BTD, dense.hidden_BTD, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("model_type", [name for name in prunable() if name != "gemma2"])
+@pytest.mark.parametrize("model_type", families(*normalised()))
 def test_streams_are_what_blocks_add_up_to(model_type: str, make_model: MakeModel) -> None:
     model, checkpoint = streamed(make_model(model_type))
     groups, layer, batch = groups_of(checkpoint), model.load_layer(0), model.embed(TOKENS_BT)
@@ -169,7 +175,7 @@ def test_streams_of_blocks_that_are_normalised_first_are_not_known(make_model: M
         dense_streams(layer, 0, batch, groups)
 
 
-@pytest.mark.parametrize("model_type", prunable())
+@pytest.mark.parametrize("model_type", families())
 def test_a_known_block_is_not_computed_again(model_type: str, make_model: MakeModel) -> None:
     """After the cut of the heads the attention block is a constant: its weights no longer
     matter.

@@ -11,7 +11,7 @@ from rayprune.specs.errors import ModelError
 from rayprune.workers.model.config import Config
 from rayprune.workers.model.families.family import Family
 
-_SHARED = ("decoder", "family", "planned")
+_SHARED = ("as_phi", "decoder", "family", "parts", "planned")
 """Modules of this folder that are no families."""
 
 
@@ -41,13 +41,13 @@ def prunable() -> list[str]:
 
 
 def family_of(config: Config) -> Family:
-    """The family of a config.
+    """The family of a config, as it is with it.
 
     Raises:
         ModelError: the model type is not supported.
     """
     try:
-        return family_named(config.model_type)
+        return family_named(config.model_type).of(config)
     except KeyError:
         raise ModelError(
             f"{config.file}: model_type {config.model_type!r} is not supported; supported are"

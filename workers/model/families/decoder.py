@@ -1,13 +1,8 @@
-"""The usual decoder: attention and an FFN in every layer, alike in all. A family says what differs.
-
-Parts of a matrix's outputs are written as in `q h h`: the query rows of all units, then the rows of
-one head (keys) of all units, then again (values); `h+h+h`: interleaved, those of one unit together;
-`1`: one channel.
-"""
+"""The usual decoder: attention and an FFN in every layer, alike in all. What differs is data."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from math import prod
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from rayprune.specs.errors import ModelError, SpecError
 from rayprune.workers.model.config import Config
@@ -23,61 +18,23 @@ from rayprune.workers.model.description import (
     Shapes,
 )
 from rayprune.workers.model.families.family import MOST_LAYERS, Family
+from rayprune.workers.model.families.parts import (
+    ATTENTION,
+    FFN,
+    KEYS,
+    WEIGHT,
+    Heads,
+    Keys,
+    Part,
+    rows_of,
+    unit_parameters,
+)
 from rayprune.workers.model.form import Form
 from rayprune.workers.model.sized_layers import sized_layers
 from rayprune.workers.model.values import check_layer_types, check_padding, check_values
 
 ROTARY = (".rotary_emb.inv_freq",)
 """Buffers in old files."""
-
-
-@dataclass(frozen=True)
-class Keys:
-    """The config's keys of sizes; None: there is no such key."""
-
-    hidden: str = "hidden_size"
-    layers: str = "num_hidden_layers"
-    vocabulary: str = "vocab_size"
-    heads: str = "num_attention_heads"
-    kv_heads: str | None = "num_key_value_heads"
-    head_dim: str | None = "head_dim"
-    width: str = "intermediate_size"
-    positions: str = "max_position_embeddings"
-
-
-@dataclass(frozen=True)
-class Part:
-    """Attention or FFN: its block, the matrices whose outputs belong to the units, and its
-    consumer.
-    """
-
-    block: str
-    producers: Mapping[str, str]
-    consumer: str
-    returns: int = 0
-
-
-ATTENTION = Part(
-    "self_attn",
-    {"self_attn.q_proj": "q", "self_attn.k_proj": "h", "self_attn.v_proj": "h"},
-    "self_attn.o_proj",
-    returns=2,
-)
-FFN = Part("mlp", {"mlp.gate_proj": "1", "mlp.up_proj": "1"}, "mlp.down_proj")
-
-
-@dataclass(frozen=True)
-class Heads:
-    """Sizes of the attention: query heads, KV groups, and numbers of a head."""
-
-    heads: int
-    groups: int
-    size: int
-
-    @property
-    def queries(self) -> int:
-        """Query rows of one KV group."""
-        return self.heads // self.groups * self.size
 
 
 def any_number(family: "Decoder", config: Config, heads: int, target: str) -> Form:
@@ -111,20 +68,38 @@ def biased_by(**keys: str) -> Callable[[Config], tuple[str, ...]]:
     return lambda config: tuple(start for key, start in keys.items() if config.flag(key))
 
 
+def slides_but(
+    every: int, key: str | None = "sliding_window_pattern"
+) -> Callable[[Config, int], dict[str, object]]:
+    """Layers with a sliding window, but for one in so many, or as many as a key says."""
+
+    def _kind(config: Config, layer: int) -> dict[str, object]:
+        given = config.raw.get(key) if key else None
+        if isinstance(given, str):
+            slides = given[layer % len(given)] == "L"
+        else:
+            slides = (layer + 1) % (config.integer(key, every) if key else every) != 0
+        return {"layer_types": "sliding_attention" if slides else "full_attention"}
+
+    return _kind
+
+
 @dataclass(frozen=True)
 class Decoder(Family):
     """A family of dense decoders; the defaults are Llama's names."""
 
     architecture: str
-    keys: Keys = Keys()
+    keys: Keys = KEYS
     attention: Part = ATTENTION
     ffn: Part = FFN
+    head_size: int | None = None
+    """Numbers of a head where the config does not say; None: the hidden size over the heads."""
     widths_of_hidden: int | None = None
     """FFN channels over the hidden size, where the config does not say."""
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
     """Norms over the hidden size."""
-    norm_biases: bool = False
-    """Whether norms have biases, the last one too."""
+    norm_tensors: tuple[str, ...] = WEIGHT
+    """Tensors of a norm, of the last one too."""
     head_norms: tuple[str, ...] = ()
     """Norms over one head."""
     biased: Callable[[Config], Sequence[str]] = lambda config: ()
@@ -134,15 +109,21 @@ class Decoder(Family):
     scale: Callable[[Config], float | None] = lambda config: 1.0
     """What a block's output is multiplied by where it is added to the stream; None: it is not
     added as it is."""
+    layer_returns: int = 0
+    """Length of the tuple that a layer returns; 0: it returns the hidden states."""
     layers_at: str = "model.layers"
     backbone: str = "model"
     embedding: str = "model.embed_tokens.weight"
     last_norm: str = "model.norm"
+    outer_norms: tuple[str, ...] = ()
+    """Norms outside the layers, beside the last one."""
     head: str = "lm_head.weight"
     head_bias: str | None = None
     """Name of the head's bias, where it has one."""
     position_table: str | None = None
     """Name of the matrix of learned positions, where there is one."""
+    more_positions: int = 0
+    """Rows of it that no position reads."""
     tied: bool = False
     """Whether the head is the embedding matrix where the config does not say."""
     pads: bool = True
@@ -153,11 +134,19 @@ class Decoder(Family):
     """How a model with so many heads is written, beside the keys of its sizes."""
     heads_stay: str | None = None
     """Why no heads can be removed."""
+    width_stays: str | None = None
+    """Why no FFN channels can be removed."""
     values_of_layer: Callable[[Config, int], dict[str, object]] = lambda config, layer: {}
     sized_alike: str | None = None
     """Why layers must keep the same numbers of units."""
     check: Callable[[Config], str | None] = lambda config: None
     """Why a config of this type is not supported."""
+    varies: Callable[[Config], Mapping[str, Any]] = lambda config: {}
+    """Fields of this that are otherwise with a config."""
+
+    def of(self, config: Config) -> "Decoder":
+        """The family as it is with a config."""
+        return replace(self, **self.varies(config))
 
     def hidden(self, config: Config) -> int:
         """The hidden size."""
@@ -172,7 +161,7 @@ class Decoder(Family):
         keys = self.keys
         heads = config.integer(keys.heads)
         groups = config.integer(keys.kv_heads, heads) if keys.kv_heads else heads
-        default = self.hidden(config) // heads
+        default = self.head_size or self.hidden(config) // heads
         size = config.integer(keys.head_dim, default) if keys.head_dim else default
         if heads % groups:
             raise ModelError(
@@ -184,15 +173,20 @@ class Decoder(Family):
     def width(self, config: Config) -> int:
         """FFN channels."""
         times = self.widths_of_hidden
-        return config.integer(self.keys.width, times and times * self.hidden(config))
+        default = times and times * self.hidden(config)
+        if self.keys.width:
+            return config.integer(self.keys.width, default)
+        assert default is not None
+        return default
 
     def count_layers(self, config: Config) -> int:
         """How many layers a config says."""
         return config.integer(self.keys.layers, most=MOST_LAYERS)
 
-    def of_count(self, num_layers: int) -> dict[str, object]:
-        """The keys that say so many layers."""
-        return {self.keys.layers: num_layers}
+    def keeping(self, config: Config, layers: Sequence[int]) -> dict[str, object]:
+        """The keys that say that these layers stay."""
+        del config
+        return {self.keys.layers: len(layers)}
 
     def describe(self, config: Config) -> Model:
         """The model that a config says."""
@@ -213,6 +207,7 @@ class Decoder(Family):
             auto_class="AutoModelForCausalLM",
             layers=layers,
             layers_at=self.layers_at,
+            layer_returns=self.layer_returns,
             backbone=self.backbone,
             last_norm=self.last_norm,
             hidden=hidden,
@@ -245,82 +240,69 @@ class Decoder(Family):
 
     def _outer(self, config: Config, hidden: int, vocabulary: int, tied: bool) -> Shapes:
         shapes: dict[str, Shape] = {self.embedding: (vocabulary, hidden)}
-        shapes |= self._norm(self.last_norm, hidden)
+        for norm in (self.last_norm, *self.outer_norms):
+            shapes |= self._norm(norm, hidden)
         if self.position_table:
-            shapes[self.position_table] = (config.integer(self.keys.positions), hidden)
+            positions = config.integer(self.keys.positions) + self.more_positions
+            shapes[self.position_table] = (positions, hidden)
         shapes |= {} if tied else {self.head: (vocabulary, hidden)}
         return shapes | ({self.head_bias: (vocabulary,)} if self.head_bias else {})
 
     def _norm(self, name: str, size: int) -> dict[str, Shape]:
-        kinds = ("weight", "bias") if self.norm_biases else ("weight",)
-        return {f"{name}.{kind}": (size,) for kind in kinds}
+        return {f"{name}.{kind}": (size,) for kind in self.norm_tensors}
 
     def _layer(self, config: Config) -> Layer:
         heads, hidden, skipped = self.heads(config), self.hidden(config), config.skipped
-        sizes = {"q": heads.queries, "h": heads.size, "1": 1}
         shapes: dict[str, Shape] = {}
         for norm in self.norms:
             shapes |= self._norm(norm, hidden)
-        parts = [
-            ("heads", "KV groups", self.attention, heads.groups, heads.queries),
-            ("neurons", "FFN channels", self.ffn, self.width(config), 1),
-        ]
-        absent = {"heads": "attention" in skipped, "neurons": "mlp" in skipped}
-        for name, _, part, units, columns in parts:
-            if not absent[name]:
-                shapes |= self._matrices(config, part, units, columns, sizes, hidden)
-        if not absent["heads"]:
+        units = {
+            "heads": 0 if "attention" in skipped else heads.groups,
+            "neurons": 0 if "mlp" in skipped else self.width(config),
+        }
+        if units["heads"]:
             shapes |= {f"{norm}.weight": (heads.size,) for norm in self.head_norms}
-        groups = []
-        for name, title, part, units, columns in parts:
-            axes = self._axes(part, 0 if absent[name] else units, sizes, shapes)
-            consumer = Consumer(part.consumer, columns, self.transposed)
-            groups.append(
-                Group(
-                    name=name,
-                    kind="attention" if name == "heads" else "ffn",
-                    title=title,
-                    num_units=0 if absent[name] else units,
-                    axes=axes,
-                    consumer=consumer,
-                    block=Block(part.block, part.returns, self.scale(config)),
-                    unit_parameters=unit_parameters(shapes, axes, consumer),
-                    cached=2 * heads.size if name == "heads" else 0,
-                    fixed=self.heads_stay if name == "heads" else None,
-                )
-            )
+        parts = {"heads": self.attention, "neurons": self.ffn}
+        columns = {"heads": heads.queries, "neurons": 1}
+        for name, part in parts.items():
+            if units[name]:
+                shapes |= self._tensors(config, part, units[name], columns[name])
+        groups = [self._group(name, config, shapes, units[name], columns[name]) for name in parts]
         return Layer(tuple(groups), shapes, 2 * heads.heads * heads.size)
 
-    def _matrices(
-        self,
-        config: Config,
-        part: Part,
-        units: int,
-        columns: int,
-        sizes: Mapping[str, int],
-        hidden: int,
-    ) -> dict[str, Shape]:
-        outs = {name: units * sum(_rows(parts, sizes)) for name, parts in part.producers.items()}
-        shapes = {f"{name}.weight": (out, hidden) for name, out in outs.items()}
+    def _group(self, name: str, config: Config, shapes: Shapes, units: int, columns: int) -> Group:
+        attends, heads = name == "heads", self.heads(config)
+        part = self.attention if attends else self.ffn
+        axes = _axes(part, units, heads.sizes, shapes, int(self.transposed))
+        consumer = Consumer(part.consumer, columns, self.transposed)
+        return Group(
+            name=name,
+            kind="attention" if attends else "ffn",
+            title="KV groups" if attends else "FFN channels",
+            num_units=units,
+            axes=axes,
+            consumer=consumer,
+            block=Block(part.block, part.returns, self.scale(config), part.holds, part.flat),
+            unit_parameters=unit_parameters(shapes, axes, consumer),
+            cached=2 * heads.size if attends else 0,
+            fixed=self.heads_stay if attends else self.width_stays,
+        )
+
+    def _tensors(self, config: Config, part: Part, units: int, columns: int) -> dict[str, Shape]:
+        """Those that shrink with the units, and the consumer's bias."""
+        hidden, sizes = self.hidden(config), self.heads(config).sizes
+        outs = {name: units * sum(rows_of(p, sizes)) for name, p in part.producers.items()}
+        shapes: dict[str, Shape] = {f"{name}.weight": (out, hidden) for name, out in outs.items()}
         shapes[f"{part.consumer}.weight"] = (hidden, units * columns)
+        if self.transposed:
+            shapes = {name: shape[::-1] for name, shape in shapes.items()}
+        for name, (first, *others) in part.follows.items():
+            shapes[name] = (units * sizes[first], *(sizes[other] for other in others))
         biased = tuple(self.biased(config))
         for name, out in (outs | {part.consumer: hidden}).items():
             if biased and name.startswith(biased):
-                shapes[f"{name}.bias"] = (out,)  # type: ignore[assignment]
-        return {name: s[::-1] if self.transposed else s for name, s in shapes.items()}
-
-    def _axes(
-        self, part: Part, units: int, sizes: Mapping[str, int], shapes: Shapes
-    ) -> tuple[Axis, ...]:
-        axes = []
-        for name, parts in part.producers.items():
-            start = 0
-            for rows in _rows(parts, sizes):
-                for tensor, dim in ((f"{name}.weight", int(self.transposed)), (f"{name}.bias", 0)):
-                    if tensor in shapes:
-                        axes.append(Axis(tensor, dim, rows, start))
-                start += rows * units
-        return tuple(axes)
+                shapes[f"{name}.bias"] = (out,)
+        return shapes
 
     def layer_values(self, config: Config, layer: int) -> dict[str, object]:
         """What the config class works out from a layer's number."""
@@ -330,9 +312,9 @@ class Decoder(Family):
         """What the config of one layer says of its sizes; `skip` names absent blocks."""
         heads, keys, sizes = self.heads(config), self.keys, dict[str, object]()
         if kept["heads"]:
-            sizes[keys.heads] = heads.heads // heads.groups * kept["heads"]
+            sizes[keys.heads] = heads.each * kept["heads"]
             sizes |= {keys.kv_heads: kept["heads"]} if keys.kv_heads else {}
-        if kept["neurons"]:
+        if kept["neurons"] and keys.width:
             sizes[keys.width] = kept["neurons"]
         blocks = {"heads": "attention", "neurons": "mlp"}
         skipped = [block for name, block in blocks.items() if not kept[name]]
@@ -341,27 +323,33 @@ class Decoder(Family):
     def form(self, config: Config, kept: Mapping[str, int], target: str) -> Form:
         """The family's own form with smaller sizes, or what `fewer_heads` says."""
         heads, keys = self.heads(config), self.keys
-        stay = heads.heads // heads.groups * kept["heads"]
+        stay = heads.each * kept["heads"]
         changes: dict[str, object] = {keys.heads: stay}
         changes |= {keys.kv_heads: kept["heads"]} if keys.kv_heads else {}
         changes |= {keys.head_dim: heads.size} if keys.head_dim else {}
-        changes[keys.width] = kept["neurons"]
+        changes |= {keys.width: kept["neurons"]} if keys.width else {}
+        stays = {"heads": (heads.groups, self.heads_stay)}
+        stays["neurons"] = (self.width(config), self.width_stays)
+        for name, (units, reason) in stays.items():
+            if kept[name] != units and reason:
+                raise SpecError(f"{config.model_type}: {reason}")
         if kept["heads"] == heads.groups:
             return Form(changes)
-        if self.heads_stay:
-            raise SpecError(f"{config.model_type}: {self.heads_stay}")
         found = self.fewer_heads(self, config, stay, target)
-        return Form(**{**vars(found), "changes": changes | dict(found.changes)})
+        changes = {key: value for key, value in changes.items() if key not in found.dropped}
+        return replace(found, changes=changes | dict(found.changes))
 
 
-def unit_parameters(shapes: Shapes, axes: Sequence[Axis], consumer: Consumer) -> int:
-    """Parameters that go with one unit, counted from a layer's tensors; 0 where they are absent."""
-    if consumer.weight not in shapes:
-        return 0
-    along = [*axes, Axis(consumer.weight, consumer.dim, consumer.columns)]
-    return sum(a.per_unit * prod(shapes[a.tensor]) // shapes[a.tensor][a.dim] for a in along)
-
-
-def _rows(parts: str, sizes: Mapping[str, int]) -> list[int]:
-    """Rows of one unit in each of a matrix's blocks."""
-    return [sum(sizes[term] for term in part.split("+")) for part in parts.split()]
+def _axes(
+    part: Part, units: int, sizes: Mapping[str, int], shapes: Shapes, dim: int
+) -> tuple[Axis, ...]:
+    axes = []
+    for name, parts in part.producers.items():
+        start = 0
+        for rows in rows_of(parts, sizes):
+            for tensor, along in ((f"{name}.weight", dim), (f"{name}.bias", 0)):
+                if tensor in shapes:
+                    axes.append(Axis(tensor, along, rows, start))
+            start += rows * units
+    axes += [Axis(name, 0, sizes[axis[0]]) for name, axis in part.follows.items()]
+    return tuple(axis for axis in axes if axis.tensor in shapes)

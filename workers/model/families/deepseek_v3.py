@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from rayprune.workers.model.config import Config
 from rayprune.workers.model.description import Axis, Block, Consumer, Group, Layer, Shape, Shapes
-from rayprune.workers.model.families.decoder import unit_parameters
 from rayprune.workers.model.families.family import MOST_LAYERS
+from rayprune.workers.model.families.parts import unit_parameters
 from rayprune.workers.model.families.planned import Planned, ffn_group, ffn_shapes
 
 _NAMES = ("gate_proj", "up_proj", "down_proj")

@@ -3,7 +3,7 @@ in.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from rayprune.workers.model.config import Config
 from rayprune.workers.model.description import Model, RemoteCode
@@ -19,6 +19,11 @@ class Family(ABC):
     architecture: str
     not_pruned: str | None = None
     """Why its models can be planned, not pruned; None: they can be pruned."""
+
+    def of(self, config: Config) -> "Family":
+        """The family as it is with a config."""
+        del config
+        return self
 
     @abstractmethod
     def describe(self, config: Config) -> Model:
@@ -41,8 +46,8 @@ class Family(ABC):
         """How many layers a config says."""
 
     @abstractmethod
-    def of_count(self, num_layers: int) -> dict[str, object]:
-        """The keys that say so many layers."""
+    def keeping(self, config: Config, layers: Sequence[int]) -> dict[str, object]:
+        """The keys that say that these layers stay, beside the lists."""
 
     def code(self) -> RemoteCode:
         """The class that builds models whose layers differ in size."""
@@ -61,4 +66,4 @@ class Family(ABC):
     @property
     def lists(self) -> tuple[str, ...]:
         """Keys that hold a list with an entry for each layer."""
-        return ("layer_types", "no_rope_layers")
+        return ("layer_types", "no_rope_layers", "attention_layers")

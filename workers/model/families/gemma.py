@@ -2,4 +2,6 @@
 
 from rayprune.workers.model.families.decoder import Decoder, biased_by
 
-FAMILY = Decoder("GemmaForCausalLM", biased=biased_by(attention_bias="self_attn."), tied=True)
+FAMILY = Decoder(
+    "GemmaForCausalLM", biased=biased_by(attention_bias="self_attn."), tied=True, head_size=256
+)

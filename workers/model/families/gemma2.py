@@ -2,6 +2,7 @@
 
 from rayprune.workers.model.config import Config
 from rayprune.workers.model.families.decoder import Decoder, biased_by, divisors_only
+from rayprune.workers.model.families.parts import NORMS_AROUND
 
 
 def _alternate(config: Config, layer: int) -> dict[str, object]:
@@ -12,15 +13,11 @@ def _alternate(config: Config, layer: int) -> dict[str, object]:
 
 FAMILY = Decoder(
     "Gemma2ForCausalLM",
-    norms=(
-        "input_layernorm",
-        "post_attention_layernorm",
-        "pre_feedforward_layernorm",
-        "post_feedforward_layernorm",
-    ),
+    norms=NORMS_AROUND,
     biased=biased_by(attention_bias="self_attn."),
     scale=lambda config: None,
     fewer_heads=divisors_only,
     values_of_layer=_alternate,
     tied=True,
+    head_size=256,
 )

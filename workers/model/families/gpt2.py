@@ -1,7 +1,8 @@
 """GPT-2: weights are (in, out), queries, keys and values are one matrix, positions are learned."""
 
 from rayprune.workers.model.config import Config
-from rayprune.workers.model.families.decoder import Decoder, Keys, Part
+from rayprune.workers.model.families.decoder import Decoder
+from rayprune.workers.model.families.parts import WITH_BIAS, Keys, Part
 
 
 def _refused(config: Config) -> str | None:
@@ -27,7 +28,7 @@ FAMILY = Decoder(
     ffn=Part("mlp", {"mlp.c_fc": "1"}, "mlp.c_proj"),
     widths_of_hidden=4,
     norms=("ln_1", "ln_2"),
-    norm_biases=True,
+    norm_tensors=WITH_BIAS,
     biased=lambda config: ("attn.", "mlp."),
     transposed=True,
     layers_at="transformer.h",

@@ -2,31 +2,37 @@
 
 from importlib.metadata import version
 
-from rayprune.specs.errors import SpecError
 from rayprune.workers.model.config import Config
-from rayprune.workers.model.families.decoder import Decoder, biased_by, uneven
+from rayprune.workers.model.families.decoder import Decoder, biased_by
 from rayprune.workers.model.form import Form
 
 
-def _as_mistral(family: Decoder, config: Config, heads: int, target: str) -> Form:
-    """Mistral computes the same and takes any number of heads, but knows no biases."""
+def _as_others(family: Decoder, config: Config, heads: int, target: str) -> Form:
+    """Mistral computes the same and takes any number of heads, but knows no biases: with them as
+    Granite, all of whose multipliers are 1.
+    """
     del target
     if family.hidden(config) % heads == 0:
         return Form()
-    if family.biased(config):
-        raise SpecError(uneven(config, heads))
-    mistral = {
-        "model_type": "mistral",
-        "architectures": ["MistralForCausalLM"],
-        "sliding_window": None,
+    changes: dict[str, object] = {
         # of older ones the tokenizer is taken for a faulty one
-        "transformers_version": version("transformers"),
+        "transformers_version": version("transformers")
     }
-    return Form(mistral)
+    if not family.biased(config):
+        mistral = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+        return Form(changes | mistral | {"sliding_window": None})
+    granite = {"model_type": "granite", "architectures": ["GraniteForCausalLM"]}
+    multipliers = {
+        "attention_multiplier": family.heads(config).size ** -0.5,
+        "embedding_multiplier": 1.0,
+        "logits_scaling": 1.0,
+        "residual_multiplier": 1.0,
+    }
+    return Form(changes | granite | multipliers)
 
 
 FAMILY = Decoder(
     "LlamaForCausalLM",
     biased=biased_by(attention_bias="self_attn.", mlp_bias="mlp."),
-    fewer_heads=_as_mistral,
+    fewer_heads=_as_others,
 )

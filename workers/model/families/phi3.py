@@ -1,9 +1,10 @@
 """Phi-3: queries, keys and values in one matrix, gate and up in another."""
 
-from rayprune.workers.model.families.decoder import Decoder, Part
+from rayprune.workers.model.families.decoder import Decoder
+from rayprune.workers.model.families.parts import PACKED_FFN, Part
 
 FAMILY = Decoder(
     "Phi3ForCausalLM",
     attention=Part("self_attn", {"self_attn.qkv_proj": "q h h"}, "self_attn.o_proj", returns=2),
-    ffn=Part("mlp", {"mlp.gate_up_proj": "1 1"}, "mlp.down_proj"),
+    ffn=PACKED_FFN,
 )

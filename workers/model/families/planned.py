@@ -1,7 +1,7 @@
 """Families that can be planned, not pruned yet: their layers' tensors and groups as data."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,8 +17,8 @@ from rayprune.workers.model.description import (
     Shape,
     Shapes,
 )
-from rayprune.workers.model.families.decoder import unit_parameters
 from rayprune.workers.model.families.family import MOST_LAYERS, Family
+from rayprune.workers.model.families.parts import unit_parameters
 from rayprune.workers.model.form import Form
 from rayprune.workers.model.values import check_values
 
@@ -42,9 +42,10 @@ class Planned(Family):
         """How many layers a config says."""
         return config.integer("num_hidden_layers", most=MOST_LAYERS)
 
-    def of_count(self, num_layers: int) -> dict[str, object]:
+    def keeping(self, config: Config, layers: Sequence[int]) -> dict[str, object]:
         """The key that says so many layers."""
-        return {"num_hidden_layers": num_layers}
+        del config
+        return {"num_hidden_layers": len(layers)}
 
     def describe(self, config: Config) -> Model:
         """The model that a config says."""

@@ -7,6 +7,7 @@ from rayprune.specs.errors import SpecError
 from rayprune.workers.model.config import Config
 from rayprune.workers.model.description import Shape
 from rayprune.workers.model.families.decoder import Decoder
+from rayprune.workers.model.families.parts import QKV
 from rayprune.workers.model.form import Form, Tensors
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def _with_output_bias_shape(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
 
 FAMILY = Decoder(
     "Qwen2ForCausalLM",
-    biased=lambda config: ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    biased=lambda config: QKV,
     fewer_heads=_for_vllm,
     values_of_layer=slides_above,
 )
