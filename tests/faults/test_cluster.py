@@ -323,12 +323,15 @@ def test_the_head_is_killed(bench: Bench, tmp_path: Path, record: Record) -> Non
             os.kill(process.process.pid, signal.SIGKILL)
     words = ended(driver)
     done = {path: path.stat().st_mtime_ns for path in out.glob("tasks/*/manifest.json")}
+    # what needs no more of the head may come to its end without it
+    whole = (out / "report.json").exists() and folder_bytes(out / "model") == bench.of("shards")
     again = attempt(["run", str(bench.folder / "job.yaml"), "--out", str(out)])
     assert again.code == 0, again.words
     assert all(path.stat().st_mtime_ns == written for path, written in done.items())
     equal = folder_bytes(out / "model") == bench.of("shards")
-    record(Row("cluster", "head", "it is killed in mid-sweep", "exit code 4",
+    first = "ends" if whole else "exit code 4"
+    record(Row("cluster", "head", "it is killed in mid-sweep", first,
                "goes on without a cluster, nothing done twice", 1, equal))  # fmt: skip
     assert equal
-    assert driver.returncode == 4, words
+    assert driver.returncode == (0 if whole else 4), words
     assert "Traceback" not in words
