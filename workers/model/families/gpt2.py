@@ -2,7 +2,7 @@
 
 from rayprune.workers.model.config import Config
 from rayprune.workers.model.families.decoder import Decoder
-from rayprune.workers.model.families.parts import WITH_BIAS, Keys, Part
+from rayprune.workers.model.families.parts import GPT_KEYS, WITH_BIAS, Part
 
 
 def _refused(config: Config) -> str | None:
@@ -15,15 +15,7 @@ def _refused(config: Config) -> str | None:
 
 FAMILY = Decoder(
     "GPT2LMHeadModel",
-    keys=Keys(
-        hidden="n_embd",
-        layers="n_layer",
-        heads="n_head",
-        kv_heads=None,
-        head_dim=None,
-        width="n_inner",
-        positions="n_positions",
-    ),
+    keys=GPT_KEYS,
     attention=Part("attn", {"attn.c_attn": "h h h"}, "attn.c_proj", returns=2),
     ffn=Part("mlp", {"mlp.c_fc": "1"}, "mlp.c_proj"),
     widths_of_hidden=4,

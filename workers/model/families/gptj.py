@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rayprune.workers.model.config import Config
 from rayprune.workers.model.families.as_phi import Source, phi_form
 from rayprune.workers.model.families.decoder import Decoder
-from rayprune.workers.model.families.parts import WITH_BIAS, Keys, Part
+from rayprune.workers.model.families.parts import GPT_KEYS, WITH_BIAS, Part
 from rayprune.workers.model.form import Form, Tensors
 
 if TYPE_CHECKING:
@@ -72,15 +72,7 @@ def _as_phi(family: Decoder, config: Config, heads: int, target: str) -> Form:
 
 FAMILY = Decoder(
     "GPTJForCausalLM",
-    keys=Keys(
-        hidden="n_embd",
-        layers="n_layer",
-        heads="n_head",
-        kv_heads=None,
-        head_dim=None,
-        width="n_inner",
-        positions="n_positions",
-    ),
+    keys=GPT_KEYS,
     attention=Part(
         "attn", {f"attn.{name}_proj": "h" for name in "qkv"}, "attn.out_proj", returns=2
     ),

@@ -31,6 +31,16 @@ class Keys:
 
 KEYS = Keys()
 """Llama's."""
+GPT_KEYS = Keys(
+    hidden="n_embd",
+    layers="n_layer",
+    heads="n_head",
+    kv_heads=None,
+    head_dim=None,
+    width="n_inner",
+    positions="n_positions",
+)
+"""Those of GPT-2 and GPT-J."""
 
 
 @dataclass(frozen=True)
