@@ -125,14 +125,11 @@ def counted(file: Path) -> list[Operation]:
 
 
 @dataclass
-class DieAt(Act):
-    """Kills its process before the n-th operation below `root`, or, `torn`, when half of what is
-    about to be appended or renamed has reached the disk.
-    """
+class _At(Act):
+    """Does something at the n-th operation below `root`, and at all that follow it."""
 
     root: Path
     number: int
-    torn: bool = False
 
     def __call__(self) -> None:
         self._left = self.number
@@ -140,8 +137,22 @@ class DieAt(Act):
 
     def meet(self, operation: Operation, path: Path) -> None:
         self._left -= 1
-        if self._left >= 0:
-            return
+        if self._left < 0:
+            self.reached(operation, path)
+
+    def reached(self, operation: Operation, path: Path) -> None:
+        raise NotImplementedError
+
+
+@dataclass
+class DieAt(_At):
+    """Kills its process before the n-th operation below `root`, or, `torn`, when half of what is
+    about to be appended or renamed has reached the disk.
+    """
+
+    torn: bool = False
+
+    def reached(self, operation: Operation, path: Path) -> None:
         if self.torn and operation.name == "append":
             with path.open("ab") as handle:
                 handle.write(TORN)
@@ -153,37 +164,23 @@ class DieAt(Act):
 
 
 @dataclass
-class FailAt(Act):
+class FailAt(_At):
     """The n-th operation below `root`, and all that follow it, find no room on the disk."""
 
-    root: Path
-    number: int
     error: int = errno.ENOSPC
 
-    def __call__(self) -> None:
-        self._left = self.number
-        Watch(self.root, self)
-
-    def meet(self, operation: Operation, path: Path) -> None:
-        self._left -= 1
-        if self._left < 0 and operation.name not in ("remove", "rmdir"):  # these need no room
+    def reached(self, operation: Operation, path: Path) -> None:
+        if operation.name not in ("remove", "rmdir"):  # these need no room
             raise OSError(self.error, os.strerror(self.error), str(path))
 
 
 @dataclass
-class InterruptAt(Act):
+class InterruptAt(_At):
     """A signal reaches the process at the n-th operation below `root`."""
 
-    root: Path
-    number: int
     signal: int = signal.SIGTERM
 
-    def __call__(self) -> None:
-        self._left = self.number
-        Watch(self.root, self)
-
-    def meet(self, operation: Operation, path: Path) -> None:
-        self._left -= 1
+    def reached(self, operation: Operation, path: Path) -> None:
         if self._left == -1:
             os.kill(os.getpid(), self.signal)
 
@@ -317,20 +314,13 @@ class Umask:
 
 
 @dataclass
-class ActAt(Act):
+class ActAt(_At):
     """Somebody does something to another file at the n-th operation below `root`."""
 
-    root: Path
-    number: int
     act: Callable[[Path], None]
     target: Path
 
-    def __call__(self) -> None:
-        self._left = self.number
-        Watch(self.root, self)
-
-    def meet(self, operation: Operation, path: Path) -> None:
-        self._left -= 1
+    def reached(self, operation: Operation, path: Path) -> None:
         if self._left == -1:
             self.act(self.target)
 

@@ -1,6 +1,7 @@
 """A job from Python: in the main thread, in another one, inside an event loop, and on Ray."""
 
 import asyncio
+import gc
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,11 @@ import yaml
 
 import rayprune
 from rayprune.orchestrator.cli import main
+from rayprune.orchestrator.stages.context import Context
+from rayprune.workers.network.streamed import StreamedModel
+from rayprune.workers.passes.stream import Stream
+from rayprune.workers.passes.sweep import Sweep
+from rayprune.workers.workbench import Workbench
 from tests.conftest import MakeJob, MakeModel, folder_bytes
 from tests.helpers import some
 
@@ -129,6 +136,28 @@ def test_inside_an_event_loop_and_in_a_thread(sections: dict[str, Any], tmp_path
     assert handlers == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     in_loop, in_thread = (folder_bytes(tmp_path / name / "model") for name in ("loop", "thread"))
     assert in_loop == in_thread
+
+
+@pytest.mark.parametrize("placement", ["shards", "layers"])
+def test_nothing_of_a_run_stays_in_memory(
+    placement: str, sections: dict[str, Any], tmp_path: Path
+) -> None:
+    """Not even until the garbage collector comes; and no thread of it goes on."""
+    sections["parallel"] = {"placement": placement, "device": "cpu"}
+    parts = (Context, Workbench, StreamedModel, Sweep, Stream)
+    gc.collect()
+    before = threading.active_count()
+    gc.disable()
+    try:
+        rayprune.run(sections, tmp_path / "run")
+        assert not [type(found) for found in gc.get_objects() if type(found) in parts]
+    finally:
+        gc.enable()
+    for _ in range(100):
+        if threading.active_count() <= before:
+            return
+        time.sleep(0.05)
+    raise AssertionError(threading.enumerate())
 
 
 @pytest.mark.slow

@@ -19,7 +19,6 @@ from rayprune.orchestrator.stages.subject import Subject
 from rayprune.specs.errors import ModelError, SpecError
 from rayprune.specs.loader import load_job
 from rayprune.workers.model.checkpoint import open_checkpoint
-from rayprune.workers.model.families import prunable
 from rayprune.workers.network.streamed import StreamedModel
 from rayprune.workers.store.files import read_manifest
 from rayprune.workers.store.layout import (
@@ -31,7 +30,7 @@ from rayprune.workers.store.layout import (
     task_folder,
 )
 from tests.conftest import MakeJob, MakeModel
-from tests.helpers import normalised, quiet, some
+from tests.helpers import families, normalised, quiet, some
 
 BY_HAND = [
     {"heads": 0, "neurons": 40},
@@ -72,7 +71,7 @@ def streamed_logits(folder: Path) -> torch.Tensor:
 
 
 @pytest.mark.usefixtures("by_hand")
-@pytest.mark.parametrize("model_type", some(prunable(), "gemma2"))
+@pytest.mark.parametrize("model_type", some(families(), "gemma2"))
 @pytest.mark.parametrize("drift", [0.0, 0.5])
 def test_remote_code_padded_and_own_models_agree(
     drift: float, model_type: str, make_model: MakeModel, make_job: MakeJob, tmp_path: Path

@@ -32,6 +32,8 @@ from rayprune.workers.training.states import saved_steps
 from tests.conftest import MakeModel, build_model
 
 OPTIONS = TrainingSpec(epochs=2, batch=4, micro_batch=1, learning_rate=3e-3, checkpoint_steps=3)
+SILENCE = 600.0
+"""How long a rank may not answer, in seconds."""
 REMOVED = [{"heads": [1], "neurons": list(range(16))}] * 3
 
 
@@ -166,7 +168,7 @@ def gang(ray_session: None, text_file: Path, tmp_path_factory: pytest.TempPathFa
     folder = tmp_path_factory.mktemp("gang")
     stage = stage_in(folder / "gang", build_model(folder / "dense"), text_file)
     done = replace(stage, options=OPTIONS.model_copy(update={"epochs": 4.0}))
-    train_on_ray(done, 2, False, folder / "ray")
+    train_on_ray(done, 2, False, folder / "ray", SILENCE)
     return done
 
 
@@ -202,7 +204,7 @@ def test_two_ranks_have_the_loss_curve_of_one_and_half_of_the_state(
 def test_two_ranks_train_as_one_does(aim: Aim, gang: Finetune, tmp_path: Path) -> None:
     one, two = (replace(gang, folder=str(tmp_path / name), aim=aim) for name in ("one", "two"))
     finetune(one, ALONE)
-    train_on_ray(two, 2, False, tmp_path / "ray")
+    train_on_ray(two, 2, False, tmp_path / "ray", SILENCE)
     assert curve(two.folder) == pytest.approx(curve(one.folder), abs=1e-4)
     alone, spread = weights(one.folder), weights(two.folder)
     assert all(torch.allclose(alone[name], spread[name], atol=1e-3) for name in alone)
@@ -231,10 +233,10 @@ def test_a_killed_rank_changes_nothing(gang: Finetune, tmp_path: Path) -> None:
     thread = threading.Thread(target=kill, daemon=True)
     thread.start()
     with pytest.raises(WorkerFailure) as failure:
-        train_on_ray(killed, 2, False, tmp_path / "ray")
+        train_on_ray(killed, 2, False, tmp_path / "ray", SILENCE)
     assert failure.value.failure is Failure.PROCESS_LOST
     thread.join()
-    train_on_ray(killed, 2, False, tmp_path / "ray")
+    train_on_ray(killed, 2, False, tmp_path / "ray", SILENCE)
     assert curve(killed.folder) == curve(gang.folder)
     expected, found = weights(gang.folder), weights(killed.folder)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
@@ -254,4 +256,4 @@ def test_a_gang_stops_with_its_own_error(stage: Finetune, tmp_path: Path) -> Non
     """A loss that is not finite is no lost rank: nothing is tried again."""
     wild = replace(stage, options=OPTIONS.model_copy(update={"learning_rate": 1e20, "clip": 1e30}))
     with pytest.raises(ModelError, match=r"step \d+: the loss is .*; lower learning_rate"):
-        train_on_ray(wild, 2, False, tmp_path / "ray")
+        train_on_ray(wild, 2, False, tmp_path / "ray", SILENCE)

@@ -5,8 +5,10 @@ Private memory is what the kernel cannot take back without swapping: anonymous p
 """
 
 import ctypes
+import os
 import resource
 import threading
+import time
 import weakref
 from pathlib import Path
 from typing import Self
@@ -34,38 +36,74 @@ def give_back_free_memory() -> None:
         _trim(0)
 
 
-def _watch(meter: "weakref.ref[PeakMemory]", done: threading.Event) -> None:
-    while not done.wait(SAMPLE_SECONDS):
-        if found := meter():
-            found._note()
-        del found
+class _Sampler:
+    """The one thread of a process that samples for all meters; it ends when there are none."""
+
+    def __init__(self) -> None:
+        self._meters: weakref.WeakSet[PeakMemory] = weakref.WeakSet()
+        self._lock, self._runs = threading.Lock(), False
+
+    def add(self, meter: "PeakMemory") -> None:
+        """Sample for a meter until it is gone or given to `discard`."""
+        with self._lock:
+            self._meters.add(meter)
+            if not self._runs:
+                self._runs = True
+                threading.Thread(target=self._sample, daemon=True, name="peak-memory").start()
+
+    def discard(self, meter: "PeakMemory") -> None:
+        """Sample no longer for a meter."""
+        with self._lock:
+            self._meters.discard(meter)
+
+    def _sample(self) -> None:
+        while True:
+            time.sleep(SAMPLE_SECONDS)
+            with self._lock:
+                self._runs = len(self._meters) > 0
+                if not self._runs:
+                    return
+                now = private_bytes()
+                for meter in self._meters:
+                    meter.note(now)
+
+
+_sampler = _Sampler()
+
+
+def _renew() -> None:
+    """A forked process has none of its parent's threads."""
+    global _sampler
+    _sampler = _Sampler()
+
+
+os.register_at_fork(after_in_child=_renew)
 
 
 class PeakMemory:
-    """The highest private memory since the start, sampled by a thread of its own, which ends with
-    the object.
+    """The highest private memory since the start, sampled until the object or its `with` block
+    ends.
     """
 
     def __init__(self) -> None:
-        self._peak, self._done = private_bytes(), threading.Event()
-        threading.Thread(
-            target=_watch, args=(weakref.ref(self), self._done), daemon=True, name="peak-memory"
-        ).start()
-        weakref.finalize(self, self._done.set)
+        self._peak, self._ended = private_bytes(), False
+        _sampler.add(self)
 
-    def _note(self) -> None:
-        self._peak = max(self._peak, private_bytes())
+    def note(self, now: int) -> None:
+        """Take a sample, in bytes."""
+        self._peak = max(self._peak, now)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._note()
-        self._done.set()
+        self.note(private_bytes())
+        self._ended = True
+        _sampler.discard(self)
 
     @property
     def bytes(self) -> int:
         """The peak so far, in bytes; after a `with` block, that of the block."""
-        if not self._done.is_set():
-            self._note()
+        if not self._ended:
+            self.note(private_bytes())
         return self._peak

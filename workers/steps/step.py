@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from typing import Any, Generic, ParamSpec, Protocol, TypeVar
+from weakref import WeakMethod
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -36,17 +37,23 @@ def drop_all(kept: Iterable[Droppable]) -> None:
 
 
 class Cached(Generic[T]):
-    """A value that is made when it is first asked for, and again after `drop`."""
+    """A value that a method of its owner makes when it is first asked for, and again after `drop`.
+
+    It does not hold its owner: both are gone as soon as nobody else holds that, and with them the
+    tensors, without waiting for the garbage collector.
+    """
 
     def __init__(self, make: Callable[[], T]) -> None:
-        self._make = make
+        self._make = WeakMethod(make)
         self._made: list[T] = []
 
     @property
     def value(self) -> T:
         """The value."""
         if not self._made:
-            self._made.append(self._make())
+            make = self._make()
+            assert make is not None, "the owner is gone"
+            self._made.append(make())
         return self._made[0]
 
     def drop(self) -> None:
