@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
@@ -32,12 +33,13 @@ JOB_FILE, EVENTS_FILE, PLAN_FILE, LOCK_FILE = "job.yaml", "events.jsonl", "plan.
 REPORT_FILE, PAGE_FILE = "report.json", "report.html"
 HOW_COMPUTED = ("model.dtype", "parallel.device")
 """Options that say on what kind of device and in which type workers compute."""
+_version = cache(version)
 NUMERIC_PACKAGES = ("torch", "transformers", "numpy", "scipy", "safetensors")
 
 
 def environment() -> dict[str, str]:
     """What besides the job decides the bits of a result."""
-    return {name: version(name) for name in NUMERIC_PACKAGES} | {
+    return {name: _version(name) for name in NUMERIC_PACKAGES} | {
         "machine": platform.machine(),
         "code": str(CODE_VERSION),
     }

@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,6 @@ FILES = {
     for package in LAYERS
     for path in sorted((ROOT / package).rglob("*.py"))
 }
-TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 ONLY_IN = {
     "ray": {
@@ -177,6 +177,12 @@ WRITES_TENSORS = "rayprune.workers.store.files"
 """Without torch at import; a function of it writes safetensors files."""
 
 
+@cache
+def trees() -> dict[str, ast.Module]:
+    """Every file of ours, parsed."""
+    return {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
+
+
 def is_type_checking(node: ast.AST) -> bool:
     return (
         isinstance(node, ast.If)
@@ -213,7 +219,10 @@ def imports(tree: ast.AST) -> set[str]:
     return found
 
 
-IMPORTS = {name: imports(tree) for name, tree in TREES.items()}
+@cache
+def imported() -> dict[str, set[str]]:
+    """What every file of ours imports."""
+    return {name: imports(tree) for name, tree in trees().items()}
 
 
 def package(module: str) -> str:
@@ -230,7 +239,10 @@ def definitions(tree: ast.AST, prefix: str) -> Iterator[tuple[str, Definition]]:
             yield from definitions(node, prefix)
 
 
-DEFINITIONS = dict(item for name, tree in TREES.items() for item in definitions(tree, name))
+@cache
+def defined() -> dict[str, Definition]:
+    """Every class and function of ours."""
+    return dict(item for name, tree in trees().items() for item in definitions(tree, name))
 
 
 def test_every_package_is_looked_at() -> None:
@@ -239,7 +251,7 @@ def test_every_package_is_looked_at() -> None:
 
 
 def test_imports_point_downwards() -> None:
-    for name, modules in IMPORTS.items():
+    for name, modules in imported().items():
         above = LAYERS[LAYERS.index(package(name)) + 1 :]
         beside = ("tests", "examples", "benchmarks")
         assert not {module for module in modules if package(module) in (*above, *beside)}, name
@@ -248,7 +260,7 @@ def test_imports_point_downwards() -> None:
 def test_one_module_knows_the_library() -> None:
     for library, knowing in ONLY_IN.items():
         assert {
-            name for name, modules in IMPORTS.items() if library in map(package, modules)
+            name for name, modules in imported().items() if library in map(package, modules)
         } == knowing
 
 
@@ -260,7 +272,7 @@ def room_of(module: str) -> str:
 
 def law_of(room: str) -> str:
     """What the docstring of a room says, on one line."""
-    return " ".join((ast.get_docstring(TREES[f"rayprune.{room}"]) or "").split())
+    return " ".join((ast.get_docstring(trees()[f"rayprune.{room}"]) or "").split())
 
 
 def test_every_room_is_in_the_table_and_states_its_law() -> None:
@@ -279,7 +291,7 @@ def test_docstrings_promise_what_is_held(promise: str) -> None:
 def test_rooms_import_what_the_table_allows() -> None:
     """Exactly that: an entry that nothing needs any more goes."""
     wanted: dict[str, set[str]] = {room: set() for room in ROOMS}
-    for name, modules in IMPORTS.items():
+    for name, modules in imported().items():
         if (room := room_of(name)) in ROOMS:
             wanted[room] |= {room_of(module) for module in modules & FILES.keys()}
     beside = {"workers", "orchestrator"}
@@ -304,14 +316,14 @@ def test_laws_of_imports_follow_from_the_table() -> None:
 
 def test_no_torch_where_none_is_promised() -> None:
     """Not inside functions either."""
-    for name, modules in IMPORTS.items():
+    for name, modules in imported().items():
         in_texts = room_of(name) == "workers.texts" and name != CHECKS
         if not in_texts and not {package(name), room_of(name)} & WITHOUT_TORCH:
             continue
         assert not TORCH & set(map(package, modules)), name
         if name != WRITES_TENSORS:
             assert "safetensors.torch" not in modules, name
-        at_import = {node.module for node in TREES[name].body if isinstance(node, ast.ImportFrom)}
+        at_import = {node.module for node in trees()[name].body if isinstance(node, ast.ImportFrom)}
         assert "safetensors.torch" not in at_import, name
 
 
@@ -321,7 +333,7 @@ def test_one_room_touches_the_inside_of_transformers() -> None:
     """
     users = {
         name
-        for name, modules in IMPORTS.items()
+        for name, modules in imported().items()
         if {"transformers", "accelerate"} & set(map(package, modules))
     }
     outside = {name for name in users if room_of(name) != "workers.network"}
@@ -338,7 +350,7 @@ def test_one_room_touches_the_inside_of_transformers() -> None:
     for name in outside:
         names = {
             alias.name
-            for node in nodes(TREES[name])
+            for node in nodes(trees()[name])
             if isinstance(node, ast.ImportFrom) and package(str(node.module)) == "transformers"
             for alias in node.names
         }
@@ -352,7 +364,7 @@ def test_no_cycles() -> None:
     def visit(name: str, path: tuple[str, ...]) -> None:
         assert name not in path, " -> ".join([*path, name])
         if name not in done:
-            for module in sorted(IMPORTS[name] & FILES.keys()):
+            for module in sorted(imported()[name] & FILES.keys()):
                 visit(module, (*path, name))
             done.add(name)
 
@@ -365,23 +377,21 @@ def is_public(name: str) -> bool:
     parts = name.split(".")
     outer = [".".join(parts[:length]) for length in range(1, len(parts))]
     inside = any(
-        not isinstance(DEFINITIONS[part], ast.ClassDef) for part in outer if part in DEFINITIONS
+        not isinstance(defined()[part], ast.ClassDef) for part in outer if part in defined()
     )
     return not inside and not any(part.startswith("_") for part in parts)
 
 
 def test_everything_public_is_documented() -> None:
-    assert [name for name, tree in TREES.items() if not ast.get_docstring(tree)] == []
+    assert [name for name, tree in trees().items() if not ast.get_docstring(tree)] == []
     assert [
-        name
-        for name, node in DEFINITIONS.items()
-        if is_public(name) and not ast.get_docstring(node)
+        name for name, node in defined().items() if is_public(name) and not ast.get_docstring(node)
     ] == []
 
 
 def test_everything_is_typed() -> None:
     untyped = []
-    for name, node in DEFINITIONS.items():
+    for name, node in defined().items():
         if isinstance(node, ast.ClassDef):
             continue
         given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]

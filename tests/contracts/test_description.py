@@ -7,6 +7,7 @@ import ast
 import re
 import time
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -22,12 +23,6 @@ from tests.helpers import families
 
 ROOT = Path(__file__).parents[2]
 ROOM = ROOT / "workers" / "model"
-FILES = {
-    str(path.relative_to(ROOT)): ast.parse(path.read_text(encoding="utf-8"))
-    for folder in ("specs", "workers", "orchestrator")
-    for path in sorted((ROOT / folder).rglob("*.py"))
-    if not path.is_relative_to(ROOM)
-}
 READ = {
     # the stock class's own config, handed on to the class of a layer
     "workers/network/streamed.py": {"self._model.config"},
@@ -39,6 +34,17 @@ OTHERS = {"orchestrator/execution/ray_train.py": {"config"}}
 """Where a variable called `config` is a dictionary of somebody else's: Ray's."""
 PLACES = re.compile(r"\b(self_attn|mlp)\b|model\.layers\b")
 TYPES = re.compile(rf"(?<![\w-])({'|'.join(model_types())})(?![\w-])")
+
+
+@cache
+def files() -> dict[str, ast.Module]:
+    """Every file of ours outside the room, parsed."""
+    return {
+        str(path.relative_to(ROOT)): ast.parse(path.read_text(encoding="utf-8"))
+        for folder in ("specs", "workers", "orchestrator")
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        if not path.is_relative_to(ROOM)
+    }
 
 
 def texts(tree: ast.AST) -> Iterator[str]:
@@ -116,18 +122,18 @@ def test_the_rules_see_what_they_look_for() -> None:
 
 
 def test_configs_are_read_in_one_room() -> None:
-    for file, tree in FILES.items():
+    for file, tree in files().items():
         assert config_reads(tree) == READ.get(file, set()), file
         assert key_reads(tree) == OTHERS.get(file, set()), file
         assert "rayprune.workers.model.config.Config" not in imported(tree), file
 
 
 def test_nothing_knows_where_a_family_has_its_modules() -> None:
-    assert {file: found for file, tree in FILES.items() if (found := places(tree))} == {}
+    assert {file: found for file, tree in files().items() if (found := places(tree))} == {}
 
 
 def test_nothing_knows_a_family_by_name() -> None:
-    for file, tree in FILES.items():
+    for file, tree in files().items():
         assert [text for text in texts(tree) if TYPES.search(text)] == [], file
         families = "rayprune.workers.model.families"
         assert not {name for name in imported(tree) if name.startswith(families)}, file

@@ -191,6 +191,7 @@ def test_poisoned_layer_keeps_the_finished_ones(
     ] == ["layer-0000", "layer-0001"]
 
 
+@pytest.mark.slow
 def test_run_folder_of_another_job(
     make_model: MakeModel, make_job: MakeJob, tmp_path: Path, capsys: Capture
 ) -> None:

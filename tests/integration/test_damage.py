@@ -77,7 +77,7 @@ def one_layer_a_wave(layers: range, *_: int) -> list[list[range]]:
     return [[range(layer, layer + 1)] for layer in layers]
 
 
-@pytest.mark.parametrize("kind", some(DAMAGES, "a bit", "swapped"))
+@pytest.mark.parametrize("kind", some(DAMAGES, "swapped"))
 def test_damaged_hidden_states_are_computed_again(
     kind: str, interrupted: tuple[JobSpec, Path, dict[str, bytes]], tmp_path: Path
 ) -> None:
@@ -215,7 +215,11 @@ def change_last_layer(model: Path) -> None:
 
 @pytest.mark.parametrize(
     ("stage", "layer", "task"),
-    [("probe", 0, "shape"), ("sweep", 0, "layer-0000"), ("sweep", 2, "layer-0002")],
+    [
+        pytest.param("probe", 0, "shape", marks=pytest.mark.slow),
+        ("sweep", 0, "layer-0000"),
+        pytest.param("sweep", 2, "layer-0002", marks=pytest.mark.slow),
+    ],
 )
 def test_a_model_that_changes_during_a_run_stops_it(
     stage: str, layer: int, task: str, model: JobSpec, tmp_path: Path
@@ -274,6 +278,7 @@ def test_names_of_others_cannot_steer_a_terminal(
 TRAINED = {"epochs": 1, "batch": 4, "learning_rate": 1e-3, "checkpoint_steps": 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scope", ["model", "layer"])
 def test_a_damaged_training_state_is_not_gone_on_from(
     scope: str, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -56,6 +56,7 @@ def last_hidden(model: Path) -> Tensor:
     ).hidden_states[-1]
 
 
+@pytest.mark.slow
 def test_the_pruned_model_stays_closer_to_the_dense_one(
     make_model: MakeModel, make_job: MakeJob, tmp_path: Path
 ) -> None:
@@ -86,7 +87,7 @@ def test_the_pruned_model_stays_closer_to_the_dense_one(
 @pytest.mark.parametrize(
     "memory",
     [
-        {"keep_inputs": False},
+        pytest.param({"keep_inputs": False}, marks=pytest.mark.slow),
         {"spill_statistics": True, "spill_hidden": True, "keep_inputs": False},
     ],
     ids=str,
@@ -99,7 +100,8 @@ def test_what_memory_holds_never_changes_the_bytes(
     assert folder_bytes(tmp_path / "tight" / "model") == expected
 
 
-@pytest.mark.parametrize("stop_after", some([0, 1, 3], 1))
+@pytest.mark.slow
+@pytest.mark.parametrize("stop_after", [0, 1, 3])
 def test_a_restart_has_its_dense_path_again(
     stop_after: int, job: Path, expected: Any, tmp_path: Path
 ) -> None:

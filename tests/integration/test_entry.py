@@ -138,7 +138,7 @@ def test_inside_an_event_loop_and_in_a_thread(sections: dict[str, Any], tmp_path
     assert in_loop == in_thread
 
 
-@pytest.mark.parametrize("placement", ["shards", "layers"])
+@pytest.mark.parametrize("placement", some(["shards", "layers"], "shards"))
 def test_nothing_of_a_run_stays_in_memory(
     placement: str, sections: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -192,7 +192,7 @@ def test_on_ray_in_a_thread(make_model: MakeModel, make_job: MakeJob, tmp_path: 
     assert "run-finished" in done.stdout
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/python.md"])
+@pytest.mark.parametrize("document", some(["README.md", "docs/python.md"], "README.md"))
 def test_the_code_of_the_documents_runs(
     document: str,
     sections: dict[str, Any],

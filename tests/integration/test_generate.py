@@ -33,6 +33,7 @@ def test_a_model_writes_as_many_tokens_as_are_wanted_and_the_same_again(
     assert "no first token; give --prompts" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_it_writes_serves_as_calibration_text(
     make_model: MakeModel, make_job: MakeJob, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

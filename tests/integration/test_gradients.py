@@ -55,6 +55,7 @@ def test_the_file_holds_a_row_for_every_layer(
     assert all(bool((scale > 0).all()) for scale in scales.values())
 
 
+@pytest.mark.slow
 def test_rounds_give_the_same_bytes(
     make_model: MakeModel, make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

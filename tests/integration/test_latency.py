@@ -64,6 +64,7 @@ def test_the_exported_sizes_meet_the_budget_to_one_step(
     assert limit - step < taken <= limit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("per_layer", [False, True])
 def test_a_table_that_was_measured_again_is_noticed(
     per_layer: bool, make_model: MakeModel, make_job: MakeJob, tmp_path: Path

@@ -101,6 +101,7 @@ def test_a_method_of_two_files_prunes_a_model(
                 assert up_FD.equal(before[name][-len(up_FD) :]), "the highest numbers stay"
 
 
+@pytest.mark.slow
 def test_errors_the_schema_the_mask_and_the_threshold_know_it(
     code: Path, make_model: MakeModel, make_job: MakeJob
 ) -> None:

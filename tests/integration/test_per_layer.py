@@ -104,6 +104,7 @@ def test_remote_code_padded_and_own_models_agree(
     assert stored == open_checkpoint(folders[False]).parameters
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("by_hand")
 @pytest.mark.parametrize(
     ("model_type", "window"), [("qwen3", {}), ("gemma2", {"sliding_window": 8})]
@@ -188,6 +189,7 @@ SEARCH = {
 }
 
 
+@pytest.mark.slow
 def test_search_is_never_worse_than_curves_and_goes_on_where_it_was_cut_off(
     make_model: MakeModel, make_job: MakeJob, tmp_path: Path
 ) -> None:

@@ -38,7 +38,7 @@ def load(folder: Path) -> Any:
     return model.eval()
 
 
-@pytest.mark.parametrize("model_type", families())
+@pytest.mark.parametrize("model_type", some(families(), "gpt2", "opt"))
 @pytest.mark.parametrize("part", [1, 2])
 def test_every_family_loads_and_generates(
     model_type: str, part: int, make_model: MakeModel, make_job: MakeJob, tmp_path: Path
@@ -231,6 +231,7 @@ def test_corrections_are_rounded_to_the_type_that_is_asked_for(
     assert not torch.equal(weight, weight.bfloat16().float())
 
 
+@pytest.mark.slow
 def test_gram_and_qr_route_agree(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
     job = make_job(make_model(), budget={"kv_groups": 1})
     run(job, tmp_path / "gram")
@@ -367,6 +368,7 @@ def test_original_config_is_patched_not_resaved(
     assert "modeling_evil.py" not in names
 
 
+@pytest.mark.slow
 def test_mixed_texts_are_found_beside_the_job_and_belong_to_the_result(
     make_model: MakeModel, make_job: MakeJob, text_file: Path, tmp_path: Path
 ) -> None:

@@ -51,7 +51,8 @@ def two_passes(job: JobSpec, out: Path, show: Any = quiet) -> list[Pruned]:
     return done
 
 
-@pytest.mark.parametrize("parallel", some(PLACEMENTS, PLACEMENTS[2]), ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", PLACEMENTS, ids=str)
 def test_two_passes_do_not_see_each_other_and_go_on_after_a_stop(
     parallel: dict[str, Any], make_model: MakeModel, make_job: MakeJob, tmp_path: Path
 ) -> None:

@@ -13,7 +13,7 @@ from rayprune.orchestrator.stages.reads import kind_of
 from rayprune.specs.job import JobSpec
 from rayprune.specs.loader import load_job
 from tests.conftest import MakeJob, MakeModel, build_model, folder_bytes
-from tests.helpers import quiet, some
+from tests.helpers import quiet
 
 JOBS: dict[str, dict[str, Any]] = {
     "pruned path": {"method": {"scale": "gradients"}},
@@ -59,7 +59,8 @@ def of_events(run: Path, event: str) -> list[str]:
     return [kind_of(found["task"]) for found in read_events(run) if found["event"] == event]
 
 
-@pytest.mark.parametrize("job", some(JOBS, "dense path"), indirect=True)
+@pytest.mark.slow
+@pytest.mark.parametrize("job", JOBS, indirect=True)
 def test_another_sparsity_finds_what_does_not_depend_on_it(
     job: JobSpec, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
@@ -115,6 +116,7 @@ def test_a_damaged_entry_is_ignored_and_made_anew(job: JobSpec, tmp_path: Path) 
     assert not [path for path in store.rglob(".*.tmp")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("job", ["dense path"], indirect=True)
 def test_another_model_of_the_same_shape_finds_nothing_of_it(
     job: JobSpec, make_model: MakeModel, tmp_path: Path

@@ -133,7 +133,8 @@ def test_statistics_of_a_group_that_loses_nothing_are_not_collected(
     assert set(watched) == {"neurons"}
 
 
-@pytest.mark.parametrize("propagation", some(["dense", "refit"], "refit"))
+@pytest.mark.slow
+@pytest.mark.parametrize("propagation", ["dense", "refit"])
 def test_every_propagation_gives_a_model_that_loads(
     propagation: str, job: Path, tmp_path: Path
 ) -> None:

@@ -221,6 +221,7 @@ def test_recovery_trains_the_pruned_model(
     verify_run(run)
 
 
+@pytest.mark.slow
 def test_recovery_may_be_added_and_changed_afterwards(
     make_model: MakeModel, make_job: MakeJob, tmp_path: Path
 ) -> None:

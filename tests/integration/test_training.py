@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from rayprune.orchestrator.execution.failures import Failure, WorkerFailure
-from rayprune.orchestrator.execution.ray_train import train_on_ray
 from rayprune.specs.errors import ModelError
 from rayprune.specs.job import CalibrationSpec
 from rayprune.specs.training import LoraSpec, TrainingSpec
@@ -32,8 +31,6 @@ from rayprune.workers.training.states import saved_steps
 from tests.conftest import MakeModel, build_model
 
 OPTIONS = TrainingSpec(epochs=2, batch=4, micro_batch=1, learning_rate=3e-3, checkpoint_steps=3)
-SILENCE = 600.0
-"""How long a rank may not answer, in seconds."""
 REMOVED = [{"heads": [1], "neurons": list(range(16))}] * 3
 
 
@@ -74,6 +71,7 @@ def test_the_loss_and_the_penalty_fall(stage: Finetune) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_training_that_was_cut_off_ends_with_the_same_weights(
     stage: Finetune, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,13 +160,20 @@ def test_a_merged_adapter_computes_what_the_adapter_does(make_model: MakeModel) 
     torch.testing.assert_close(model(tokens).logits, logits)
 
 
+def train_on_two(stage: Finetune, storage: Path) -> None:
+    """Train on two ranks of Ray Train, whose import takes seconds."""
+    from rayprune.orchestrator.execution.ray_train import MOST_SILENT_SECONDS, train_on_ray
+
+    train_on_ray(stage, 2, False, storage, MOST_SILENT_SECONDS)
+
+
 @pytest.fixture(scope="module")
 def gang(ray_session: None, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Finetune:
     """The stage after a run on two ranks of Ray Train."""
     folder = tmp_path_factory.mktemp("gang")
     stage = stage_in(folder / "gang", build_model(folder / "dense"), text_file)
     done = replace(stage, options=OPTIONS.model_copy(update={"epochs": 4.0}))
-    train_on_ray(done, 2, False, folder / "ray", SILENCE)
+    train_on_two(done, folder / "ray")
     return done
 
 
@@ -204,7 +209,7 @@ def test_two_ranks_have_the_loss_curve_of_one_and_half_of_the_state(
 def test_two_ranks_train_as_one_does(aim: Aim, gang: Finetune, tmp_path: Path) -> None:
     one, two = (replace(gang, folder=str(tmp_path / name), aim=aim) for name in ("one", "two"))
     finetune(one, ALONE)
-    train_on_ray(two, 2, False, tmp_path / "ray", SILENCE)
+    train_on_two(two, tmp_path / "ray")
     assert curve(two.folder) == pytest.approx(curve(one.folder), abs=1e-4)
     alone, spread = weights(one.folder), weights(two.folder)
     assert all(torch.allclose(alone[name], spread[name], atol=1e-3) for name in alone)
@@ -233,10 +238,10 @@ def test_a_killed_rank_changes_nothing(gang: Finetune, tmp_path: Path) -> None:
     thread = threading.Thread(target=kill, daemon=True)
     thread.start()
     with pytest.raises(WorkerFailure) as failure:
-        train_on_ray(killed, 2, False, tmp_path / "ray", SILENCE)
+        train_on_two(killed, tmp_path / "ray")
     assert failure.value.failure is Failure.PROCESS_LOST
     thread.join()
-    train_on_ray(killed, 2, False, tmp_path / "ray", SILENCE)
+    train_on_two(killed, tmp_path / "ray")
     assert curve(killed.folder) == curve(gang.folder)
     expected, found = weights(gang.folder), weights(killed.folder)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
@@ -256,4 +261,4 @@ def test_a_gang_stops_with_its_own_error(stage: Finetune, tmp_path: Path) -> Non
     """A loss that is not finite is no lost rank: nothing is tried again."""
     wild = replace(stage, options=OPTIONS.model_copy(update={"learning_rate": 1e20, "clip": 1e30}))
     with pytest.raises(ModelError, match=r"step \d+: the loss is .*; lower learning_rate"):
-        train_on_ray(wild, 2, False, tmp_path / "ray", SILENCE)
+        train_on_two(wild, tmp_path / "ray")

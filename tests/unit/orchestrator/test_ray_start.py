@@ -121,6 +121,7 @@ def silent() -> Iterator[int]:
         yield listening.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_somebody_else_listens(silent: int) -> None:
     start = time.monotonic()
     with pytest.raises(ResourceError, match=r"answered within 2 s \(cluster\.connect_seconds\)"):
