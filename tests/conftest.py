@@ -1,14 +1,11 @@
-"""Small models built from configs in milliseconds, a tokenizer without a network, and jobs over
-both.
-"""
+"""Jobs over small models, and what tests do to files. Nothing heavy is imported with it."""
 
+import gc
 import json
 import os
 import secrets
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,100 +18,20 @@ os.environ |= {
 }
 
 import pytest
-import torch
 import yaml
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks.random_model import SIZES, byte_tokenizer
 from rayprune.orchestrator.execution.records import records, sealed
 from rayprune.orchestrator.execution.run_folder import REPORT_FILE
-from rayprune.workers.model.families import family_named
-from rayprune.workers.model.families.decoder import Decoder
-from rayprune.workers.model.families.parts import Keys
 from rayprune.workers.store.files import MANIFEST_NAME
-
-torch.set_num_threads(1)
-
-WINDOW = {"sliding_window": 8}
-OF_FAMILY: dict[str, dict[str, Any]] = {
-    "cohere2": WINDOW,
-    "exaone4": WINDOW,
-    "falcon": {"new_decoder_architecture": True},
-    "gemma3_text": WINDOW,
-    "gpt_neo": {"window_size": 8},
-    "gptj": {"rotary_dim": 4},
-    "ministral": WINDOW,
-    "olmo3": WINDOW,
-    "granite": {  # by default all are 1, and nothing that overlooks one would show
-        "attention_multiplier": 0.2,
-        "embedding_multiplier": 2.0,
-        "logits_scaling": 1.5,
-        "residual_multiplier": 0.5,
-    },
-    "gpt2": {"n_positions": 256},
-}
-"""Keys that only one family has, or that show what it does."""
-WORKED_OUT: dict[str, dict[str, Callable[[dict[str, Any]], Any]]] = {
-    "gpt_neo": {
-        "attention_types": lambda given: [
-            [[["global", "local"][n % 2] for n in range(given["num_hidden_layers"])], 1]
-        ]
-    },
-    "helium": {"head_dim": lambda given: given["hidden_size"] // given["num_attention_heads"]},
-}
-"""Keys that must fit others."""
-
-_MODELS = tempfile.TemporaryDirectory(prefix="models-")
-_BUILT: dict[str, Path] = {}
 
 MakeModel = Callable[..., Path]
 MakeJob = Callable[..., Path]
 
 
-def raw_config(model_type: str, **changes: Any) -> dict[str, Any]:
-    """A tiny config: `SIZES` and the changes, both by Llama's keys, under the family's own; keys
-    of sizes that it has not are left out.
-    """
-    given = SIZES | OF_FAMILY.get(model_type, {}) | changes
-    given |= {key: value(given) for key, value in WORKED_OUT.get(model_type, {}).items()}
-    family = family_named(model_type)
-    if isinstance(family, Decoder):
-        own = {getattr(Keys, key.name): getattr(family.keys, key.name) for key in fields(Keys)}
-        given = {own.get(key, key): value for key, value in given.items()}
-    return {"model_type": model_type} | {key: v for key, v in given.items() if key is not None}
-
-
-def build_model(
-    folder: Path,
-    model_type: str = "llama",
-    seed: int = 0,
-    dtype: torch.dtype = torch.float32,
-    **changes: Any,
-) -> Path:
-    """Write a tiny random model of a family with a byte-level tokenizer; activations are made
-    unlike by random norm weights. The same one is built once and copied after that.
-    """
-    wanted = json.dumps([raw_config(model_type, **changes), seed, str(dtype)], sort_keys=True)
-    if wanted not in _BUILT:
-        _BUILT[wanted] = Path(_MODELS.name) / str(len(_BUILT))
-        _build(_BUILT[wanted], raw_config(model_type, **changes), seed, dtype)
-    shutil.copytree(_BUILT[wanted], folder, dirs_exist_ok=True)
-    return folder
-
-
-def _build(folder: Path, raw: dict[str, Any], seed: int, dtype: torch.dtype) -> None:
-    torch.manual_seed(seed)
-    config = AutoConfig.for_model(**raw)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(
-                torch.rand_like(parameter) + 0.5
-                if parameter.dim() == 1 and name.endswith("weight")  # a norm's
-                else torch.randn_like(parameter) * 0.15
-            )
-    model.save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+def pytest_collection_finish() -> None:
+    """What is there before the tests stays: no collection of garbage looks at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
@@ -122,6 +39,8 @@ def make_model(tmp_path: Path) -> MakeModel:
     """Build a tiny model under the test's folder."""
 
     def make(model_type: str = "llama", name: str = "dense", **changes: Any) -> Path:
+        from tests.models import build_model
+
         return build_model(tmp_path / name, model_type, **changes)
 
     return make

@@ -53,8 +53,9 @@ from rayprune.workers.numerics.linalg import unit_rows
 from rayprune.workers.numerics.methods import select
 from rayprune.workers.numerics.statistics import GramStatistic
 from rayprune.workers.steps import deciding
-from tests.conftest import MakeJob, build_model, edit_json
+from tests.conftest import MakeJob, edit_json
 from tests.helpers import some
+from tests.models import build_model
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64,

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.conftest import build_model, write_job
+from tests.conftest import write_job
 from tests.faults.forks import Fault
 from tests.faults.hooks import OneLayerAtATime
+from tests.models import build_model
 
 TRAINING = {"epochs": 1.5, "batch": 4, "learning_rate": 1e-3, "checkpoint_steps": 1}
 CURVES = {"name": "curves", "samples": 2, "levels": 4}

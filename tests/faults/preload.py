@@ -6,8 +6,9 @@ import os
 import tempfile
 from pathlib import Path
 
-from tests.conftest import build_model, write_job
+from tests.conftest import write_job
 from tests.faults.kinds import KINDS
+from tests.models import build_model
 
 
 def warm_up() -> None:

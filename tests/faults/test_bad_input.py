@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import build_model, folder_bytes, write_job
+from tests.conftest import folder_bytes, write_job
 from tests.faults.bad_input import BAD, DAYS, Bad, Place, Spoil, other_text, replaced
 from tests.faults.conftest import Record
 from tests.faults.forks import attempt
 from tests.faults.hooks import NoRay, NoRoom, Without
 from tests.faults.reliability import Row
+from tests.models import build_model
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(120)]
 SECONDS = 4.0

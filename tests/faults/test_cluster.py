@@ -17,11 +17,12 @@ from typing import Any
 import pytest
 from ray.cluster_utils import Cluster
 
-from tests.conftest import build_model, folder_bytes, write_job
+from tests.conftest import folder_bytes, write_job
 from tests.faults.bench import Bench, ended, failures, in_mid_run, log, until, workers
 from tests.faults.conftest import Record
 from tests.faults.forks import attempt
 from tests.faults.reliability import Row
+from tests.models import build_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults, pytest.mark.timeout(600)]
 NODES, LAYERS = 3, 10

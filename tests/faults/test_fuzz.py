@@ -25,8 +25,8 @@ from rayprune.specs.loader import dump_job, load_job
 from rayprune.workers.model.checkpoint import open_checkpoint, planned_checkpoint
 from rayprune.workers.store.files import read_manifest
 from rayprune.workers.store.shards import even_parts, grow_tree, merge_siblings, owned_nodes, roots
-from tests.conftest import build_model
 from tests.faults.forks import ROOT
+from tests.models import build_model
 
 SAME_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 

@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import build_model, edit_json, folder_bytes, write_job
+from tests.conftest import edit_json, folder_bytes, write_job
 from tests.faults.calm import Calm
 from tests.faults.conftest import MakeCalm, Record
 from tests.faults.forks import Ended, attempt
 from tests.faults.hooks import DieAt
 from tests.faults.reliability import Row
+from tests.models import build_model
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(300)]
 SECRET = b"a secret that lies outside, and that nobody gave away"

@@ -18,8 +18,9 @@ from rayprune.specs.errors import ModelError, SpecError, VerificationError
 from rayprune.specs.job import JobSpec
 from rayprune.specs.loader import load_job
 from rayprune.workers.training.loop import Training
-from tests.conftest import build_model, edit_json, flip_bit, folder_bytes, write_job
+from tests.conftest import edit_json, flip_bit, folder_bytes, write_job
 from tests.helpers import quiet, some
+from tests.models import build_model
 
 CACHED: dict[str, dict[str, Any]] = {
     "pruned path": {"memory": {"checkpoint_layers": 1}},

@@ -15,8 +15,9 @@ from rayprune.orchestrator.cli import main
 from rayprune.orchestrator.run import run_job
 from rayprune.specs.loader import load_job
 from rayprune.workers.model.checkpoint import open_checkpoint
-from tests.conftest import MakeJob, MakeModel, build_model, folder_bytes, write_job
+from tests.conftest import MakeJob, MakeModel, folder_bytes, write_job
 from tests.helpers import families, normalised, quiet, some
+from tests.models import build_model
 
 WINDOWS_NT = torch.randint(3, 259, (32, 64), generator=torch.Generator().manual_seed(0))
 
@@ -87,7 +88,7 @@ def test_the_pruned_model_stays_closer_to_the_dense_one(
 @pytest.mark.parametrize(
     "memory",
     [
-        pytest.param({"keep_inputs": False}, marks=pytest.mark.slow),
+        {"keep_inputs": False},
         {"spill_statistics": True, "spill_hidden": True, "keep_inputs": False},
     ],
     ids=str,

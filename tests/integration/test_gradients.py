@@ -22,6 +22,7 @@ def kept(run: Path) -> list[Any]:
     return [manifest.info["kept"] for manifest in manifests if manifest]
 
 
+@pytest.mark.slow
 def test_they_are_measured_once_and_change_what_stays(
     make_model: MakeModel, make_job: MakeJob, tmp_path: Path
 ) -> None:

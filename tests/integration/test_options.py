@@ -21,8 +21,9 @@ from rayprune.specs.job import JobSpec
 from rayprune.specs.loader import load_job
 from rayprune.workers.store.files import read_manifest
 from rayprune.workers.store.layout import RESULT_FILE, task_folder
-from tests.conftest import MakeJob, build_model
+from tests.conftest import MakeJob
 from tests.helpers import quiet, some
+from tests.models import build_model
 
 TRAINING = {"batch": 4, "learning_rate": 1e-3}
 BASES: dict[str, dict[str, Any]] = {
@@ -325,7 +326,7 @@ RUN_AGAIN: dict[str, set[str]] = {
 }
 
 
-@pytest.mark.parametrize("change", some(RUN_AGAIN, "evaluation.window=24", "export.dtype=bfloat16"))
+@pytest.mark.parametrize("change", some(RUN_AGAIN, "evaluation.window=24"))
 def test_what_runs_again_after_a_change(
     change: str, make_job: MakeJob, folder: Path, tmp_path: Path
 ) -> None:

@@ -205,7 +205,8 @@ def test_half_precision_checkpoints_keep_their_type(
     assert load(tmp_path / "run" / "model").dtype == getattr(torch, dtype)
 
 
-@pytest.mark.parametrize("pad", some([False, True], True))
+@pytest.mark.slow
+@pytest.mark.parametrize("pad", [False, True])
 def test_corrections_are_rounded_to_the_type_that_is_asked_for(
     pad: bool, make_model: MakeModel, make_job: MakeJob, tmp_path: Path
 ) -> None:

@@ -22,8 +22,9 @@ from rayprune.specs.loader import load_job
 from rayprune.workers.model.checkpoint import open_checkpoint
 from rayprune.workers.store.files import read_manifest
 from rayprune.workers.store.layout import Scope
-from tests.conftest import MakeJob, MakeModel, build_model, folder_bytes
+from tests.conftest import MakeJob, MakeModel, folder_bytes
 from tests.helpers import quiet, some
+from tests.models import build_model
 
 PLACEMENTS = [
     {"placement": "shards"},
@@ -96,6 +97,7 @@ def change_values(model: Path, layer: int) -> None:
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parallel", some(PLACEMENTS, PLACEMENTS[0]), ids=str)
 def test_a_model_whose_values_change_is_another_model(
     parallel: dict[str, Any], make_model: MakeModel, make_job: MakeJob, tmp_path: Path
@@ -149,6 +151,7 @@ def test_a_digest_sees_values_and_not_the_files_they_lie_in(
     assert not set(digests[0]) & set(digests[2])
 
 
+@pytest.mark.slow
 def test_everything_that_is_computed_says_on_what(
     make_model: MakeModel, make_job: MakeJob, text_file: Path, tmp_path: Path
 ) -> None:

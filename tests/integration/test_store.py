@@ -12,8 +12,9 @@ from rayprune.orchestrator.run import run_job
 from rayprune.orchestrator.stages.reads import kind_of
 from rayprune.specs.job import JobSpec
 from rayprune.specs.loader import load_job
-from tests.conftest import MakeJob, MakeModel, build_model, folder_bytes
+from tests.conftest import MakeJob, MakeModel, folder_bytes
 from tests.helpers import quiet
+from tests.models import build_model
 
 JOBS: dict[str, dict[str, Any]] = {
     "pruned path": {"method": {"scale": "gradients"}},

@@ -14,8 +14,9 @@ from rayprune.orchestrator.stages import stream
 from rayprune.specs.errors import VerificationError
 from rayprune.specs.loader import load_job
 from rayprune.workers.passes.stream import Stream
-from tests.conftest import build_model, edit_manifest, folder_bytes, write_job
+from tests.conftest import edit_manifest, folder_bytes, write_job
 from tests.helpers import quiet, some
+from tests.models import build_model
 
 _empty_fits = Stream._empty_fits
 DECIDED_IN = {"dense": "layer-0001", "refit": "selection-0001"}

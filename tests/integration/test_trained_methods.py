@@ -126,7 +126,7 @@ def test_layers_of_every_build_are_trained(
     assert report.decoder_parameters.after <= 0.75 * report.decoder_parameters.before
 
 
-@pytest.mark.parametrize("transfer", some(["shrink", "penalty"], "shrink"))
+@pytest.mark.parametrize("transfer", some(["shrink", "penalty"]))
 def test_trsp_removes_the_layers_that_its_gates_choose(
     transfer: str, make_model: MakeModel, make_job: MakeJob, tmp_path: Path
 ) -> None:

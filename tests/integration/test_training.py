@@ -28,7 +28,8 @@ from rayprune.workers.training.adapters import adapted, add_adapters, merged
 from rayprune.workers.training.loop import ALONE, windows_of
 from rayprune.workers.training.rank import finetune
 from rayprune.workers.training.states import saved_steps
-from tests.conftest import MakeModel, build_model
+from tests.conftest import MakeModel
+from tests.models import build_model
 
 OPTIONS = TrainingSpec(epochs=2, batch=4, micro_batch=1, learning_rate=3e-3, checkpoint_steps=3)
 REMOVED = [{"heads": [1], "neurons": list(range(16))}] * 3
@@ -111,6 +112,7 @@ def test_the_written_model_has_the_names_and_types_of_the_original(
     }
 
 
+@pytest.mark.slow
 def test_adapters_alone_are_trained_saved_and_merged(stage: Finetune) -> None:
     """A training that goes on from its checkpoint, of the adapters alone, writes what the model
     with adapters computes.

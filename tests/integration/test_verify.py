@@ -13,8 +13,9 @@ from rayprune.orchestrator.run import run_job
 from rayprune.specs.errors import VerificationError
 from rayprune.specs.loader import load_job
 from rayprune.workers.store.files import record_of
-from tests.conftest import build_model, edit_json, edit_manifest, flip_bit, seal_report, write_job
+from tests.conftest import edit_json, edit_manifest, flip_bit, seal_report, write_job
 from tests.helpers import quiet
+from tests.models import build_model
 
 SHARD = "model/model-00002-of-00002.safetensors"
 

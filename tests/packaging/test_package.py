@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.conftest import build_model
+from tests.models import build_model
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("specs", "workers", "orchestrator")

@@ -20,7 +20,8 @@ from rayprune.orchestrator.execution.run_folder import PLAN_FILE
 from rayprune.orchestrator.stages.evaluation import doubts
 from rayprune.specs.errors import ModelError, RaypruneError, SpecError
 from rayprune.specs.loader import load_job
-from tests.conftest import build_model, edit_json, write_job
+from tests.conftest import edit_json, write_job
+from tests.models import build_model
 
 Capture = pytest.CaptureFixture[str]
 Monkey = pytest.MonkeyPatch

@@ -13,6 +13,7 @@ from rayprune.orchestrator.cli import main
 from rayprune.orchestrator.execution.submit import entrypoint, submission_id
 from rayprune.specs.loader import load_job
 from tests.conftest import MakeJob, MakeModel
+from tests.helpers import some
 
 ROOT = Path(__file__).parents[3]
 
@@ -112,7 +113,7 @@ def test_without_a_token(job: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "environment",
-    [{"RAY_AUTH_TOKEN": "0" * 64}, {"RAY_AUTH_MODE": "disabled"}],
+    some([{"RAY_AUTH_TOKEN": "0" * 64}, {"RAY_AUTH_MODE": "disabled"}]),
     ids=["token", "no token"],
 )
 def test_an_address_where_nobody_listens(

@@ -18,7 +18,7 @@ from rayprune.workers.calibration import (
 )
 from rayprune.workers.texts.checks import check_apart, shared_fraction
 from rayprune.workers.texts.limits import shares
-from tests.conftest import build_model
+from tests.models import build_model
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,9 @@ from rayprune.workers.model.checkpoint import open_checkpoint
 from rayprune.workers.model.folder import INDEX_NAME, MAX_JSON_BYTES, SINGLE_NAME, read_header
 from rayprune.workers.network.reading import layer_tensors
 from rayprune.workers.network.streamed import layers_of
-from tests.conftest import MakeModel, build_model, edit_json
+from tests.conftest import MakeModel, edit_json
 from tests.helpers import families
+from tests.models import build_model
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 

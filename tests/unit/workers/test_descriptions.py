@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from benchmarks.random_model import SIZES
 from rayprune.specs.errors import ModelError, SpecError
 from rayprune.workers.model.checkpoint import open_checkpoint, planned_checkpoint
 from rayprune.workers.model.config import Config
@@ -15,8 +16,9 @@ from rayprune.workers.model.description import Group, Model, Shape
 from rayprune.workers.model.families import family_named, family_of, model_types, prunable
 from rayprune.workers.model.rewrite import written
 from rayprune.workers.network.streamed import layers_of
-from tests.conftest import SIZES, MakeModel, edit_json, raw_config
+from tests.conftest import MakeModel, edit_json
 from tests.helpers import families
+from tests.models import raw_config
 
 BIASED = {"attention_bias": True, "mlp_bias": True}
 OLD = {"new_decoder_architecture": False, "multi_query": False, "num_key_value_heads": 4}

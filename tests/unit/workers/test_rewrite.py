@@ -11,7 +11,7 @@ from rayprune.workers.model.config import Config
 from rayprune.workers.model.description import Shape
 from rayprune.workers.model.families import family_of, prunable
 from rayprune.workers.model.rewrite import form_of, of_layers, written
-from tests.conftest import raw_config
+from tests.models import raw_config
 
 UNKNOWN: dict[str, Any] = {
     "rope_theta": 5e5,

@@ -10,7 +10,8 @@ from rayprune.workers.model.checkpoint import Checkpoint, open_checkpoint
 from rayprune.workers.texts.checks import check_known, check_varied
 from rayprune.workers.texts.limits import check_positions, embedding_rows
 from rayprune.workers.texts.reading import TextFacts
-from tests.conftest import MakeModel, build_model, edit_json
+from tests.conftest import MakeModel, edit_json
+from tests.models import build_model
 
 IDS = TextFacts(("npy",), (), ("token ids",), 1, 1, 0, 9, True)
 

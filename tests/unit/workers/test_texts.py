@@ -27,8 +27,8 @@ from rayprune.specs.job import TextSpec
 from rayprune.workers.calibration import load_tokenizer, tokenize
 from rayprune.workers.texts import files, reading, records
 from rayprune.workers.texts.reading import check_text, read_tokens
-from tests.conftest import build_model
 from tests.helpers import some
+from tests.models import build_model
 
 DOCUMENTS = [
     'First, with a comma and a "quote".',

@@ -17,7 +17,8 @@ from rayprune.workers.model.checkpoint import open_checkpoint, planned_checkpoin
 from rayprune.workers.model.folder import INDEX_NAME, SINGLE_NAME
 from rayprune.workers.model.values import ACTIVATIONS, ROPE_TYPES
 from rayprune.workers.network.streamed import whole_model
-from tests.conftest import MakeModel, build_model, edit_json
+from tests.conftest import MakeModel, edit_json
+from tests.models import build_model
 
 HUGE = 10**9
 
