@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,7 @@ def load_job(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = 
         (_of_mapping(source), []) if isinstance(source, Mapping) else _of_file(Path(source))
     )
     root, problems = _apply(root, overrides)
-    root = _resolve_paths(
-        root, frozenset(_fields(JobSpec, lambda part: isinstance(part, PathMarker)))
-    )
+    root = _resolve_paths(root, _marked(_is_path))
     problems = found + problems
     job: JobSpec | None = None
     try:
@@ -120,9 +119,7 @@ def differences(a: object, b: object, name: str = "") -> Iterator[str]:
 
 def _apply(root: Located, overrides: Iterable[str]) -> tuple[Located, list[str]]:
     problems: list[str] = []
-    short = frozenset(
-        _fields(JobSpec, lambda part: isinstance(part, BeforeValidator) and part.func is named)
-    )
+    short = _marked(_is_short)
     for override in overrides:
         try:
             keys, value, found = _override(override)
@@ -167,6 +164,21 @@ def _assign(
     return replace(
         node, value={**node.value, keys[0]: _assign(child, keys[1:], value, short, (*at, keys[0]))}
     )
+
+
+def _is_path(part: object) -> bool:
+    return isinstance(part, PathMarker)
+
+
+def _is_short(part: object) -> bool:
+    """Whether a name stands for a section."""
+    return isinstance(part, BeforeValidator) and part.func is named
+
+
+@cache
+def _marked(marked: Callable[[object], bool]) -> frozenset[KeyPath]:
+    """The key paths of a job's fields that are marked so."""
+    return frozenset(_fields(JobSpec, marked))
 
 
 def _fields(

@@ -47,23 +47,29 @@ def files() -> dict[str, ast.Module]:
     }
 
 
+@cache
+def walked(tree: ast.AST) -> list[ast.AST]:
+    """All nodes of a tree."""
+    return list(ast.walk(tree))
+
+
 def texts(tree: ast.AST) -> Iterator[str]:
     """All string literals, pieces of f-strings too; not docstrings."""
-    documents = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
-    for node in ast.walk(tree):
+    documents = {id(node.value) for node in walked(tree) if isinstance(node, ast.Expr)}
+    for node in walked(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             yield from [node.value] if id(node) not in documents else []
 
 
 def attributes(tree: ast.AST) -> Iterator[ast.Attribute]:
-    yield from (node for node in ast.walk(tree) if isinstance(node, ast.Attribute))
+    yield from (node for node in walked(tree) if isinstance(node, ast.Attribute))
 
 
 def imported(tree: ast.AST) -> set[str]:
     """Names that are imported from modules, in full."""
     return {
         f"{node.module}.{alias.name}"
-        for node in ast.walk(tree)
+        for node in walked(tree)
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }
@@ -76,7 +82,7 @@ def config_reads(tree: ast.AST) -> set[str]:
 
 def key_reads(tree: ast.AST) -> set[str]:
     """What is called `config` and of which keys are looked up."""
-    looked_up = [node.value for node in ast.walk(tree) if isinstance(node, ast.Subscript)]
+    looked_up = [node.value for node in walked(tree) if isinstance(node, ast.Subscript)]
     looked_up += [node.value for node in attributes(tree) if node.attr in ("get", "items", "raw")]
     names = {ast.unparse(node) for node in looked_up}
     return {name for name in names if name.split(".")[-1] in ("config", "_config")}

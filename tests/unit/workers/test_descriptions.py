@@ -28,9 +28,9 @@ FALCONS: list[dict[str, Any]] = [
     OLD | {"parallel_attn": False},
     {"num_ln_in_parallel_attn": 1},
 ]
-CASES: list[tuple[str, dict[str, Any]]] = [
+CASES: list[Any] = [
     *((name, {}) for name in prunable()),
-    *((name, BIASED) for name in prunable()),
+    *(pytest.param(name, BIASED, marks=pytest.mark.slow) for name in prunable()),
     ("llama", {"tie_word_embeddings": True}),
     ("gemma", {"tie_word_embeddings": False}),
     ("gpt_neox", {"attention_bias": False}),
@@ -115,6 +115,7 @@ def test_shapes_are_those_of_transformers(model_type: str, changes: dict[str, An
     assert not any(name.startswith(f"{model.layers_at}.") for name in outer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model_type", "changes"), CASES)
 def test_parameters_of_a_unit_are_what_a_model_without_it_lacks(
     model_type: str, changes: dict[str, Any]

@@ -24,7 +24,7 @@ from rayprune.workers.network.layers import (
 from rayprune.workers.network.slicing import Cut
 from rayprune.workers.network.streamed import MicroBatch, StreamedModel, layers_of, output_of
 from tests.conftest import MakeModel
-from tests.helpers import families, normalised
+from tests.helpers import families, normalised, some
 from tests.unit.workers.test_descriptions import FALCONS
 
 CPU = torch.device("cpu")
@@ -77,7 +77,7 @@ def stock_hidden(
 
 
 @pytest.mark.parametrize(("model_type", "changes"), VARIANTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", some([torch.float32, torch.bfloat16], torch.float32))
 def test_streaming_equals_the_stock_model_bit_for_bit(
     model_type: str, changes: dict[str, Any], dtype: torch.dtype, make_model: MakeModel
 ) -> None:
