@@ -19,7 +19,6 @@ from rayprune.orchestrator.planning.workload import (
     MICRO_BATCHES_AT_ONCE,
     TrainingLoad,
     Workload,
-    in_rows,
 )
 from rayprune.specs.memory import MemoryPlan
 from rayprune.workers.machine.blocks import CONVERTED_BYTES
@@ -81,7 +80,7 @@ def _steps(load: Workload, choice: MemoryPlan) -> dict[str, list[Kinds]]:
                 "statistics": _decided(load, choice, kind, group),
                 "decision": _deciding(load, choice, group),
             }
-            steps["decide"].append(standing | _payloads(load, group) | deciding)
+            steps["decide"].append(standing | deciding)
         if load.writes and not load.on_gpu:
             steps["write"].append(
                 standing
@@ -173,14 +172,6 @@ def _decided(load: Workload, choice: MemoryPlan, kind: LayerKind, group: Group) 
     if load.placement == "layers":
         return _chunk_statistics(load, choice, kind)
     return 0 if choice.spill_statistics else statistics_bytes(load, group)
-
-
-def _payloads(load: Workload, group: Group) -> Kinds:
-    """One process, placement `shards`: Gram matrices as they were handed over, of which the
-    decision makes copies; rows are not copied.
-    """
-    copied = load.in_process and load.placement == "shards" and not in_rows(load, group)
-    return {"payloads": statistics_bytes(load, group)} if copied else {}
 
 
 def _factorising(load: Workload, choice: MemoryPlan, group: Group) -> Kinds:

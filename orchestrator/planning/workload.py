@@ -93,9 +93,7 @@ class Workload:
     most_evaluated: int | None = None
     """Evaluation windows at most; None: as many as the text has, which is not known."""
     in_process: bool = False
-    """Whether payloads between steps lie in the worker's own memory instead of Ray's object
-    store.
-    """
+    """Whether the only worker is the driver's own process, without Ray."""
     drift: bool = False
     """Whether the pruned path also makes up for its drift from the dense one, which then goes
     beside it.

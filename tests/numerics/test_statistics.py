@@ -4,6 +4,7 @@ against the whole.
 Letters: T tokens, F width, D hidden, K kept columns.
 """
 
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from rayprune.workers.numerics.statistics import (
     restored,
     statistic_type,
 )
-from rayprune.workers.passes.sweep import grow_states
+from rayprune.workers.passes.sweep import grow_statistics
 from rayprune.workers.store.shards import even_parts, merge_siblings
 from tests.helpers import SCRATCH
 
@@ -65,15 +66,28 @@ def by_workers(batches: list[Tensor], workers: int) -> RowsStatistic:
     """
     root = (0, len(batches))
     nodes = {
-        node: restored(state, SCRATCH)
+        node: restored(pickle.loads(pickle.dumps(statistic)), SCRATCH)
         for part in even_parts(len(batches), workers)
-        for node, state in grow_states(
+        for node, statistic in grow_statistics(
             [root], (part.start, part.stop), lambda shard: rows(*batches[shard].split(3))
         ).items()
     }
     merged = merge_siblings(root, nodes, lambda left, right: left.merge(right))[root].finished()
     assert isinstance(merged, RowsStatistic)
     return merged
+
+
+def test_a_statistic_is_copied_only_where_it_leaves_the_process() -> None:
+    for statistic in (
+        gram(torch.randn(30, WIDTH, dtype=torch.float64)),
+        rows(torch.randn(30, WIDTH)),
+    ):
+        assert restored(statistic, SCRATCH) is statistic
+        state = pickle.loads(pickle.dumps(statistic))
+        assert all(isinstance(array, np.ndarray) for array in state.values())
+        other = restored(state, SCRATCH)
+        assert type(other) is type(statistic)
+        assert torch.equal(other.gram(), statistic.gram())
 
 
 def gram(z_TF: Tensor, place: Scratch = SCRATCH) -> GramStatistic:

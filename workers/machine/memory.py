@@ -57,15 +57,17 @@ class _Sampler:
             self._meters.discard(meter)
 
     def _sample(self) -> None:
-        while True:
+        while self._sampled():  # whose variables would keep a meter
             time.sleep(SAMPLE_SECONDS)
-            with self._lock:
-                self._runs = len(self._meters) > 0
-                if not self._runs:
-                    return
-                now = private_bytes()
-                for meter in self._meters:
-                    meter.note(now)
+
+    def _sampled(self) -> bool:
+        """Give every meter a sample; whether there is one."""
+        with self._lock:
+            self._runs = len(self._meters) > 0
+            now = private_bytes() if self._runs else 0
+            for meter in self._meters:
+                meter.note(now)
+            return self._runs
 
 
 _sampler = _Sampler()

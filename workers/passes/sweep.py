@@ -28,7 +28,8 @@ from rayprune.workers.store.files import Manifest, read_manifest, remove
 from rayprune.workers.store.layout import LAYER_FILE, Scope, layer_task
 from rayprune.workers.store.shards import Node, grow_tree, owned_nodes
 
-Parts = dict[Node, State]
+Parts = dict[Node, Statistic | State]
+"""Statistics of nodes of the tree, or, from another process, their states."""
 
 
 def micro_batches(tokens_ST: Tensor, size: int) -> list[Tensor]:
@@ -47,13 +48,14 @@ def embed_all(model: StreamedModel, batches: Sequence[Tensor]) -> list[MicroBatc
     return result
 
 
-def grow_states(
+def grow_statistics(
     trees: Sequence[Node], owned: tuple[int, int], leaf: Callable[[int], Statistic]
 ) -> Parts:
-    """The states of the largest tree nodes that the owned shards cover."""
+    """Statistics of the largest tree nodes that the owned shards cover."""
     nodes = [node for root in trees for node in owned_nodes(root, range(*owned))]
     return {
-        node: grow_tree(node, leaf, lambda left, right: left.merge(right)).state() for node in nodes
+        node: grow_tree(node, leaf, lambda left, right: left.merge(right)).finished()
+        for node in nodes
     }
 
 
@@ -113,7 +115,7 @@ class Sweep:
         """
         self._bring_to(layer, range(*owned))
         module = self._layer(layer)
-        return grow_states(
+        return grow_statistics(
             trees, owned, lambda shard: self._shard_statistic(module, layer, shard, name, cuts)
         )
 

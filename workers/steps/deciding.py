@@ -36,12 +36,12 @@ class Deciding:
     def siblings(self, tree: Node, parts: Sequence[Parts]) -> dict[Node, Statistic]:
         """Statistics of the nodes of a tree, merged as far as the parts allow."""
         under = (
-            (node, state)
+            (node, statistic)
             for part in parts
-            for node, state in part.items()
+            for node, statistic in part.items()
             if tree[0] <= node[0] and node[1] <= tree[1]
         )
-        rebuilt = {node: restored(state, self._bench.scratch) for node, state in under}
+        rebuilt = {node: restored(found, self._bench.scratch) for node, found in under}
         return {
             node: fit.finished()
             for node, fit in merge_siblings(

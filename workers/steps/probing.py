@@ -7,7 +7,7 @@ from torch import Tensor
 from rayprune.workers.network import layers
 from rayprune.workers.network.streamed import MicroBatch
 from rayprune.workers.numerics.statistics import Statistic
-from rayprune.workers.passes.sweep import Parts, embed_all, grow_states
+from rayprune.workers.passes.sweep import Parts, embed_all, grow_statistics
 from rayprune.workers.steps.deciding import Deciding
 from rayprune.workers.steps.step import Receipt, step
 from rayprune.workers.store.shards import roots
@@ -56,7 +56,7 @@ class Probing:
             return statistic
 
         return {}, {
-            name: grow_states(trees, owned, partial(leaf, name)) for name in self._bench.groups
+            name: grow_statistics(trees, owned, partial(leaf, name)) for name in self._bench.groups
         }
 
     @step

@@ -82,7 +82,7 @@ class Sweeping:
         """Merge statistics of several workers as far as the tree over the shards allows."""
         trees = roots(self._job.calibration.shards, self._job.calibration.held_out_shards)
         return {}, {
-            node: fit.state()
+            node: fit
             for tree in trees
             for node, fit in self._deciding.siblings(tree, parts).items()
         }

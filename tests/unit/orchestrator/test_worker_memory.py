@@ -40,11 +40,6 @@ def test_memory_of_a_dense_layer_on_a_cpu() -> None:
     assert list(table) == ["collect", "decide", "write", "write outer"]
 
 
-def test_one_process_also_holds_what_ray_would() -> None:
-    table = memory_by_step(replace(LOAD, in_process=True), MemoryPlan())
-    assert table["decide"]["payloads"] == 2 * 800
-
-
 def test_memory_on_a_gpu() -> None:
     table = memory_by_step(GPU, MemoryPlan())
     assert table["collect"]["weights"] == (800 + 2 * 300) * 2

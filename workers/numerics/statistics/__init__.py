@@ -30,7 +30,9 @@ def statistic_type(needs_rows: bool, num_tokens: int, width: int) -> type[Statis
     return RowsStatistic if needs_rows or num_tokens < width else GramStatistic
 
 
-def restored(state: State, scratch: Scratch) -> Statistic:
-    """The statistic that wrote a state."""
-    kind: type[Statistic] = GramStatistic if "gram" in state else RowsStatistic
-    return kind.from_state(state, scratch)
+def restored(statistic: Statistic | State, scratch: Scratch) -> Statistic:
+    """A statistic as it is, or the one that wrote a state, in `scratch`."""
+    if not isinstance(statistic, dict):
+        return statistic
+    kind: type[Statistic] = GramStatistic if "gram" in statistic else RowsStatistic
+    return kind.from_state(statistic, scratch)

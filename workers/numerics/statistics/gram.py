@@ -14,11 +14,11 @@ from rayprune.workers.numerics import linalg, pivoting
 from rayprune.workers.numerics.codec import from_array, to_array
 from rayprune.workers.numerics.linalg import WIDE, Solver
 from rayprune.workers.numerics.statistics.moments import Drift, Moments
-from rayprune.workers.numerics.statistics.protocol import Refit, State, complement
+from rayprune.workers.numerics.statistics.protocol import Refit, State, Travelling, complement
 
 
 @dataclass
-class GramStatistic:
+class GramStatistic(Travelling):
     """Gram matrix Z'Z: fp32 products, fp64 sum. The fast route; squares the condition number of
     Z.
     """

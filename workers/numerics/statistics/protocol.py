@@ -3,6 +3,7 @@
 Letters: T tokens, F width, D hidden, K kept columns, B block of output rows.
 """
 
+from collections.abc import Callable
 from typing import Protocol, Self
 
 import numpy as np
@@ -50,8 +51,22 @@ class Refit(Protocol):
         ...
 
 
+class Travelling:
+    """A statistic that stays as it is in its process, and leaves it as its state."""
+
+    def state(self) -> State:
+        """The statistic as arrays."""
+        raise NotImplementedError
+
+    def __reduce__(self) -> tuple[Callable[..., State], tuple[State]]:
+        return dict, (self.state(),)
+
+
 class Statistic(Protocol):
-    """A sum over calibration tokens from which units are selected and corrections solved."""
+    """A sum over calibration tokens from which units are selected and corrections solved.
+
+    Pickled it is its `state`: it is copied only where it leaves the process.
+    """
 
     @property
     def scratch(self) -> Scratch:

@@ -18,11 +18,11 @@ from rayprune.workers.numerics import linalg, pivoting
 from rayprune.workers.numerics.codec import from_array, to_array
 from rayprune.workers.numerics.linalg import WIDE, Solver
 from rayprune.workers.numerics.statistics.moments import Moments
-from rayprune.workers.numerics.statistics.protocol import Refit, State, complement
+from rayprune.workers.numerics.statistics.protocol import Refit, State, Travelling, complement
 
 
 @dataclass
-class RowsStatistic:
+class RowsStatistic(Travelling):
     """The rows of Z as they came, or, once there are more of them than columns, the R factor of Z
     in fp64.
 
