@@ -92,10 +92,17 @@ LOSSES = [
     Fault("a node loses its power, another one comes", lambda b: b.replace(b.nodes[0])),
     Fault("a node's daemon hangs (SIGSTOP)", stop_raylet, after_raylet),
 ]  # fmt: skip
+MET = [
+    (fault, placement)
+    for number, fault in enumerate(LOSSES)
+    for placement in (PLACEMENTS if number == 0 else [list(PLACEMENTS)[number % 2]])
+]
+"""The first one in both placements, the others in one of them in turn."""
 
 
-@pytest.mark.parametrize("placement", list(PLACEMENTS))
-@pytest.mark.parametrize("fault", LOSSES, ids=[fault.name for fault in LOSSES])
+@pytest.mark.parametrize(
+    ("fault", "placement"), MET, ids=[f"{fault.name}, {placement}" for fault, placement in MET]
+)
 def test_a_loss_in_mid_run(
     fault: Fault, placement: str, bench: Bench, tmp_path: Path, record: Record
 ) -> None:
