@@ -60,6 +60,7 @@ def workload_of(
         selects=not job.method.selects_first,
         exact=job.method.needs_rows,
         drift=job.correction.drift > 0,
+        probes=job.budget.kv_groups == "auto" and not job.budget.per_layer,
         in_process=job.cluster.executor == "in-process",
         survey_levels=_survey_levels(job),
         candidates=_candidates(job, checkpoint.num_layers),

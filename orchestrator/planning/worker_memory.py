@@ -19,6 +19,7 @@ from rayprune.orchestrator.planning.workload import (
     MICRO_BATCHES_AT_ONCE,
     TrainingLoad,
     Workload,
+    in_rows,
 )
 from rayprune.specs.memory import MemoryPlan
 from rayprune.workers.machine.blocks import CONVERTED_BYTES
@@ -80,7 +81,7 @@ def _steps(load: Workload, choice: MemoryPlan) -> dict[str, list[Kinds]]:
                 "statistics": _decided(load, choice, kind, group),
                 "decision": _deciding(load, choice, group),
             }
-            steps["decide"].append(standing | deciding)
+            steps["decide"].append(standing | _predicting(load, group) | deciding)
         if load.writes and not load.on_gpu:
             steps["write"].append(
                 standing
@@ -172,6 +173,14 @@ def _decided(load: Workload, choice: MemoryPlan, kind: LayerKind, group: Group) 
     if load.placement == "layers":
         return _chunk_statistics(load, choice, kind)
     return 0 if choice.spill_statistics else statistics_bytes(load, group)
+
+
+def _predicting(load: Workload, group: Group) -> Kinds:
+    """One process that probes shapes: Gram matrices that every prediction makes copies of; rows are
+    not copied.
+    """
+    copied = load.in_process and load.probes and not in_rows(load, group)
+    return {"probe": statistics_bytes(load, group)} if copied else {}
 
 
 def _factorising(load: Workload, choice: MemoryPlan, group: Group) -> Kinds:

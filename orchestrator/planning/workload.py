@@ -92,6 +92,8 @@ class Workload:
     """
     most_evaluated: int | None = None
     """Evaluation windows at most; None: as many as the text has, which is not known."""
+    probes: bool = False
+    """Whether one shape is chosen of several, by predictions."""
     in_process: bool = False
     """Whether the only worker is the driver's own process, without Ray."""
     drift: bool = False

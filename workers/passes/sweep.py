@@ -28,8 +28,10 @@ from rayprune.workers.store.files import Manifest, read_manifest, remove
 from rayprune.workers.store.layout import LAYER_FILE, Scope, layer_task
 from rayprune.workers.store.shards import Node, grow_tree, owned_nodes
 
-Parts = dict[Node, Statistic | State]
-"""Statistics of nodes of the tree, or, from another process, their states."""
+Parts = Mapping[Node, Statistic | State]
+"""Statistics of nodes of the tree; or their states, where they come from another process or are
+used more than once, since a decision uses statistics up.
+"""
 
 
 def micro_batches(tokens_ST: Tensor, size: int) -> list[Tensor]:
@@ -50,7 +52,7 @@ def embed_all(model: StreamedModel, batches: Sequence[Tensor]) -> list[MicroBatc
 
 def grow_statistics(
     trees: Sequence[Node], owned: tuple[int, int], leaf: Callable[[int], Statistic]
-) -> Parts:
+) -> dict[Node, Statistic]:
     """Statistics of the largest tree nodes that the owned shards cover."""
     nodes = [node for root in trees for node in owned_nodes(root, range(*owned))]
     return {
@@ -104,7 +106,7 @@ class Sweep:
         owned: tuple[int, int],
         cuts: Mapping[str, Cut],
         trees: Sequence[Node],
-    ) -> Parts:
+    ) -> dict[Node, Statistic]:
         """Statistics of a consumer's input over the shards `owned[0] ... owned[1] - 1`, one per
         largest tree node they cover.
 

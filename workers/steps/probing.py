@@ -55,8 +55,13 @@ class Probing:
             statistic.update(inputs[window - owned[0]][name].flatten(0, -2))
             return statistic
 
+        # as states: every prediction makes statistics of its own of them
         return {}, {
-            name: grow_statistics(trees, owned, partial(leaf, name)) for name in self._bench.groups
+            name: {
+                node: statistic.state()
+                for node, statistic in grow_statistics(trees, owned, partial(leaf, name)).items()
+            }
+            for name in self._bench.groups
         }
 
     @step

@@ -58,7 +58,7 @@ class Sweeping:
         self, layer: int, group: str, num_kept: int, *parts: Parts
     ) -> tuple[Receipt, CutArrays]:
         """Select the units of a group that stay (or take those of the selection pass) and correct
-        the consumer's weight.
+        the consumer's weight. The statistics are used up.
 
         Where none stays no statistics are needed.
         """

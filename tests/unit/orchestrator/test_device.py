@@ -50,7 +50,7 @@ def test_auto_is_planned_for_the_device_that_the_workers_have(
             model,
             budget={"kv_groups": 2},
             parallel={"device": "auto"},
-            memory={"worker": "1000MiB"},
+            memory={"worker": "740MiB"},
             calibration=LARGE,
         )
     )

@@ -40,6 +40,13 @@ def test_memory_of_a_dense_layer_on_a_cpu() -> None:
     assert list(table) == ["collect", "decide", "write", "write outer"]
 
 
+def test_one_process_keeps_what_predictions_are_made_from() -> None:
+    alone = replace(LOAD, in_process=True)
+    assert "probe" not in memory_by_step(alone, MemoryPlan())["decide"]
+    table = memory_by_step(replace(alone, probes=True), MemoryPlan())
+    assert table["decide"]["probe"] == 2 * 800
+
+
 def test_memory_on_a_gpu() -> None:
     table = memory_by_step(GPU, MemoryPlan())
     assert table["collect"]["weights"] == (800 + 2 * 300) * 2
