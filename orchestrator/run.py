@@ -70,7 +70,6 @@ def run_job(
         executor.step_limit = step_limit(job, plan)
         tasks = TaskStore(store) if store else None
         context = Context(job, folder, executor, show, Scope(folder.path), tasks)
-        stack.callback(context.watched.clear)  # what it holds holds the context
         context.emit(
             "run-started",
             job=str(folder.path),

@@ -52,8 +52,8 @@ class Watched:
 
     states: dict[Path, str]
     """Their states (`state_of`) when what they hold was digested."""
-    is_same: Callable[[], bool]
-    """Digests it again: whether it is the same."""
+    is_same: Callable[["Context"], bool]
+    """Digests it again: whether it is the same. It holds no context, which holds it."""
 
 
 def nothing_before() -> None:
@@ -138,7 +138,7 @@ class Context:
         for watched in self.watched:
             if touched := [f for f, state in watched.states.items() if state_of(f) != state]:
                 states = {file: state_of(file) for file in watched.states}
-                if not watched.is_same():
+                if not watched.is_same(self):
                     raise VerificationError(
                         f"{touched[0]}: was changed while this run read it; what was computed"
                         " meanwhile is not kept: run the same command again once the model stays"

@@ -35,7 +35,7 @@ def identify(context: Context, checkpoint: Checkpoint) -> ModelAt:
     task = context.task(SOURCE_TASK, inputs)
     done = context.once(task, lambda: _record(context, task, checkpoint))
     digests: list[str] = list(done.info["result"])  # type: ignore[call-overload]
-    is_same = partial(_is_same, context, checkpoint, digests)
+    is_same = partial(_is_same, checkpoint, digests)
     context.watched[:] = [Watched(states, is_same)]
     return ModelAt(checkpoint, digests[0], tuple(digests[1:]), identified=True)
 
@@ -54,7 +54,7 @@ def _digests(context: Context, checkpoint: Checkpoint) -> list[str]:
     return [part for done in executor.wait(calls) for part in done["digests"]]
 
 
-def _is_same(context: Context, checkpoint: Checkpoint, digests: list[str]) -> bool:
+def _is_same(checkpoint: Checkpoint, digests: list[str], context: Context) -> bool:
     """Whether the folder still holds the model that was digested."""
     try:
         if open_checkpoint(Path(checkpoint.path)).identity != checkpoint.identity:
