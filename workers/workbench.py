@@ -2,6 +2,7 @@
 large tensors.
 """
 
+from collections.abc import Collection
 from functools import cached_property
 from pathlib import Path
 
@@ -17,8 +18,9 @@ from rayprune.workers.machine.memory import PeakMemory
 from rayprune.workers.machine.scratch import Scratch
 from rayprune.workers.model.checkpoint import Checkpoint, open_checkpoint
 from rayprune.workers.model.description import Group
-from rayprune.workers.network.reading import consumer_weight
+from rayprune.workers.network.reading import read_tensors
 from rayprune.workers.network.streamed import StreamedModel
+from rayprune.workers.network.written import TYPES
 from rayprune.workers.numerics.statistics import Statistic, statistic_type
 from rayprune.workers.passes.sweep import micro_batches
 from rayprune.workers.store.layout import CACHE, CALIBRATION_TASK, TOKENS_FILE, Scope
@@ -107,9 +109,26 @@ class Workbench:
         windows_ST = self.tokens(CALIBRATION_TASK)
         return [windows_ST[picked[number]][None] for number in numbers]
 
+    def layer_tensors(self, layer: int, names: Collection[str] | None = None) -> dict[str, Tensor]:
+        """A layer's tensors (of these names in it, or all), in their types on disk: those at hand
+        where passes have them in that type, which may be on a GPU, else from the files.
+        """
+        infos = self.checkpoint.layer_tensors(layer)
+        infos = {name: info for name, info in infos.items() if names is None or name in names}
+        loaded = self.model.at_hand(layer) if "model" in vars(self) else {}
+        at_hand = {
+            name: loaded[name]
+            for name, info in infos.items()
+            if name in loaded and loaded[name].dtype == TYPES[info.dtype]
+        }
+        others = {name: info for name, info in infos.items() if name not in at_hand}
+        return at_hand | read_tensors(self.checkpoint, others, self.checkpoint.model.prefix(layer))
+
     def consumer_weight(self, layer: int, group: Group) -> Tensor:
         """The weight that reads a group's units (D, F), in its type on disk."""
-        return consumer_weight(self.checkpoint, layer, group.consumer)
+        name = group.consumer.weight
+        weight = self.layer_tensors(layer, [name])[name]
+        return weight.T if group.consumer.transposed else weight
 
     def disk_dtype(self, tensor: Tensor) -> torch.dtype:
         """Type that a tensor is written in."""

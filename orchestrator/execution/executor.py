@@ -50,6 +50,7 @@ class Executor(ABC):
         self._has_said = ""
         self.peak_memory_bytes: dict[str, int] = {}
         self.step_seconds: dict[str, float] = {}
+        self._step_seconds_told: dict[str, float] = {}
         self._warned: list[str] = []
 
     def __enter__(self) -> Self:
@@ -105,6 +106,12 @@ class Executor(ABC):
             )
             self._warned += receipt["warned"]
         return receipts
+
+    def seconds_since(self) -> dict[str, float]:
+        """Seconds that steps have taken since this was last asked, by name; of all workers."""
+        told, self._step_seconds_told = self._step_seconds_told, self.step_seconds.copy()
+        taken = {step: all_ - told.get(step, 0.0) for step, all_ in self.step_seconds.items()}
+        return {step: seconds for step, seconds in taken.items() if seconds > 0}
 
     def warned(self) -> list[str]:
         """What workers had to tell since this was last asked."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 if TYPE_CHECKING:
     import numpy as np
 
-    from rayprune.workers.network.slicing import CutArrays
+    from rayprune.workers.network.slicing import Cut
     from rayprune.workers.passes.divergence import Kept
     from rayprune.workers.passes.stream import Saved, Wanted
     from rayprune.workers.passes.sweep import Parts
@@ -34,7 +34,7 @@ class Handle(Generic[T_co]):
 
 Collected: TypeAlias = "Handle[Parts]"
 """Statistics of a group."""
-Decided: TypeAlias = "Handle[CutArrays]"
+Decided: TypeAlias = "Handle[Cut]"
 """A decision about a group."""
 States: TypeAlias = "Handle[np.ndarray | None]"
 """Hidden states behind a chunk of layers."""
@@ -112,14 +112,16 @@ class Steps:
         return self._submit("predict", layer, group, num_kept, num_held_out, *parts)
 
     def collect(
-        self, layer: int, group: str, owned: tuple[int, int], *cuts: Handle[CutArrays]
+        self, layer: int, group: str, owned: tuple[int, int], *cuts: Handle[Cut]
     ) -> Call[Parts]:
         """`Sweeping.collect`."""
         return self._submit("collect", layer, group, owned, *cuts)
 
-    def decide(
-        self, layer: int, group: str, num_kept: int, *parts: Handle[Parts]
-    ) -> Call[CutArrays]:
+    def advance(self, layer: int, owned: tuple[int, int], *cuts: Handle[Cut]) -> Call[None]:
+        """`Sweeping.advance`."""
+        return self._submit("advance", layer, owned, *cuts)
+
+    def decide(self, layer: int, group: str, num_kept: int, *parts: Handle[Parts]) -> Call[Cut]:
         """`Sweeping.decide`."""
         return self._submit("decide", layer, group, num_kept, *parts)
 
@@ -190,10 +192,14 @@ class Steps:
         written: Mapping[str, int],
         position: int | None,
         groups: Receipt,
-        *cuts: Handle[CutArrays],
+        *cuts: Handle[Cut],
     ) -> Call[None]:
         """`Writing.write_layer`."""
         return self._submit("write_layer", layer, task, written, position, groups, *cuts)
+
+    def finish_writing(self) -> Call[None]:
+        """`Writing.finish_writing`."""
+        return self._submit("finish_writing")
 
     def write_outer(self, task: Task, written: Mapping[str, int] | None) -> Call[None]:
         """`Writing.write_outer`."""

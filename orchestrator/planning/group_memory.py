@@ -101,7 +101,8 @@ def _correction_bytes(load: Workload, group: Group) -> list[Decision]:
     damped factor, 6 M^2 8. Besides, blocks of rows.
     """
     kept, rows = load.columns(group), factorised_rows(load, group)
-    blocks = BLOCKS * 8 * min(BLOCK_ROWS, load.hidden) * group.width
+    at_once = min(BLOCK_ROWS["cuda" if load.on_gpu else "cpu"], load.hidden)
+    blocks = BLOCKS * 8 * at_once * group.width
     if not in_rows(load, group):
         factor = kept**2 * (2 if load.on_gpu else 1)
         return [

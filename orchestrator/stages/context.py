@@ -101,16 +101,17 @@ class Context:
         )
 
     def layer_finished(
-        self, stage: str, layer: int, start: float, groups: Mapping[str, object]
+        self, stage: str, layer: int, seconds: float, groups: Mapping[str, object]
     ) -> None:
-        """Report that a stage has done a layer, `start` by the monotonic clock, with what was
-        decided about its groups.
+        """Report that a stage has done a layer in so many seconds, with what was decided about its
+        groups, and what workers have done since the report before.
         """
         self.emit(
             "step-finished",
             stage=stage,
             layer=layer,
-            seconds=time.monotonic() - start,
+            seconds=seconds,
+            steps=self.executor.seconds_since(),
             groups=groups,
             peak_memory_bytes=self.peak_memory_bytes(),
         )

@@ -8,17 +8,19 @@ that pass only selects, and a second one on the pruned path corrects.
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rayprune.orchestrator.execution.executor import Executor
+from rayprune.orchestrator.execution.failures import WorkerFailure
 from rayprune.orchestrator.execution.steps import Call, Collected, Decided, Steps
-from rayprune.orchestrator.planning.plan import Plan
 from rayprune.orchestrator.stages.context import Context
 from rayprune.orchestrator.stages.stream import layer_work, stream_layers
 from rayprune.orchestrator.stages.subject import Subject
-from rayprune.workers.store.files import Manifest, Task, fingerprint
+from rayprune.specs.errors import RaypruneError
+from rayprune.workers.store.files import MANIFEST_NAME, Manifest, Task, fingerprint, read_manifest
 from rayprune.workers.store.layout import layer_task, selection_task
 from rayprune.workers.store.shards import even_parts
 
@@ -36,7 +38,7 @@ def prune_layers(context: Context, subject: Subject) -> list[Manifest]:
         return _dense_path(context, subject)
     if context.job.selects_first and subject.selections is None:
         subject = replace(subject, selections=tuple(select_units(context, subject)))
-    return _pruned_path(context, subject)
+    return _PrunedPath(context, subject).run()
 
 
 def _dense_path(context: Context, subject: Subject) -> list[Manifest]:
@@ -71,19 +73,155 @@ def select_units(context: Context, subject: Subject) -> list[Manifest]:
     return stream_layers(context, subject, "select", work)
 
 
-def _pruned_path(context: Context, subject: Subject) -> list[Manifest]:
-    """One layer after the other; a layer depends on all layers below it: it saw activations from
-    there.
+@dataclass(frozen=True)
+class _Written:
+    """A layer that is decided, and whose file a worker is writing."""
+
+    layer: int
+    task: Task
+    worker: int
+    cuts: Sequence[Decided]
+    """Of all its groups; none where workers are to take them from the file."""
+    groups: dict[str, dict[str, Any]]
+    seconds: float
+
+
+class _PrunedPath:
+    """One layer after the other. A layer depends on all layers below it: it saw activations from
+    there. Its file is written while the workers go on with the next layer.
     """
-    below = ""
-    manifests: list[Manifest] = []
-    with context.stage("sweep", subject.plan.model.num_layers):
-        for layer in range(subject.plan.model.num_layers):
-            task = context.task(layer_task(layer), _depends(context, subject, layer, below))
-            work = partial(_prune_layer, context, subject.plan, layer, task)
-            manifests.append(context.once(task, work))
-            below = fingerprint([below, manifests[-1].digest, manifests[-1].info["kept"]])
-    return manifests
+
+    def __init__(self, context: Context, subject: Subject) -> None:
+        self._context, self._subject = context, subject
+        self._finished: list[Manifest] = []
+        self._below = ""
+        self._written: _Written | None = None
+        self._failed = False
+        parts = even_parts(context.job.calibration.shards, context.executor.num_workers)
+        self._shards = [(worker, (part.start, part.stop)) for worker, part in enumerate(parts)]
+
+    def run(self) -> list[Manifest]:
+        """Prune every layer that is not finished; the manifests of all of them."""
+        num_layers = self._subject.plan.model.num_layers
+        with self._context.stage("sweep", num_layers):
+            try:
+                for layer in range(num_layers):
+                    self._see_to(layer)
+                self._confirm_surely()
+            except RaypruneError:
+                self._let_finish()
+                raise
+        return self._finished
+
+    def _let_finish(self) -> None:
+        """A layer that is decided stays, whatever has come behind it."""
+        if written := self._written:
+            executor = self._context.executor
+            with suppress(RaypruneError, WorkerFailure):  # the first error is told
+                executor.wait([executor.on(written.worker).finish_writing()])
+
+    def _see_to(self, layer: int) -> None:
+        context, name = self._context, layer_task(layer)
+        manifest = context.scope.folder(name) / MANIFEST_NAME
+        if context.store or manifest.exists():  # whether it is finished depends on those below
+            self._confirm_surely()
+        if self._written is None:
+            task = self._task(layer)
+            if done := context.finished(task):
+                context.emit("task-found", task=context.scope.task(task.name))
+                self._note(layer, done)
+                return
+        context.attempt(name, partial(self._prune_up_to, layer))
+
+    def _confirm_surely(self) -> None:
+        if written := self._written:
+            self._context.attempt(
+                written.task.name, partial(self._prune_up_to, written.layer, confirm=True)
+            )
+
+    def _prune_up_to(self, layer: int, confirm: bool = False) -> None:
+        """An attempt at a layer; behind one that has failed, at the layer below too, if its file
+        was lost with its writer.
+        """
+        if self._failed and (written := self._written):
+            executor = self._context.executor
+            executor.wait([executor.on(written.worker).finish_writing()])
+            is_there = read_manifest(written.task.folder) is not None
+            # its cuts may be lost as well
+            self._written = replace(written, cuts=()) if is_there else None
+        self._failed = True
+        for each in range(len(self._finished), layer + 1):
+            if self._written is None or self._written.layer < each:
+                self._prune(each)
+        if confirm:
+            self._confirm()
+        self._failed = False
+
+    def _task(self, layer: int) -> Task:
+        depends = _depends(self._context, self._subject, layer, self._below)
+        return self._context.task(layer_task(layer), depends)
+
+    def _note(self, layer: int, done: Manifest) -> None:
+        """Go on behind a finished layer."""
+        assert layer == len(self._finished), "layers are finished in order"
+        self._finished.append(done)
+        self._below = fingerprint([self._below, done.digest, done.info["kept"]])
+
+    def _confirm(self) -> None:
+        """Wait until the file of the layer below is there."""
+        if (written := self._written) is None:
+            return
+        executor = self._context.executor
+        executor.wait([executor.on(written.worker).finish_writing()])
+        self._context.layer_finished("sweep", written.layer, written.seconds, written.groups)
+        self._note(written.layer, self._context.done(written.task))
+        self._written = None
+
+    def _prune(self, layer: int) -> None:
+        """One layer on the workers: statistics from all of them, decisions and writing by one,
+        another for each layer.
+        """
+        context, plan, start = self._context, self._subject.plan, time.monotonic()
+        executor, kept = context.executor, plan.shape.kept_in(layer)
+        self._go_past()
+        worker = layer % executor.num_workers
+        cuts: list[Decided] = []
+        groups: dict[str, dict[str, Any]] = {}
+        for name in plan.decided_groups(layer):
+            shards = self._shards if kept[name] else []
+            collected = [
+                executor.on(place).collect(layer, name, owned, *cuts) for place, owned in shards
+            ]
+            executor.wait(collected)
+            parts = _reduced(executor, collected)
+            decision = executor.on(worker).decide(layer, name, kept[name], *parts)
+            (receipt,) = executor.wait([decision])
+            groups[name] = receipt["group"]
+            cuts.append(decision.payload)
+        self._confirm()
+        written, task = plan.shape.written_in(layer, context.job.export.pad), self._task(layer)
+        sizes = written, plan.shape.position(layer)
+        executor.wait([executor.on(worker).write_layer(layer, task, *sizes, groups, *cuts)])
+        seconds = time.monotonic() - start
+        self._written = _Written(layer, task, worker, cuts, groups, seconds)
+
+    def _go_past(self) -> None:
+        """Have the workers' shards go past the layer below while its file is written; where their
+        hidden states are saved, whose name tells what they depend on, once it is.
+        """
+        if (written := self._written) is None:
+            return
+        every = self._context.job.memory.checkpoint_layers
+        if every and (written.layer + 1) % every == 0:
+            self._confirm()
+        if written.cuts:
+            executor = self._context.executor
+            executor.wait(
+                [
+                    executor.on(worker).advance(written.layer, owned, *written.cuts)
+                    for worker, owned in self._shards
+                ]
+            )
 
 
 def _depends(context: Context, subject: Subject, layer: int, below: str) -> dict[str, object]:
@@ -105,37 +243,6 @@ def _depends(context: Context, subject: Subject, layer: int, below: str) -> dict
     if context.job.correction.drift:
         depends["dense"] = model.up_to(layer)
     return depends
-
-
-def _prune_layer(context: Context, plan: Plan, layer: int, task: Task) -> None:
-    """One layer on the workers: statistics from all of them, decisions and writing by one, another
-    for each layer.
-    """
-    executor, kept, start = context.executor, plan.shape.kept_in(layer), time.monotonic()
-    written, position = (
-        plan.shape.written_in(layer, context.job.export.pad),
-        plan.shape.position(layer),
-    )
-    parts = even_parts(context.job.calibration.shards, executor.num_workers)
-    writer = layer % executor.num_workers
-    cuts: list[Decided] = []
-    groups: dict[str, dict[str, Any]] = {}
-    for name in plan.decided_groups(layer):
-        shards = [
-            (worker, (part.start, part.stop)) for worker, part in enumerate(parts) if kept[name]
-        ]
-        collected = [
-            executor.on(worker).collect(layer, name, owned, *cuts) for worker, owned in shards
-        ]
-        executor.wait(collected)
-        decision = executor.on(writer).decide(
-            layer, name, kept[name], *_reduced(executor, collected)
-        )
-        (receipt,) = executor.wait([decision])
-        groups[name] = receipt["group"]
-        cuts.append(decision.payload)
-    executor.wait([executor.on(writer).write_layer(layer, task, written, position, groups, *cuts)])
-    context.layer_finished("sweep", layer, start, groups)
 
 
 def _reduced(executor: Executor, calls: Sequence["Call[Parts]"]) -> list[Collected]:

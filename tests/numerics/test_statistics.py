@@ -303,7 +303,7 @@ def test_mapped_files_give_the_bits_of_memory(
 def test_blocks_are_the_whole(kind: Kind, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     for size in (4, 512):
-        monkeypatch.setattr(linalg, "BLOCK_ROWS", size)
+        monkeypatch.setitem(linalg.BLOCK_ROWS, "cpu", size)
         training, held_out = kind(activations(tokens, 1)), kind(activations(9, 2))
         kept_K = select(STAT, training, weight(), 1, 14)
         results.append(corrected(training, held_out, weight(), kept_K))

@@ -2,8 +2,9 @@
 torch.
 """
 
-BLOCK_ROWS = 512
-"""Rows of a block. 512 x 28672 numbers of fp64 are 112 MiB. Part of the result: sums over blocks
+BLOCK_ROWS = {"cpu": 512, "cuda": 4096}
+"""Rows of a block, by kind of device. 512 x 28672 numbers of fp64 are 112 MiB; a GPU, which copies
+a factor for every block it solves for, takes more at once. Part of the result: sums over blocks
 round accordingly.
 """
 PRODUCT_TOKENS = 1024

@@ -1,5 +1,9 @@
 """Where a process computes, and the memory it takes there."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+
 import torch
 
 from rayprune.specs.errors import ResourceError
@@ -27,3 +31,49 @@ def peak_memory_bytes(private: PeakMemory, device: torch.device) -> dict[str, in
     """
     gpu = {" GPU": torch.cuda.max_memory_allocated(device)} if device.type == "cuda" else {}
     return {"": private.bytes} | gpu
+
+
+@cache
+def side_stream(device: torch.device, purpose: str) -> torch.cuda.Stream:
+    """A stream of a GPU for work beside the rest, one for each purpose."""
+    del purpose
+    return torch.cuda.Stream(device)
+
+
+@contextmanager
+def beside(device: torch.device, purpose: str) -> Iterator[None]:
+    """Work for a GPU that waits for nothing it still has to do; at the end all of it is done."""
+    if device.type != "cuda":
+        yield
+        return
+    stream = side_stream(device, purpose)
+    with torch.cuda.stream(stream):
+        yield
+    stream.synchronize()
+
+
+def repeated(work: Callable[[], object], times: int, device: torch.device) -> Iterator[None]:
+    """Do the same work so many times, with a turn for the caller after each. On a GPU, where it
+    must launch the same kernels on the same memory and never wait, it is recorded behind the first
+    time and replayed with one launch.
+    """
+    if device.type != "cuda":
+        for _ in range(times):
+            work()
+            yield
+        return
+    stream = side_stream(device, "recorded")
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        work()  # what libraries make at first use, and keep for a stream, is in no record
+        yield
+        if times > 1:
+            graph = torch.cuda.CUDAGraph()
+            # other threads may take memory meanwhile
+            graph.capture_begin(capture_error_mode="thread_local")
+            work()
+            graph.capture_end()
+        for _ in range(times - 1):
+            graph.replay()
+            yield
+    torch.cuda.current_stream(device).wait_stream(stream)

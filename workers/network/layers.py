@@ -169,7 +169,7 @@ def apply_cut(
     cut: Cut,
 ) -> None:
     """Set the block's output to the corrected projection of the kept units, zeros if none is; the
-    consumer's input is dropped.
+    consumer's input is dropped. A cut for many micro-batches should be `on` the layer's device.
     """
     group = groups[name]
     if len(cut.units) == 0:
@@ -177,12 +177,12 @@ def apply_cut(
         batch.inputs.pop(name, None)
         return
     z_BTF = consumer_input(layer, index, batch, groups, name)
-    columns = unit_rows(cut.units, group.columns).to(z_BTF.device)
-    weight_DK = cut.weight_DK.to(z_BTF.device, z_BTF.dtype)
+    cut = cut.on(z_BTF.device, z_BTF.dtype)
+    columns = unit_rows(cut.units, group.columns)
     bias = layer.get_submodule(group.consumer.module)._parameters["bias"]
     # of a matrix: 8 times faster than z_BTF[..., columns]
     kept_TK = z_BTF.flatten(0, -2).index_select(1, columns)
-    output_TD = nn.functional.linear(kept_TK, weight_DK, bias)
+    output_TD = nn.functional.linear(kept_TK, cut.weight_DK, bias)
     batch.outputs[group.block.module] = batch.store(output_TD.unflatten(0, z_BTF.shape[:2]))
     del batch.inputs[name]
 

@@ -12,17 +12,21 @@ from torch import Tensor
 
 from rayprune.specs.errors import ModelError
 from rayprune.workers.model.checkpoint import Checkpoint
-from rayprune.workers.model.description import Consumer
 from rayprune.workers.model.folder import TensorInfo
 
+CPU = torch.device("cpu")
 _PART = 2**20
 """Numbers that are looked at together."""
 
 
 def read_tensors(
-    checkpoint: Checkpoint, infos: Mapping[str, TensorInfo], prefix: str = ""
+    checkpoint: Checkpoint,
+    infos: Mapping[str, TensorInfo],
+    prefix: str = "",
+    device: torch.device = CPU,
 ) -> dict[str, Tensor]:
-    """Views of the mapped files: some tensors in their type on disk; `prefix` completes the names.
+    """Some tensors in their type on disk: views of the mapped files, or copies on a GPU. `prefix`
+    completes their names.
 
     Raises:
         ModelError: a file cannot be read, or a tensor holds NaN or infinity.
@@ -31,19 +35,26 @@ def read_tensors(
     for file in sorted({info.file for info in infos.values()}):
         with _opened(checkpoint, file) as handle:
             tensors |= {
-                name: handle.get_tensor(info.stored)
+                name: handle.get_tensor(info.stored).to(device)
                 for name, info in infos.items()
                 if info.file == file
             }
-    for name, tensor in tensors.items():
-        # a sum takes no memory; one of finite values may pass the largest number
-        wide = torch.promote_types(tensor.dtype, torch.float32)
-        if not math.isfinite(tensor.sum(dtype=wide)) and not _is_finite(tensor):
+    # a sum takes no memory; one of finite values may pass the largest number
+    for name in (name for name, total in _sums(tensors).items() if not math.isfinite(total)):
+        if not _is_finite(tensors[name]):
             raise ModelError(
                 f"{checkpoint.path / infos[name].file}: {prefix}{name} holds NaN or infinity; the"
                 " checkpoint is damaged, fetch it again"
             )
     return tensors
+
+
+def _sums(tensors: Mapping[str, Tensor]) -> dict[str, float]:
+    """The sum of every tensor, with one wait for the device."""
+    sums = [
+        t.sum(dtype=torch.promote_types(t.dtype, torch.float32)).double() for t in tensors.values()
+    ]
+    return dict(zip(tensors, torch.stack(sums).tolist() if sums else [], strict=True))
 
 
 def _is_finite(tensor: Tensor) -> bool:
@@ -68,25 +79,16 @@ def _opened(checkpoint: Checkpoint, file: str) -> Iterator[Any]:
         ) from None
 
 
-def layer_tensors(checkpoint: Checkpoint, layer: int) -> dict[str, Tensor]:
-    """All tensors of a layer, by their names in it.
+def layer_tensors(
+    checkpoint: Checkpoint, layer: int, device: torch.device = CPU
+) -> dict[str, Tensor]:
+    """All tensors of a layer, by their names in it, as `read_tensors` gives them.
 
     Raises:
         ModelError: one holds NaN or infinity.
     """
     prefix = checkpoint.model.prefix(layer)
-    return read_tensors(checkpoint, checkpoint.layer_tensors(layer), prefix)
-
-
-def consumer_weight(checkpoint: Checkpoint, layer: int, consumer: Consumer) -> Tensor:
-    """A consumer's weight (D, F), in its type on disk.
-
-    Raises:
-        ModelError: it holds NaN or infinity.
-    """
-    infos = {consumer.weight: checkpoint.layer_tensors(layer)[consumer.weight]}
-    weight = read_tensors(checkpoint, infos, checkpoint.model.prefix(layer))[consumer.weight]
-    return weight.T if consumer.transposed else weight
+    return read_tensors(checkpoint, checkpoint.layer_tensors(layer), prefix, device)
 
 
 def digest_of(checkpoint: Checkpoint, infos: Mapping[str, TensorInfo]) -> str:

@@ -3,7 +3,7 @@
 Letters: D hidden, K kept columns of the consumer.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypedDict
 
@@ -16,7 +16,7 @@ from rayprune.workers.numerics.linalg import unit_rows
 
 
 class CutArrays(TypedDict):
-    """A `Cut` on its way from worker to worker."""
+    """A `Cut` on its way from process to process."""
 
     group: str
     units: np.ndarray
@@ -28,15 +28,22 @@ class Cut:
     """The decision for one coupled group of one layer.
 
     `units`: kept units, ascending; `weight_DK`: the consumer's corrected weight, rounded to its
-    type on disk; of no units, nothing.
+    type on disk; of no units, nothing. It stays where it was made until it leaves its process.
     """
 
     group: str
     units: Tensor
     weight_DK: Tensor
 
+    def on(self, device: torch.device, dtype: torch.dtype) -> "Cut":
+        """The same for passes on a device in a type."""
+        return Cut(self.group, self.units.to(device), self.weight_DK.to(device, dtype))
+
+    def __reduce__(self) -> tuple[Callable[[CutArrays], "Cut"], tuple[CutArrays]]:
+        return Cut.from_arrays, (self.arrays(),)
+
     def arrays(self) -> CutArrays:
-        """As it travels between workers: numpy has no bfloat16, and fp32 holds every 16-bit type
+        """As it travels between processes: numpy has no bfloat16, and fp32 holds every 16-bit type
         exactly.
         """
         dtype = torch.promote_types(self.weight_DK.dtype, torch.float32)
@@ -117,7 +124,7 @@ def pad_layer(
         dtype = tensor.dtype if given is None else given.dtype
         if name not in axes:
             # of an absent block: biases and norms that no unit goes with
-            padded[name] = torch.zeros_like(tensor, dtype=dtype) if given is None else given
+            padded[name] = torch.zeros(tensor.shape, dtype=dtype) if given is None else given
             continue
         group, parts = axes[name]
         dim, units = parts[0].dim, widths[group.name]

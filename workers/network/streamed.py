@@ -12,7 +12,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import copy, deepcopy
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 import transformers
@@ -22,11 +24,12 @@ from torch.utils.hooks import RemovableHandle
 from transformers.initialization import no_init_weights
 
 from rayprune.specs.errors import ModelError
+from rayprune.workers.machine.device import beside
 from rayprune.workers.model.checkpoint import Checkpoint
 from rayprune.workers.model.description import Model, RemoteCode
 from rayprune.workers.model.folder import TensorInfo
 from rayprune.workers.network.mapped import placed
-from rayprune.workers.network.reading import layer_tensors, read_tensors
+from rayprune.workers.network.reading import CPU, layer_tensors, read_tensors
 from rayprune.workers.stock import refused_by_transformers, stock_config
 
 Store = Callable[[Tensor], Tensor]
@@ -122,9 +125,10 @@ class StreamedModel:
         self._model: Any = _empty_model(checkpoint, dtype).eval().requires_grad_(False)
         self._layers = list(layers_of(self._model, self._described))
         self._put([])
-        _fill(self._model, checkpoint, checkpoint.outer_tensors)
+        _fill(self._model, checkpoint, checkpoint.outer_tensors, device)
         placed(self._model, device, dtype)
         self._next: tuple[int, Future[nn.Module]] | None = None
+        self._at_hand: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
 
     def _put(self, layers: Sequence[nn.Module]) -> None:
@@ -158,14 +162,26 @@ class StreamedModel:
         self._next = (
             (following, self._reader.submit(self._read_layer, following)) if following else None
         )
+        if self.device.type == "cuda":  # it was read on another stream
+            for tensor in chain(layer.parameters(), layer.buffers()):
+                tensor.record_stream(torch.cuda.current_stream(self.device))
+        self._at_hand[index] = layer
         return layer
 
+    def at_hand(self, index: int) -> dict[str, Tensor]:
+        """The tensors of a layer that was loaded and is still in use, by their names in it; no
+        layer, no tensors. They are only to be read.
+        """
+        layer = self._at_hand.get(index)
+        return layer.state_dict() if layer else {}
+
     def _read_layer(self, index: int) -> nn.Module:
-        return placed(self._filled_layer(index), self.device, self.dtype)
+        with beside(self.device, "reading"):
+            return placed(self._filled_layer(index), self.device, self.dtype)
 
     def _filled_layer(self, index: int) -> nn.Module:
-        """A layer whose weights are mapped from the files."""
-        tensors = layer_tensors(self.checkpoint, index)
+        """A layer whose weights are mapped from the files, or copied to a GPU."""
+        tensors = layer_tensors(self.checkpoint, index, self.device)
         layer: nn.Module = deepcopy(self._layers[index])
         try:
             layer.load_state_dict(tensors, assign=True)
@@ -249,14 +265,21 @@ def built_from(code: RemoteCode) -> Any:
     return module[code.name]
 
 
-def _fill(network: Any, checkpoint: Checkpoint, infos: Mapping[str, TensorInfo]) -> None:
-    """Give a network these tensors, mapped from their files; afterwards it is whole.
+def _fill(
+    network: Any,
+    checkpoint: Checkpoint,
+    infos: Mapping[str, TensorInfo],
+    device: torch.device = CPU,
+) -> None:
+    """Give a network these tensors, mapped from their files or copied to a GPU; afterwards it is
+    whole.
 
     Raises:
         ModelError: a tensor is missing, superfluous, of another shape or not finite.
     """
     names = checkpoint.model.module_names
-    tensors = {names.get(name, name): t for name, t in read_tensors(checkpoint, infos).items()}
+    found = read_tensors(checkpoint, infos, device=device)
+    tensors = {names.get(name, name): tensor for name, tensor in found.items()}
     try:
         unknown = network.load_state_dict(tensors, strict=False, assign=True).unexpected_keys
     except RuntimeError as error:  # shapes that the config does not imply

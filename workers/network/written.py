@@ -8,12 +8,13 @@ from torch import Tensor
 from rayprune.specs.errors import ModelError
 from rayprune.workers.model.config import DTYPES
 
-_TYPES: dict[str, torch.dtype] = {code: getattr(torch, name) for name, code in DTYPES.items()}
+TYPES: dict[str, torch.dtype] = {code: getattr(torch, name) for name, code in DTYPES.items()}
+"""By what headers of safetensors files call them."""
 
 
 def on_disk(tensor: Tensor, code: str) -> Tensor:
     """The tensor on the CPU, in the type that headers of safetensors files call `code`."""
-    return tensor.to("cpu", _TYPES[code]).contiguous()
+    return tensor.to("cpu", TYPES[code]).contiguous()
 
 
 def narrowed(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:

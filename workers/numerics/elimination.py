@@ -74,7 +74,7 @@ class Elimination:
         return torch.cat(
             [
                 _energies(blocks_BBU[..., some].permute(2, 0, 1), weight_UBD[some])
-                for some in row_slices(units)
+                for some in row_slices(units, self.matrix_FF.device)
             ]
         )
 
@@ -90,7 +90,7 @@ class Elimination:
             torch.linalg.solve(pivot_RR, across_FR.T),
             torch.linalg.solve(pivot_RR, weight_RD),
         )
-        for rows in row_slices(len(self.matrix_FF)):
+        for rows in row_slices(len(self.matrix_FF), self.matrix_FF.device):
             self.matrix_FF[rows].addmm_(across_FR[rows], solved_RF, alpha=-1)
             self.weight_FD[rows].addmm_(across_FR[rows], solved_RD, alpha=-1)
         self.matrix_FF[columns_R] = sign * solved_RF

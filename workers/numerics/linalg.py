@@ -1,12 +1,16 @@
 """Linear algebra on calibration statistics: the one module that chooses its dtypes.
 
 Letters: T tokens, F width of the consumer's input, D hidden, K kept columns, P pruned columns, B
-block of output rows, N rows of a least-squares problem. Everything is fp64, except the fp32
-products inside `add_gram_` and `add_cross_` (summed in fp64). Nothing falls back silently. Large
-matrices are worked on in place or in blocks of rows, so that they may lie in files.
+block of output rows, N rows of a least-squares problem. Everything is fp64, except the products
+inside `add_gram_` and `add_cross_` (fp32, or exact and summed in fp32; in all summed in fp64).
+Nothing falls back silently. Large matrices are worked on in place or in blocks of rows, so that
+they may lie in files.
 """
 
 from collections.abc import Callable, Iterator
+from functools import cache
+from importlib import import_module
+from types import ModuleType
 
 import torch
 from scipy.linalg import lapack
@@ -20,9 +24,19 @@ Solver = Callable[[Tensor], Tensor]
 """Solutions for a block of right sides, which are the rows of its argument, as rows."""
 
 
-def row_slices(count: int) -> Iterator[slice]:
+@cache
+def kernels() -> ModuleType | None:
+    """Those for GPUs, where there are any (Triton comes with a torch that is made for CUDA)."""
+    try:
+        return import_module("rayprune.workers.numerics.kernels")
+    except ImportError:
+        return None
+
+
+def row_slices(count: int, device: torch.device) -> Iterator[slice]:
     """`count` rows in blocks of `BLOCK_ROWS`."""
-    return (slice(start, min(start + BLOCK_ROWS, count)) for start in range(0, count, BLOCK_ROWS))
+    size = BLOCK_ROWS[device.type]
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
 
 def wide_blocks(matrix: Tensor, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
@@ -31,7 +45,8 @@ def wide_blocks(matrix: Tensor, device: torch.device) -> Iterator[tuple[slice, T
     """
     # moved first: torch converts what goes to a GPU on the CPU, and would send four times as many
     # bytes
-    return ((rows, matrix[rows].to(device).to(WIDE, copy=True)) for rows in row_slices(len(matrix)))
+    blocks = row_slices(len(matrix), device)
+    return ((rows, matrix[rows].to(device).to(WIDE, copy=True)) for rows in blocks)
 
 
 def column_norms(weight_DF: Tensor) -> Tensor:
@@ -45,16 +60,20 @@ def column_norms(weight_DF: Tensor) -> Tensor:
 def add_gram_(gram_FF: Tensor, z_TF: Tensor) -> None:
     """Add z'z to the lower block triangle of `gram_FF` (fp64), in place.
 
-    Products are fp32 (TF32 must be off) over `PRODUCT_TOKENS` tokens, their sum is fp64. bf16
-    activations are widened on a GPU too: its bf16 products sum in fp32, but cut off instead of
-    rounding, which on an H200 left errors of 3e-3 of the mean diagonal in the norm of the matrix
-    where fp32 products left 1e-5, and made it indefinite beyond the smallest damping. Cost: about T
-    F^2 flops, half of a full product, since blocks above the diagonal are left alone (`mirror_`
-    fills them).
+    Products are fp32 (TF32 must be off) over `PRODUCT_TOKENS` tokens, their sum is fp64. On a GPU
+    16-bit activations are multiplied on tensor cores where there is a kernel for it
+    (`kernels.add_gram_`). Elsewhere they are widened, since one sum of torch's own products over so
+    many tokens is cut off, not rounded: on an H100 that left errors of 2e-3 of the mean diagonal in
+    the norm of the matrix, where fp32 products leave 3e-5 and the kernel 2e-5, and a direction
+    without any energy got -3e-4 of it (-2e-5, -6e-6). Cost: about T F^2 flops, half of a full
+    product, since blocks above the diagonal are left alone (`mirror_` fills them).
     """
+    if z_TF.is_cuda and z_TF.itemsize == 2 and (fast := kernels()):
+        fast.add_gram_(gram_FF, z_TF)
+        return
     for some_TF in z_TF.split(PRODUCT_TOKENS):
         some_TF = some_TF.float()
-        for columns in row_slices(z_TF.shape[1]):
+        for columns in row_slices(z_TF.shape[1], z_TF.device):
             gram_FF[columns.start :, columns] += some_TF[:, columns.start :].T @ some_TF[:, columns]
 
 
@@ -66,13 +85,13 @@ def add_cross_(cross_FD: Tensor, z_TF: Tensor, e_TD: Tensor) -> None:
         z_TF.split(PRODUCT_TOKENS), e_TD.split(PRODUCT_TOKENS), strict=True
     ):
         some_TF, some_TD = some_TF.float(), some_TD.float()
-        for columns in row_slices(z_TF.shape[1]):
+        for columns in row_slices(z_TF.shape[1], z_TF.device):
             cross_FD[columns] += some_TF[:, columns].T @ some_TD
 
 
 def mirror_(gram_FF: Tensor) -> Tensor:
     """Copy the lower triangle onto the upper one, in place."""
-    for rows in row_slices(len(gram_FF)):
+    for rows in row_slices(len(gram_FF), gram_FF.device):
         corner = gram_FF[rows, rows]
         corner.copy_(corner.tril() + corner.tril(-1).T)
         gram_FF[rows, rows.stop :] = gram_FF[rows.stop :, rows].T
@@ -81,7 +100,7 @@ def mirror_(gram_FF: Tensor) -> Tensor:
 
 def gather_(out: Tensor, matrix: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """matrix[rows][:, columns] into `out`, block by block."""
-    for block in row_slices(len(rows)):
+    for block in row_slices(len(rows), out.device):
         torch.index_select(matrix[rows[block]], 1, columns, out=out[block])
     return out
 
@@ -91,7 +110,7 @@ def gram_energy(gram_FF: Tensor, rows_BF: Tensor) -> float:
     |M|^2. Cost: B F^2 flops.
     """
     total = torch.zeros((), dtype=WIDE, device=rows_BF.device)
-    for block in row_slices(len(gram_FF)):
+    for block in row_slices(len(gram_FF), rows_BF.device):
         own, below = rows_BF[:, block], rows_BF[:, block.stop :]
         total += (own @ gram_FF[block, block]).mul_(own).sum() + 2 * (
             below @ gram_FF[block.stop :, block]

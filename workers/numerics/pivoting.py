@@ -6,6 +6,7 @@ numerical rank follow by their energy |z_j s_j|^2, largest first; ties go to the
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -13,8 +14,9 @@ from scipy.linalg import lapack
 from torch import Tensor
 
 from rayprune.workers.machine.blocks import PANEL
+from rayprune.workers.machine.device import repeated
 from rayprune.workers.machine.scratch import Scratch
-from rayprune.workers.numerics.linalg import WIDE, row_slices
+from rayprune.workers.numerics.linalg import WIDE, kernels, row_slices
 
 _STALE = 8  # the residual is compacted once one in so many of its columns is taken
 
@@ -23,7 +25,8 @@ def pivot_gram(gram_FF: Tensor, scale_F: Tensor, count: int, scratch: Scratch) -
     """The first `count` columns of pivoted Cholesky on diag(s) G diag(s): the pivots of
     column-pivoted QR of Z diag(s).
 
-    LAPACK pstrf on the CPU; on a GPU the same rule and rank tolerance in `cholesky_pivots_`.
+    LAPACK pstrf on the CPU; on a GPU the same rule and rank tolerance by kernels, or, where there
+    are none, in `cholesky_pivots_`.
     Resolves residual column norms down to about 1e-8 of the largest; below that use `pivot_rows`.
     Cost: F^3/3 flops; one copy of the matrix, in `scratch`.
     """
@@ -31,7 +34,12 @@ def pivot_gram(gram_FF: Tensor, scale_F: Tensor, count: int, scratch: Scratch) -
         gram_FF, scale_F[:, None], out=scratch.empty(*gram_FF.shape, dtype=WIDE)
     ).mul_(scale_F)
     energy_F = torch.diagonal(residual).clone()
-    taken = cholesky_pivots_(residual, count) if residual.is_cuda else _lapack_pivots_(residual)
+    if not residual.is_cuda:
+        taken = _lapack_pivots_(residual)
+    elif fast := kernels():
+        taken = kernel_pivots_(residual, count, fast)
+    else:
+        taken = cholesky_pivots_(residual, count)
     return by_energy(taken, energy_F, count)
 
 
@@ -67,15 +75,12 @@ class _Residual:
 
     def subtract_(self, panel_BM: Tensor) -> None:
         """Take the panel's outer product away, below the diagonal."""
-        for block in row_slices(len(self.index_M)):
-            self.matrix_MM[block.start :, block].addmm_(
-                panel_BM[:, block.start :].T, panel_BM[:, block], alpha=-1
-            )
+        _subtract_(self.matrix_MM, panel_BM)
 
     def compacted(self) -> "_Residual":
         """Without the taken columns. In place: what stays keeps its order, so rows move up only."""
         rest_M = self.energy_M.isfinite().nonzero().flatten()
-        for block in row_slices(len(rest_M)):
+        for block in row_slices(len(rest_M), rest_M.device):
             self.matrix_MM[block, : block.stop] = self.matrix_MM[rest_M[block]].index_select(
                 1, rest_M[: block.stop]
             )
@@ -84,6 +89,36 @@ class _Residual:
             self.energy_M[rest_M],
             self.index_M[rest_M],
         )
+
+
+def _subtract_(matrix_MM: Tensor, panel_BM: Tensor) -> None:
+    for block in row_slices(len(matrix_MM), matrix_MM.device):
+        matrix_MM[block.start :, block].addmm_(
+            panel_BM[:, block.start :].T, panel_BM[:, block], alpha=-1
+        )
+
+
+def _floor(energy_F: Tensor) -> Tensor:
+    """Energy that rounding leaves of a column that depends on others."""
+    return energy_F.max() * len(energy_F) * torch.finfo(WIDE).eps
+
+
+def kernel_pivots_(matrix_FF: Tensor, count: int, kernels: ModuleType) -> Tensor:
+    """`cholesky_pivots_` with one launch for each pivot, and one for all of a panel once it is
+    recorded: nothing waits for the device before the end. Taken columns stay in the matrix.
+    """
+    panels = kernels.Panels(matrix_FF, _floor(torch.diagonal(matrix_FF)), PANEL)
+
+    def panel() -> None:
+        panels.pick()
+        _subtract_(matrix_FF, panels.panel_BF)
+
+    found = [
+        (panels.picked_B.clone(), panels.solid_B.clone())
+        for _ in repeated(panel, -(-count // PANEL), matrix_FF.device)
+    ]
+    picked, solid = (torch.cat(parts)[:count] for parts in zip(*found, strict=True))
+    return picked[: int(solid.sum())].long()
 
 
 def cholesky_pivots_(matrix_FF: Tensor, count: int) -> Tensor:
@@ -95,7 +130,7 @@ def cholesky_pivots_(matrix_FF: Tensor, count: int) -> Tensor:
     most (a tenth more for taken columns that are still updated), and 2 B F for each pivot.
     """
     energy_F = torch.diagonal(matrix_FF).clone()
-    floor = energy_F.max() * len(matrix_FF) * torch.finfo(WIDE).eps
+    floor = _floor(energy_F)
     residual = _Residual(matrix_FF, energy_F, torch.arange(len(matrix_FF), device=matrix_FF.device))
     taken: list[Tensor] = []
     num_taken = num_stale = 0

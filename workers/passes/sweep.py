@@ -116,10 +116,25 @@ class Sweep:
             ModelError: an activation is not finite.
         """
         self._bring_to(layer, range(*owned))
-        module = self._layer(layer)
+        module, cuts = self._layer(layer), self._on_device(cuts)
         return grow_statistics(
             trees, owned, lambda shard: self._shard_statistic(module, layer, shard, name, cuts)
         )
+
+    def advance(self, layer: int, owned: tuple[int, int], cuts: Mapping[str, Cut]) -> None:
+        """Take the owned shards past a layer, given the cuts of all its groups."""
+        self._bring_to(layer, range(*owned))
+        self._pass(layer, range(*owned), cuts)
+
+    def _pass(self, layer: int, shards: Iterable[int], cuts: Mapping[str, Cut]) -> None:
+        module, cuts = self._layer(layer), self._on_device(cuts)
+        for number in shards:
+            self._advance(module, self._shards[number], cuts)
+            self._save(number)
+
+    def _on_device(self, cuts: Mapping[str, Cut]) -> dict[str, Cut]:
+        """Cuts for many micro-batches."""
+        return {name: cut.on(self._model.device, self._model.dtype) for name, cut in cuts.items()}
 
     def _shard_statistic(
         self, module: nn.Module, layer: int, shard: int, name: str, cuts: Mapping[str, Cut]
@@ -192,10 +207,8 @@ class Sweep:
             if shard not in self._shards or self._shards[shard].layer > layer:
                 self._shards[shard] = self._restored(shard, layer)
         while (behind := min(self._shards[shard].layer for shard in owned)) < layer:
-            module, cuts = self._layer(behind), self._finished_cuts(behind)
-            for number in (number for number in owned if self._shards[number].layer == behind):
-                self._advance(module, self._shards[number], cuts)
-                self._save(number)
+            shards = [number for number in owned if self._shards[number].layer == behind]
+            self._pass(behind, shards, self._finished_cuts(behind))
 
     def _manifest(self, layer: int) -> Manifest | None:
         """A layer's manifest, if it is finished; it must have been computed as this worker

@@ -168,9 +168,8 @@ class Streaming:
             name: self._deciding.summary(name, kept[name], correction)
             for name, (_, correction) in decided.items()
         }
-        self._writing.layer(
-            layer, task, written, position, groups, [cut for cut, _ in decided.values()]
-        )
+        cuts = [cut for cut, _ in decided.values()]
+        self._writing.layer(layer, task, written, position, groups, cuts)()
         return {"groups": groups}, None
 
     @step

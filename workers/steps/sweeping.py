@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 
-from rayprune.workers.network.slicing import Cut, CutArrays
+from rayprune.workers.network.slicing import Cut
 from rayprune.workers.numerics.correction import Correction
 from rayprune.workers.passes.sweep import Parts, Sweep
 from rayprune.workers.steps.deciding import Deciding
@@ -43,20 +43,25 @@ class Sweeping:
 
     @step
     def collect(
-        self, layer: int, group: str, owned: tuple[int, int], *cuts: CutArrays
+        self, layer: int, group: str, owned: tuple[int, int], *cuts: Cut
     ) -> tuple[Receipt, Parts]:
         """Statistics of a group's consumer input over some calibration shards; `cuts` are this
         layer's earlier ones.
         """
         drop_all(self._before)
-        known = {arrays["group"]: Cut.from_arrays(arrays) for arrays in cuts}
         trees = roots(self._job.calibration.shards, self._job.calibration.held_out_shards)
-        return {}, self._sweep.value.collect(layer, group, owned, known, trees)
+        return {}, self._sweep.value.collect(layer, group, owned, _by_group(cuts), trees)
 
     @step
-    def decide(
-        self, layer: int, group: str, num_kept: int, *parts: Parts
-    ) -> tuple[Receipt, CutArrays]:
+    def advance(self, layer: int, owned: tuple[int, int], *cuts: Cut) -> tuple[Receipt, None]:
+        """Take some calibration shards past a layer of which all groups are decided; its file need
+        not be there yet.
+        """
+        self._sweep.value.advance(layer, owned, _by_group(cuts))
+        return {}, None
+
+    @step
+    def decide(self, layer: int, group: str, num_kept: int, *parts: Parts) -> tuple[Receipt, Cut]:
         """Select the units of a group that stay (or take those of the selection pass) and correct
         the consumer's weight. The statistics are used up.
 
@@ -64,10 +69,10 @@ class Sweeping:
         """
         if num_kept == 0:
             nothing = torch.empty(0)
-            cut = Cut(group, torch.arange(0), nothing)
-            return {
-                "group": self._deciding.summary(group, 0, Correction(nothing, 0.0, 1.0, 1.0))
-            }, cut.arrays()
+            correction = Correction(nothing, 0.0, 1.0, 1.0)
+            return {"group": self._deciding.summary(group, 0, correction)}, Cut(
+                group, torch.arange(0), nothing
+            )
         trees = roots(self._job.calibration.shards, self._job.calibration.held_out_shards)
         fits = self._deciding.merged(trees, parts)
         is_cut = num_kept < self._bench.groups[group].num_units
@@ -75,7 +80,7 @@ class Sweeping:
             self._deciding.selected(layer, group) if is_cut and self._job.selects_first else None
         )
         cut, correction = self._deciding.cut(layer, group, num_kept, fits, units)
-        return {"group": self._deciding.summary(group, num_kept, correction)}, cut.arrays()
+        return {"group": self._deciding.summary(group, num_kept, correction)}, cut
 
     @step
     def reduce(self, *parts: Parts) -> tuple[Receipt, Parts]:
@@ -86,3 +91,7 @@ class Sweeping:
             for tree in trees
             for node, fit in self._deciding.siblings(tree, parts).items()
         }
+
+
+def _by_group(cuts: Sequence[Cut]) -> dict[str, Cut]:
+    return {cut.group: cut for cut in cuts}

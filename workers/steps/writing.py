@@ -1,19 +1,21 @@
 """Steps that write the pruned model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from rayprune.specs.errors import VerificationError
 from rayprune.workers.calibration import load_tokenizer
 from rayprune.workers.model.form import AS_IT_IS, Form
-from rayprune.workers.network.reading import digest_of, layer_tensors, read_tensors
-from rayprune.workers.network.slicing import Cut, CutArrays, pad_layer, slice_layer
+from rayprune.workers.network.reading import digest_of, read_tensors
+from rayprune.workers.network.slicing import Cut, pad_layer, slice_layer
 from rayprune.workers.network.written import narrowed
 from rayprune.workers.steps.step import Receipt, step
 from rayprune.workers.store.files import Task, commit, write_tensors
 from rayprune.workers.store.layout import LAYER_FILE, OUTER_FILE, SOURCE
+from rayprune.workers.store.writer import Writer
 from rayprune.workers.workbench import Workbench
 
 
@@ -21,7 +23,7 @@ class Writing:
     """Tensors and tokenizer of the pruned model."""
 
     def __init__(self, bench: Workbench) -> None:
-        self._bench = bench
+        self._bench, self._writer = bench, Writer()
         self._job = bench.job
 
     @step
@@ -32,18 +34,22 @@ class Writing:
         written: Mapping[str, int],
         position: int | None,
         groups: Receipt,
-        *cuts: CutArrays,
+        *cuts: Cut,
     ) -> tuple[Receipt, None]:
-        """Write a pruned layer's tensors under their final names, then the manifest: the layer is
-        finished.
+        """Begin to write a pruned layer's tensors under their final names, and then the manifest:
+        the layer is finished once `finish_writing` has returned.
 
         `written` are the units of every group that the file holds: those that stay, and zeros where
         layers are padded. `position` is the layer's number in the pruned model; a layer of which
         nothing stays has none, and no file.
         """
-        self.layer(
-            layer, task, written, position, groups, [Cut.from_arrays(arrays) for arrays in cuts]
-        )
+        self._writer.put(self.layer(layer, task, written, position, groups, cuts))
+        return {}, None
+
+    @step
+    def finish_writing(self) -> tuple[Receipt, None]:
+        """Wait until what `write_layer` has begun is done."""
+        self._writer.wait()
         return {}, None
 
     def layer(
@@ -54,23 +60,29 @@ class Writing:
         position: int | None,
         groups: Receipt,
         cuts: Sequence[Cut],
-    ) -> None:
-        """Write a layer's tensors, unless nothing stays, and then its manifest."""
+    ) -> Callable[[], None]:
+        """What writes a layer's tensors, unless nothing stays, and then its manifest. It needs no
+        device any more.
+        """
         bench = self._bench
         kept = {cut.group: cut.units.tolist() for cut in cuts}
-        source = digest_of(bench.checkpoint, bench.checkpoint.layer_tensors(layer))
         info = {"groups": groups, "kept": kept, "computed_on": bench.model.computed_on}
-        info[SOURCE] = source
+        named: dict[str, Tensor] = {}
         if position is not None:
             form = self._form(written)
             prefix = f"{form.layers_at or bench.checkpoint.model.layers_at}.{position}."
             tensors = form.layer(self._cut_layer(layer, written, cuts))
             named = {prefix + name: tensor for name, tensor in tensors.items()}
-            write_tensors(task.folder / LAYER_FILE, named)
             modules = {name: form.module(g.consumer.module) for name, g in bench.groups.items()}
             info["consumers"] = {name: f"{prefix}{m}.weight" for name, m in modules.items()}
-        files = [] if position is None else [LAYER_FILE]
-        commit(task, files, info)
+
+        def write() -> None:
+            source = digest_of(bench.checkpoint, bench.checkpoint.layer_tensors(layer))
+            if named:
+                write_tensors(task.folder / LAYER_FILE, named)
+            commit(task, [LAYER_FILE] if named else [], info | {SOURCE: source})
+
+        return write
 
     def _form(self, written: Mapping[str, int]) -> Form:
         """How the pruned model is written, of which every layer's file holds so many units; layers
@@ -83,11 +95,13 @@ class Writing:
     def _cut_layer(
         self, layer: int, written: Mapping[str, int], cuts: Sequence[Cut]
     ) -> dict[str, Tensor]:
-        """A pruned layer's tensors in their types on disk, by their names in the layer."""
+        """A pruned layer's tensors in host memory in their types on disk, by their names in the
+        layer.
+        """
         bench, groups = self._bench, self._bench.groups.values()
-        tensors = layer_tensors(bench.checkpoint, layer)
+        tensors = bench.layer_tensors(layer)
         dtypes = {name: bench.disk_dtype(tensor) for name, tensor in tensors.items()}
-        sliced = slice_layer(tensors, groups, {cut.group: cut for cut in cuts})
+        sliced = _in_host_memory(slice_layer(tensors, groups, {cut.group: cut for cut in cuts}))
         if self._job.export.pad:
             kept = bench.checkpoint.model.units | {cut.group: len(cut.units) for cut in cuts}
             sliced = pad_layer(sliced, tensors, groups, kept, written)
@@ -135,3 +149,11 @@ class Writing:
                 f" {self._bench.checkpoint.path}"
             )
         return {}, None
+
+
+def _in_host_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors there; those of a GPU are copied side by side."""
+    found = {name: tensor.to("cpu", non_blocking=True) for name, tensor in tensors.items()}
+    if any(tensor.is_cuda for tensor in tensors.values()):
+        torch.cuda.synchronize()
+    return found

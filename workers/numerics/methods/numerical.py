@@ -32,7 +32,7 @@ def hessian(gram_FF: Tensor, weight_DF: Tensor, out_FF: Tensor) -> Tensor:
     """
     out_FF.zero_()
     for _, weight_BF in wide_blocks(weight_DF, gram_FF.device):
-        for rows in row_slices(len(out_FF)):
+        for rows in row_slices(len(out_FF), out_FF.device):
             out_FF[rows].addmm_(weight_BF[:, rows].T, weight_BF)
     out_FF *= gram_FF
     out_FF /= torch.diagonal(gram_FF).max().clamp(min=torch.finfo(WIDE).tiny)
