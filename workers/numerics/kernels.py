@@ -6,7 +6,6 @@ What they compute is told, and done without them, by `linalg.add_gram_` and
 """
 
 from functools import cache
-from typing import Any
 
 import torch
 import triton
@@ -22,16 +21,7 @@ PIVOT_COLUMNS = 64
 
 
 @triton.jit
-def _gram(
-    z: Any,
-    gram: Any,
-    tile_rows: Any,
-    tile_columns: Any,
-    tokens: Any,
-    width: Any,
-    TILE: tl.constexpr,
-    CHUNK: tl.constexpr,
-) -> None:
+def _gram(z, gram, tile_rows, tile_columns, tokens, width, TILE: tl.constexpr, CHUNK: tl.constexpr):
     """One tile of the lower triangle. Tensor cores cut off what does not fit their sum, so it is a
     fresh one for every chunk; chunks are added in fp32 with Kahan's correction, and the whole to
     the matrix in fp64. (Added without the correction they become one sum again: the compiler hands
@@ -63,23 +53,23 @@ def _gram(
 
 @triton.jit
 def _pivot(
-    matrix: Any,
-    panel: Any,
-    energy: Any,
-    best_before: Any,
-    at_before: Any,
-    best_behind: Any,
-    at_behind: Any,
-    picked: Any,
-    solid: Any,
-    floor: Any,
-    step: Any,
-    width: Any,
-    blocks: Any,
+    matrix,
+    panel,
+    energy,
+    best_before,
+    at_before,
+    best_behind,
+    at_behind,
+    picked,
+    solid,
+    floor,
+    step,
+    width,
+    blocks,
     BLOCKS: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
-) -> None:
+):
     """One pivot in one launch. Every program finds the column of the largest energy anew, from one
     number for each block; then it makes its own columns of the factor's next row, takes their
     energies away, and leaves the number of its block.
