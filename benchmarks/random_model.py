@@ -1,5 +1,5 @@
-"""Models of published shapes with random weights, written layer by layer: sizes and speeds are
-real, the text they predict is not.
+"""Models of published shapes with random weights, written layer by layer on all processors: sizes
+and speeds are real, the text they predict is not.
 
 python -m benchmarks.random_model llama-2-7b --out /data/llama-2-7b-random
 python -m benchmarks.random_model llama-3-70b --layers 2 --out /data/llama-3-70b-2-layers
@@ -7,14 +7,20 @@ python -m benchmarks.random_model llama-3-70b --layers 2 --out /data/llama-3-70b
 
 import argparse
 import json
+import os
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 _LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -62,11 +68,17 @@ SHAPES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 8192,
         "rope_theta": 500000.0,
     },
+    "tiny": SIZES,
 }
+"""By name; `tiny` only shows that a benchmark runs."""
+_SMALL = 2**20
+"""Parameters of a layer below which other processes are not worth their start."""
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
+def byte_tokenizer() -> "PreTrainedTokenizerFast":
     """One token per byte, ids from 3: needs no network and fits any vocabulary."""
+    from transformers import PreTrainedTokenizerFast  # not where layers are written
+
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(
         models.BPE(vocab={symbol: number + 3 for number, symbol in enumerate(alphabet)}, merges=[])
@@ -76,53 +88,91 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
-def _random(*shape: int) -> Tensor:
+def _random(generator: torch.Generator, *shape: int) -> Tensor:
     """Weights that keep the size of activations: standard deviation 1 / sqrt(inputs)."""
-    return torch.empty(shape).normal_(std=shape[-1] ** -0.5).bfloat16()
+    return torch.empty(shape).normal_(std=shape[-1] ** -0.5, generator=generator).bfloat16()
 
 
-def layer_tensors(config: dict[str, Any], layer: int) -> dict[str, Tensor]:
-    """One decoder layer; norm weights differ, so that channels do."""
+def _generator(seed: int, number: int) -> torch.Generator:
+    """For one part of a model: torch takes 32 bits of a seed."""
+    return torch.Generator().manual_seed((seed * 1000 + number) % 2**32)
+
+
+def layer_tensors(config: dict[str, Any], layer: int, seed: int = 0) -> dict[str, Tensor]:
+    """One decoder layer, from the seed and its number alone; norm weights differ, so that channels
+    do.
+    """
     hidden, width = config["hidden_size"], config["intermediate_size"]
     keys = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
-    outs = {
-        "self_attn.q_proj": hidden,
-        "self_attn.k_proj": keys,
-        "self_attn.v_proj": keys,
-        "self_attn.o_proj": hidden,
+    shapes = {
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (keys, hidden),
+        "self_attn.v_proj": (keys, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (width, hidden),
+        "mlp.up_proj": (width, hidden),
+        "mlp.down_proj": (hidden, width),
     }
-    outs |= {"mlp.gate_proj": width, "mlp.up_proj": width}
-    tensors = {f"{name}.weight": _random(out, hidden) for name, out in outs.items()} | {
-        "mlp.down_proj.weight": _random(hidden, width)
-    }
-    tensors |= {
-        f"{name}_layernorm.weight": (torch.rand(hidden) + 0.5).bfloat16()
+    generator = _generator(seed, 1 + layer)
+    tensors = {name: _random(generator, *shape) for name, shape in shapes.items()} | {
+        f"{name}_layernorm": (torch.rand(hidden, generator=generator) + 0.5).bfloat16()
         for name in ("input", "post_attention")
     }
-    return {f"model.layers.{layer}.{name}": tensor for name, tensor in tensors.items()}
+    return {f"model.layers.{layer}.{name}.weight": tensor for name, tensor in tensors.items()}
 
 
-def write_model(shape: str, out: Path, num_layers: int | None = None, seed: int = 0) -> Path:
-    """Write config, tokenizer and one safetensors file per layer; memory of one layer."""
-    torch.manual_seed(seed)
+def outer_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, Tensor]:
+    """Embeddings, head and the last norm."""
+    size, generator = (config["vocab_size"], config["hidden_size"]), _generator(seed, 0)
+    return {
+        "model.embed_tokens.weight": _random(generator, *size),
+        "lm_head.weight": _random(generator, *size),
+        "model.norm.weight": torch.ones(config["hidden_size"]).bfloat16(),
+    }
+
+
+def _write_part(config: dict[str, Any], layer: int | None, seed: int, out: Path) -> dict[str, str]:
+    """Write one layer, or what is around the layers; the file of each tensor."""
+    file = "outer.safetensors" if layer is None else f"layer-{layer:05d}.safetensors"
+    tensors = outer_tensors(config, seed) if layer is None else layer_tensors(config, layer, seed)
+    save_file(tensors, out / file, metadata={"format": "pt"})
+    return dict.fromkeys(tensors, file)
+
+
+def num_parameters(config: dict[str, Any]) -> tuple[int, int]:
+    """Of the matrices of a layer, and of those around the layers."""
+    hidden, width = config["hidden_size"], config["intermediate_size"]
+    keys = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
+    return hidden * (2 * hidden + 2 * keys + 3 * width), 2 * config["vocab_size"] * hidden
+
+
+def write_model(
+    shape: str,
+    out: Path,
+    num_layers: int | None = None,
+    seed: int = 0,
+    processes: int | None = None,
+) -> Path:
+    """Write config, tokenizer and one safetensors file per layer, in as many processes as there are
+    processors (a small model: in this one), each with the memory of one layer.
+    """
     config = _LLAMA | SHAPES[shape]
-    config["num_hidden_layers"] = num_layers or config["num_hidden_layers"]
+    config["num_hidden_layers"] = num_layers = num_layers or config["num_hidden_layers"]
     out.mkdir(parents=True, exist_ok=True)
     byte_tokenizer().save_pretrained(out)
-    weight_map: dict[str, str] = {}
-
-    def save(file: str, tensors: dict[str, Tensor]) -> None:
-        save_file(tensors, out / file, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(tensors, file))
-
-    for layer in range(config["num_hidden_layers"]):
-        save(f"layer-{layer:05d}.safetensors", layer_tensors(config, layer))
-    size = (config["vocab_size"], config["hidden_size"])
-    outer = {"model.embed_tokens.weight": _random(*size), "lm_head.weight": _random(*size)}
-    save(
-        "outer.safetensors",
-        outer | {"model.norm.weight": torch.ones(config["hidden_size"]).bfloat16()},
-    )
+    parts: list[int | None] = [None, *range(num_layers)]  # the largest first
+    write = partial(_write_part, config, seed=seed, out=out)
+    if processes is None:
+        is_small = num_parameters(config)[0] < _SMALL
+        processes = 1 if is_small else min(os.cpu_count() or 1, len(parts))
+    if processes == 1:
+        written = [write(part) for part in parts]
+    else:
+        with ProcessPoolExecutor(
+            processes, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
+        ) as pool:
+            written = list(pool.map(write, parts))
+    weight_map = {name: file for files in written for name, file in files.items()}
     (out / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": {}, "weight_map": weight_map})
     )
