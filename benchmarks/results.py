@@ -29,16 +29,36 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def record(name: str, content: str, machine: str = "cpu") -> Path:
-    """Print a result and write it to results/NAME_MACHINE_DATE.md."""
+def accelerator(machine: str) -> str:
+    """A line with the GPU's name, for results of one."""
+    if machine != "cuda":
+        return ""
+    import torch
+
+    return f"GPU: {torch.cuda.get_device_name()}.\n\n"
+
+
+def page(name: str, content: str, machine: str) -> str:
+    """A result under its date, command, machine and versions."""
     words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
     command = shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *words])
     versions = ", ".join(f"{key} {value}" for key, value in environment().items())
-    head = (
-        f"# {name}, {datetime.date.today()}\n\n`{command}`\n\nMachine: {processor()},"
-        f" {os.cpu_count()} cores. {versions}.\n\n"
+    return (
+        f"# {name}, {datetime.date.today()}\n\n`{command}`\n\n{accelerator(machine)}Machine:"
+        f" {processor()}, {os.cpu_count()} cores. {versions}.\n\n{content}\n"
     )
-    file = RESULTS / f"{name}_{machine}_{datetime.date.today()}.md"
-    file.write_text(head + content + "\n", encoding="utf-8")
-    print(f"{head}{content}\nwritten to {file}")
+
+
+def write(name: str, content: str, machine: str = "cpu", folder: Path = RESULTS) -> Path:
+    """Write a result to FOLDER/NAME_MACHINE_DATE.md, over one of the same day."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{name}_{machine}_{datetime.date.today()}.md"
+    file.write_text(page(name, content, machine), encoding="utf-8")
+    return file
+
+
+def record(name: str, content: str, machine: str = "cpu", folder: Path = RESULTS) -> Path:
+    """Write a result and print it."""
+    file = write(name, content, machine, folder)
+    print(f"{file.read_text(encoding='utf-8')}\nwritten to {file}", flush=True)
     return file
