@@ -3,6 +3,7 @@ large tensors.
 """
 
 from collections.abc import Collection
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from rayprune.workers.model.description import Group
 from rayprune.workers.network.reading import read_tensors
 from rayprune.workers.network.streamed import StreamedModel
 from rayprune.workers.network.written import TYPES
+from rayprune.workers.numerics.linalg import kernels
 from rayprune.workers.numerics.statistics import Statistic, statistic_type
 from rayprune.workers.passes.sweep import micro_batches
 from rayprune.workers.store.layout import CACHE, CALIBRATION_TASK, TOKENS_FILE, Scope
@@ -36,6 +38,7 @@ class Workbench:
         self.job, self.scope = job, Scope(Path(run_folder), scope)
         self.device = device_of(device)
         self.memory, self._peak = memory, PeakMemory()
+        self._loading: Future[StreamedModel] | None = None
         self.warnings: list[str] = []
         """What the user is to be told with the step's receipt."""
         torch.set_num_threads(job.parallel.threads_per_worker)
@@ -65,12 +68,25 @@ class Workbench:
             name = "float32" if on_cpu else self.checkpoint.model.dtype  # type: ignore[assignment]
         return _torch_dtype(name)
 
+    def prepare(self) -> None:
+        """Begin with what passes on a GPU need, while something else is done: first uses take
+        seconds.
+        """
+        if self.device.type == "cuda" and self._loading is None:
+            self._loading = ThreadPoolExecutor(1, thread_name_prefix="prepare").submit(self._load)
+
     @cached_property
     def model(self) -> StreamedModel:
         """Its layers, loaded one at a time."""
-        return StreamedModel(
-            self.checkpoint, self.dtype, self.device, self.spill(self.memory.spill_hidden).store
-        )
+        return self._loading.result() if self._loading else self._load()
+
+    def _load(self) -> StreamedModel:
+        store = self.spill(self.memory.spill_hidden).store
+        model = StreamedModel(self.checkpoint, self.dtype, self.device, store)
+        if self.device.type == "cuda" and self.dtype.itemsize == 2 and (fast := kernels()):
+            for width in {group.width for group in self.groups.values()}:
+                fast.prepare(width, self.dtype, self.device)
+        return model
 
     def spill(self, to_files: bool) -> Scratch:
         """Room for large tensors, in files or in memory."""

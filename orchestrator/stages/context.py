@@ -101,17 +101,22 @@ class Context:
         )
 
     def layer_finished(
-        self, stage: str, layer: int, seconds: float, groups: Mapping[str, object]
+        self,
+        stage: str,
+        layer: int,
+        seconds: float,
+        steps: Mapping[str, float],
+        groups: Mapping[str, object],
     ) -> None:
-        """Report that a stage has done a layer in so many seconds, with what was decided about its
-        groups, and what workers have done since the report before.
+        """Report that a stage has done a layer in so many seconds, those of its steps (of all
+        workers together), and what was decided about its groups.
         """
         self.emit(
             "step-finished",
             stage=stage,
             layer=layer,
             seconds=seconds,
-            steps=self.executor.seconds_since(),
+            steps=steps,
             groups=groups,
             peak_memory_bytes=self.peak_memory_bytes(),
         )

@@ -175,7 +175,8 @@ def _work_at_once(
     for layer, call in zip(layers, calls, strict=True):
         _, receipt = executor.wait(call)
         context.done(work[layer].task)
-        context.layer_finished(stage, layer, time.monotonic() - start, receipt["groups"])
+        took, by_step = time.monotonic() - start, context.executor.seconds_since()
+        context.layer_finished(stage, layer, took, by_step, receipt["groups"])
 
 
 def _manifest(work: LayerWork) -> Manifest:
@@ -252,7 +253,8 @@ def _run_wave(
     for layer, call in sorted(settled, key=lambda item: item[0] - wave[item[1].worker].start):
         (receipt,) = context.executor.wait([call])
         context.done(work[layer].task)
-        context.layer_finished(stage, layer, time.monotonic() - start, receipt["groups"])
+        took, by_step = time.monotonic() - start, context.executor.seconds_since()
+        context.layer_finished(stage, layer, took, by_step, receipt["groups"])
 
 
 def _flow(context: Context, subject: Subject, wave: Wave, wanted: dict[int, Sequence[str]]) -> None:

@@ -84,6 +84,8 @@ class _Written:
     """Of all its groups; none where workers are to take them from the file."""
     groups: dict[str, dict[str, Any]]
     seconds: float
+    steps: dict[str, float]
+    """Seconds by step."""
 
 
 class _PrunedPath:
@@ -173,7 +175,9 @@ class _PrunedPath:
             return
         executor = self._context.executor
         executor.wait([executor.on(written.worker).finish_writing()])
-        self._context.layer_finished("sweep", written.layer, written.seconds, written.groups)
+        self._context.layer_finished(
+            "sweep", written.layer, written.seconds, written.steps, written.groups
+        )
         self._note(written.layer, self._context.done(written.task))
         self._written = None
 
@@ -183,6 +187,7 @@ class _PrunedPath:
         """
         context, plan, start = self._context, self._subject.plan, time.monotonic()
         executor, kept = context.executor, plan.shape.kept_in(layer)
+        executor.seconds_since()
         self._go_past()
         worker = layer % executor.num_workers
         cuts: list[Decided] = []
@@ -203,7 +208,8 @@ class _PrunedPath:
         sizes = written, plan.shape.position(layer)
         executor.wait([executor.on(worker).write_layer(layer, task, *sizes, groups, *cuts)])
         seconds = time.monotonic() - start
-        self._written = _Written(layer, task, worker, cuts, groups, seconds)
+        steps = executor.seconds_since()
+        self._written = _Written(layer, task, worker, cuts, groups, seconds, steps)
 
     def _go_past(self) -> None:
         """Have the workers' shards go past the layer below while its file is written; where their

@@ -40,7 +40,8 @@ def test_sweeps_and_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         (five, ["0", "1", "2", "median of 2 more", "slowest of them"]),
     ):
         heads, _, *layers = rows(page)
-        assert heads == ["layer", "seconds", "collect", "decide", "write_layer"]
+        work = ["collect", "decide", "write_layer", "advance", "finish_writing"]
+        assert heads == ["layer", "seconds", *work]
         assert [row[0].split(",")[0] for row in layers] == names
         for _, seconds, *steps in layers:
             assert 0 < sum(map(float, steps)) <= float(seconds) + 0.03

@@ -51,7 +51,7 @@ def _gram(z, gram, tile_rows, tile_columns, tokens, width, TILE: tl.constexpr, C
     tl.store(at, tl.load(at, mask=inside, other=0.0) + found, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["step"])  # one kernel for all
 def _pivot(
     matrix,
     panel,
@@ -126,6 +126,13 @@ def add_gram_(gram_FF: Tensor, z_TF: Tensor) -> None:
     _gram[(len(tiles[0]),)](z_TF, gram_FF, *tiles, *z_TF.shape, **sizes)
 
 
+def prepare(width: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Compile what statistics and pivots of so many columns need."""
+    gram_FF = torch.zeros(width, width, dtype=torch.float64, device=device)
+    add_gram_(gram_FF, torch.zeros(CHUNK_TOKENS, width, dtype=dtype, device=device))
+    Panels(gram_FF, gram_FF.new_zeros(()), 2).pick()
+
+
 class Panels:
     """Pivots of a matrix whose lower triangle is used up, panel by panel."""
 
@@ -138,6 +145,7 @@ class Panels:
         self._energy_F = torch.diagonal(matrix_FF).clone()
         self.panel_BF = matrix_FF.new_zeros(size, width)
         blocks = -(-width // PIVOT_COLUMNS)
+        blocks += -blocks % 16  # every row begins where 16 bytes do
         padded = self._energy_F.new_full((blocks * PIVOT_COLUMNS,), -torch.inf)
         padded[:width] = self._energy_F
         best, at = padded.view(blocks, PIVOT_COLUMNS).max(1)

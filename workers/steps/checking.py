@@ -1,6 +1,7 @@
 """Steps that check what a run stands on and what it has written."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from rayprune.workers.network.reading import digest_of, read_tensors
 from rayprune.workers.network.streamed import computed_on
 from rayprune.workers.network.written import narrowed
 from rayprune.workers.steps.step import Receipt, step
-from rayprune.workers.store.files import FileRecord
+from rayprune.workers.store.files import FileRecord, at_once
 from rayprune.workers.store.storage import check_same_files
 from rayprune.workers.workbench import Workbench
 
@@ -44,14 +45,15 @@ class Checking:
             ModelError: a weight is too large for the exported type.
         """
         checkpoint = open_checkpoint(Path(model))
-        found = []
-        for n in range(*owned):
-            infos = checkpoint.layer_tensors(n - 1) if n else checkpoint.outer_tensors
-            found.append(digest_of(checkpoint, infos))
-            if self._bench.job.export.dtype == "float16":  # bfloat16 reaches as far as float32
+        parts = [
+            checkpoint.layer_tensors(n - 1) if n else checkpoint.outer_tensors
+            for n in range(*owned)
+        ]
+        if self._bench.job.export.dtype == "float16":  # bfloat16 reaches as far as float32
+            for n, infos in zip(range(*owned), parts, strict=True):
                 prefix = checkpoint.model.prefix(n - 1) if n else ""
                 self._check_range(checkpoint, infos, prefix)
-        return {"digests": found}, None
+        return {"digests": at_once(partial(digest_of, checkpoint), parts)}, None
 
     def _check_range(
         self, checkpoint: Checkpoint, infos: Mapping[str, TensorInfo], prefix: str

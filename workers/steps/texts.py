@@ -18,6 +18,7 @@ class Texts:
         """Tokenise the calibration or (afterwards) the evaluation text once; every worker reads the
         resulting file.
         """
+        self._bench.prepare()
         texts = self._texts()
         if task.name == CALIBRATION_TASK:
             tokens = texts.calibration()

@@ -1,6 +1,8 @@
 """Steps that write the pruned model."""
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -8,6 +10,7 @@ from torch import Tensor
 
 from rayprune.specs.errors import VerificationError
 from rayprune.workers.calibration import load_tokenizer
+from rayprune.workers.model.folder import TensorInfo
 from rayprune.workers.model.form import AS_IT_IS, Form
 from rayprune.workers.network.reading import digest_of, read_tensors
 from rayprune.workers.network.slicing import Cut, pad_layer, slice_layer
@@ -76,13 +79,22 @@ class Writing:
             modules = {name: form.module(g.consumer.module) for name, g in bench.groups.items()}
             info["consumers"] = {name: f"{prefix}{m}.weight" for name, m in modules.items()}
 
-        def write() -> None:
-            source = digest_of(bench.checkpoint, bench.checkpoint.layer_tensors(layer))
-            if named:
-                write_tensors(task.folder / LAYER_FILE, named)
-            commit(task, [LAYER_FILE] if named else [], info | {SOURCE: source})
+        infos, files = bench.checkpoint.layer_tensors(layer), {LAYER_FILE: named} if named else {}
+        return partial(self._write, task, infos, files, info)
 
-        return write
+    def _write(
+        self,
+        task: Task,
+        infos: Mapping[str, TensorInfo],
+        files: Mapping[str, Mapping[str, Tensor]],
+        info: Mapping[str, object],
+    ) -> None:
+        """Write files of tensors, and record them, with the digest of what they were made from."""
+        with ThreadPoolExecutor(1) as meanwhile:
+            source = meanwhile.submit(digest_of, self._bench.checkpoint, infos)
+            for name, tensors in files.items():
+                write_tensors(task.folder / name, tensors)
+        commit(task, files, {**info, SOURCE: source.result()})
 
     def _form(self, written: Mapping[str, int]) -> Form:
         """How the pruned model is written, of which every layer's file holds so many units; layers
@@ -120,8 +132,7 @@ class Writing:
             for name, tensor in found.items()
         }
         form = AS_IT_IS if written is None else self._form(written)
-        write_tensors(task.folder / OUTER_FILE, form.outer(tensors))
-        commit(task, [OUTER_FILE], {SOURCE: digest_of(checkpoint, checkpoint.outer_tensors)})
+        self._write(task, checkpoint.outer_tensors, {OUTER_FILE: form.outer(tensors)}, {})
         return {}, None
 
     @step

@@ -12,16 +12,20 @@ import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rayprune.specs.errors import VerificationError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+S = TypeVar("S")
+T = TypeVar("T")
+THREADS = min(8, os.cpu_count() or 1)
 MANIFEST_NAME = "manifest.json"
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
 """What `_write` calls a file until it is whole: nobody else's has such a name."""
@@ -92,6 +96,17 @@ def record_of(path: Path) -> FileRecord:
     """Size and digest of a file."""
     with path.open("rb") as handle:
         return FileRecord(path.stat().st_size, hashlib.file_digest(handle, "sha256").hexdigest())
+
+
+def at_once(work: Callable[[S], T], items: Iterable[S]) -> list[T]:
+    """Some work on every item, where it is a thread's: reading and hashing, or a library that lets
+    others run meanwhile.
+    """
+    given = list(items)
+    if len(given) < 2:
+        return [work(item) for item in given]
+    with ThreadPoolExecutor(min(len(given), THREADS)) as threads:
+        return list(threads.map(work, given))
 
 
 def sync_folder(folder: Path) -> None:
@@ -186,7 +201,9 @@ def commit(
     Raises:
         VerificationError: a file is not the one that is known.
     """
-    found = {name: record_of(task.folder / name) for name in sorted(files)}
+    names = sorted(files)
+    records = at_once(lambda name: record_of(task.folder / name), names)
+    found = dict(zip(names, records, strict=True))
     if wrong := [name for name, record in known.items() if found[name] != record]:
         raise VerificationError(
             f"{task.folder / wrong[0]}: differs from what was written; run the same command again"
@@ -259,9 +276,8 @@ def damaged_files(folder: Path, manifest: Manifest) -> list[str]:
     manifest where it has no digest of its own.
     """
     unsealed = [] if manifest.sha256 else [MANIFEST_NAME]
-    return unsealed + [
-        name for name, record in manifest.files.items() if not _fits(folder, name, record)
-    ]
+    fits = at_once(lambda item: _fits(folder, *item), manifest.files.items())
+    return unsealed + [name for name, fit in zip(manifest.files, fits, strict=True) if not fit]
 
 
 def _fits(folder: Path, name: str, record: FileRecord) -> bool:
