@@ -3,7 +3,8 @@ network time.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 from rayprune.orchestrator.planning.costs import (
@@ -26,6 +27,12 @@ from rayprune.specs.machine import MachineProfile
 from rayprune.specs.memory import MemoryPlan
 from rayprune.workers.machine.blocks import EVALUATED_AT_ONCE, PANEL, PRODUCT_TOKENS
 
+GRAM_RATE = 0.55
+"""Of the rate of the forward passes: that of products for a Gram matrix on tensor cores, counted as
+half of the full product (276 of 494 TFLOP/s on an H100).
+"""
+PIVOT_SECONDS = 1.1e-5
+"""One pivot on a GPU, where it is a launch that waits for the one before (measured on an H100)."""
 Bounds = dict[str, float]
 """Seconds by what takes them."""
 WORK = ("forward", "statistics", "selection", "correction")
@@ -49,10 +56,10 @@ def stages(load: Workload, choice: MemoryPlan, machine: MachineProfile | None) -
     """Arithmetic by stage, and with a profile its seconds: the largest of arithmetic, memory, disk
     and network time.
 
-    Stages of a layer follow one another. `shards`: forward passes and statistics are split over the
-    workers, one worker decides and writes while the others wait. `layers`: every worker does all of
-    it for its own layers, after the first micro-batch has reached it. `refit` is one after the
-    other.
+    Stages of a layer follow one another, but with `shards` a layer is written while the next one is
+    worked on. `shards`: forward passes and statistics are split over the workers, one worker
+    decides while the others wait. `layers`: every worker does all of it for its own layers, after
+    the first micro-batch has reached it. `refit` is one after the other.
     """
     costs = layer_costs(load, choice)
     flops = {name: over_layers(costs, f"{name}_flops") for name in WORK}
@@ -66,12 +73,23 @@ def stages(load: Workload, choice: MemoryPlan, machine: MachineProfile | None) -
     timed = [
         _timed(name, flops.get(name, 0), [bounds[name] for bounds in phases]) for name in STAGES
     ]
+    if load.placement == "shards":
+        timed[-1] = _beside(timed[:-1], timed[-1], load.num_layers)
     return (
         *timed,
         *_gradients_stage(load, machine),
         *_divergence_stage(load, machine),
         *_evaluation_stage(load, machine),
     )
+
+
+def _beside(others: Sequence[Stage], write: Stage, num_layers: int) -> Stage:
+    """Writing as far as it is not done while the next layer is worked on: the last layer, or what
+    it takes longer.
+    """
+    write_seconds, rest = write.seconds or 0.0, sum(stage.seconds or 0.0 for stage in others)
+    longer = write_seconds - rest * (num_layers - 1) / num_layers
+    return replace(write, seconds=max(write_seconds / num_layers, longer))
 
 
 def _timed(name: str, flops: int, phases: list[Bounds]) -> Stage:
@@ -86,7 +104,6 @@ def _bounds(load: Workload, choice: MemoryPlan, machine: MachineProfile) -> dict
     work = partial(over_layers, phase_costs(load, choice))
     spread, deciders = _parallel(load)
     batches = math.ceil(load.tokens / load.batch_tokens)
-    products = math.ceil(load.tokens / min(load.batch_tokens, PRODUCT_TOKENS))
     readers = load.workers if load.placement == "shards" else deciders
     spilled = (
         spilled_statistics_bytes(load, choice) / deciders
@@ -110,12 +127,13 @@ def _bounds(load: Workload, choice: MemoryPlan, machine: MachineProfile) -> dict
             "disk": work("read_bytes") / readers / machine.disk_bandwidth,
         },
         "statistics": {
-            "arithmetic": work("statistics_flops") / spread / machine.fp32_flops,
-            "memory": products * _gram_traffic(load) / spread / machine.memory_bandwidth,
+            "arithmetic": work("statistics_flops") / spread / _statistics_rate(load, machine),
+            "memory": _gram_traffic(load) / spread / machine.memory_bandwidth,
         },
         "selection": {
             "arithmetic": work("selection_flops") / deciders / machine.fp64_flops,
             "memory": work("selection_flops") * 8 / PANEL / deciders / machine.memory_bandwidth,
+            "launches": _num_pivots(load) * PIVOT_SECONDS / deciders,
         },
         "correction": {"arithmetic": work("correction_flops") / deciders / machine.fp64_flops},
         "messages": {
@@ -143,9 +161,18 @@ def _filling(load: Workload, batches: int, choice: MemoryPlan) -> float:
     return (batches + workers - 1) / batches if load.placement == "layers" else 1.0
 
 
+def _on_tensor_cores(load: Workload) -> bool:
+    """Whether products for Gram matrices are computed there: without drift, whose own are not."""
+    return load.on_gpu and load.element_bytes == 2 and not load.corrects_drift
+
+
+def _statistics_rate(load: Workload, machine: MachineProfile) -> float:
+    return machine.forward_flops * GRAM_RATE if _on_tensor_cores(load) else machine.fp32_flops
+
+
 def _gram_traffic(load: Workload) -> int:
-    """Memory traffic of adding one product to the Gram matrices of all layers: half of fp64 read
-    and written, fp32 twice.
+    """Memory traffic of adding all products to the Gram matrices of all layers: half of fp64 read
+    and written, and fp32 twice where the product is formed first.
     """
     groups = [
         (kind, group)
@@ -153,7 +180,21 @@ def _gram_traffic(load: Workload) -> int:
         for group in load.decided(kind)
         if not in_rows(load, group)
     ]
-    return sum(kind.num_layers * group.count * group.width**2 * 12 for kind, group in groups)
+    size = sum(kind.num_layers * group.count * group.width**2 for kind, group in groups)
+    if _on_tensor_cores(load):
+        return math.ceil(load.tokens / load.batch_tokens) * size * 8
+    return math.ceil(load.tokens / min(load.batch_tokens, PRODUCT_TOKENS)) * size * 12
+
+
+def _num_pivots(load: Workload) -> int:
+    """Columns that a GPU picks one after the other."""
+    if not (load.on_gpu and load.selects and load.ranking.name == "stat"):
+        return 0
+    return sum(
+        kind.num_layers * group.count * load.columns(group)
+        for kind in load.kinds
+        for group in load.pruned(kind)
+    )
 
 
 def _gradients_stage(load: Workload, machine: MachineProfile | None) -> tuple[Stage, ...]:

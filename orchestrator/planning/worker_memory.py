@@ -70,18 +70,19 @@ def _steps(load: Workload, choice: MemoryPlan) -> dict[str, list[Kinds]]:
     """For each step what it may need, over all kinds of layers and groups."""
     standing = _standing(load, choice)
     steps: dict[str, list[Kinds]] = {"collect": [], "decide": [], "write": []}
+    beside = _written_beside(load)
     for kind in load.kinds:
         for group in load.decided(kind):
             collected = {"statistics": _collected(load, choice, kind, group)} | _factorising(
                 load, choice, group
             )
-            steps["collect"].append(standing | _activations(load) | collected)
+            steps["collect"].append(standing | _activations(load) | collected | beside)
         for group in load.decided(kind):
             deciding = {
                 "statistics": _decided(load, choice, kind, group),
                 "decision": _deciding(load, choice, group),
             }
-            steps["decide"].append(standing | _predicting(load, group) | deciding)
+            steps["decide"].append(standing | _predicting(load, group) | deciding | beside)
         if load.writes and not load.on_gpu:
             steps["write"].append(
                 standing
@@ -89,6 +90,13 @@ def _steps(load: Workload, choice: MemoryPlan) -> dict[str, list[Kinds]]:
                 | {"output": 2 * load.written_layer_bytes(kind)}
             )
     return steps
+
+
+def _written_beside(load: Workload) -> Kinds:
+    """The layer below, which is written meanwhile."""
+    if load.on_gpu or not load.writes or load.placement != "shards":
+        return {}
+    return {"output": max(load.written_layer_bytes(kind) for kind in load.kinds)}
 
 
 def host_bytes(load: Workload) -> int:
