@@ -39,6 +39,8 @@ class LayerCost:
     statistics_flops: int
     selection_flops: int
     correction_flops: int
+    solving_flops: int
+    """Those of the correction that factor and solve, which is slower than products are."""
     num_messages: int
     message_bytes: int
     read_bytes: int
@@ -50,6 +52,7 @@ _ADDED = (
     "statistics_flops",
     "selection_flops",
     "correction_flops",
+    "solving_flops",
     "num_messages",
     "message_bytes",
     "read_bytes",
@@ -108,6 +111,7 @@ def _layer_cost(load: Workload, choice: MemoryPlan, kind: LayerKind) -> LayerCos
         correction_flops=(
             sum(correction_flops(load, group) for group in groups) if load.corrects else 0
         ),
+        solving_flops=sum(solving_flops(load, group) for group in groups) if load.corrects else 0,
         num_messages=num_messages,
         message_bytes=message_bytes,
         read_bytes=readers * kind.num_bytes,
@@ -149,18 +153,26 @@ def selection_flops(load: Workload, group: Group) -> int:
 
 
 def correction_flops(load: Workload, group: Group) -> int:
+    """`solving_flops`, and an energy for every candidate and three besides: F^2 D, on rows 2 n (F +
+    K) D.
+    """
+    energies, size = load.num_candidates + 3, group.width**2 * load.hidden
+    if in_rows(load, group):
+        width = group.width + load.columns(group)
+        size = 2 * factorised_rows(load, group) * width * load.hidden
+    return solving_flops(load, group) + group.count * energies * size
+
+
+def solving_flops(load: Workload, group: Group) -> int:
     """A factor and a solution for every candidate, as if none were left out, and for the result:
-    K^3/3 + 2 K^2 D, on rows 6 M^3 + 3 M^2 D and one QR; an energy for every candidate and three
-    besides: F^2 D, on rows 2 n (F + K) D.
+    K^3/3 + 2 K^2 D, on rows 6 M^3 + 3 M^2 D and one QR.
     """
     kept, fits, rows = load.columns(group), load.num_candidates + 1, factorised_rows(load, group)
-    energies = fits + 2
     if not in_rows(load, group):
-        solved = fits * (kept**3 // 3 + 2 * kept**2 * load.hidden)
-        return group.count * (solved + energies * group.width**2 * load.hidden)
+        return group.count * fits * (kept**3 // 3 + 2 * kept**2 * load.hidden)
     small, large = sorted((rows, kept))
-    solved = 4 * large * small**2 + fits * (6 * small**3 + 3 * small**2 * load.hidden)
-    return group.count * (solved + energies * 2 * rows * (group.width + kept) * load.hidden)
+    once = 4 * large * small**2
+    return group.count * (once + fits * (6 * small**3 + 3 * small**2 * load.hidden))
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,10 @@ GRAM_RATE = 0.55
 """Of the rate of the forward passes: that of products for a Gram matrix on tensor cores, counted as
 half of the full product (276 of 494 TFLOP/s on an H100).
 """
+SOLVING_RATE = 0.6
+"""Of the rate of fp64 products on a GPU: that of factors and solutions (28 of 47 TFLOP/s there)."""
+BATCH_SECONDS = 2e-3
+"""A micro-batch and a layer on a GPU, by the launches that Python makes."""
 PIVOT_SECONDS = 1.1e-5
 """One pivot on a GPU, where it is a launch that waits for the one before (measured on an H100)."""
 Bounds = dict[str, float]
@@ -103,6 +107,7 @@ def _bounds(load: Workload, choice: MemoryPlan, machine: MachineProfile) -> dict
     """Seconds on the critical path of one phase, by stage and by what takes them."""
     work = partial(over_layers, phase_costs(load, choice))
     spread, deciders = _parallel(load)
+    slower = 1 / SOLVING_RATE - 1 if load.on_gpu else 0.0
     batches = math.ceil(load.tokens / load.batch_tokens)
     readers = load.workers if load.placement == "shards" else deciders
     spilled = (
@@ -125,6 +130,7 @@ def _bounds(load: Workload, choice: MemoryPlan, machine: MachineProfile) -> dict
                 / machine.memory_bandwidth
             ),
             "disk": work("read_bytes") / readers / machine.disk_bandwidth,
+            "launches": load.on_gpu * batches * load.num_layers * BATCH_SECONDS / spread,
         },
         "statistics": {
             "arithmetic": work("statistics_flops") / spread / _statistics_rate(load, machine),
@@ -135,7 +141,13 @@ def _bounds(load: Workload, choice: MemoryPlan, machine: MachineProfile) -> dict
             "memory": work("selection_flops") * 8 / PANEL / deciders / machine.memory_bandwidth,
             "launches": _num_pivots(load) * PIVOT_SECONDS / deciders,
         },
-        "correction": {"arithmetic": work("correction_flops") / deciders / machine.fp64_flops},
+        "correction": {
+            "arithmetic": (
+                (work("correction_flops") + slower * work("solving_flops"))
+                / deciders
+                / machine.fp64_flops
+            )
+        },
         "messages": {
             "network": message_path_bytes(load, work("message_bytes")) / machine.network_bandwidth
         },

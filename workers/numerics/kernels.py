@@ -144,8 +144,8 @@ class Panels:
         self._matrix_FF, self._floor, self._size = matrix_FF, floor, size
         self._energy_F = torch.diagonal(matrix_FF).clone()
         self.panel_BF = matrix_FF.new_zeros(size, width)
-        blocks = -(-width // PIVOT_COLUMNS)
-        blocks += -blocks % 16  # every row begins where 16 bytes do
+        self._blocks = -(-width // PIVOT_COLUMNS)
+        blocks = self._blocks + -self._blocks % 16  # every row begins where 16 bytes do
         padded = self._energy_F.new_full((blocks * PIVOT_COLUMNS,), -torch.inf)
         padded[:width] = self._energy_F
         best, at = padded.view(blocks, PIVOT_COLUMNS).max(1)
@@ -157,9 +157,9 @@ class Panels:
         """Pick the next panel's pivots: `picked_B`, with energy above the floor where `solid_B`,
         and their rows of the factor, `panel_BF`, which are yet to be taken away from the matrix.
         """
-        width, blocks = len(self._energy_F), self._best.shape[1]
+        width, blocks = len(self._energy_F), self._blocks
         sizes = {
-            "BLOCKS": triton.next_power_of_2(blocks),
+            "BLOCKS": triton.next_power_of_2(self._best.shape[1]),
             "COLUMNS": PIVOT_COLUMNS,
             "ROWS": 16,
             "num_warps": 4,
