@@ -1,8 +1,9 @@
-"""Sums as tensor cores form them, emulated: what they cut off must not change what is kept or how it
-is corrected.
+"""Sums as tensor cores form them, emulated: what they cut off must not change what is kept or how
+it is corrected.
 
-The emulation: 16 products and the sum so far are aligned to the largest of them, each is cut off two
-bits behind fp32's last, and so is the result (Fasi, Higham, Mikaitis, Pranesh, PeerJ CS 7:e330).
+The emulation: 16 products and the sum so far are aligned to the largest of them, each is cut off
+two bits behind fp32's last, and the result at its last (Fasi, Higham, Mikaitis, Pranesh, PeerJ CS
+7:e330).
 Letters: T tokens, F width.
 """
 
@@ -83,10 +84,8 @@ def test_what_tensor_cores_cut_off_changes_no_decision() -> None:
     assert near.damping == right.damping
     assert near.held_out_error == pytest.approx(right.held_out_error, rel=1e-6)
     assert near.training_error == pytest.approx(right.training_error, rel=1e-6)
-    change = torch.linalg.norm(near.weight_DK - right.weight_DK) / torch.linalg.norm(
-        right.weight_DK
-    )
-    assert float(change) < 1e-5
+    change = torch.linalg.norm(near.weight_DK - right.weight_DK)
+    assert float(change / torch.linalg.norm(right.weight_DK)) < 1e-5
 
 
 def test_a_fresh_sum_for_every_chunk_is_what_it_takes() -> None:
