@@ -18,6 +18,8 @@ CHUNK_TOKENS = 64
 """Tokens that tensor cores sum by themselves."""
 PIVOT_COLUMNS = 64
 """Columns that one program of a pivot works on."""
+ROUNDING = {"enable_fp_fusion": True}
+"""Products and sums in one rounding, whatever is the default of Triton's version."""
 
 
 @triton.jit
@@ -123,7 +125,7 @@ def add_gram_(gram_FF: Tensor, z_TF: Tensor) -> None:
     z_TF = z_TF.contiguous()
     tiles = _tiles(z_TF.shape[1], z_TF.device)
     sizes = {"TILE": TILE, "CHUNK": CHUNK_TOKENS, "num_warps": 8, "num_stages": 4}
-    _gram[(len(tiles[0]),)](z_TF, gram_FF, *tiles, *z_TF.shape, **sizes)
+    _gram[(len(tiles[0]),)](z_TF, gram_FF, *tiles, *z_TF.shape, **sizes, **ROUNDING)
 
 
 def prepare(width: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -181,4 +183,5 @@ class Panels:
                 width,
                 blocks,
                 **sizes,
+                **ROUNDING,
             )
