@@ -27,7 +27,7 @@ from rayprune.workers.store.layout import CACHE, TASKS, Scope, model_folder
 from rayprune.workers.store.logs import EventLine, read_lines
 from rayprune.workers.store.plain import check_plain, remove_temporaries
 
-CODE_VERSION = 5
+CODE_VERSION = 6
 """Raised whenever the same job would give other bytes."""
 JOB_FILE, EVENTS_FILE, PLAN_FILE, LOCK_FILE = "job.yaml", "events.jsonl", "plan.json", "run.lock"
 REPORT_FILE, PAGE_FILE = "report.json", "report.html"
