@@ -15,7 +15,12 @@ from rayprune.orchestrator.planning.costs import LayerCost, Traffic, layer_costs
 from rayprune.orchestrator.planning.disk import DiskNeed, disk_needs
 from rayprune.orchestrator.planning.job_workload import workload_of
 from rayprune.orchestrator.planning.layer_kinds import layer_kinds
-from rayprune.orchestrator.planning.memory_choice import MemoryNeeds, choose_memory, memory_needs
+from rayprune.orchestrator.planning.memory_choice import (
+    MemoryNeeds,
+    choose_memory,
+    fitting,
+    memory_needs,
+)
 from rayprune.orchestrator.planning.shapes import Shape, open_shapes, planned_shape
 from rayprune.orchestrator.planning.timing import Stage, stages
 from rayprune.orchestrator.planning.workload import FEW_TOKENS, Workload, in_rows, tokens_per_neuron
@@ -48,6 +53,8 @@ from rayprune.workers.store.layout import (
 )
 
 FLAT_PARTS = ("model", "needs", "traffic")
+CLEARLY = 0.8
+"""Of the time that a plan takes: another way is told of if it takes less."""
 """Parts of a plan whose fields stand side by side with the rest in plan.json."""
 
 
@@ -88,6 +95,8 @@ class Plan:
     stages: tuple[Stage, ...]
     machine: str | None
     seconds: float | None
+    seconds_with_layers: float | None
+    """With `placement: layers`, where the job may have it, it fits, and it is clearly faster."""
     traffic: Traffic
     output_bytes: int
     disk: tuple[DiskNeed, ...]
@@ -219,7 +228,8 @@ def make_plan(
         layers=layer_costs(load, memory),
         stages=timed,
         machine=machine.name if machine else None,
-        seconds=sum(stage.seconds or 0.0 for stage in timed) if machine else None,
+        seconds=_together(timed) if machine else None,
+        seconds_with_layers=_with_layers(job, load, timed, machine),
         traffic=traffic(load, memory),
         output_bytes=load.output_bytes,
         disk=disk_needs(load),
@@ -227,6 +237,24 @@ def make_plan(
         tokens_per_neuron=tokens_per_neuron(load),
         corrects_drift=load.corrects_drift,
     )
+
+
+def _together(timed: Sequence[Stage]) -> float:
+    return sum(stage.seconds or 0.0 for stage in timed)
+
+
+def _with_layers(
+    job: JobSpec, load: Workload, timed: Sequence[Stage], machine: MachineProfile | None
+) -> float | None:
+    """Seconds with `placement: layers`, where that is clearly faster."""
+    # with drift or a training it may have no other placement
+    if machine is None or load.placement == "layers" or load.corrects_drift or job.method.trainings:
+        return None
+    other = replace(load, placement="layers", propagation="dense")
+    if (memory := fitting(other, _memory_limit(job, machine)[0])) is None:
+        return None
+    seconds = _together(stages(other, memory, machine))
+    return seconds if seconds < CLEARLY * _together(timed) else None
 
 
 def _check_drift(model: Model, load: Workload) -> None:

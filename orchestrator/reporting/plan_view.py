@@ -189,6 +189,12 @@ def _stages(plan: "Plan") -> Iterator[Part]:
             f"expected time: at least {duration(plan.seconds)}: every stage at the machine's full"
             " speed; without start, tokenisation, probe, export and load check"
         )
+        if plan.seconds_with_layers:
+            yield (
+                f"with parallel.placement: layers at least {duration(plan.seconds_with_layers)}:"
+                " all layers are decided at the same time, from activations of the dense model,"
+                " which cost SmolLM2-135M 0.5% of perplexity at 20%"
+            )
     else:
         yield (
             "expected time: give --profile NAME, or a YAML file that `rayprune profile` has written"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from rayprune.orchestrator.planning.plan import Plan, make_plan
-from rayprune.orchestrator.reporting.plan_view import duration
+from rayprune.orchestrator.reporting.plan_view import duration, plan_parts
 from rayprune.orchestrator.run import run_job
 from rayprune.specs.errors import ModelError
 from rayprune.specs.loader import load_job
@@ -123,3 +123,21 @@ def test_the_table_says_what_the_plans_say(name: str) -> None:
         for cell in (f"{plan.needs.worker_memory_bytes / 2**30:.1f} GiB", duration(plan.seconds))
     ]
     assert [cell.strip() for cell in row.split("|")[-5:-1]] == cells
+
+
+@pytest.mark.parametrize("name", BILLIONS)
+def test_the_other_placement_is_told_of_where_it_is_faster(name: str) -> None:
+    shards, layers = planned(name), planned(name, "parallel.placement=layers")
+    assert layers.seconds is not None
+    assert shards.seconds_with_layers == pytest.approx(layers.seconds)
+    assert layers.seconds_with_layers is None
+    said = [part for part in plan_parts(shards) if "placement: layers" in str(part)]
+    assert len(said) == 1
+    assert duration(layers.seconds) in str(said[0])
+
+
+@pytest.mark.parametrize(
+    "overrides", [["parallel.workers=1"], ["correction.drift=0.5"], ["method=dress"]], ids=str
+)
+def test_the_other_placement_is_not_told_of_where_it_is_not(overrides: list[str]) -> None:
+    assert planned("llama-3-8b", *overrides).seconds_with_layers is None
