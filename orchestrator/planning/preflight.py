@@ -20,6 +20,7 @@ from rayprune.specs.job import EvaluationSpec, JobSpec, TextSpec
 from rayprune.workers.model.checkpoint import Checkpoint, open_checkpoint
 from rayprune.workers.store.files import read_manifest
 from rayprune.workers.store.layout import task_folder
+from rayprune.workers.store.side_files import COPIED, side_files
 from rayprune.workers.texts.limits import (
     check_counts,
     check_ids,
@@ -74,9 +75,11 @@ def check_inputs(job: JobSpec, checkpoint: Checkpoint) -> list[str]:
     Raises:
         SpecError: a text is missing, of an unknown form, too short, or judged by itself; windows
             are longer than learned positions.
-        ModelError: the tokenizer will not do, or gives tokens that the model has not.
+        ModelError: the tokenizer will not do, or gives tokens that the model has not; a file that
+            goes along is a link that leads out of the folder.
     """
     spec, evaluation = job.calibration, job.evaluation
+    side_files(checkpoint.path, COPIED)
     encode = fast_encoder(checkpoint.path)
     warnings = check_positions(checkpoint, spec.sequence_length, "calibration.sequence_length")
     read = windows_of_texts(spec.model_copy(update={"samples": job.windows_read}))

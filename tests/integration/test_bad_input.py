@@ -191,6 +191,38 @@ def test_poisoned_layer_keeps_the_finished_ones(
     ] == ["layer-0000", "layer-0001"]
 
 
+@pytest.mark.parametrize("placement", ["shards", "layers"])
+@pytest.mark.parametrize(
+    ("weight", "number", "dtype", "advice"),
+    [
+        ("layers.0.mlp.down_proj", 3e4, "float16", "set model.dtype: float32"),
+        ("layers.1.mlp.up_proj", 1e30, "float32", "its weights are too large"),
+        ("layers.1.mlp.down_proj", 3e38, "float32", "its weights are too large"),
+    ],
+    ids=str,
+)
+def test_activations_that_are_not_finite_are_told_by_the_probe_too(
+    weight: str,
+    number: float,
+    dtype: str,
+    advice: str,
+    placement: str,
+    make_model: MakeModel,
+    make_job: MakeJob,
+    tmp_path: Path,
+    capsys: Capture,
+) -> None:
+    model = make_model()
+    tensors = load_file(model / "model.safetensors")
+    tensors[f"model.{weight}.weight"].fill_(number)
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    job = make_job(model, parallel={"placement": placement, "workers": 1})
+    command = ["run", str(job), "--out", str(tmp_path / "run"), "--set", f"model.dtype={dtype}"]
+    message = fails(command, 3, capsys)
+    assert "is not finite" in message
+    assert advice in message
+
+
 @pytest.mark.slow
 def test_run_folder_of_another_job(
     make_model: MakeModel, make_job: MakeJob, tmp_path: Path, capsys: Capture

@@ -49,7 +49,13 @@ def check_loads(folder: Path, expected_parameters: int) -> None:
             f"{folder}: holds {parameters} parameters, the plan says {expected_parameters}"
         )
     if not bool(torch.isfinite(model(torch.arange(8)[None]).logits).all()):
-        raise VerificationError(f"{folder}: logits are not finite")
+        dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        remedy = (
+            "set export.dtype: bfloat16 or float32, which reach further"
+            if dtype == "float16"
+            else "weights of the model it was cut from are too large, or damaged: fetch it again"
+        )
+        raise VerificationError(f"{folder}: logits are not finite in {dtype}; {remedy}")
 
 
 def _class_for(folder: Path) -> Any:

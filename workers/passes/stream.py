@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rayprune.specs.errors import ModelError, VerificationError
+from rayprune.specs.errors import VerificationError
 from rayprune.workers.model.description import Group
 from rayprune.workers.network import layers
 from rayprune.workers.network.streamed import MicroBatch, Store, StreamedModel
 from rayprune.workers.numerics.codec import from_array, to_array
 from rayprune.workers.numerics.statistics import Statistic
 from rayprune.workers.passes.sealed import read_sealed, write_sealed
+from rayprune.workers.passes.sweep import check_finite
 from rayprune.workers.store.files import remove
 from rayprune.workers.store.layout import RESIDUAL_STREAM, boundary_file
 
@@ -135,14 +136,9 @@ class Stream:
         Raises:
             ModelError: an activation was not finite.
         """
-        fits = self._fits.pop((layer, name))
-        if not all(statistic.is_finite() for statistic in fits):
-            consumer = self._groups[name].consumer.module
-            raise ModelError(
-                f"layer {layer}, {name}: input of {consumer} is not finite;"
-                f" {self._model.not_finite}"
-            )
-        training, held_out = fits
+        training, held_out = self._fits.pop((layer, name))
+        for statistic in (training, held_out):
+            check_finite(statistic, self._model, layer, self._groups[name])
         return training.finished(), held_out.finished()
 
     def passed(self, layer: int) -> list[Passed]:

@@ -148,12 +148,7 @@ class Sweep:
             statistic.update(z_BTF.flatten(0, -2), drift_BTD)
             if not self._keep_inputs:
                 batch.inputs.clear()
-        if not statistic.is_finite():
-            consumer = self._groups[name].consumer.module
-            raise ModelError(
-                f"layer {layer}, {name}: input of {consumer} is not finite (shard {shard});"
-                f" {self._model.not_finite}"
-            )
+        check_finite(statistic, self._model, layer, self._groups[name], f" (shard {shard})")
         return statistic
 
     def _drift_of(
@@ -285,6 +280,21 @@ class Sweep:
                 batch.hidden_BTD = batch.store(hidden_BTD.to(self._model.device, copy=True))
             return Shard(saved, batches, dense)
         return Shard(0, batches, dense)
+
+
+def check_finite(
+    statistic: Statistic, model: StreamedModel, layer: int, group: Group, where: str = ""
+) -> None:
+    """Check what a group's consumer was given.
+
+    Raises:
+        ModelError: some of it is not finite, or too large for its squares to be.
+    """
+    if not statistic.is_finite():
+        raise ModelError(
+            f"layer {layer}, {group.name}: input of {group.consumer.module} is not finite{where};"
+            f" {model.not_finite}"
+        )
 
 
 def check_computed_on(folder: Path, manifest: Manifest, computed_on: str) -> None:

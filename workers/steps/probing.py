@@ -7,7 +7,7 @@ from torch import Tensor
 from rayprune.workers.network import layers
 from rayprune.workers.network.streamed import MicroBatch
 from rayprune.workers.numerics.statistics import Statistic
-from rayprune.workers.passes.sweep import Parts, embed_all, grow_statistics
+from rayprune.workers.passes.sweep import Parts, check_finite, embed_all, grow_statistics
 from rayprune.workers.steps.deciding import Deciding
 from rayprune.workers.steps.step import Receipt, step
 from rayprune.workers.store.shards import roots
@@ -32,6 +32,9 @@ class Probing:
     ) -> tuple[Receipt, dict[str, Parts]]:
         """Statistics of every group of a layer on the dense path, over some of the probe's
         windows.
+
+        Raises:
+            ModelError: an activation is not finite.
         """
         count = self._job.budget.probe_samples
         # first call, or an earlier attempt went further
@@ -53,6 +56,7 @@ class Probing:
         def leaf(name: str, window: int) -> Statistic:
             statistic = self._bench.statistic(count, self._bench.groups[name].width)
             statistic.update(inputs[window - owned[0]][name].flatten(0, -2))
+            check_finite(statistic, self._bench.model, layer, self._bench.groups[name])
             return statistic
 
         # as states: every prediction makes statistics of its own of them

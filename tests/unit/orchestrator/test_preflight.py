@@ -88,6 +88,15 @@ def evaluated(**options: Any) -> Callable[[Wrong], None]:
     return spoil
 
 
+def link_out(name: str) -> Callable[[Wrong], None]:
+    def spoil(wrong: Wrong) -> None:
+        secret = wrong.file("secret", "{}")
+        (wrong.model / name).unlink(missing_ok=True)
+        (wrong.model / name).symlink_to(secret)
+
+    return spoil
+
+
 WRONG: dict[str, tuple[Callable[[Wrong], object], int, str]] = {
     "missing model": (
         lambda w: setattr(w, "model", w.folder / "gone"),
@@ -121,6 +130,10 @@ WRONG: dict[str, tuple[Callable[[Wrong], object], int, str]] = {
     "no package": (no_package("peft", lora={"rank": 2}), 4, "missing (peft); install rayprune"),
     "no package of Ray Train": (no_package("tensorboardX"), 4, "pip install 'rayprune[train]'"),
     "no package for the tokenizer": (sentencepiece, 3, "pip install sentencepiece protobuf"),
+    **{
+        f"link out of the folder, {name}": (link_out(name), 3, f"{name}: links to ")
+        for name in ("LICENSE", "tokenizer.json", "tokenizer.model", "chat_template.jinja")
+    },
     "damaged index": (damaged_index, 3, "gone.safetensors: no such file, but model.safetensors."),
     "chat without a template": (
         lambda w: w.texts(

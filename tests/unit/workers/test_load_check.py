@@ -143,13 +143,24 @@ def test_another_number_of_parameters_is_refused(make_model: MakeModel) -> None:
         check_loads(folder, parameters - 1)
 
 
-def test_logits_that_are_not_finite_are_refused(make_model: MakeModel) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "remedy"),
+    [
+        ("float16", "set export.dtype: bfloat16 or float32"),
+        ("float32", "are too large, or damaged"),
+    ],
+)
+def test_logits_that_are_not_finite_are_refused(
+    dtype: str, remedy: str, make_model: MakeModel
+) -> None:
     folder = make_model()
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"][0] = torch.inf
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    typed = {name: tensor.to(getattr(torch, dtype)) for name, tensor in tensors.items()}
+    save_file(typed, folder / "model.safetensors", metadata={"format": "pt"})
+    edit_json(folder / "config.json", dtype=dtype)
     parameters = parameters_of(AutoModelForCausalLM.from_pretrained(folder))
-    with pytest.raises(VerificationError, match="not finite"):
+    with pytest.raises(VerificationError, match=f"not finite in {dtype}; .*{remedy}"):
         check_loads(folder, parameters)
 
 
