@@ -40,6 +40,7 @@ class Operation:
         path = re.sub(r"\.([^/]+?)\.[0-9a-f]{32}\.tmp", r"\1", self.path)
         path = re.sub(r"(?<![0-9a-zA-Z])[0-9a-f]{8,64}(?![0-9a-zA-Z])", "*", path)
         path = re.sub(r"/[0-9a-f]{2}/\*", "/*", path)
+        path = re.sub(r"^store/[0-9a-f]{2}$", "store/*", path)
         return re.sub(r"\d{4,}", "N", path)
 
 
