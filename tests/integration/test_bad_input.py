@@ -5,6 +5,7 @@ half-done.
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -123,10 +124,15 @@ def _point_outside(model: Path) -> None:
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def _poison(model: Path) -> None:
+def _set(model: Path, weight: str, entries: Any, number: float) -> None:
+    """Give some entries of a weight another value."""
     tensors = load_file(model / "model.safetensors")
-    tensors["model.layers.2.self_attn.q_proj.weight"][0, 0] = torch.nan
+    tensors[f"model.{weight}.weight"][entries] = number
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+
+
+def _poison(model: Path) -> None:
+    _set(model, "layers.2.self_attn.q_proj", (0, 0), torch.nan)
 
 
 def _drop_tokenizer(model: Path) -> None:
@@ -167,9 +173,7 @@ def test_a_weight_too_large_for_the_exported_type_is_found_before_the_sweep(
     make_model: MakeModel, make_job: MakeJob, tmp_path: Path, capsys: Capture
 ) -> None:
     model = make_model()
-    tensors = load_file(model / "model.safetensors")
-    tensors["model.layers.2.mlp.up_proj.weight"][0, 0] = 1e5
-    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    _set(model, "layers.2.mlp.up_proj", (0, 0), 1e5)
     job = make_job(model, export={"dtype": "float16"}, budget={"kv_groups": 2})
     message = fails(["run", str(job), "--out", str(tmp_path / "run")], 3, capsys)
     assert "model.layers.2.mlp.up_proj.weight: 1e+05 is too large for float16; set" in message
@@ -213,9 +217,7 @@ def test_activations_that_are_not_finite_are_told_by_the_probe_too(
     capsys: Capture,
 ) -> None:
     model = make_model()
-    tensors = load_file(model / "model.safetensors")
-    tensors[f"model.{weight}.weight"].fill_(number)
-    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    _set(model, weight, ..., number)
     job = make_job(model, parallel={"placement": placement, "workers": 1})
     command = ["run", str(job), "--out", str(tmp_path / "run"), "--set", f"model.dtype={dtype}"]
     message = fails(command, 3, capsys)

@@ -78,7 +78,6 @@ class Writing:
             named = {prefix + name: tensor for name, tensor in tensors.items()}
             modules = {name: form.module(g.consumer.module) for name, g in bench.groups.items()}
             info["consumers"] = {name: f"{prefix}{m}.weight" for name, m in modules.items()}
-
         infos, files = bench.checkpoint.layer_tensors(layer), {LAYER_FILE: named} if named else {}
         return partial(self._write, task, infos, files, info)
 
