@@ -10,20 +10,33 @@ from typing import Any
 from rayprune.orchestrator.execution.run_folder import JOB_FILE, PAGE_FILE, PLAN_FILE, REPORT_FILE
 from rayprune.specs.errors import VerificationError
 from rayprune.workers.store.files import fingerprint, read_manifest, record_of
-from rayprune.workers.store.layout import TASKS, Scope, task_folder
+from rayprune.workers.store.layout import (
+    CARD_FILE,
+    TASKS,
+    Scope,
+    model_folder,
+    recovered_folder,
+    task_folder,
+)
 
 SEAL = "sha256"
 
 
 def records(run: Path) -> dict[str, dict[str, str]]:
-    """Digests of the manifests of the planned tasks, and of the files beside the report.
+    """Digests of the manifests of the planned tasks, of the models' cards, and of the files beside
+    the report.
 
     Raises:
         VerificationError: a plan is missing or damaged.
     """
     found = {name: read_manifest(task_folder(run, name)) for name in planned_tasks(run)}
     tasks = {name: manifest.sha256 for name, manifest in found.items() if manifest}
-    files = {name: record_of(run / name).sha256 for name in (JOB_FILE, PLAN_FILE, PAGE_FILE)}
+    named = [run / name for name in (JOB_FILE, PLAN_FILE, PAGE_FILE)]
+    cards = [folder / CARD_FILE for folder in (model_folder(run), recovered_folder(run))]
+    files = {
+        file.relative_to(run).as_posix(): record_of(file).sha256
+        for file in (*named, *filter(Path.is_file, cards))
+    }
     return {"tasks": tasks, "files": files}
 
 

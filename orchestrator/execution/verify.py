@@ -2,7 +2,7 @@
 file, and what the model's folder holds besides.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +51,9 @@ def verify_run(run: Path) -> list[str]:
     }
     if missing := [name for name in planned_tasks(run) if name not in found]:
         raise VerificationError(f"{run}: task {missing[0]} is not finished; run the job again")
+    cards = {run / name for name in report["records"]["files"]}
     for name in found:
-        _check_strays(task_folder(run, name), name, found[name])
+        _check_strays(task_folder(run, name), name, found[name], cards)
     _check_parts(run, found)
     _check_told(run, report, found)
     return list(found)
@@ -74,15 +75,13 @@ def _whole(folder: Path, name: str, digest: str) -> Manifest:
     return manifest
 
 
-def _check_strays(folder: Path, name: str, manifest: Manifest) -> None:
+def _check_strays(folder: Path, name: str, manifest: Manifest, cards: Set[Path]) -> None:
     """Check that the model in a task's folder, if there is one, has no file of anybody else's."""
     exported = name.rpartition("/")[2] == EXPORT_TASK
-    model, known = (folder if exported else folder / TRAINED_FOLDER), {MANIFEST_NAME}
+    model = folder if exported else folder / TRAINED_FOLDER
+    ours = {folder / file for file in manifest.files} | cards
     for file in _files(model):
-        if file.relative_to(folder).as_posix() not in {
-            *manifest.files,
-            *(known if exported else ()),
-        }:
+        if file not in ours | ({folder / MANIFEST_NAME} if exported else set()):
             raise VerificationError(
                 f"{file}: was not written by this run; remove it, or move it elsewhere"
             )

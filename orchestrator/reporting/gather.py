@@ -3,6 +3,7 @@ exported folder.
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -15,9 +16,12 @@ from rayprune.orchestrator.execution.run_folder import (
     environment,
     seconds_per_stage,
 )
+from rayprune.orchestrator.hub.origin import origin_of
+from rayprune.orchestrator.reporting.card import model_card
 from rayprune.orchestrator.reporting.html_report import html_report
 from rayprune.orchestrator.reporting.report import (
     Change,
+    Dense,
     Evaluation,
     LayerReport,
     Models,
@@ -28,7 +32,13 @@ from rayprune.orchestrator.reporting.report import (
 from rayprune.orchestrator.stages.context import Context
 from rayprune.orchestrator.stages.subject import Pruned
 from rayprune.workers.store.files import read_manifest, write_json, write_text
-from rayprune.workers.store.layout import SHAPE_TASK, model_folder, recovered_folder, task_folder
+from rayprune.workers.store.layout import (
+    CARD_FILE,
+    SHAPE_TASK,
+    model_folder,
+    recovered_folder,
+    task_folder,
+)
 from rayprune.workers.store.training_stage import read_log
 
 TRAININGS = {
@@ -44,8 +54,10 @@ Losses = Mapping[str, Mapping[str, float]] | None
 
 
 def write_report(context: Context, done: Pruned) -> Report:
-    """Write report.html, then report.json; returns the report."""
+    """Write the models' cards, report.html, then report.json; returns the report."""
     report = _gather(context, done)
+    for folder in report.model_folders:
+        write_text(folder / CARD_FILE, model_card(report, folder == report.recovered_model))
     write_text(report.run / PAGE_FILE, html_report(report))
     content = sealed(report.to_dict() | {"records": records(report.run)})
     write_json(report.run / REPORT_FILE, content)
@@ -62,7 +74,9 @@ def _gather(context: Context, done: Pruned) -> Report:
         schema_version=1,
         rayprune_version=__version__,
         environment=environment(),
-        models=_models(run, recovered=job.recover is not None),
+        models=_models(run, done, recovered=job.recover is not None),
+        dense=_dense(done),
+        finished=_finished(events),
         method=job.method.model_dump(mode="json"),
         shape=plan.shape.kept,
         narrowest=plan.shape.narrowest,
@@ -89,9 +103,29 @@ def _gather(context: Context, done: Pruned) -> Report:
     )
 
 
-def _models(run: Path, recovered: bool) -> Models:
+def _models(run: Path, done: Pruned, recovered: bool) -> Models:
     folder = recovered_folder(run).relative_to(run).as_posix() if recovered else None
-    return Models(pruned=model_folder(run).relative_to(run).as_posix(), recovered=folder)
+    return Models(
+        pruned=model_folder(run).relative_to(run).as_posix(),
+        recovered=folder,
+        own_class=done.pruned.checkpoint.model.code is not None,
+    )
+
+
+def _dense(done: Pruned) -> Dense:
+    checkpoint = done.dense.checkpoint
+    origin = origin_of(checkpoint.path)
+    return Dense(
+        name=origin.name,
+        hub_id=origin.hub_id,
+        revision=origin.revision,
+        licence=origin.licence,
+        units=checkpoint.model.units,
+    )
+
+
+def _finished(events: Sequence[dict[str, Any]]) -> str:
+    return datetime.fromtimestamp(events[-1]["time"], UTC).isoformat(timespec="seconds")
 
 
 def trainings(run: Path, tasks: Collection[str]) -> dict[str, Training]:

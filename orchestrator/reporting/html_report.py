@@ -1,6 +1,7 @@
-"""A report as one static HTML page: no script, no network, light and dark, printable."""
+"""A report as one static HTML page."""
 
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 from rayprune.orchestrator.reporting.charts import (
@@ -17,6 +18,7 @@ from rayprune.orchestrator.reporting.charts import (
     svg,
     ticks,
 )
+from rayprune.orchestrator.reporting.page import page
 from rayprune.orchestrator.reporting.report import (
     Change,
     GroupReport,
@@ -32,62 +34,16 @@ SERIES: dict[str, Callable[[GroupReport], float]] = {
 }
 COUNTS = ((1e9, " B"), (1e6, " M"), (1e3, " k"), (1.0, ""))
 BYTES = ((2.0**30, " GiB"), (2.0**20, " MiB"), (2.0**10, " KiB"))
-STYLE = """
-:root { color-scheme: light dark; --page: #fff; --text: #1b1f24; --muted: #57606a; --line: #d5dae0;
-  --card: #f6f8fa;
-  --training: #a8480b; --held-out: #1a56b0; }
-@media screen and (prefers-color-scheme: dark) { :root { --page: #14171b; --text: #e6e9ed; --muted:
-  #a2abb6; --line: #363d46;
-  --card: #1d2127; --training: #f0a060; --held-out: #7db0ff; } }
-* { box-sizing: border-box; } p, dt, thead th, .exact { color: var(--muted); }
-body { margin: 0 auto; max-width: 62rem; padding: 2rem 1.25rem 4rem; background: var(--page); color:
-  var(--text);
-  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
-  font-variant-numeric: tabular-nums; }
-h1 { margin: 0; font-size: 1.65rem; line-height: 1.25; } h2 { margin: 2.25rem 0 .4rem; font-size:
-  1.15rem; } p { margin: .35rem 0; }
-h1, p, .names tbody * { overflow-wrap: anywhere; } dd { margin: 0; } .exact { font-size: .8rem; }
-dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: .75rem;
-  margin: 1.5rem 0 .75rem; }
-dl div { padding: .7rem .9rem; border: 1px solid var(--line); border-radius: 6px; background:
-  var(--card); }
-.large { font-size: 1.6rem; font-weight: 600; line-height: 1.3; } figure { margin: .75rem 0;
-  overflow-x: auto; }
-svg { display: block; width: 100%; min-width: 35rem; height: auto; } svg text { fill: var(--muted);
-  font-size: 14px; }
-svg .name { fill: var(--text); } svg .panel { font-weight: 600; } .end { text-anchor: end; } .middle
-  { text-anchor: middle; }
-path { fill: none; stroke-width: 1.75; stroke-linejoin: round; } .grid { stroke: var(--line);
-  stroke-width: 1; }
-.training { stroke: var(--training); stroke-width: 1.5; } path.training { stroke-dasharray: 6 4; }
-  circle.training { fill: var(--page); }
-.held-out { stroke: var(--held-out); stroke-width: 1.5; } circle.held-out, .bar { fill:
-  var(--held-out); }
-table { border-collapse: collapse; } .wide { width: 100%; } .wide td { white-space: nowrap; }
-th, td { padding: .2rem 0 .2rem 1.25rem; border-bottom: 1px solid var(--line); text-align: right;
-  font-weight: 400; }
-th:first-child { padding-left: 0; } th:first-child, .wide :nth-child(2), .text * { text-align: left;
-  }
-@media print { :root { font-size: 12px; } body { max-width: none; padding: 0; font-size: 1rem; } h2
-  { break-after: avoid; }
-  svg { min-width: 0; } svg, tr { break-inside: avoid; } dl { grid-template-columns: repeat(4, 1fr);
-  } * { print-color-adjust: exact; } }
-"""
 
 
 def html_report(report: Report) -> str:
     """The whole page; everything in it that is text is escaped."""
     method = report.method
     title = (
-        f"{text(method['name'])}: {1 - report.decoder_parameters.ratio:.1%} of the decoder"
-        " parameters removed"
+        f"{text(report.dense.name) + ', ' if report.dense else ''}{text(method['name'])}:"
+        f" {1 - report.decoder_parameters.ratio:.1%} of the decoder parameters removed"
     )
-    least = report.shape | report.narrowest
-    ranges = {
-        group: f"{kept:,}" if kept == least[group] else f"{least[group]:,} to {kept:,}"
-        for group, kept in report.shape.items()
-    }
-    facts = [", ".join(f"{text(titled(group))} {kept}" for group, kept in ranges.items())]
+    facts = [", ".join(f"{text(titled(group))} {kept}" for group, kept in report.kept.items())]
     facts += [
         f"{text(name)} {text(value)}"
         for name, value in method.items()
@@ -98,7 +54,7 @@ def html_report(report: Report) -> str:
     body = [
         (
             f"<header><h1>{title}</h1><p>Kept in every layer:"
-            f" {' · '.join(facts)}</p></header>{_figures(report)}"
+            f" {' · '.join(facts)}</p>{_when(report)}</header>{_figures(report)}"
         ),
         f"<h2>Output error per layer</h2>{_errors(report.layers)}",
         *([f"<h2>Training</h2>{_trainings(report.training)}"] if report.training else []),
@@ -109,15 +65,14 @@ def html_report(report: Report) -> str:
         "<h2>Environment</h2>",
         html_table("Environment", "names text", ["Name", "Version"], versions.items()),
     ]
-    head = (
-        '<meta charset="utf-8"><meta name="viewport"'
-        f' content="width=device-width"><title>{title}</title><style>{STYLE}</style>'
-    )
-    return (
-        f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body><main>\n'
-        + "\n".join(body)
-        + "\n</main></body></html>\n"
-    )
+    return page(title, body)
+
+
+def _when(report: Report) -> str:
+    if report.finished is None:
+        return ""
+    time = datetime.fromisoformat(report.finished)
+    return f'<p><time datetime="{text(report.finished)}">{time:%-d %B %Y, %H:%M} UTC</time></p>'
 
 
 def _figures(report: Report) -> str:

@@ -64,6 +64,23 @@ class Models(_Facts):
     pruned: str = "model"
     recovered: str | None = None
     """Trained after the cut; null without `recover`."""
+    own_class: bool = False
+    """Whether the class that builds them travels with them: `trust_remote_code=True`."""
+
+
+class Dense(_Facts):
+    """The model that was pruned."""
+
+    name: str
+    """Its name on the Hub without the owner, or its folder's."""
+    hub_id: str | None
+    """OWNER/NAME, where its folder lies in the Hub's cache."""
+    revision: str | None = None
+    """The commit there."""
+    licence: dict[str, str]
+    """What its card says of it, by the Hub's keys."""
+    units: dict[str, int]
+    """Units of every group in a layer."""
 
 
 class Evaluation(_Facts):
@@ -131,6 +148,10 @@ class Report(_Facts):
     environment: dict[str, str]
     """Versions of the packages that decide about the result's bits."""
     models: Models = Models()
+    dense: Dense | None = None
+    """Null in reports of the first versions."""
+    finished: str | None = None
+    """When the last attempt ended, in UTC, ISO 8601."""
     method: dict[str, Any]
     """The job's section `method`, defaults included."""
     shape: dict[str, int]
@@ -160,6 +181,18 @@ class Report(_Facts):
     """Null before the report is written, and in reports of the first versions."""
 
     @property
+    def kept(self) -> dict[str, str]:
+        """Units that stay in a layer of every group; where layers differ, from the least to the
+        most.
+        """
+        return {
+            group: f"{most:,}"
+            if most == (least := self.narrowest.get(group, most))
+            else f"{least:,} to {most:,}"
+            for group, most in self.shape.items()
+        }
+
+    @property
     def model(self) -> Path:
         """Folder of the model to take: the recovered one if there is one, else the pruned one."""
         return self.recovered_model or self.pruned_model
@@ -173,6 +206,11 @@ class Report(_Facts):
     def recovered_model(self) -> Path | None:
         """Folder of the recovered model, None without `recover`."""
         return self.run / self.models.recovered if self.models.recovered else None
+
+    @property
+    def model_folders(self) -> list[Path]:
+        """Folders of all its models."""
+        return [folder for folder in (self.pruned_model, self.recovered_model) if folder]
 
     @property
     def page(self) -> Path:

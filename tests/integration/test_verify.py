@@ -70,6 +70,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no records": (lambda r: edit_json(r / "report.json", records=None), "report.json"),
     "another perplexity": (better, "its report tells"),
     "edited page": (lambda r: (r / "report.html").write_text("<p>"), "report.html"),
+    "edited card": (lambda r: (r / "model/README.md").write_text("# Best"), "README.md"),
     "edited job": (lambda r: (r / "job.yaml").write_text("{}"), "job.yaml"),
     "edited plan": (lambda r: edit_json(r / "plan.json", tasks=[]), "plan.json"),
     "no plan": (lambda r: (r / "plan.json").unlink(), "plan.json"),

@@ -13,6 +13,8 @@ CALIBRATION_TASK, EVALUATION_TASK, TOKENS_FILE = (
 )
 SOURCE_TASK, SHAPE_TASK, EXPORT_TASK = "source", "shape", "export"
 REGULARISE_TASK, UPDATES_TASK, RECOVER_TASK = "regularise", "updates", "recover"
+CARD_FILE = "README.md"
+"""A model's card, where the Hub looks for it."""
 RESULT_FILE, STARTED_FILE, TRAINED_FOLDER = "result.json", "started", "model"
 SOURCE = "source"
 """In what a manifest tells of weights: digest of the values that they were cut from."""

@@ -32,6 +32,8 @@ def make_report(num_layers: int = 4) -> dict[str, Any]:
         "schema_version": 1,
         "rayprune_version": "0.1.0",
         "environment": {"torch": "2.13.0", "machine": "x86_64"},
+        "dense": None,
+        "finished": None,
         "method": {"name": "stat", "factorization": "gram"},
         "shape": {"heads": 3, "neurons": 1120},
         "narrowest": {"heads": 3, "neurons": 1120},

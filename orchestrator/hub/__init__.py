@@ -1,0 +1,1 @@
+"""Models on the Hugging Face Hub: fetched by name, and where a folder comes from."""
