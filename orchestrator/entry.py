@@ -16,11 +16,13 @@ from rayprune.specs.job import JobSpec
 from rayprune.specs.loader import load_job
 from rayprune.specs.machine import MachineProfile, load_profile
 from rayprune.workers.model.checkpoint import planned_checkpoint
+from rayprune.workers.model.folder import has_shards
 
 Job: TypeAlias = JobSpec | str | os.PathLike[str] | Mapping[str, Any]
 """A job that was loaded, a YAML file, or a mapping of sections as a file has them."""
 Progress: TypeAlias = Callable[[Event], object] | bool | None
 """Who is told what happens: a function, True for the view of the command line, else nobody."""
+NOT_FETCHED = "its weights are not here yet, and were not looked at; `rayprune run` fetches them"
 Show: TypeAlias = Callable[[dict[str, Any]], object]
 
 
@@ -37,7 +39,7 @@ def plan(job: Job, profile: MachineProfile | str | os.PathLike[str] | None = Non
         ModelError: the model is missing, damaged or not known.
         ResourceError: a worker would need more memory than it may use, or packages are missing.
     """
-    spec = _loaded(job)
+    spec = _fetched(_loaded(job), weights=False)
     machine = (
         profile
         if profile is None or isinstance(profile, MachineProfile)
@@ -70,8 +72,15 @@ def validate(
         ModelError: the model is missing, damaged or not supported.
         ResourceError: packages, memory or disk are missing.
     """
-    spec = _loaded(job)
-    plan = check_job(spec, None if out is None else Path(out)).plan
+    given = _loaded(job)
+    spec = _fetched(given, weights=False)
+    if given.model.on_hub and not has_shards(Path(spec.model.path)):
+        checkpoint = planned_checkpoint(Path(spec.model.path))
+        warnings = [*check_inputs(spec, checkpoint), f"{given.model.path}: {NOT_FETCHED}"]
+        check_packages(spec)
+        plan = make_plan(spec, checkpoint).noting(warnings)
+    else:
+        plan = check_job(spec, None if out is None else Path(out)).plan
     if deep:
         from rayprune.workers.tokens import check_tokens
 
@@ -111,6 +120,7 @@ def run(
 
     spec, folder, kept = _loaded(job), Path(out), Path(store) if store else None
     refuse_lost_paths(spec, folder, kept)
+    spec = _fetched(spec, weights=True)
     checked = check_job(spec, folder)
     from rayprune.orchestrator.run import run_job  # torch, which takes seconds to import
 
@@ -123,6 +133,18 @@ def _loaded(job: Job) -> JobSpec:
     if isinstance(job, JobSpec):
         return load_job(job.model_dump(mode="json"))
     return load_job(job if isinstance(job, Mapping) else Path(job))
+
+
+def _fetched(job: JobSpec, weights: bool) -> JobSpec:
+    """The job with a folder in place of a name on the Hub."""
+    if not job.model.on_hub:
+        return job
+    from rayprune.orchestrator.hub.fetch import fetched
+
+    place = fetched(job.model.path, job.model.revision, weights)
+    return job.model_copy(
+        update={"model": job.model.model_copy(update={"path": str(place), "revision": None})}
+    )
 
 
 @contextmanager

@@ -4,7 +4,10 @@ All models are frozen and closed: an unknown key is an error, and a validated jo
 A field's docstring is its documentation in the JSON schema.
 """
 
+import os
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -47,13 +50,23 @@ def parse_bytes(value: object) -> object:
         ) from None
 
 
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+@dataclass(frozen=True)
 class PathMarker:
     """Marks a field that holds a path, so that the loader can resolve it against the job file's
     folder.
     """
 
+    or_name: bool = False
+    """Whether OWNER/NAME, where there is no such folder, is left as it is: a name on the Hugging
+    Face Hub.
+    """
+
 
 LocalPath = Annotated[str, Field(min_length=1), PathMarker()]
+ModelPath = Annotated[str, Field(min_length=1), PathMarker(or_name=True)]
 ByteSize = Annotated[
     int, BeforeValidator(parse_bytes, json_schema_input_type=int | str), Field(ge=1)
 ]
@@ -62,12 +75,30 @@ ByteSize = Annotated[
 class ModelSpec(Section):
     """The model to prune."""
 
-    path: LocalPath
-    """Folder with `config.json`, the tokenizer and safetensors weights."""
+    path: ModelPath
+    """Folder with `config.json`, the tokenizer and safetensors weights; or, where there is no such
+    folder, OWNER/NAME on the Hugging Face Hub: it is fetched into the Hub's cache.
+    """
+    revision: Annotated[str, Field(min_length=1)] | None = None
+    """Branch, tag or commit on the Hub; null: main. The commit is part of the result."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Floating-point type of the forward passes; `auto`: the checkpoint's own on a GPU, float32 on
     a CPU.
     """
+
+    @property
+    def on_hub(self) -> bool:
+        """Whether it is still a name, not a folder."""
+        return not os.path.isabs(self.path)
+
+    @model_validator(mode="after")
+    def _revision_of_a_name(self) -> Self:
+        if self.revision is not None and not self.on_hub:
+            raise ValueError(
+                f"revision {self.revision!r} is of a name on the Hub, but path is a folder: leave"
+                " one of them out"
+            )
+        return self
 
 
 TextFormat = Literal["auto", "text", "jsonl", "json", "csv", "tsv", "parquet", "arrow", "npy"]

@@ -19,7 +19,7 @@ from pydantic import BaseModel, BeforeValidator, ValidationError
 from rayprune.specs.core_yaml import MAX_DEPTH, CoreDumper
 from rayprune.specs.errors import SpecError
 from rayprune.specs.explain import KeyPath, explain, models, parts
-from rayprune.specs.job import JobSpec, PathMarker
+from rayprune.specs.job import HUB_NAME, JobSpec, PathMarker
 from rayprune.specs.located import Located, shown
 from rayprune.specs.section import named
 from rayprune.specs.yaml_file import UNUSABLE, Builder, parse_value, parse_yaml, read_text
@@ -41,7 +41,7 @@ def load_job(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = 
         (_of_mapping(source), []) if isinstance(source, Mapping) else _of_file(Path(source))
     )
     root, problems = _apply(root, overrides)
-    root = _resolve_paths(root, _marked(_is_path))
+    root = _resolve_paths(root, _marked(_is_path), _marked(_may_be_name))
     problems = found + problems
     job: JobSpec | None = None
     try:
@@ -170,6 +170,10 @@ def _is_path(part: object) -> bool:
     return isinstance(part, PathMarker)
 
 
+def _may_be_name(part: object) -> bool:
+    return isinstance(part, PathMarker) and part.or_name
+
+
 def _is_short(part: object) -> bool:
     """Whether a name stands for a section."""
     return isinstance(part, BeforeValidator) and part.func is named
@@ -192,19 +196,26 @@ def _fields(
             yield from _fields(section, marked, (*prefix, name))
 
 
-def _resolve_paths(node: Located, fields: frozenset[KeyPath], at: KeyPath = ()) -> Located:
+def _resolve_paths(
+    node: Located, fields: Set[KeyPath], or_names: Set[KeyPath], at: KeyPath = ()
+) -> Located:
+    """Absolute paths in these fields; in some of them a name on the Hub is left, unless there is
+    such a folder.
+    """
     if isinstance(node.value, dict):
         return replace(
             node,
             value={
-                key: _resolve_paths(item, fields, (*at, key)) for key, item in node.value.items()
+                key: _resolve_paths(item, fields, or_names, (*at, key))
+                for key, item in node.value.items()
             },
         )
     if isinstance(node.value, list):
-        return replace(node, value=[_resolve_paths(item, fields, at) for item in node.value])
+        items = [_resolve_paths(item, fields, or_names, at) for item in node.value]
+        return replace(node, value=items)
     # an empty path is left for the validation to refuse
     if at in fields and isinstance(node.value, str) and node.value:
-        return replace(
-            node, value=os.path.abspath(os.path.join(node.folder, os.path.expanduser(node.value)))
-        )
+        path = os.path.abspath(os.path.join(node.folder, os.path.expanduser(node.value)))
+        is_name = at in or_names and HUB_NAME.fullmatch(node.value) and not os.path.lexists(path)
+        return node if is_name else replace(node, value=path)
     return node

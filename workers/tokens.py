@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rayprune.specs.job import JobSpec
 from rayprune.workers.calibration import ReadText, load_tokenizer, read_calibration, read_evaluation
-from rayprune.workers.model.checkpoint import Checkpoint, open_checkpoint
+from rayprune.workers.model.checkpoint import Checkpoint, planned_checkpoint
 from rayprune.workers.texts.checks import check_apart, check_known, check_varied
 from rayprune.workers.texts.limits import check_positions, embedding_rows
 
@@ -93,7 +93,7 @@ def check_tokens(job: JobSpec) -> list[str]:
         SpecError: a text will not do.
         ModelError: the model or its tokenizer will not do.
     """
-    texts = JobTexts(job, open_checkpoint(Path(job.model.path)))
+    texts = JobTexts(job, planned_checkpoint(Path(job.model.path)))
     calibration = texts.calibration()
     found = calibration.warnings
     if job.evaluation:

@@ -59,7 +59,8 @@ def _folders(out: Path, store: Path | None) -> dict[str, Path]:
 
 
 def _paths(job: JobSpec) -> dict[str, Path]:
-    paths = {"model.path": job.model.path, "calibration.path": job.calibration.path}
+    paths = {"calibration.path": job.calibration.path}
+    paths |= {} if job.model.on_hub else {"model.path": job.model.path}
     paths |= {
         f"calibration.mix.{number}.path": text.path
         for number, text in enumerate(job.calibration.mix)
