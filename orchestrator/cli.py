@@ -4,7 +4,6 @@ import neither torch nor ray.
 
 import argparse
 import faulthandler
-import json
 import os
 import signal
 import sys
@@ -12,14 +11,10 @@ import threading
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
-from typing import Any
 
 import rayprune
+from rayprune.orchestrator.commands import jobs, models, runs
 from rayprune.specs.errors import INTERRUPTED, RaypruneError, SpecError, printable
-from rayprune.specs.job import JobSpec
-from rayprune.specs.machine import PROFILES, profile_text
-from rayprune.specs.schema import job_schema_text
 from rayprune.workers.machine.shortage import explained
 
 RESEND_SECONDS = 0.1
@@ -44,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except BaseException as error:  # the process boundary
-        if options.command is not _submit and _reader_is_gone(error):
+        if options.ends_with_its_reader and _reader_is_gone(error):
             return 0
         return _exit_code(error)
 
@@ -120,218 +115,11 @@ def _parser() -> argparse.ArgumentParser:
         prog="rayprune", description="Prune large language models, layer by layer, on Ray."
     )
     parser.add_argument("--version", action="version", version=f"rayprune {rayprune.__version__}")
+    parser.set_defaults(ends_with_its_reader=True)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _run_command(commands, "run", _run, "run a job, or go on where an earlier attempt stopped")
-    submit = _run_command(
-        commands, "submit", _submit, "run a job on a Ray cluster, from outside it"
-    )
-    submit.add_argument(
-        "--address", required=True, metavar="http://HOST:8265", help="the cluster's dashboard"
-    )
-    submit.add_argument(
-        "--no-wait", action="store_true", help="return as soon as the cluster has the job"
-    )
-    plan = _job_command(
-        commands,
-        "plan",
-        _plan,
-        "show what a job will do and what it takes, from the model's config or headers alone",
-    )
-    plan.add_argument(
-        "--profile",
-        metavar="NAME|FILE",
-        help="machine the times are for: " + ", ".join(PROFILES) + ", or a YAML file",
-    )
-    profile = commands.add_parser(
-        "profile", help="measure this machine; prints a profile for `plan --profile`"
-    )
-    profile.set_defaults(command=_profile)
-    latency = commands.add_parser(
-        "latency", help="measure a model's layers by size; prints a table for budget.latency_table"
-    )
-    latency.add_argument("model", type=Path, metavar="MODEL", help="model folder")
-    latency.add_argument(
-        "--batch", type=int, default=1, help="sequences that are computed together"
-    )
-    latency.add_argument(
-        "--tokens",
-        type=int,
-        default=512,
-        help="tokens of each; 1: a step of decoding, without earlier tokens",
-    )
-    latency.add_argument("--threads", type=int, help="CPU threads; default: as torch chooses")
-    latency.set_defaults(command=_latency)
-    generate = commands.add_parser(
-        "generate", help="let a model write text, as JSON Lines, for calibration.mix"
-    )
-    generate.add_argument("model", type=Path, metavar="MODEL", help="model folder")
-    generate.add_argument("--tokens", type=int, default=65536, help="tokens in all, at least")
-    generate.add_argument("--length", type=int, default=512, help="tokens of a document")
-    generate.add_argument(
-        "--batch", type=int, default=16, help="documents that are written together"
-    )
-    generate.add_argument("--temperature", type=float, default=1.0, help="of the samples")
-    generate.add_argument("--seed", type=int, default=0, help="of the samples")
-    generate.add_argument(
-        "--prompts",
-        type=Path,
-        metavar="TEXT",
-        help="text whose parts the documents go on from; default: from nothing",
-    )
-    generate.set_defaults(command=_generate)
-    validate = _job_command(
-        commands, "validate", _validate, "check a job, its model and its texts, before any work"
-    )
-    validate.add_argument("--out", type=Path, help="run folder whose disk is checked too")
-    validate.add_argument(
-        "--deep", action="store_true", help="tokenise all texts too, with the model's tokenizer"
-    )
-    schema = commands.add_parser("schema", help="print the JSON schema of job files")
-    schema.set_defaults(command=lambda _: print(job_schema_text(), end=""))
-    for name, command, text in (
-        ("report", _report, "show the report of a run"),
-        ("verify", _verify, "check a run's files and that its model loads"),
-    ):
-        parser_of_run = commands.add_parser(name, help=text)
-        parser_of_run.add_argument("run", type=Path, metavar="RUN", help="run folder")
-        parser_of_run.set_defaults(command=command)
+    for about in (jobs, runs, models):
+        about.add(commands)
     return parser
-
-
-def _job_command(commands: Any, name: str, command: Any, text: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=text)
-    parser.add_argument("job", type=Path, metavar="JOB.yaml", help="job file")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="a.b=c",
-        dest="overrides",
-        help="override a field; may be repeated",
-    )
-    parser.set_defaults(command=command)
-    return parser
-
-
-def _run_command(commands: Any, name: str, command: Any, text: str) -> argparse.ArgumentParser:
-    parser = _job_command(commands, name, command, text)
-    parser.add_argument(
-        "--out",
-        type=Path,
-        required=True,
-        help="run folder: tasks, model/ and report.json; on a cluster, an absolute path that every"
-        " node sees",
-    )
-    parser.add_argument(
-        "--redo",
-        choices=["stale"],
-        help="do again what other package versions or another kind of device has made",
-    )
-    parser.add_argument(
-        "--store",
-        type=Path,
-        metavar="DIR",
-        help="folder of finished tasks by what they are made from, shared by runs",
-    )
-    return parser
-
-
-def _load(options: argparse.Namespace) -> JobSpec:
-    return rayprune.load_job(options.job, options.overrides)
-
-
-def _run(options: argparse.Namespace) -> None:
-    from rayprune.orchestrator.reporting.progress import print_parts
-    from rayprune.orchestrator.reporting.report import summary
-
-    print_parts(
-        summary(
-            rayprune.run(
-                _load(options),
-                options.out,
-                progress=True,
-                redo_stale=options.redo == "stale",
-                store=options.store,
-            )
-        )
-    )
-
-
-def _submit(options: argparse.Namespace) -> int:
-    from rayprune.orchestrator.execution.submit import submit
-
-    return submit(
-        _load(options),
-        options.out,
-        options.address,
-        not options.no_wait,
-        redo=options.redo,
-        store=options.store,
-    )
-
-
-def _plan(options: argparse.Namespace) -> None:
-    from rayprune.orchestrator.reporting.plan_view import print_plan
-
-    print_plan(rayprune.plan(_load(options), options.profile))
-
-
-def _profile(options: argparse.Namespace) -> None:
-    from rayprune.workers.tools.profile import measure
-
-    del options
-    print(profile_text(measure()), end="")
-
-
-def _latency(options: argparse.Namespace) -> None:
-    from rayprune.specs.latency import latency_text
-    from rayprune.workers.tools.latency import measure_latency
-
-    print(
-        latency_text(
-            measure_latency(options.model, options.batch, options.tokens, options.threads)
-        ),
-        end="",
-    )
-
-
-def _generate(options: argparse.Namespace) -> None:
-    from rayprune.workers.tools.generate import generate
-
-    wanted = {
-        name: getattr(options, name)
-        for name in ("model", "tokens", "length", "batch", "temperature", "seed", "prompts")
-    }
-    about = -(-options.tokens // max(1, options.length))
-    for number, text in enumerate(generate(**wanted), 1):
-        print(json.dumps({"text": text}), flush=True)
-        if number % max(1, options.batch) == 0:
-            print(f"rayprune: {number} of about {about} documents", file=sys.stderr, flush=True)
-
-
-def _validate(options: argparse.Namespace) -> None:
-    for warning in rayprune.validate(_load(options), options.out, options.deep):
-        print(f"warning: {warning}")
-    print(f"{options.job}: valid")
-
-
-def _report(options: argparse.Namespace) -> None:
-    from rayprune.orchestrator.reporting.progress import print_parts
-    from rayprune.orchestrator.reporting.report import layer_table, summary
-
-    report = rayprune.read_report(options.run)
-    print_parts([layer_table(report), *summary(report)])
-
-
-def _verify(options: argparse.Namespace) -> None:
-    from rayprune.orchestrator.execution.verify import verify_run
-
-    tasks = verify_run(options.run)
-    from rayprune.workers.network.load_check import check_loads
-
-    report = rayprune.read_report(options.run)
-    check_loads(report.pruned_model, report.parameters.after)
-    print(f"{options.run}: {len(tasks)} tasks agree with their records, the model loads")
 
 
 if __name__ == "__main__":

@@ -125,11 +125,13 @@ ROOMS = {
     },
     "orchestrator.reporting": {
         "orchestrator.execution",
+        "orchestrator.hub",
         "orchestrator.planning",
         "orchestrator.stages",
         "specs",
         "workers.store",
     },
+    "orchestrator.hub": {"specs", "workers.model", "workers.store"},
     "orchestrator.run": {
         "orchestrator.execution",
         "orchestrator.planning",
@@ -141,6 +143,7 @@ ROOMS = {
     },
     "orchestrator.entry": {
         "orchestrator.execution",
+        "orchestrator.hub",
         "orchestrator.planning",
         "orchestrator.reporting",
         "orchestrator.run",
@@ -148,13 +151,29 @@ ROOMS = {
         "workers.model",
         "workers.tokens",
     },
-    "orchestrator.cli": {
+    "orchestrator.points": {
+        "orchestrator.entry",
+        "orchestrator.reporting",
+        "specs",
+        "workers.store",
+    },
+    "orchestrator.publish": {"orchestrator.execution", "orchestrator.reporting", "specs"},
+    "orchestrator.commands": {
         "orchestrator.execution",
+        "orchestrator.planning",
+        "orchestrator.points",
+        "orchestrator.publish",
+        "orchestrator.reporting",
+        "specs",
+        "workers.network",
+        "workers.store",
+        "workers.tools",
+    },
+    "orchestrator.cli": {
+        "orchestrator.commands",
         "orchestrator.reporting",
         "specs",
         "workers.machine",
-        "workers.network",
-        "workers.tools",
     },
 }
 """The rooms, and the single modules that stand beside them, with the rooms that each may import."""

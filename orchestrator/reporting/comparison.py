@@ -1,0 +1,135 @@
+"""Several runs side by side: what differs in their jobs, what came of each, and which to take."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from rayprune.orchestrator.execution.run_folder import JOB_FILE
+from rayprune.orchestrator.reporting.report import Report
+from rayprune.orchestrator.reporting.tables import Part, Table, titled
+from rayprune.specs.loader import differences, load_job
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A finished run, by the name it has among others."""
+
+    name: str
+    report: Report
+
+    @property
+    def removed(self) -> float:
+        """Fraction of the decoder-layer parameters that went."""
+        return 1 - self.report.decoder_parameters.ratio
+
+    @property
+    def perplexity(self) -> float | None:
+        """Of the model to take, as a multiple of the dense one's; None: not measured."""
+        if (found := self.report.perplexity) is None:
+            return None
+        return (found.recovered or found.after) / found.before
+
+
+def on_frontier(runs: Sequence[Compared]) -> list[Compared]:
+    """The runs that no other beats: none is as small with less perplexity, or smaller with as
+    little; those that were measured, from the largest model to the smallest.
+    """
+
+    def beats(one: Compared, other: Compared) -> bool:
+        a, b = _place(one), _place(other)
+        return a != b and a[0] <= b[0] and a[1] <= b[1]
+
+    measured = [run for run in runs if run.perplexity is not None]
+    return sorted(
+        (run for run in measured if not any(beats(other, run) for other in measured)),
+        key=lambda run: -run.report.parameters.after,
+    )
+
+
+def _place(run: Compared) -> tuple[int, float]:
+    assert run.perplexity is not None, "the frontier is of measured runs"
+    return run.report.parameters.after, run.perplexity
+
+
+def recommended(runs: Sequence[Compared], within: float) -> Compared | None:
+    """The smallest model whose perplexity is at most `within` times the dense one's."""
+    good = [run for run in runs if run.perplexity is not None and run.perplexity <= within]
+    return min(good, key=_place, default=None)
+
+
+def rule(within: float) -> str:
+    """How one is recommended, in words."""
+    return f"the smallest model of at most {within:g} times the dense model's perplexity"
+
+
+def results(runs: Sequence[Compared]) -> Table:
+    """Size, quality and time of every run; `*` marks the frontier."""
+    best = on_frontier(runs)
+    columns = ["run", "decoder removed", "parameters", "perplexity", "times dense", "", "seconds"]
+    rows = [
+        [
+            run.name,
+            f"{run.removed:.1%}",
+            f"{run.report.parameters.after:,}",
+            *_quality(run),
+            "*" if run in best else "",
+            f"{run.report.seconds['total']:.1f}",
+        ]
+        for run in runs
+    ]
+    return Table("results", columns, rows)
+
+
+def _quality(run: Compared) -> tuple[str, str]:
+    found = run.report.perplexity
+    if found is None or run.perplexity is None:
+        return "not measured", ""
+    return f"{found.recovered or found.after:.3f}", f"{run.perplexity:.4f}"
+
+
+def job_differences(runs: Sequence[Compared]) -> Iterator[Part]:
+    """In which options each run's job differs from the first one's."""
+    jobs = [load_job(run.report.run / JOB_FILE).model_dump(mode="json") for run in runs]
+    for run, job in zip(runs[1:], jobs[1:], strict=True):
+        found = list(differences(jobs[0], job))
+        yield f"{run.name}, beside {runs[0].name}: " + ("; ".join(found) or "the same job")
+
+
+def protocols(runs: Sequence[Compared]) -> Iterator[str]:
+    """How the perplexities were measured; a warning where they cannot be compared."""
+    used = {
+        run.name: (
+            f"perplexity of {each.path}: window {each.window}, stride {each.stride},"
+            f" {each.scored_tokens} scored tokens"
+        )
+        for run in runs
+        if (each := run.report.evaluation)
+    }
+    if len(set(used.values())) > 1:
+        yield "warning: perplexities were measured in different ways, and cannot be compared"
+        yield from (f"{name}: {words}" for name, words in used.items())
+    else:
+        yield from set(used.values())
+
+
+def layers(runs: Sequence[Compared]) -> Iterator[Table]:
+    """What every layer keeps, a column for each run; one table for each group."""
+    groups = [name for run in runs for layer in run.report.layers for name in layer.groups]
+    for group in dict.fromkeys(groups):
+        kept = [_kept(run.report, group) for run in runs]
+        rows = [
+            [str(number), *(f"{found[number]:,}" if number in found else "" for found in kept)]
+            for number in sorted({number for found in kept for number in found})
+        ]
+        yield Table(titled(group), ["layer", *(run.name for run in runs)], rows)
+
+
+def _kept(report: Report, group: str) -> Mapping[int, int]:
+    return {each.layer: each.groups[group].kept for each in report.layers if group in each.groups}
+
+
+def comparison(runs: Sequence[Compared]) -> Iterator[Part]:
+    """All there is to say of several runs."""
+    yield from job_differences(runs)
+    yield from layers(runs)
+    yield from protocols(runs)
+    yield results(runs)

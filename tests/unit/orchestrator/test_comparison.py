@@ -1,0 +1,78 @@
+"""Runs side by side: the frontier, the one to take, and the page."""
+
+from pathlib import Path
+from typing import Any
+
+from rayprune.orchestrator.reporting.comparison import (
+    Compared,
+    layers,
+    on_frontier,
+    protocols,
+    recommended,
+    results,
+)
+from rayprune.orchestrator.reporting.comparison_page import _scatter
+from rayprune.orchestrator.reporting.report import Report
+from tests.unit.orchestrator.test_html_report import SCRIPT, make_report, svgs
+
+
+def run(name: str, parameters: int, ratio: float | None, **changes: Any) -> Compared:
+    perplexity = None if ratio is None else {"before": 10.0, "after": 10.0 * ratio}
+    sizes = {"before": 1000, "after": parameters}
+    facts = {"perplexity": perplexity, "parameters": sizes, "decoder_parameters": sizes}
+    report = make_report() | facts | {"run": Path("/runs") / name} | changes
+    return Compared(name, Report.model_validate(report))
+
+
+LARGE, BEST, WORSE, SMALL = (
+    run("large", 900, 1.1), run("best", 800, 1.1), run("worse", 850, 1.15), run("small", 500, 2.0)
+)  # fmt: skip
+UNMEASURED = run("unmeasured", 1, None)
+RUNS = [SMALL, WORSE, UNMEASURED, BEST, LARGE]
+
+
+def test_the_frontier_is_what_no_other_beats() -> None:
+    assert on_frontier(RUNS) == [BEST, SMALL]
+    assert on_frontier([LARGE, LARGE]) == [LARGE, LARGE]  # equals do not beat each other
+    assert on_frontier([UNMEASURED]) == []
+
+
+def test_the_smallest_that_is_good_enough_is_recommended() -> None:
+    assert recommended(RUNS, 1.1) == BEST
+    assert recommended(RUNS, 2.0) == SMALL
+    assert recommended(RUNS, 1.05) is None
+
+
+def test_a_recovered_model_counts_as_it_is_taken() -> None:
+    perplexity = {"before": 10.0, "after": 20.0, "recovered": 11.0}
+    assert run("recovered", 500, None, perplexity=perplexity).perplexity == 1.1
+
+
+def test_the_table_has_every_run() -> None:
+    rows = {row[0]: row[1:] for row in results(RUNS).rows}
+    assert rows["best"] == ["20.0%", "800", "11.000", "1.1000", "*", "40.0"]
+    assert rows["worse"][4] == ""
+    assert rows["unmeasured"][2:5] == ["not measured", "", ""]
+
+
+def test_numbers_of_different_protocols_are_not_compared_unseen() -> None:
+    other = make_report()["evaluation"] | {"stride": 1024}
+    assert len(list(protocols([BEST, SMALL]))) == 1
+    warning, *each = protocols([BEST, run("other", 700, 1.3, evaluation=other)])
+    assert "cannot be compared" in warning
+    assert len(each) == 2
+
+
+def test_layers_stand_side_by_side() -> None:
+    heads, neurons = layers([BEST, SMALL])
+    assert (heads.title, neurons.title) == ("KV groups", "FFN channels")
+    assert neurons.columns == ["layer", "best", "small"]
+    assert neurons.rows[3] == ["3", "1,120", "1,120"]
+
+
+def test_the_drawing_has_a_point_for_each_run() -> None:
+    named = [run(SCRIPT, 700, 0.9), BEST, SMALL]
+    (drawing,) = svgs(_scatter(named))
+    hints = [circle.findtext("title") for circle in drawing.iter("circle")]
+    assert hints == [f"{SCRIPT}: 30.0% removed, 0.9000", "best: 20.0% removed, 1.1000",
+                     "small: 50.0% removed, 2.0000"]  # fmt: skip
