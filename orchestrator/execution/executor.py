@@ -118,14 +118,13 @@ class Executor(ABC):
         told, self._warned = list(dict.fromkeys(self._warned)), []
         return told
 
-    def use_model(self, path: Path, scope: str) -> None:
-        """Go on with this model and in this scope; workers start anew if one is another."""
-        if (str(path), scope) == (self.job.model.path, self.scope):
+    def use_model(self, job: JobSpec, path: Path, scope: str) -> None:
+        """Go on with this model in this job and scope; workers start anew if one is another."""
+        model = job.model.model_copy(update={"path": str(path)})
+        wanted = job.model_copy(update={"model": model})
+        if (wanted, scope) == (self.job, self.scope):
             return
-        self.scope = scope
-        self.job = self.job.model_copy(
-            update={"model": self.job.model.model_copy(update={"path": str(path)})}
-        )
+        self.job, self.scope = wanted, scope
         self.drop_workers()
 
     def how_computed(self) -> str:

@@ -3,6 +3,7 @@ exported folder.
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -23,12 +24,23 @@ from rayprune.orchestrator.reporting.report import (
     Models,
     Perplexity,
     Report,
+    StepReport,
     Training,
 )
 from rayprune.orchestrator.stages.context import Context
 from rayprune.orchestrator.stages.subject import Pruned
 from rayprune.workers.store.files import read_manifest, write_json, write_text
-from rayprune.workers.store.layout import SHAPE_TASK, model_folder, recovered_folder, task_folder
+from rayprune.workers.store.layout import (
+    EXPORT_TASK,
+    RECOVER_TASK,
+    SHAPE_TASK,
+    TRAINED_FOLDER,
+    Scope,
+    model_folder,
+    recovered_folder,
+    step_name,
+    task_folder,
+)
 from rayprune.workers.store.training_stage import read_log
 
 TRAININGS = {
@@ -62,7 +74,7 @@ def _gather(context: Context, done: Pruned) -> Report:
         schema_version=1,
         rayprune_version=__version__,
         environment=environment(),
-        models=_models(run, recovered=job.recover is not None),
+        models=_models(run, recovered=done.recovered is not None),
         method=job.method.model_dump(mode="json"),
         shape=plan.shape.kept,
         narrowest=plan.shape.narrowest,
@@ -82,11 +94,30 @@ def _gather(context: Context, done: Pruned) -> Report:
         step_seconds=_step_seconds(events),
         peak_memory_bytes=_peaks(events),
         training=trainings(run, plan.tasks),
+        steps=_steps_of(context, done, events),
         layers=tuple(
-            LayerReport.model_validate({"layer": number, "groups": manifest.info["groups"]})
-            for number, manifest in enumerate(done.layers)
+            LayerReport.model_validate({"layer": number, "groups": groups})
+            for number, groups in enumerate(done.layers)
         ),
     )
+
+
+def _steps_of(
+    context: Context, done: Pruned, events: Sequence[dict[str, Any]]
+) -> tuple[StepReport, ...]:
+    """The passes with the seconds that each has taken."""
+    found = []
+    for step in done.steps:
+        scope = Scope(context.folder.path, step_name(step.number))
+        own = [e for e in events if e.get("scope") == scope.name or e["event"] == "run-started"]
+        folder = scope.folder(RECOVER_TASK if context.job.recover else EXPORT_TASK)
+        folder = folder / TRAINED_FOLDER if context.job.recover else folder
+        more = {
+            "seconds": sum(seconds_per_stage(own).values()),
+            "model": folder.relative_to(scope.run).as_posix() if folder.exists() else None,
+        }
+        found.append(StepReport.model_validate(asdict(step) | more))
+    return tuple(found)
 
 
 def _models(run: Path, recovered: bool) -> Models:
