@@ -215,7 +215,7 @@ class _Passes:
                 for worker, owned in executor.shares(count)
             ]
             windows = [each for receipt in executor.wait(calls) for each in receipt["windows"]]
-        predicted = sum(window["tokens"] for window in windows)
+        predicted: int = sum(window["tokens"] for window in windows)
 
         def mean(name: str) -> float:
             return math.fsum(window[name] for window in windows) / predicted

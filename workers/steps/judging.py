@@ -78,8 +78,8 @@ class Judging:
         drop_all(self._before)
         windows_NT = load_file(Path(tokens) / TOKENS_FILE)["tokens"][slice(*owned)].clone()
         bench, store = self._bench, self._bench.spill(self._bench.memory.spill_hidden).store
-        models = [
+        first, second = (
             StreamedModel(open_checkpoint(Path(path)), bench.dtype, bench.device, store)
             for path in (original, other)
-        ]
-        return {"windows": [asdict(each) for each in compared(*models, windows_NT)]}, None
+        )
+        return {"windows": [asdict(each) for each in compared(first, second, windows_NT)]}, None
