@@ -119,13 +119,15 @@ class Executor(ABC):
         return told
 
     def use_model(self, job: JobSpec, path: Path, scope: str) -> None:
-        """Go on with this model in this job and scope; workers start anew if one is another."""
+        """Go on with this model in this job and scope; workers forget all they keep if one is
+        another.
+        """
         model = job.model.model_copy(update={"path": str(path)})
         wanted = job.model_copy(update={"model": model})
         if (wanted, scope) == (self.job, self.scope):
             return
         self.job, self.scope = wanted, scope
-        self.drop_workers()
+        self._begin_anew()
 
     def how_computed(self) -> str:
         """Device kind and type of forward passes on the workers; asked once."""
@@ -138,6 +140,10 @@ class Executor(ABC):
     def device_kind(self) -> str:
         """The kind of device that workers compute on, once it is known."""
         return str(self.computed_on).partition(" ")[0]
+
+    @abstractmethod
+    def _begin_anew(self) -> None:
+        """Have workers that run go on with the job and the scope as they are now."""
 
     @abstractmethod
     def drop_workers(self) -> None:
@@ -198,6 +204,9 @@ class InProcessExecutor(Executor):
     def replace_lost(self) -> list[int]:
         """Replace none: the worker lives in this process."""
         return []
+
+    def _begin_anew(self) -> None:
+        self.drop_workers()
 
     def drop_workers(self) -> None:
         """Forget the worker and what it keeps."""
