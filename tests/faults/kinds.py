@@ -103,7 +103,7 @@ KINDS: dict[str, Kind] = {
             },
             "budget": {"kv_groups": 2, "sparsity": 0.3},
         },
-        "gate|step-../(export|outer|plan)",
+        "gate|step-01/export",
         {"num_hidden_layers": 1},
     ),
     "recovered": Kind({"budget": {"kv_groups": 1}, "recover": TRAINING}, "recover", evaluated=True),
