@@ -20,10 +20,9 @@ from rayprune.workers.store.layout import (
     CALIBRATION_TASK,
     EVALUATION_TASK,
     EXPORT_TASK,
-    GATE_TASK,
     GATE_TOKENS_TASK,
     SOURCE_TASK,
-    step_name,
+    gate_task,
 )
 
 
@@ -116,11 +115,17 @@ def _together(job: JobSpec, steps: InSteps, plans: dict[int, Plan]) -> Plan:
     """The first pass, the dearest, with what all of them take."""
     first, last = (list(plans.values())[place] for place in (0, -1))
     evaluated = (EVALUATION_TASK, "evaluate-before", "evaluate-after") if job.evaluation else ()
-    gates = (f"{step_name(number)}/{GATE_TASK}" for number in plans)
     return replace(
         first,
         shapes=last.shapes,
-        tasks=(CALIBRATION_TASK, GATE_TOKENS_TASK, SOURCE_TASK, *gates, EXPORT_TASK, *evaluated),
+        tasks=(
+            CALIBRATION_TASK,
+            GATE_TOKENS_TASK,
+            SOURCE_TASK,
+            *map(gate_task, plans),
+            EXPORT_TASK,
+            *evaluated,
+        ),
         needs=_needs([plan.needs for plan in plans.values()]),
         stages=tuple(_stages(list(plans.values()))),
         seconds=_sum([plan.seconds for plan in plans.values()]),
@@ -182,5 +187,5 @@ def _disk(plans: dict[int, Plan], keeps: bool) -> Iterator[DiskNeed]:
     for number, plan in plans.items():
         stays = sum(need.stays_bytes for need in plan.disk)
         more = stays if keeps else stays - before
-        yield DiskNeed(f"{step_name(number)}/{GATE_TASK}", more, still_needed(plan.disk, ()) - more)
+        yield DiskNeed(gate_task(number), more, still_needed(plan.disk, ()) - more)
         before = stays

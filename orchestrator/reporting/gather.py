@@ -29,17 +29,15 @@ from rayprune.orchestrator.reporting.report import (
 )
 from rayprune.orchestrator.stages.context import Context
 from rayprune.orchestrator.stages.subject import Pruned
-from rayprune.workers.store.files import read_manifest, write_json, write_text
+from rayprune.workers.store.files import write_json, write_text
 from rayprune.workers.store.layout import (
     EXPORT_TASK,
     RECOVER_TASK,
-    SHAPE_TASK,
     TRAINED_FOLDER,
     Scope,
     model_folder,
     recovered_folder,
     step_name,
-    task_folder,
 )
 from rayprune.workers.store.training_stage import read_log
 
@@ -78,7 +76,7 @@ def _gather(context: Context, done: Pruned) -> Report:
         method=job.method.model_dump(mode="json"),
         shape=plan.shape.kept,
         narrowest=plan.shape.narrowest,
-        allocation=_allocation(context),
+        allocation=done.allocation,
         parameters=Change(before=before.parameters, after=after.parameters),
         decoder_parameters=Change(before=before.decoder_parameters, after=after.decoder_parameters),
         bytes_on_disk=Change(before=before.bytes_on_disk, after=after.bytes_on_disk),
@@ -166,15 +164,6 @@ def _training(steps: Sequence[Sequence[Mapping[str, Any]]]) -> Training:
         del curves["loss"]  # it has one term
     speed = fmean(line["tokens_per_second"] for step in steps for line in step)
     return Training(steps=shown, curves=curves, tokens_per_second=speed)
-
-
-def _allocation(context: Context) -> dict[str, Any] | None:
-    """How layers that differ got their sizes: what was predicted, measured and tried."""
-    if not context.job.budget.per_layer:
-        return None
-    done = read_manifest(task_folder(context.folder.path, SHAPE_TASK))
-    facts: Any = done.info["allocation"] if done else {}
-    return {"name": context.job.budget.allocation.name, **facts}
 
 
 def _evaluation(context: Context, losses: Losses) -> Evaluation | None:

@@ -21,7 +21,8 @@ from rayprune.orchestrator.stages import (
 from rayprune.orchestrator.stages.context import Context
 from rayprune.orchestrator.stages.subject import ModelAt, Pruned, Subject
 from rayprune.workers.model.checkpoint import Checkpoint
-from rayprune.workers.store.files import Manifest
+from rayprune.workers.store.files import Manifest, read_manifest
+from rayprune.workers.store.layout import SHAPE_TASK
 
 
 def prune(
@@ -52,7 +53,8 @@ def prune(
     models = {"before": dense, "after": pruned} | ({"recovered": recovered} if recovered else {})
     losses = evaluation.evaluate(context, models, evaluated)
     final = noting(context, trained.plan, evaluation.doubts(losses))
-    return Pruned(final, dense, pruned, recovered, _groups(layers), losses)
+    allocation = _allocation(context)
+    return Pruned(final, dense, pruned, recovered, _groups(layers), losses, allocation)
 
 
 def noting(context: Context, plan: Plan, warnings: Sequence[str]) -> Plan:
@@ -66,3 +68,12 @@ def noting(context: Context, plan: Plan, warnings: Sequence[str]) -> Plan:
 def _groups(layers: Sequence[Manifest]) -> list[Mapping[str, Any]]:
     """What was decided about the groups of every layer."""
     return [layer.info["groups"] for layer in layers]  # type: ignore[misc]
+
+
+def _allocation(context: Context) -> dict[str, Any] | None:
+    """How layers that differ got their sizes: what was predicted, measured and tried."""
+    if not context.job.budget.per_layer:
+        return None
+    done = read_manifest(context.scope.folder(SHAPE_TASK))
+    facts: Any = done.info["allocation"] if done else {}
+    return {"name": context.job.budget.allocation.name, **facts}

@@ -41,6 +41,7 @@ from rayprune.workers.store.layout import (
     RECOVER_TASK,
     TRAINED_FOLDER,
     Scope,
+    gate_task,
     step_name,
 )
 from rayprune.workers.store.side_files import COPIED, side_files
@@ -77,14 +78,20 @@ def prune_in_steps(context: Context, plan: Plan, checkpoint: Checkpoint) -> Prun
     context.executor.memory_on = lambda _: plan.memory
     context.executor.use_model(context.job, checkpoint.path, context.scope.name)
     losses = evaluation.evaluate(context, {"before": original, "after": pruned}, evaluated)
-    skipped = {f"{step_name(n)}/{GATE_TASK}" for n in range(1, len(steps.sparsities) + 1)}
-    skipped -= {f"{step_name(number)}/{GATE_TASK}" for number in passes.records}
-    plan = replace(plan, tasks=tuple(task for task in plan.tasks if task not in skipped))
-    record = passes.records[last.number].info
-    shape: Any = record["result"]
-    layers: Any = record["layers"]
-    plan = context.record(plan.chosen(Shape(**shape["shape"])))
-    return Pruned(plan, original, pruned, None, layers, losses, tuple(passes.measured))
+    record: Any = passes.records[last.number].info
+    done = [gate_task(number) for number in passes.records]
+    others = [task for task in plan.tasks if not task.endswith(f"/{GATE_TASK}")]
+    plan = replace(plan, tasks=(*done, *others)).chosen(Shape(**record["result"]["shape"]))
+    return Pruned(
+        plan=context.record(plan),
+        dense=original,
+        pruned=pruned,
+        recovered=None,
+        layers=record["layers"],
+        losses=losses,
+        allocation=record["allocation"],
+        steps=tuple(passes.measured),
+    )
 
 
 @dataclass(frozen=True)
@@ -192,8 +199,9 @@ class _Passes:
             "parameters": checkpoint.parameters,
             "model": made.model.outer_digest,
         }
-        info = {"result": result, "layers": list(done.layers)}
-        commit(task, [], info | {"computed_on": context.executor.computed_on})
+        told = {"layers": list(done.layers), "allocation": done.allocation}
+        computed_on = context.executor.computed_on
+        commit(task, [], {"result": result, **told, "computed_on": computed_on})
 
     def _prune(self, context: Context, number: int) -> Pruned:
         """The pass itself, over the model before it, whose files its own context watches."""

@@ -112,6 +112,8 @@ class Pruned:
     """What was decided about the groups of every layer, in the last pass."""
     losses: Mapping[str, Mapping[str, float]] | None
     """Perplexity and token count of every model, by name, where there is a text for it."""
+    allocation: Mapping[str, Any] | None = None
+    """How layers that differ got their sizes: what was predicted, measured and tried."""
     steps: tuple[Measured, ...] = ()
     """The passes, where they are several; all but perhaps the last have passed the gate."""
 

@@ -98,6 +98,11 @@ def step_name(number: int) -> str:
     return f"step-{number:02d}"
 
 
+def gate_task(number: int) -> str:
+    """What the record of one of several passes is called in the run folder."""
+    return f"{step_name(number)}/{GATE_TASK}"
+
+
 def boundary_file(folder: Path, number: int) -> Path:
     """A micro-batch's hidden states in the folder of a layer on the dense path before which a wave
     has ended.
