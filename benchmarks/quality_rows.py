@@ -22,6 +22,7 @@ PER_LAYER = ("budget.per_layer=true", "budget.round_to=16")
 THRESHOLD = (*PER_LAYER, "budget.allocation=threshold")
 UNCORRECTED = ("correction.damping=1e6",)
 DRIFT = ("correction.drift=0.5",)
+STEPS = (*ALIKE, "method=progressive")
 GRADIENTS = ("method.scale=gradients",)
 MORE_GRADIENTS = (*GRADIENTS, "method.gradient_samples=128")
 ALL_WINDOWS = 392
@@ -154,6 +155,13 @@ ROWS = {
     ),
     "wanda, uncorrected (Wanda-sp)": Row((*ALIKE, *UNCORRECTED, "method=wanda")),
     "obs": Row((*ALIKE, "method=obs")),
+    "composite": Row((*ALIKE, "method=composite"), (0.4,)),
+    "progressive, 4 linear steps": Row((*STEPS, "method.schedule=linear"), (0.4,)),
+    "progressive, 3 cubic steps": Row((*STEPS, "method.steps=3"), (0.4,)),
+    "progressive, 4 linear steps, drift": Row((*STEPS, "method.schedule=linear", *DRIFT), (0.4,)),
+    "progressive, 4 linear steps, composite": Row(
+        (*STEPS, "method.schedule=linear", "method.inner=composite"), (0.4,)
+    ),
     "dress": Row(DRESS, (0.2, 0.3)),
     "trsp": Row(TRSP, (0.2, 0.3)),
     "stat, drift, all tokens": Row(

@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from rayprune.orchestrator.planning.plan import Plan, make_plan
+from rayprune.orchestrator.planning.plan import Plan
 from rayprune.orchestrator.planning.preflight import check_inputs, check_job, check_packages
+from rayprune.orchestrator.planning.steps import plan_job
 from rayprune.orchestrator.reporting.events import Event
 from rayprune.orchestrator.reporting.report import Report
 from rayprune.specs.job import JobSpec
@@ -50,7 +51,7 @@ def plan(job: Job, profile: MachineProfile | str | os.PathLike[str] | None = Non
     warnings = check_inputs(spec, checkpoint) if checkpoint.has_weights else []
     if checkpoint.has_weights and spec.cluster.address == "local":
         check_packages(spec)
-    return make_plan(spec, checkpoint, machine).noting(warnings)
+    return plan_job(spec, checkpoint, machine).noting(warnings)
 
 
 def validate(

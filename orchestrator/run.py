@@ -1,14 +1,10 @@
-"""The story of a job: plan, start, tokenise, measure gradients, choose the shape, sweep, export,
-evaluate, report.
-"""
+"""The story of a job: check, plan, start, prune in one pass or in several, report."""
 
 import os
 import secrets
-import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +12,15 @@ from rayprune.orchestrator.execution.executor import Executor, InProcessExecutor
 from rayprune.orchestrator.execution.run_folder import RunFolder
 from rayprune.orchestrator.execution.task_store import TaskStore
 from rayprune.orchestrator.planning.patience import step_limit
-from rayprune.orchestrator.planning.plan import Plan, make_plan
+from rayprune.orchestrator.planning.plan import Plan
 from rayprune.orchestrator.planning.preflight import Checked, check_job
+from rayprune.orchestrator.planning.steps import plan_job
 from rayprune.orchestrator.reporting.gather import write_report
 from rayprune.orchestrator.reporting.report import Report
-from rayprune.orchestrator.stages import (
-    evaluation,
-    export,
-    gradients,
-    probe,
-    source,
-    start,
-    sweep,
-    texts,
-    training,
-)
+from rayprune.orchestrator.stages import start
 from rayprune.orchestrator.stages.context import Context
-from rayprune.orchestrator.stages.subject import Pruned, Subject
+from rayprune.orchestrator.stages.prune import prune
+from rayprune.orchestrator.stages.steps import prune_in_steps
 from rayprune.specs.job import JobSpec
 from rayprune.workers.model.checkpoint import Checkpoint
 from rayprune.workers.store.layout import Scope
@@ -79,45 +67,10 @@ def run_job(
         for warning in plan.warnings:
             context.emit("warning", text=warning)
         start.start(context, checkpoint.path)
-        done = prune(context, plan_on(executor.device_kind, plans, job, checkpoint), checkpoint)
+        passes = prune_in_steps if job.steps else prune
+        done = passes(context, plan_on(executor.device_kind, plans, job, checkpoint), checkpoint)
         context.emit("run-finished", step_seconds=executor.step_seconds)
         return write_report(context, done)
-
-
-def prune(context: Context, plan: Plan, checkpoint: Checkpoint) -> Pruned:
-    """One pass over a model, in the context's scope: what came of it.
-
-    Raises:
-        RaypruneError: as its subclasses say; finished tasks are kept.
-    """
-    context.record(plan)
-    context.executor.use_model(checkpoint.path, context.scope.name)
-    digests = texts.text_digests(context)
-    tokens, evaluated, warnings = texts.tokenize(context, checkpoint.path, digests)
-    plan = context.record(_noting(context, plan, warnings))
-    dense = source.identify(context, checkpoint)
-    subject = Subject(plan, dense, tokens, tuple(digests))
-    subject = replace(subject, gradients=gradients.measure_gradients(context, subject))
-    shape = probe.choose_shape(context, subject)
-    subject = replace(subject, plan=context.record(plan.chosen(shape)))
-    trained = training.train_first(context, subject)
-    layers = sweep.prune_layers(context, trained)
-    pruned = export.export_model(context, trained, layers)
-    recovered = training.recover(context, subject, pruned)
-    # it only serves what is not finished
-    shutil.rmtree(context.scope.cache, ignore_errors=True)
-    models = {"before": dense, "after": pruned} | ({"recovered": recovered} if recovered else {})
-    losses = evaluation.evaluate(context, models, evaluated)
-    final = _noting(context, trained.plan, evaluation.doubts(losses))
-    return Pruned(final, dense, pruned, recovered, layers, losses)
-
-
-def _noting(context: Context, plan: Plan, warnings: Sequence[str]) -> Plan:
-    """The plan with warnings; those that are new are shown."""
-    for warning in warnings:
-        if warning not in plan.notes:
-            context.emit("warning", text=warning)
-    return plan.noting(warnings)
 
 
 def plan_on(device: str, plans: dict[str, Plan], job: JobSpec, checkpoint: Checkpoint) -> Plan:
@@ -129,7 +82,7 @@ def plan_on(device: str, plans: dict[str, Plan], job: JobSpec, checkpoint: Check
     """
     if device not in plans:
         notes = [note for plan in plans.values() for note in plan.notes]
-        plans[device] = make_plan(job, checkpoint, device=device).noting(notes)
+        plans[device] = plan_job(job, checkpoint, device=device).noting(notes)
     return plans[device]
 
 

@@ -33,6 +33,10 @@ class CurvesAllocation(Section):
     """Calibration windows on which divergences are measured; at most all."""
     levels: int = Field(default=12, ge=2, le=256)
     """Numbers of units per group and layer for which errors are computed, beside all of them."""
+    influence: float = Field(default=1.0, ge=0.0, le=16.0)
+    """Weight of that divergence, its power: above 1 layers that matter are spared more, at 0 all
+    count alike.
+    """
     least: float = Field(default=0.1, ge=0.0, le=1.0)
     """Every layer loses at least this part of the mean fraction that is removed."""
     most: float = Field(default=1.9, ge=1.0, le=1000.0)

@@ -24,6 +24,7 @@ _EXPECTATIONS = {
     "string_type": "a text",
     "bool_type": "true or false",
     "tuple_type": "a list",
+    "list_type": "a list",
     "model_type": "a section of fields",
     "greater_than": "greater than {gt:.15g}",
     "greater_than_equal": "at least {ge:.15g}",

@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from rayprune.specs.allocation import AllocationSpec, CurvesAllocation, UniformAllocation
 from rayprune.specs.cluster import ClusterSpec, ParallelSpec
 from rayprune.specs.methods import MethodSpec
+from rayprune.specs.methods.options import InSteps
 from rayprune.specs.methods.ranking.stat import StatOptions
 from rayprune.specs.section import Section
 from rayprune.specs.training import HOW_TRAINED, RecoverSpec
@@ -375,6 +376,34 @@ class JobSpec(Section):
                 " calibration.shards"
             )
         return self
+
+    @model_validator(mode="after")
+    def _steps_fit(self) -> Self:
+        if (steps := self.steps) is None:
+            return self
+        others = [name for name in _TARGETS[1:] if getattr(self.budget, name) is not None]
+        if others or self.budget.sparsity is None:
+            given = f"leave out budget.{others[0]}" if others else "give budget.sparsity"
+            raise ValueError(
+                f"method {self.method.name}: its steps are fractions of the decoder's parameters:"
+                f" {given}"
+            )
+        if steps.sparsities[-1] != self.budget.sparsity:
+            raise ValueError(
+                f"method.schedule: ends at {steps.sparsities[-1]:g}, but budget.sparsity is"
+                f" {self.budget.sparsity:g}; give both the same"
+            )
+        if self.export.dtype != "auto" and self.model.dtype == "auto":
+            raise ValueError(
+                f"method {self.method.name} with export.dtype: steps read what the ones before have"
+                " written; set model.dtype too"
+            )
+        return self
+
+    @property
+    def steps(self) -> InSteps | None:
+        """The passes over the model, where they are several."""
+        return self.method.in_steps(self.budget.sparsity or 0.0)
 
     @property
     def trains_on_ranks(self) -> bool:

@@ -1,10 +1,12 @@
 """Bases of all sections of a job."""
 
 from collections.abc import Mapping
+from functools import reduce
+from operator import or_
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Discriminator, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Tag, ValidationError
 
 from rayprune.specs.errors import SpecError
 from rayprune.specs.yaml_file import Builder, parse_yaml, read_text
@@ -38,6 +40,14 @@ def told_apart_by_name(default: str) -> Discriminator:
         )
 
     return Discriminator(name)
+
+
+def one_of(sections: Mapping[str, type["Section"]], default: str) -> Any:
+    """The type of a field that holds one of these sections, by name, or its name alone."""
+    tagged: Any = [Annotated[options, Tag(name)] for name, options in sections.items()]
+    options: Any = Annotated[reduce(or_, tagged), told_apart_by_name(default)]
+    short: Any = Literal[tuple(sections)]
+    return Annotated[options, BeforeValidator(named, json_schema_input_type=short | options)]
 
 
 def load_section(section: type[S], path: Path, what: str) -> S:

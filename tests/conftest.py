@@ -85,18 +85,16 @@ def make_job(tmp_path: Path, text_file: Path) -> MakeJob:
 @pytest.fixture
 def force_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Make plans keep things where the test says, not where the budget does."""
-    from rayprune.orchestrator import run
-    from rayprune.orchestrator.planning import preflight
+    from rayprune.orchestrator.planning import steps
 
-    planned = run.make_plan
+    planned = steps.make_plan
 
     def force(**memory: Any) -> None:
         def plan(*arguments: Any, **options: Any) -> Any:
             made = planned(*arguments, **options)
             return replace(made, memory=replace(made.memory, **memory))
 
-        monkeypatch.setattr(run, "make_plan", plan)
-        monkeypatch.setattr(preflight, "make_plan", plan)
+        monkeypatch.setattr(steps, "make_plan", plan)
 
     return force
 

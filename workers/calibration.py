@@ -1,5 +1,6 @@
 """Text in, token windows out: read once, tokenised as a whole, cut without overlap."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from rayprune.specs.errors import ModelError
 from rayprune.specs.job import CalibrationSpec, EvaluationSpec, TextSpec
 from rayprune.workers.stock import stock_config
-from rayprune.workers.texts.limits import no_window, too_few_samples, windows_of_texts
+from rayprune.workers.texts.limits import (
+    no_window,
+    too_few_samples,
+    windows_behind,
+    windows_of_texts,
+)
 from rayprune.workers.texts.reading import TextFacts, read_tokens
 from rayprune.workers.texts.tokenizer import fast_encoder
 
@@ -93,13 +99,33 @@ def read_calibration(
     return torch.stack([read[number].windows_NT[place] for _, number, place in turns]), read
 
 
+def read_behind(
+    spec: CalibrationSpec, read: Sequence[int], samples: int, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Tensor, list[ReadText]]:
+    """So many windows (S, T) of all texts together, each text's behind those that any of the
+    numbers of samples in `read` takes of it; and those of each text.
+
+    Raises:
+        SpecError: a text is too short.
+    """
+    texts = []
+    for text, first, count in windows_behind(spec, read, samples):
+        whole = _first_windows(text, tokenizer, first + count, spec.sequence_length, count)
+        texts.append(ReadText(whole.path, whole.windows_NT[first:], whole.facts))
+    return torch.cat([text.windows_NT for text in texts]), texts
+
+
 def _first_windows(
-    spec: TextSpec, tokenizer: PreTrainedTokenizerBase, samples: int, sequence_length: int
+    spec: TextSpec,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: int,
+    sequence_length: int,
+    gate: int = 0,
 ) -> ReadText:
-    """The first windows of one text."""
+    """The first windows of one text, `gate` of them those of a gate."""
     tokens, facts = _tokens(spec, tokenizer, samples * sequence_length)
     if len(tokens) < samples * sequence_length:
-        raise too_few_samples(spec, samples, sequence_length, len(tokens))
+        raise too_few_samples(spec, samples, sequence_length, len(tokens), gate)
     return ReadText(spec.path, tokens.reshape(samples, sequence_length), facts)
 
 

@@ -4,11 +4,18 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rayprune.specs.job import JobSpec
-from rayprune.workers.calibration import ReadText, load_tokenizer, read_calibration, read_evaluation
+from rayprune.workers.calibration import (
+    ReadText,
+    load_tokenizer,
+    read_behind,
+    read_calibration,
+    read_evaluation,
+)
 from rayprune.workers.model.checkpoint import Checkpoint, planned_checkpoint
 from rayprune.workers.texts.checks import check_apart, check_known, check_varied
 from rayprune.workers.texts.limits import check_positions, embedding_rows
@@ -48,6 +55,21 @@ class JobTexts:
         warnings = self._checked(read, spec.sequence_length, "calibration.sequence_length")
         return Tokens(windows_ST, texts, warnings)
 
+    def gate(self) -> Tokens:
+        """The windows that steps are measured on: behind all that are calibrated or trained on.
+
+        Raises:
+            SpecError: a text is too short, or says nothing.
+            ModelError: the model has no embedding for a token.
+        """
+        spec, steps = self.job.calibration, self.job.steps
+        assert steps is not None
+        totals = (spec.samples, self.job.windows_read)
+        windows_ST, texts = read_behind(spec, totals, steps.gate.samples, self.tokenizer)
+        read = [text for text in texts if len(text.windows_NT)]
+        warnings = self._checked(read, spec.sequence_length, "calibration.sequence_length")
+        return Tokens(windows_ST, texts, warnings)
+
     def evaluation(self, calibration_ST: Tensor) -> Tokens:
         """The evaluation windows of a job that has some.
 
@@ -59,7 +81,10 @@ class JobTexts:
         assert spec is not None
         text = read_evaluation(spec, self.tokenizer)
         warnings = self._checked([text], spec.window, "evaluation.window")
-        apart = check_apart(self.all_read(calibration_ST), text.windows_NT, spec.path)
+        read_ST = self.all_read(calibration_ST)
+        if self.job.steps:
+            read_ST = torch.cat([read_ST, self.gate().windows_ST])
+        apart = check_apart(read_ST, text.windows_NT, spec.path)
         return Tokens(text.windows_NT, [text], warnings + apart)
 
     def all_read(self, given_ST: Tensor) -> Tensor:
@@ -96,6 +121,8 @@ def check_tokens(job: JobSpec) -> list[str]:
     texts = JobTexts(job, planned_checkpoint(Path(job.model.path)))
     calibration = texts.calibration()
     found = calibration.warnings
+    if job.steps:
+        found = found + texts.gate().warnings
     if job.evaluation:
         found = found + texts.evaluation(calibration.windows_ST).warnings
     return found

@@ -12,7 +12,7 @@ from rayprune.workers.steps.deciding import Deciding
 from rayprune.workers.steps.judging import Judging
 from rayprune.workers.steps.measuring import Measuring
 from rayprune.workers.steps.probing import Probing
-from rayprune.workers.steps.step import Receipt, steps_of
+from rayprune.workers.steps.step import Receipt, Step, steps_of
 from rayprune.workers.steps.streaming import Streaming
 from rayprune.workers.steps.sweeping import Sweeping
 from rayprune.workers.steps.texts import Texts
@@ -33,6 +33,13 @@ class Worker:
     def __init__(
         self, job: JobSpec, run_folder: str, device: str, memory: MemoryPlan, scope: str = ""
     ) -> None:
+        self.begin(job, run_folder, device, memory, scope)
+
+    def begin(
+        self, job: JobSpec, run_folder: str, device: str, memory: MemoryPlan, scope: str = ""
+    ) -> None:
+        """Go on with another job, model or scope: all that was kept is forgotten."""
+        self._steps: dict[str, Step[..., Any]] = {}  # were this to fail, no step would be the old
         bench = Workbench(job, run_folder, device, memory, scope)
         deciding, writing = Deciding(bench), Writing(bench)
         probing = Probing(bench, deciding)

@@ -118,15 +118,16 @@ class Executor(ABC):
         told, self._warned = list(dict.fromkeys(self._warned)), []
         return told
 
-    def use_model(self, path: Path, scope: str) -> None:
-        """Go on with this model and in this scope; workers start anew if one is another."""
-        if (str(path), scope) == (self.job.model.path, self.scope):
+    def use_model(self, job: JobSpec, path: Path, scope: str) -> None:
+        """Go on with this model in this job and scope; workers forget all they keep if one is
+        another.
+        """
+        model = job.model.model_copy(update={"path": str(path)})
+        wanted = job.model_copy(update={"model": model})
+        if (wanted, scope) == (self.job, self.scope):
             return
-        self.scope = scope
-        self.job = self.job.model_copy(
-            update={"model": self.job.model.model_copy(update={"path": str(path)})}
-        )
-        self.drop_workers()
+        self.job, self.scope = wanted, scope
+        self._begin_anew()
 
     def how_computed(self) -> str:
         """Device kind and type of forward passes on the workers; asked once."""
@@ -139,6 +140,10 @@ class Executor(ABC):
     def device_kind(self) -> str:
         """The kind of device that workers compute on, once it is known."""
         return str(self.computed_on).partition(" ")[0]
+
+    @abstractmethod
+    def _begin_anew(self) -> None:
+        """Have workers that run go on with the job and the scope as they are now."""
 
     @abstractmethod
     def drop_workers(self) -> None:
@@ -199,6 +204,9 @@ class InProcessExecutor(Executor):
     def replace_lost(self) -> list[int]:
         """Replace none: the worker lives in this process."""
         return []
+
+    def _begin_anew(self) -> None:
+        self.drop_workers()
 
     def drop_workers(self) -> None:
         """Forget the worker and what it keeps."""

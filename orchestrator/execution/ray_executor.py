@@ -153,7 +153,10 @@ class RayExecutor(Executor):
             max_task_retries=0,
             scheduling_strategy="SPREAD",
         )
-        return actor.remote(self.job, str(self.run_folder), self._device, self._memory, self.scope)
+        return actor.remote(*self._worker_arguments())
+
+    def _worker_arguments(self) -> tuple[JobSpec, str, str, MemoryPlan, str]:
+        return self.job, str(self.run_folder), self._device, self._memory, self.scope
 
     def _ready(self, actors: Sequence[Any]) -> None:
         limit = self.job.cluster.start_seconds + self.job.cluster.wait_seconds
@@ -242,6 +245,15 @@ class RayExecutor(Executor):
         except ray_errors.RayError:
             return False
         return True
+
+    def _begin_anew(self) -> None:
+        """The actors stay: a new one would take seconds to import what it needs. One that is lost
+        is noticed at its next step.
+        """
+        if self._actors:
+            self._memory = self.memory_on(self._device)
+        for actor in self._actors:
+            actor.begin.remote(*self._worker_arguments())
 
     def drop_workers(self) -> None:
         """Stop the actors."""

@@ -222,3 +222,7 @@ class Steps:
     def evaluate(self, model_path: str, owned: tuple[int, int]) -> Call[None]:
         """`Judging.evaluate`."""
         return self._submit("evaluate", model_path, owned)
+
+    def compare(self, original: str, other: str, tokens: str, owned: tuple[int, int]) -> Call[None]:
+        """`Judging.compare`."""
+        return self._submit("compare", original, other, tokens, owned)

@@ -79,6 +79,21 @@ class PlannedModel:
 
 
 @dataclass(frozen=True)
+class PlannedStep:
+    """One of several passes."""
+
+    number: int
+    """Counted from 1."""
+    sparsity: float
+    """What is gone behind it, of the original's decoder parameters."""
+    shapes: tuple[Shape, ...]
+    """Those that meet it."""
+    seconds: float | None
+    worker_memory_bytes: int
+    output_bytes: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a job will do, printable before anything is computed."""
 
@@ -103,6 +118,8 @@ class Plan:
     calibration_tokens: int
     tokens_per_neuron: float
     corrects_drift: bool
+    steps: tuple[PlannedStep, ...] = ()
+    """The passes, where they are several; the rest of the plan is then of all of them."""
     notes: tuple[str, ...] = ()
     """Warnings about model and texts, from checks before the run and in it."""
 
@@ -188,10 +205,13 @@ def make_plan(
     checkpoint: Checkpoint,
     machine: MachineProfile | None = None,
     device: str | None = None,
+    gate_windows: int = 0,
 ) -> Plan:
-    """Plan a job from its model's config and headers; times and GPU memory need a machine profile.
+    """Plan one pass from its model's config and headers; times and GPU memory need a machine
+    profile.
 
-    `device` is where the workers compute (`cpu` or `cuda`), once that is known.
+    `device` is where the workers compute (`cpu` or `cuda`), once that is known; `gate_windows` are
+    those on which what comes of the pass is compared with the original.
 
     Raises:
         SpecError: the budget cannot be met, no loader accepts the result, or the profile is of
@@ -211,6 +231,7 @@ def make_plan(
     if job.budget.per_layer:
         shapes = shapes[:1]  # what is removed from the mean layer
     load = workload_of(job, checkpoint, kinds, shapes, (device or _device(job, machine)) == "cuda")
+    load = replace(load, gate_windows=gate_windows)
     _check_drift(model, load)
     limit, limit_name = _memory_limit(job, machine)
     memory = choose_memory(load, limit, limit_name)

@@ -5,6 +5,7 @@
 import os
 import shutil
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import requires
@@ -14,7 +15,8 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from rayprune.orchestrator.planning.disk import still_needed
-from rayprune.orchestrator.planning.plan import Plan, make_plan
+from rayprune.orchestrator.planning.plan import Plan
+from rayprune.orchestrator.planning.steps import plan_job
 from rayprune.specs.errors import ResourceError, SpecError
 from rayprune.specs.job import EvaluationSpec, JobSpec, TextSpec
 from rayprune.workers.model.checkpoint import Checkpoint, open_checkpoint
@@ -29,6 +31,7 @@ from rayprune.workers.texts.limits import (
     embedding_rows,
     no_window,
     too_few_samples,
+    windows_behind,
     windows_of_texts,
 )
 from rayprune.workers.texts.reading import (
@@ -83,11 +86,11 @@ def check_inputs(job: JobSpec, checkpoint: Checkpoint) -> list[str]:
     encode = fast_encoder(checkpoint.path)
     warnings = check_positions(checkpoint, spec.sequence_length, "calibration.sequence_length")
     read = windows_of_texts(spec.model_copy(update={"samples": job.windows_read}))
-    for text, count in read:
-        needed = count * spec.sequence_length
+    for text, count, gate in _wanted(job, read):
+        needed = (count + gate) * spec.sequence_length
         ids, facts = _looked_at(checkpoint, text, encode, needed)
         if _is_less(facts, needed):
-            raise too_few_samples(text, count, spec.sequence_length, len(ids))
+            raise too_few_samples(text, count + gate, spec.sequence_length, len(ids), gate)
         warnings += _said(ids[:needed], facts, text, needed)
     if evaluation:
         warnings += check_positions(checkpoint, evaluation.window, "evaluation.window")
@@ -98,6 +101,16 @@ def check_inputs(job: JobSpec, checkpoint: Checkpoint) -> list[str]:
         warnings += _said(ids[:needed], facts, evaluation, evaluation.window)
         check_other_text([text for text, _ in read], evaluation)
     return warnings
+
+
+def _wanted(
+    job: JobSpec, read: Sequence[tuple[TextSpec, int]]
+) -> Sequence[tuple[TextSpec, int, int]]:
+    """Windows of every calibration text, and those of a gate behind them."""
+    if job.steps is None:
+        return [(text, count, 0) for text, count in read]
+    totals = (job.calibration.samples, job.windows_read)
+    return windows_behind(job.calibration, totals, job.steps.gate.samples)
 
 
 def _evaluated(spec: EvaluationSpec) -> int:
@@ -144,14 +157,14 @@ def first_plan(job: JobSpec, checkpoint: Checkpoint) -> Plan:
     that will do.
 
     Raises:
-        RaypruneError: as `make_plan` says.
+        RaypruneError: as `plan_job` says.
     """
     try:
-        return make_plan(job, checkpoint)
+        return plan_job(job, checkpoint)
     except ResourceError:
         if job.parallel.device == "auto":
             with suppress(ResourceError):
-                return make_plan(job, checkpoint, device="cuda")
+                return plan_job(job, checkpoint, device="cuda")
         raise
 
 

@@ -72,6 +72,7 @@ def stages(load: Workload, choice: MemoryPlan, machine: MachineProfile | None) -
             *(Stage(name, flops[name]) for name in WORK),
             *_gradients_stage(load, None),
             *_divergence_stage(load, None),
+            *_gate_stage(load, None),
         )
     phases = [_bounds(phase, choice, machine) for phase in load.phases().values()]
     timed = [
@@ -83,6 +84,7 @@ def stages(load: Workload, choice: MemoryPlan, machine: MachineProfile | None) -
         *timed,
         *_gradients_stage(load, machine),
         *_divergence_stage(load, machine),
+        *_gate_stage(load, machine),
         *_evaluation_stage(load, machine),
     )
 
@@ -252,6 +254,21 @@ def _divergence_stage(load: Workload, machine: MachineProfile | None) -> tuple[S
         "disk": passes * load.bytes_on_disk / machine.disk_bandwidth,
     }
     return (_timed("divergence", flops, [bounds]),)
+
+
+def _gate_stage(load: Workload, machine: MachineProfile | None) -> tuple[Stage, ...]:
+    """The original and the pruned model, each counted as what is pruned."""
+    if not load.gate_windows:
+        return ()
+    tokens = load.gate_windows * load.sequence_length
+    flops = 2 * tokens * 2 * (load.active_parameters + load.vocabulary * load.hidden)
+    if machine is None:
+        return (Stage("gate", flops),)
+    bounds = {
+        "arithmetic": flops / min(load.workers, load.gate_windows) / machine.forward_flops,
+        "disk": (load.bytes_on_disk + load.output_bytes) / machine.disk_bandwidth,
+    }
+    return (_timed("gate", flops, [bounds]),)
 
 
 def _evaluation_stage(load: Workload, machine: MachineProfile) -> tuple[Stage, ...]:

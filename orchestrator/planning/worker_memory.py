@@ -22,7 +22,7 @@ from rayprune.orchestrator.planning.workload import (
     in_rows,
 )
 from rayprune.specs.memory import MemoryPlan
-from rayprune.workers.machine.blocks import CONVERTED_BYTES
+from rayprune.workers.machine.blocks import CONVERTED_BYTES, EVALUATED_AT_ONCE
 from rayprune.workers.model.description import Group
 
 Kinds = dict[str, int]
@@ -63,6 +63,8 @@ def memory_by_step(load: Workload, choice: MemoryPlan) -> dict[str, Kinds]:
             table["train layer"] = _layer_training(load, choice, training)
         else:
             table["train"] = max(table.get("train", {}), _training(load, training), key=total)
+    if load.gate_windows:
+        table["gate"] = _gate(load, choice)
     return table | ({"evaluate": _evaluation(load, choice)} if load.evaluation_tokens else {})
 
 
@@ -243,6 +245,23 @@ def _divergence(load: Workload, choice: MemoryPlan) -> Kinds:
         "runtime": RUNTIME_BYTES,
         "weights": _weights_bytes(replace(load, placement="shards"), 1),
         "hidden states": windows * window * load.hidden * load.element_bytes,
+        "activations": window * max(scores, ACTIVATIONS * load.active_width * load.element_bytes),
+    }
+
+
+def _gate(load: Workload, choice: MemoryPlan) -> Kinds:
+    """Two models, one behind the other through their layers; logarithms of both's scores, and two
+    temporaries.
+    """
+    window = load.sequence_length
+    windows = min(EVALUATED_AT_ONCE, math.ceil(load.gate_windows / load.workers))
+    scores = load.vocabulary * (load.element_bytes + 4 * 4)
+    return {
+        "runtime": RUNTIME_BYTES,
+        "weights": 2 * _weights_bytes(replace(load, placement="shards"), 1),
+        "hidden states": (
+            2 * (1 if choice.spill_hidden else windows) * window * load.hidden * load.element_bytes
+        ),
         "activations": window * max(scores, ACTIVATIONS * load.active_width * load.element_bytes),
     }
 

@@ -108,6 +108,8 @@ class Workload:
     """Allocations whose divergence from the dense model is measured."""
     candidate_windows: int = 0
     """Calibration windows on which it is."""
+    gate_windows: int = 0
+    """Windows on which the pruned model is compared with the original."""
     trainings: tuple[TrainingLoad, ...] = ()
     """What is trained."""
     gradient_windows: int = 0

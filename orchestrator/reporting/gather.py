@@ -4,6 +4,7 @@ exported folder.
 
 from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -27,17 +28,21 @@ from rayprune.orchestrator.reporting.report import (
     Models,
     Perplexity,
     Report,
+    StepReport,
     Training,
 )
 from rayprune.orchestrator.stages.context import Context
 from rayprune.orchestrator.stages.subject import Pruned
-from rayprune.workers.store.files import read_manifest, write_json, write_text
+from rayprune.workers.store.files import write_json, write_text
 from rayprune.workers.store.layout import (
     CARD_FILE,
-    SHAPE_TASK,
+    EXPORT_TASK,
+    RECOVER_TASK,
+    TRAINED_FOLDER,
+    Scope,
     model_folder,
     recovered_folder,
-    task_folder,
+    step_name,
 )
 from rayprune.workers.store.training_stage import read_log
 
@@ -74,13 +79,13 @@ def _gather(context: Context, done: Pruned) -> Report:
         schema_version=1,
         rayprune_version=__version__,
         environment=environment(),
-        models=_models(run, done, recovered=job.recover is not None),
+        models=_models(run, done),
         dense=_dense(done),
         finished=_finished(events),
         method=job.method.model_dump(mode="json"),
         shape=plan.shape.kept,
         narrowest=plan.shape.narrowest,
-        allocation=_allocation(context),
+        allocation=done.allocation,
         parameters=Change(before=before.parameters, after=after.parameters),
         decoder_parameters=Change(before=before.decoder_parameters, after=after.decoder_parameters),
         bytes_on_disk=Change(before=before.bytes_on_disk, after=after.bytes_on_disk),
@@ -96,15 +101,34 @@ def _gather(context: Context, done: Pruned) -> Report:
         step_seconds=_step_seconds(events),
         peak_memory_bytes=_peaks(events),
         training=trainings(run, plan.tasks),
+        steps=_steps_of(context, done, events),
         layers=tuple(
-            LayerReport.model_validate({"layer": number, "groups": manifest.info["groups"]})
-            for number, manifest in enumerate(done.layers)
+            LayerReport.model_validate({"layer": number, "groups": groups})
+            for number, groups in enumerate(done.layers)
         ),
     )
 
 
-def _models(run: Path, done: Pruned, recovered: bool) -> Models:
-    folder = recovered_folder(run).relative_to(run).as_posix() if recovered else None
+def _steps_of(
+    context: Context, done: Pruned, events: Sequence[dict[str, Any]]
+) -> tuple[StepReport, ...]:
+    """The passes with the seconds that each has taken."""
+    found = []
+    for step in done.steps:
+        scope = Scope(context.folder.path, step_name(step.number))
+        own = [e for e in events if e.get("scope") == scope.name or e["event"] == "run-started"]
+        folder = scope.folder(RECOVER_TASK if context.job.recover else EXPORT_TASK)
+        folder = folder / TRAINED_FOLDER if context.job.recover else folder
+        more = {
+            "seconds": sum(seconds_per_stage(own).values()),
+            "model": folder.relative_to(scope.run).as_posix() if folder.exists() else None,
+        }
+        found.append(StepReport.model_validate(asdict(step) | more))
+    return tuple(found)
+
+
+def _models(run: Path, done: Pruned) -> Models:
+    folder = recovered_folder(run).relative_to(run).as_posix() if done.recovered else None
     return Models(
         pruned=model_folder(run).relative_to(run).as_posix(),
         recovered=folder,
@@ -169,15 +193,6 @@ def _training(steps: Sequence[Sequence[Mapping[str, Any]]]) -> Training:
         del curves["loss"]  # it has one term
     speed = fmean(line["tokens_per_second"] for step in steps for line in step)
     return Training(steps=shown, curves=curves, tokens_per_second=speed)
-
-
-def _allocation(context: Context) -> dict[str, Any] | None:
-    """How layers that differ got their sizes: what was predicted, measured and tried."""
-    if not context.job.budget.per_layer:
-        return None
-    done = read_manifest(task_folder(context.folder.path, SHAPE_TASK))
-    facts: Any = done.info["allocation"] if done else {}
-    return {"name": context.job.budget.allocation.name, **facts}
 
 
 def _evaluation(context: Context, losses: Losses) -> Evaluation | None:

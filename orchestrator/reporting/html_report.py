@@ -25,6 +25,7 @@ from rayprune.orchestrator.reporting.report import (
     LayerReport,
     Report,
     Training,
+    step_table,
 )
 from rayprune.orchestrator.reporting.tables import html_table, text, titled
 
@@ -56,6 +57,7 @@ def html_report(report: Report) -> str:
             f"<header><h1>{title}</h1><p>Kept in every layer:"
             f" {' · '.join(facts)}</p>{_when(report)}</header>{_figures(report)}"
         ),
+        *([f"<h2>Steps</h2>{_steps(report)}"] if report.steps else []),
         f"<h2>Output error per layer</h2>{_errors(report.layers)}",
         *([f"<h2>Training</h2>{_trainings(report.training)}"] if report.training else []),
         f"<h2>Time per stage</h2>{_stages(report.seconds)}",
@@ -180,6 +182,16 @@ def _panel(number: int, group: str, layers: Sequence[LayerReport], marks: Sequen
     return svg(
         f"error-{number}", f"{group}: relative output error per layer", description, HEIGHT, parts
     )
+
+
+def _steps(report: Report) -> str:
+    """A row per pass."""
+    note = (
+        "Perplexity, divergence (nats per token) and agreement are to the original, on windows of"
+        " the calibration text that nothing was decided by."
+    )
+    table = step_table(report)
+    return f"<p>{note}</p>" + html_table(table.title, "wide", table.columns, table.rows)
 
 
 def _trainings(trainings: Mapping[str, Training]) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from rayprune.orchestrator.planning.disk import still_needed
 from rayprune.orchestrator.planning.worker_memory import Kinds, gib, total
 from rayprune.orchestrator.reporting.progress import print_parts
 from rayprune.orchestrator.reporting.tables import Part, Table
@@ -40,6 +41,7 @@ def print_plan(plan: "Plan") -> None:
 def plan_parts(plan: "Plan") -> Iterator[Part]:
     """A plan: the model, its shapes, memory by step, work and time by stage, totals."""
     yield from _model(plan)
+    yield from _steps(plan)
     yield from _shapes(plan)
     yield from _memory(plan)
     yield from _layers(plan)
@@ -74,6 +76,7 @@ def _shapes(plan: "Plan") -> Iterator[Part]:
         if len(plan.shapes) == 1
         else "shapes that meet the budget; a probe of the calibration text picks one"
     )
+    title += " of the last step" if plan.steps else ""
     rows = [
         [title, *(f"{shape.kept[name]}/{plan.model.units[name]}" for shape in plan.shapes)]
         for name, title in plan.model.titles.items()
@@ -102,6 +105,30 @@ def _shapes(plan: "Plan") -> Iterator[Part]:
     yield Table(title, ["", *(str(number + 1) for number in range(len(plan.shapes)))], rows)
     for name, reason in plan.model.stays.items():
         yield f"all {plan.model.titles[name]} stay: {reason}"
+
+
+def _steps(plan: "Plan") -> Iterator[Part]:
+    """The passes, of each the shape with most KV groups."""
+    if not plan.steps:
+        return
+    timed = plan.machine is not None
+    titles, units = plan.model.titles, plan.model.units
+    columns = ["step", "asked for", "removed", *titles.values(), "memory", "model"]
+    rows = [
+        [
+            str(step.number),
+            f"{step.sparsity:.2%}",
+            f"{1 - step.shapes[0].decoder_parameters / plan.model.decoder_parameters:.2%}",
+            *(f"{step.shapes[0].kept[name]}/{units[name]}" for name in titles),
+            gib(step.worker_memory_bytes),
+            _mib(step.output_bytes),
+            *([duration(step.seconds)] if timed else []),
+        ]
+        for step in plan.steps
+    ]
+    yield Table(f"{len(rows)} steps", [*columns, *(["time"] if timed else [])], rows)
+    needed = still_needed(plan.disk, ())
+    yield f"disk for their models: at most {_mib(needed)} at once"
 
 
 def _memory(plan: "Plan") -> Iterator[Part]:

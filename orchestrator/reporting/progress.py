@@ -92,8 +92,9 @@ class ProgressView:
             return
         match event["event"]:
             case "stage-started":
+                name = " ".join(filter(None, (event.get("scope"), event["stage"])))
                 self._task = self._progress.add_task(
-                    escape(printable(event["stage"])), total=event.get("steps"), note=""
+                    escape(printable(name)), total=event.get("steps"), note=""
                 )
             case "step-finished" | "task-found" if self._task is not None:
                 self._progress.update(

@@ -129,6 +129,31 @@ class Training(_Facts):
     tokens_per_second: float
 
 
+class StepReport(_Facts):
+    """One of several passes."""
+
+    number: int
+    """Counted from 1."""
+    sparsity: float
+    """What was to go, of the original's decoder parameters."""
+    removed: float
+    """What is gone of them."""
+    decoder_parameters: int
+    parameters: int
+    perplexity: float
+    """On the gate's windows, as a multiple of the original's."""
+    divergence: float
+    """From the original, in nats per token."""
+    agreement: float
+    """Fraction of tokens for which both expect the same next one most."""
+    exceeded: tuple[str, ...]
+    """The gate's bounds that it does not keep, in words; none: it has passed."""
+    seconds: float
+    """Over all attempts."""
+    model: str | None
+    """Its model's folder, relative to the run folder; null unless `keep_steps`."""
+
+
 class Records(_Facts):
     """SHA-256 digests of what the report stands on, for `rayprune verify`."""
 
@@ -177,6 +202,11 @@ class Report(_Facts):
     """Private memory by process, over all attempts."""
     training: dict[str, Training]
     layers: tuple[LayerReport, ...]
+    """Of the last step, where there are several: kept of what the one before has left."""
+    steps: tuple[StepReport, ...] = ()
+    """The passes, where they are several: those that the gate has let pass, and the one at which it
+    closed.
+    """
     records: Records | None = None
     """Null before the report is written, and in reports of the first versions."""
 
@@ -258,6 +288,8 @@ def summary(report: Report) -> Iterator[Part]:
     """What a run has achieved and cost, and where its results are."""
     yield Table("result", ["", "before", "after", "after / before"], list(_changes(report)))
     yield from _measured(report)
+    if report.steps:
+        yield step_table(report)
     if report.allocation:
         shown = {
             key.replace("_", " "): value
@@ -299,6 +331,36 @@ def _measured(report: Report) -> Iterator[str]:
             f"perplexity of {used.path}: window {used.window}, stride {used.stride},"
             f" {used.windows} windows, {used.scored_tokens} scored tokens"
         )
+
+
+STEP_COLUMNS = (
+    "step",
+    "removed",
+    "decoder",
+    "perplexity",
+    "divergence",
+    "agreement",
+    "gate",
+    "seconds",
+)
+
+
+def step_table(report: Report) -> Table:
+    """What every pass has left, and how close it is to the original."""
+    return Table("steps", STEP_COLUMNS, [_step_row(step) for step in report.steps])
+
+
+def _step_row(step: StepReport) -> list[str]:
+    return [
+        str(step.number),
+        f"{step.removed:.2%}",
+        f"{step.decoder_parameters:,}",
+        f"{step.perplexity:.4f}",
+        f"{step.divergence:.4f}",
+        f"{step.agreement:.4f}",
+        "closed" if step.exceeded else "passed",
+        f"{step.seconds:.1f}",
+    ]
 
 
 def layer_table(report: Report) -> Table:

@@ -193,22 +193,24 @@ def _losses(
         else {name: [reference[name]] if known else [] for name, known in counts.items()}
     )
     surveys = _survey(context, subject, Steps.survey, counts, stored)
-    alone = [
+    places = [
         (layer, name, count) for layer in range(len(surveys)) for name, count in reference.items()
     ]
     task = context.task(
-        SENSITIVITY_TASK, {**subject.all_of_it(), "alone": alone, **digests(surveys)}
+        SENSITIVITY_TASK, {**subject.all_of_it(), "alone": places, **digests(surveys)}
     )
-    done = context.once(task, lambda: _measure_alone(context, len(surveys), alone, task))
+    done = context.once(task, lambda: _measure_alone(context, len(surveys), places, task))
     found: Any = done.info["result"]
-    measured = dict(zip(alone, found, strict=True))
+    measured = dict(zip(places, found, strict=True))
     units = subject.plan.model.units | _fixed(context, subject)
     losses: list[dict[str, dict[int, float]]] = []
     for layer, survey in enumerate(surveys):
         losses.append({name: {count: 0.0} for name, count in units.items()})
         for name, count in reference.items():
             errors = {int(number): error for number, error in _result(survey)[name].items()}
-            scale = measured[layer, name, count] / max(errors[count], 1e-12)
+            alone = measured[layer, name, count]  # rounding may make it less than nothing
+            matters = math.copysign(abs(alone) ** allocation.influence, alone)
+            scale = matters / max(errors[count], 1e-12)
             losses[layer][name] |= _falling(
                 {number: scale * errors[number] for number in counts[name] if number < units[name]}
             )

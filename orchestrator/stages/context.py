@@ -82,7 +82,8 @@ class Context:
 
     def emit(self, event: str, **fields: Any) -> None:
         """Record an event and show it."""
-        record = {"event": event} | fields
+        scope = {"scope": self.scope.name} if self.scope.name else {}
+        record = {"event": event} | scope | fields
         self.folder.emit(record)
         self.show(record)
 

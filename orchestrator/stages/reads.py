@@ -16,6 +16,8 @@ from rayprune.workers.store.layout import (
     CALIBRATION_TASK,
     EVALUATION_TASK,
     EXPORT_TASK,
+    GATE_TASK,
+    GATE_TOKENS_TASK,
     GRADIENTS_TASK,
     OUTER_TASK,
     RECOVER_TASK,
@@ -44,26 +46,35 @@ _TEXT = ("calibration.texts", "calibration.sequence_length")
 _TRAINING = ("parallel.device", "parallel.threads_per_worker", *_TEXT, "calibration.samples")
 _ALLOCATION = ("bounds", "export.target", "export.pad")
 
+_GRADIENTS = (*_ACTIVATIONS, "gradient_windows")
+_SENSITIVITY = (*_ACTIVATIONS, "divergence_windows")
+_SHAPE = (*_CUT, *_ALLOCATION, "budget.probe_samples", "budget.probe_layers")
+_LAYER = (*_CUT, "parallel.propagation", "export.target", "export.pad")
+_RECOVER = (*_TRAINING, "recover")
+
 READS: Mapping[str, tuple[str, ...]] = {
     SOURCE_TASK: (),
     CALIBRATION_TASK: (*_TEXT, "calibration.samples"),
     EVALUATION_TASK: ("evaluation", "windows_read", *_TEXT),
-    GRADIENTS_TASK: (*_ACTIVATIONS, "gradient_windows"),
+    GRADIENTS_TASK: _GRADIENTS,
     "statistics": _STATISTICS,
     "survey": _CUT,
-    SENSITIVITY_TASK: (*_ACTIVATIONS, "divergence_windows"),
+    SENSITIVITY_TASK: _SENSITIVITY,
     "generation": (*_ACTIVATIONS, "divergence_windows", *_ALLOCATION),
-    SHAPE_TASK: (*_CUT, *_ALLOCATION, "budget.probe_samples", "budget.probe_layers"),
+    SHAPE_TASK: _SHAPE,
     "selection": (*_SELECTION, "method.mask", "method.seed"),
     "regularised": (*_STATISTICS, "method"),
     REGULARISE_TASK: (*_TRAINING, "method"),
     "gates": (*_TRAINING, "method"),
     UPDATES_TASK: (*_TRAINING, "method"),
-    "layer": (*_CUT, "parallel.propagation", "export.target", "export.pad"),
+    "layer": _LAYER,
     BOUNDARY: (*_ACTIVATIONS, "parallel.micro_batch", "calibration.shards"),
     OUTER_TASK: ("export.dtype",),
     EXPORT_TASK: ("export",),
-    RECOVER_TASK: (*_TRAINING, "recover"),
+    RECOVER_TASK: _RECOVER,
+    GATE_TOKENS_TASK: (*_TEXT, "calibration.samples", "windows_read", "method.gate.samples"),
+    # what all tasks of its pass read
+    GATE_TASK: (*_GRADIENTS, *_SENSITIVITY, *_SHAPE, *_LAYER, "export", *_RECOVER),
     "evaluate-before": (*_ACTIVATIONS, "evaluation.stride"),
     "evaluate-after": (*_ACTIVATIONS, "evaluation.stride"),
     "evaluate-recovered": (*_ACTIVATIONS, "evaluation.stride"),
@@ -87,7 +98,14 @@ KEPT_IN_STORE = {
 """Kinds of tasks that a store keeps. Not `source`, since a folder's files tell it apart in that
 folder alone; not trainings, whose folders hold more than their results; not the exported model.
 """
-WITHOUT_ACTIVATIONS = {SOURCE_TASK, CALIBRATION_TASK, EVALUATION_TASK, OUTER_TASK, EXPORT_TASK}
+WITHOUT_ACTIVATIONS = {
+    SOURCE_TASK,
+    CALIBRATION_TASK,
+    EVALUATION_TASK,
+    GATE_TOKENS_TASK,
+    OUTER_TASK,
+    EXPORT_TASK,
+}
 """Tasks whose result does not depend on how workers compute."""
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from rayprune.orchestrator.execution.run_folder import REPORT_FILE
 from rayprune.orchestrator.stages.context import Context
 from rayprune.workers.store.files import read_manifest, record_of
-from rayprune.workers.store.layout import layer_task
+from rayprune.workers.store.layout import GATE_TASK, Scope, layer_task, step_name
 from rayprune.workers.store.storage import marker_file
 
 
@@ -14,7 +14,9 @@ def start(context: Context, model: Path) -> None:
     may be done.
     """
     if (context.folder.path / REPORT_FILE).exists() and not context.folder.redo_stale:
-        finished = read_manifest(context.scope.folder(layer_task(0)))
+        step = Scope(context.folder.path, step_name(1))
+        places = context.scope.folder(layer_task(0)), step.folder(GATE_TASK)
+        finished = next(filter(None, map(read_manifest, places)), None)
         context.executor.computed_on = str(finished.info["computed_on"]) if finished else None
     if context.executor.computed_on is None:
         with context.stage("start", 1):

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rayprune.orchestrator.planning.plan import Plan
 from rayprune.workers.model.checkpoint import Checkpoint, open_checkpoint
@@ -78,16 +79,43 @@ class Subject:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """One of several passes, and how close its model is to the original."""
+
+    number: int
+    """Counted from 1."""
+    sparsity: float
+    """What was to go, of the original's decoder parameters."""
+    removed: float
+    """What is gone of them."""
+    decoder_parameters: int
+    parameters: int
+    perplexity: float
+    """As a multiple of the original's."""
+    divergence: float
+    """From the original, in nats per token."""
+    agreement: float
+    """Fraction of tokens for which both expect the same next one most."""
+    exceeded: tuple[str, ...]
+    """The gate's bounds that it does not keep, in words; none: it has passed."""
+
+
+@dataclass(frozen=True)
 class Pruned:
-    """What came of a pass over a model."""
+    """What came of a pass over a model, or of several."""
 
     plan: Plan
     dense: ModelAt
     pruned: ModelAt
     recovered: ModelAt | None
-    layers: Sequence[Manifest]
+    layers: Sequence[Mapping[str, Any]]
+    """What was decided about the groups of every layer, in the last pass."""
     losses: Mapping[str, Mapping[str, float]] | None
     """Perplexity and token count of every model, by name, where there is a text for it."""
+    allocation: Mapping[str, Any] | None = None
+    """How layers that differ got their sizes: what was predicted, measured and tried."""
+    steps: tuple[Measured, ...] = ()
+    """The passes, where they are several; all but perhaps the last have passed the gate."""
 
 
 def digests(tasks: Sequence[Manifest]) -> dict[str, str]:

@@ -8,7 +8,7 @@ from rayprune.orchestrator.stages.context import Context
 from rayprune.orchestrator.stages.subject import file_digests
 from rayprune.specs.errors import SpecError
 from rayprune.workers.store.files import Manifest, record_of
-from rayprune.workers.store.layout import CALIBRATION_TASK, EVALUATION_TASK
+from rayprune.workers.store.layout import CALIBRATION_TASK, EVALUATION_TASK, GATE_TOKENS_TASK
 from rayprune.workers.store.side_files import CHAT_TEMPLATES, TOKENIZER_FILES, side_files
 from rayprune.workers.texts.files import text_files
 
@@ -32,6 +32,15 @@ def tokenize(
         held_out = [evaluation.path]
         evaluated = _tokens(context, model, EVALUATION_TASK, held_out, inputs)
         return calibration, evaluated, [*_warnings(calibration), *_warnings(evaluated)]
+
+
+def tokenize_gate(
+    context: Context, model: Path, texts: Sequence[str]
+) -> tuple[Manifest, list[str]]:
+    """The windows of the calibration texts that steps are measured on, and warnings about them."""
+    with context.stage("tokenize", 1):
+        tokens = _tokens(context, model, GATE_TOKENS_TASK, _paths(context), {"texts": texts})
+    return tokens, _warnings(tokens)
 
 
 def _warnings(tokens: Manifest) -> list[str]:

@@ -67,7 +67,7 @@ def train_first(context: Context, subject: Subject) -> Subject:
         case None:
             return subject
     folder = context.scope.folder(trained.task) / TRAINED_FOLDER
-    context.executor.use_model(folder, context.scope.name)
+    context.executor.use_model(context.job, folder, context.scope.name)
     return replace(subject, model=made_model(folder, trained))
 
 

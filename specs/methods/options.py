@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from rayprune.specs.methods.gate import GateSpec
 from rayprune.specs.section import Section
 from rayprune.specs.training import Norm, TrainingSpec
 
@@ -92,6 +93,18 @@ class TakeOver:
         return (self.gates, self.training)
 
 
+@dataclass(frozen=True)
+class InSteps:
+    """Several passes over a model, each over what the one before has left."""
+
+    sparsities: tuple[float, ...]
+    """What is gone after each, of the original's decoder-layer parameters."""
+    gate: GateSpec
+    """What each must keep of the original."""
+    keeps: bool
+    """Whether the models of all of them stay."""
+
+
 class MethodOptions(Section):
     """Base of every method's options."""
 
@@ -146,6 +159,10 @@ class MethodOptions(Section):
     @property
     def before_cut(self) -> DriveOut | TakeOver | None:
         """What is trained before the cut."""
+        return None
+
+    def in_steps(self, sparsity: float) -> InSteps | None:
+        """The passes on the way to a sparsity; None: it is one pass, and no gate behind it."""
         return None
 
     @property

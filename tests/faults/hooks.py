@@ -275,9 +275,11 @@ class OneLayerAtATime:
     def __call__(self) -> None:
         from dataclasses import replace
 
-        from rayprune.orchestrator import run
+        from rayprune.orchestrator import run  # and with it every module that plans
+        from rayprune.orchestrator.planning import steps
 
-        planned = run.make_plan
+        del run
+        planned = steps.make_plan
 
         def plan(*arguments: object, **options: object) -> object:
             made = planned(*arguments, **options)  # type: ignore[arg-type]

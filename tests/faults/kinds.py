@@ -93,6 +93,19 @@ KINDS: dict[str, Kind] = {
         "gates|updates",
         {"num_hidden_layers": 4},
     ),
+    "progressive": Kind(
+        {
+            "method": {
+                "name": "progressive",
+                "steps": 2,
+                "schedule": "linear",
+                "gate": {"samples": 2},
+            },
+            "budget": {"kv_groups": 2, "sparsity": 0.3},
+        },
+        "gate|step-01/export",
+        {"num_hidden_layers": 1},
+    ),
     "recovered": Kind({"budget": {"kv_groups": 1}, "recover": TRAINING}, "recover", evaluated=True),
     "recovered, adapters": Kind(
         {

@@ -85,8 +85,8 @@ def after_death(job: Calm, out: Path, number: int, torn: bool) -> str:
     again = job.attempt(out)
     if again.code:
         return again.words
-    after = finished(out)
-    repeated = [path for path, written in before.items() if after.get(path) != written]
+    after = finished(out)  # what steps have left goes behind the steps
+    repeated = [path for path, written in before.items() if after.get(path, written) != written]
     if repeated:
         return f"finished tasks were done again: {repeated}"
     return "" if result_of(out) == job.expected else "another result"

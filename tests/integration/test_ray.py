@@ -91,6 +91,21 @@ def test_gradients_are_the_same_on_many_workers(
         )
 
 
+def test_steps_are_the_same_on_many_workers(
+    make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+) -> None:
+    method = {"name": "progressive", "steps": 2, "schedule": "linear", "gate": {"samples": 5}}
+    job = make_job(make_model(), budget={"kv_groups": 2, "sparsity": 0.3}, method=method)
+    one = run_job(load_job(job), tmp_path / "in-process", quiet)
+    overrides = ["cluster.executor=ray", "parallel.workers=2"]
+    two = run_job(load_job(job, overrides), tmp_path / "ray", quiet)
+    for folder in ("model", "tasks/step-01/gate", "tasks/step-02/gate"):
+        assert folder_bytes(tmp_path / "ray" / folder) == folder_bytes(
+            tmp_path / "in-process" / folder
+        )
+    assert [step.divergence for step in one.steps] == [step.divergence for step in two.steps]
+
+
 def test_layers_trained_alone_are_the_same_on_many_workers_and_after_a_killed_one(
     make_model: MakeModel, make_job: MakeJob, tmp_path: Path
 ) -> None:

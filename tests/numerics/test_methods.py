@@ -12,6 +12,7 @@ from rayprune.specs.job import CorrectionSpec
 from rayprune.specs.methods import ranking
 from rayprune.specs.methods.options import MethodOptions
 from rayprune.specs.methods.ranking import RANKINGS
+from rayprune.specs.methods.ranking.composite import CompositeOptions
 from rayprune.specs.methods.ranking.flap import FlapOptions
 from rayprune.specs.methods.ranking.numerical import NumericalOptions
 from rayprune.specs.methods.ranking.obs import ObsOptions
@@ -111,6 +112,35 @@ class TestContract:
         z_TF, weight_DF = data(columns, tokens=tokens)
         order = rank(options, statistic(z_TF), weight_DF, columns, range(3, 9)).tolist()
         assert len(set(order)) == len(order) >= 8
+
+
+@pytest.mark.parametrize("columns", [1, 3])
+@pytest.mark.parametrize(("norm", "sensitivity"), [(1, 1), (0, 1), (1, 0), (0.5, 2)])
+def test_a_composite_score_is_norm_and_sensitivity_each_to_its_power(
+    norm: float, sensitivity: float, columns: int
+) -> None:
+    """c by what it means: the squared error, and the ridge's share, of the best refit without the
+    unit.
+    """
+    z_TF, weight_DF = data(columns)
+    options = CompositeOptions(norm=norm, sensitivity=sensitivity, damping=0.1)
+    gram_FF = z_TF.T @ z_TF
+    ridge_FF = 0.1 * gram_FF.diagonal().mean() * torch.eye(len(gram_FF))
+    score_U = []
+    for gone in torch.arange(len(gram_FF)).split(columns):
+        kept = torch.tensor([n for n in range(len(gram_FF)) if n not in gone])
+        damped_FF = gram_FF + ridge_FF
+        change_DK = torch.linalg.solve(
+            damped_FF[kept][:, kept], damped_FF[kept][:, gone] @ weight_DF[:, gone].T
+        ).T
+        lost_DF = -weight_DF.clone()
+        lost_DF[:, kept] = change_DK
+        cost = (lost_DF @ damped_FF * lost_DF).sum()
+        size = weight_DF[:, gone].square().sum()
+        score_U.append(size**norm * (cost / size) ** sensitivity)
+    expected = torch.stack(score_U).argsort(descending=True).tolist()
+    found = rank(options, statistic(z_TF), weight_DF, columns, range(4, 5)).tolist()
+    assert found == expected
 
 
 @pytest.mark.parametrize("columns", [1, 3])

@@ -115,6 +115,18 @@ class Checkpoint:
         """
         return written(self.config, there, layers, target, dtype)
 
+    def planned_cut(self, kept: Mapping[str, int], target: str, dtype: str) -> "Checkpoint":
+        """The model that keeps so many units of each group in every layer, from its config alone.
+
+        Raises:
+            SpecError: no stock class can hold it.
+        """
+        layers = range(self.num_layers)
+        config = Config(self.written(layers, [kept] * len(layers), target, dtype).config)
+        model = family_of(config).describe(config)
+        digest = hashlib.sha256(json.dumps(config.raw, sort_keys=True).encode()).hexdigest()
+        return Checkpoint(self.path, model, config, _planned(model, config), digest, False)
+
     def layer_sizes(self, kept: Mapping[str, int]) -> dict[str, object]:
         """What a config of the model's class says of a layer that keeps so many units."""
         return family_of(self.config).layer_sizes(self.config, kept)

@@ -1,14 +1,20 @@
 """Steps that compare models: perplexity, and divergence from the dense one."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+from safetensors.torch import load_file
+
+from rayprune.workers.model.checkpoint import open_checkpoint
+from rayprune.workers.network.streamed import StreamedModel
+from rayprune.workers.passes.comparison import compared
 from rayprune.workers.passes.divergence import Kept, divergences
 from rayprune.workers.passes.evaluate import window_losses
 from rayprune.workers.passes.survey import stored_cut
 from rayprune.workers.steps.step import Droppable, Receipt, drop_all, step
-from rayprune.workers.store.layout import EVALUATION_TASK
+from rayprune.workers.store.layout import EVALUATION_TASK, TOKENS_FILE
 from rayprune.workers.workbench import Workbench
 
 
@@ -61,3 +67,19 @@ class Judging:
                 store,
             )
         }, None
+
+    @step
+    def compare(
+        self, original: str, other: str, tokens: str, owned: tuple[int, int]
+    ) -> tuple[Receipt, None]:
+        """Compare the models of two folders on some of the windows that a task has written in the
+        folder `tokens`.
+        """
+        drop_all(self._before)
+        windows_NT = load_file(Path(tokens) / TOKENS_FILE)["tokens"][slice(*owned)].clone()
+        bench, store = self._bench, self._bench.spill(self._bench.memory.spill_hidden).store
+        first, second = (
+            StreamedModel(open_checkpoint(Path(path)), bench.dtype, bench.device, store)
+            for path in (original, other)
+        )
+        return {"windows": [asdict(each) for each in compared(first, second, windows_NT)]}, None

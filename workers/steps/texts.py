@@ -2,7 +2,7 @@
 
 from rayprune.workers.steps.step import Receipt, step
 from rayprune.workers.store.files import Task, commit, write_tensors
-from rayprune.workers.store.layout import CALIBRATION_TASK, TOKENS_FILE
+from rayprune.workers.store.layout import CALIBRATION_TASK, GATE_TOKENS_TASK, TOKENS_FILE
 from rayprune.workers.tokens import JobTexts
 from rayprune.workers.workbench import Workbench
 
@@ -15,13 +15,15 @@ class Texts:
 
     @step
     def tokenize(self, task: Task) -> tuple[Receipt, None]:
-        """Tokenise the calibration or (afterwards) the evaluation text once; every worker reads the
-        resulting file.
+        """Tokenise the calibration or (afterwards) the evaluation text, or what a gate is measured
+        on, once; every worker reads the resulting file.
         """
         self._bench.prepare()
         texts = self._texts()
         if task.name == CALIBRATION_TASK:
             tokens = texts.calibration()
+        elif task.name == GATE_TOKENS_TASK:
+            tokens = texts.gate()
         else:
             tokens = texts.evaluation(self._bench.tokens(CALIBRATION_TASK))
         found = {

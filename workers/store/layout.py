@@ -20,6 +20,7 @@ SOURCE = "source"
 """In what a manifest tells of weights: digest of the values that they were cut from."""
 RESIDUAL_STREAM = "residual stream"
 """Beside the names of groups: what a layer is given and gives on the dense path."""
+GATE_TOKENS_TASK, GATE_TASK = "gate-tokens", "gate"
 SURVEY_FILE, SENSITIVITY_TASK = "cuts.safetensors", "sensitivity"
 STATISTICS_FILE = "statistics.safetensors"
 GRADIENTS_TASK, GRADIENTS_FILE = "gradients", "gradients.safetensors"
@@ -92,6 +93,16 @@ class Scope:
     def about(self) -> Path:
         """Where the plan of this pass lies."""
         return self.run / TASKS / self.name if self.name else self.run
+
+
+def step_name(number: int) -> str:
+    """Name of the scope of one of several passes, counted from 1."""
+    return f"step-{number:02d}"
+
+
+def gate_task(number: int) -> str:
+    """What the record of one of several passes is called in the run folder."""
+    return f"{step_name(number)}/{GATE_TASK}"
 
 
 def boundary_file(folder: Path, number: int) -> Path:

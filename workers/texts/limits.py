@@ -30,6 +30,18 @@ def windows_of_texts(spec: CalibrationSpec) -> list[tuple[TextSpec, int]]:
     return list(zip(texts, counts, strict=True))
 
 
+def windows_behind(
+    spec: CalibrationSpec, read: Sequence[int], samples: int
+) -> list[tuple[TextSpec, int, int]]:
+    """The calibration texts, with how many of the first windows of each any of these numbers of
+    samples takes, and how many of `samples` are taken behind them.
+    """
+    texts = [spec, *spec.mix]
+    weights = [1.0, *(text.weight for text in spec.mix)]
+    first = map(max, zip(*(shares(total, weights) for total in read), strict=True))
+    return list(zip(texts, first, shares(samples, weights), strict=True))
+
+
 def shares(total: int, weights: Sequence[float]) -> list[int]:
     """`total` things in proportion to weights, whole ones: the largest remainders round up, ties
     the earlier first.
@@ -44,12 +56,18 @@ def shares(total: int, weights: Sequence[float]) -> list[int]:
     return counts
 
 
-def too_few_samples(spec: TextSpec, samples: int, length: int, found: int) -> SpecError:
-    """The error of a text that has fewer tokens than so many windows need."""
+def too_few_samples(
+    spec: TextSpec, samples: int, length: int, found: int, gate: int = 0
+) -> SpecError:
+    """The error of a text that has fewer tokens than so many windows need, `gate` of them those of
+    a gate.
+    """
+    among = f", {gate} of them of the gate," if gate else ""
+    lower = ["calibration.samples", *(["method.gate.samples"] if gate else [])]
     return SpecError(
-        f"{spec.path}: too short: {samples} samples of {length} tokens need"
+        f"{spec.path}: too short: {samples} samples of {length} tokens{among} need"
         f" {samples * length} tokens, the text has {found}; give a longer text,"
-        " or lower calibration.samples or calibration.sequence_length"
+        f" or lower {', '.join(lower)} or calibration.sequence_length"
     )
 
 

@@ -1,0 +1,79 @@
+"""One pass over a model: tokenise, tell the model from others, measure gradients, choose the shape,
+train, sweep, export, recover, evaluate.
+"""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from rayprune.orchestrator.planning.plan import Plan
+from rayprune.orchestrator.stages import (
+    evaluation,
+    export,
+    gradients,
+    probe,
+    source,
+    sweep,
+    texts,
+    training,
+)
+from rayprune.orchestrator.stages.context import Context
+from rayprune.orchestrator.stages.subject import ModelAt, Pruned, Subject
+from rayprune.workers.model.checkpoint import Checkpoint
+from rayprune.workers.store.files import Manifest, read_manifest
+from rayprune.workers.store.layout import SHAPE_TASK
+
+
+def prune(
+    context: Context, plan: Plan, checkpoint: Checkpoint, teacher: ModelAt | None = None
+) -> Pruned:
+    """One pass over a model, in the context's scope: what came of it. A recovery that learns from a
+    model learns from the `teacher`, or else from the model that is pruned.
+
+    Raises:
+        RaypruneError: as its subclasses say; finished tasks are kept.
+    """
+    context.record(plan)
+    context.executor.use_model(context.job, checkpoint.path, context.scope.name)
+    digests = texts.text_digests(context)
+    tokens, evaluated, warnings = texts.tokenize(context, checkpoint.path, digests)
+    plan = context.record(noting(context, plan, warnings))
+    dense = source.identify(context, checkpoint)
+    subject = Subject(plan, dense, tokens, tuple(digests))
+    subject = replace(subject, gradients=gradients.measure_gradients(context, subject))
+    shape = probe.choose_shape(context, subject)
+    subject = replace(subject, plan=context.record(plan.chosen(shape)))
+    trained = training.train_first(context, subject)
+    layers = sweep.prune_layers(context, trained)
+    pruned = export.export_model(context, trained, layers)
+    recovered = training.recover(context, replace(subject, model=teacher or dense), pruned)
+    # it only serves what is not finished
+    shutil.rmtree(context.scope.cache, ignore_errors=True)
+    models = {"before": dense, "after": pruned} | ({"recovered": recovered} if recovered else {})
+    losses = evaluation.evaluate(context, models, evaluated)
+    final = noting(context, trained.plan, evaluation.doubts(losses))
+    allocation = _allocation(context)
+    return Pruned(final, dense, pruned, recovered, _groups(layers), losses, allocation)
+
+
+def noting(context: Context, plan: Plan, warnings: Sequence[str]) -> Plan:
+    """The plan with warnings; those that are new are shown."""
+    for warning in warnings:
+        if warning not in plan.notes:
+            context.emit("warning", text=warning)
+    return plan.noting(warnings)
+
+
+def _groups(layers: Sequence[Manifest]) -> list[Mapping[str, Any]]:
+    """What was decided about the groups of every layer."""
+    return [layer.info["groups"] for layer in layers]  # type: ignore[misc]
+
+
+def _allocation(context: Context) -> dict[str, Any] | None:
+    """How layers that differ got their sizes: what was predicted, measured and tried."""
+    if not context.job.budget.per_layer:
+        return None
+    done = read_manifest(context.scope.folder(SHAPE_TASK))
+    facts: Any = done.info["allocation"] if done else {}
+    return {"name": context.job.budget.allocation.name, **facts}

@@ -1,0 +1,52 @@
+"""Two models compared layer by layer, against their whole selves in transformers."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from rayprune.workers.model.checkpoint import open_checkpoint
+from rayprune.workers.network.streamed import StreamedModel
+from rayprune.workers.passes.comparison import compared
+from tests.models import build_model
+
+CPU = torch.device("cpu")
+
+
+def log_probabilities(folder: Path, windows_NT: Tensor) -> Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder).double().eval()
+    with torch.inference_mode():
+        return torch.log_softmax(model(windows_NT).logits[:, :-1], -1)
+
+
+def test_loss_divergence_and_agreement(tmp_path: Path) -> None:
+    folders = [build_model(tmp_path / "original"), tmp_path / "other"]
+    other = AutoModelForCausalLM.from_pretrained(folders[0])
+    with torch.no_grad():
+        other.model.layers[1].mlp.down_proj.weight *= 0.5
+    other.save_pretrained(folders[1])
+    windows_NT = torch.randint(3, 259, (3, 20), generator=torch.Generator().manual_seed(0))
+    models = [StreamedModel(open_checkpoint(folder), torch.float32, CPU) for folder in folders]
+    log_p, log_q = (log_probabilities(folder, windows_NT) for folder in folders)
+    found = compared(models[0], models[1], windows_NT)
+    targets = windows_NT[:, 1:, None]
+    divergence = (log_p.exp() * (log_p - log_q)).sum((1, 2))
+    agreed = (log_p.argmax(-1) == log_q.argmax(-1)).sum(1)
+    for number, one in enumerate(found):
+        assert one.tokens == 19
+        assert one.original_loss == pytest.approx(-float(log_p.gather(2, targets)[number].sum()))
+        assert one.loss == pytest.approx(-float(log_q.gather(2, targets)[number].sum()))
+        assert one.divergence == pytest.approx(float(divergence[number]), rel=1e-4)
+        assert one.agreed == int(agreed[number])
+    assert 0 < sum(one.agreed for one in found) < 3 * 19
+
+
+def test_a_model_is_the_same_as_itself(tmp_path: Path) -> None:
+    folder = build_model(tmp_path / "model")
+    model = StreamedModel(open_checkpoint(folder), torch.float32, CPU)
+    windows_NT = torch.randint(3, 259, (2, 9), generator=torch.Generator().manual_seed(0))
+    for one in compared(model, model, windows_NT):
+        assert (one.divergence, one.agreed) == (0.0, one.tokens)
+        assert one.loss == one.original_loss
