@@ -25,6 +25,7 @@ from rayprune.orchestrator.stages import (
     export,
     gradients,
     probe,
+    routed,
     source,
     start,
     sweep,
@@ -102,13 +103,14 @@ def prune(context: Context, plan: Plan, checkpoint: Checkpoint) -> Pruned:
     subject = replace(subject, plan=context.record(plan.chosen(shape)))
     trained = training.train_first(context, subject)
     layers = sweep.prune_layers(context, trained)
+    few = routed.few_tokens(layers, checkpoint.model)
     pruned = export.export_model(context, trained, layers)
     recovered = training.recover(context, subject, pruned)
     # it only serves what is not finished
     shutil.rmtree(context.scope.cache, ignore_errors=True)
     models = {"before": dense, "after": pruned} | ({"recovered": recovered} if recovered else {})
     losses = evaluation.evaluate(context, models, evaluated)
-    final = _noting(context, trained.plan, evaluation.doubts(losses))
+    final = _noting(context, trained.plan, [*few, *evaluation.doubts(losses)])
     return Pruned(final, dense, pruned, recovered, layers, losses)
 
 

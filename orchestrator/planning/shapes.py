@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 
 from rayprune.orchestrator.planning.footprint import Footprint, exceeded, footprint, limits
 from rayprune.orchestrator.planning.layer_kinds import LayerKind
+from rayprune.orchestrator.planning.mixtures import kept_experts
 from rayprune.specs.errors import SpecError
 from rayprune.specs.job import JobSpec
 from rayprune.specs.methods.options import TakeOver
@@ -185,8 +186,17 @@ def _widest(job: JobSpec, checkpoint: Checkpoint, kv_groups: int) -> Shape:
     allowed = limits(budget, checkpoint.decoder_parameters)
 
     def kept(width: int) -> dict[str, int]:
-        counts = {"attention": kv_groups, "ffn": width}
-        return {group.name: min(group.num_units, counts[group.kind]) for group in model.groups}
+        experts = kept_experts(job, checkpoint)
+        return {
+            group.name: (
+                min(group.num_units, kv_groups)
+                if group.kind == "attention"
+                else experts
+                if group.kind == "experts"
+                else _share(group.num_units, width, most, budget.round_to)
+            )
+            for group in model.groups
+        }
 
     def size(width: int) -> Footprint:
         return _uniform(job, checkpoint, kept(width))
@@ -200,6 +210,11 @@ def _widest(job: JobSpec, checkpoint: Checkpoint, kv_groups: int) -> Shape:
             f" ({budget.round_to}) is left; {changes}, or lower budget.round_to or budget.kv_groups"
         )
     return Shape(kept(widths[place]), **asdict(size(widths[place])))
+
+
+def _share(count: int, width: int, most: int, round_to: int) -> int:
+    """Of so many channels the fraction that `width` is of `most`, rounded down to a multiple."""
+    return count if width == most else max(round_to, count * width // most // round_to * round_to)
 
 
 def planned_shape(job: JobSpec, checkpoint: Checkpoint, kinds: tuple[LayerKind, ...]) -> Shape:

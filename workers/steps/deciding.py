@@ -1,19 +1,26 @@
 """Choose the units of a group that stay, and correct the weight that reads them."""
 
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from rayprune.specs.job import FEW_TOKENS, CorrectionSpec
 from rayprune.workers.network.slicing import Cut
-from rayprune.workers.numerics.correction import Correction, correct
+from rayprune.workers.numerics.correction import NOT_CORRECTED, Correction, correct
 from rayprune.workers.numerics.linalg import unit_rows
 from rayprune.workers.numerics.methods import select
-from rayprune.workers.numerics.statistics import Statistic, restored
+from rayprune.workers.numerics.statistics import (
+    RoutingStatistic,
+    Statistic,
+    best_experts,
+    restored,
+)
 from rayprune.workers.passes.stream import Fits
-from rayprune.workers.passes.sweep import Parts, check_computed_on
+from rayprune.workers.passes.sweep import Parts, Routes, check_computed_on
 from rayprune.workers.steps.step import Receipt
 from rayprune.workers.store.files import read_manifest
 from rayprune.workers.store.layout import GRADIENTS_FILE, GRADIENTS_TASK, selection_task
@@ -48,6 +55,42 @@ class Deciding:
                 tree, rebuilt, lambda left, right: left.merge(right)
             ).items()
         }
+
+    def keep_experts(
+        self, num_kept: int, trees: tuple[Node, Node], parts: Sequence[Routes]
+    ) -> tuple[Cut, Receipt]:
+        """The experts that stay, and the decision as reports have it: their numbers, and of all
+        experts tokens and scores.
+        """
+        group, score = self._bench.groups["experts"], self._job.budget.expert_score
+        nodes = {
+            node: RoutingStatistic.from_state(found) if isinstance(found, dict) else found
+            for part in parts
+            for node, found in part.items()
+        }
+        training, held_out = (
+            merge_siblings(
+                tree,
+                {n: found for n, found in nodes.items() if tree[0] <= n[0] and n[1] <= tree[1]},
+                lambda left, right: left.merge(right),
+            )[tree]
+            for tree in trees
+        )
+        errors = training, held_out, deepcopy(training).merge(held_out)
+        scores_E = errors[2].scores(score)
+        units = best_experts(scores_E, num_kept, group.parts)
+        training_error, held_out_error, _ = (found.lost(units.tolist()) for found in errors)
+        receipt: Receipt = {
+            "kept": num_kept,
+            "of": group.num_units,
+            "damping": 0.0,
+            "training_error": training_error,
+            "held_out_error": held_out_error,
+            "units": units.tolist(),
+            "tokens_by_expert": errors[2].tokens_E.tolist(),
+            "scores": scores_E.tolist(),
+        }
+        return Cut(group.name, units, torch.empty(0)), receipt
 
     def summary(self, group: str, num_kept: int, correction: Correction) -> Receipt:
         """A decision, as reports have it."""
@@ -86,10 +129,22 @@ class Deciding:
         units = self.select(layer, name, num_kept, fits[0]) if units is None else units
         weight_DF = self._bench.consumer_weight(layer, self._bench.groups[name])
         columns_K = unit_rows(units, self._bench.groups[name].columns).to(self._bench.device)
+        options = self._damped_for(name, fits)
         correction = correct(
-            *fits, weight_DF, columns_K, self._job.correction, self._bench.disk_dtype(weight_DF)
+            *fits, weight_DF, columns_K, options, self._bench.disk_dtype(weight_DF)
         )
         return Cut(name, units, correction.weight_DK), correction
+
+    def _damped_for(self, name: str, fits: Fits) -> CorrectionSpec:
+        """How a group is corrected. Of an expert that has seen few tokens held-out ones may also
+        say that it is not, which they do where there are none.
+        """
+        group, options = self._bench.groups[name], self._job.correction
+        tokens = fits[0].num_tokens + fits[1].num_tokens
+        enough = group.expert is None or tokens >= FEW_TOKENS * group.num_units
+        if enough or options.damping != "held-out":
+            return options
+        return options.model_copy(update={"candidates": (*options.candidates, NOT_CORRECTED)})
 
     def ranked_by(self, layer: int, name: str) -> Tensor:
         """What gives a group's columns their scale: the consumer's weight (D, F), or the gradients
