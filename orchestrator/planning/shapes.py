@@ -5,6 +5,7 @@ Only the split between KV groups and neurons may stay open: there are then sever
 as many neurons as the budget allows beside its KV groups.
 """
 
+import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -183,6 +184,7 @@ def _widest(job: JobSpec, checkpoint: Checkpoint, kv_groups: int) -> Shape:
     """
     budget, model = job.budget, checkpoint.model
     most = max(model.units[name] for name in model.names_of("ffn"))
+    step = math.lcm(budget.round_to, *(g.multiple for g in model.groups if g.kind == "ffn"))
     allowed = limits(budget, checkpoint.decoder_parameters)
 
     def kept(width: int) -> dict[str, int]:
@@ -193,7 +195,7 @@ def _widest(job: JobSpec, checkpoint: Checkpoint, kv_groups: int) -> Shape:
                 if group.kind == "attention"
                 else experts
                 if group.kind == "experts"
-                else _share(group.num_units, width, most, budget.round_to)
+                else _share(group.num_units, width, most, step)
             )
             for group in model.groups
         }
@@ -201,13 +203,13 @@ def _widest(job: JobSpec, checkpoint: Checkpoint, kv_groups: int) -> Shape:
     def size(width: int) -> Footprint:
         return _uniform(job, checkpoint, kept(width))
 
-    widths = [most, *range((most - 1) // budget.round_to * budget.round_to, 0, -budget.round_to)]
+    widths = [most, *range((most - 1) // step * step, 0, -step)]
     place = bisect_left(widths, True, key=lambda width: not exceeded(size(width), allowed))
     if place == len(widths):
         changes = ", ".join(exceeded(size(widths[-1]), allowed))
         raise SpecError(
             f"with {kv_groups} KV groups no FFN width of at least budget.round_to"
-            f" ({budget.round_to}) is left; {changes}, or lower budget.round_to or budget.kv_groups"
+            f" ({step}) is left; {changes}, or lower budget.round_to or budget.kv_groups"
         )
     return Shape(kept(widths[place]), **asdict(size(widths[place])))
 

@@ -103,6 +103,8 @@ class Group:
     """Units lie in so many parts, one behind the other, that have to lose alike."""
     fewest: int = 1
     """Units that have to stay."""
+    multiple: int = 1
+    """As many units stay as a multiple of this, unless all do."""
     expert: int | None = None
     """The number of the expert whose channels these are; None: they are of no expert."""
     routed: tuple[int, int] = (1, 1)

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from rayprune.workers.model.description import Group
@@ -122,7 +121,7 @@ def with_own_experts(
     shape = stock.down_proj.shape
     hidden, width = (shape[2], shape[1]) if stock.is_transposed else (shape[1], shape[2])
     gate = Gate(stock)
-    with init_empty_weights(include_buffers=False):
+    with torch.device("meta"):
         experts = [Expert(hidden, width, stock.has_bias, gate) for _ in range(shape[0])]
     own = Experts(experts, range(shape[0]) if numbers is None else numbers)
     layer.set_submodule(group.block.module, own.requires_grad_(False))

@@ -103,5 +103,5 @@ def digest_of(checkpoint: Checkpoint, infos: Mapping[str, TensorInfo]) -> str:
         digest.update(f"{name} {info.dtype} {info.shape}\n".encode())
         with _opened(checkpoint, info.file) as handle:
             values = _found(handle, info)
-            digest.update(values.reshape(-1).view(torch.uint8).numpy().data)
+            digest.update(values.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -220,7 +220,8 @@ class StreamedModel:
         assert group is not None, "it has no experts"
         kept = self._described.units | {group.name: len(units)}
         sizes = changed_config(self._model.config, self.checkpoint.layer_sizes(kept))
-        with init_empty_weights(include_buffers=False), no_init_weights():
+        # of this thread alone: another may be reading the next layer
+        with torch.device("meta"):
             fewer: nn.Module = type(self._layers[index])(sizes, index)
         fewer = with_own_experts(fewer.eval().requires_grad_(False), group, units)
         fewer.load_state_dict(keep_experts(layer.state_dict(), group, units), assign=True)

@@ -1,7 +1,6 @@
 """Choose the units of a group that stay, and correct the weight that reads them."""
 
 from collections.abc import Sequence
-from copy import deepcopy
 from typing import Any
 
 import torch
@@ -76,18 +75,17 @@ class Deciding:
             )[tree]
             for tree in trees
         )
-        errors = training, held_out, deepcopy(training).merge(held_out)
-        scores_E = errors[2].scores(score)
+        whole = training.merge(held_out)
+        scores_E = whole.scores(score)
         units = best_experts(scores_E, num_kept, group.parts)
-        training_error, held_out_error, _ = (found.lost(units.tolist()) for found in errors)
         receipt: Receipt = {
             "kept": num_kept,
             "of": group.num_units,
             "damping": 0.0,
-            "training_error": training_error,
-            "held_out_error": held_out_error,
+            "training_error": training.lost(units.tolist()),
+            "held_out_error": held_out.lost(units.tolist()),
             "units": units.tolist(),
-            "tokens_by_expert": errors[2].tokens_E.tolist(),
+            "tokens_by_expert": whole.tokens_E.tolist(),
             "scores": scores_E.tolist(),
         }
         return Cut(group.name, units, torch.empty(0)), receipt

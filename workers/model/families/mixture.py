@@ -112,7 +112,8 @@ class Mixture(Decoder):
         whole = self._whole_experts(config, shapes, count, active)
         first = f"{self.experts.at}.0."
         channels = _channels("neurons", "expert channels", first, shapes, whole.block)
-        found = (whole, replace(channels, count=count, active=active))
+        channels = replace(channels, count=count, active=active, multiple=MULTIPLE)
+        found = (whole, channels)
         if not self.shared:
             return found
         at, scale = self.shared.at, self.scale(config)
@@ -168,7 +169,7 @@ class Mixture(Decoder):
         if width != dense and width % MULTIPLE:
             raise SpecError(
                 f"{config.model_type} cannot run experts of {width} channels: products of all"
-                f" experts at once want a multiple of {MULTIPLE}; set budget.round_to to one"
+                f" experts at once want a multiple of {MULTIPLE}"
             )
         if self.shared and not self.shared.key:
             times = self.shared.width(config) // dense
@@ -208,6 +209,35 @@ def _channels(name: str, title: str, at: str, shapes: Shapes, block: Block) -> G
         block=block,
         unit_parameters=unit_parameters(shapes, axes, consumer),
     )
+
+
+def packed(
+    at: str,
+    tensors: tuple[str, str],
+    interleaved: bool = False,
+    transposed: bool = False,
+    biases: tuple[str, str] | None = None,
+    others: Mapping[str, str] | None = None,
+) -> Callable[[int], Places]:
+    """Experts that lie in the files as two tensors of all of them, gate with up, and down; and
+    other tensors.
+    """
+
+    def _places(count: int) -> Places:
+        found = {own: Place(name) for own, name in (others or {}).items()}
+        kinds = {"weight": tensors} | ({"bias": biases} if biases else {})
+        for kind, (gate_up, down) in kinds.items():
+            turned = transposed and kind == "weight"
+            for expert in range(count):
+                inside = f"{at}.{expert}."
+                for block, name in enumerate((GATE, UP)):
+                    found[f"{inside}{name}.{kind}"] = Place(
+                        gate_up, expert, block, 2, interleaved, turned
+                    )
+                found[f"{inside}{DOWN}.{kind}"] = Place(down, expert, transposed=turned)
+        return found
+
+    return _places
 
 
 def renamed(

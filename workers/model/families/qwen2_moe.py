@@ -3,9 +3,16 @@
 from rayprune.workers.model.config import Config
 from rayprune.workers.model.families.mixture import Experts, Mixture, Shared
 from rayprune.workers.model.families.parts import QKV
-from rayprune.workers.model.families.qwen2 import slides_above
 
 _SHARED_WIDTH = "shared_expert_intermediate_size"
+
+
+def _slides_below(config: Config, layer: int) -> dict[str, object]:
+    """Below `max_window_layers` every other layer has a sliding window, if windows are used."""
+    most = config.raw.get("max_window_layers", 28)
+    below = isinstance(most, int) and layer < most and layer % 2 == 0
+    slides = config.flag("use_sliding_window") and below
+    return {"layer_types": "sliding_attention" if slides else "full_attention"}
 
 
 def all_sparse(config: Config) -> str | None:
@@ -21,7 +28,7 @@ def all_sparse(config: Config) -> str | None:
 FAMILY = Mixture(
     "Qwen2MoeForCausalLM",
     biased=lambda config: QKV if config.flag("qkv_bias", True) else (),
-    values_of_layer=slides_above,
+    values_of_layer=_slides_below,
     check=all_sparse,
     experts=Experts(count=("num_experts",)),
     shared=Shared(

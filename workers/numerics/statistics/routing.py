@@ -52,11 +52,12 @@ class RoutingStatistic(Travelling):
         self.energies_E[expert] += norms_n.square().sum().cpu()
 
     def merge(self, other: Self) -> Self:
-        """Add the other's sums to this one's."""
-        self.tokens_E += other.tokens_E
-        self.norms_E += other.norms_E
-        self.energies_E += other.energies_E
-        return self
+        """The sums of both."""
+        return type(self)(
+            self.tokens_E + other.tokens_E,
+            self.norms_E + other.norms_E,
+            self.energies_E + other.energies_E,
+        )
 
     def finished(self) -> Self:
         """As it is."""
