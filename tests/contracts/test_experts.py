@@ -18,10 +18,10 @@ from rayprune.workers.model.checkpoint import Checkpoint, open_checkpoint
 from rayprune.workers.model.families import family_named, prunable
 from rayprune.workers.model.families.mixture import Mixture
 from rayprune.workers.network.streamed import whole_model
-from rayprune.workers.steps import deciding
 from rayprune.workers.numerics.correction import Correction
+from rayprune.workers.steps import deciding
 from tests.conftest import MakeJob
-from tests.contracts.test_families import SIZES, SMALL, WINDOWS_BT, generates, logits_of, same
+from tests.contracts.test_families import SIZES, SMALL, generates, logits_of, same
 from tests.helpers import quiet, some
 from tests.models import build_model
 
@@ -43,7 +43,6 @@ def stock(folder: Path) -> Any:
 def test_experts_one_by_one_are_the_stock_ones(folder: Path) -> None:
     checkpoint = open_checkpoint(folder)
     found, expected = logits_of(whole_model(checkpoint).eval()), logits_of(stock(folder))
-    print("BITS", folder, torch.equal(found, expected))
     same(found, expected, 1e-6)
 
 
@@ -57,7 +56,10 @@ class _Never(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func is nn.functional.linear and (gone := self._gone.get(args[1].data_ptr())) is not None:
+        if (
+            func is nn.functional.linear
+            and (gone := self._gone.get(args[1].data_ptr())) is not None
+        ):
             result = result.index_fill(-1, gone, -1e9)
         return result
 
@@ -110,7 +112,7 @@ def test_a_model_of_fewer_experts_is_the_dense_one_that_never_chooses_the_others
     assert sum(p.numel() for p in network.parameters()) == report.parameters.after
     dense, model = whole_model(checkpoint).eval(), checkpoint.model
     handles = []
-    for layer, groups in enumerate(layers):
+    for layer in range(len(layers)):
         manifest = json.loads((out / f"tasks/layer-{layer:04d}/manifest.json").read_text())
         for name, units_kept in manifest["info"]["kept"].items():
             member = model.members[name]

@@ -208,7 +208,7 @@ def test_drift_is_measured_where_blocks_are_added_as_they_are(
     """
     if dense.checkpoint.model.experts:
         job = make_job(dense.folder, correction={"drift": 0.5})
-        with pytest.raises(SpecError, match="correction.drift: set it to 0"):
+        with pytest.raises(SpecError, match="drift: set it to 0"):
             run_job(load_job(job), tmp_path / "run", lambda event: None)
         return
     scales = [group.block.scale for group in dense.groups.values()]

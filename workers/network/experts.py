@@ -8,13 +8,14 @@ tokens, D hidden, k experts of a token, n tokens of one expert, F channels of an
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rayprune.workers.model.description import Group
+
 
 @dataclass(frozen=True)
 class Routing:
@@ -28,8 +29,13 @@ class Routing:
 
     def of(self, place: int) -> tuple[Tensor, Tensor]:
         """The numbers of the tokens of one expert, and its weights for them (n)."""
-        chosen_n, tokens_n = torch.where(self.experts_Tk.T == place)
+        chosen_n, tokens_n = torch.where(place == self.experts_Tk.T)
         return tokens_n, self.weights_Tk[tokens_n, chosen_n]
+
+    def with_shares(self) -> "Routing":
+        """The same with weights that sum to 1 for every token."""
+        shares_Tk = self.weights_Tk / self.weights_Tk.sum(1, keepdim=True)
+        return replace(self, weights_Tk=shares_Tk)
 
 
 class Gate:

@@ -138,16 +138,12 @@ def experts_of(layer: nn.Module, group: Group) -> Experts:
 
 
 @torch.inference_mode()
-def routed(
-    layer: nn.Module, index: int, batch: MicroBatch, groups: Mapping[str, Group]
-) -> Routing:
+def routed(layer: nn.Module, index: int, batch: MicroBatch, groups: Mapping[str, Group]) -> Routing:
     """What a layer's experts are given; the layer runs up to there, once."""
     group = groups["experts"]
     numbers = experts_of(layer, group).numbers
     if batch.routing is None or batch.routing.numbers != numbers:
-        hidden_TD, experts_Tk, weights_Tk = _caught(
-            layer, index, batch, groups, group.block.module
-        )
+        hidden_TD, experts_Tk, weights_Tk = _caught(layer, index, batch, groups, group.block.module)
         batch.routing = Routing(batch.store(hidden_TD), experts_Tk, weights_Tk, numbers)
     return replace(batch.routing, hidden_TD=batch.routing.hidden_TD.to(_device(layer)))
 
@@ -232,11 +228,12 @@ def weigh_experts(
 ) -> None:
     """Add what a layer's experts give for a micro-batch to a statistic."""
     routing = routed(layer, index, batch, groups)
-    experts = experts_of(layer, groups["experts"])
+    experts, shares = experts_of(layer, groups["experts"]), routing.with_shares()
     for place, number in enumerate(experts.numbers):
-        tokens_n, weights_n = routing.of(place)
+        (tokens_n, weights_n), (_, shares_n) = routing.of(place), shares.of(place)
         if len(tokens_n):
-            statistic.update(number, experts[place](routing.hidden_TD[tokens_n]), weights_n)
+            output_nD = experts[place](routing.hidden_TD[tokens_n])
+            statistic.update(number, output_nD, weights_n, shares_n)
 
 
 @torch.inference_mode()

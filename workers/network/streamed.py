@@ -44,8 +44,8 @@ class MicroBatch:
 
     `hidden_BTD` is the input of the current layer, `arguments[i]` what layer i gets besides. Of the
     current layer: `inputs[group]` is a consumer's input (a cache), `routing` what its experts are
-    given (a cache), `outputs[block]` the output that stands in for a block. `store` puts hidden states and outputs where they wait: it returns them,
-    or their copy elsewhere.
+    given (a cache), `outputs[block]` the output that stands in for a block. `store` puts hidden
+    states and outputs where they wait: it returns them, or their copy elsewhere.
     """
 
     hidden_BTD: Tensor

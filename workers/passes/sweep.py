@@ -334,7 +334,11 @@ class Sweep:
 
 
 def check_finite(
-    statistic: Statistic | RoutingStatistic, model: StreamedModel, layer: int, group: Group, where: str = ""
+    statistic: Statistic | RoutingStatistic,
+    model: StreamedModel,
+    layer: int,
+    group: Group,
+    where: str = "",
 ) -> None:
     """Check what a group's consumer was given.
 

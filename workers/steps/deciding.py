@@ -12,12 +12,7 @@ from rayprune.workers.network.slicing import Cut
 from rayprune.workers.numerics.correction import NOT_CORRECTED, Correction, correct
 from rayprune.workers.numerics.linalg import unit_rows
 from rayprune.workers.numerics.methods import select
-from rayprune.workers.numerics.statistics import (
-    RoutingStatistic,
-    Statistic,
-    best_experts,
-    restored,
-)
+from rayprune.workers.numerics.statistics import RoutingStatistic, Statistic, best_experts, restored
 from rayprune.workers.passes.stream import Fits
 from rayprune.workers.passes.sweep import Parts, Routes, check_computed_on
 from rayprune.workers.steps.step import Receipt

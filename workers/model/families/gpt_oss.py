@@ -1,4 +1,4 @@
-"""gpt-oss: experts packed with biases, sinks in the attention, sliding windows in every other layer.
+"""gpt-oss: experts packed with biases, sinks in the attention, windows in every other layer.
 
 Published in MXFP4, which is refused: it is saved in a floating-point type first.
 """

@@ -9,9 +9,7 @@ FAMILY = Mixture(
     "PhimoeForCausalLM",
     norm_tensors=WITH_BIAS,
     biased=biased_by(attention_bias="self_attn."),
-    varies=lambda config: (
-        {"head_bias": "lm_head.bias"} if config.flag("lm_head_bias") else {}
-    ),
+    varies=lambda config: {"head_bias": "lm_head.bias"} if config.flag("lm_head_bias") else {},
     experts=Experts(
         width="intermediate_size",
         router=("mlp.router.weight",),

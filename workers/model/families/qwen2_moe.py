@@ -1,4 +1,4 @@
-"""Qwen2-MoE (Qwen1.5-MoE too): Qwen2's attention, experts in every layer, a gated FFN beside them."""
+"""Qwen2-MoE (Qwen1.5-MoE too): Qwen2's attention, experts in every layer, an FFN beside them."""
 
 from rayprune.workers.model.config import Config
 from rayprune.workers.model.families.mixture import Experts, Mixture, Shared

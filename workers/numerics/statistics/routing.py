@@ -18,8 +18,9 @@ from rayprune.workers.numerics.statistics.protocol import State, Travelling
 
 @dataclass
 class RoutingStatistic(Travelling):
-    """Of every expert its tokens, and over them the sums of p |f(x)| and of its square: p is the
-    router's weight, f the expert's output. fp64, on the host.
+    """Of every expert its tokens, and over them the sums of s |f(x)| and of (p |f(x)|)^2: p is the
+    router's weight of the expert, s its share of the token's weights, f(x) the expert's output.
+    fp64, on the host.
     """
 
     tokens_E: Tensor
@@ -44,12 +45,12 @@ class RoutingStatistic(Travelling):
             from_array(state["energies"], WIDE).clone(),
         )
 
-    def update(self, expert: int, output_nD: Tensor, weights_n: Tensor) -> None:
+    def update(self, expert: int, output_nD: Tensor, weights_n: Tensor, shares_n: Tensor) -> None:
         """Add what one expert gave for the tokens of a micro-batch."""
-        norms_n = torch.linalg.vector_norm(output_nD, dim=1, dtype=WIDE) * weights_n.to(WIDE).abs()
+        norms_n = torch.linalg.vector_norm(output_nD, dim=1, dtype=WIDE)
         self.tokens_E[expert] += len(norms_n)
-        self.norms_E[expert] += norms_n.sum().cpu()
-        self.energies_E[expert] += norms_n.square().sum().cpu()
+        self.norms_E[expert] += (norms_n * shares_n.to(WIDE)).sum().cpu()
+        self.energies_E[expert] += (norms_n * weights_n.to(WIDE)).square().sum().cpu()
 
     def merge(self, other: Self) -> Self:
         """The sums of both."""
@@ -78,8 +79,9 @@ class RoutingStatistic(Travelling):
     def scores(self, score: Literal["reap", "frequency"]) -> Tensor:
         """What an expert is worth (E).
 
-        `reap` is the mean of p |f(x)| over the tokens that are routed to the expert
-        (Router-weighted Expert Activation Pruning, arXiv 2510.13999); of no tokens 0. `frequency`
+        `reap` is the mean of s |f(x)| over the tokens that are routed to the expert
+        (Router-weighted Expert Activation Pruning, arXiv 2510.13999, with weights that sum to 1 for
+        every token, as in its released code); of no tokens 0. `frequency`
         is the number of those tokens.
         """
         if score == "frequency":
