@@ -85,7 +85,8 @@ class Workbench:
         store = self.spill(self.memory.spill_hidden).store
         model = StreamedModel(self.checkpoint, self.dtype, self.device, store)
         if self.device.type == "cuda" and self.dtype.itemsize == 2 and (fast := kernels()):
-            for width in {group.width for group in self.groups.values()}:
+            channels = [group for group in self.groups.values() if group.kind != "experts"]
+            for width in {group.width for group in channels}:
                 fast.prepare(width, self.dtype, self.device)
         return model
 
