@@ -22,8 +22,8 @@ from rayprune.orchestrator.planning.workload import (
     in_rows,
 )
 from rayprune.specs.memory import MemoryPlan
-from rayprune.workers.machine.blocks import CONVERTED_BYTES, PROBED_EXPERTS
-from rayprune.workers.model.description import Group
+from rayprune.workers.machine.blocks import CONVERTED_BYTES
+from rayprune.workers.model.description import PROBED_EXPERTS, Group
 
 Kinds = dict[str, int]
 """Bytes by kind."""

@@ -7,7 +7,6 @@ from rayprune.orchestrator.planning.shapes import Shape
 from rayprune.orchestrator.stages.allocate import allocate
 from rayprune.orchestrator.stages.context import Context
 from rayprune.orchestrator.stages.subject import Subject
-from rayprune.workers.machine.blocks import PROBED_EXPERTS
 from rayprune.workers.store.files import Task, commit
 from rayprune.workers.store.layout import SHAPE_TASK
 from rayprune.workers.store.shards import even_parts
@@ -67,7 +66,7 @@ def _probe_layer(context: Context, subject: Subject, layer: int) -> list[float]:
     experts the mean of some. Which experts go is the same in all shapes.
     """
     plan, groups = subject.plan, subject.model.checkpoint.model.groups
-    looked_at = {g.name: [m.name for m in g.some_members(PROBED_EXPERTS)] for g in groups}
+    looked_at = {g.name: [m.name for m in g.probed] for g in groups}
     executor, samples = context.executor, context.job.budget.probe_samples
     held_out = max(1, samples // 4)
     collected = [

@@ -15,20 +15,16 @@ from transformers import AutoModelForCausalLM
 from rayprune.orchestrator.run import run_job
 from rayprune.specs.loader import load_job
 from rayprune.workers.model.checkpoint import Checkpoint, open_checkpoint
-from rayprune.workers.model.families import family_named, prunable
-from rayprune.workers.model.families.mixture import Mixture
 from rayprune.workers.network.streamed import whole_model
 from rayprune.workers.numerics.correction import Correction
 from rayprune.workers.steps import deciding
 from tests.conftest import MakeJob
 from tests.contracts.test_families import SIZES, SMALL, generates, logits_of, same
-from tests.helpers import quiet, some
+from tests.helpers import mixtures, quiet, some
 from tests.models import build_model
 
-MIXTURES = [name for name in prunable() if isinstance(family_named(name), Mixture)]
 
-
-@pytest.fixture(scope="module", params=some(MIXTURES, "qwen3_moe", "gpt_oss"))
+@pytest.fixture(scope="module", params=some(mixtures(), "qwen3_moe", "gpt_oss"))
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     name: str = request.param
     return build_model(tmp_path_factory.mktemp(name) / "dense", name, **SIZES)

@@ -116,6 +116,7 @@ def test_experts_that_saw_few_tokens_are_told_and_cut_plainly(
     ]
     assert len(groups) == 12
     assert any(f"{len(groups)} of 12 experts saw fewer than 10" in w for w in report.warnings)
+    assert "<h2>Experts</h2>" in report.page.read_text()
     unseen = [group for group in groups if group.tokens == 0 or group.held_out_error == 0]
     assert all(group.damping == 1e6 for group in unseen)
     manifest = json.loads((run / "tasks/layer-0000/manifest.json").read_text())

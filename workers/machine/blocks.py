@@ -23,5 +23,3 @@ CONVERTED_BYTES = 64 * 2**20
 """Of a mapped weight matrix, so much at most is converted to the type of the forward passes at a
 time.
 """
-PROBED_EXPERTS = 4
-"""Experts of a layer, evenly spaced, at which output errors are predicted."""

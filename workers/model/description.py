@@ -17,6 +17,8 @@ from rayprune.workers.model.places import Place
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
 Kind = Literal["attention", "ffn", "experts"]
+PROBED_EXPERTS = 4
+"""Experts of a layer at which output errors are predicted."""
 
 
 @dataclass(frozen=True)
@@ -131,9 +133,12 @@ class Group:
             routed=(self.active, self.count),
         )
 
-    def some_members(self, most: int) -> "tuple[Group, ...]":
-        """At most so many of the members, evenly spaced."""
-        count = min(most, self.count)
+    @property
+    def probed(self) -> "tuple[Group, ...]":
+        """The members at which output errors are predicted: all, or of experts some, evenly
+        spaced.
+        """
+        count = min(PROBED_EXPERTS, self.count)
         return tuple(self.members[number * self.count // count] for number in range(count))
 
     def numbered(self, expert: int) -> "Group":

@@ -29,7 +29,7 @@ class Routing:
 
     def of(self, place: int) -> tuple[Tensor, Tensor]:
         """The numbers of the tokens of one expert, and its weights for them (n)."""
-        chosen_n, tokens_n = torch.where(place == self.experts_Tk.T)
+        chosen_n, tokens_n = torch.where(self.experts_Tk.T.eq(place))
         return tokens_n, self.weights_Tk[tokens_n, chosen_n]
 
     def with_shares(self) -> "Routing":

@@ -300,7 +300,7 @@ def _routing_noted(layer: nn.Module, groups: Mapping[str, Group]) -> Iterator[li
     noted: list[Routing] = []
 
     def note(module: Any, args: Any) -> None:
-        noted.append(Routing(*args, numbers=module.numbers))
+        noted.append(Routing(args[0], args[1], args[2], module.numbers))
 
     modules = {layer.get_submodule(g.block.module) for g in groups.values()}
     with hooked([module.register_forward_pre_hook(note) for module in modules]):

@@ -8,9 +8,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from rayprune.specs.job import FEW_TOKENS, CorrectionSpec
+from rayprune.workers.model.description import Group
 from rayprune.workers.network.slicing import Cut
 from rayprune.workers.numerics.correction import NOT_CORRECTED, Correction, correct
-from rayprune.workers.numerics.linalg import unit_rows
+from rayprune.workers.numerics.linalg import column_norms, unit_rows
 from rayprune.workers.numerics.methods import select
 from rayprune.workers.numerics.statistics import RoutingStatistic, Statistic, best_experts, restored
 from rayprune.workers.passes.stream import Fits
@@ -119,20 +120,22 @@ class Deciding:
         self, layer: int, name: str, num_kept: int, fits: Fits, units: Tensor | None = None
     ) -> tuple[Cut, Correction]:
         """The units that stay (selected, unless given) and the corrected weight that reads them."""
+        group = self._bench.groups[name]
+        weight_DF = self._bench.consumer_weight(layer, group)
+        dtype = self._bench.disk_dtype(weight_DF)
+        if group.expert is not None and not fits[0].num_tokens:
+            return _plain_cut(name, num_kept, weight_DF, dtype)
         units = self.select(layer, name, num_kept, fits[0]) if units is None else units
-        weight_DF = self._bench.consumer_weight(layer, self._bench.groups[name])
-        columns_K = unit_rows(units, self._bench.groups[name].columns).to(self._bench.device)
-        options = self._damped_for(name, fits)
-        correction = correct(
-            *fits, weight_DF, columns_K, options, self._bench.disk_dtype(weight_DF)
-        )
+        columns_K = unit_rows(units, group.columns).to(self._bench.device)
+        options = self._damped_for(group, fits)
+        correction = correct(*fits, weight_DF, columns_K, options, dtype)
         return Cut(name, units, correction.weight_DK), correction
 
-    def _damped_for(self, name: str, fits: Fits) -> CorrectionSpec:
+    def _damped_for(self, group: Group, fits: Fits) -> CorrectionSpec:
         """How a group is corrected. Of an expert that has seen few tokens held-out ones may also
         say that it is not, which they do where there are none.
         """
-        group, options = self._bench.groups[name], self._job.correction
+        options = self._job.correction
         tokens = fits[0].num_tokens + fits[1].num_tokens
         enough = group.expert is None or tokens >= FEW_TOKENS * group.num_units
         if enough or options.damping != "held-out":
@@ -152,3 +155,13 @@ class Deciding:
         with safe_open(folder / GRADIENTS_FILE, framework="pt") as handle:
             row_1F: Tensor = handle.get_slice(name)[layer : layer + 1]
         return row_1F.to(self._bench.device)
+
+
+def _plain_cut(
+    name: str, num_kept: int, weight_DF: Tensor, dtype: torch.dtype
+) -> tuple[Cut, Correction]:
+    """Of an expert that no token has reached: the units with the largest columns, as they are."""
+    order = torch.argsort(column_norms(weight_DF), descending=True, stable=True)
+    units = order[:num_kept].sort().values
+    weight_DK = weight_DF[:, units].to(dtype).contiguous()
+    return Cut(name, units.cpu(), weight_DK), Correction(weight_DK, NOT_CORRECTED, 0.0, 0.0)

@@ -4,7 +4,6 @@ from functools import partial
 
 from torch import Tensor
 
-from rayprune.workers.machine.blocks import PROBED_EXPERTS
 from rayprune.workers.model.description import Group
 from rayprune.workers.network import layers
 from rayprune.workers.network.streamed import MicroBatch
@@ -28,7 +27,7 @@ class Probing:
     def _groups(self) -> dict[str, Group]:
         """What is looked at: every group, and some of the experts."""
         groups = [group for group in self._bench.checkpoint.model.groups if group.kind != "experts"]
-        some = [member for group in groups for member in group.some_members(PROBED_EXPERTS)]
+        some = [member for group in groups for member in group.probed]
         return {member.name: member for member in some}
 
     def drop(self) -> None:
