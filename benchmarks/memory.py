@@ -4,7 +4,8 @@ per layer grow?
     python -m benchmarks.memory llama-2-7b --models /data/models --runs /data/runs python -m
     benchmarks.memory llama-3-70b --layers 2 --models /data/models --runs /data/runs python -m
     benchmarks.memory llama-2-7b --layers 2 --kv-groups 28 --method dress --models /data/models
-    --runs /data/runs
+    --runs /data/runs python -m benchmarks.memory qwen3-30b-a3b --layers 2 --experts 24 --sparsity
+    0.4 --models /data/models --runs /data/runs
 
 Random weights (`benchmarks.random_model`), 4 x 512 calibration tokens, 20%, two Ray workers of 5
 GiB and one thread each. `dress` trains every layer alone, one window at a time. A run that was
@@ -43,7 +44,11 @@ def job(model: Path, options: argparse.Namespace) -> dict[str, Any]:
     return {
         "model": {"path": str(model)},
         "calibration": {"path": str(text), "samples": 4, "sequence_length": 512, "shards": 4},
-        "budget": {"sparsity": 0.2, "kv_groups": options.kv_groups or "auto"},
+        "budget": {
+            "sparsity": options.sparsity,
+            "kv_groups": options.kv_groups or "auto",
+            "experts": options.experts,
+        },
         "parallel": {"workers": 2, "placement": options.placement, "micro_batch": 1},
         "memory": {"worker": options.budget},
         "method": METHODS[options.method],
@@ -110,7 +115,11 @@ def main() -> None:
     parser.add_argument(
         "--kv-groups", type=int, help="KV groups that stay; default: found by the probe"
     )
+    parser.add_argument("--experts", type=int, help="experts that stay; default: all")
+    parser.add_argument("--sparsity", type=float, default=0.2)
     options = parser.parse_args()
+    if "model_type" in SHAPES[options.shape]:  # a mixture of experts
+        options.placement = options.placement or "shards"
     options.placement = options.placement or ("layers" if options.method == "stat" else "shards")
     name = f"{options.shape}-{options.layers or SHAPES[options.shape]['num_hidden_layers']}-layers"
     model, run = (

@@ -19,6 +19,10 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
+from rayprune.workers.model.config import Config
+from rayprune.workers.model.families import family_named
+from rayprune.workers.model.places import as_stored
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
@@ -68,6 +72,38 @@ SHAPES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 8192,
         "rope_theta": 500000.0,
     },
+    # 32 of its 128 experts
+    "qwen3-30b-a3b": {
+        "model_type": "qwen3_moe",
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "vocab_size": 32000,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_experts": 32,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "max_position_embeddings": 4096,
+    },
+    "gpt-oss-20b": {
+        "model_type": "gpt_oss",
+        "architectures": ["GptOssForCausalLM"],
+        "attention_bias": True,
+        "vocab_size": 32000,
+        "hidden_size": 2880,
+        "intermediate_size": 2880,
+        "num_local_experts": 32,
+        "num_experts_per_tok": 4,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "max_position_embeddings": 4096,
+    },
     "tiny": SIZES | {"hidden_size": 64, "intermediate_size": 384, "head_dim": 16},
 }
 """By name; `tiny` only shows that a benchmark runs."""
@@ -102,6 +138,8 @@ def layer_tensors(config: dict[str, Any], layer: int, seed: int = 0) -> dict[str
     """One decoder layer, from the seed and its number alone; norm weights differ, so that channels
     do.
     """
+    if config["model_type"] != "llama":
+        return _described_layer(config, layer, _generator(seed, 1 + layer))
     hidden, width = config["hidden_size"], config["intermediate_size"]
     keys = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
     shapes = {
@@ -119,6 +157,22 @@ def layer_tensors(config: dict[str, Any], layer: int, seed: int = 0) -> dict[str
         for name in ("input", "post_attention")
     }
     return {f"model.layers.{layer}.{name}.weight": tensor for name, tensor in tensors.items()}
+
+
+def _described_layer(
+    config: dict[str, Any], layer: int, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """One layer of any family, by its description."""
+    model = family_named(config["model_type"]).describe(Config(config))
+    described = model.layers[layer]
+    tensors = {
+        name: _random(generator, *shape)
+        if len(shape) > 1
+        else (torch.rand(shape, generator=generator) + 0.5 * ("norm" in name)).bfloat16()
+        for name, shape in described.shapes.items()
+    }
+    stored = as_stored(tensors, described.places)
+    return {model.prefix(layer) + name: tensor for name, tensor in stored.items()}
 
 
 def outer_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, Tensor]:
@@ -163,7 +217,7 @@ def write_model(
     parts: list[int | None] = [None, *range(num_layers)]  # the largest first
     write = partial(_write_part, config, seed=seed, out=out)
     if processes is None:
-        is_small = num_parameters(config)[0] < _SMALL
+        is_small = config["vocab_size"] * config["hidden_size"] < _SMALL
         processes = 1 if is_small else min(os.cpu_count() or 1, len(parts))
     if processes == 1:
         written = [write(part) for part in parts]

@@ -208,6 +208,12 @@ class BudgetSpec(Section):
     """KV groups that stay in every layer; `auto`: chosen against the FFN width by predicted output
     error.
     """
+    experts: Annotated[int, Field(ge=1)] | None = None
+    """Experts that stay in every layer of a mixture of experts; null: all."""
+    expert_score: Literal["reap", "frequency"] = "reap"
+    """Which experts stay: those that add most to the tokens they get (`reap`), or get most tokens
+    (`frequency`).
+    """
     probe_samples: int = Field(default=4, ge=2, le=4096)
     """Calibration windows used to predict output errors when `kv_groups` is `auto`."""
     probe_layers: int = Field(default=5, ge=1, le=4096)
@@ -219,6 +225,12 @@ class BudgetSpec(Section):
             raise ValueError(
                 "latency_ms needs latency_table: write one with `rayprune latency MODEL > FILE`"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _experts_are_scored(self) -> Self:
+        if self.experts is None and self.expert_score != "reap":
+            raise ValueError("expert_score needs experts: how many stay; set it, or leave both out")
         return self
 
     @model_validator(mode="after")
@@ -243,6 +255,12 @@ class BudgetSpec(Section):
         if isinstance(options, Mapping) and options.get("per_layer") is True:
             options = {"allocation": "curves", **options}
         return options
+
+
+FEW_TOKENS = 10
+"""Calibration tokens per FFN channel below which corrections overfit, measured on SmolLM2-135M
+(docs/methods/stat.md).
+"""
 
 
 class CorrectionSpec(Section):

@@ -11,6 +11,7 @@ from rayprune.workers.machine.scratch import Scratch
 from rayprune.workers.model.config import Config
 from rayprune.workers.model.families import family_named, prunable
 from rayprune.workers.model.families.decoder import Decoder
+from rayprune.workers.model.families.mixture import Mixture
 
 SCRATCH = Scratch(torch.device("cpu"), None)
 """Plain memory on the CPU."""
@@ -25,6 +26,11 @@ def some(values: Iterable[Any], *quick: Any) -> list[Any]:
     return [
         pytest.param(value, marks=[] if value in quick else pytest.mark.slow) for value in values
     ]
+
+
+def mixtures() -> list[str]:
+    """Families with experts."""
+    return [name for name in prunable() if isinstance(family_named(name), Mixture)]
 
 
 OF_EACH_KIND = ("llama", "gemma2", "gpt2", "gpt_neox", "falcon", "opt", "bloom")

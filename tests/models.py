@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from benchmarks.random_model import SIZES, byte_tokenizer
 from rayprune.workers.model.families import family_named
 from rayprune.workers.model.families.decoder import Decoder
+from rayprune.workers.model.families.mixture import Mixture
 from rayprune.workers.model.families.parts import Keys
 
 torch.set_num_threads(1)
@@ -43,6 +44,7 @@ WORKED_OUT: dict[str, dict[str, Callable[[dict[str, Any]], Any]]] = {
             [[["global", "local"][n % 2] for n in range(given["num_hidden_layers"])], 1]
         ]
     },
+    "olmoe": {"head_dim": lambda given: given["hidden_size"] // given["num_attention_heads"]},
     "helium": {"head_dim": lambda given: given["hidden_size"] // given["num_attention_heads"]},
 }
 """Keys that must fit others."""
@@ -61,6 +63,12 @@ def raw_config(model_type: str, **changes: Any) -> dict[str, Any]:
     if isinstance(family, Decoder):
         own = {getattr(Keys, key.name): getattr(family.keys, key.name) for key in fields(Keys)}
         given = {own.get(key, key): value for key, value in given.items()}
+    if isinstance(family, Mixture):
+        experts = family.experts
+        own = {experts.count[0]: 4, experts.active: 2, experts.width: given["intermediate_size"]}
+        if family.shared and family.shared.key:
+            own[family.shared.key] = given["intermediate_size"]
+        given |= {key: value for key, value in own.items() if key not in changes}
     return {"model_type": model_type} | {key: v for key, v in given.items() if key is not None}
 
 

@@ -2,6 +2,7 @@
 large tensors.
 """
 
+import math
 from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
@@ -56,8 +57,8 @@ class Workbench:
 
     @cached_property
     def groups(self) -> dict[str, Group]:
-        """Its coupled groups, by name."""
-        return {group.name: group for group in self.checkpoint.model.groups}
+        """Its coupled groups, by name; of experts that of each."""
+        return self.checkpoint.model.members
 
     @property
     def dtype(self) -> torch.dtype:
@@ -84,7 +85,8 @@ class Workbench:
         store = self.spill(self.memory.spill_hidden).store
         model = StreamedModel(self.checkpoint, self.dtype, self.device, store)
         if self.device.type == "cuda" and self.dtype.itemsize == 2 and (fast := kernels()):
-            for width in {group.width for group in self.groups.values()}:
+            channels = [group for group in self.groups.values() if group.kind != "experts"]
+            for width in {group.width for group in channels}:
                 fast.prepare(width, self.dtype, self.device)
         return model
 
@@ -103,11 +105,14 @@ class Workbench:
         """
         return self.spill(self.memory.spill_statistics and self.device.type == "cpu")
 
-    def statistic(self, num_windows: int, width: int, drift_width: int = 0) -> Statistic:
-        """The statistic of no tokens, of the kind for so many windows."""
+    def statistic(self, num_windows: int, group: Group, drift_width: int = 0) -> Statistic:
+        """The statistic of no tokens of a group, of the kind for so many windows."""
         num_tokens = num_windows * self.job.calibration.sequence_length
-        return statistic_type(self.job.method.needs_rows, num_tokens, width).empty(
-            width, self.scratch, drift_width
+        if group.expert is not None:
+            active, count = group.routed
+            num_tokens = math.ceil(num_tokens * active / (self.job.budget.experts or count))
+        return statistic_type(self.job.method.needs_rows, num_tokens, group.width).empty(
+            group.width, self.scratch, drift_width
         )
 
     def shards(self) -> list[list[Tensor]]:

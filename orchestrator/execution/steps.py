@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rayprune.workers.network.slicing import Cut
     from rayprune.workers.passes.divergence import Kept
     from rayprune.workers.passes.stream import Saved, Wanted
-    from rayprune.workers.passes.sweep import Parts
+    from rayprune.workers.passes.sweep import Parts, Routes
     from rayprune.workers.steps.measuring import SquaresArrays
     from rayprune.workers.store.files import FileRecord, Task
     from rayprune.workers.store.training_stage import Removed
@@ -116,6 +116,14 @@ class Steps:
     ) -> Call[Parts]:
         """`Sweeping.collect`."""
         return self._submit("collect", layer, group, owned, *cuts)
+
+    def route(self, layer: int, owned: tuple[int, int], *cuts: Handle[Cut]) -> Call[Routes]:
+        """`Sweeping.route`."""
+        return self._submit("route", layer, owned, *cuts)
+
+    def keep_experts(self, num_kept: int, *parts: Handle[Routes]) -> Call[Cut]:
+        """`Sweeping.keep_experts`."""
+        return self._submit("keep_experts", num_kept, *parts)
 
     def advance(self, layer: int, owned: tuple[int, int], *cuts: Handle[Cut]) -> Call[None]:
         """`Sweeping.advance`."""

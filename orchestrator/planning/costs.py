@@ -101,9 +101,11 @@ def _layer_cost(load: Workload, choice: MemoryPlan, kind: LayerKind) -> LayerCos
         input_bytes=sum(
             load.tokens * group.active * group.width * load.element_bytes for group in groups
         ),
-        statistics_bytes=sum(statistics_bytes(load, group) for group in groups),
+        statistics_bytes=sum(load.blocks(g) * statistics_bytes(load, g) for g in groups),
         decision_bytes=max((factorisation_bytes(load, group) for group in groups), default=0),
-        forward_flops=_forward_passes(load, choice) * forward_flops(load, kind),
+        forward_flops=(
+            _forward_passes(load, choice) * forward_flops(load, kind) + experts_flops(load, kind)
+        ),
         statistics_flops=sum(statistics_flops(load, group) for group in groups),
         selection_flops=(
             sum(selection_flops(load, group) for group in load.pruned(kind)) if load.selects else 0
@@ -131,6 +133,18 @@ def forward_flops(load: Workload, kind: LayerKind) -> int:
     return load.tokens * (2 * kind.active_parameters + load.sequence_length * kind.attention_width)
 
 
+def experts_flops(load: Workload, kind: LayerKind) -> int:
+    """What experts compute besides: all of it before some are chosen, gate and up for statistics
+    and for the cut.
+    """
+    if load.placement == "layers" or load.experts is None:
+        return 0
+    width = sum(group.active * group.width for group in kind.groups if group.count > 1)
+    matrices = 3 * any(group.kind == "experts" for group in load.pruned(kind))
+    matrices += 4 * any(group.count > 1 for group in load.pruned(kind))
+    return load.tokens * 2 * matrices * width * load.hidden
+
+
 def statistics_flops(load: Workload, group: Group) -> int:
     """T F^2, half of the product, for the blocks a token passes through; rows cost nothing, their R
     factor 2 T F^2.
@@ -149,7 +163,7 @@ def statistics_flops(load: Workload, group: Group) -> int:
 
 def selection_flops(load: Workload, group: Group) -> int:
     """Ranking the units, for every block: `MethodOptions.ranking_flops`."""
-    return group.count * load.ranking.ranking_flops(ranked_group(load, group))
+    return load.blocks(group) * load.ranking.ranking_flops(ranked_group(load, group))
 
 
 def correction_flops(load: Workload, group: Group) -> int:
@@ -160,7 +174,7 @@ def correction_flops(load: Workload, group: Group) -> int:
     if in_rows(load, group):
         width = group.width + load.columns(group)
         size = 2 * factorised_rows(load, group) * width * load.hidden
-    return solving_flops(load, group) + group.count * energies * size
+    return solving_flops(load, group) + load.blocks(group) * energies * size
 
 
 def solving_flops(load: Workload, group: Group) -> int:
@@ -169,10 +183,10 @@ def solving_flops(load: Workload, group: Group) -> int:
     """
     kept, fits, rows = load.columns(group), load.num_candidates + 1, factorised_rows(load, group)
     if not in_rows(load, group):
-        return group.count * fits * (kept**3 // 3 + 2 * kept**2 * load.hidden)
+        return load.blocks(group) * fits * (kept**3 // 3 + 2 * kept**2 * load.hidden)
     small, large = sorted((rows, kept))
     once = 4 * large * small**2
-    return group.count * (once + fits * (6 * small**3 + 3 * small**2 * load.hidden))
+    return load.blocks(group) * (once + fits * (6 * small**3 + 3 * small**2 * load.hidden))
 
 
 @dataclass(frozen=True)
@@ -244,7 +258,7 @@ def gradient_states_bytes(load: Workload) -> int:
 def spilled_statistics_bytes(load: Workload, choice: MemoryPlan) -> int:
     """Statistics in files, written once and read once."""
     sizes = (
-        kind.num_layers * statistics_bytes(load, group)
+        kind.num_layers * load.blocks(group) * statistics_bytes(load, group)
         for kind in load.kinds
         for group in load.decided(kind)
     )

@@ -10,7 +10,7 @@ from rayprune.specs.job import BudgetSpec, ExportSpec, JobSpec
 from rayprune.specs.latency import load_latency
 from rayprune.workers.model.checkpoint import Checkpoint
 from rayprune.workers.model.config import DTYPES
-from rayprune.workers.model.description import Shapes
+from rayprune.workers.model.description import Group, Shapes
 from rayprune.workers.model.folder import PLANNED_BYTES, TensorInfo
 from rayprune.workers.model.form import AS_IT_IS, Form
 
@@ -73,9 +73,11 @@ def layer_footprint(
         return Footprint(0, 0, 0, 0, 0)
     export, table, dense = job.export, job.budget.latency_table, checkpoint.model.layers[0]
     infos = checkpoint.layer_tensors(0)
-    layer = _sizes(form.layer_shapes(dense.cut_shapes(kept)), infos, export)
+    cut = dense.cut_shapes(kept)
+    layer = _sizes(form.layer_shapes(cut), infos, export)
     parameters = sum(math.prod(shape) for shape, _ in layer.values())
     matrices = sum(math.prod(shape) for shape, _ in layer.values() if len(shape) == 2)
+    matrices -= sum(_idle(group, cut) for group in dense.groups if group.count > 1)
     cached = sum(
         kept[group.name] * group.cached * _element_bytes(infos[group.axes[0].tensor], export)
         for group in dense.groups
@@ -83,6 +85,17 @@ def layer_footprint(
     )
     milliseconds = load_latency(table).layer(kept) if table else 0.0
     return Footprint(parameters, parameters, _num_bytes(layer), 2 * matrices, cached, milliseconds)
+
+
+def _idle(group: Group, shapes: Shapes) -> int:
+    """Numbers in matrices of the experts that a token does not pass through."""
+    passed = tuple(f"{group.block.module}.{expert}." for expert in range(group.active))
+    inside = {n: s for n, s in shapes.items() if n.startswith(f"{group.block.module}.")}
+    return sum(
+        math.prod(shape)
+        for name, shape in inside.items()
+        if len(shape) == 2 and not name.startswith(passed)
+    )
 
 
 Sizes = dict[str, tuple[tuple[int, ...], int]]

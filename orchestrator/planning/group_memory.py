@@ -23,20 +23,16 @@ BLOCKS = 3
 
 
 def gram_bytes(load: Workload, group: Group) -> int:
-    """One Gram matrix for every block, count F^2 8; with drift its product with Z beside it, F
-    D 8.
-    """
-    return (
-        group.count * group.width * (group.width + (load.hidden if load.corrects_drift else 0)) * 8
-    )
+    """The Gram matrix of one block, F^2 8; with drift its product with Z beside it, F D 8."""
+    return group.width * (group.width + (load.hidden if load.corrects_drift else 0)) * 8
 
 
 def statistics_bytes(load: Workload, group: Group) -> int:
-    """Training and held-out statistic: two Gram matrices (or R factors) for every block; rows, of
-    which each is in one, once.
+    """Training and held-out statistic of one block: two Gram matrices (or R factors); rows, of
+    which each is in one, once. Experts are worked on one after the other.
     """
     if in_rows(load, group) and block_tokens(load, group) < group.width:
-        return group.count * block_tokens(load, group) * group.width * load.element_bytes
+        return block_tokens(load, group) * group.width * load.element_bytes
     return 2 * gram_bytes(load, group)
 
 

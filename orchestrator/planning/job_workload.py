@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from rayprune.orchestrator.planning.layer_kinds import LayerKind
+from rayprune.orchestrator.planning.mixtures import kept_experts
 from rayprune.orchestrator.planning.shapes import Shape
 from rayprune.orchestrator.planning.workload import TrainingLoad, Workload
 from rayprune.specs.allocation import CurvesAllocation, SearchAllocation, ThresholdAllocation
@@ -67,6 +68,7 @@ def workload_of(
         trainings=_trainings(job),
         gradient_windows=job.gradient_windows,
         candidate_windows=job.divergence_windows,
+        experts=kept_experts(job, checkpoint) or None,
         placement=job.parallel.placement,
         propagation=job.parallel.effective_propagation,
     )

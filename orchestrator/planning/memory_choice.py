@@ -13,8 +13,9 @@ from rayprune.orchestrator.planning.worker_memory import (
     peak_bytes,
     total,
 )
-from rayprune.orchestrator.planning.workload import FEW_TOKENS, Workload, tokens_per_neuron
+from rayprune.orchestrator.planning.workload import Workload, tokens_per_neuron
 from rayprune.specs.errors import ResourceError
+from rayprune.specs.job import FEW_TOKENS
 from rayprune.specs.memory import MemoryPlan
 
 
@@ -93,9 +94,9 @@ def _remedies(load: Workload, limit_bytes: int) -> str:
         found.append("lower parallel.micro_batch to 1")
     if samples := _fewer_samples(load, limit_bytes):
         found.append(f"lower calibration.samples to {samples}")
-    if load.propagation == "pruned" and fitting(
-        replace(load, placement="layers", propagation="dense"), limit_bytes
-    ):
+    in_layers = replace(load, placement="layers", propagation="dense")
+    may_be = load.propagation == "pruned" and load.experts is None
+    if may_be and fitting(in_layers, limit_bytes):
         found.append("set parallel.placement: layers")
     return ", or ".join(found)
 

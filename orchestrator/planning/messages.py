@@ -25,18 +25,19 @@ def layer_messages(load: Workload, choice: MemoryPlan, kind: LayerKind) -> tuple
 
 
 def _group_messages(load: Workload, group: Group) -> tuple[float, float]:
-    """Placement `shards`: what goes up the reduction, and the cut that goes to all other
-    workers.
+    """Placement `shards`: what goes up the reduction, and the cut that goes to all other workers,
+    of every block.
     """
-    levels = reduction_levels(load)
+    levels, blocks = reduction_levels(load), load.blocks(group)
     moved = sum(_payload_bytes(load, group, part) for level in levels for part in level)
-    return sum(map(len, levels)) + load.workers - 1, moved + (load.workers - 1) * _cut_bytes(
-        load, group
+    return (
+        blocks * (sum(map(len, levels)) + load.workers - 1),
+        blocks * (moved + (load.workers - 1) * _cut_bytes(load, group)),
     )
 
 
 def _cut_bytes(load: Workload, group: Group) -> int:
-    return group.count * load.hidden * load.columns(group) * load.written_element_bytes
+    return load.hidden * load.columns(group) * load.written_element_bytes
 
 
 def _payload_bytes(load: Workload, group: Group, part: range) -> int:
@@ -89,5 +90,6 @@ def message_path_bytes(load: Workload, all_bytes: int) -> float:
             reduction = sum(
                 max(_payload_bytes(load, group, part) for part in level) for level in levels
             )
-            path += kind.num_layers * (reduction + (load.workers - 1) * _cut_bytes(load, group))
+            block = reduction + (load.workers - 1) * _cut_bytes(load, group)
+            path += kind.num_layers * load.blocks(group) * block
     return path

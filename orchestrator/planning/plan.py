@@ -21,12 +21,13 @@ from rayprune.orchestrator.planning.memory_choice import (
     fitting,
     memory_needs,
 )
+from rayprune.orchestrator.planning.mixtures import kept_experts
 from rayprune.orchestrator.planning.shapes import Shape, open_shapes, planned_shape
 from rayprune.orchestrator.planning.timing import Stage, stages
-from rayprune.orchestrator.planning.workload import FEW_TOKENS, Workload, in_rows, tokens_per_neuron
+from rayprune.orchestrator.planning.workload import Workload, in_rows, tokens_per_neuron
 from rayprune.specs.allocation import CurvesAllocation, SearchAllocation
 from rayprune.specs.errors import ModelError, SpecError
-from rayprune.specs.job import JobSpec
+from rayprune.specs.job import FEW_TOKENS, JobSpec
 from rayprune.specs.machine import MachineProfile
 from rayprune.specs.memory import MemoryPlan
 from rayprune.specs.methods.options import DriveOut, TakeOver
@@ -225,6 +226,7 @@ def make_plan(
             f"{checkpoint.path}: its layers differ in size; such a model is not pruned again: prune"
             " the original further"
         )
+    kept_experts(job, checkpoint)
     kinds = layer_kinds(checkpoint)
     planned = model.not_pruned is not None
     shapes = (planned_shape(job, checkpoint, kinds),) if planned else open_shapes(job, checkpoint)
@@ -270,6 +272,8 @@ def _with_layers(
     """Seconds with `placement: layers`, where that is clearly faster."""
     # with drift or a training it may have no other placement
     if machine is None or load.placement == "layers" or load.corrects_drift or job.method.trainings:
+        return None
+    if load.experts is not None:
         return None
     other = replace(load, placement="layers", propagation="dense")
     if (memory := fitting(other, _memory_limit(job, machine)[0])) is None:

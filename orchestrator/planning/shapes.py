@@ -5,12 +5,14 @@ Only the split between KV groups and neurons may stay open: there are then sever
 as many neurons as the budget allows beside its KV groups.
 """
 
+import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from rayprune.orchestrator.planning.footprint import Footprint, exceeded, footprint, limits
 from rayprune.orchestrator.planning.layer_kinds import LayerKind
+from rayprune.orchestrator.planning.mixtures import kept_experts
 from rayprune.specs.errors import SpecError
 from rayprune.specs.job import JobSpec
 from rayprune.specs.methods.options import TakeOver
@@ -182,24 +184,39 @@ def _widest(job: JobSpec, checkpoint: Checkpoint, kv_groups: int) -> Shape:
     """
     budget, model = job.budget, checkpoint.model
     most = max(model.units[name] for name in model.names_of("ffn"))
+    step = math.lcm(budget.round_to, *(g.multiple for g in model.groups if g.kind == "ffn"))
     allowed = limits(budget, checkpoint.decoder_parameters)
 
     def kept(width: int) -> dict[str, int]:
-        counts = {"attention": kv_groups, "ffn": width}
-        return {group.name: min(group.num_units, counts[group.kind]) for group in model.groups}
+        experts = kept_experts(job, checkpoint)
+        return {
+            group.name: (
+                min(group.num_units, kv_groups)
+                if group.kind == "attention"
+                else experts
+                if group.kind == "experts"
+                else _share(group.num_units, width, most, step)
+            )
+            for group in model.groups
+        }
 
     def size(width: int) -> Footprint:
         return _uniform(job, checkpoint, kept(width))
 
-    widths = [most, *range((most - 1) // budget.round_to * budget.round_to, 0, -budget.round_to)]
+    widths = [most, *range((most - 1) // step * step, 0, -step)]
     place = bisect_left(widths, True, key=lambda width: not exceeded(size(width), allowed))
     if place == len(widths):
         changes = ", ".join(exceeded(size(widths[-1]), allowed))
         raise SpecError(
             f"with {kv_groups} KV groups no FFN width of at least budget.round_to"
-            f" ({budget.round_to}) is left; {changes}, or lower budget.round_to or budget.kv_groups"
+            f" ({step}) is left; {changes}, or lower budget.round_to or budget.kv_groups"
         )
     return Shape(kept(widths[place]), **asdict(size(widths[place])))
+
+
+def _share(count: int, width: int, most: int, round_to: int) -> int:
+    """Of so many channels the fraction that `width` is of `most`, rounded down to a multiple."""
+    return count if width == most else max(round_to, count * width // most // round_to * round_to)
 
 
 def planned_shape(job: JobSpec, checkpoint: Checkpoint, kinds: tuple[LayerKind, ...]) -> Shape:

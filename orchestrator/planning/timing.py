@@ -194,7 +194,7 @@ def _gram_traffic(load: Workload) -> int:
         for group in load.decided(kind)
         if not in_rows(load, group)
     ]
-    size = sum(kind.num_layers * group.count * group.width**2 for kind, group in groups)
+    size = sum(kind.num_layers * load.blocks(group) * group.width**2 for kind, group in groups)
     if _on_tensor_cores(load):
         return math.ceil(load.tokens / load.batch_tokens) * size * 8
     return math.ceil(load.tokens / min(load.batch_tokens, PRODUCT_TOKENS)) * size * 12
@@ -205,7 +205,7 @@ def _num_pivots(load: Workload) -> int:
     if not (load.on_gpu and load.selects and load.ranking.name == "stat"):
         return 0
     return sum(
-        kind.num_layers * group.count * load.columns(group)
+        kind.num_layers * load.blocks(group) * load.columns(group)
         for kind in load.kinds
         for group in load.pruned(kind)
     )

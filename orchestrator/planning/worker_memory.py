@@ -23,7 +23,7 @@ from rayprune.orchestrator.planning.workload import (
 )
 from rayprune.specs.memory import MemoryPlan
 from rayprune.workers.machine.blocks import CONVERTED_BYTES, EVALUATED_AT_ONCE
-from rayprune.workers.model.description import Group
+from rayprune.workers.model.description import PROBED_EXPERTS, Group
 
 Kinds = dict[str, int]
 """Bytes by kind."""
@@ -36,6 +36,14 @@ ACTIVATIONS = 4
 """Tensors of a consumer's width that a forward pass holds at once: gate, up, their product, one
 temporary.
 """
+
+
+EXPERT_ACTIVATIONS = 6
+"""The same inside an expert: gate and up, both together, their product, and that times the
+router's weight.
+"""
+SKEW = 2
+"""Tokens of the expert with most of a micro-batch, over an even share."""
 
 
 def memory_by_step(load: Workload, choice: MemoryPlan) -> dict[str, Kinds]:
@@ -78,12 +86,13 @@ def _steps(load: Workload, choice: MemoryPlan) -> dict[str, list[Kinds]]:
             collected = {"statistics": _collected(load, choice, kind, group)} | _factorising(
                 load, choice, group
             )
+            collected |= _cuts_bytes(load, group)
             steps["collect"].append(standing | _activations(load) | collected | beside)
         for group in load.decided(kind):
             deciding = {
                 "statistics": _decided(load, choice, kind, group),
                 "decision": _deciding(load, choice, group),
-            }
+            } | _cuts_bytes(load, group)
             steps["decide"].append(standing | _predicting(load, group) | deciding | beside)
         if load.writes and not load.on_gpu:
             steps["write"].append(
@@ -92,6 +101,15 @@ def _steps(load: Workload, choice: MemoryPlan) -> dict[str, list[Kinds]]:
                 | {"output": 2 * load.written_layer_bytes(kind)}
             )
     return steps
+
+
+def _cuts_bytes(load: Workload, group: Group) -> Kinds:
+    """Corrected weights of the experts that are decided; from another process they come in fp32."""
+    if group.count == 1 or not load.corrects:
+        return {}
+    each = load.hidden * load.columns(group)
+    number = load.written_element_bytes if load.in_process else 4
+    return {"cuts": load.blocks(group) * each * number}
 
 
 def _written_beside(load: Workload) -> Kinds:
@@ -147,11 +165,12 @@ def _hidden_bytes(load: Workload, choice: MemoryPlan) -> int:
     """Hidden states, and attention outputs of the same size: the share, the window in flight, or in
     a file but for a micro-batch.
 
-    With drift also the dense path's hidden states and its streams behind both blocks.
+    With drift also the dense path's hidden states and its streams behind both blocks, with experts
+    what they are given.
     """
     if load.placement == "layers":
         return MICRO_BATCHES_AT_ONCE * load.batch_tokens * load.hidden * load.element_bytes
-    streams = 5 if load.corrects_drift else 2
+    streams = 5 if load.corrects_drift else 3 if load.experts else 2
     return (
         streams
         * (load.batch_tokens if choice.spill_hidden else load.share_tokens)
@@ -166,11 +185,25 @@ def _inputs_bytes(load: Workload, choice: MemoryPlan) -> int:
     """
     if load.placement == "layers" or not choice.keep_inputs:
         return 0
-    return load.share_tokens * load.active_width * load.element_bytes
+    return load.share_tokens * load.kept_width * load.element_bytes
 
 
 def _activations(load: Workload) -> Kinds:
-    return {"activations": ACTIVATIONS * load.batch_tokens * load.active_width * load.element_bytes}
+    return {"activations": _inside_forward(load, load.batch_tokens)}
+
+
+def _inside_forward(load: Workload, tokens: int) -> int:
+    """Activations of so many tokens in the widest block."""
+    groups = [group for kind in load.kinds for group in kind.groups if group.kind != "experts"]
+    rows = {
+        group: min(tokens, SKEW * math.ceil(tokens * group.active / load.blocks(group)))
+        for group in groups
+    }
+    numbers = [
+        rows[group] * group.width * (ACTIVATIONS if group.count == 1 else EXPERT_ACTIVATIONS)
+        for group in groups
+    ]
+    return max(numbers) * load.element_bytes
 
 
 def _collected(load: Workload, choice: MemoryPlan, kind: LayerKind, group: Group) -> int:
@@ -190,7 +223,8 @@ def _predicting(load: Workload, group: Group) -> Kinds:
     not copied.
     """
     copied = load.in_process and load.probes and not in_rows(load, group)
-    return {"probe": statistics_bytes(load, group)} if copied else {}
+    looked_at = min(load.blocks(group), PROBED_EXPERTS)
+    return {"probe": looked_at * statistics_bytes(load, group)} if copied else {}
 
 
 def _factorising(load: Workload, choice: MemoryPlan, group: Group) -> Kinds:
@@ -205,7 +239,8 @@ def _deciding(load: Workload, choice: MemoryPlan, group: Group) -> int:
 def _chunk_statistics(load: Workload, choice: MemoryPlan, kind: LayerKind) -> int:
     """Statistics of all groups of all layers of a chunk; pages of files are no private memory."""
     layers = 0 if choice.spill_statistics else choice.layers_per_chunk
-    return layers * sum(statistics_bytes(load, group) for group in load.decided(kind))
+    groups = load.decided(kind)
+    return layers * sum(load.blocks(group) * statistics_bytes(load, group) for group in groups)
 
 
 def _left_while_writing(load: Workload, choice: MemoryPlan) -> Kinds:
@@ -226,7 +261,7 @@ def _evaluation(load: Workload, choice: MemoryPlan) -> Kinds:
         "runtime": RUNTIME_BYTES,
         "weights": _weights_bytes(replace(load, placement="shards"), 1),
         "hidden states": windows * window * load.hidden * load.element_bytes,
-        "activations": window * max(scores, ACTIVATIONS * load.active_width * load.element_bytes),
+        "activations": max(window * scores, _inside_forward(load, window)),
     }
 
 

@@ -21,10 +21,6 @@ CANDIDATES_AT_ONCE = 32
 """Allocations whose divergences are measured in one pass over the layers: what bounds the hidden
 states that are held.
 """
-FEW_TOKENS = 10
-"""Calibration tokens per FFN channel below which corrections overfit, measured on SmolLM2-135M
-(docs/methods/stat.md).
-"""
 GRADIENT_WINDOWS_AT_ONCE = 16
 """Windows that a worker takes up and down all layers together, for which weights are read twice:
 what bounds its file of hidden states.
@@ -114,6 +110,8 @@ class Workload:
     """What is trained."""
     gradient_windows: int = 0
     """Calibration windows on which gradients of the loss are measured."""
+    experts: int | None = None
+    """Experts of a layer that stay; None: there are none, or none that can be removed."""
     placement: Placement = "shards"
     propagation: Propagation = "pruned"
     selects: bool = True
@@ -176,10 +174,14 @@ class Workload:
         """K: columns of a consumer's input that stay."""
         return self.kept.get(group.name, group.num_units) * group.columns
 
+    def blocks(self, group: Group) -> int:
+        """Alike blocks of a group that stay, each with a statistic of its own: experts, or one."""
+        return group.count if self.experts is None else min(group.count, self.experts)
+
     def kept_parameters(self, kind: LayerKind) -> int:
         """Parameters of a layer that stay."""
         lost = [
-            (group.num_units - self.kept[group.name]) * group.count * group.unit_parameters
+            (group.num_units - self.kept[group.name]) * self.blocks(group) * group.unit_parameters
             for group in self.pruned(kind)
         ]
         return kind.parameters - sum(lost)
@@ -204,6 +206,12 @@ class Workload:
         through.
         """
         return max(group.active * group.width for kind in self.kinds for group in kind.groups)
+
+    @property
+    def kept_width(self) -> int:
+        """The same of those that are kept for the cut; what experts read is computed again."""
+        groups = [group for kind in self.kinds for group in kind.groups]
+        return max(group.width for group in groups if group.count == 1)
 
     def phases(self) -> dict[str, "Workload"]:
         """The passes over the model: one, or with `refit` one on the dense path that selects and
@@ -233,7 +241,7 @@ class Workload:
 
 def block_tokens(load: Workload, group: Group) -> int:
     """n: tokens that reach one block of a group, routing taken as even."""
-    return math.ceil(load.tokens * group.active / group.count)
+    return math.ceil(load.tokens * group.active / load.blocks(group))
 
 
 def in_rows(load: Workload, group: Group) -> bool:

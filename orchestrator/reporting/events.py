@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from rayprune.orchestrator.reporting.tables import titled
@@ -107,10 +108,16 @@ _TOLD = {"shape-chosen": _shape, "layers-allocated": _layers}
 
 
 def brief(event: Mapping[str, Any]) -> str:
-    """Kept units and held-out error of a layer, and the largest worker's memory."""
+    """Kept units and held-out error of a layer, of experts the mean, and the largest worker's
+    memory.
+    """
+    by_group: dict[str, list[Mapping[str, Any]]] = {}
+    for name, info in event.get("groups", {}).items():
+        by_group.setdefault(name.partition(".")[0], []).append(info)
     parts = [
-        f"{titled(name)} {info['kept']}/{info['of']} error {info['held_out_error']:.3f}"
-        for name, info in event.get("groups", {}).items()
+        f"{titled(name)} {infos[0]['kept']}/{infos[0]['of']} error"
+        f" {fmean(info['held_out_error'] for info in infos):.3f}"
+        for name, infos in by_group.items()
     ]
     if memory := event.get("peak_memory_bytes"):
         parts.append(f"memory {max(memory.values()) / 2**30:.2f} GiB")

@@ -64,6 +64,7 @@ def html_report(report: Report) -> str:
         "<h2>Peak memory</h2>",
         html_table("Peak memory", "names", ["Process", "GiB private"], memory),
         f"<h2>Layers</h2>{_layers(report.layers)}",
+        *([f"<h2>Experts</h2>{_experts(report.layers)}"] if _have_experts(report) else []),
         "<h2>Environment</h2>",
         html_table("Environment", "names text", ["Name", "Version"], versions.items()),
     ]
@@ -123,7 +124,7 @@ def _figure(name: str, values: Change[Any], units: Sequence[tuple[float, str]]) 
 
 def _errors(layers: Sequence[LayerReport]) -> str:
     """One panel per pruned group, all to the same scale."""
-    groups = list(dict.fromkeys(name for layer in layers for name in layer.groups))
+    groups = list(dict.fromkeys(name for layer in layers for name in layer.together))
     if not groups:
         return "<p>Nothing was pruned.</p>"
     marks = ticks(
@@ -131,7 +132,7 @@ def _errors(layers: Sequence[LayerReport]) -> str:
         max(
             error(info)
             for layer in layers
-            for info in layer.groups.values()
+            for info in layer.together.values()
             for error in SERIES.values()
         ),
         5,
@@ -159,7 +160,7 @@ def _panel(number: int, group: str, layers: Sequence[LayerReport], marks: Sequen
             label(x + 44, 15, "", series),
         ]
     for series, error in SERIES.items():
-        infos = [layer.groups.get(group) for layer in layers]
+        infos = [layer.together.get(group) for layer in layers]
         points = [
             (x, height(error(info), marks)) if info else None
             for x, info in zip(xs, infos, strict=True)
@@ -226,7 +227,7 @@ def _layers(layers: Sequence[LayerReport]) -> str:
     """A row per layer and pruned group; a layer that was left as it is has one row."""
     rows: list[Sequence[object]] = []
     for layer in layers:
-        for group, info in layer.groups.items():
+        for group, info in layer.together.items():
             errors = (f"{error(info):.4f}" for error in SERIES.values())
             rows.append(
                 (
@@ -244,3 +245,22 @@ def _layers(layers: Sequence[LayerReport]) -> str:
         ["Layer", "Group", "Kept / of", "Damping", "Training error", "Held-out error"],
         rows,
     )
+
+
+def _have_experts(report: Report) -> bool:
+    return any(layer.tokens_by_expert for layer in report.layers)
+
+
+def _experts(layers: Sequence[LayerReport]) -> str:
+    """A row for every layer with experts: the tokens that were routed to each, of those that are
+    gone in brackets.
+    """
+    rows = []
+    for layer in layers:
+        if tokens := layer.tokens_by_expert:
+            units = next((g.units for g in layer.groups.values() if g.units is not None), None)
+            stay = set(tokens if units is None else units)
+            each = ", ".join(f"{n:,}" if e in stay else f"({n:,})" for e, n in tokens.items())
+            rows.append((layer.layer, f"{len(stay)} / {len(tokens)}", min(tokens.values()), each))
+    columns = ["Layer", "Kept / of", "Fewest tokens", "Tokens by expert"]
+    return html_table("Experts", "wide", columns, rows)

@@ -3,8 +3,9 @@ from what is here.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Generic, TypeVar
 
 from pydantic import (
@@ -98,7 +99,9 @@ class Evaluation(_Facts):
 
 
 class GroupReport(_Facts):
-    """What stayed of a coupled group in one layer."""
+    """What stayed of a coupled group in one layer; of experts that of each has an entry of its own,
+    `neurons.3`.
+    """
 
     kept: int
     of: int
@@ -108,6 +111,19 @@ class GroupReport(_Facts):
     """|pruned - original| / |original| of the group's output, on the shards that were fitted."""
     held_out_error: float
     """The same on the shards that were held out."""
+    tokens: int | None = None
+    """Of an expert: the calibration tokens that were routed to it."""
+    units: tuple[int, ...] | None = None
+    """Of whole experts: those that stay."""
+    tokens_by_expert: tuple[int, ...] | None = None
+    """Tokens that were routed to each before some went."""
+    scores: tuple[float, ...] | None = None
+    """What each was worth, by `budget.expert_score`."""
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, fields: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """What groups of other kinds have is left out, rather than null."""
+        return {name: value for name, value in fields(self).items() if value is not None}
 
 
 class LayerReport(_Facts):
@@ -117,6 +133,43 @@ class LayerReport(_Facts):
     """Counted from 0."""
     groups: dict[str, GroupReport]
     """The groups that lost units, or were corrected."""
+
+    @property
+    def together(self) -> dict[str, GroupReport]:
+        """The groups, those of all experts as one: the largest damping, the mean of the errors, and
+        all tokens.
+        """
+        by_name: dict[str, list[GroupReport]] = {}
+        for name, group in self.groups.items():
+            by_name.setdefault(name.partition(".")[0], []).append(group)
+        return {name: _mean(found) for name, found in by_name.items()}
+
+    @property
+    def tokens_by_expert(self) -> dict[int, int]:
+        """Calibration tokens that were routed to each expert, before some went; empty where no
+        expert was looked at.
+        """
+        for group in self.groups.values():
+            if group.tokens_by_expert is not None:
+                return dict(enumerate(group.tokens_by_expert))
+        return {
+            int(name.partition(".")[2]): group.tokens
+            for name, group in self.groups.items()
+            if group.tokens is not None
+        }
+
+
+def _mean(groups: Sequence[GroupReport]) -> GroupReport:
+    if len(groups) == 1:
+        return groups[0]
+    return GroupReport(
+        kept=groups[0].kept,
+        of=groups[0].of,
+        damping=max(group.damping for group in groups),
+        training_error=fmean(group.training_error for group in groups),
+        held_out_error=fmean(group.held_out_error for group in groups),
+        tokens=sum(group.tokens or 0 for group in groups),
+    )
 
 
 class Training(_Facts):
@@ -379,5 +432,5 @@ def _layer_rows(layer: LayerReport) -> list[list[str]]:
             f"{group.training_error:.4f}",
             f"{group.held_out_error:.4f}",
         ]
-        for name, group in layer.groups.items()
+        for name, group in layer.together.items()
     ]

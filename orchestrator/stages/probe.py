@@ -1,8 +1,8 @@
 """The stage that chooses one shape of those that meet the budget."""
 
 from dataclasses import asdict
+from statistics import fmean
 
-from rayprune.orchestrator.planning.plan import Plan
 from rayprune.orchestrator.planning.shapes import Shape
 from rayprune.orchestrator.stages.allocate import allocate
 from rayprune.orchestrator.stages.context import Context
@@ -27,19 +27,19 @@ def choose_shape(context: Context, subject: Subject) -> Shape:
     shapes = [asdict(shape) for shape in subject.plan.shapes]
     inputs = {**subject.all_of_it(), **subject.ranked_by, "shapes": shapes}
     task = context.task(SHAPE_TASK, inputs)
-    done = context.once(task, lambda: _probe(context, subject.plan, task))
+    done = context.once(task, lambda: _probe(context, subject, task))
     return Shape(**done.info["result"])  # type: ignore[arg-type]
 
 
-def _probe(context: Context, plan: Plan, task: Task) -> None:
+def _probe(context: Context, subject: Subject, task: Task) -> None:
     """Predict the errors of all open shapes and record the best."""
-    num_layers = plan.model.num_layers
+    plan, num_layers = subject.plan, subject.plan.model.num_layers
     probed = [
         part.start
         for part in even_parts(num_layers, min(context.job.budget.probe_layers, num_layers))
     ]
     with context.stage("probe", len(probed)):
-        predicted = [_probe_layer(context, plan, layer) for layer in probed]
+        predicted = [_probe_layer(context, subject, layer) for layer in probed]
     errors = [
         sum(layer[index] for layer in predicted) / len(predicted)
         for index in range(len(plan.shapes))
@@ -61,8 +61,12 @@ def _probe(context: Context, plan: Plan, task: Task) -> None:
     context.emit("shape-chosen", **asdict(best), candidates=candidates)
 
 
-def _probe_layer(context: Context, plan: Plan, layer: int) -> list[float]:
-    """Squared relative output error of every open shape at one layer, summed over its groups."""
+def _probe_layer(context: Context, subject: Subject, layer: int) -> list[float]:
+    """Squared relative output error of every open shape at one layer, summed over its groups; of
+    experts the mean of some. Which experts go is the same in all shapes.
+    """
+    plan, groups = subject.plan, subject.model.checkpoint.model.groups
+    looked_at = {g.name: [m.name for m in g.probed] for g in groups}
     executor, samples = context.executor, context.job.budget.probe_samples
     held_out = max(1, samples // 4)
     collected = [
@@ -70,15 +74,13 @@ def _probe_layer(context: Context, plan: Plan, layer: int) -> list[float]:
         for worker, owned in executor.shares(samples)
     ]
     executor.wait(collected)
-    units = plan.model.units
-    wanted = sorted(
-        {
-            (name, kept)
-            for shape in plan.shapes
-            for name, kept in shape.kept.items()
-            if kept < units[name]
-        }
-    )
+    pruned = {
+        (group.name, shape.kept[group.name])
+        for shape in plan.shapes
+        for group in groups
+        if group.kind != "experts" and shape.kept[group.name] < group.num_units
+    }
+    wanted = sorted((member, kept) for name, kept in pruned for member in looked_at[name])
     payloads = [call.payload for call in collected]
     calls = [
         executor.on(i % executor.num_workers).predict(layer, *unit, held_out, *payloads)
@@ -94,4 +96,10 @@ def _probe_layer(context: Context, plan: Plan, layer: int) -> list[float]:
     context.emit(
         "step-finished", stage="probe", layer=layer, peak_memory_bytes=context.peak_memory_bytes()
     )
-    return [sum(errors.get(item, 0.0) for item in shape.kept.items()) for shape in plan.shapes]
+    return [
+        sum(
+            fmean(errors.get((member, kept), 0.0) for member in looked_at[name])
+            for name, kept in shape.kept.items()
+        )
+        for shape in plan.shapes
+    ]

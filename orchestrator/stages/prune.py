@@ -13,6 +13,7 @@ from rayprune.orchestrator.stages import (
     export,
     gradients,
     probe,
+    routed,
     source,
     sweep,
     texts,
@@ -46,13 +47,14 @@ def prune(
     subject = replace(subject, plan=context.record(plan.chosen(shape)))
     trained = training.train_first(context, subject)
     layers = sweep.prune_layers(context, trained)
+    few = routed.few_tokens(layers, checkpoint.model)
     pruned = export.export_model(context, trained, layers)
     recovered = training.recover(context, replace(subject, model=teacher or dense), pruned)
     # it only serves what is not finished
     shutil.rmtree(context.scope.cache, ignore_errors=True)
     models = {"before": dense, "after": pruned} | ({"recovered": recovered} if recovered else {})
     losses = evaluation.evaluate(context, models, evaluated)
-    final = noting(context, trained.plan, evaluation.doubts(losses))
+    final = noting(context, trained.plan, [*few, *evaluation.doubts(losses)])
     allocation = _allocation(context)
     return Pruned(final, dense, pruned, recovered, _groups(layers), losses, allocation)
 

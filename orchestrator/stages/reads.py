@@ -144,7 +144,7 @@ def _known(job: JobSpec) -> dict[str, Any]:
     known["calibration"]["texts"] = [_reading(text) for text in (calibration, *calibration.mix)]
     if evaluation:
         known["evaluation"] |= {"text": _reading(evaluation), "stride": evaluation.effective_stride}
-    elsewhere: Any = {"latency_table", "probe_samples", "probe_layers"}
+    elsewhere: Any = {"latency_table", "probe_samples", "probe_layers", "experts", "expert_score"}
     known["bounds"] = job.budget.model_dump(
         mode="json", exclude=dict.fromkeys(elsewhere, True) | {"allocation": {"generations"}}
     )

@@ -7,7 +7,7 @@ that pass only selects, and a second one on the pruned path corrects.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,6 +25,7 @@ from rayprune.workers.store.layout import layer_task, selection_task
 from rayprune.workers.store.shards import even_parts
 
 if TYPE_CHECKING:
+    from rayprune.workers.network.slicing import Cut
     from rayprune.workers.passes.sweep import Parts
 
 
@@ -101,6 +102,9 @@ class _PrunedPath:
         self._failed = False
         parts = even_parts(context.job.calibration.shards, context.executor.num_workers)
         self._shards = [(worker, (part.start, part.stop)) for worker, part in enumerate(parts)]
+        described = subject.model.checkpoint.model
+        self._experts = described.experts and described.experts.name
+        self._members_of = {group.name: list(group.members) for group in described.groups}
 
     def run(self) -> list[Manifest]:
         """Prune every layer that is not finished; the manifests of all of them."""
@@ -193,16 +197,16 @@ class _PrunedPath:
         cuts: list[Decided] = []
         groups: dict[str, dict[str, Any]] = {}
         for name in plan.decided_groups(layer):
-            shards = self._shards if kept[name] else []
-            collected = [
-                executor.on(place).collect(layer, name, owned, *cuts) for place, owned in shards
-            ]
-            executor.wait(collected)
-            parts = _reduced(executor, collected)
-            decision = executor.on(worker).decide(layer, name, kept[name], *parts)
-            (receipt,) = executor.wait([decision])
-            groups[name] = receipt["group"]
-            cuts.append(decision.payload)
+            before = tuple(cuts)  # what one expert reads does not depend on another
+            for member in self._members(name, groups):
+                decision = (
+                    self._route(layer, worker, kept[name], before)
+                    if name == self._experts
+                    else self._decide(layer, worker, member, kept[name], before)
+                )
+                (receipt,) = executor.wait([decision])
+                groups[member] = receipt["group"]
+                cuts.append(decision.payload)
         self._confirm()
         written, task = plan.shape.written_in(layer, context.job.export.pad), self._task(layer)
         sizes = written, plan.shape.position(layer)
@@ -210,6 +214,34 @@ class _PrunedPath:
         seconds = time.monotonic() - start
         steps = executor.seconds_since()
         self._written = _Written(layer, task, worker, cuts, groups, seconds, steps)
+
+    def _members(self, name: str, groups: Mapping[str, Mapping[str, Any]]) -> list[str]:
+        """What is decided of a group one by one: itself, or each of the experts that stay."""
+        members = self._members_of[name]
+        if chosen := groups.get(self._experts or ""):
+            members = [m for m in members if m.expert is None or m.expert in chosen["units"]]
+        return [member.name for member in members]
+
+    def _decide(
+        self, layer: int, worker: int, name: str, num_kept: int, cuts: Sequence[Decided]
+    ) -> Call["Cut"]:
+        """Statistics of a group from all workers, and a decision by one."""
+        executor, shards = self._context.executor, self._shards if num_kept else []
+        collected = [
+            executor.on(place).collect(layer, name, owned, *cuts) for place, owned in shards
+        ]
+        executor.wait(collected)
+        parts = _reduced(executor, collected)
+        return executor.on(worker).decide(layer, name, num_kept, *parts)
+
+    def _route(
+        self, layer: int, worker: int, num_kept: int, cuts: Sequence[Decided]
+    ) -> Call["Cut"]:
+        """Which experts stay, decided by one worker from what all have seen of them."""
+        executor = self._context.executor
+        routed = [executor.on(place).route(layer, owned, *cuts) for place, owned in self._shards]
+        executor.wait(routed)
+        return executor.on(worker).keep_experts(num_kept, *(call.payload for call in routed))
 
     def _go_past(self) -> None:
         """Have the workers' shards go past the layer below while its file is written; where their
@@ -246,6 +278,9 @@ def _depends(context: Context, subject: Subject, layer: int, below: str) -> dict
     }
     if selections:
         depends["selection"] = selections[layer].digest
+    experts = model.checkpoint.model.experts
+    if experts and experts.name in subject.plan.pruned_groups(layer):
+        depends["expert_score"] = context.job.budget.expert_score
     if context.job.correction.drift:
         depends["dense"] = model.up_to(layer)
     return depends

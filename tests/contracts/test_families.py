@@ -33,8 +33,10 @@ from rayprune.workers.machine.scratch import Scratch
 from rayprune.workers.model.checkpoint import Checkpoint, open_checkpoint
 from rayprune.workers.model.description import Group
 from rayprune.workers.model.families import family_named, prunable
+from rayprune.workers.model.places import stored_shapes
 from rayprune.workers.network.layers import (
     apply_cut,
+    apply_expert_cuts,
     consumer_input,
     dense_streams,
     finish_layer,
@@ -47,6 +49,7 @@ from rayprune.workers.network.streamed import (
     hooked,
     layers_of,
     output_of,
+    whole_model,
 )
 from rayprune.workers.numerics.correction import Correction, correct
 from rayprune.workers.numerics.linalg import unit_rows
@@ -80,8 +83,13 @@ class Dense:
 
     @property
     def groups(self) -> dict[str, Group]:
-        """The groups of a layer."""
-        return {group.name: group for group in self.checkpoint.model.groups}
+        """The groups of a layer; of experts that of each."""
+        return self.checkpoint.model.members
+
+    @property
+    def channels(self) -> dict[str, Group]:
+        """The groups whose units a consumer's weight reads."""
+        return {name: group for name, group in self.groups.items() if group.kind != "experts"}
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -102,8 +110,12 @@ def dense(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     folder = build_model(tmp_path_factory.mktemp(request.param) / "dense", request.param, **SIZES)
     # lists that the class works out from the layers' numbers, which change when layers go
     edit_json(folder / "config.json", **dict.fromkeys(family_named(request.param).lists))
+    checkpoint = open_checkpoint(folder)
+    # experts are one module in transformers: see test_experts.py
+    if checkpoint.model.experts:
+        return Dense(folder, checkpoint, whole_model(checkpoint).eval())
     network = AutoModelForCausalLM.from_pretrained(folder)
-    return Dense(folder, open_checkpoint(folder), network.eval())
+    return Dense(folder, checkpoint, network.eval())
 
 
 @torch.inference_mode()
@@ -129,15 +141,17 @@ def test_the_description_names_every_tensor_of_the_files(dense: Dense) -> None:
     model = dense.checkpoint.model
     with safe_open(dense.folder / "model.safetensors", framework="pt") as handle:
         found = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
-    described = dict(model.outer)
+    described, stored = dict(model.outer), dict(model.outer)
     for number, layer in enumerate(model.layers):
         assert layer.parameters == sum(
             map(torch.Size.numel, map(torch.Size, layer.shapes.values()))
         )
         described |= {model.prefix(number) + name: shape for name, shape in layer.shapes.items()}
-    assert described == found
+        in_file = stored_shapes(layer.shapes, layer.places)
+        stored |= {model.prefix(number) + name: shape for name, shape in in_file.items()}
+    assert stored == found
     modules = dense.network.state_dict()
-    names = {model.module_names.get(name, name) for name in found}
+    names = {model.module_names.get(name, name) for name in described}
     assert names <= modules.keys()
     tied = {name for name in modules.keys() - names if "rotary" not in name}
     assert tied <= {model.module_names.get(model.head, model.head)}, "a head that is tied"
@@ -152,7 +166,9 @@ def test_groups_are_whole(dense: Dense) -> None:
     seen: list[str] = []
     with hooked(
         [
-            dense.consumer(0, name).register_forward_hook(lambda *_, name=name: seen.append(name))
+            dense.consumer(0, name).register_forward_pre_hook(
+                lambda *_, name=name: seen.append(name)
+            )
             for name in dense.groups
         ]
     ):
@@ -160,7 +176,8 @@ def test_groups_are_whole(dense: Dense) -> None:
     assert seen == list(dense.groups)
     for group in dense.groups.values():
         assert f"{group.consumer.module}.".startswith(f"{group.block.module}.")
-        assert all(group.block.holds(axis.tensor) for axis in group.axes)
+        if group.kind != "experts":  # whose axes are the router's
+            assert all(group.block.holds(axis.tensor) for axis in group.axes)
         assert group.count == group.active == 1
 
 
@@ -189,6 +206,11 @@ def test_drift_is_measured_where_blocks_are_added_as_they_are(
     """What a layer gives is what it was given and its blocks' outputs, each times its scale; where
     it is not, the job is refused.
     """
+    if dense.checkpoint.model.experts:
+        job = make_job(dense.folder, correction={"drift": 0.5})
+        with pytest.raises(SpecError, match="drift: set it to 0"):
+            run_job(load_job(job), tmp_path / "run", lambda event: None)
+        return
     scales = [group.block.scale for group in dense.groups.values()]
     streamed = dense.streamed()
     start, behind, outputs = streamed.embed(WINDOWS_BT), list[Tensor](), dict[str, Tensor]()
@@ -239,8 +261,8 @@ def test_stat_at_full_width_is_the_identity(dense: Dense) -> None:
     """All units are chosen, the correction changes no weight, and the layer is what it was."""
     streamed = dense.streamed()
     batch, whole = streamed.embed(WINDOWS_BT), streamed.embed(WINDOWS_BT)
-    layer = streamed.load_layer(0)
-    for name, group in dense.groups.items():
+    layer, of_experts = streamed.load_layer(0), dict[str, Cut]()
+    for name, group in dense.channels.items():
         z_TF = consumer_input(layer, 0, batch, dense.groups, name).flatten(0, -2)
         fits = [GramStatistic.empty(group.width, Scratch(CPU, None)) for _ in range(2)]
         for fit, rows in zip(fits, (z_TF[:40], z_TF[40:]), strict=True):
@@ -254,7 +276,13 @@ def test_stat_at_full_width_is_the_identity(dense: Dense) -> None:
         )
         assert torch.equal(correction.weight_DK, weight_DF)
         assert correction.training_error == correction.held_out_error == 0
-        apply_cut(layer, 0, batch, dense.groups, name, Cut(name, units, correction.weight_DK))
+        cut = Cut(name, units, correction.weight_DK)
+        if group.expert is None:
+            apply_cut(layer, 0, batch, dense.groups, name, cut)
+        else:
+            of_experts[name] = cut
+    if of_experts:
+        apply_expert_cuts(layer, 0, batch, dense.groups, of_experts)
     finish_layer(layer, 0, batch, dense.groups)
     finish_layer(layer, 0, whole, dense.groups)
     same(batch.hidden_BTD, whole.hidden_BTD, 1e-6)
@@ -265,12 +293,13 @@ Kept = Sequence[Mapping[str, Sequence[int]]]
 
 
 def drawn(dense: Dense, counts: Sequence[Mapping[str, int]]) -> Kept:
-    """Other units in each layer."""
-    chance = random.Random(3)
+    """Other units in each layer, and in each expert."""
+    chance, groups = random.Random(3), {g.name: g for g in dense.checkpoint.model.groups}
     return [
         {
-            name: sorted(chance.sample(range(dense.groups[name].num_units), n))
+            member.name: sorted(chance.sample(range(member.num_units), n))
             for name, n in c.items()
+            for member in groups[name].members
         }
         for c in counts
     ]
@@ -336,8 +365,11 @@ SMALL = {"samples": 4, "sequence_length": 16, "shards": 2}
 
 
 def counts_of(dense: Dense, **changes: int) -> list[dict[str, int]]:
-    """Units of every layer: all, but for some groups."""
-    return [dense.checkpoint.model.units | changes] * dense.checkpoint.num_layers
+    """Units of every layer: all, but for some groups; a shared expert keeps its share."""
+    units = dense.checkpoint.model.units
+    if "neurons" in changes and "shared" in units:
+        changes["shared"] = units["shared"] * changes["neurons"] // units["neurons"]
+    return [units | changes] * dense.checkpoint.num_layers
 
 
 def cut_job(dense: Dense, counts: list[dict[str, int]], make_job: MakeJob) -> Path:
@@ -376,15 +408,18 @@ def test_a_cut_model_is_the_dense_one_with_its_units_masked(
     name: str, dense: Dense, make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the family's form, reloaded with stock classes; some units of one group go."""
-    if reason := dense.groups["neurons"].fixed:
+    ffn = next(g for g in dense.checkpoint.model.groups if g.name == "neurons")
+    if reason := ffn.fixed:
         with pytest.raises(SpecError, match=re.escape(reason)):
             run_job(load_job(make_job(dense.folder)), tmp_path / "run", lambda event: None)
         return
-    stays = 60 if name == "neurons" else most_heads(dense, make_job)
+    narrower = 56 if dense.checkpoint.model.experts else 60
+    stays = narrower if name == "neurons" else most_heads(dense, make_job)
     if stays is None:
         return
     counts = counts_of(dense, **{name: stays})
-    kept = drawn(dense, [{name: stays}] * len(counts))
+    beside = {"shared": counts[0]["shared"]} if name == "neurons" and "shared" in counts[0] else {}
+    kept = drawn(dense, [{name: stays} | beside] * len(counts))
     assert len(set(map(str, kept))) > 1, "other units in each layer"
     job = cut_job(dense, counts, make_job)
     network = pruned(dense, kept, job, tmp_path / "run", monkeypatch)
@@ -406,7 +441,7 @@ def test_padded_layers_are_the_dense_ones_with_their_units_masked(
     dense: Dense, make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Layers that keep different numbers of units, filled up with zeros to one size."""
-    if dense.groups["neurons"].fixed:
+    if dense.checkpoint.model.experts or dense.groups["neurons"].fixed:
         return
     heads = dense.groups["heads"]
     fewer = {"heads": heads.num_units if heads.fixed else heads.num_units // 2}
@@ -450,7 +485,7 @@ def test_whole_layers_out_is_the_dense_model_without_them(
 ) -> None:
     counts = counts_of(dense)
     counts[1] = dict.fromkeys(counts[1], 0)
-    if dense.groups["neurons"].fixed:
+    if dense.checkpoint.model.experts or dense.groups["neurons"].fixed:
         network = without(dense, 1, tmp_path / "run")
     else:
         spread(monkeypatch, counts)

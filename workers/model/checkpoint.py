@@ -15,7 +15,7 @@ from rayprune.specs.errors import ModelError, VerificationError
 from rayprune.workers.model.config import DTYPES, Config
 from rayprune.workers.model.description import Model, RemoteCode
 from rayprune.workers.model.families import family_of, prunable
-from rayprune.workers.model.fit import check_tensors, prefixed
+from rayprune.workers.model.fit import check_tensors, described, prefixed
 from rayprune.workers.model.folder import FP8, TensorInfo, has_shards, read_config, read_headers
 from rayprune.workers.model.form import Form
 from rayprune.workers.model.rewrite import Written, form_of, written
@@ -151,6 +151,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         )
     digest = hashlib.sha256(json.dumps(config.raw, sort_keys=True).encode())
     tensors = prefixed(read_headers(path, model.recomputed, digest), model)
+    tensors = described(path, model, tensors)
     check_tensors(path, model, tensors)
     return Checkpoint(path, model, config, tensors, digest.hexdigest())
 

@@ -7,14 +7,18 @@ inside a layer, unless said otherwise. Shapes are torch's: (out, in) for a linea
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from typing import Literal
 
+from rayprune.workers.model.places import Place
+
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
-Kind = Literal["attention", "ffn"]
+Kind = Literal["attention", "ffn", "experts"]
+PROBED_EXPERTS = 4
+"""Experts of a layer at which output errors are predicted."""
 
 
 @dataclass(frozen=True)
@@ -74,10 +78,11 @@ class Block:
 
 @dataclass(frozen=True)
 class Group:
-    """Units of a layer that go together: KV groups with their query heads, or channels of an FFN.
+    """Units of a layer that go together: KV groups with their query heads, channels of an FFN, or
+    whole experts, which the module that they form reads.
 
     `count` alike blocks (experts) each have `num_units` units and a consumer of their own; a token
-    passes through `active` of them.
+    passes through `active` of them. What is decided for each is decided for one of `members`.
     """
 
     name: str
@@ -96,6 +101,52 @@ class Group:
     """Numbers that a KV cache keeps of a token for every unit."""
     fixed: str | None = None
     """Why all units have to stay; None: they need not."""
+    parts: int = 1
+    """Units lie in so many parts, one behind the other, that have to lose alike."""
+    fewest: int = 1
+    """Units that have to stay."""
+    multiple: int = 1
+    """As many units stay as a multiple of this, unless all do."""
+    expert: int | None = None
+    """The number of the expert whose channels these are; None: they are of no expert."""
+    routed: tuple[int, int] = (1, 1)
+    """Of a token's experts and of all of them the numbers: the share of the tokens that reach one,
+    on average.
+    """
+
+    @cached_property
+    def members(self) -> "tuple[Group, ...]":
+        """The group itself, or of `count` experts the group of each, whose tensors are named like
+        those of the first with another number.
+        """
+        if self.count == 1:
+            return (self,)
+        return tuple(map(self._member, range(self.count)))
+
+    def _member(self, expert: int) -> "Group":
+        return replace(
+            self.numbered(expert),
+            name=member_name(self.name, expert),
+            title=f"channels of expert {expert}",
+            count=1,
+            active=1,
+            routed=(self.active, self.count),
+        )
+
+    @property
+    def probed(self) -> "tuple[Group, ...]":
+        """The members at which output errors are predicted: all, or of experts some, evenly
+        spaced.
+        """
+        count = min(PROBED_EXPERTS, self.count)
+        return tuple(self.members[number * self.count // count] for number in range(count))
+
+    def numbered(self, expert: int) -> "Group":
+        """The group of an expert as its tensors would be named if the expert had this number."""
+        old, new = (f"{self.block.module}.{number}." for number in (self.expert or 0, expert))
+        axes = tuple(replace(axis, tensor=axis.tensor.replace(old, new)) for axis in self.axes)
+        consumer = replace(self.consumer, module=self.consumer.module.replace(old, new))
+        return replace(self, axes=axes, consumer=consumer, expert=expert)
 
     @property
     def columns(self) -> int:
@@ -118,6 +169,11 @@ class Group:
         return (*self.axes, Axis(self.consumer.weight, self.consumer.dim, self.columns))
 
 
+def member_name(group: str, expert: int) -> str:
+    """The name of the group of one expert."""
+    return f"{group}.{expert}"
+
+
 @dataclass(frozen=True)
 class Layer:
     """One layer: its coupled groups in the order in which it computes them, and its tensors."""
@@ -127,6 +183,8 @@ class Layer:
     attended: int
     """Numbers that a token's query meets for every token it looks at: scores and values, over all
     heads."""
+    places: Mapping[str, Place] = field(default_factory=dict)
+    """Where tensors lie in the files that do not lie there by their names."""
 
     @property
     def parameters(self) -> int:
@@ -147,9 +205,13 @@ class Layer:
             if lost == group.num_units:
                 shapes = {name: s for name, s in shapes.items() if not group.block.holds(name)}
                 continue
-            for axis in group.all_axes:
+            for axis in (axis for member in group.members for axis in member.all_axes):
                 if axis.tensor in shapes:
                     shapes[axis.tensor][axis.dim] -= lost * axis.per_unit
+            if group.kind == "experts":
+                gone = range(group.num_units - lost, group.num_units)
+                inside = tuple(f"{group.block.module}.{expert}." for expert in gone)
+                shapes = {n: s for n, s in shapes.items() if not n.startswith(inside)}
         return {name: tuple(shape) for name, shape in shapes.items()}
 
 
@@ -231,9 +293,19 @@ class Model:
         )
 
     @property
+    def experts(self) -> Group | None:
+        """The group of whole experts; None: there are none."""
+        return next((group for group in self.groups if group.kind == "experts"), None)
+
+    @property
     def units(self) -> dict[str, int]:
         """Units of every group."""
         return {group.name: group.num_units for group in self.groups}
+
+    @cached_property
+    def members(self) -> dict[str, Group]:
+        """What is decided one by one, by name: every group, of experts that of each."""
+        return {member.name: member for group in self.groups for member in group.members}
 
     def names_of(self, kind: Kind) -> list[str]:
         """Names of the groups of a kind."""

@@ -1,11 +1,13 @@
 """Whether the tensors of a folder are those that its config implies: all of them, and no others."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from rayprune.specs.errors import ModelError
 from rayprune.workers.model.description import Model, Shape
 from rayprune.workers.model.folder import CONFIG_NAME, TensorInfo
+from rayprune.workers.model.places import Place, stored_shapes
 
 Tensors = Mapping[str, TensorInfo]
 
@@ -22,6 +24,29 @@ def prefixed(tensors: Tensors, model: Model) -> dict[str, TensorInfo]:
     return {n if n in outside else prefix + n: info for n, info in tensors.items()}
 
 
+def described(path: Path, model: Model, tensors: Tensors) -> dict[str, TensorInfo]:
+    """Tensors by the description's names, where they lie in the files under others or packed.
+
+    Raises:
+        ModelError: a packed one has another shape than the config implies.
+    """
+    found = dict(tensors)
+    for number, layer in enumerate(model.layers):
+        prefix = model.prefix(number)
+        wanted = stored_shapes({name: layer.shapes[name] for name in layer.places}, layer.places)
+        for name, place in layer.places.items():
+            stored = prefix + place.name
+            if place.expert is None and stored in tensors:
+                found[prefix + name] = tensors[stored]
+            elif stored in tensors:
+                _check(path, model, tensors, stored, wanted[place.name])
+                shape = layer.shapes[name]
+                found[prefix + name] = replace(tensors[stored], shape=shape, place=place)
+        for name in {place.name for place in layer.places.values()} - layer.shapes.keys():
+            found.pop(prefix + name, None)
+    return found
+
+
 def check_tensors(path: Path, model: Model, tensors: Tensors) -> None:
     """Check tensors, by the description's names, against what the config implies.
 
@@ -31,10 +56,10 @@ def check_tensors(path: Path, model: Model, tensors: Tensors) -> None:
     known = dict(model.outer)
     for number, layer in enumerate(model.layers):
         prefix = model.prefix(number)
-        inside = {prefix + name: shape for name, shape in layer.shapes.items()}
-        for name, shape in inside.items():
-            _check(path, model, tensors, name, shape)
-        known |= inside
+        for name, shape in layer.shapes.items():
+            stored = prefix + layer.places.get(name, Place(name)).name
+            _check(path, model, tensors, prefix + name, shape, stored)
+            known[prefix + name] = shape
     for name, shape in model.outer.items():
         _check(path, model, tensors, name, shape)
     if model.tied:
@@ -54,8 +79,12 @@ def _unknown(model: Model, name: str) -> str:
     )
 
 
-def _check(path: Path, model: Model, tensors: Tensors, name: str, shape: Shape) -> None:
+def _check(
+    path: Path, model: Model, tensors: Tensors, name: str, shape: Shape, stored: str = ""
+) -> None:
+    """`stored` is its name in the files, where that is another."""
     found = tensors[name].shape if name in tensors else None
+    name = stored or name
     if found == shape:
         return
     if found is None:

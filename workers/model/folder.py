@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from rayprune.specs.errors import ModelError
 from rayprune.specs.files import no_file, read_document, within
 from rayprune.workers.model.config import Config
+from rayprune.workers.model.places import Place
 
 CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
@@ -38,6 +39,8 @@ class TensorInfo:
     shape: tuple[int, ...]
     stored: str = ""
     """Its name in the file."""
+    place: Place | None = None
+    """The part that it is of the tensor in the file; None: all of it."""
 
     @property
     def num_parameters(self) -> int:

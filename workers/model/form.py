@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from rayprune.workers.model.description import Shape
+from rayprune.workers.model.places import Places
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,6 +44,8 @@ class Form:
     """Shapes of what `outer` gives."""
     modules: Mapping[str, str] = field(default_factory=dict)
     """Modules of a layer whose names differ: the original's to the form's."""
+    places: Places = field(default_factory=dict)
+    """Where a layer's tensors lie in the file that do not lie there by their names."""
 
     def module(self, name: str) -> str:
         """The form's name of a module."""

@@ -87,8 +87,9 @@ def check_values(config: Config) -> None:
         _number(config, key, lambda value: 0 < value <= 1, "a number above 0, up to 1")
     for key in _FINITE:
         config.number(key, 0.0)
-    for key in ("sliding_window", "original_max_position_embeddings"):
-        config.optional(key)
+    config.optional("original_max_position_embeddings")
+    if config.flag("use_sliding_window", True) or config.raw.get("sliding_window") != 0:
+        config.optional("sliding_window")
     for key in _ROPE_KEYS:
         _check_rope(config, key, config.raw.get(key))
     for key in ("attn_implementation", "_attn_implementation"):

@@ -5,6 +5,7 @@ Letters: B windows of a micro-batch, T tokens, D hidden, F width of a consumer's
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,21 +13,23 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from rayprune.workers.model.description import Block, Group
+from rayprune.workers.network.experts import Experts, Routing
 from rayprune.workers.network.slicing import Cut
 from rayprune.workers.network.streamed import MicroBatch, hooked, output_of, returned
 from rayprune.workers.numerics.linalg import unit_rows
+from rayprune.workers.numerics.statistics import RoutingStatistic
 
 
 # no error: it ends a forward pass that has served its purpose
 class _CaughtInput(Exception):  # noqa: N818
-    def __init__(self, value: Tensor) -> None:
-        self.value = value
+    def __init__(self, values: tuple[Tensor, ...]) -> None:
+        self.values = values
 
 
 class _Catch(nn.Module):
-    def forward(self, value: Tensor) -> Tensor:
-        """End the pass with the value that arrived."""
-        raise _CaughtInput(value)
+    def forward(self, *values: Tensor) -> Tensor:
+        """End the pass with the values that arrived."""
+        raise _CaughtInput(values)
 
 
 class _Constant(nn.Module):
@@ -88,7 +91,7 @@ def _outputs_noted(
 
         return _note
 
-    blocks = [group.block for group in groups.values() if group.block.module not in batch.outputs]
+    blocks = {g.block for g in groups.values() if g.block.module not in batch.outputs}
     found = [(layer.get_submodule(block.module), block) for block in blocks]
     with hooked([module.register_forward_hook(noting(block)) for module, block in found]):
         yield
@@ -99,22 +102,50 @@ def consumer_input(
     layer: nn.Module, index: int, batch: MicroBatch, groups: Mapping[str, Group], name: str
 ) -> Tensor:
     """Input (B, T, F) of a group's consumer; the layer runs up to there, blocks with a known output
-    not at all.
+    not at all. That of an expert: (n, F) of the tokens it gets, each times the expert's weight.
 
     Raises:
         RuntimeError: the layer never reached the consumer.
     """
-    consumer = groups[name].consumer.module
+    group = groups[name]
+    if group.expert is not None:
+        routing = routed(layer, index, batch, groups)
+        return experts_of(layer, group).input_of(routing, group.expert)
     if name not in batch.inputs:
-        swaps = _known_blocks(layer, groups, batch) | {consumer: _Catch()}
-        try:
-            with _outputs_noted(layer, groups, batch):
-                _run(layer, index, batch, swaps)
-        except _CaughtInput as caught:
-            batch.inputs[name] = _by_window(caught.value, batch)
-        else:
-            raise RuntimeError(f"layer {index} never called {consumer}")
+        (value,) = _caught(layer, index, batch, groups, group.consumer.module)
+        batch.inputs[name] = _by_window(value, batch)
     return batch.inputs[name]
+
+
+def _caught(
+    layer: nn.Module, index: int, batch: MicroBatch, groups: Mapping[str, Group], module: str
+) -> tuple[Tensor, ...]:
+    """What a module is given; the layer runs up to there."""
+    swaps = _known_blocks(layer, groups, batch) | {module: _Catch()}
+    try:
+        with _outputs_noted(layer, groups, batch):
+            _run(layer, index, batch, swaps)
+    except _CaughtInput as caught:
+        return caught.values
+    raise RuntimeError(f"layer {index} never called {module}")
+
+
+def experts_of(layer: nn.Module, group: Group) -> Experts:
+    """The experts whose group, or the group of one of which, this is."""
+    experts = layer.get_submodule(group.block.module)
+    assert isinstance(experts, Experts)
+    return experts
+
+
+@torch.inference_mode()
+def routed(layer: nn.Module, index: int, batch: MicroBatch, groups: Mapping[str, Group]) -> Routing:
+    """What a layer's experts are given; the layer runs up to there, once."""
+    group = groups["experts"]
+    numbers = experts_of(layer, group).numbers
+    if batch.routing is None or batch.routing.numbers != numbers:
+        hidden_TD, experts_Tk, weights_Tk = _caught(layer, index, batch, groups, group.block.module)
+        batch.routing = Routing(batch.store(hidden_TD), experts_Tk, weights_Tk, numbers)
+    return replace(batch.routing, hidden_TD=batch.routing.hidden_TD.to(_device(layer)))
 
 
 def _by_window(z: Tensor, batch: MicroBatch) -> Tensor:
@@ -188,6 +219,51 @@ def apply_cut(
 
 
 @torch.inference_mode()
+def weigh_experts(
+    layer: nn.Module,
+    index: int,
+    batch: MicroBatch,
+    groups: Mapping[str, Group],
+    statistic: RoutingStatistic,
+) -> None:
+    """Add what a layer's experts give for a micro-batch to a statistic."""
+    routing = routed(layer, index, batch, groups)
+    experts, shares = experts_of(layer, groups["experts"]), routing.with_shares()
+    for place, number in enumerate(experts.numbers):
+        (tokens_n, weights_n), (_, shares_n) = routing.of(place), shares.of(place)
+        if len(tokens_n):
+            output_nD = experts[place](routing.hidden_TD[tokens_n])
+            statistic.update(number, output_nD, weights_n, shares_n)
+
+
+@torch.inference_mode()
+def apply_expert_cuts(
+    layer: nn.Module,
+    index: int,
+    batch: MicroBatch,
+    groups: Mapping[str, Group],
+    cuts: Mapping[str, Cut],
+) -> None:
+    """Set the output of a layer's experts to the weighted sum of the corrected projections of the
+    units that each keeps.
+    """
+    routing = routed(layer, index, batch, groups)
+    by_expert = {group.expert: cuts[name] for name, group in groups.items() if name in cuts}
+    experts = experts_of(layer, groups["experts"])
+
+    def output(place: int, x_nD: Tensor) -> Tensor:
+        expert: Any = experts[place]
+        z_nF = expert.inner(x_nD)
+        cut = by_expert[experts.numbers[place]].on(z_nF.device, z_nF.dtype)
+        kept_nK = z_nF.index_select(1, cut.units)
+        return nn.functional.linear(kept_nK, cut.weight_DK, expert.down_proj._parameters["bias"])
+
+    output_BTD = experts.summed(routing, output).view(batch.hidden_BTD.shape)
+    batch.outputs[groups["experts"].block.module] = batch.store(output_BTD)
+    batch.routing = None
+
+
+@torch.inference_mode()
 def project(layer: nn.Module, group: Group, z_BTF: Tensor) -> Tensor:
     """The uncut block's output (B, T, D) for an input of its consumer."""
     output: Tensor = layer.get_submodule(group.consumer.module)(z_BTF)
@@ -202,6 +278,7 @@ def finish_layer(
     batch.hidden_BTD = batch.store(_run(layer, index, batch, _known_blocks(layer, groups, batch)))
     batch.inputs.clear()
     batch.outputs.clear()
+    batch.routing = None
 
 
 @contextmanager
@@ -217,16 +294,35 @@ def _inputs_noted(layer: nn.Module, groups: Mapping[str, Group]) -> Iterator[dic
         yield inputs
 
 
+@contextmanager
+def _routing_noted(layer: nn.Module, groups: Mapping[str, Group]) -> Iterator[list[Routing]]:
+    """Note what the experts are given, where some of these groups are theirs."""
+    noted: list[Routing] = []
+
+    def note(module: Any, args: Any) -> None:
+        noted.append(Routing(args[0], args[1], args[2], module.numbers))
+
+    modules = {layer.get_submodule(g.block.module) for g in groups.values()}
+    with hooked([module.register_forward_pre_hook(note) for module in modules]):
+        yield noted
+
+
 @torch.inference_mode()
 def dense_pass(
     layer: nn.Module, index: int, batch: MicroBatch, groups: Mapping[str, Group]
 ) -> dict[str, Tensor]:
     """Move the hidden states past the unchanged layer and return the input of every group's
-    consumer.
+    consumer (B, T, F), of an expert (n, F) as `consumer_input` does.
     """
-    with _inputs_noted(layer, groups) as inputs:
+    plain = {name: group for name, group in groups.items() if group.expert is None}
+    of_experts = {name: group for name, group in groups.items() if group.expert is not None}
+    with _inputs_noted(layer, plain) as inputs, _routing_noted(layer, of_experts) as noted:
         batch.hidden_BTD = batch.store(_run(layer, index, batch, {}))
-    return {name: _by_window(z, batch) for name, z in inputs.items()}
+    found = {name: _by_window(z, batch) for name, z in inputs.items()}
+    for name, group in of_experts.items():
+        assert group.expert is not None
+        found[name] = experts_of(layer, group).input_of(noted[0], group.expert)
+    return found
 
 
 def backward(

@@ -35,7 +35,7 @@ def read_tensors(
     for file in sorted({info.file for info in infos.values()}):
         with _opened(checkpoint, file) as handle:
             tensors |= {
-                name: handle.get_tensor(info.stored).to(device)
+                name: _found(handle, info).to(device)
                 for name, info in infos.items()
                 if info.file == file
             }
@@ -47,6 +47,11 @@ def read_tensors(
                 " checkpoint is damaged, fetch it again"
             )
     return tensors
+
+
+def _found(handle: Any, info: TensorInfo) -> Tensor:
+    tensor: Tensor = handle.get_tensor(info.stored)
+    return info.place.of(tensor) if info.place else tensor
 
 
 def _sums(tensors: Mapping[str, Tensor]) -> dict[str, float]:
@@ -97,6 +102,6 @@ def digest_of(checkpoint: Checkpoint, infos: Mapping[str, TensorInfo]) -> str:
     for name, info in sorted(infos.items()):
         digest.update(f"{name} {info.dtype} {info.shape}\n".encode())
         with _opened(checkpoint, info.file) as handle:
-            values: Tensor = handle.get_tensor(info.stored)
-            digest.update(values.reshape(-1).view(torch.uint8).numpy().data)
+            values = _found(handle, info)
+            digest.update(values.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -66,11 +66,13 @@ def slice_layer(
 
     What lies along an axis of a group loses the entries of its pruned units, the consumer gets the
     corrected weight, in the cut's type, and keeps its bias. A block of which no unit stays loses
-    all its tensors. Names are those inside the layer.
+    all its tensors. Experts that stay are numbered anew. Names are those inside the layer.
     """
     result = dict(tensors)
     for group in (group for group in groups if group.name in cuts):
         cut = cuts[group.name]
+        if group.kind == "experts":
+            continue  # behind the others, whose tensors have the numbers of the whole layer
         if len(cut.units) == 0:
             result = {n: tensor for n, tensor in result.items() if not group.block.holds(n)}
             continue
@@ -81,7 +83,27 @@ def slice_layer(
                 result[name] = result[name].index_select(dim, stays.to(result[name].device))
         weight = cut.weight_DK
         result[group.consumer.weight] = weight.T if group.consumer.transposed else weight
+    for group in (group for group in groups if group.kind == "experts" and group.name in cuts):
+        result = keep_experts(result, group, cuts[group.name].units.tolist())
     return {name: tensor.contiguous() for name, tensor in result.items()}
+
+
+def keep_experts(
+    tensors: Mapping[str, Tensor], group: Group, units: Sequence[int]
+) -> dict[str, Tensor]:
+    """A layer's tensors with these experts alone, numbered anew; the router chooses among them."""
+    inside = f"{group.block.module}."
+    places = {str(unit): place for place, unit in enumerate(units)}
+    routers, found = {axis.tensor for axis in group.axes}, dict[str, Tensor]()
+    for name, tensor in tensors.items():
+        number, _, rest = name.removeprefix(inside).partition(".")
+        if name in routers:
+            found[name] = tensor.index_select(0, torch.tensor(units, device=tensor.device))
+        elif not name.startswith(inside):
+            found[name] = tensor
+        elif number in places:
+            found[f"{inside}{places[number]}.{rest}"] = tensor
+    return found
 
 
 def kept_entries(length: int, axes: Sequence[Axis], num_units: int, units: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from copy import copy, deepcopy
+from copy import deepcopy
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -28,8 +28,10 @@ from rayprune.workers.machine.device import beside
 from rayprune.workers.model.checkpoint import Checkpoint
 from rayprune.workers.model.description import Model, RemoteCode
 from rayprune.workers.model.folder import TensorInfo
+from rayprune.workers.network.experts import Routing, changed_config, with_own_experts
 from rayprune.workers.network.mapped import placed
 from rayprune.workers.network.reading import CPU, layer_tensors, read_tensors
+from rayprune.workers.network.slicing import keep_experts
 from rayprune.workers.stock import refused_by_transformers, stock_config
 
 Store = Callable[[Tensor], Tensor]
@@ -41,15 +43,16 @@ class MicroBatch:
     """A few windows on their way through the layers.
 
     `hidden_BTD` is the input of the current layer, `arguments[i]` what layer i gets besides. Of the
-    current layer: `inputs[group]` is a consumer's input (a cache), `outputs[block]` the output that
-    stands in for a block. `store` puts hidden states and outputs where they wait: it returns them,
-    or their copy elsewhere.
+    current layer: `inputs[group]` is a consumer's input (a cache), `routing` what its experts are
+    given (a cache), `outputs[block]` the output that stands in for a block. `store` puts hidden
+    states and outputs where they wait: it returns them, or their copy elsewhere.
     """
 
     hidden_BTD: Tensor
     arguments: list[LayerArguments]
     inputs: dict[str, Tensor] = field(default_factory=dict)
     outputs: dict[str, Tensor] = field(default_factory=dict)
+    routing: Routing | None = None
     store: Store = lambda tensor: tensor
 
 
@@ -205,11 +208,24 @@ class StreamedModel:
 
     def random_layer(self, kept: Mapping[str, int]) -> nn.Module:
         """A layer with so many units of every group, its weights as its class makes them."""
-        sizes = copy(self._model.config)
-        for name, value in self.checkpoint.layer_sizes(kept).items():
-            setattr(sizes, name, value)
+        sizes = changed_config(self._model.config, self.checkpoint.layer_sizes(kept))
         layer: nn.Module = type(self._layers[0])(sizes, 0)
         return layer.to(self.device, self.dtype).eval()
+
+    def with_experts(self, index: int, layer: nn.Module, units: Sequence[int]) -> nn.Module:
+        """A loaded layer as its class builds it with these experts alone; the weights are those of
+        the whole one, not copied.
+        """
+        group = self._described.experts
+        assert group is not None, "it has no experts"
+        kept = self._described.units | {group.name: len(units)}
+        sizes = changed_config(self._model.config, self.checkpoint.layer_sizes(kept))
+        # of this thread alone: another may be reading the next layer
+        with torch.device("meta"):
+            fewer: nn.Module = type(self._layers[index])(sizes, index)
+        fewer = with_own_experts(fewer.eval().requires_grad_(False), group, units)
+        fewer.load_state_dict(keep_experts(layer.state_dict(), group, units), assign=True)
+        return placed(fewer, self.device, self.dtype)
 
     @torch.inference_mode()
     def embed(self, tokens_BT: Tensor, reuse: MicroBatch | None = None) -> MicroBatch:
@@ -248,6 +264,8 @@ def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
             network = stock.from_config(sizes, dtype=dtype, trust_remote_code=False)
         else:
             network = built_from(code)._from_config(sizes, dtype=dtype)
+    for layer in layers_of(network, checkpoint.model):
+        with_own_experts(layer, checkpoint.model.experts)
     for module in network.modules():
         # as `from_pretrained` does: tables of positions are computed in float32
         if module._buffers and not module._parameters:

@@ -19,6 +19,9 @@ from rayprune.specs.job import CorrectionSpec
 from rayprune.workers.numerics.linalg import wide_blocks
 from rayprune.workers.numerics.statistics import Refit, Statistic
 
+NOT_CORRECTED = 1e6
+"""A damping that leaves the weight all but as it was."""
+
 
 @dataclass(frozen=True)
 class Correction:

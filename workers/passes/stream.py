@@ -41,12 +41,12 @@ class Stream:
         self,
         model: StreamedModel,
         groups: Sequence[Group],
-        empty: Callable[[int], Statistic],
+        empty: Callable[[Group], Statistic],
         batches: Sequence[Tensor],
         num_training: int,
         keep: Store,
     ) -> None:
-        """`empty(width)` makes a statistic; the first `num_training` micro-batches are for
+        """`empty(group)` makes a statistic; the first `num_training` micro-batches are for
         training; `keep` puts away hidden states.
         """
         self._keep, self._passed = keep, dict[int, list[Passed]]()
@@ -104,8 +104,8 @@ class Stream:
         }
 
     def _empty_fits(self, name: str) -> Fits:
-        width = self._groups[name].width
-        return self._empty(width), self._empty(width)
+        group = self._groups[name]
+        return self._empty(group), self._empty(group)
 
     def _entering(
         self, layer: int, number: int, saved: Path, before: np.ndarray | None

@@ -11,7 +11,7 @@ of a micro-batch, D hidden, F width of a consumer's input.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from rayprune.specs.errors import ModelError, SpecError
 from rayprune.workers.model.description import Group
+from rayprune.workers.model.places import Place
 from rayprune.workers.network import layers
 from rayprune.workers.network.slicing import Cut
 from rayprune.workers.network.streamed import MicroBatch, StreamedModel
-from rayprune.workers.numerics.statistics import State, Statistic
+from rayprune.workers.numerics.statistics import RoutingStatistic, State, Statistic
 from rayprune.workers.passes.sealed import read_sealed, write_sealed
 from rayprune.workers.store.files import Manifest, read_manifest, remove
 from rayprune.workers.store.layout import LAYER_FILE, Scope, layer_task
@@ -32,6 +33,9 @@ Parts = Mapping[Node, Statistic | State]
 """Statistics of nodes of the tree; or their states, where they come from another process or are
 used more than once, since a decision uses statistics up.
 """
+Routes = Mapping[Node, RoutingStatistic | State]
+"""The same of experts."""
+S = TypeVar("S", Statistic, RoutingStatistic)
 
 
 def micro_batches(tokens_ST: Tensor, size: int) -> list[Tensor]:
@@ -51,8 +55,8 @@ def embed_all(model: StreamedModel, batches: Sequence[Tensor]) -> list[MicroBatc
 
 
 def grow_statistics(
-    trees: Sequence[Node], owned: tuple[int, int], leaf: Callable[[int], Statistic]
-) -> dict[Node, Statistic]:
+    trees: Sequence[Node], owned: tuple[int, int], leaf: Callable[[int], S]
+) -> dict[Node, S]:
     """Statistics of the largest tree nodes that the owned shards cover."""
     nodes = [node for root in trees for node in owned_nodes(root, range(*owned))]
     return {
@@ -81,7 +85,7 @@ class Sweep:
         self,
         model: StreamedModel,
         groups: Sequence[Group],
-        statistic: Callable[[int], Statistic],
+        statistic: Callable[[Group], Statistic],
         shards: Sequence[Sequence[Tensor]],
         scope: Scope,
         checkpoint_layers: int,
@@ -98,6 +102,7 @@ class Sweep:
         self._checkpoint_layers, self._keep_inputs = checkpoint_layers, keep_inputs
         self._shards: dict[int, Shard] = {}
         self._loaded: tuple[int, nn.Module] | None = None
+        self._fewer: tuple[int, tuple[int, ...], nn.Module] | None = None
 
     def collect(
         self,
@@ -116,9 +121,24 @@ class Sweep:
             ModelError: an activation is not finite.
         """
         self._bring_to(layer, range(*owned))
-        module, cuts = self._layer(layer), self._on_device(cuts)
+        module, cuts = self._layer(layer, cuts), self._on_device(cuts)
         return grow_statistics(
             trees, owned, lambda shard: self._shard_statistic(module, layer, shard, name, cuts)
+        )
+
+    def route(
+        self, layer: int, owned: tuple[int, int], cuts: Mapping[str, Cut], trees: Sequence[Node]
+    ) -> dict[Node, RoutingStatistic]:
+        """Statistics of a layer's experts over the shards `owned[0] ... owned[1] - 1`, one per
+        largest tree node they cover.
+
+        Raises:
+            ModelError: an activation is not finite.
+        """
+        self._bring_to(layer, range(*owned))
+        module, cuts = self._layer(layer, cuts), self._on_device(cuts)
+        return grow_statistics(
+            trees, owned, lambda shard: self._shard_routing(module, layer, shard, cuts)
         )
 
     def advance(self, layer: int, owned: tuple[int, int], cuts: Mapping[str, Cut]) -> None:
@@ -127,19 +147,24 @@ class Sweep:
         self._pass(layer, range(*owned), cuts)
 
     def _pass(self, layer: int, shards: Iterable[int], cuts: Mapping[str, Cut]) -> None:
-        module, cuts = self._layer(layer), self._on_device(cuts)
+        module, cuts = self._layer(layer, cuts), self._on_device(cuts)
         for number in shards:
             self._advance(module, self._shards[number], cuts)
             self._save(number)
 
     def _on_device(self, cuts: Mapping[str, Cut]) -> dict[str, Cut]:
-        """Cuts for many micro-batches."""
-        return {name: cut.on(self._model.device, self._model.dtype) for name, cut in cuts.items()}
+        """Cuts for many micro-batches; those of experts, which are many, in their types on disk."""
+        dtype, device = self._model.dtype, self._model.device
+        of_experts = {name for name in cuts if self._groups[name].expert is not None}
+        return {
+            name: cut.on(device, cut.weight_DK.dtype if name in of_experts else dtype)
+            for name, cut in cuts.items()
+        }
 
     def _shard_statistic(
         self, module: nn.Module, layer: int, shard: int, name: str, cuts: Mapping[str, Cut]
     ) -> Statistic:
-        statistic = self._statistic(self._groups[name].width)
+        statistic = self._statistic(self._groups[name])
         for number, batch in enumerate(self._shards[shard].batches):
             self._forget_from(batch, name)
             self._apply(module, layer, batch, cuts)
@@ -149,6 +174,18 @@ class Sweep:
             if not self._keep_inputs:
                 batch.inputs.clear()
         check_finite(statistic, self._model, layer, self._groups[name], f" (shard {shard})")
+        return statistic
+
+    def _shard_routing(
+        self, module: nn.Module, layer: int, shard: int, cuts: Mapping[str, Cut]
+    ) -> RoutingStatistic:
+        group = self._groups["experts"]
+        statistic = RoutingStatistic.empty(group.num_units)
+        for batch in self._shards[shard].batches:
+            self._forget_from(batch, group.name)
+            self._apply(module, layer, batch, cuts)
+            layers.weigh_experts(module, layer, batch, self._groups, statistic)
+        check_finite(statistic, self._model, layer, group, f" (shard {shard})")
         return statistic
 
     def _drift_of(
@@ -180,19 +217,33 @@ class Sweep:
         for later in names[names.index(name) :]:
             batch.outputs.pop(self._groups[later].block.module, None)
             batch.inputs.pop(later, None)
+        if self._groups[name].expert is None:
+            batch.routing = None
 
     def _apply(
         self, module: nn.Module, layer: int, batch: MicroBatch, cuts: Mapping[str, Cut]
     ) -> None:
         for name, cut in cuts.items():
-            if self._groups[name].block.module not in batch.outputs:
+            group = self._groups[name]
+            if group.kind == "experts" or group.block.module in batch.outputs:
+                continue  # a layer of fewer experts is a module of its own
+            if group.expert is None:
                 layers.apply_cut(module, layer, batch, self._groups, name, cut)
+            else:
+                layers.apply_expert_cuts(module, layer, batch, self._groups, cuts)
 
-    def _layer(self, index: int) -> nn.Module:
+    def _layer(self, index: int, cuts: Mapping[str, Cut]) -> nn.Module:
+        """The layer, with the experts alone that `cuts` keep, if they say so."""
         if self._loaded is None or self._loaded[0] != index:
-            self._loaded = None  # free the old layer before the new one is read
+            self._loaded = self._fewer = None  # free the old layer before the new one is read
             self._loaded = (index, self._model.load_layer(index))
-        return self._loaded[1]
+        if "experts" not in cuts:
+            return self._loaded[1]
+        units = tuple(cuts["experts"].units.tolist())
+        if self._fewer is None or self._fewer[:2] != (index, units):
+            fewer = self._model.with_experts(index, self._loaded[1], units)
+            self._fewer = (index, units, fewer)
+        return self._fewer[2]
 
     def _bring_to(self, layer: int, owned: range) -> None:
         """Have the owned shards stand before `layer`, replaying finished layers where the cache is
@@ -283,7 +334,11 @@ class Sweep:
 
 
 def check_finite(
-    statistic: Statistic, model: StreamedModel, layer: int, group: Group, where: str = ""
+    statistic: Statistic | RoutingStatistic,
+    model: StreamedModel,
+    layer: int,
+    group: Group,
+    where: str = "",
 ) -> None:
     """Check what a group's consumer was given.
 
@@ -320,9 +375,11 @@ def read_cuts(file: Path, manifest: Manifest, groups: Iterable[Group]) -> dict[s
     cuts = {}
     for group in (group for group in groups if group.name in kept):
         units, weight_DK = torch.tensor(kept[group.name], dtype=torch.int64), torch.empty(0)
-        if len(units):
+        if len(units) and group.kind != "experts":
             with safe_open(file, framework="pt") as handle:
-                weight = handle.get_tensor(consumers[group.name])
+                found = consumers[group.name]
+                place = Place(found) if isinstance(found, str) else Place(**found)
+                weight = place.of(handle.get_tensor(place.name))
             weight_DF = weight.T if group.consumer.transposed else weight
             weight_DK = weight_DF[:, : len(units) * group.columns].clone()
         cuts[group.name] = Cut(group.name, units, weight_DK)

@@ -7,13 +7,15 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from rayprune.specs.job import FEW_TOKENS, CorrectionSpec
+from rayprune.workers.model.description import Group
 from rayprune.workers.network.slicing import Cut
-from rayprune.workers.numerics.correction import Correction, correct
-from rayprune.workers.numerics.linalg import unit_rows
+from rayprune.workers.numerics.correction import NOT_CORRECTED, Correction, correct
+from rayprune.workers.numerics.linalg import column_norms, unit_rows
 from rayprune.workers.numerics.methods import select
-from rayprune.workers.numerics.statistics import Statistic, restored
+from rayprune.workers.numerics.statistics import RoutingStatistic, Statistic, best_experts, restored
 from rayprune.workers.passes.stream import Fits
-from rayprune.workers.passes.sweep import Parts, check_computed_on
+from rayprune.workers.passes.sweep import Parts, Routes, check_computed_on
 from rayprune.workers.steps.step import Receipt
 from rayprune.workers.store.files import read_manifest
 from rayprune.workers.store.layout import GRADIENTS_FILE, GRADIENTS_TASK, selection_task
@@ -49,6 +51,41 @@ class Deciding:
             ).items()
         }
 
+    def keep_experts(
+        self, num_kept: int, trees: tuple[Node, Node], parts: Sequence[Routes]
+    ) -> tuple[Cut, Receipt]:
+        """The experts that stay, and the decision as reports have it: their numbers, and of all
+        experts tokens and scores.
+        """
+        group, score = self._bench.groups["experts"], self._job.budget.expert_score
+        nodes = {
+            node: RoutingStatistic.from_state(found) if isinstance(found, dict) else found
+            for part in parts
+            for node, found in part.items()
+        }
+        training, held_out = (
+            merge_siblings(
+                tree,
+                {n: found for n, found in nodes.items() if tree[0] <= n[0] and n[1] <= tree[1]},
+                lambda left, right: left.merge(right),
+            )[tree]
+            for tree in trees
+        )
+        whole = training.merge(held_out)
+        scores_E = whole.scores(score)
+        units = best_experts(scores_E, num_kept, group.parts)
+        receipt: Receipt = {
+            "kept": num_kept,
+            "of": group.num_units,
+            "damping": 0.0,
+            "training_error": training.lost(units.tolist()),
+            "held_out_error": held_out.lost(units.tolist()),
+            "units": units.tolist(),
+            "tokens_by_expert": whole.tokens_E.tolist(),
+            "scores": scores_E.tolist(),
+        }
+        return Cut(group.name, units, torch.empty(0)), receipt
+
     def summary(self, group: str, num_kept: int, correction: Correction) -> Receipt:
         """A decision, as reports have it."""
         return {
@@ -83,13 +120,27 @@ class Deciding:
         self, layer: int, name: str, num_kept: int, fits: Fits, units: Tensor | None = None
     ) -> tuple[Cut, Correction]:
         """The units that stay (selected, unless given) and the corrected weight that reads them."""
+        group = self._bench.groups[name]
+        weight_DF = self._bench.consumer_weight(layer, group)
+        dtype = self._bench.disk_dtype(weight_DF)
+        if group.expert is not None and not fits[0].num_tokens:
+            return _plain_cut(name, num_kept, weight_DF, dtype)
         units = self.select(layer, name, num_kept, fits[0]) if units is None else units
-        weight_DF = self._bench.consumer_weight(layer, self._bench.groups[name])
-        columns_K = unit_rows(units, self._bench.groups[name].columns).to(self._bench.device)
-        correction = correct(
-            *fits, weight_DF, columns_K, self._job.correction, self._bench.disk_dtype(weight_DF)
-        )
+        columns_K = unit_rows(units, group.columns).to(self._bench.device)
+        options = self._damped_for(group, fits)
+        correction = correct(*fits, weight_DF, columns_K, options, dtype)
         return Cut(name, units, correction.weight_DK), correction
+
+    def _damped_for(self, group: Group, fits: Fits) -> CorrectionSpec:
+        """How a group is corrected. Of an expert that has seen few tokens held-out ones may also
+        say that it is not, which they do where there are none.
+        """
+        options = self._job.correction
+        tokens = fits[0].num_tokens + fits[1].num_tokens
+        enough = group.expert is None or tokens >= FEW_TOKENS * group.num_units
+        if enough or options.damping != "held-out":
+            return options
+        return options.model_copy(update={"candidates": (*options.candidates, NOT_CORRECTED)})
 
     def ranked_by(self, layer: int, name: str) -> Tensor:
         """What gives a group's columns their scale: the consumer's weight (D, F), or the gradients
@@ -104,3 +155,13 @@ class Deciding:
         with safe_open(folder / GRADIENTS_FILE, framework="pt") as handle:
             row_1F: Tensor = handle.get_slice(name)[layer : layer + 1]
         return row_1F.to(self._bench.device)
+
+
+def _plain_cut(
+    name: str, num_kept: int, weight_DF: Tensor, dtype: torch.dtype
+) -> tuple[Cut, Correction]:
+    """Of an expert that no token has reached: the units with the largest columns, as they are."""
+    order = torch.argsort(column_norms(weight_DF), descending=True, stable=True)
+    units = order[:num_kept].sort().values
+    weight_DK = weight_DF[:, units].to(dtype).contiguous()
+    return Cut(name, units.cpu(), weight_DK), Correction(weight_DK, NOT_CORRECTED, 0.0, 0.0)

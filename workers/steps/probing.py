@@ -4,6 +4,7 @@ from functools import partial
 
 from torch import Tensor
 
+from rayprune.workers.model.description import Group
 from rayprune.workers.network import layers
 from rayprune.workers.network.streamed import MicroBatch
 from rayprune.workers.numerics.statistics import Statistic
@@ -21,6 +22,13 @@ class Probing:
         self._bench, self._deciding = bench, deciding
         self._at: dict[tuple[int, int], tuple[int, list[MicroBatch]]] = {}
         self._job = bench.job
+
+    @property
+    def _groups(self) -> dict[str, Group]:
+        """What is looked at: every group, and some of the experts."""
+        groups = [group for group in self._bench.checkpoint.model.groups if group.kind != "experts"]
+        some = [member for group in groups for member in group.probed]
+        return {member.name: member for member in some}
 
     def drop(self) -> None:
         """Forget the hidden states."""
@@ -47,14 +55,13 @@ class Probing:
         inputs: list[dict[str, Tensor]] = []
         for index in range(at, layer + 1):
             module = self._bench.model.load_layer(index)
-            inputs = [
-                layers.dense_pass(module, index, batch, self._bench.groups) for batch in batches
-            ]
+            looked_at = self._groups if index == layer else {}
+            inputs = [layers.dense_pass(module, index, batch, looked_at) for batch in batches]
         self._at[owned] = (layer + 1, batches)
         trees = roots(self._job.budget.probe_samples, num_held_out)
 
         def leaf(name: str, window: int) -> Statistic:
-            statistic = self._bench.statistic(count, self._bench.groups[name].width)
+            statistic = self._bench.statistic(count, self._bench.groups[name])
             statistic.update(inputs[window - owned[0]][name].flatten(0, -2))
             check_finite(statistic, self._bench.model, layer, self._bench.groups[name])
             return statistic
@@ -65,7 +72,7 @@ class Probing:
                 node: statistic.state()
                 for node, statistic in grow_statistics(trees, owned, partial(leaf, name)).items()
             }
-            for name in self._bench.groups
+            for name in self._groups
         }
 
     @step

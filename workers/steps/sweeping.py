@@ -7,7 +7,7 @@ import torch
 
 from rayprune.workers.network.slicing import Cut
 from rayprune.workers.numerics.correction import Correction
-from rayprune.workers.passes.sweep import Parts, Sweep
+from rayprune.workers.passes.sweep import Parts, Routes, Sweep
 from rayprune.workers.steps.deciding import Deciding
 from rayprune.workers.steps.step import Cached, Droppable, Receipt, drop_all, step
 from rayprune.workers.store.shards import roots
@@ -53,6 +53,22 @@ class Sweeping:
         return {}, self._sweep.value.collect(layer, group, owned, _by_group(cuts), trees)
 
     @step
+    def route(self, layer: int, owned: tuple[int, int], *cuts: Cut) -> tuple[Receipt, Routes]:
+        """Statistics of a layer's experts over some calibration shards; `cuts` are this layer's
+        earlier ones.
+        """
+        drop_all(self._before)
+        trees = roots(self._job.calibration.shards, self._job.calibration.held_out_shards)
+        return {}, self._sweep.value.route(layer, owned, _by_group(cuts), trees)
+
+    @step
+    def keep_experts(self, num_kept: int, *parts: Routes) -> tuple[Receipt, Cut]:
+        """Choose the experts of a layer that stay."""
+        trees = roots(self._job.calibration.shards, self._job.calibration.held_out_shards)
+        cut, summary = self._deciding.keep_experts(num_kept, trees, parts)
+        return {"group": summary}, cut
+
+    @step
     def advance(self, layer: int, owned: tuple[int, int], *cuts: Cut) -> tuple[Receipt, None]:
         """Take some calibration shards past a layer of which all groups are decided; its file need
         not be there yet.
@@ -79,8 +95,11 @@ class Sweeping:
         units = (
             self._deciding.selected(layer, group) if is_cut and self._job.selects_first else None
         )
+        tokens = fits[0].num_tokens + fits[1].num_tokens  # they are used up
         cut, correction = self._deciding.cut(layer, group, num_kept, fits, units)
-        return {"group": self._deciding.summary(group, num_kept, correction)}, cut
+        summary = self._deciding.summary(group, num_kept, correction)
+        routed = self._bench.groups[group].expert is not None
+        return {"group": summary | ({"tokens": tokens} if routed else {})}, cut
 
     @step
     def reduce(self, *parts: Parts) -> tuple[Receipt, Parts]:

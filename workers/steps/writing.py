@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from rayprune.specs.errors import VerificationError
 from rayprune.workers.calibration import load_tokenizer
 from rayprune.workers.model.folder import TensorInfo
 from rayprune.workers.model.form import AS_IT_IS, Form
+from rayprune.workers.model.places import Place, as_stored
 from rayprune.workers.network.reading import digest_of, read_tensors
 from rayprune.workers.network.slicing import Cut, pad_layer, slice_layer
 from rayprune.workers.network.written import narrowed
@@ -75,11 +77,31 @@ class Writing:
             form = self._form(written)
             prefix = f"{form.layers_at or bench.checkpoint.model.layers_at}.{position}."
             tensors = form.layer(self._cut_layer(layer, written, cuts))
-            named = {prefix + name: tensor for name, tensor in tensors.items()}
-            modules = {name: form.module(g.consumer.module) for name, g in bench.groups.items()}
-            info["consumers"] = {name: f"{prefix}{m}.weight" for name, m in modules.items()}
+            stored = as_stored(tensors, form.places)
+            named = {prefix + name: tensor for name, tensor in stored.items()}
+            info["consumers"] = self._consumers(form, prefix, kept.get("experts"))
         infos, files = bench.checkpoint.layer_tensors(layer), {LAYER_FILE: named} if named else {}
         return partial(self._write, task, infos, files, info)
+
+    def _consumers(
+        self, form: Form, prefix: str, experts: Sequence[int] | None
+    ) -> dict[str, object]:
+        """Where a file has the consumer's weight of every group that is left, by the group's
+        name.
+        """
+        groups = [group for group in self._bench.groups.values() if group.kind != "experts"]
+        found: dict[str, object] = {}
+        for group in groups:
+            if group.expert is not None and experts is not None:
+                if group.expert not in experts:
+                    continue
+                group = group.numbered(experts.index(group.expert))
+            weight = f"{form.module(group.consumer.module)}.weight"
+            place = form.places.get(weight, Place(weight))
+            name = prefix + place.name
+            whole = place.expert is None
+            found[group.name] = name if whole else asdict(replace(place, name=name))
+        return found
 
     def _write(
         self,

@@ -34,13 +34,15 @@ def measure_latency(
 
     Raises:
         ModelError: no such model, or not one that can be pruned.
-        SpecError: a number is too small.
+        SpecError: a number is too small, or the model is a mixture of experts.
     """
     if min(batch, tokens, 1 if threads is None else threads) < 1:
         raise SpecError("--batch, --tokens and --threads must be at least 1")
     if threads:
         torch.set_num_threads(threads)
     checkpoint = open_checkpoint(model)
+    if checkpoint.model.experts:
+        raise SpecError(f"{model}: latency is not measured of mixtures of experts")
     device = device_of("auto")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     groups = {group.name: group for group in checkpoint.model.groups}

@@ -31,8 +31,8 @@ def test_an_r_factor_stands_for_many_rows() -> None:
     assert statistics_bytes(EXACT, NEURONS) == 2 * 800
 
 
-def test_every_expert_has_statistics() -> None:
-    assert statistics_bytes(MIXTURE, EXPERTS) == 2 * 4 * 800
+def test_statistics_of_one_expert_are_held_at_a_time() -> None:
+    assert statistics_bytes(MIXTURE, EXPERTS) == 2 * 800
 
 
 def test_ranking_takes_what_the_method_does() -> None:

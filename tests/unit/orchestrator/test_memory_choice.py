@@ -9,8 +9,9 @@ import pytest
 from rayprune.orchestrator.planning import memory_choice
 from rayprune.orchestrator.planning.memory_choice import choices, choose_memory, fewest_workers
 from rayprune.orchestrator.planning.worker_memory import RUNTIME_BYTES, gib, peak_bytes
-from rayprune.orchestrator.planning.workload import FEW_TOKENS, tokens_per_neuron
+from rayprune.orchestrator.planning.workload import tokens_per_neuron
 from rayprune.specs.errors import ResourceError
+from rayprune.specs.job import FEW_TOKENS
 from rayprune.specs.memory import MemoryPlan
 from tests.unit.orchestrator.workloads import BIG, GPU, REFIT
 

@@ -59,8 +59,12 @@ def test_memory_on_a_gpu() -> None:
     assert in_chunks["collect"]["weights"] == (800 + 3 * 300) * 2
 
 
-def test_a_token_has_inputs_in_the_experts_it_passes_through() -> None:
-    assert memory_by_step(MIXTURE, MemoryPlan())["collect"]["inputs"] == 64 * 2 * 10 * 4
+def test_experts_take_what_they_read_again_and_one_after_the_other() -> None:
+    collect = memory_by_step(MIXTURE, MemoryPlan())["collect"]
+    assert collect["inputs"] == 64 * 6 * 4, "those of the heads"
+    # all of 32 tokens, twice an even share, are as many as there are
+    assert collect["activations"] == 6 * 32 * 10 * 4
+    assert collect["cuts"] == 4 * (4 * 5 * 4)
 
 
 def test_layers_placement_holds_the_statistics_of_its_chunk() -> None:

@@ -9,6 +9,7 @@ from rayprune.workers.machine.scratch import Scratch
 from rayprune.workers.numerics.statistics.gram import GramStatistic
 from rayprune.workers.numerics.statistics.moments import Drift, Moments
 from rayprune.workers.numerics.statistics.protocol import Refit, State, Statistic, complement
+from rayprune.workers.numerics.statistics.routing import RoutingStatistic, best_experts
 from rayprune.workers.numerics.statistics.rows import RowsStatistic
 
 __all__ = [
@@ -16,9 +17,11 @@ __all__ = [
     "GramStatistic",
     "Moments",
     "Refit",
+    "RoutingStatistic",
     "RowsStatistic",
     "State",
     "Statistic",
+    "best_experts",
     "complement",
     "restored",
     "statistic_type",

@@ -77,6 +77,11 @@ class GramStatistic(Travelling):
         return {"gram": to_array(self.finished().gram_FF)} | self.moments.state() | drift
 
     @property
+    def num_tokens(self) -> int:
+        """T."""
+        return self.moments.num_tokens
+
+    @property
     def mean_energy(self) -> float:
         """Mean diagonal."""
         return float(self.column_energy.mean())

@@ -107,6 +107,11 @@ class Statistic(Protocol):
         ...
 
     @property
+    def num_tokens(self) -> int:
+        """T."""
+        ...
+
+    @property
     def mean_energy(self) -> float:
         """Mean over the columns of |z_j|^2: the unit of the damping."""
         ...

@@ -106,6 +106,11 @@ class RowsStatistic(Travelling):
         } | self.moments.state()
 
     @property
+    def num_tokens(self) -> int:
+        """T."""
+        return self.moments.num_tokens
+
+    @property
     def mean_energy(self) -> float:
         """Mean squared column norm."""
         return (

@@ -1,0 +1,124 @@
+"""What holds for every family with experts, beside what holds for all (`test_families.py`)."""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import AutoModelForCausalLM
+
+from rayprune.orchestrator.run import run_job
+from rayprune.specs.loader import load_job
+from rayprune.workers.model.checkpoint import Checkpoint, open_checkpoint
+from rayprune.workers.network.streamed import whole_model
+from rayprune.workers.numerics.correction import Correction
+from rayprune.workers.steps import deciding
+from tests.conftest import MakeJob
+from tests.contracts.test_families import SIZES, SMALL, generates, logits_of, same
+from tests.helpers import mixtures, quiet, some
+from tests.models import build_model
+
+
+@pytest.fixture(scope="module", params=some(mixtures(), "qwen3_moe", "gpt_oss"))
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    name: str = request.param
+    return build_model(tmp_path_factory.mktemp(name) / "dense", name, **SIZES)
+
+
+def stock(folder: Path) -> Any:
+    """The stock network, whose experts are computed one by one."""
+    network = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="eager")
+    return network.eval()
+
+
+def test_experts_one_by_one_are_the_stock_ones(folder: Path) -> None:
+    checkpoint = open_checkpoint(folder)
+    found, expected = logits_of(whole_model(checkpoint).eval()), logits_of(stock(folder))
+    same(found, expected, 1e-6)
+
+
+class _Never(TorchFunctionMode):
+    """Routers give some experts logits that are never chosen."""
+
+    def __init__(self, gone: dict[int, Tensor]) -> None:
+        """`gone` experts by the address of a router's weight."""
+        super().__init__()
+        self._gone = gone
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if (
+            func is nn.functional.linear
+            and (gone := self._gone.get(args[1].data_ptr())) is not None
+        ):
+            result = result.index_fill(-1, gone, -1e9)
+        return result
+
+
+@contextmanager
+def without(network: Any, checkpoint: Checkpoint, kept: Sequence[Sequence[int]]) -> Iterator[Any]:
+    """The stock network, whose routers never choose experts that go."""
+    group = checkpoint.model.experts
+    assert group is not None
+    gone = {}
+    for layer, stays in enumerate(kept):
+        module = network.get_submodule(f"{checkpoint.model.layers_at}.{layer}")
+        router = module.state_dict()[group.axes[0].tensor]
+        others = sorted(set(range(group.num_units)) - set(stays))
+        gone[router.data_ptr()] = torch.tensor(others)
+    with _Never(gone):
+        yield network
+
+
+def test_a_model_of_fewer_experts_is_the_dense_one_that_never_chooses_the_others(
+    folder: Path, make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those with the smallest scores go; widths shrink as well."""
+    checkpoint = open_checkpoint(folder)
+    group, units = checkpoint.model.experts, checkpoint.model.units
+    assert group is not None
+    monkeypatch.setattr(
+        deciding,
+        "correct",
+        lambda training, held_out, weight_DF, kept_K, *rest: Correction(
+            weight_DF[:, kept_K].contiguous(), 0.0, 0.0, 0.0
+        ),
+    )
+    out, stays = tmp_path / "run", 3 * group.num_units // 4
+    job = make_job(
+        folder,
+        calibration=SMALL,
+        budget={"experts": stays, "kv_groups": units["heads"], "sparsity": 0.4, "round_to": 1},
+    )
+    report = run_job(load_job(job), out, quiet)
+    layers = [layer.groups for layer in report.layers]
+    kept = [groups["experts"].units or () for groups in layers]
+    for groups, experts in zip(layers, kept, strict=True):
+        scores = groups["experts"].scores or ()
+        assert len(experts) == stays
+        gone = set(range(group.num_units)) - set(experts)
+        assert max(scores[e] for e in gone) <= min(scores[e] for e in experts)
+    network, info = AutoModelForCausalLM.from_pretrained(out / "model", output_loading_info=True)
+    assert not any(info.values()), info
+    assert sum(p.numel() for p in network.parameters()) == report.parameters.after
+    dense, model = whole_model(checkpoint).eval(), checkpoint.model
+    handles = []
+    for layer in range(len(layers)):
+        manifest = json.loads((out / f"tasks/layer-{layer:04d}/manifest.json").read_text())
+        for name, units_kept in manifest["info"]["kept"].items():
+            member = model.members[name]
+            if member.kind != "experts":
+                stay = torch.zeros(member.width)
+                stay[units_kept] = 1.0
+                module = dense.get_submodule(f"{model.layers_at}.{layer}.{member.consumer.module}")
+                handles.append(
+                    module.register_forward_pre_hook(lambda _, args, stay=stay: (args[0] * stay,))
+                )
+    with without(dense, checkpoint, kept) as expected:
+        same(logits_of(network.eval()), logits_of(expected))
+    generates(network)

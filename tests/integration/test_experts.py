@@ -1,0 +1,204 @@
+"""Mixtures of experts through whole jobs: right values in closed form, what is told, refused, and
+done again.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from rayprune.orchestrator.planning.plan import make_plan
+from rayprune.orchestrator.reporting.report import Report
+from rayprune.orchestrator.run import run_job
+from rayprune.specs.errors import SpecError
+from rayprune.specs.loader import load_job
+from rayprune.workers.model.checkpoint import open_checkpoint
+from rayprune.workers.network.experts import Experts, Routing
+from rayprune.workers.network.streamed import hooked, whole_model
+from rayprune.workers.store.layout import CALIBRATION_TASK, TOKENS_FILE, Scope
+from tests.conftest import MakeJob, MakeModel, folder_bytes
+from tests.helpers import quiet
+
+ALL_HEADS = {"kv_groups": 2}
+
+
+def ran(job: Path, out: Path, *changes: str) -> Report:
+    return run_job(load_job(job, list(changes)), out, quiet)
+
+
+def stored(run: Path, name: str) -> Tensor:
+    """A tensor of the pruned model, in fp64."""
+    index = json.loads((run / "model/model.safetensors.index.json").read_text())["weight_map"]
+    with safe_open(run / "model" / index[name], framework="pt") as handle:
+        tensor: Tensor = handle.get_tensor(name)
+    return tensor.double()
+
+
+@torch.inference_mode()
+def first_routing(model: Path, run: Path) -> tuple[Experts, Routing]:
+    """The experts of the dense model's first layer, and what calibration gives them."""
+    network = whole_model(open_checkpoint(model)).eval()
+    experts: Any = network.get_submodule("model.layers.0.mlp.experts")
+    with safe_open(Scope(run).folder(CALIBRATION_TASK) / TOKENS_FILE, framework="pt") as handle:
+        tokens_ST = handle.get_tensor("tokens")
+    noted: list[Any] = []
+    with hooked([experts.register_forward_pre_hook(lambda _, args: noted.append(args))]):
+        network(input_ids=tokens_ST, use_cache=False)
+    return experts, Routing(*noted[0], numbers=experts.numbers)
+
+
+def test_experts_go_by_reap_and_widths_are_corrected_by_weighted_least_squares(
+    make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+) -> None:
+    model, run = make_model("qwen3_moe"), tmp_path / "run"
+    job = make_job(
+        model, budget={**ALL_HEADS, "experts": 4, "sparsity": 0.2}, correction={"damping": 1e-9}
+    )
+    report = ran(job, run)
+    experts, routing = first_routing(model, run)
+    manifest = json.loads((run / "tasks/layer-0000/manifest.json").read_text())
+    for number, expert in enumerate(experts):
+        tokens_n, weights_n = routing.of(number)
+        group = report.layers[0].groups[f"neurons.{number}"]
+        assert group.tokens == len(tokens_n) > 10 * group.of
+        kept = manifest["info"]["kept"][f"neurons.{number}"]
+        with torch.inference_mode():
+            z_nF = (expert.inner(routing.hidden_TD[tokens_n]) * weights_n[:, None]).double()
+        weight_DF = expert.down_proj.weight.double()
+        exact_DK = torch.linalg.lstsq(z_nF[:, kept], z_nF @ weight_DF.T).solution.T
+        found_DK = stored(run, f"model.layers.0.mlp.experts.{number}.down_proj.weight")
+        assert float((found_DK - exact_DK).norm() / exact_DK.norm()) < 1e-4
+    fewer = ran(job, tmp_path / "fewer", "budget.experts=3", "budget.sparsity=0.24")
+    chosen = fewer.layers[0].groups["experts"]
+    for number, expert in enumerate(experts):
+        tokens_n, shares_n = routing.with_shares().of(number)
+        with torch.inference_mode():
+            norms_n = expert(routing.hidden_TD[tokens_n]).norm(dim=1) * shares_n
+        assert (chosen.scores or ())[number] == pytest.approx(float(norms_n.mean()), rel=1e-5)
+        assert (chosen.tokens_by_expert or ())[number] == len(tokens_n)
+    lost = min(range(4), key=(chosen.scores or ()).__getitem__)
+    assert chosen.units == tuple(sorted({0, 1, 2, 3} - {lost}))
+    frequent = ran(
+        job,
+        tmp_path / "frequent",
+        "budget.experts=3",
+        "budget.sparsity=0.24",
+        "budget.expert_score=frequency",
+    )
+    counted = frequent.layers[0].groups["experts"]
+    assert counted.scores == tuple(map(float, counted.tokens_by_expert or ()))
+
+
+def test_experts_that_saw_few_tokens_are_told_and_cut_plainly(
+    make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+) -> None:
+    model, run = make_model("qwen3_moe"), tmp_path / "run"
+    job = make_job(
+        model,
+        budget={**ALL_HEADS, "sparsity": 0.2},
+        calibration={"samples": 2, "sequence_length": 8, "shards": 2},
+    )
+    checkpoint = open_checkpoint(model)
+    plan = make_plan(load_job(job), checkpoint)
+    assert plan.tokens_per_neuron == pytest.approx(16 * 2 / 4 / 48, abs=0.2)
+    assert "per FFN channel" in plan.warnings[0]
+    report = ran(job, run)
+    groups = [
+        group
+        for layer in report.layers
+        for name, group in layer.groups.items()
+        if name.startswith("neurons.")
+    ]
+    assert len(groups) == 12
+    assert any(f"{len(groups)} of 12 experts saw fewer than 10" in w for w in report.warnings)
+    assert "<h2>Experts</h2>" in report.page.read_text()
+    unseen = [group for group in groups if group.tokens == 0 or group.held_out_error == 0]
+    assert all(group.damping == 1e6 for group in unseen)
+    manifest = json.loads((run / "tasks/layer-0000/manifest.json").read_text())
+    for number in range(4):
+        if report.layers[0].groups[f"neurons.{number}"].damping == 1e6:
+            name = f"model.layers.0.mlp.experts.{number}.down_proj.weight"
+            with safe_open(model / "model.safetensors", framework="pt") as handle:
+                plain_DK = handle.get_tensor(name)[:, manifest["info"]["kept"][f"neurons.{number}"]]
+            assert torch.allclose(stored(run, name), plain_DK.double(), atol=1e-5)
+
+
+def test_a_plan_counts_what_a_token_passes_through(
+    make_model: MakeModel, make_job: MakeJob
+) -> None:
+    checkpoint = open_checkpoint(make_model("mixtral"))
+    budget = {**ALL_HEADS, "experts": 3, "sparsity": 0.24}
+    plan = make_plan(load_job(make_job(checkpoint.path, budget=budget)), checkpoint)
+    shape = plan.shape
+    assert shape.kept == {"heads": 2, "experts": 3, "neurons": 48}
+    expert, attention = 3 * 32 * 48, 2 * 32 * 32 + 2 * 32 * 16
+    layer = 3 * expert + attention + 3 * 32 + 2 * 32
+    assert shape.decoder_parameters == 3 * layer
+    head = 2 * 260 * 32
+    assert shape.flops_per_token == head + 3 * 2 * (2 * expert + attention + 3 * 32)
+    assert plan.model.active_parameters < plan.model.parameters
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "says"),
+    [
+        ("budget", {"experts": 1}, "passes through 2, so give a number from 2 to 4"),
+        ("budget", {"experts": 5}, "from 2 to 4"),
+        ("parallel", {"placement": "layers"}, "parallel.placement: set it to shards"),
+        ("budget", {"per_layer": True}, "budget.per_layer"),
+        ("recover", {"epochs": 1}, "recover: leave it out"),
+        ("method", {"name": "stat", "scale": "gradients"}, "method.scale"),
+    ],
+)
+def test_what_is_not_done_with_experts_is_refused(
+    section: str, change: dict[str, Any], says: str, make_model: MakeModel, make_job: MakeJob
+) -> None:
+    checkpoint = open_checkpoint(make_model("mixtral"))
+    job = load_job(make_job(checkpoint.path, **{section: change}))
+    with pytest.raises(SpecError, match=says):
+        make_plan(job, checkpoint)
+
+
+def test_a_model_without_experts_has_none_to_keep(make_model: MakeModel, make_job: MakeJob) -> None:
+    checkpoint = open_checkpoint(make_model("llama"))
+    with pytest.raises(SpecError, match="no experts of model_type llama"):
+        make_plan(load_job(make_job(checkpoint.path, budget={"experts": 2})), checkpoint)
+
+
+def test_resumed_from_any_layer_it_has_the_same_bytes(
+    make_model: MakeModel, make_job: MakeJob, tmp_path: Path, force_memory: Any
+) -> None:
+    """The pruned path is taken up behind layers that are read back from packed files; what is kept
+    where changes nothing. The probe chooses the KV groups.
+    """
+    job = make_job(make_model("gpt_oss"), budget={"experts": 3, "sparsity": 0.4})
+    ran(job, tmp_path / "run")
+    expected = folder_bytes(tmp_path / "run" / "model")
+    for left in (1, 2):
+        run = tmp_path / f"resumed-{left}"
+        shutil.copytree(tmp_path / "run", run)
+        shutil.rmtree(run / "cache", ignore_errors=True)
+        shutil.rmtree(run / "model")
+        for layer in range(left, 3):
+            shutil.rmtree(run / f"tasks/layer-{layer:04d}")
+        ran(job, run)
+        assert folder_bytes(run / "model") == expected
+    force_memory(keep_inputs=False, spill_hidden=True, spill_statistics=True)
+    ran(job, tmp_path / "in-files")
+    assert folder_bytes(tmp_path / "in-files" / "model") == expected
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_ray_writes_the_same_bytes(
+    make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+) -> None:
+    job = make_job(make_model("qwen2_moe"), budget={"experts": 3, "sparsity": 0.35})
+    ran(job, tmp_path / "in-process")
+    ran(job, tmp_path / "ray", "cluster.executor=ray", "parallel.workers=3")
+    assert folder_bytes(tmp_path / "ray" / "model") == folder_bytes(tmp_path / "in-process/model")
