@@ -222,3 +222,11 @@ class Steps:
     def evaluate(self, model_path: str, owned: tuple[int, int]) -> Call[None]:
         """`Judging.evaluate`."""
         return self._submit("evaluate", model_path, owned)
+
+    def compare(self, model_path: str, owned: tuple[int, int]) -> Call[None]:
+        """`Judging.compare`."""
+        return self._submit("compare", model_path, owned)
+
+    def unmask(self, model_path: str, owned: tuple[int, int]) -> Call[None]:
+        """`Judging.unmask`."""
+        return self._submit("unmask", model_path, owned)

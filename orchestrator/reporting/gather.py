@@ -18,10 +18,10 @@ from rayprune.orchestrator.execution.run_folder import (
 from rayprune.orchestrator.reporting.html_report import html_report
 from rayprune.orchestrator.reporting.report import (
     Change,
+    Embeddings,
     Evaluation,
     LayerReport,
     Models,
-    Perplexity,
     Report,
     Training,
 )
@@ -70,11 +70,7 @@ def _gather(context: Context, done: Pruned) -> Report:
         parameters=Change(before=before.parameters, after=after.parameters),
         decoder_parameters=Change(before=before.decoder_parameters, after=after.decoder_parameters),
         bytes_on_disk=Change(before=before.bytes_on_disk, after=after.bytes_on_disk),
-        perplexity=(
-            Perplexity(**{name: result["perplexity"] for name, result in losses.items()})
-            if losses
-            else None
-        ),
+        **_measured(losses),
         evaluation=_evaluation(context, losses),
         calibration=job.calibration.model_dump(mode="json"),
         warnings=plan.warnings,
@@ -87,6 +83,18 @@ def _gather(context: Context, done: Pruned) -> Report:
             for number, manifest in enumerate(done.layers)
         ),
     )
+
+
+def _measured(losses: Losses) -> dict[str, Any]:
+    """What an evaluation has found, as the report tells it."""
+    found = {
+        measure: {name: result[measure] for name, result in (losses or {}).items()}
+        for measure in ("perplexity", "masked_lm_loss")
+        if any(measure in result for result in (losses or {}).values())
+    }
+    told: dict[str, Any] = {"perplexity": None} | found
+    after = (losses or {}).get("after", {})
+    return told | ({"embeddings": Embeddings.model_validate(after)} if "cosine" in after else {})
 
 
 def _models(run: Path, recovered: bool) -> Models:
@@ -147,10 +155,13 @@ def _allocation(context: Context) -> dict[str, Any] | None:
 
 
 def _evaluation(context: Context, losses: Losses) -> Evaluation | None:
-    """The protocol behind the perplexities: numbers from different protocols cannot be compared."""
+    """The protocol behind what was measured: numbers from different protocols cannot be
+    compared.
+    """
     if context.job.evaluation is None or losses is None:
         return None
-    counts = {key: losses["before"][key] for key in ("windows", "scored_tokens")}
+    found = losses["after"]
+    counts = {key: found[key] for key in ("windows", "scored_tokens") if key in found}
     return Evaluation.model_validate(
         context.job.evaluation.model_dump(mode="json")
         | {"stride": context.job.evaluation.effective_stride}

@@ -165,9 +165,9 @@ def planned_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path, model, config, _planned(model, config), digest, has_weights=False)
 
 
-def own_code(path: Path) -> RemoteCode | None:
-    """The class that a folder needs beside the stock ones, from this package's own text; None: it
-    needs none. Nothing of the folder is run.
+def own_model(path: Path) -> Model:
+    """What the config of a folder says that this package has written; its class beside the stock
+    ones, if it needs one, is from this package's own text. Nothing of the folder is run.
 
     Raises:
         VerificationError: it holds or names code that this package would not have written for it.
@@ -184,7 +184,7 @@ def own_code(path: Path) -> RemoteCode | None:
             f"{path / 'config.json'}: auto_map names code that this version does not write;"
             " nothing of it was run"
         )
-    return model.code
+    return model
 
 
 def _planned(model: Model, config: Config) -> dict[str, TensorInfo]:
