@@ -10,7 +10,12 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, processors
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    PreTrainedTokenizerFast,
+)
 
 from benchmarks.random_model import SIZES, byte_tokenizer
 from rayprune.workers.model.families import family_named

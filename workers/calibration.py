@@ -63,10 +63,7 @@ def tokenize(spec: TextSpec, tokenizer: PreTrainedTokenizerBase, max_tokens: int
 
 
 def _tokens(
-    spec: TextSpec,
-    tokenizer: PreTrainedTokenizerBase,
-    max_tokens: int | None,
-    special: bool = True,
+    spec: TextSpec, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None, special: bool = True
 ) -> tuple[Tensor, TextFacts]:
     ids, facts = read_tokens(spec, tokenizer, max_tokens, special)
     return torch.tensor(ids, dtype=torch.int64), facts

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from rayprune.orchestrator.planning.costs import LayerCost, Traffic, layer_costs, traffic
 from rayprune.orchestrator.planning.causal import check_encoder
+from rayprune.orchestrator.planning.costs import LayerCost, Traffic, layer_costs, traffic
 from rayprune.orchestrator.planning.disk import DiskNeed, disk_needs
 from rayprune.orchestrator.planning.job_workload import workload_of
 from rayprune.orchestrator.planning.layer_kinds import layer_kinds

@@ -1,13 +1,12 @@
-"""The stage that judges models: by perplexity, or of an encoder by its embeddings of texts and by the
-tokens that it predicts where they are masked.
+"""The stage that judges models: by perplexity, or of an encoder by its embeddings of texts and by
+the tokens that it predicts where they are masked.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rayprune.orchestrator.execution.executor import Call
-from rayprune.orchestrator.execution.steps import Steps
+from rayprune.orchestrator.execution.steps import Call, Steps
 from rayprune.orchestrator.stages.context import Context
 from rayprune.orchestrator.stages.subject import ModelAt
 from rayprune.specs.errors import ModelError
@@ -110,9 +109,7 @@ class _Judge:
         found = self._of_windows(name, Steps.compare, "cosines", model, windows)
         return {"cosine": math.fsum(found) / windows, "least_cosine": min(found)}
 
-    def _mean_loss(
-        self, name: str, step: Step, model: ModelAt, windows: int
-    ) -> tuple[float, int]:
+    def _mean_loss(self, name: str, step: Step, model: ModelAt, windows: int) -> tuple[float, int]:
         losses = self._of_windows(name, step, "losses", model, windows)
         scored = sum(count for _, count in losses)
         return math.fsum(loss for loss, _ in losses) / max(scored, 1), scored

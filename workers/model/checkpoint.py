@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rayprune.specs.errors import ModelError, VerificationError
 from rayprune.workers.model.config import DTYPES, Config
-from rayprune.workers.model.description import Model, RemoteCode
+from rayprune.workers.model.description import Model
 from rayprune.workers.model.families import family_of, prunable
 from rayprune.workers.model.fit import check_tensors, prefixed
 from rayprune.workers.model.folder import FP8, TensorInfo, has_shards, read_config, read_headers

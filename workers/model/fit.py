@@ -62,8 +62,8 @@ def check_tensors(path: Path, model: Model, tensors: Tensors) -> None:
         _check(path, model, tensors, name, shape)
     if model.tied:
         known[model.head] = known[model.embedding]
-    inside = f"{model.layers_at}." if model.open_outside else ""
-    if stray := [name for name in tensors if name.startswith(inside) and name not in known]:
+    closed = f"{model.layers_at}." if model.open_outside else ""
+    if stray := [name for name in tensors if name.startswith(closed) and name not in known]:
         raise ModelError(f"{path}: holds {stray[0]}, {_unknown(model, stray[0])}")
 
 

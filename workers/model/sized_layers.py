@@ -82,9 +82,7 @@ class $name($base):
 ''')
 
 
-def resized_layers(
-    base: str, suffix: str, layers_at: str, groups: Sequence[Group]
-) -> RemoteCode:
+def resized_layers(base: str, suffix: str, layers_at: str, groups: Sequence[Group]) -> RemoteCode:
     """The class for models of a stock class that ends so: what lies along the axes of the groups is
     resized.
     """

@@ -86,8 +86,8 @@ def _loaded_parameters(folder: Path, model: Any, info: Mapping[str, Any]) -> int
     """Parameters of the files: those of the class, without what it made up, with what it does not
     know.
     """
-    built = sum({id(tensor): tensor.numel() for tensor in model.parameters()}.values())
-    made_up = sum(model.get_parameter(name).numel() for name in info.get("missing_keys", ()))
+    built: int = sum({id(tensor): tensor.numel() for tensor in model.parameters()}.values())
+    made_up: int = sum(model.get_parameter(name).numel() for name in info.get("missing_keys", ()))
     if not (unknown := set(info.get("unexpected_keys", ()))):
         return built - made_up
     headers = read_headers(folder, (), hashlib.sha256())

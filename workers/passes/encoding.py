@@ -1,5 +1,5 @@
-"""What a pruned encoder has kept, layer by layer: how alike its embeddings of texts are to the dense
-model's, and how well it predicts tokens that are masked.
+"""What a pruned encoder has kept, layer by layer: how alike its embeddings of texts are to the
+dense model's, and how well it predicts tokens that are masked.
 
 Protocol: the embedding of a window is the mean of the hidden states behind the last norm over all
 its tokens, special ones included (mean pooling, as sentence-transformers have it, without

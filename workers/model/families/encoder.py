@@ -38,6 +38,7 @@ HEADS_STAY = (
     " need a class of their own, which goes with the folder: budget.per_layer: true; or zeros in"
     " their place, which save nothing: budget.per_layer and export.pad"
 )
+ENCODER_KEYS = Keys(kv_heads=None, head_dim=None)
 BERT_HEAD = {
     "cls.predictions.bias": "V",
     "cls.predictions.transform.dense.weight": "DD",
@@ -77,7 +78,7 @@ class Encoder(Decoder):
     Of these tensors only those that sizes follow from are described: others go along as they are.
     """
 
-    keys: Keys = Keys(kv_heads=None, head_dim=None)
+    keys: Keys = ENCODER_KEYS
     attention: Part = ATTENTION
     ffn: Part = FFN
     norms: tuple[str, ...] = ("attention.output.LayerNorm", "output.LayerNorm")

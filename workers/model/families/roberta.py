@@ -7,7 +7,6 @@ from rayprune.workers.model.config import Config
 from rayprune.workers.model.families.encoder import Encoder
 
 
-
 def _variant(config: Config) -> Mapping[str, Any]:
     token = config.raw.get("pad_token_id")
     return {"more_positions": 1 + (token if isinstance(token, int) else 1)}
