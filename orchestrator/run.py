@@ -93,7 +93,7 @@ def prune(context: Context, plan: Plan, checkpoint: Checkpoint) -> Pruned:
     context.record(plan)
     context.executor.use_model(checkpoint.path, context.scope.name)
     digests = texts.text_digests(context)
-    tokens, evaluated, warnings = texts.tokenize(context, checkpoint.path, digests)
+    tokens, evaluated, warnings = texts.tokenize(context, checkpoint, digests)
     plan = context.record(_noting(context, plan, warnings))
     dense = source.identify(context, checkpoint)
     subject = Subject(plan, dense, tokens, tuple(digests))

@@ -2,4 +2,4 @@
 
 from rayprune.workers.model.families.encoder import Encoder
 
-FAMILY = Encoder("BertModel")
+FAMILY = Encoder("BertModel", predicts=("ForMaskedLM", "ForPreTraining"))

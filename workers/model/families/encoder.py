@@ -101,6 +101,8 @@ class Encoder(Decoder):
     """What names of the pooler's tensors begin with."""
     head: str = "cls.predictions.decoder.weight"
     """The matrix of the masked-language-model head."""
+    predicts: tuple[str, ...] = ("ForMaskedLM",)
+    """Classes that have it, by what their names end with."""
     predicting: Mapping[str, str] = field(default_factory=lambda: BERT_HEAD)
     """Further tensors of that head: their axes, D the hidden size, E that of the embeddings, V the
     vocabulary."""
@@ -149,7 +151,7 @@ class Encoder(Decoder):
         """The model that a config says."""
         suffix = self._suffix(config)
         model = super().describe(config)
-        predicts = suffix == "ForMaskedLM"
+        predicts = suffix in self.predicts
         tied = model.tied and predicts
         return replace(
             model,
@@ -204,7 +206,7 @@ class Encoder(Decoder):
             shapes[f"{self.projection}.bias"] = (hidden,)
         if self.last_norm:
             shapes |= self._norm(self.last_norm, hidden)
-        if self._suffix(config) == "ForMaskedLM":
+        if self._suffix(config) in self.predicts:
             sizes = {"D": hidden, "E": size, "V": vocabulary}
             shapes |= {n: tuple(sizes[a] for a in axes) for n, axes in self.predicting.items()}
             shapes |= {} if tied else {self.head: (vocabulary, size)}
@@ -217,7 +219,7 @@ class Encoder(Decoder):
         return replace(group, title="heads", cached=0, stock=HEADS_STAY, some_stay=True)
 
 
-_OWN = "units"
+_OWN = f"{UNITS} of one layer"
 """Under this key `of_layer` puts what a layer keeps."""
 
 
