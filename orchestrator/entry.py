@@ -79,7 +79,7 @@ def validate(
         checkpoint = planned_checkpoint(Path(spec.model.path))
         warnings = [*check_inputs(spec, checkpoint), f"{given.model.path}: {NOT_FETCHED}"]
         check_packages(spec)
-        plan = make_plan(spec, checkpoint).noting(warnings)
+        plan = plan_job(spec, checkpoint).noting(warnings)
     else:
         plan = check_job(spec, None if out is None else Path(out)).plan
     if deep:

@@ -311,7 +311,9 @@ class ExportSpec(Section):
 
 
 class EvaluationSpec(TextSpec):
-    """Perplexity of the dense and of the exported model, under the same code."""
+    """Perplexity of the dense and of the exported model, under the same code; of an encoder how
+    alike its embeddings are, and its loss on masked tokens if it predicts them.
+    """
 
     window: int = Field(default=1024, ge=2, le=1_048_576)
     """Length of one window, in tokens."""

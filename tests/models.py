@@ -9,11 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from tokenizers import Tokenizer, processors
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    PreTrainedTokenizerFast,
+)
 
 from benchmarks.random_model import SIZES, byte_tokenizer
 from rayprune.workers.model.families import family_named
 from rayprune.workers.model.families.decoder import Decoder
+from rayprune.workers.model.families.encoder import Encoder
 from rayprune.workers.model.families.mixture import Mixture
 from rayprune.workers.model.families.parts import Keys
 
@@ -22,6 +29,7 @@ torch.set_num_threads(1)
 WINDOW = {"sliding_window": 8}
 OF_FAMILY: dict[str, dict[str, Any]] = {
     "cohere2": WINDOW,
+    "electra": {"embedding_size": 24},
     "exaone4": WINDOW,
     "falcon": {"new_decoder_architecture": True},
     "gemma3_text": WINDOW,
@@ -49,6 +57,9 @@ WORKED_OUT: dict[str, dict[str, Callable[[dict[str, Any]], Any]]] = {
 }
 """Keys that must fit others."""
 
+HYPHENED = {"xlm_roberta": "xlm-roberta"}
+"""Model types whose names are not those of files."""
+
 _MODELS = tempfile.TemporaryDirectory(prefix="models-")
 _BUILT: dict[str, Path] = {}
 
@@ -69,7 +80,18 @@ def raw_config(model_type: str, **changes: Any) -> dict[str, Any]:
         if family.shared and family.shared.key:
             own[family.shared.key] = given["intermediate_size"]
         given |= {key: value for key, value in own.items() if key not in changes}
-    return {"model_type": model_type} | {key: v for key, v in given.items() if key is not None}
+    if isinstance(family, Encoder):
+        named = family.architecture.replace("Model", "ForMaskedLM")
+        given = {"architectures": [named]} | given
+    own_type = {"model_type": HYPHENED.get(model_type, model_type)}
+    return own_type | {key: v for key, v in given.items() if key is not None}
+
+
+def auto_class(model_type: str) -> Any:
+    """What builds a model of a family that predicts tokens."""
+    if isinstance(family_named(model_type), Encoder):
+        return AutoModelForMaskedLM
+    return AutoModelForCausalLM
 
 
 def build_model(
@@ -93,7 +115,7 @@ def build_model(
 def _build(folder: Path, raw: dict[str, Any], seed: int, dtype: torch.dtype) -> None:
     torch.manual_seed(seed)
     config = AutoConfig.for_model(**raw)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model = auto_class(raw["model_type"]).from_config(config, dtype=dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(
@@ -102,4 +124,20 @@ def _build(folder: Path, raw: dict[str, Any], seed: int, dtype: torch.dtype) -> 
                 else torch.randn_like(parameter) * 0.15
             )
     model.save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    tokenizer = byte_tokenizer()
+    if isinstance(family_named(raw["model_type"]), Encoder):
+        tokenizer = framing(tokenizer)
+    tokenizer.save_pretrained(folder)
+
+
+def framing(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """A tokenizer that puts its tokens 1 and 2 around every text, and masks with 259."""
+    names = {"cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+    numbers = {"[CLS]": 1, "[SEP]": 2, "[MASK]": 259}
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    backend["model"]["vocab"] |= numbers
+    inside = Tokenizer.from_str(json.dumps(backend))
+    inside.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=inside, **names)

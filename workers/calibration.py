@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from rayprune.specs.errors import ModelError
+from rayprune.specs.errors import ModelError, SpecError
 from rayprune.specs.job import CalibrationSpec, EvaluationSpec, TextSpec
 from rayprune.workers.stock import stock_config
 from rayprune.workers.texts.limits import (
@@ -19,6 +19,10 @@ from rayprune.workers.texts.limits import (
 )
 from rayprune.workers.texts.reading import TextFacts, read_tokens
 from rayprune.workers.texts.tokenizer import fast_encoder
+
+MASKED_EVERY = 7
+"""One token in so many is masked where a masked-language model is judged: 14%, near BERT's 15%."""
+_WORD = "a"
 
 
 @dataclass(frozen=True)
@@ -65,10 +69,52 @@ def tokenize(spec: TextSpec, tokenizer: PreTrainedTokenizerBase, max_tokens: int
 
 
 def _tokens(
-    spec: TextSpec, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None
+    spec: TextSpec, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None, special: bool = True
 ) -> tuple[Tensor, TextFacts]:
-    ids, facts = read_tokens(spec, tokenizer, max_tokens)
+    ids, facts = read_tokens(spec, tokenizer, max_tokens, special)
     return torch.tensor(ids, dtype=torch.int64), facts
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The special tokens that stand before and behind every text that an encoder reads."""
+
+    before: tuple[int, ...]
+    behind: tuple[int, ...]
+
+    def around(self, windows_NT: Tensor) -> Tensor:
+        """Windows with them."""
+        sides = (torch.tensor(ids, dtype=torch.int64) for ids in (self.before, self.behind))
+        before_NT, behind_NT = (ids_T.expand(len(windows_NT), -1) for ids_T in sides)
+        return torch.cat([before_NT, windows_NT, behind_NT], 1)
+
+
+def frame_of(tokenizer: PreTrainedTokenizerBase) -> Frame:
+    """What a tokenizer puts around a text by itself."""
+    inside = tokenizer(_WORD, add_special_tokens=False)["input_ids"]
+    whole = tokenizer(_WORD)["input_ids"]
+    start = next(n for n in range(len(whole)) if whole[n : n + len(inside)] == inside)
+    return Frame(tuple(whole[:start]), tuple(whole[start + len(inside) :]))
+
+
+def masked(windows_NT: Tensor, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Windows in which every seventh token is masked, in each beginning one further on; special
+    tokens are not.
+
+    Raises:
+        ModelError: the tokenizer has no mask.
+    """
+    if tokenizer.mask_token_id is None:
+        raise ModelError(
+            f"{tokenizer.name_or_path}: its tokenizer has no mask token, so the masked-language-"
+            "model loss cannot be measured; leave evaluation out, or add mask_token to the"
+            " tokenizer's config"
+        )
+    windows, positions = torch.meshgrid(*map(torch.arange, windows_NT.shape), indexing="ij")
+    chosen = (positions + windows) % MASKED_EVERY == MASKED_EVERY - 1
+    special = torch.tensor(tokenizer.all_special_ids, dtype=torch.int64)
+    chosen &= ~torch.isin(windows_NT, special)
+    return windows_NT.masked_fill(chosen, tokenizer.mask_token_id)
 
 
 def calibration_windows(spec: CalibrationSpec, tokenizer: PreTrainedTokenizerBase) -> Tensor:
@@ -82,15 +128,16 @@ def calibration_windows(spec: CalibrationSpec, tokenizer: PreTrainedTokenizerBas
 
 
 def read_calibration(
-    spec: CalibrationSpec, tokenizer: PreTrainedTokenizerBase
+    spec: CalibrationSpec, tokenizer: PreTrainedTokenizerBase, frame: Frame | None = None
 ) -> tuple[Tensor, list[ReadText]]:
-    """The windows of `calibration_windows`, and those of each text.
+    """The windows of `calibration_windows`, and those of each text; an encoder's in their frame.
 
     Raises:
         SpecError: a text is too short, or its weight too small for a single window.
     """
     wanted = windows_of_texts(spec)
-    read = [_first_windows(text, tokenizer, n, spec.sequence_length) for text, n in wanted]
+    length = spec.sequence_length
+    read = [_first_windows(text, tokenizer, n, length, frame) for text, n in wanted]
     turns = sorted(
         ((place + 0.5) / count, number, place)
         for number, (_, count) in enumerate(wanted)
@@ -120,13 +167,26 @@ def _first_windows(
     tokenizer: PreTrainedTokenizerBase,
     samples: int,
     sequence_length: int,
+    frame: Frame | None,
     gate: int = 0,
 ) -> ReadText:
     """The first windows of one text, `gate` of them those of a gate."""
-    tokens, facts = _tokens(spec, tokenizer, samples * sequence_length)
-    if len(tokens) < samples * sequence_length:
-        raise too_few_samples(spec, samples, sequence_length, len(tokens), gate)
-    return ReadText(spec.path, tokens.reshape(samples, sequence_length), facts)
+    tokens, facts = _tokens(spec, tokenizer, samples * sequence_length, special=frame is None)
+    frame = _framing(frame, facts)
+    inside = sequence_length - _size(frame)
+    if len(tokens) < samples * inside:
+        raise too_few_samples(spec, samples, inside, len(tokens), gate)
+    windows_NT = tokens[: samples * inside].reshape(samples, inside)
+    return ReadText(spec.path, frame.around(windows_NT) if frame else windows_NT, facts)
+
+
+def _framing(frame: Frame | None, facts: TextFacts) -> Frame | None:
+    """The frame, unless a text holds token ids: those are taken as they are."""
+    return None if "token ids" in facts.holds else frame
+
+
+def _size(frame: Frame | None) -> int:
+    return len(frame.before) + len(frame.behind) if frame else 0
 
 
 def evaluation_windows(spec: EvaluationSpec, tokenizer: PreTrainedTokenizerBase) -> Tensor:
@@ -138,8 +198,11 @@ def evaluation_windows(spec: EvaluationSpec, tokenizer: PreTrainedTokenizerBase)
     return read_evaluation(spec, tokenizer).windows_NT
 
 
-def read_evaluation(spec: EvaluationSpec, tokenizer: PreTrainedTokenizerBase) -> ReadText:
-    """The windows of `evaluation_windows`, and what the text was found to be.
+def read_evaluation(
+    spec: EvaluationSpec, tokenizer: PreTrainedTokenizerBase, frame: Frame | None = None
+) -> ReadText:
+    """The windows of `evaluation_windows`, and what the text was found to be; an encoder's in their
+    frame, without overlap.
 
     Raises:
         SpecError: not one whole window.
@@ -149,7 +212,13 @@ def read_evaluation(spec: EvaluationSpec, tokenizer: PreTrainedTokenizerBase) ->
         spec,
         tokenizer,
         None if spec.max_windows is None else (spec.max_windows - 1) * stride + spec.window,
+        special=frame is None,
     )
-    if len(tokens) < spec.window:
+    frame = _framing(frame, facts)
+    inside = spec.window - _size(frame)
+    if inside < 1:
+        raise SpecError(f"evaluation.window: special tokens fill {spec.window}; raise it")
+    if len(tokens) < inside:
         raise no_window(spec, len(tokens))
-    return ReadText(spec.path, tokens.unfold(0, spec.window, stride).contiguous(), facts)
+    windows_NT = tokens.unfold(0, inside, min(stride, inside))[: spec.max_windows].contiguous()
+    return ReadText(spec.path, frame.around(windows_NT) if frame else windows_NT, facts)

@@ -10,8 +10,11 @@ from transformers import PreTrainedTokenizerBase
 
 from rayprune.specs.job import JobSpec
 from rayprune.workers.calibration import (
+    Frame,
     ReadText,
+    frame_of,
     load_tokenizer,
+    masked,
     read_behind,
     read_calibration,
     read_evaluation,
@@ -23,11 +26,14 @@ from rayprune.workers.texts.limits import check_positions, embedding_rows
 
 @dataclass(frozen=True)
 class Tokens:
-    """Windows (S, T), the texts that they are from, and warnings."""
+    """Windows (S, T), the texts that they are from, and warnings; of a masked-language model's
+    evaluation also the windows in which some tokens are masked.
+    """
 
     windows_ST: Tensor
     texts: list[ReadText]
     warnings: list[str]
+    masked_ST: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,13 @@ class JobTexts:
         """The model's own."""
         return load_tokenizer(self.checkpoint.path)
 
+    @cached_property
+    def frame(self) -> Frame | None:
+        """What stands around every window: an encoder reads texts as wholes, so each has the
+        special tokens that its tokenizer puts around a text.
+        """
+        return None if self.checkpoint.model.causal else frame_of(self.tokenizer)
+
     def calibration(self) -> Tokens:
         """The calibration windows; what only a training reads is checked too.
 
@@ -50,7 +63,7 @@ class JobTexts:
             ModelError: the model has no embedding for a token.
         """
         spec = self.job.calibration
-        windows_ST, texts = read_calibration(spec, self.tokenizer)
+        windows_ST, texts = read_calibration(spec, self.tokenizer, self.frame)
         read = self._all_read()[1] if self._reads_more else texts
         warnings = self._checked(read, spec.sequence_length, "calibration.sequence_length")
         return Tokens(windows_ST, texts, warnings)
@@ -79,13 +92,16 @@ class JobTexts:
         """
         spec = self.job.evaluation
         assert spec is not None
-        text = read_evaluation(spec, self.tokenizer)
+        text = read_evaluation(spec, self.tokenizer, self.frame)
         warnings = self._checked([text], spec.window, "evaluation.window")
         read_ST = self.all_read(calibration_ST)
         if self.job.steps:
             read_ST = torch.cat([read_ST, self.gate().windows_ST])
         apart = check_apart(read_ST, text.windows_NT, spec.path)
-        return Tokens(text.windows_NT, [text], warnings + apart)
+        masked_NT = None
+        if self.checkpoint.model.predicts_masked:
+            masked_NT = masked(text.windows_NT, self.tokenizer)
+        return Tokens(text.windows_NT, [text], warnings + apart, masked_NT)
 
     def all_read(self, given_ST: Tensor) -> Tensor:
         """All windows that the job reads of its calibration text: those of the calibration,
@@ -100,7 +116,7 @@ class JobTexts:
 
     def _all_read(self) -> tuple[Tensor, list[ReadText]]:
         read = self.job.calibration.model_copy(update={"samples": self.job.windows_read})
-        return read_calibration(read, self.tokenizer)
+        return read_calibration(read, self.tokenizer, self.frame)
 
     def _checked(self, texts: list[ReadText], length: int, option: str) -> list[str]:
         rows = embedding_rows(self.checkpoint)

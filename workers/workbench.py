@@ -26,7 +26,7 @@ from rayprune.workers.network.written import TYPES
 from rayprune.workers.numerics.linalg import kernels
 from rayprune.workers.numerics.statistics import Statistic, statistic_type
 from rayprune.workers.passes.sweep import micro_batches
-from rayprune.workers.store.layout import CACHE, CALIBRATION_TASK, TOKENS_FILE, Scope
+from rayprune.workers.store.layout import CACHE, CALIBRATION_TASK, TOKENS, TOKENS_FILE, Scope
 from rayprune.workers.store.shards import even_parts
 
 
@@ -94,9 +94,9 @@ class Workbench:
         """Room for large tensors, in files or in memory."""
         return Scratch(self.device, self.scope.run / CACHE / "spill" if to_files else None)
 
-    def tokens(self, task: str) -> Tensor:
-        """Tokens that a task has written (S, T)."""
-        return load_file(self.scope.folder(task) / TOKENS_FILE)["tokens"].clone()
+    def tokens(self, task: str, name: str = TOKENS) -> Tensor:
+        """Tokens that a task has written (S, T), or what it has written beside them."""
+        return load_file(self.scope.folder(task) / TOKENS_FILE)[name].clone()
 
     @cached_property
     def scratch(self) -> Scratch:

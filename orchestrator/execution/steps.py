@@ -234,3 +234,11 @@ class Steps:
     def compare(self, original: str, other: str, tokens: str, owned: tuple[int, int]) -> Call[None]:
         """`Judging.compare`."""
         return self._submit("compare", original, other, tokens, owned)
+
+    def embed(self, model_path: str, owned: tuple[int, int]) -> Call[None]:
+        """`Judging.embed`."""
+        return self._submit("embed", model_path, owned)
+
+    def unmask(self, model_path: str, owned: tuple[int, int]) -> Call[None]:
+        """`Judging.unmask`."""
+        return self._submit("unmask", model_path, owned)

@@ -120,7 +120,13 @@ def _check_told(run: Path, report: Mapping[str, Any], found: Mapping[str, Manife
         for name, manifest in found.items()
         if name.startswith("evaluate-")
     }
-    measured = {name: result["perplexity"] for name, result in results.items()} or None
+    measured = {
+        key: {name: result[key] for name, result in results.items() if key in result} or None
+        for key in ("perplexity", "masked_lm_loss")
+    }
+    alike = {key: results.get("after", {}).get(key) for key in ("cosine", "least_cosine")}
+    measured["embeddings"] = alike if alike["cosine"] is not None else None
     models = report["models"]
-    if report["perplexity"] != measured or run / models["pruned"] != model_folder(run):
+    told = {key: report.get(key) for key in measured}
+    if told != measured or run / models["pruned"] != model_folder(run):
         raise VerificationError(f"{run}: its report tells of other models than its tasks; {AGAIN}")

@@ -128,9 +128,10 @@ def _forward_passes(load: Workload, choice: MemoryPlan) -> int:
 
 def forward_flops(load: Workload, kind: LayerKind) -> int:
     """2 T per active parameter, and T (sequence length) of causal attention for every number a
-    query meets.
+    query meets; twice that where tokens look in both directions.
     """
-    return load.tokens * (2 * kind.active_parameters + load.sequence_length * kind.attention_width)
+    met = load.sequence_length * (1 if load.causal else 2)
+    return load.tokens * (2 * kind.active_parameters + met * kind.attention_width)
 
 
 def experts_flops(load: Workload, kind: LayerKind) -> int:

@@ -41,7 +41,8 @@ def footprint(
     """
     table, model = job.budget.latency_table, checkpoint.model
     uniform = len(layers) > 0 and all(kept == layers[0] for kept in layers)
-    form = checkpoint.form(layers[0], job.export.target) if uniform else AS_IT_IS
+    stock = uniform and model.is_stock(layers[0])
+    form = checkpoint.form(layers[0], job.export.target) if stock else AS_IT_IS
     shapes = form.outer_shapes({n: info.shape for n, info in checkpoint.outer_tensors.items()})
     outer = _sizes(shapes, checkpoint.outer_tensors, job.export)
     outside_ms = load_latency(table).outer_ms if table else 0.0
@@ -49,7 +50,7 @@ def footprint(
         0,
         sum(math.prod(shape) for shape, _ in outer.values()),
         _num_bytes(outer),
-        2 * model.vocabulary * model.hidden,
+        2 * model.vocabulary * model.hidden if model.head else 0,
         0,
         outside_ms,
     )

@@ -34,7 +34,7 @@ def workload_of(
         kinds=kinds,
         kept=_least_cut(model, job) if job.budget.per_layer else _most_kept(model, shapes),
         hidden=model.hidden,
-        vocabulary=model.vocabulary,
+        vocabulary=model.vocabulary if model.head else 0,
         outer_parameters=outer,
         bytes_on_disk=checkpoint.bytes_on_disk,
         output_bytes=max(shape.parameters for shape in shapes)
@@ -60,6 +60,9 @@ def workload_of(
         ranking=job.method.selector,
         selects=not job.method.selects_first,
         exact=job.method.needs_rows,
+        causal=model.causal,
+        # embeddings of an encoder are compared with the dense one's
+        evaluations=2 if model.causal or not model.predicts_masked else 4,
         drift=job.correction.drift > 0,
         probes=job.budget.kv_groups == "auto" and not job.budget.per_layer,
         in_process=job.cluster.executor == "in-process",

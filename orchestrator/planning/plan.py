@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from rayprune.orchestrator.planning.causal import check_encoder
 from rayprune.orchestrator.planning.costs import LayerCost, Traffic, layer_costs, traffic
 from rayprune.orchestrator.planning.disk import DiskNeed, disk_needs
 from rayprune.orchestrator.planning.job_workload import workload_of
@@ -227,6 +228,8 @@ def make_plan(
             " the original further"
         )
     kept_experts(job, checkpoint)
+    if not model.causal:
+        check_encoder(job)
     kinds = layer_kinds(checkpoint)
     planned = model.not_pruned is not None
     shapes = (planned_shape(job, checkpoint, kinds),) if planned else open_shapes(job, checkpoint)
@@ -239,9 +242,9 @@ def make_plan(
     memory = choose_memory(load, limit, limit_name)
     timed = stages(load, memory, machine)
     return Plan(
-        model=_planned_model(checkpoint, load),
+        model=_planned_model(job, checkpoint, load),
         shapes=shapes,
-        tasks=_tasks(job, checkpoint.num_layers, shapes[0], len(shapes)),
+        tasks=_tasks(job, model, shapes[0], len(shapes)),
         workers=load.workers,
         placement=load.placement,
         propagation=load.propagation,
@@ -299,8 +302,9 @@ def _check_drift(model: Model, load: Workload) -> None:
         )
 
 
-def _planned_model(checkpoint: Checkpoint, load: Workload) -> PlannedModel:
+def _planned_model(job: JobSpec, checkpoint: Checkpoint, load: Workload) -> PlannedModel:
     model = checkpoint.model
+    stays = {g.name: g.fixed or (None if job.budget.per_layer else g.stock) for g in model.groups}
     return PlannedModel(
         model_identity=checkpoint.identity,
         model_type=model.model_type,
@@ -309,7 +313,7 @@ def _planned_model(checkpoint: Checkpoint, load: Workload) -> PlannedModel:
         num_layers=checkpoint.num_layers,
         units=model.units,
         titles={group.name: group.title for group in model.groups},
-        stays={group.name: group.fixed for group in model.groups if group.fixed},
+        stays={name: reason for name, reason in stays.items() if reason},
         parameters=checkpoint.parameters,
         active_parameters=load.active_parameters + load.outer_parameters,
         decoder_parameters=checkpoint.decoder_parameters,
@@ -338,7 +342,8 @@ def _trained_first(job: JobSpec, shape: Shape, num_layers: int) -> tuple[str, ..
     return ()
 
 
-def _tasks(job: JobSpec, num_layers: int, shape: Shape, num_shapes: int) -> tuple[str, ...]:
+def _tasks(job: JobSpec, model: Model, shape: Shape, num_shapes: int) -> tuple[str, ...]:
+    num_layers = model.num_layers
     names = (
         (selection_task, layer_task)
         if job.parallel.effective_propagation == "refit"
@@ -353,7 +358,9 @@ def _tasks(job: JobSpec, num_layers: int, shape: Shape, num_shapes: int) -> tupl
         spread = (SENSITIVITY_TASK, *spread)
     if isinstance(allocation, SearchAllocation):
         spread = (*map(generation_task, range(allocation.generations)), *spread)
-    evaluation = (EVALUATION_TASK, "evaluate-before", "evaluate-after") if job.evaluation else ()
+    # of an encoder that predicts nothing, embeddings are compared alone
+    before = ("evaluate-before",) if model.causal or model.predicts_masked else ()
+    evaluation = (EVALUATION_TASK, *before, "evaluate-after") if job.evaluation else ()
     recovery = (
         (RECOVER_TASK, *(("evaluate-recovered",) if job.evaluation else ())) if job.recover else ()
     )

@@ -84,19 +84,23 @@ def check_inputs(job: JobSpec, checkpoint: Checkpoint) -> list[str]:
     spec, evaluation = job.calibration, job.evaluation
     side_files(checkpoint.path, COPIED)
     encode = fast_encoder(checkpoint.path)
+    # an encoder's windows are texts of their own, special tokens among them
+    special = len(encode("")) if encode and not checkpoint.model.causal else 0
     warnings = check_positions(checkpoint, spec.sequence_length, "calibration.sequence_length")
     read = windows_of_texts(spec.model_copy(update={"samples": job.windows_read}))
     for text, count, gate in _wanted(job, read):
-        needed = (count + gate) * spec.sequence_length
+        needed = (count + gate) * (spec.sequence_length - special)
         ids, facts = _looked_at(checkpoint, text, encode, needed)
         if _is_less(facts, needed):
-            raise too_few_samples(text, count + gate, spec.sequence_length, len(ids), gate)
+            raise too_few_samples(
+                text, count + gate, spec.sequence_length - special, len(ids), gate
+            )
         warnings += _said(ids[:needed], facts, text, needed)
     if evaluation:
         warnings += check_positions(checkpoint, evaluation.window, "evaluation.window")
         needed = _evaluated(evaluation)
         ids, facts = _looked_at(checkpoint, evaluation, encode, needed)
-        if _is_less(facts, evaluation.window):
+        if _is_less(facts, evaluation.window - special):
             raise no_window(evaluation, len(ids))
         warnings += _said(ids[:needed], facts, evaluation, evaluation.window)
         check_other_text([text for text, _ in read], evaluation)

@@ -106,13 +106,16 @@ def _open_kv_groups(job: JobSpec, checkpoint: Checkpoint) -> list[int]:
     """Numbers of KV groups that may stay, the most first."""
     attention = [group for group in checkpoint.model.groups if group.kind == "attention"]
     most = max(group.num_units for group in attention)
+    stock = next((g.stock for g in attention if g.stock and not job.budget.per_layer), None)
     if job.budget.kv_groups != "auto":
         if job.budget.kv_groups > most:
             raise SpecError(
                 f"budget.kv_groups: {job.budget.kv_groups} is more than the model's {most}"
             )
+        if stock and job.budget.kv_groups < most:
+            raise SpecError(f"budget.kv_groups: {checkpoint.model.model_type}: {stock}")
         return [job.budget.kv_groups]
-    if any(group.fixed for group in attention):
+    if stock or any(group.fixed for group in attention):
         return [most]
     return list(range(most, 0, -max(1, most // 8)))
 
@@ -145,6 +148,8 @@ def uneven_shape(
             " lower budget.allocation.most"
         )
     most = {name: max(kept[name] for kept in layers) for name in layers[0]}
+    if job.export.pad:
+        most |= {g.name: g.num_units for g in checkpoint.model.groups if g.stock}
     size = footprint(checkpoint, layers, job)
     return Shape(most, **asdict(size), layers=tuple(map(dict, layers)))
 

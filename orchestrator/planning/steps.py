@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, replace
 
+from rayprune.orchestrator.planning.causal import check_encoder
 from rayprune.orchestrator.planning.costs import Traffic
 from rayprune.orchestrator.planning.disk import DiskNeed, still_needed
 from rayprune.orchestrator.planning.memory_choice import MemoryNeeds
@@ -40,6 +41,8 @@ def plan_job(
     """
     if (steps := job.steps) is None:
         return make_plan(job, checkpoint, machine, device)
+    if not checkpoint.model.causal:
+        check_encoder(job)
     if reason := checkpoint.model.not_pruned:
         raise SpecError(
             f"method {job.method.name}: a model that is only planned ({reason}) is planned for one"

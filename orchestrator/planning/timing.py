@@ -272,16 +272,20 @@ def _gate_stage(load: Workload, machine: MachineProfile | None) -> tuple[Stage, 
 
 
 def _evaluation_stage(load: Workload, machine: MachineProfile) -> tuple[Stage, ...]:
-    """Perplexity of the dense and of the pruned model, each counted as dense."""
+    """Passes over the dense and the pruned model, each counted as dense."""
     if not load.evaluation_tokens:
         return ()
-    flops = (
-        2 * load.evaluation_tokens * 2 * (load.active_parameters + load.vocabulary * load.hidden)
-    )
+    numbers = load.active_parameters + load.vocabulary * load.hidden
+    flops = load.evaluations * load.evaluation_tokens * 2 * numbers
     windows = math.ceil(load.evaluation_tokens / load.evaluation_window / load.workers)
     times = math.ceil(windows / EVALUATED_AT_ONCE)
     bounds = {
         "arithmetic": flops / load.workers / machine.forward_flops,
-        "disk": times * (load.bytes_on_disk + load.output_bytes) / machine.disk_bandwidth,
+        "disk": (
+            times
+            * (load.evaluations // 2)
+            * (load.bytes_on_disk + load.output_bytes)
+            / machine.disk_bandwidth
+        ),
     }
     return (_timed("evaluate", flops, [bounds]),)

@@ -92,6 +92,10 @@ class Workload:
     """Whether one shape is chosen of several, by predictions."""
     in_process: bool = False
     """Whether the only worker is the driver's own process, without Ray."""
+    causal: bool = True
+    """Whether a token looks at those before it alone."""
+    evaluations: int = 2
+    """Passes over the evaluation windows."""
     drift: bool = False
     """Whether the pruned path also makes up for its drift from the dense one, which then goes
     beside it.

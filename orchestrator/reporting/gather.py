@@ -23,10 +23,10 @@ from rayprune.orchestrator.reporting.html_report import html_report
 from rayprune.orchestrator.reporting.report import (
     Change,
     Dense,
+    Embeddings,
     Evaluation,
     LayerReport,
     Models,
-    Perplexity,
     Report,
     StepReport,
     Training,
@@ -89,11 +89,7 @@ def _gather(context: Context, done: Pruned) -> Report:
         parameters=Change(before=before.parameters, after=after.parameters),
         decoder_parameters=Change(before=before.decoder_parameters, after=after.decoder_parameters),
         bytes_on_disk=Change(before=before.bytes_on_disk, after=after.bytes_on_disk),
-        perplexity=(
-            Perplexity(**{name: result["perplexity"] for name, result in losses.items()})
-            if losses
-            else None
-        ),
+        **_measured(losses),
         evaluation=_evaluation(context, losses),
         calibration=job.calibration.model_dump(mode="json"),
         warnings=plan.warnings,
@@ -107,6 +103,18 @@ def _gather(context: Context, done: Pruned) -> Report:
             for number, groups in enumerate(done.layers)
         ),
     )
+
+
+def _measured(losses: Losses) -> dict[str, Any]:
+    """What an evaluation has found, as the report tells it."""
+    found = {
+        measure: {name: result[measure] for name, result in (losses or {}).items()}
+        for measure in ("perplexity", "masked_lm_loss")
+        if any(measure in result for result in (losses or {}).values())
+    }
+    told: dict[str, Any] = {"perplexity": None} | found
+    after = (losses or {}).get("after", {})
+    return told | ({"embeddings": Embeddings.model_validate(after)} if "cosine" in after else {})
 
 
 def _steps_of(
@@ -196,10 +204,13 @@ def _training(steps: Sequence[Sequence[Mapping[str, Any]]]) -> Training:
 
 
 def _evaluation(context: Context, losses: Losses) -> Evaluation | None:
-    """The protocol behind the perplexities: numbers from different protocols cannot be compared."""
+    """The protocol behind what was measured: numbers from different protocols cannot be
+    compared.
+    """
     if context.job.evaluation is None or losses is None:
         return None
-    counts = {key: losses["before"][key] for key in ("windows", "scored_tokens")}
+    found = losses["after"]
+    counts = {key: found[key] for key in ("windows", "scored_tokens") if key in found}
     return Evaluation.model_validate(
         context.job.evaluation.model_dump(mode="json")
         | {"stride": context.job.evaluation.effective_stride}

@@ -86,6 +86,16 @@ def _figures(report: Report) -> str:
     ]
     figures.append(_figure("Bytes on disk", report.bytes_on_disk, BYTES))
     note = "Perplexity was not measured."
+    if report.masked_lm_loss:
+        figures.append(_figure("Loss of masked tokens, nats", report.masked_lm_loss, ()))
+    if report.embeddings and report.evaluation:
+        alike = Change[float](before=1.0, after=report.embeddings.cosine)
+        figures.append(_figure("Embeddings, cosine with the dense model's", alike, ()))
+        note = (
+            f"Embeddings: text {report.evaluation.path} · {report.evaluation.windows:,} windows of"
+            f" {report.evaluation.window:,} tokens · least cosine"
+            f" {report.embeddings.least_cosine:.4f}"
+        )
     if report.perplexity and report.evaluation:
         figures.append(_figure("Perplexity", report.perplexity, ()))
         if recovered := report.perplexity.recovered:

@@ -59,6 +59,17 @@ class Perplexity(Change[float]):
         return {name: value for name, value in fields(self).items() if value is not None}
 
 
+class Embeddings(_Facts):
+    """How alike the pruned encoder's embeddings of the evaluation windows (the mean over their
+    tokens) are to the dense one's.
+    """
+
+    cosine: float
+    """Mean over the windows."""
+    least_cosine: float
+    """Of the window where they differ most."""
+
+
 class Models(_Facts):
     """Folders of models, relative to the run folder."""
 
@@ -85,7 +96,7 @@ class Dense(_Facts):
 
 
 class Evaluation(_Facts):
-    """The protocol behind the perplexities: numbers from different protocols cannot be compared.
+    """The protocol behind what was measured: numbers from different protocols cannot be compared.
     Other options of the job's section `evaluation` are here too.
     """
 
@@ -95,7 +106,8 @@ class Evaluation(_Facts):
     stride: int
     """Tokens between the starts of two windows."""
     windows: int
-    scored_tokens: int
+    scored_tokens: int = 0
+    """Tokens that were predicted."""
 
 
 class GroupReport(_Facts):
@@ -242,7 +254,11 @@ class Report(_Facts):
     decoder_parameters: Change[int]
     bytes_on_disk: Change[int]
     perplexity: Perplexity | None
-    """Null without a section `evaluation`."""
+    """Null without a section `evaluation`, and of an encoder."""
+    masked_lm_loss: Change[float] | None = None
+    """Nats for a masked token, of an encoder that predicts them; else there is no such key."""
+    embeddings: Embeddings | None = None
+    """Of an encoder that was evaluated; else there is no such key."""
     evaluation: Evaluation | None
     calibration: dict[str, Any]
     """The job's section `calibration`, defaults included."""
@@ -299,6 +315,16 @@ class Report(_Facts):
     def page(self) -> Path:
         """The report as an HTML page."""
         return self.run / PAGE_FILE
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, fields: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """What only encoders have is no key of other reports, rather than a null."""
+        of_encoders = ("masked_lm_loss", "embeddings")
+        return {
+            name: value
+            for name, value in fields(self).items()
+            if name not in of_encoders or value is not None
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """The content of report.json."""
@@ -366,6 +392,8 @@ def _changes(report: Report) -> Iterator[list[str]]:
         yield _change(name, getattr(report, name), "{:,.0f}")
     if report.perplexity:
         yield _change("perplexity", report.perplexity, "{:.3f}")
+    if report.masked_lm_loss:
+        yield _change("masked_lm_loss", report.masked_lm_loss, "{:.4f}")
 
 
 def _change(name: str, values: Change[Any], form: str) -> list[str]:
@@ -373,15 +401,21 @@ def _change(name: str, values: Change[Any], form: str) -> list[str]:
 
 
 def _measured(report: Report) -> Iterator[str]:
-    """What else is to say of the perplexities."""
+    """What else is to say of the evaluation."""
     if report.perplexity and (recovered := report.perplexity.recovered):
         yield (
             f"perplexity after recovery: {recovered:.3f}"
             f" ({recovered / report.perplexity.before:.4f} of before)"
         )
-    if used := report.evaluation:
+    if alike := report.embeddings:
         yield (
-            f"perplexity of {used.path}: window {used.window}, stride {used.stride},"
+            f"embeddings: cosine with the dense model's {alike.cosine:.4f} on average, at least"
+            f" {alike.least_cosine:.4f}"
+        )
+    if used := report.evaluation:
+        what = "perplexity" if report.perplexity else "evaluation"
+        yield (
+            f"{what} of {used.path}: window {used.window}, stride {used.stride},"
             f" {used.windows} windows, {used.scored_tokens} scored tokens"
         )
 

@@ -169,6 +169,8 @@ def _counts(
         name: levels(count, cost[name], budget.most, steps.get(name, 1), allocation.levels)
         for name, count in units.items()
     }
+    for name in budget.some_stay:
+        counts[name] = [count for count in counts[name] if count]
     fixed = _fixed(context, subject)
     return counts | {name: [n] if n < units[name] else [] for name, n in fixed.items()}
 

@@ -1,8 +1,8 @@
 """The reducer: index, config, tokenizer and the exported folder's manifest. Weights are only given
 their final names.
 
-The folder loads with plain `AutoModelForCausalLM.from_pretrained`; the load gate proves it before
-the task is finished.
+The folder loads with plain `from_pretrained` of the class that it names; the load gate proves it
+before the task is finished.
 """
 
 from collections.abc import Sequence
@@ -41,7 +41,8 @@ def export_model(context: Context, subject: Subject, layers: Sequence[Manifest])
     with context.stage("export", 1):
         layers_written = subject.plan.written_layers(context.job.export.pad)
         alike = all(kept == layers_written[0] for kept in layers_written)
-        written = layers_written[0] if alike else None
+        stock = alike and model.checkpoint.model.is_stock(layers_written[0])
+        written = layers_written[0] if stock else None
         form = model.checkpoint.form(written, context.job.export.target) if written else AS_IT_IS
         names = sorted(form.outer_shapes(model.checkpoint.model.outer))
         outer = context.task(OUTER_TASK, {"model": model.outer_digest, "names": names})

@@ -38,7 +38,7 @@ def prune(
     context.record(plan)
     context.executor.use_model(context.job, checkpoint.path, context.scope.name)
     digests = texts.text_digests(context)
-    tokens, evaluated, warnings = texts.tokenize(context, checkpoint.path, digests)
+    tokens, evaluated, warnings = texts.tokenize(context, checkpoint, digests)
     plan = context.record(noting(context, plan, warnings))
     dense = source.identify(context, checkpoint)
     subject = Subject(plan, dense, tokens, tuple(digests))

@@ -47,6 +47,11 @@ class Budget:
         """Groups whose units stay in multiples of `budget.round_to`."""
         return self.checkpoint.model.names_of("ffn")
 
+    @property
+    def some_stay(self) -> list[str]:
+        """Groups of which every layer keeps at least one unit."""
+        return [group.name for group in self.checkpoint.model.groups if group.some_stay]
+
     def layer(self, kept: Mapping[str, int]) -> Footprint:
         """Size of one layer."""
         key = tuple(sorted(kept.items()))
@@ -261,6 +266,8 @@ def above_threshold(budget: Budget, scores: Scores, fixed: Mapping[str, int]) ->
         if budget.excess(size) == 0:
             break
         move = (layer, name, spread[layer][name] - 1)
+        if move[2] == 0 and name in budget.some_stay:
+            continue
         size = budget.moved(size, spread, move)
         _take(spread, move)
     return filled(

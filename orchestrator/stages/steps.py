@@ -59,8 +59,8 @@ def prune_in_steps(context: Context, plan: Plan, checkpoint: Checkpoint) -> Prun
     context.record(plan)
     context.executor.use_model(context.job, checkpoint.path, context.scope.name)
     digests = texts.text_digests(context)
-    tokens, evaluated, warnings = texts.tokenize(context, checkpoint.path, digests)
-    measured_on, more = texts.tokenize_gate(context, checkpoint.path, digests)
+    tokens, evaluated, warnings = texts.tokenize(context, checkpoint, digests)
+    measured_on, more = texts.tokenize_gate(context, checkpoint, digests)
     plan = context.record(noting(context, plan, [*warnings, *more]))
     original = source.identify(context, checkpoint)
     given = {

@@ -244,13 +244,14 @@ class _PrunedPath:
         return executor.on(worker).keep_experts(num_kept, *(call.payload for call in routed))
 
     def _go_past(self) -> None:
-        """Have the workers' shards go past the layer below while its file is written; where their
-        hidden states are saved, whose name tells what they depend on, once it is.
+        """Have the workers' shards go past the layer below while its file is written; once it is,
+        where its cuts are read from it, and where hidden states are saved, whose name tells what
+        they depend on.
         """
         if (written := self._written) is None:
             return
         every = self._context.job.memory.checkpoint_layers
-        if every and (written.layer + 1) % every == 0:
+        if not written.cuts or (every and (written.layer + 1) % every == 0):
             self._confirm()
         if written.cuts:
             executor = self._context.executor

@@ -7,6 +7,7 @@ from typing import Any
 from rayprune.orchestrator.stages.context import Context
 from rayprune.orchestrator.stages.subject import file_digests
 from rayprune.specs.errors import SpecError
+from rayprune.workers.model.checkpoint import Checkpoint
 from rayprune.workers.store.files import Manifest, record_of
 from rayprune.workers.store.layout import CALIBRATION_TASK, EVALUATION_TASK, GATE_TOKENS_TASK
 from rayprune.workers.store.side_files import CHAT_TEMPLATES, TOKENIZER_FILES, side_files
@@ -14,7 +15,7 @@ from rayprune.workers.texts.files import text_files
 
 
 def tokenize(
-    context: Context, model: Path, texts: Sequence[str]
+    context: Context, model: Checkpoint, texts: Sequence[str]
 ) -> tuple[Manifest, Manifest | None, list[str]]:
     """The calibration texts, of which the digests are given, and the evaluation text as tokens, so
     that a text that will not do is found before any other work; and warnings about them.
@@ -35,7 +36,7 @@ def tokenize(
 
 
 def tokenize_gate(
-    context: Context, model: Path, texts: Sequence[str]
+    context: Context, model: Checkpoint, texts: Sequence[str]
 ) -> tuple[Manifest, list[str]]:
     """The windows of the calibration texts that steps are measured on, and warnings about them."""
     with context.stage("tokenize", 1):
@@ -59,13 +60,20 @@ def _paths(context: Context) -> list[str]:
 
 
 def _tokens(
-    context: Context, model: Path, name: str, texts: Sequence[str], inputs: Mapping[str, object]
+    context: Context,
+    model: Checkpoint,
+    name: str,
+    texts: Sequence[str],
+    inputs: Mapping[str, object],
 ) -> Manifest:
     """Tokenise texts, once; depends on the texts, the tokenizer, the cutting and `inputs`, not on
     the rest of the job.
     """
-    tokenizer = file_digests(side_files(model, (*TOKENIZER_FILES, *CHAT_TEMPLATES)))
-    task, executor = context.task(name, {"tokenizer": tokenizer, **inputs}), context.executor
+    tokenizer = file_digests(side_files(model.path, (*TOKENIZER_FILES, *CHAT_TEMPLATES)))
+    read = {"tokenizer": tokenizer, **inputs}
+    if not model.model.causal:
+        read["windows of an encoder"] = {"masked": model.model.predicts_masked}
+    task, executor = context.task(name, read), context.executor
     done = context.once(task, lambda: executor.wait([executor.on(0).tokenize(task)]))
     found: Any = done.info
     for path, facts in zip(texts, found["texts"], strict=True):

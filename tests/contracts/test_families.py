@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from rayprune.orchestrator.planning.footprint import footprint
 from rayprune.orchestrator.planning.plan import make_plan
@@ -58,7 +58,7 @@ from rayprune.workers.numerics.statistics import GramStatistic
 from rayprune.workers.steps import deciding
 from tests.conftest import MakeJob, edit_json
 from tests.helpers import some
-from tests.models import build_model
+from tests.models import auto_class, build_model
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
@@ -100,6 +100,11 @@ class Dense:
         """A group's consumer in the stock network."""
         return self.layers[layer].get_submodule(self.groups[name].consumer.module)
 
+    @property
+    def loading(self) -> Any:
+        """What loads it, and what is made of it."""
+        return getattr(transformers, self.checkpoint.model.auto_class)
+
     def streamed(self) -> StreamedModel:
         """The same, layer by layer."""
         return StreamedModel(self.checkpoint, torch.float32, CPU)
@@ -114,7 +119,7 @@ def dense(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     # experts are one module in transformers: see test_experts.py
     if checkpoint.model.experts:
         return Dense(folder, checkpoint, whole_model(checkpoint).eval())
-    network = AutoModelForCausalLM.from_pretrained(folder)
+    network = auto_class(request.param).from_pretrained(folder)
     return Dense(folder, checkpoint, network.eval())
 
 
@@ -154,9 +159,10 @@ def test_the_description_names_every_tensor_of_the_files(dense: Dense) -> None:
     names = {model.module_names.get(name, name) for name in described}
     assert names <= modules.keys()
     tied = {name for name in modules.keys() - names if "rotary" not in name}
-    assert tied <= {model.module_names.get(model.head, model.head)}, "a head that is tied"
+    again = {name for name in tied if name.endswith(model.recomputed)}
+    assert tied - again <= {model.module_names.get(model.head, model.head)}, "a head that is tied"
     assert bool(tied) is model.tied
-    for name in (model.backbone, model.last_norm):
+    for name in filter(None, (model.backbone, model.last_norm)):
         dense.network.get_submodule(name)
     assert dense.checkpoint.parameters == sum(p.numel() for p in dense.network.parameters())
 
@@ -346,14 +352,19 @@ def pruned(dense: Dense, kept: Kept, job: Path, out: Path, monkeypatch: pytest.M
     monkeypatch.setattr(deciding.Deciding, "select", given)
     monkeypatch.setattr(deciding, "correct", plain)
     report = run_job(load_job(job), out, lambda event: None)
-    network, info = AutoModelForCausalLM.from_pretrained(out / "model", output_loading_info=True)
+    own_code = (out / "model" / "modeling_per_layer.py").exists()
+    network, info = dense.loading.from_pretrained(
+        out / "model", output_loading_info=True, trust_remote_code=own_code
+    )
     assert not any(info.values()), info
     assert sum(p.numel() for p in network.parameters()) == report.parameters.after
     return network.eval()
 
 
-def generates(network: Any) -> None:
-    """With and without a cache the same."""
+def generates(dense: Dense, network: Any) -> None:
+    """With and without a cache the same, if it does."""
+    if not dense.checkpoint.model.causal:
+        return
     options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     cached, plain = (
         network.generate(WINDOWS_BT, use_cache=use, **options) for use in (True, False)
@@ -392,14 +403,15 @@ def most_heads(dense: Dense, make_job: MakeJob) -> int | None:
             dense.checkpoint.form(model.units | {"heads": kept}, "transformers")
         except SpecError as error:
             query_heads = SIZES["num_attention_heads"] * kept // group.num_units
-            assert model.hidden % query_heads or group.fixed, "every divisor of the hidden size"
+            reason = group.fixed or group.stock
+            assert model.hidden % query_heads or reason, "every divisor of the hidden size"
             job = make_job(dense.folder, calibration=SMALL, budget={"kv_groups": kept})
             with pytest.raises(SpecError, match=re.escape(str(error))):
                 make_plan(load_job(job), dense.checkpoint)
         else:
             assert not group.fixed
             return kept
-    assert group.fixed
+    assert group.fixed or group.stock
     return None
 
 
@@ -425,7 +437,7 @@ def test_a_cut_model_is_the_dense_one_with_its_units_masked(
     network = pruned(dense, kept, job, tmp_path / "run", monkeypatch)
     with masked(dense, kept) as expected:
         same(logits_of(network), logits_of(expected))
-    generates(network)
+    generates(dense, network)
 
 
 def spread(monkeypatch: pytest.MonkeyPatch, layers: Sequence[Mapping[str, int]]) -> None:
@@ -458,6 +470,27 @@ def test_padded_layers_are_the_dense_ones_with_their_units_masked(
         same(logits_of(network), logits_of(expected))
 
 
+def test_fewer_heads_than_stock_classes_hold_come_with_a_class(
+    dense: Dense, make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a stock class gives the head size no key: layers of different sizes, and alike ones."""
+    if not dense.groups["heads"].stock:
+        return
+    for name, heads in {"other": (5, 1, 8, 3), "alike": (5, 5, 5, 5)}.items():
+        counts = [{"heads": n, "neurons": 96 if n == 5 else 12 * n} for n in heads]
+        spread(monkeypatch, counts)
+        job = make_job(dense.folder, calibration=SMALL, budget={"per_layer": True})
+        lost = [
+            {n: count for n, count in c.items() if count < dense.groups[n].num_units}
+            for c in counts
+        ]
+        kept = drawn(dense, lost)
+        network = pruned(dense, kept, job, tmp_path / name, monkeypatch)
+        assert (tmp_path / name / "model" / "modeling_per_layer.py").exists()
+        with masked(dense, kept) as expected:
+            same(logits_of(network), logits_of(expected))
+
+
 def without(dense: Dense, out: int, folder: Path) -> Any:
     """The model without a layer: its tensors renumbered beside the config as it is written."""
     model, units = dense.checkpoint.model, dense.checkpoint.model.units
@@ -475,7 +508,7 @@ def without(dense: Dense, out: int, folder: Path) -> Any:
     folder.mkdir()
     save_file(kept, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config))
-    network, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    network, info = dense.loading.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()), info
     return network.eval()
 
@@ -499,4 +532,4 @@ def test_whole_layers_out_is_the_dense_model_without_them(
     for index in (0, 2, 3):
         finish_layer(streamed.load_layer(index), index, batch, dense.groups)
     same(logits_of(network), streamed.logits(WINDOWS_BT, batch.hidden_BTD))
-    generates(network)
+    generates(dense, network)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rayprune.specs.errors import ModelError, VerificationError
 from rayprune.workers.model.config import DTYPES, Config
-from rayprune.workers.model.description import Model, RemoteCode
+from rayprune.workers.model.description import Model
 from rayprune.workers.model.families import family_of, prunable
 from rayprune.workers.model.fit import check_tensors, described, prefixed
 from rayprune.workers.model.folder import FP8, TensorInfo, has_shards, read_config, read_headers
@@ -178,9 +178,9 @@ def planned_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path, model, config, _planned(model, config), digest, has_weights=False)
 
 
-def own_code(path: Path) -> RemoteCode | None:
-    """The class that a folder needs beside the stock ones, from this package's own text; None: it
-    needs none. Nothing of the folder is run.
+def own_model(path: Path) -> Model:
+    """What the config of a folder says that this package has written; its class beside the stock
+    ones, if it needs one, is from this package's own text. Nothing of the folder is run.
 
     Raises:
         VerificationError: it holds or names code that this package would not have written for it.
@@ -197,7 +197,7 @@ def own_code(path: Path) -> RemoteCode | None:
             f"{path / 'config.json'}: auto_map names code that this version does not write;"
             " nothing of it was run"
         )
-    return model.code
+    return model
 
 
 def _planned(model: Model, config: Config) -> dict[str, TensorInfo]:

@@ -9,6 +9,8 @@ from rayprune.specs.errors import ModelError
 DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 """Names of types in a config, and in safetensors headers."""
 _QUANTISED = ("quantization_config", "compression_config")
+UNITS = "units_per_layer"
+"""The key of what every layer keeps, where a class of this package reads it: by group, in order."""
 
 
 MOST = 2**31 - 1
@@ -129,8 +131,10 @@ class Config:
 
     @property
     def layers_differ(self) -> bool:
-        """Whether layers have sizes of their own (`per_layer_config` of transformers)."""
-        return bool(self.raw.get("per_layer_config"))
+        """Whether layers have sizes of their own: `per_layer_config` of transformers, or a list of
+        their units.
+        """
+        return bool(self.raw.get("per_layer_config") or self.raw.get(UNITS))
 
     def of_layer(self, layer: int) -> "Config":
         """The config of one layer; `skip` names absent blocks.
@@ -144,6 +148,18 @@ class Config:
             return replace(self, raw={**self.raw, "skip": [], **own})
         except (AttributeError, TypeError, ValueError):
             raise self.wrong("per_layer_config", "a mapping of layer numbers to sizes") from None
+
+    def units_of(self, layer: int) -> Mapping[str, int]:
+        """Units of every group in one layer, where the config lists them.
+
+        Raises:
+            ModelError: the list has no entry of positive integers for it.
+        """
+        listed = self.raw.get(UNITS)
+        units = listed[layer] if isinstance(listed, list) and layer < len(listed) else None
+        if not isinstance(units, dict) or not all(type(n) is int and n > 0 for n in units.values()):
+            raise self.wrong(UNITS, "a list with the units of every group for each layer")
+        return units
 
     @property
     def skipped(self) -> list[str]:

@@ -148,6 +148,12 @@ class Group:
         consumer = replace(self.consumer, module=self.consumer.module.replace(old, new))
         return replace(self, axes=axes, consumer=consumer, expert=expert)
 
+    stock: str | None = None
+    """Why the stock class holds no fewer units, where another class, or zeros in their place, do;
+    None: it holds them."""
+    some_stay: bool = False
+    """Whether a layer keeps at least one unit."""
+
     @property
     def columns(self) -> int:
         """Columns of the consumer's input for each unit."""
@@ -242,9 +248,9 @@ class Model:
     layers_at: str
     """Where the layers sit among the modules, and what their tensors' names begin with."""
     backbone: str
-    """The module that runs from token ids to the last norm."""
+    """The module that runs from token ids to the last norm; empty: the whole model."""
     last_norm: str
-    """The module behind the last layer."""
+    """The module behind the last layer; empty: there is none."""
     hidden: int
     vocabulary: int
     outer: Shapes
@@ -252,7 +258,7 @@ class Model:
     embedding: str
     """The matrix of token embeddings."""
     head: str
-    """The matrix of the output head."""
+    """The matrix of the output head over the vocabulary; empty: there is none."""
     tied: bool
     """Whether the head is the embedding matrix."""
     dtype: str
@@ -279,6 +285,12 @@ class Model:
     """For every layer which kind of slot it has in a KV cache; empty: all have the same."""
     code: RemoteCode | None = None
     """The class that builds it, where the stock one does not."""
+    causal: bool = True
+    """Whether a token sees those before it alone, and the head predicts the next one."""
+    open_outside: bool = False
+    """Whether its files may hold further tensors outside the layers, which go along as they are."""
+    made_up: tuple[str, ...] = ()
+    """Beginnings of tensors that files may lack: nothing that is measured reads them."""
 
     @property
     def num_layers(self) -> int:
@@ -306,6 +318,15 @@ class Model:
     def members(self) -> dict[str, Group]:
         """What is decided one by one, by name: every group, of experts that of each."""
         return {member.name: member for group in self.groups for member in group.members}
+
+    @property
+    def predicts_masked(self) -> bool:
+        """Whether its head predicts tokens that are masked."""
+        return not self.causal and self.head != ""
+
+    def is_stock(self, kept: Mapping[str, int]) -> bool:
+        """Whether a stock class may hold layers that all keep so many units."""
+        return not any(g.stock and kept.get(g.name, g.num_units) < g.num_units for g in self.groups)
 
     def names_of(self, kind: Kind) -> list[str]:
         """Names of the groups of a kind."""

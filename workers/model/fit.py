@@ -13,7 +13,14 @@ Tensors = Mapping[str, TensorInfo]
 
 
 def prefixed(tensors: Tensors, model: Model) -> dict[str, TensorInfo]:
-    """Tensors by the description's names: a folder that the base class has saved lacks a prefix."""
+    """Tensors by the description's names: a folder that the base class has saved lacks a prefix,
+    one that another class has saved may have one too many; old ones call a norm's tensors gamma
+    and beta.
+    """
+    if model.open_outside:
+        tensors = {_norm_tensor(name): info for name, info in tensors.items()}
+    if not model.backbone:
+        return _bare(tensors, model)
     prefix = f"{model.backbone}."
     bare = f"{model.layers_at.removeprefix(prefix)}."
     if any(n.startswith(f"{model.layers_at}.") for n in tensors) or not any(
@@ -47,6 +54,22 @@ def described(path: Path, model: Model, tensors: Tensors) -> dict[str, TensorInf
     return found
 
 
+def _norm_tensor(name: str) -> str:
+    start, _, leaf = name.rpartition(".")
+    new = {"gamma": "weight", "beta": "bias"}.get(leaf)
+    return f"{start}.{new}" if new and start.endswith("LayerNorm") else name
+
+
+def _bare(tensors: Tensors, model: Model) -> dict[str, TensorInfo]:
+    """Tensors of a bare model, whose layers begin as the description says."""
+    inside = f"{model.layers_at}."
+    if any(name.startswith(inside) for name in tensors):
+        return dict(tensors)
+    starts = {n.partition(".")[0] for n in tensors if n.partition(".")[2].startswith(inside)}
+    prefix = f"{starts.pop()}." if len(starts) == 1 else ""
+    return {name.removeprefix(prefix): info for name, info in tensors.items()}
+
+
 def check_tensors(path: Path, model: Model, tensors: Tensors) -> None:
     """Check tensors, by the description's names, against what the config implies.
 
@@ -64,7 +87,8 @@ def check_tensors(path: Path, model: Model, tensors: Tensors) -> None:
         _check(path, model, tensors, name, shape)
     if model.tied:
         known[model.head] = known[model.embedding]
-    if stray := [name for name in tensors if name not in known]:
+    closed = f"{model.layers_at}." if model.open_outside else ""
+    if stray := [name for name in tensors if name.startswith(closed) and name not in known]:
         raise ModelError(f"{path}: holds {stray[0]}, {_unknown(model, stray[0])}")
 
 

@@ -155,7 +155,7 @@ def read_headers(
         ModelError: no weights, a damaged or misplaced file, or an index that does not fit.
     """
     shards = sorted(_shards(path).items())
-    found = {file: _header_of(path, file) for file, _ in shards}
+    found = {file: _header_of(path, file, recomputed) for file, _ in shards}
     tensors: dict[str, TensorInfo] = {}
     for file, names in shards:
         if missing := sorted((names or set()) - found[file].keys()):
@@ -239,11 +239,12 @@ def _inside(path: Path, file: str) -> Path:
     return target
 
 
-def read_header(path: Path) -> dict[str, TensorInfo]:
+def read_header(path: Path, passed_over: tuple[str, ...] = ()) -> dict[str, TensorInfo]:
     """What a safetensors file holds.
 
     Raises:
-        ModelError: not a whole safetensors file, or it holds other than floating-point tensors.
+        ModelError: not a whole safetensors file, or it holds other than floating-point tensors, but
+            for those of the endings `passed_over`.
     """
     file = path.name
     try:
@@ -259,7 +260,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             f"{path}: not a whole safetensors file ({error}); fetch it again"
         ) from None
     for name, info in infos.items():
-        if info.dtype not in DTYPE_BYTES:
+        if info.dtype not in DTYPE_BYTES and not name.endswith(passed_over):
             raise ModelError(
                 f"{path}: {name} is {info.dtype}; only floating-point weights"
                 f" ({', '.join(DTYPE_BYTES)}) can be pruned: if the model is quantised, take the"
@@ -268,8 +269,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     return infos
 
 
-def _header_of(folder: Path, file: str) -> dict[str, TensorInfo]:
-    infos = read_header(_inside(folder, file))
+def _header_of(folder: Path, file: str, recomputed: tuple[str, ...]) -> dict[str, TensorInfo]:
+    infos = read_header(_inside(folder, file), recomputed)
     # a link's target has another name
     return {name: replace(info, file=file) for name, info in infos.items()}
 

@@ -48,7 +48,8 @@ def written(
         SpecError: no stock class can hold it.
     """
     cut = of_layers(config, there)
-    if all(kept == layers[0] for kept in layers):
+    model = family_of(config).describe(config)
+    if all(kept == layers[0] for kept in layers) and model.is_stock(layers[0]):
         return Written(_patched(cut, layers[0], target, dtype))
     return _of_sizes(cut, layers, dtype)
 
@@ -70,18 +71,9 @@ def _of_sizes(config: Config, layers: Sequence[Mapping[str, int]], dtype: str) -
     """
     family = family_of(config)
     model = family.describe(config)
-    code = family.code()
+    code = family.code(config)
     result = _patched(config, model.units, "transformers", dtype)
-    sizes = {
-        index: family.layer_sizes(config, kept)
-        for index, kept in enumerate(layers)
-        if kept != model.units
-    }
-    own = {
-        "per_layer_config": sizes,
-        "allow_global_per_layer_attribute_access": True,
-        "auto_map": code.auto_map(model.auto_class),
-    }
+    own = family.sized(config, layers) | {"auto_map": code.auto_map(model.auto_class)}
     return Written(result | own, code)
 
 

@@ -73,12 +73,11 @@ _COMPUTED = (None, "eager", "sdpa")
 
 
 def check_values(config: Config) -> None:
-    """Check what any family's config may say beside its sizes.
+    """Check what any family's config may say beside its sizes and its class.
 
     Raises:
         ModelError: a value is of another kind, out of its range, or not known.
     """
-    _check_class(config)
     for key in _ACTIVATION_KEYS:
         _one_of(config, key, ACTIVATIONS)
     for key in _POSITIVE:
@@ -129,8 +128,12 @@ def check_padding(config: Config, vocabulary: int) -> None:
         raise config.wrong("pad_token_id", f"null or a token below vocab_size ({vocabulary})")
 
 
-def _check_class(config: Config) -> None:
-    """Refuse a model with a head of another kind, which would be left out."""
+def check_causal(config: Config) -> None:
+    """Refuse a model with a head of another kind, which would be left out.
+
+    Raises:
+        ModelError: it names the class of one.
+    """
     given = config.raw.get("architectures")
     names = [name for name in given if isinstance(name, str)] if isinstance(given, list) else []
     if any(_OTHER_HEAD.search(name) for name in names):

@@ -2,16 +2,20 @@
 left over.
 """
 
+import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+import transformers
 from transformers.utils.logging import disable_progress_bar
 
 from rayprune.specs.errors import VerificationError
 from rayprune.workers.machine.shortage import is_out_of_memory
-from rayprune.workers.model.checkpoint import own_code
+from rayprune.workers.model.checkpoint import own_model
+from rayprune.workers.model.description import Model
+from rayprune.workers.model.folder import read_headers
 from rayprune.workers.network.streamed import built_from
 
 
@@ -26,8 +30,9 @@ def check_loads(folder: Path, expected_parameters: int) -> None:
             written for it.
     """
     disable_progress_bar()
+    described = own_model(folder)
     try:
-        model, info = _class_for(folder).from_pretrained(
+        model, info = _class_for(described).from_pretrained(
             folder,
             output_loading_info=True,
             trust_remote_code=False,
@@ -39,16 +44,14 @@ def check_loads(folder: Path, expected_parameters: int) -> None:
             raise
         raise VerificationError(f"{folder}: does not load with transformers: {error}") from None
     for kind, names in info.items():
-        if names:
-            raise VerificationError(
-                f"{folder}: {kind}: {sorted(map(str, names))[0]} ({len(names)} in all)"
-            )
-    parameters = sum({id(tensor): tensor.numel() for tensor in model.parameters()}.values())
+        if wrong := [name for name in map(str, names) if not _as_before(described, kind, name)]:
+            raise VerificationError(f"{folder}: {kind}: {min(wrong)} ({len(wrong)} in all)")
+    parameters = _loaded_parameters(folder, model, info)
     if parameters != expected_parameters:
         raise VerificationError(
             f"{folder}: holds {parameters} parameters, the plan says {expected_parameters}"
         )
-    if not bool(torch.isfinite(model(torch.arange(8)[None]).logits).all()):
+    if not bool(torch.isfinite(model(torch.arange(8)[None])[0]).all()):
         dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
         remedy = (
             "set export.dtype: bfloat16 or float32, which reach further"
@@ -58,9 +61,34 @@ def check_loads(folder: Path, expected_parameters: int) -> None:
         raise VerificationError(f"{folder}: logits are not finite in {dtype}; {remedy}")
 
 
-def _class_for(folder: Path) -> Any:
+def _class_for(described: Model) -> Any:
     """What the folder is loaded with: the stock class, or where layers differ in size this
     package's own, whose text must be what the folder holds.
     """
-    code = own_code(folder)
-    return AutoModelForCausalLM if code is None else built_from(code)
+    if described.code is None:
+        return getattr(transformers, described.auto_class)
+    return built_from(described.code)
+
+
+def _as_before(described: Model, kind: str, name: str) -> bool:
+    """Whether a tensor that the class does not know, or makes up, is one that goes along as it
+    is, or that the dense folder lacks too.
+    """
+    if not described.open_outside:
+        return False
+    inside = f"{described.layers_at.removeprefix(f'{described.backbone}.')}."
+    if kind == "unexpected_keys":
+        return inside not in name
+    return kind == "missing_keys" and name.startswith(described.made_up)
+
+
+def _loaded_parameters(folder: Path, model: Any, info: Mapping[str, Any]) -> int:
+    """Parameters of the files: those of the class, without what it made up, with what it does not
+    know.
+    """
+    built: int = sum({id(tensor): tensor.numel() for tensor in model.parameters()}.values())
+    made_up: int = sum(model.get_parameter(name).numel() for name in info.get("missing_keys", ()))
+    if not (unknown := set(info.get("unexpected_keys", ()))):
+        return built - made_up
+    headers = read_headers(folder, (), hashlib.sha256())
+    return built - made_up + sum(headers[name].num_parameters for name in unknown)

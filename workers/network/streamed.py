@@ -245,10 +245,20 @@ class StreamedModel:
 
     def logits(self, tokens_BT: Tensor, hidden_BTD: Tensor) -> Tensor:
         """Output of the stock model whose last layer returned `hidden_BTD`."""
+        return self._behind_layers(self._model, tokens_BT, hidden_BTD)
+
+    def last_hidden(self, tokens_BT: Tensor, hidden_BTD: Tensor) -> Tensor:
+        """Hidden states (B, T, D) behind the last norm, if there is one, of the stock model whose
+        last layer returned `hidden_BTD`.
+        """
+        backbone = self._model.get_submodule(self._described.backbone)
+        return self._behind_layers(backbone, tokens_BT, hidden_BTD)
+
+    def _behind_layers(self, network: Any, tokens_BT: Tensor, hidden_BTD: Tensor) -> Tensor:
         returns = self._described.layer_returns
         self._put([_Recorder(self._layers[0], returns, hidden_BTD.to(self.device))])
-        logits: Tensor = self._model(input_ids=tokens_BT.to(self.device), use_cache=False).logits
-        return logits
+        output: Tensor = network(input_ids=tokens_BT.to(self.device), use_cache=False)[0]
+        return output
 
 
 def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
@@ -302,13 +312,17 @@ def _fill(
         unknown = network.load_state_dict(tensors, strict=False, assign=True).unexpected_keys
     except RuntimeError as error:  # shapes that the config does not imply
         raise ModelError(f"{checkpoint.path}: {' '.join(str(error).split())}") from None
-    if unknown:
+    if unknown and not checkpoint.model.open_outside:
         raise ModelError(
             f"{checkpoint.path}: holds {unknown[0]}, which {type(network).__name__} does not know"
         )
     network.tie_weights()
-    if missing := [name for name, tensor in network.named_parameters() if tensor.is_meta]:
-        raise ModelError(f"{checkpoint.path}: lacks {missing[0]}")
+    for name in [name for name, tensor in network.named_parameters() if tensor.is_meta]:
+        if not name.startswith(checkpoint.model.made_up or ("\0",)):
+            raise ModelError(f"{checkpoint.path}: lacks {name}")
+        owner, _, leaf = name.rpartition(".")
+        zeros = torch.zeros(network.get_parameter(name).shape, device=device)
+        setattr(network.get_submodule(owner), leaf, nn.Parameter(zeros))
 
 
 def whole_model(checkpoint: Checkpoint) -> Any:

@@ -31,12 +31,18 @@ def divergences(
     cut: Callable[[int, str, int], Cut],
 ) -> list[list[float]]:
     """For each candidate and window the KL divergence (nats, summed over the window's tokens) of
-    its next-token distribution.
+    its next-token distribution; of an encoder the squared relative distance of its last hidden
+    states, |h - h'|^2 / |h|^2, summed likewise.
 
     A candidate says for every layer what stays; `cut` gives the cut of a layer's group for so many
-    units. From the dense model's distribution: sum p (log p - log q). Numerics: logits as computed,
-    differences in fp32, sums in fp64.
+    units. From the dense model's distribution: sum p (log p - log q). Numerics: logits and hidden
+    states as computed, differences in fp32, sums in fp64.
     """
+    output, divergence = (
+        (_log_probabilities, _divergence)
+        if model.checkpoint.model.causal
+        else (_last_hidden, _distance)
+    )
     choices = [[_choice(groups, kept) for kept in candidate] for candidate in candidates]
     dense: tuple[Choice, ...] = ()
     states: dict[tuple[Choice, ...], list[MicroBatch]] = {dense: embed_all(model, windows)}
@@ -58,10 +64,10 @@ def divergences(
     dense = ((),) * model.checkpoint.num_layers
     totals: dict[tuple[Choice, ...], list[float]] = {end: [] for end in ends}
     for number, window in enumerate(windows):
-        log_p_TV = _log_probabilities(model, window, states[dense][number])
+        of_dense = output(model, window, states[dense][number])
         for end, found in totals.items():
             found.append(
-                _divergence(log_p_TV, _log_probabilities(model, window, states[end][number]))
+                divergence(of_dense, output(model, window, states[end][number]))
                 if end != dense
                 else 0.0
             )
@@ -98,3 +104,12 @@ def _log_probabilities(model: StreamedModel, tokens_1T: Tensor, batch: MicroBatc
 
 def _divergence(log_p_TV: Tensor, log_q_TV: Tensor) -> float:
     return float((log_p_TV.exp() * (log_p_TV - log_q_TV)).sum(-1, dtype=torch.float64).sum())
+
+
+def _last_hidden(model: StreamedModel, tokens_1T: Tensor, batch: MicroBatch) -> Tensor:
+    return model.last_hidden(tokens_1T, batch.hidden_BTD)[0].float()
+
+
+def _distance(dense_TD: Tensor, pruned_TD: Tensor) -> float:
+    lost_T = (dense_TD - pruned_TD).square().sum(-1) / dense_TD.square().sum(-1)
+    return float(lost_T.sum(dtype=torch.float64))

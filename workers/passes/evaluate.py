@@ -13,7 +13,7 @@ from torch import Tensor
 from rayprune.workers.machine.blocks import EVALUATED_AT_ONCE
 from rayprune.workers.model.checkpoint import open_checkpoint
 from rayprune.workers.network import layers
-from rayprune.workers.network.streamed import Store, StreamedModel
+from rayprune.workers.network.streamed import MicroBatch, Store, StreamedModel
 from rayprune.workers.passes.sweep import embed_all
 
 
@@ -40,16 +40,21 @@ def window_losses(
     ]
 
 
-def _losses(
-    model: StreamedModel, windows_NT: Tensor, first_index: int, stride: int
-) -> list[tuple[float, int]]:
-    """Those of windows that go through the layers together."""
+def behind_layers(model: StreamedModel, windows_NT: Tensor) -> list[MicroBatch]:
+    """Windows, each by itself, behind the last layer of an unchanged model."""
     batches = embed_all(model, list(windows_NT.split(1)))
     for index in range(model.checkpoint.num_layers):
         layer = model.load_layer(index)
         for batch in batches:
             layers.finish_layer(layer, index, batch, {})
-    losses = []
+    return batches
+
+
+def _losses(
+    model: StreamedModel, windows_NT: Tensor, first_index: int, stride: int
+) -> list[tuple[float, int]]:
+    """Those of windows that go through the layers together."""
+    batches, losses = behind_layers(model, windows_NT), list[tuple[float, int]]()
     for number, (batch, tokens_1T) in enumerate(zip(batches, windows_NT.split(1), strict=True)):
         predicted = windows_NT.shape[1] - 1
         count = predicted if first_index + number == 0 else min(stride, predicted)

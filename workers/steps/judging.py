@@ -1,20 +1,24 @@
-"""Steps that compare models: perplexity, and divergence from the dense one."""
+"""Steps that compare models: perplexity, divergence from the dense one, and what an encoder has
+kept.
+"""
 
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 
 from rayprune.workers.model.checkpoint import open_checkpoint
-from rayprune.workers.network.streamed import StreamedModel
+from rayprune.workers.network.streamed import Store, StreamedModel
 from rayprune.workers.passes.comparison import compared
 from rayprune.workers.passes.divergence import Kept, divergences
+from rayprune.workers.passes.encoding import cosines, embeddings, masked_losses
 from rayprune.workers.passes.evaluate import window_losses
 from rayprune.workers.passes.survey import stored_cut
 from rayprune.workers.steps.step import Droppable, Receipt, drop_all, step
-from rayprune.workers.store.layout import EVALUATION_TASK, TOKENS_FILE
+from rayprune.workers.store.layout import EVALUATION_TASK, MASKED, TOKENS_FILE
 from rayprune.workers.workbench import Workbench
 
 
@@ -55,18 +59,35 @@ class Judging:
         windows_NT = self._bench.tokens(EVALUATION_TASK)[slice(*owned)]
         if len(windows_NT) == 0:
             return {"losses": []}, None
-        store = self._bench.spill(self._bench.memory.spill_hidden).store
-        return {
-            "losses": window_losses(
-                Path(model_path),
-                windows_NT,
-                owned[0],
-                stride,
-                self._bench.dtype,
-                self._bench.device,
-                store,
-            )
-        }, None
+        losses = window_losses(Path(model_path), windows_NT, owned[0], stride, *self._how)
+        return {"losses": losses}, None
+
+    @step
+    def embed(self, model_path: str, owned: tuple[int, int]) -> tuple[Receipt, None]:
+        """Cosines of some evaluation windows' embeddings under the encoder of a folder with those
+        under the dense one.
+        """
+        drop_all(self._before)
+        windows_NT = self._bench.tokens(EVALUATION_TASK)[slice(*owned)]
+        if len(windows_NT) == 0:
+            return {"cosines": []}, None
+        dense_ND, pruned_ND = (
+            embeddings(path, windows_NT, *self._how)
+            for path in (self._bench.checkpoint.path, Path(model_path))
+        )
+        return {"cosines": cosines(pruned_ND, dense_ND)}, None
+
+    @step
+    def unmask(self, model_path: str, owned: tuple[int, int]) -> tuple[Receipt, None]:
+        """Negative log-likelihoods (nats) of the masked tokens of some evaluation windows under the
+        encoder of a folder.
+        """
+        drop_all(self._before)
+        part, read_NT = slice(*owned), self._bench.tokens(EVALUATION_TASK, MASKED)[slice(*owned)]
+        if len(read_NT) == 0:
+            return {"losses": []}, None
+        windows_NT = self._bench.tokens(EVALUATION_TASK)[part]
+        return {"losses": masked_losses(Path(model_path), windows_NT, read_NT, *self._how)}, None
 
     @step
     def compare(
@@ -77,9 +98,13 @@ class Judging:
         """
         drop_all(self._before)
         windows_NT = load_file(Path(tokens) / TOKENS_FILE)["tokens"][slice(*owned)].clone()
-        bench, store = self._bench, self._bench.spill(self._bench.memory.spill_hidden).store
         first, second = (
-            StreamedModel(open_checkpoint(Path(path)), bench.dtype, bench.device, store)
-            for path in (original, other)
+            StreamedModel(open_checkpoint(Path(path)), *self._how) for path in (original, other)
         )
         return {"windows": [asdict(each) for each in compared(first, second, windows_NT)]}, None
+
+    @property
+    def _how(self) -> tuple[torch.dtype, torch.device, Store]:
+        """Type and device of passes over whole models, and where hidden states wait."""
+        store = self._bench.spill(self._bench.memory.spill_hidden).store
+        return self._bench.dtype, self._bench.device, store

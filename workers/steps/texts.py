@@ -2,7 +2,13 @@
 
 from rayprune.workers.steps.step import Receipt, step
 from rayprune.workers.store.files import Task, commit, write_tensors
-from rayprune.workers.store.layout import CALIBRATION_TASK, GATE_TOKENS_TASK, TOKENS_FILE
+from rayprune.workers.store.layout import (
+    CALIBRATION_TASK,
+    GATE_TOKENS_TASK,
+    MASKED,
+    TOKENS,
+    TOKENS_FILE,
+)
 from rayprune.workers.tokens import JobTexts
 from rayprune.workers.workbench import Workbench
 
@@ -30,7 +36,8 @@ class Texts:
             "texts": [text.facts.document() for text in tokens.texts],
             "warnings": tokens.warnings,
         }
-        write_tensors(task.folder / TOKENS_FILE, {"tokens": tokens.windows_ST})
+        masked = {} if tokens.masked_ST is None else {MASKED: tokens.masked_ST}
+        write_tensors(task.folder / TOKENS_FILE, {TOKENS: tokens.windows_ST, **masked})
         commit(task, [TOKENS_FILE], {"shape": list(tokens.windows_ST.shape), **found})
         return found, None
 

@@ -11,6 +11,8 @@ CALIBRATION_TASK, EVALUATION_TASK, TOKENS_FILE = (
     "evaluation-tokens",
     "tokens.safetensors",
 )
+TOKENS, MASKED = "tokens", "masked"
+"""In the file of tokens: the windows, and an encoder's with some tokens masked."""
 SOURCE_TASK, SHAPE_TASK, EXPORT_TASK = "source", "shape", "export"
 REGULARISE_TASK, UPDATES_TASK, RECOVER_TASK = "regularise", "updates", "recover"
 CARD_FILE = "README.md"

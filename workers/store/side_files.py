@@ -15,7 +15,21 @@ TOKENIZER_FILES = (
     "tekken.json",
 )
 CHAT_TEMPLATES = ("*.jinja", "chat_template.json", "additional_chat_templates/*.jinja")
-COPIED = (*TOKENIZER_FILES, *CHAT_TEMPLATES, "generation_config.json", "LICENSE*", "NOTICE*")
+SENTENCE_FILES = (
+    "modules.json",
+    "config_sentence_transformers.json",
+    "sentence_*_config.json",
+    "[0-9]_*/*",
+)
+"""What sentence-transformers has around an encoder: pooling, and layers behind it."""
+COPIED = (
+    *TOKENIZER_FILES,
+    *CHAT_TEMPLATES,
+    *SENTENCE_FILES,
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+)
 NEVER_COPIED = (".py", ".bin", ".pt", ".pth", ".pkl")
 
 

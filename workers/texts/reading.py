@@ -158,9 +158,12 @@ class TextReader:
 
 
 def read_tokens(
-    spec: TextSpec, tokenizer: "PreTrainedTokenizerBase", max_tokens: int | None
+    spec: TextSpec,
+    tokenizer: "PreTrainedTokenizerBase",
+    max_tokens: int | None,
+    special: bool = True,
 ) -> tuple[list[int], TextFacts]:
-    """The text's first `max_tokens` token ids (all of them for None), special tokens as the
+    """The text's first `max_tokens` token ids (all of them for None), with `special` tokens as the
     tokenizer adds them by itself; of chats, those of the template; token ids as they are.
 
     No more of a large file is read than the tokens need.
@@ -172,7 +175,10 @@ def read_tokens(
     while True:
         reader = TextReader(spec, tokenizer)
         pieces, complete = _up_to(reader.pieces(), budget)
-        ids = _ids_of(pieces, lambda text: tokenizer(text, verbose=False)["input_ids"])
+        ids = _ids_of(
+            pieces,
+            lambda text: tokenizer(text, verbose=False, add_special_tokens=special)["input_ids"],
+        )
         # a cut text's last tokens may differ
         margin = 65 if pieces and isinstance(pieces[-1], str) else 0
         if complete or (max_tokens is not None and len(ids) >= max_tokens + margin):

@@ -49,6 +49,8 @@ def generate(
     if min(tokens, length, batch) < 1 or temperature <= 0:
         raise SpecError("--tokens, --length and --batch must be at least 1, --temperature above 0")
     checkpoint = open_checkpoint(model)
+    if not checkpoint.model.causal:
+        raise SpecError(f"{model}: an encoder writes no text; calibrate on text of its task")
     tokenizer, device_map = (
         load_tokenizer(model),
         ("auto" if device_of("auto").type == "cuda" else "cpu"),

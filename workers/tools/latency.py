@@ -43,6 +43,11 @@ def measure_latency(
     checkpoint = open_checkpoint(model)
     if checkpoint.model.experts:
         raise SpecError(f"{model}: latency is not measured of mixtures of experts")
+    if not checkpoint.model.causal:
+        raise SpecError(
+            f"{model}: layers of an encoder cannot be timed by size yet; set budget.sparsity or"
+            " budget.flops_per_token instead"
+        )
     device = device_of("auto")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     groups = {group.name: group for group in checkpoint.model.groups}

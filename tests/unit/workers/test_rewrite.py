@@ -9,7 +9,8 @@ from transformers import AutoConfig
 from rayprune.specs.errors import SpecError
 from rayprune.workers.model.config import Config
 from rayprune.workers.model.description import Shape
-from rayprune.workers.model.families import family_of, prunable
+from rayprune.workers.model.families import family_named, family_of, prunable
+from rayprune.workers.model.families.encoder import Encoder
 from rayprune.workers.model.rewrite import form_of, of_layers, written
 from tests.models import raw_config
 
@@ -54,7 +55,10 @@ def added_tensors(original: dict[str, Any], kept: dict[str, int], target: str) -
 @pytest.mark.parametrize("model_type", prunable())
 @pytest.mark.parametrize("target", ["transformers", "vllm"])
 def test_unpruned_heads_change_no_model_type(model_type: str, target: str) -> None:
-    original = raw_config(model_type, **UNKNOWN, architectures=["Something"])
+    # that an encoder is of is known by its class
+    own = isinstance(family_named(model_type), Encoder)
+    classes = {} if own else {"architectures": ["Something"]}
+    original = raw_config(model_type, **UNKNOWN, **classes)
     config = Config(original)
     groups = family_of(config).describe(config).layers[0].groups
     kept = {group.name: group.num_units for group in groups} | {"neurons": 20}
@@ -63,7 +67,7 @@ def test_unpruned_heads_change_no_model_type(model_type: str, target: str) -> No
             patched_config(original, kept, target, "auto")
         return
     patched = patched_config(original, kept, target, "auto")
-    narrower = raw_config(model_type, **UNKNOWN, architectures=["Something"], intermediate_size=20)
+    narrower = raw_config(model_type, **UNKNOWN, **classes, intermediate_size=20)
     expected = {
         key: value for key, value in narrower.items() if key not in ("auto_map", "_name_or_path")
     }

@@ -11,7 +11,7 @@ from rayprune.specs.errors import ModelError
 from rayprune.workers.model.config import Config
 from rayprune.workers.model.families.family import Family
 
-_SHARED = ("as_phi", "decoder", "family", "mixture", "parts", "planned")
+_SHARED = ("as_phi", "decoder", "encoder", "family", "mixture", "parts", "planned")
 """Modules of this folder that are no families."""
 
 

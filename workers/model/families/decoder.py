@@ -31,7 +31,12 @@ from rayprune.workers.model.families.parts import (
 )
 from rayprune.workers.model.form import Form
 from rayprune.workers.model.sized_layers import sized_layers
-from rayprune.workers.model.values import check_layer_types, check_padding, check_values
+from rayprune.workers.model.values import (
+    check_causal,
+    check_layer_types,
+    check_padding,
+    check_values,
+)
 
 ROTARY = (".rotary_emb.inv_freq",)
 """Buffers in old files."""
@@ -192,12 +197,13 @@ class Decoder(Family):
         """The model that a config says."""
         if problem := self.check(config):
             raise ModelError(f"{config.file}: {problem}")
+        self.check_class(config)
         check_values(config)
         check_layer_types(config, self.count_layers(config))
         count = self.count_layers(config)
         layers = (self._layer(config),) * count
         if config.layers_differ:
-            layers = tuple(self._layer(config.of_layer(layer)) for layer in range(count))
+            layers = tuple(self._layer(self.of_layer(config, layer)) for layer in range(count))
         hidden, vocabulary = self.hidden(config), config.integer(self.keys.vocabulary)
         tied = config.flag("tie_word_embeddings", self.tied)
         if self.pads:
@@ -223,13 +229,36 @@ class Decoder(Family):
             recomputed=self.recomputed,
             sized_alike=self.sized_alike,
             layers_differ=config.layers_differ,
-            code=self.code() if config.layers_differ else None,
+            code=self.code(config) if config.layers_differ else None,
             caches=self._caches(config, count),
         )
 
-    def code(self) -> RemoteCode:
+    def check_class(self, config: Config) -> None:
+        """Refuse a config that names a class which is not pruned.
+
+        Raises:
+            ModelError: it does.
+        """
+        check_causal(config)
+
+    def of_layer(self, config: Config, layer: int) -> Config:
+        """The config of one layer of a model whose layers differ in size."""
+        return config.of_layer(layer)
+
+    def code(self, config: Config) -> RemoteCode:
         """The class that builds models whose layers differ in size."""
+        del config
         return sized_layers(self.architecture)
+
+    def sized(self, config: Config, layers: Sequence[Mapping[str, int]]) -> dict[str, object]:
+        """The keys from which that class takes the units of every layer."""
+        units = self.describe(config).units
+        sizes = {
+            index: self.layer_sizes(config, kept)
+            for index, kept in enumerate(layers)
+            if kept != units
+        }
+        return {"per_layer_config": sizes, "allow_global_per_layer_attribute_access": True}
 
     def _caches(self, config: Config, count: int) -> tuple[str, ...]:
         given = config.raw.get("layer_types")

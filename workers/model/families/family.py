@@ -49,8 +49,12 @@ class Family(ABC):
     def keeping(self, config: Config, layers: Sequence[int]) -> dict[str, object]:
         """The keys that say that these layers stay, beside the lists."""
 
-    def code(self) -> RemoteCode:
+    def code(self, config: Config) -> RemoteCode:
         """The class that builds models whose layers differ in size."""
+        raise NotImplementedError
+
+    def sized(self, config: Config, layers: Sequence[Mapping[str, int]]) -> dict[str, object]:
+        """The keys from which that class takes the units of every layer."""
         raise NotImplementedError
 
     def layer_sizes(self, config: Config, kept: Mapping[str, int]) -> dict[str, object]:

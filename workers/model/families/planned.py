@@ -20,7 +20,7 @@ from rayprune.workers.model.description import (
 from rayprune.workers.model.families.family import MOST_LAYERS, Family
 from rayprune.workers.model.families.parts import unit_parameters
 from rayprune.workers.model.form import Form
-from rayprune.workers.model.values import check_values
+from rayprune.workers.model.values import check_causal, check_values
 
 _NORMS = ("input_layernorm", "post_attention_layernorm")
 _EMBEDDING, _NORM, _HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
@@ -49,6 +49,7 @@ class Planned(Family):
 
     def describe(self, config: Config) -> Model:
         """The model that a config says."""
+        check_causal(config)
         check_values(config)
         hidden, vocabulary = config.integer("hidden_size"), config.integer("vocab_size")
         tied = config.flag("tie_word_embeddings")

@@ -1,0 +1,44 @@
+"""What of a job is for causal language models alone."""
+
+from rayprune.specs.errors import SpecError
+from rayprune.specs.job import JobSpec
+
+
+def check_encoder(job: JobSpec) -> None:
+    """Refuse what an encoder has not: it predicts no next token, and keeps no cache.
+
+    Raises:
+        SpecError: the job asks for it.
+    """
+    trains = "trains on the loss of a causal language model, which an encoder has not"
+    reasons = {
+        "method.scale: gradients": (
+            job.gradient_windows > 0,
+            "are those of the loss of a causal language model, which an encoder has not; set it to"
+            " weights",
+        ),
+        f"method: {job.method.name}": (
+            bool(job.method.trainings),
+            f"{trains}; take stat, or another method that trains nothing",
+        ),
+        f"method.name: {job.method.name}": (
+            job.steps is not None,
+            "its gate compares next-token distributions, which an encoder has not; take the method"
+            " of its steps alone",
+        ),
+        "recover": (
+            job.recover is not None,
+            f"{trains}; leave it out, and train the pruned model for its task",
+        ),
+        "budget.kv_bytes_per_token": (
+            job.budget.kv_bytes_per_token is not None,
+            "an encoder keeps no KV cache; leave it out",
+        ),
+        "evaluation.stride": (
+            job.evaluation is not None and job.evaluation.stride is not None,
+            "is of perplexity; leave it out, an encoder's windows do not overlap",
+        ),
+    }
+    for option, (asked, reason) in reasons.items():
+        if asked:
+            raise SpecError(f"{option}: {reason}")
