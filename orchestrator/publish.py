@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.errors import HfHubHTTPError
 
 from rayprune.orchestrator.execution.verify import verify_run
 from rayprune.orchestrator.reporting.report import read_report
@@ -29,10 +28,8 @@ def upload_of(run: Path, repo: str) -> Upload:
         SpecError: `repo` is no name of the Hub's.
         VerificationError: the run is not finished, or is not as it was written.
     """
-    try:
-        validate_repo_id(repo)
-    except HFValidationError as error:
-        raise SpecError(f"{repo}: is no OWNER/NAME of the Hub: {error}") from None
+    if not HUB_NAME.fullmatch(repo):
+        raise SpecError(f"{repo}: is no OWNER/NAME of the Hub")
     verify_run(run)
     folder = read_report(run).model
     files = sorted(file for file in folder.rglob("*") if file.is_file())

@@ -157,7 +157,7 @@ def read_behind(
     """
     texts = []
     for text, first, count in windows_behind(spec, read, samples):
-        whole = _first_windows(text, tokenizer, first + count, spec.sequence_length, count)
+        whole = _first_windows(text, tokenizer, first + count, spec.sequence_length, None, count)
         texts.append(ReadText(whole.path, whole.windows_NT[first:], whole.facts))
     return torch.cat([text.windows_NT for text in texts]), texts
 
