@@ -195,6 +195,13 @@ def _parser() -> argparse.ArgumentParser:
         parser_of_run = commands.add_parser(name, help=text)
         parser_of_run.add_argument("run", type=Path, metavar="RUN", help="run folder")
         parser_of_run.set_defaults(command=command)
+    verify = parser_of_run
+    verify.add_argument(
+        "--engine",
+        choices=["transformers", "llama.cpp", "vllm"],
+        help="let this engine go on with texts, and compare its tokens with transformers' in"
+        " float32",
+    )
     return parser
 
 
@@ -332,6 +339,11 @@ def _verify(options: argparse.Namespace) -> None:
     report = rayprune.read_report(options.run)
     check_loads(report.pruned_model, report.parameters.after)
     print(f"{options.run}: {len(tasks)} tasks agree with their records, the model loads")
+    if options.engine:
+        from rayprune.workers.engines.agreement import compare_run, described
+
+        for found in compare_run(options.engine, options.run, report.model):
+            print(described(options.engine, found))
 
 
 if __name__ == "__main__":

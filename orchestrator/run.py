@@ -23,6 +23,7 @@ from rayprune.orchestrator.reporting.report import Report
 from rayprune.orchestrator.stages import (
     evaluation,
     export,
+    formats,
     gradients,
     probe,
     source,
@@ -104,6 +105,7 @@ def prune(context: Context, plan: Plan, checkpoint: Checkpoint) -> Pruned:
     layers = sweep.prune_layers(context, trained)
     pruned = export.export_model(context, trained, layers)
     recovered = training.recover(context, subject, pruned)
+    formats.write_formats(context, recovered or pruned)
     # it only serves what is not finished
     shutil.rmtree(context.scope.cache, ignore_errors=True)
     models = {"before": dense, "after": pruned} | ({"recovered": recovered} if recovered else {})

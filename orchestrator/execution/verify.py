@@ -21,6 +21,7 @@ from rayprune.workers.store.layout import (
     LAYER_FILE,
     OUTER_FILE,
     TRAINED_FOLDER,
+    is_model,
     model_folder,
     task_folder,
 )
@@ -76,7 +77,7 @@ def _whole(folder: Path, name: str, digest: str) -> Manifest:
 
 def _check_strays(folder: Path, name: str, manifest: Manifest) -> None:
     """Check that the model in a task's folder, if there is one, has no file of anybody else's."""
-    exported = name.rpartition("/")[2] == EXPORT_TASK
+    exported = is_model(name.rpartition("/")[2])
     model, known = (folder if exported else folder / TRAINED_FOLDER), {MANIFEST_NAME}
     for file in _files(model):
         if file.relative_to(folder).as_posix() not in {

@@ -112,6 +112,8 @@ class Workload:
     """What is trained."""
     gradient_windows: int = 0
     """Calibration windows on which gradients of the loss are measured."""
+    converts: bool = False
+    """Whether a file in GGUF is written."""
     placement: Placement = "shards"
     propagation: Propagation = "pruned"
     selects: bool = True

@@ -24,8 +24,10 @@ from rayprune.workers.store.layout import (
     SHAPE_TASK,
     SOURCE_TASK,
     UPDATES_TASK,
+    converted_task,
 )
 
+CONVERTED_TASKS = tuple(map(converted_task, ("vllm", "gguf", "gguf-q8_0")))
 BOUNDARY = "boundary"
 """Hidden states that a wave of the dense path leaves behind: no task, but they depend on things as
 one does.
@@ -42,7 +44,7 @@ _SELECTION = (*_STATISTICS, "method.selector")
 _CUT = (*_SELECTION, "correction", "export.dtype")
 _TEXT = ("calibration.texts", "calibration.sequence_length")
 _TRAINING = ("parallel.device", "parallel.threads_per_worker", *_TEXT, "calibration.samples")
-_ALLOCATION = ("bounds", "export.target", "export.pad")
+_ALLOCATION = ("bounds", "export.form", "export.pad", "export.tensor_parallel")
 
 READS: Mapping[str, tuple[str, ...]] = {
     SOURCE_TASK: (),
@@ -59,10 +61,11 @@ READS: Mapping[str, tuple[str, ...]] = {
     REGULARISE_TASK: (*_TRAINING, "method"),
     "gates": (*_TRAINING, "method"),
     UPDATES_TASK: (*_TRAINING, "method"),
-    "layer": (*_CUT, "parallel.propagation", "export.target", "export.pad"),
+    "layer": (*_CUT, "parallel.propagation", "export.form", "export.pad"),
     BOUNDARY: (*_ACTIVATIONS, "parallel.micro_batch", "calibration.shards"),
     OUTER_TASK: ("export.dtype",),
-    EXPORT_TASK: ("export",),
+    EXPORT_TASK: ("export.dtype", "export.form", "export.pad"),
+    **dict.fromkeys(CONVERTED_TASKS, ()),
     RECOVER_TASK: (*_TRAINING, "recover"),
     "evaluate-before": (*_ACTIVATIONS, "evaluation.stride"),
     "evaluate-after": (*_ACTIVATIONS, "evaluation.stride"),
@@ -87,7 +90,14 @@ KEPT_IN_STORE = {
 """Kinds of tasks that a store keeps. Not `source`, since a folder's files tell it apart in that
 folder alone; not trainings, whose folders hold more than their results; not the exported model.
 """
-WITHOUT_ACTIVATIONS = {SOURCE_TASK, CALIBRATION_TASK, EVALUATION_TASK, OUTER_TASK, EXPORT_TASK}
+WITHOUT_ACTIVATIONS = {
+    SOURCE_TASK,
+    CALIBRATION_TASK,
+    EVALUATION_TASK,
+    OUTER_TASK,
+    EXPORT_TASK,
+    *CONVERTED_TASKS,
+}
 """Tasks whose result does not depend on how workers compute."""
 
 
@@ -119,6 +129,7 @@ def _known(job: JobSpec) -> dict[str, Any]:
     }
     known: dict[str, Any] = job.model_dump(mode="json", exclude=left_out)
     known["parallel"]["propagation"] = job.parallel.effective_propagation
+    known["export"]["form"] = job.export.form
     known["method"]["needs_rows"] = job.method.needs_rows
     selector = job.method.selector
     known["method"]["selector"] = selector.model_dump(mode="json", exclude={"training", "gates"})

@@ -27,7 +27,7 @@ def check_loads(folder: Path, expected_parameters: int) -> None:
     """
     disable_progress_bar()
     try:
-        model, info = _class_for(folder).from_pretrained(
+        model, info = class_for(folder).from_pretrained(
             folder,
             output_loading_info=True,
             trust_remote_code=False,
@@ -58,7 +58,7 @@ def check_loads(folder: Path, expected_parameters: int) -> None:
         raise VerificationError(f"{folder}: logits are not finite in {dtype}; {remedy}")
 
 
-def _class_for(folder: Path) -> Any:
+def class_for(folder: Path) -> Any:
     """What the folder is loaded with: the stock class, or where layers differ in size this
     package's own, whose text must be what the folder holds.
     """
