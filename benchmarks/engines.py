@@ -134,12 +134,11 @@ def older(packages: Path, run: Path) -> tuple[str, str]:
 
 def speed(file: Path) -> tuple[float, float]:
     """Tokens per second of reading 512 tokens, and of writing 64 behind them, on one thread."""
-    from rayprune.workers.engines.llama_cpp import server
+    from rayprune.workers.engines.llama_cpp import ask, server
 
     running = server(file, PREFILL + DECODE + 8)
-    wanted = {"prompt": list(range(100, 100 + PREFILL)), "n_predict": DECODE, "ignore_eos": True}
-    options = {"temperature": 0.0, "cache_prompt": False}
-    times = running.handle_completions(wanted | options)["timings"]
+    prompt = list(range(100, 100 + PREFILL))
+    times = ask(running, {"prompt": prompt, "n_predict": DECODE, "ignore_eos": True})["timings"]
     return float(times["prompt_per_second"]), float(times["predicted_per_second"])
 
 

@@ -1,8 +1,11 @@
-"""llama.cpp by the package xllamacpp, which brings it compiled."""
+"""llama.cpp by the package xllamacpp, which brings it compiled: a server for this machine alone."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import xllamacpp
 
@@ -29,6 +32,22 @@ def server(file: Path, context: int, threads: int = 1) -> Any:
         raise VerificationError(f"{file}: does not load in llama.cpp: {error}") from None
 
 
+def ask(running: Any, request: Mapping[str, object]) -> Any:
+    """What a server answers to a completion's options.
+
+    Raises:
+        VerificationError: it answers with an error.
+    """
+    # not `handle_completions`, which leaves out tokens that are parts of a character
+    address = f"{running.listening_address}/completion"
+    body = json.dumps({"temperature": 0.0, "top_k": 1, "cache_prompt": False, **request}).encode()
+    try:
+        with urlopen(Request(address, body, {"Content-Type": "application/json"})) as answer:
+            return json.load(answer)
+    except HTTPError as error:
+        raise VerificationError(f"llama.cpp cannot go on with a text: {error.read()!r}") from None
+
+
 def greedy(file: Path, prompts: Sequence[Tokens], count: int) -> list[Tokens]:
     """Go on with the likeliest tokens.
 
@@ -36,20 +55,5 @@ def greedy(file: Path, prompts: Sequence[Tokens], count: int) -> list[Tokens]:
         VerificationError: llama.cpp does not load the file, or cannot go on.
     """
     running = server(file, 2 * (max(map(len, prompts)) + count))
-    found = []
-    for prompt in prompts:
-        answer = running.handle_completions(
-            {
-                "prompt": prompt,
-                "n_predict": count,
-                "temperature": 0.0,
-                "top_k": 1,
-                "logprobs": 1,  # with which it tells the ids of tokens
-                "cache_prompt": False,
-            }
-        )
-        if "choices" not in answer:
-            raise VerificationError(f"{file}: llama.cpp cannot go on with a text: {answer}")
-        told = answer["choices"][0]["logprobs"]["content"]
-        found.append([int(token["id"]) for token in told])
-    return found
+    wanted = {"n_predict": count, "return_tokens": True}
+    return [ask(running, {"prompt": prompt, **wanted})["tokens"] for prompt in prompts]
