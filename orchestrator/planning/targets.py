@@ -3,14 +3,9 @@
 from collections.abc import Mapping, Sequence
 
 from rayprune.orchestrator.planning.shapes import Shape
-from rayprune.specs.errors import SpecError
 from rayprune.specs.job import JobSpec
 from rayprune.workers.model.checkpoint import Checkpoint
-from rayprune.workers.model.config import Config
-from rayprune.workers.model.deci_lm import deci_lm_of
 from rayprune.workers.model.folder import read_json
-from rayprune.workers.model.ggml import ggml_of
-from rayprune.workers.model.older import why_not_by_4
 from rayprune.workers.texts.pieces import TOKENIZER, vocabulary
 
 
@@ -22,12 +17,9 @@ def check_targets(job: JobSpec, checkpoint: Checkpoint, shapes: Sequence[Shape])
     """
     for shape in shapes:
         there = shape.remaining(checkpoint.num_layers)
-        layers = [shape.kept_in(layer) for layer in there]
-        config = checkpoint.written(
-            there, _uneven(job, checkpoint, layers), job.export.form, job.export.dtype
-        ).config
-        for target in job.export.target:
-            _check(target, Config(config, str(checkpoint.path / "config.json")))
+        layers = _uneven(job, checkpoint, [shape.kept_in(layer) for layer in there])
+        export = job.export
+        checkpoint.check_targets(export.target, there, layers, export.form, export.dtype)
 
 
 def _uneven(
@@ -49,19 +41,6 @@ def _uneven(
         for name, count in layers[-1].items()
     }
     return [*layers[:-1], last]
-
-
-def _check(target: str, config: Config) -> None:
-    match target:
-        case "transformers-4":
-            if why := why_not_by_4(config.raw):
-                raise SpecError(
-                    f"export.target: transformers-4: {why}; or leave it out of export.target"
-                )
-        case "vllm" if config.layers_differ:
-            deci_lm_of(config)
-        case "gguf" | "gguf-q8_0":
-            ggml_of(config)
 
 
 def check_tokenizer(job: JobSpec, checkpoint: Checkpoint) -> None:

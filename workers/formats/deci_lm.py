@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-from rayprune.workers.model.absent import absent_tensors
 from rayprune.workers.model.checkpoint import Checkpoint, open_checkpoint
-from rayprune.workers.model.deci_lm import CODE, deci_lm_of
+from rayprune.workers.model.deci_lm import CODE
 from rayprune.workers.model.folder import INDEX_NAME, index_of
 from rayprune.workers.network.reading import read_tensors
 from rayprune.workers.store.files import copy_file, link_file, write_json, write_tensors, write_text
@@ -18,9 +17,9 @@ def write_deci_lm(model: Path, folder: Path) -> list[str]:
         SpecError: vLLM's DeciLM does not hold it.
     """
     checkpoint = open_checkpoint(model)
-    config = deci_lm_of(checkpoint.config)
+    config = checkpoint.deci_lm()
     files = sorted({info.file for info in checkpoint.tensors.values()})
-    absent = absent_tensors(checkpoint.config)
+    absent = checkpoint.absent_tensors
     for file in files:
         _write_weights(checkpoint, file, folder, absent)
     write_json(folder / INDEX_NAME, index_of(folder, files))

@@ -27,10 +27,9 @@ from torch import Tensor
 
 from rayprune.specs.errors import ModelError
 from rayprune.workers.formats.vocabulary import add_vocabulary
-from rayprune.workers.model.absent import absent_tensors
 from rayprune.workers.model.checkpoint import Checkpoint, open_checkpoint
 from rayprune.workers.model.folder import TensorInfo
-from rayprune.workers.model.ggml import Ggml, ggml_of
+from rayprune.workers.model.ggml import Ggml
 from rayprune.workers.network.reading import read_tensors
 from rayprune.workers.store.files import write_file
 
@@ -71,7 +70,7 @@ def write_gguf(model: Path, folder: Path, target: str) -> list[str]:
         ModelError: its tokenizer is none of llama.cpp's, or a weight is too large for F16.
     """
     checkpoint = open_checkpoint(model)
-    form = ggml_of(checkpoint.config)
+    form = checkpoint.ggml()
     name = FILES[target]
     write_file(folder / name, lambda path: _write(path, checkpoint, form, target))
     return [name]
@@ -115,7 +114,7 @@ def _add_fields(writer: GGUFWriter, checkpoint: Checkpoint, form: Ggml, target: 
 
 def _parts(checkpoint: Checkpoint, form: Ggml, target: str) -> Iterator[_Part]:
     """All tensors in the order of the file: those outside the layers, then layer by layer."""
-    names, absent = _names(form, checkpoint.num_layers), absent_tensors(checkpoint.config)
+    names, absent = _names(form, checkpoint.num_layers), checkpoint.absent_tensors
     inside = (
         {checkpoint.model.prefix(n) + name: info for name, info in sorted(tensors.items())}
         for n in range(checkpoint.num_layers)
