@@ -27,8 +27,15 @@ from rayprune.orchestrator.reporting.report import (
 )
 from rayprune.orchestrator.stages.context import Context
 from rayprune.orchestrator.stages.subject import Pruned
+from rayprune.specs.job import JobSpec
 from rayprune.workers.store.files import read_manifest, write_json, write_text
-from rayprune.workers.store.layout import SHAPE_TASK, model_folder, recovered_folder, task_folder
+from rayprune.workers.store.layout import (
+    SHAPE_TASK,
+    converted_task,
+    model_folder,
+    recovered_folder,
+    task_folder,
+)
 from rayprune.workers.store.training_stage import read_log
 
 TRAININGS = {
@@ -62,7 +69,7 @@ def _gather(context: Context, done: Pruned) -> Report:
         schema_version=1,
         rayprune_version=__version__,
         environment=environment(),
-        models=_models(run, recovered=job.recover is not None),
+        models=_models(run, job),
         method=job.method.model_dump(mode="json"),
         shape=plan.shape.kept,
         narrowest=plan.shape.narrowest,
@@ -89,9 +96,15 @@ def _gather(context: Context, done: Pruned) -> Report:
     )
 
 
-def _models(run: Path, recovered: bool) -> Models:
-    folder = recovered_folder(run).relative_to(run).as_posix() if recovered else None
-    return Models(pruned=model_folder(run).relative_to(run).as_posix(), recovered=folder)
+def _models(run: Path, job: JobSpec) -> Models:
+    def named(folder: Path) -> str:
+        return folder.relative_to(run).as_posix()
+
+    return Models(
+        pruned=named(model_folder(run)),
+        recovered=named(recovered_folder(run)) if job.recover else None,
+        exports={t: named(task_folder(run, converted_task(t))) for t in job.converted},
+    )
 
 
 def trainings(run: Path, tasks: Collection[str]) -> dict[str, Training]:

@@ -64,6 +64,8 @@ class Models(_Facts):
     pruned: str = "model"
     recovered: str | None = None
     """Trained after the cut; null without `recover`."""
+    exports: dict[str, str] = {}
+    """The model in the forms of other engines, by target."""
 
 
 class Evaluation(_Facts):
@@ -236,6 +238,8 @@ def summary(report: Report) -> Iterator[Part]:
     yield from (f"warning: {warning}" for warning in report.warnings)
     other = f", not recovered: {report.pruned_model}" if report.recovered_model else ""
     yield f"model: {report.model}{other}, report: {report.page}"
+    for target, folder in report.models.exports.items():
+        yield f"{target}: {report.run / folder}"
 
 
 def _changes(report: Report) -> Iterator[list[str]]:

@@ -125,6 +125,8 @@ def test_a_run_writes_them_all_and_goes_on_with_them_alone(
         "gguf/manifest.json",
         "gguf/model-F16.gguf",
     ]
+    report = json.loads((run / "report.json").read_text())
+    assert report["models"]["exports"] == {t: f"export/{t}" for t in ("gguf", "gguf-q8_0")}
     config = json.loads((run / "model" / "config.json").read_text())
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
     before = (run / "export" / "gguf" / "model-F16.gguf").read_bytes()
