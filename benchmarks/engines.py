@@ -1,18 +1,21 @@
 """What engines do with pruned models: every form that a job can write, in every engine that is
 installed here.
 
-    python -m benchmarks.engines MODEL TEXT [--transformers-4 FOLDER] [--speed]
+    python -m benchmarks.engines MODEL TEXT [--transformers-4 FOLDER]
+    python -m benchmarks.engines MODEL TEXT --speed RUN
 
 Prunes MODEL by 20% with the first 16 x 256 tokens of TEXT in three ways (layers alike, of different
 sizes, and these padded), writes every form, and lets every engine go on with 8 texts: its tokens
 must be those of transformers in float32. FOLDER holds transformers 4 (pip install --target FOLDER
---no-deps "transformers<5" "tokenizers<0.23" "huggingface-hub<1"). `--speed` measures llama.cpp on
-one thread, dense and pruned in turns. Writes benchmarks/results/engines_cpu_DATE.md.
+--no-deps "transformers<5" "tokenizers<0.23" "huggingface-hub<1"). Writes
+benchmarks/results/engines_cpu_DATE.md; with `--speed` engine-speed_cpu_DATE.md: llama.cpp on one
+thread with a run's files and with those of MODEL, in turns.
 """
 
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -111,7 +114,8 @@ def older(packages: Path, run: Path) -> tuple[str, str]:
             check=False,
         )
         if done.returncode:
-            raise ResourceError(done.stderr.strip().splitlines()[-1][:200])
+            words = re.sub("\x1b\\[[0-9;]*m", "", done.stderr).strip()  # without colours
+            raise ResourceError(words.splitlines()[-1][:200])
         told.extend(json.loads(done.stdout.splitlines()[-1]))
         return list(told[1])
 
@@ -159,16 +163,8 @@ def speeds(files: dict[str, tuple[Path, Path]]) -> str:
     return table(columns, rows)
 
 
-def main() -> None:
-    """Prune, write, try, record."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("model", type=Path, help="folder of a Llama, Mistral or Qwen")
-    parser.add_argument("text", type=Path, help="calibration text")
-    parser.add_argument("--transformers-4", type=Path, metavar="FOLDER")
-    parser.add_argument("--speed", action="store_true")
-    options = parser.parse_args()
+def tried(options: argparse.Namespace) -> str:
+    """Prune in every way, write every form, try every engine: a table."""
     groups = json.loads((options.model / "config.json").read_text())["num_key_value_heads"]
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -179,25 +175,49 @@ def main() -> None:
                 rows.append([name, *older(options.transformers_4.absolute(), run)])
             for engine in ENGINES.values():
                 for target, words in seen(engine.name, run):
-                    rows.append([name, f"{engine.name}: {target}", words])
-        content = table(["shape", "engine: form", f"8 texts, {COUNT} tokens each"], rows)
-        if options.speed:
-            files = {}
-            for target in ("gguf", "gguf-q8_0"):
-                dense = Path(folder) / target
-                (file,) = write_gguf(options.model, dense, target)
-                files[file.removesuffix(".gguf")] = (
-                    dense / file,
-                    Path(folder) / "0" / "export" / target / file,
-                )
-            content += "\n\n" + speeds(files)
-    versions = []
+                    rows.append([name, f"{engine.name}: {target}", words.replace(folder, "")])
+    return table(["shape", "engine: form", f"8 texts, {COUNT} tokens each"], rows)
+
+
+def compared(options: argparse.Namespace) -> str:
+    """Speeds of a run's files and of the dense model's."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = {}
+        for target in ("gguf", "gguf-q8_0"):
+            dense = Path(folder) / target
+            (file,) = write_gguf(options.model, dense, target)
+            files[file.removesuffix(".gguf")] = (
+                dense / file,
+                options.speed / "export" / target / file,
+            )
+        return speeds(files)
+
+
+def versions() -> str:
+    """Of all engines."""
+    found = []
     for engine in ENGINES.values():
         try:
-            versions.append(f"{engine.name}: {engine.version}")
+            found.append(f"{engine.name}: {engine.version}")
         except ResourceError:
-            versions.append(f"{engine.name}: not installed")
-    record("engines", f"{'; '.join(versions)}.\n\n{content}")
+            found.append(f"{engine.name}: not installed")
+    return "; ".join(found)
+
+
+def main() -> None:
+    """Try, or measure, and record."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", type=Path, help="folder of a Llama, Mistral or Qwen")
+    parser.add_argument("text", type=Path, help="calibration text")
+    parser.add_argument("--transformers-4", type=Path, metavar="FOLDER")
+    parser.add_argument("--speed", type=Path, metavar="RUN")
+    options = parser.parse_args()
+    name, content = (
+        ("engine-speed", compared(options)) if options.speed else ("engines", tried(options))
+    )
+    record(name, f"{versions()}.\n\n{content}")
 
 
 if __name__ == "__main__":
