@@ -9,6 +9,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from rayprune.orchestrator.execution.verify import verify_run
 from rayprune.orchestrator.reporting.report import read_report
 from rayprune.specs.errors import ResourceError, SpecError
+from rayprune.specs.job import HUB_NAME
 
 
 @dataclass(frozen=True)

@@ -202,8 +202,10 @@ class BudgetSpec(Section):
     """How the budget is spread over the layers; all but `uniform` need `per_layer`, which by itself
     means `curves`.
     """
-    round_to: int = Field(default=64, ge=1, le=4096)
-    """The FFN width that stays is a multiple of this, in channels."""
+    round_to: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = "auto"
+    """The FFN width that stays is a multiple of this, in channels; `auto`: 256 for an FFN of 10,240
+    channels or more, 64 from 1,024 on, else 32, and the heads that stay are multiples too.
+    """
     kv_groups: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """KV groups that stay in every layer; `auto`: chosen against the FFN width by predicted output
     error.
@@ -295,19 +297,46 @@ class MemorySpec(Section):
     """
 
 
+Target = Literal["transformers", "transformers-4", "vllm", "gguf", "gguf-q8_0"]
+
+
+def one_or_more(value: object) -> object:
+    """A value that stands alone as a list of one."""
+    if isinstance(value, str):
+        return (value,)
+    return tuple(value) if isinstance(value, list) else value
+
+
 class ExportSpec(Section):
     """What the pruned model's folder looks like."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Floating-point type on disk; `auto`: as each tensor is in the original."""
-    target: Literal["transformers", "vllm"] = "transformers"
-    """The loader it is written for; `vllm` writes a Qwen2 with fewer heads as a Llama, because vLLM
-    ignores Qwen2's head_dim.
+    target: Annotated[
+        tuple[Target, ...],
+        BeforeValidator(one_or_more, json_schema_input_type=Target | tuple[Target, ...]),
+        Field(min_length=1),
+    ] = ("transformers",)
+    """Engines it is written for, one or a list. `transformers` is there always, in `model`;
+    `transformers-4`: what 4.57 cannot read is refused; `vllm`: a Qwen2 with fewer heads is written
+    as a Llama, layers of different sizes in `export/vllm`; `gguf`, `gguf-q8_0`: a file for
+    llama.cpp in F16 or Q8_0, in `export` (extra `gguf`).
+    """
+    tensor_parallel: int = Field(default=1, ge=1, le=256)
+    """GPUs that every layer will be split over where the model is served: each gets as many KV
+    groups, and a multiple of `budget.round_to` of the FFN.
     """
     pad: bool = False
     """Layers of different sizes are padded with zeros to the widest: stock classes load the model,
     but it takes what the widest takes.
     """
+
+    @property
+    def form(self) -> str:
+        """What the model's folder is written for: one that vLLM reads is one of transformers
+        too.
+        """
+        return "vllm" if "vllm" in self.target else "transformers"
 
 
 class EvaluationSpec(TextSpec):
@@ -379,11 +408,6 @@ class JobSpec(Section):
                 f"budget.allocation: threshold: the scores of {self.method.name} cannot be compared"
                 " between layers; use curves"
             )
-        if self.budget.per_layer and self.export.target == "vllm" and not self.export.pad:
-            raise ValueError(
-                "export.target: vllm: it loads no layers of different sizes; set export.pad: true,"
-                " or budget.per_layer: false"
-            )
         if self.correction.drift and self.parallel.effective_propagation == "dense":
             raise ValueError(
                 "correction.drift: on the dense path nothing drifts; set it to 0, or"
@@ -431,6 +455,17 @@ class JobSpec(Section):
         return self.recover is not None or (
             len(self.method.trainings) > 0 and not self.method.trains_layers_alone
         )
+
+    @property
+    def sizes_differ(self) -> bool:
+        """Whether layers are written in sizes of their own."""
+        return self.budget.per_layer and not self.export.pad
+
+    @property
+    def converted(self) -> tuple[str, ...]:
+        """Targets that get a folder of their own beside the model's."""
+        own = ("gguf", "gguf-q8_0", *(["vllm"] if self.sizes_differ else []))
+        return tuple(target for target in dict.fromkeys(self.export.target) if target in own)
 
     @property
     def windows_read(self) -> int:

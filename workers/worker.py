@@ -8,6 +8,7 @@ from rayprune.specs.memory import MemoryPlan
 from rayprune.workers.machine.memory import give_back_free_memory
 from rayprune.workers.machine.shortage import explained_shortage
 from rayprune.workers.steps.checking import Checking
+from rayprune.workers.steps.converting import Converting
 from rayprune.workers.steps.deciding import Deciding
 from rayprune.workers.steps.judging import Judging
 from rayprune.workers.steps.measuring import Measuring
@@ -19,7 +20,7 @@ from rayprune.workers.steps.texts import Texts
 from rayprune.workers.steps.writing import Writing
 from rayprune.workers.workbench import Workbench
 
-ROOMS = (Texts, Checking, Measuring, Probing, Sweeping, Streaming, Writing, Judging)
+ROOMS = (Texts, Checking, Measuring, Probing, Sweeping, Streaming, Writing, Converting, Judging)
 STEPS = {name: method for room in ROOMS for name, method in steps_of(room).items()}
 """Every step, by name."""
 SHORTAGE_ADVICE = "lower parallel.micro_batch, raise parallel.workers or set memory.worker"
@@ -50,7 +51,7 @@ class Worker:
         self._bench = bench
         self._steps = {
             name: getattr(room, name)
-            for room in (*rooms, writing, judging)
+            for room in (*rooms, writing, Converting(bench), judging)
             for name in steps_of(type(room))
         }
 

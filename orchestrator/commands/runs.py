@@ -10,23 +10,31 @@ from rayprune.specs.errors import SpecError
 
 def add(commands: Any) -> None:
     """Add them to the command line."""
-    for name, command, text in (
-        ("report", _report, "show the report of a run"),
-        ("verify", _verify, "check a run's files and that its model loads"),
-    ):
-        parser = commands.add_parser(name, help=text)
-        parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
-        parser.set_defaults(command=command)
+    _run_command(commands, "report", _report, "show the report of a run")
+    verify = _run_command(
+        commands, "verify", _verify, "check a run's files and that its model loads"
+    )
+    verify.add_argument(
+        "--engine",
+        choices=["transformers", "llama.cpp", "vllm"],
+        help="let this engine go on with texts, and compare its tokens with transformers' in"
+        " float32",
+    )
     compare = commands.add_parser("compare", help="show runs side by side")
     compare.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders")
     compare.add_argument("--html", type=Path, metavar="FILE", help="write a page as well")
     compare.set_defaults(command=_compare)
-    push = commands.add_parser("push", help="send a run's model to the Hugging Face Hub")
-    push.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    push = _run_command(commands, "push", _push, "send a run's model to the Hugging Face Hub")
     push.add_argument("repo", metavar="OWNER/NAME", help="repository on the Hub")
     push.add_argument("--public", action="store_true", help="make it public; default: private")
     push.add_argument("--dry-run", action="store_true", help="show what would be sent")
-    push.set_defaults(command=_push)
+
+
+def _run_command(commands: Any, name: str, command: Any, text: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text)
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    parser.set_defaults(command=command)
+    return parser
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -46,6 +54,11 @@ def _verify(options: argparse.Namespace) -> None:
     report = rayprune.read_report(options.run)
     check_loads(report.pruned_model, report.parameters.after)
     print(f"{options.run}: {len(tasks)} tasks agree with their records, the model loads")
+    if options.engine:
+        from rayprune.workers.engines.agreement import compare_run, described
+
+        for found in compare_run(options.engine, options.run, report.model):
+            print(described(options.engine, found))
 
 
 def _compare(options: argparse.Namespace) -> None:

@@ -23,11 +23,11 @@ from rayprune.specs.job import JobSpec
 from rayprune.specs.loader import differences, dump_job, load_job
 from rayprune.workers.machine.shortage import is_disk_full
 from rayprune.workers.store.files import Manifest, Task, write_text
-from rayprune.workers.store.layout import CACHE, TASKS, Scope, model_folder
+from rayprune.workers.store.layout import CACHE, EXPORTS, TASKS, Scope, model_folder
 from rayprune.workers.store.logs import EventLine, read_lines
 from rayprune.workers.store.plain import check_plain, remove_temporaries
 
-CODE_VERSION = 6
+CODE_VERSION = 7
 """Raised whenever the same job would give other bytes."""
 JOB_FILE, EVENTS_FILE, PLAN_FILE, LOCK_FILE = "job.yaml", "events.jsonl", "plan.json", "run.lock"
 REPORT_FILE, PAGE_FILE = "report.json", "report.html"
@@ -104,7 +104,8 @@ class RunFolder:
         check_plain(
             self.path, "a run folder holds none: remove it from there, or choose another --out"
         )
-        for part in (self.path / CACHE, self.path / TASKS, model_folder(self.path)):
+        folders = CACHE, TASKS, EXPORTS
+        for part in (*(self.path / name for name in folders), model_folder(self.path)):
             if part.exists() and not part.is_dir():
                 raise SpecError(f"{part}: is no folder; remove it, or choose another --out")
         for name in (JOB_FILE, EVENTS_FILE, PLAN_FILE, REPORT_FILE, PAGE_FILE):

@@ -221,6 +221,10 @@ class Steps:
         """`Writing.write_tokenizer`."""
         return self._submit("write_tokenizer")
 
+    def convert(self, target: str, model: str, task: Task) -> Call[None]:
+        """`Converting.convert`."""
+        return self._submit("convert", target, model, task)
+
     def divergences(
         self, candidates: Sequence[Sequence[Kept]], owned: tuple[int, int]
     ) -> Call[None]:

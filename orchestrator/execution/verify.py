@@ -21,6 +21,7 @@ from rayprune.workers.store.layout import (
     LAYER_FILE,
     OUTER_FILE,
     TRAINED_FOLDER,
+    is_model,
     model_folder,
     task_folder,
 )
@@ -77,7 +78,7 @@ def _whole(folder: Path, name: str, digest: str) -> Manifest:
 
 def _check_strays(folder: Path, name: str, manifest: Manifest, cards: Set[Path]) -> None:
     """Check that the model in a task's folder, if there is one, has no file of anybody else's."""
-    exported = name.rpartition("/")[2] == EXPORT_TASK
+    exported = is_model(name.rpartition("/")[2])
     model = folder if exported else folder / TRAINED_FOLDER
     ours = {folder / file for file in manifest.files} | cards
     for file in _files(model):

@@ -42,7 +42,7 @@ def footprint(
     table, model = job.budget.latency_table, checkpoint.model
     uniform = len(layers) > 0 and all(kept == layers[0] for kept in layers)
     stock = uniform and model.is_stock(layers[0])
-    form = checkpoint.form(layers[0], job.export.target) if stock else AS_IT_IS
+    form = checkpoint.form(layers[0], job.export.form) if stock else AS_IT_IS
     shapes = form.outer_shapes({n: info.shape for n, info in checkpoint.outer_tensors.items()})
     outer = _sizes(shapes, checkpoint.outer_tensors, job.export)
     outside_ms = load_latency(table).outer_ms if table else 0.0

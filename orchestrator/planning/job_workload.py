@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from rayprune.orchestrator.planning.layer_kinds import LayerKind
 from rayprune.orchestrator.planning.mixtures import kept_experts
+from rayprune.orchestrator.planning.rounding import unit_steps
 from rayprune.orchestrator.planning.shapes import Shape
 from rayprune.orchestrator.planning.workload import TrainingLoad, Workload
 from rayprune.specs.allocation import CurvesAllocation, SearchAllocation, ThresholdAllocation
@@ -72,6 +73,7 @@ def workload_of(
         gradient_windows=job.gradient_windows,
         candidate_windows=job.divergence_windows,
         experts=kept_experts(job, checkpoint) or None,
+        converts=any(target.startswith("gguf") for target in job.converted),
         placement=job.parallel.placement,
         propagation=job.parallel.effective_propagation,
     )
@@ -141,12 +143,10 @@ def _candidates(job: JobSpec, num_layers: int) -> int:
 
 def _least_cut(model: Model, job: JobSpec) -> dict[str, int]:
     """Where layers may differ: what a layer keeps that loses as little as can be."""
-    step, asked = job.budget.round_to, job.budget.kv_groups
+    steps, asked = unit_steps(job, model), job.budget.kv_groups
     most = {
-        group.name: (group.num_units - 1) // step * step
-        if group.kind == "ffn"
-        else group.num_units - 1
-        if asked == "auto"
+        group.name: (group.num_units - 1) // steps[group.name] * steps[group.name]
+        if group.kind == "ffn" or asked == "auto"
         else asked
         for group in model.groups
     }

@@ -14,6 +14,7 @@ from typing import Any
 from rayprune.orchestrator.planning.causal import check_encoder
 from rayprune.orchestrator.planning.costs import LayerCost, Traffic, layer_costs, traffic
 from rayprune.orchestrator.planning.disk import DiskNeed, disk_needs
+from rayprune.orchestrator.planning.engines import fallbacks
 from rayprune.orchestrator.planning.job_workload import workload_of
 from rayprune.orchestrator.planning.layer_kinds import layer_kinds
 from rayprune.orchestrator.planning.memory_choice import (
@@ -24,6 +25,7 @@ from rayprune.orchestrator.planning.memory_choice import (
 )
 from rayprune.orchestrator.planning.mixtures import kept_experts
 from rayprune.orchestrator.planning.shapes import Shape, open_shapes, planned_shape
+from rayprune.orchestrator.planning.targets import check_targets
 from rayprune.orchestrator.planning.timing import Stage, stages
 from rayprune.orchestrator.planning.workload import Workload, in_rows, tokens_per_neuron
 from rayprune.specs.allocation import CurvesAllocation, SearchAllocation
@@ -46,6 +48,7 @@ from rayprune.workers.store.layout import (
     SHAPE_TASK,
     SOURCE_TASK,
     UPDATES_TASK,
+    converted_task,
     gates_task,
     generation_task,
     layer_task,
@@ -122,6 +125,8 @@ class Plan:
     corrects_drift: bool
     steps: tuple[PlannedStep, ...] = ()
     """The passes, where they are several; the rest of the plan is then of all of them."""
+    fallbacks: tuple[str, ...] = ()
+    """What engines do with widths that they do not take as they are."""
     notes: tuple[str, ...] = ()
     """Warnings about model and texts, from checks before the run and in it."""
 
@@ -235,6 +240,8 @@ def make_plan(
     shapes = (planned_shape(job, checkpoint, kinds),) if planned else open_shapes(job, checkpoint)
     if job.budget.per_layer:
         shapes = shapes[:1]  # what is removed from the mean layer
+    if not planned:
+        check_targets(job, checkpoint, shapes)
     load = workload_of(job, checkpoint, kinds, shapes, (device or _device(job, machine)) == "cuda")
     load = replace(load, gate_windows=gate_windows)
     _check_drift(model, load)
@@ -258,11 +265,21 @@ def make_plan(
         seconds_with_layers=_with_layers(job, load, timed, machine),
         traffic=traffic(load, memory),
         output_bytes=load.output_bytes,
-        disk=disk_needs(load),
+        disk=(*disk_needs(load), *_converted_needs(job, load)),
         calibration_tokens=load.tokens,
         tokens_per_neuron=tokens_per_neuron(load),
         corrects_drift=load.corrects_drift,
+        fallbacks=fallbacks(model, shapes, job.export.tensor_parallel),
     )
+
+
+def _converted_needs(job: JobSpec, load: Workload) -> tuple[DiskNeed, ...]:
+    """What the forms for other engines take: for vLLM as much as the model at most, in GGUF two
+    bytes a parameter, or 34 for 32.
+    """
+    numbers = load.output_bytes // load.written_element_bytes
+    sizes = {"vllm": load.output_bytes, "gguf": 2 * numbers, "gguf-q8_0": -(-numbers * 34 // 32)}
+    return tuple(DiskNeed(converted_task(target), sizes[target]) for target in job.converted)
 
 
 def _together(timed: Sequence[Stage]) -> float:
@@ -365,6 +382,7 @@ def _tasks(job: JobSpec, model: Model, shape: Shape, num_shapes: int) -> tuple[s
         (RECOVER_TASK, *(("evaluate-recovered",) if job.evaluation else ())) if job.recover else ()
     )
     gradients = (GRADIENTS_TASK,) if job.gradient_windows else ()
+    formats = map(converted_task, job.converted)
     return (
         CALIBRATION_TASK,
         SOURCE_TASK,
@@ -376,6 +394,7 @@ def _tasks(job: JobSpec, model: Model, shape: Shape, num_shapes: int) -> tuple[s
         EXPORT_TASK,
         *evaluation,
         *recovery,
+        *formats,
     )
 
 

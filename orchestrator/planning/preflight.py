@@ -17,6 +17,7 @@ from packaging.requirements import Requirement
 from rayprune.orchestrator.planning.disk import still_needed
 from rayprune.orchestrator.planning.plan import Plan
 from rayprune.orchestrator.planning.steps import plan_job
+from rayprune.orchestrator.planning.targets import check_tokenizer
 from rayprune.specs.errors import ResourceError, SpecError
 from rayprune.specs.job import EvaluationSpec, JobSpec, TextSpec
 from rayprune.workers.model.checkpoint import Checkpoint, open_checkpoint
@@ -83,6 +84,7 @@ def check_inputs(job: JobSpec, checkpoint: Checkpoint) -> list[str]:
     """
     spec, evaluation = job.calibration, job.evaluation
     side_files(checkpoint.path, COPIED)
+    check_tokenizer(job, checkpoint)
     encode = fast_encoder(checkpoint.path)
     # an encoder's windows are texts of their own, special tokens among them
     special = len(encode("")) if encode and not checkpoint.model.causal else 0
@@ -183,6 +185,11 @@ def check_packages(job: JobSpec) -> None:
         needed += _needs_of_ray_train()
     if job.recover and job.recover.lora:
         needed.append("peft")
+    if any(target.startswith("gguf") for target in job.converted) and not find_spec("gguf"):
+        raise ResourceError(
+            "the package gguf is missing, which export.target: gguf writes with; install rayprune"
+            " with its extra: pip install 'rayprune[gguf]'"
+        )
     if missing := [name for name in needed if find_spec(name) is None]:
         raise ResourceError(
             f"packages for training are missing ({', '.join(missing)}); install rayprune with its"

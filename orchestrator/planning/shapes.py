@@ -5,14 +5,15 @@ Only the split between KV groups and neurons may stay open: there are then sever
 as many neurons as the budget allows beside its KV groups.
 """
 
-import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from math import gcd, lcm
 
 from rayprune.orchestrator.planning.footprint import Footprint, exceeded, footprint, limits
 from rayprune.orchestrator.planning.layer_kinds import LayerKind
 from rayprune.orchestrator.planning.mixtures import kept_experts
+from rayprune.orchestrator.planning.rounding import unit_steps
 from rayprune.specs.errors import SpecError
 from rayprune.specs.job import JobSpec
 from rayprune.specs.methods.options import TakeOver
@@ -85,7 +86,7 @@ def open_shapes(job: JobSpec, checkpoint: Checkpoint) -> tuple[Shape, ...]:
         )
     if isinstance(job.method.before_cut, TakeOver):
         return (_fewer_layers(job, job.method.before_cut, checkpoint, dense),)
-    if job.budget.per_layer and not job.export.pad and checkpoint.model.sized_alike:
+    if job.sizes_differ and checkpoint.model.sized_alike:
         raise SpecError(f"budget.per_layer: {checkpoint.model.sized_alike}; set export.pad: true")
     shapes, refusals = [], []
     for kv_groups in _open_kv_groups(job, checkpoint):
@@ -107,17 +108,24 @@ def _open_kv_groups(job: JobSpec, checkpoint: Checkpoint) -> list[int]:
     attention = [group for group in checkpoint.model.groups if group.kind == "attention"]
     most = max(group.num_units for group in attention)
     stock = next((g.stock for g in attention if g.stock and not job.budget.per_layer), None)
-    if job.budget.kv_groups != "auto":
-        if job.budget.kv_groups > most:
+    steps = unit_steps(job, checkpoint.model)
+    step = lcm(*(steps[group.name] for group in attention))
+    asked, gpus = job.budget.kv_groups, job.export.tensor_parallel
+    if asked != "auto":
+        if asked > most:
+            raise SpecError(f"budget.kv_groups: {asked} is more than the model's {most}")
+        if asked % gcd(step, gpus):
             raise SpecError(
-                f"budget.kv_groups: {job.budget.kv_groups} is more than the model's {most}"
+                f"budget.kv_groups: {asked} cannot be split over {gpus} GPUs"
+                " (export.tensor_parallel); change one of them"
             )
-        if stock and job.budget.kv_groups < most:
+        if stock and asked < most:
             raise SpecError(f"budget.kv_groups: {checkpoint.model.model_type}: {stock}")
-        return [job.budget.kv_groups]
+        return [asked]
     if stock or any(group.fixed for group in attention):
         return [most]
-    return list(range(most, 0, -max(1, most // 8)))
+    fewer = (count // step * step for count in range(most, 0, -max(1, most // 8)))
+    return [count for count in dict.fromkeys(fewer) if count]
 
 
 def _uniform(job: JobSpec, checkpoint: Checkpoint, kept: Mapping[str, int]) -> Footprint:
@@ -189,7 +197,8 @@ def _widest(job: JobSpec, checkpoint: Checkpoint, kv_groups: int) -> Shape:
     """
     budget, model = job.budget, checkpoint.model
     most = max(model.units[name] for name in model.names_of("ffn"))
-    step = math.lcm(budget.round_to, *(g.multiple for g in model.groups if g.kind == "ffn"))
+    steps = unit_steps(job, model)
+    step = max(steps[name] for name in model.names_of("ffn"))
     allowed = limits(budget, checkpoint.decoder_parameters)
 
     def kept(width: int) -> dict[str, int]:
@@ -213,8 +222,8 @@ def _widest(job: JobSpec, checkpoint: Checkpoint, kv_groups: int) -> Shape:
     if place == len(widths):
         changes = ", ".join(exceeded(size(widths[-1]), allowed))
         raise SpecError(
-            f"with {kv_groups} KV groups no FFN width of at least budget.round_to"
-            f" ({step}) is left; {changes}, or lower budget.round_to or budget.kv_groups"
+            f"with {kv_groups} KV groups no FFN width of at least {step} channels"
+            f" (budget.round_to) is left; {changes}, or lower budget.round_to or budget.kv_groups"
         )
     return Shape(kept(widths[place]), **asdict(size(widths[place])))
 
@@ -242,10 +251,11 @@ def planned_shape(job: JobSpec, checkpoint: Checkpoint, kinds: tuple[LayerKind, 
         for name in model.names_of("attention")
     }
     attention = {name: min(count, model.units[name]) for name, count in attention.items()}
-    steps = max(model.units.values()) // budget.round_to
-    for step in range(steps, 0, -1):
-        part = step / steps
-        narrowed = {n: _part(count, part, budget.round_to) for n, count in model.units.items()}
+    steps = unit_steps(job, model)
+    parts = max(count // steps[name] for name, count in model.units.items())
+    for number in range(parts, 0, -1):
+        part = number / parts
+        narrowed = {n: _part(count, part, steps[n]) for n, count in model.units.items()}
         kept = narrowed | attention
         removed = sum(kind.num_layers * _removed(kind, kept) for kind in kinds)
         if removed >= sparsity * checkpoint.decoder_parameters - 1e-6:
@@ -257,15 +267,13 @@ def planned_shape(job: JobSpec, checkpoint: Checkpoint, kinds: tuple[LayerKind, 
     )
 
 
-def _part(count: int, fraction: float, round_to: int) -> int:
+def _part(count: int, fraction: float, step: int) -> int:
     """A fraction of so many units, rounded down to a multiple, all of them where nothing is
     lost.
     """
-    return (
-        count
-        if fraction == 1
-        else max(min(round_to, count), int(count * fraction) // round_to * round_to)
-    )
+    if fraction == 1:
+        return count
+    return max(min(step, count), int(count * fraction) // step * step)
 
 
 def _removed(kind: LayerKind, kept: dict[str, int]) -> int:

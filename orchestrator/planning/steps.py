@@ -23,6 +23,7 @@ from rayprune.workers.store.layout import (
     EXPORT_TASK,
     GATE_TOKENS_TASK,
     SOURCE_TASK,
+    converted_task,
     gate_task,
 )
 
@@ -64,7 +65,7 @@ def plan_job(
             raise type(error)(f"{step_words(steps, number)}: {error}") from None
         plans[number] = plan
         if number < len(steps.sparsities):
-            model = model.planned_cut(plan.shapes[0].kept, job.export.target, job.export.dtype)
+            model = model.planned_cut(plan.shapes[0].kept, job.export.form, job.export.dtype)
     return _together(job, steps, plans).noting(skipped)
 
 
@@ -82,10 +83,12 @@ def step_job(job: JobSpec, number: int, original: int, current: int) -> JobSpec 
     budget: dict[str, object] = {"sparsity": relative}
     if number < len(steps.sparsities):
         budget |= {"per_layer": False, "allocation": UniformAllocation()}
+    own = [target for target in job.export.target if target not in job.converted]
     return job.model_copy(
         update={
             "method": job.method.selector,
             "budget": job.budget.model_copy(update=budget),
+            "export": job.export.model_copy(update={"target": tuple(own or ["transformers"])}),
             "evaluation": None,
         }
     )
@@ -127,6 +130,7 @@ def _together(job: JobSpec, steps: InSteps, plans: dict[int, Plan]) -> Plan:
             SOURCE_TASK,
             *map(gate_task, plans),
             EXPORT_TASK,
+            *map(converted_task, job.converted),
             *evaluated,
         ),
         needs=_needs([plan.needs for plan in plans.values()]),

@@ -62,6 +62,8 @@ def memory_by_step(load: Workload, choice: MemoryPlan) -> dict[str, Kinds]:
             "runtime": RUNTIME_BYTES,
             "output": load.outer_parameters * load.written_element_bytes,
         }
+    if load.converts:
+        table["convert"] = _converting(load)
     if load.candidates:
         table["divergence"] = _divergence(load, choice)
     if load.gradient_windows:
@@ -298,6 +300,16 @@ def _gate(load: Workload, choice: MemoryPlan) -> Kinds:
             2 * (1 if choice.spill_hidden else windows) * window * load.hidden * load.element_bytes
         ),
         "activations": window * max(scores, ACTIVATIONS * load.active_width * load.element_bytes),
+    }
+
+
+def _converting(load: Workload) -> Kinds:
+    """The largest matrix in fp32, and what stands of it in the file."""
+    width = max(group.width for kind in load.kinds for group in kind.groups)
+    return {
+        "runtime": RUNTIME_BYTES,
+        "weights": 4 * max(load.vocabulary, width) * load.hidden,
+        "output": 2 * max(load.vocabulary, width) * load.hidden,
     }
 
 

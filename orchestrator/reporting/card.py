@@ -5,6 +5,7 @@ when it was made: the same job gives the same card.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
@@ -12,13 +13,18 @@ from huggingface_hub import EvalResult, ModelCardData
 from rayprune.orchestrator.reporting.report import Dense, Report
 from rayprune.orchestrator.reporting.tables import text, titled
 
-TASK = "text-generation"
+TASKS = {
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForMaskedLM": "fill-mask",
+    "AutoModel": "feature-extraction",
+}
+"""What the Hub calls what a class does; of others it is told nothing."""
 LOADING = """## How to load it
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto_class}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("FOLDER"{code})
+model = {auto_class}.from_pretrained("FOLDER"{code})
 tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 ```
 """
@@ -37,57 +43,77 @@ def model_card(report: Report, recovered: bool) -> str:
     return f"---\n{metadata}\n---\n\n" + "\n".join(_body(report, dense, recovered))
 
 
+@dataclass(frozen=True)
+class _Measure:
+    """One number of the evaluation."""
+
+    name: str
+    before: float
+    after: float
+
+
+def _measures(report: Report, recovered: bool) -> list[_Measure]:
+    """What the evaluation has found of the model."""
+    found = []
+    if of := report.perplexity:
+        after = of.recovered if recovered else of.after
+        found = [_Measure("perplexity", of.before, after)] if after is not None else []
+    if loss := report.masked_lm_loss:
+        found.append(_Measure("masked_lm_loss", loss.before, loss.after))
+    if report.embeddings:
+        found.append(_Measure("embedding_cosine", 1.0, report.embeddings.cosine))
+    return found if report.evaluation else []
+
+
 def _metadata(report: Report, dense: Dense, recovered: bool) -> ModelCardData:
     """What the Hub shows beside a card, and finds models by."""
-    results = None
-    if (measured := _perplexity(report, recovered)) and report.evaluation:
-        result = EvalResult(
-            task_type=TASK,
+    task = TASKS.get(report.models.auto_class)
+    results = [
+        EvalResult(
+            task_type=task or "other",
             dataset_type="text",
-            dataset_name=_file(report.evaluation.path),
-            metric_type="perplexity",
+            dataset_name=_evaluated(report),
+            metric_type=measure.name,
             metric_name=_protocol(report),
-            metric_value=round(measured, 4),
+            metric_value=round(measure.after, 4),
         )
-        results = [result]
-    return ModelCardData(
+        for measure in _measures(report, recovered)
+    ]
+    data = ModelCardData(
         base_model=dense.hub_id,
-        **dense.licence,
         library_name="transformers",
-        pipeline_tag=TASK,
+        pipeline_tag=task,
         tags=["rayprune", "pruned", report.method["name"]],
         model_name=f"{dense.name}-pruned",
-        eval_results=results,
+        eval_results=results or None,
     )
+    for key, value in dense.licence.items():
+        data[key] = value
+    return data
 
 
 def _body(report: Report, dense: Dense, recovered: bool) -> Iterator[str]:
     name, method = text(dense.name), report.method["name"]
     yield f"# {name}-pruned\n"
     yield (
-        f"{name} without {1 - report.decoder_parameters.ratio:.1%} of its decoder-layer parameters,"
+        f"{name} without {1 - report.decoder_parameters.ratio:.1%} of the parameters of its layers,"
         f" removed by rayprune {report.rayprune_version} (`method: {method}`)"
         f"{' and trained afterwards' if recovered else ''}.\n"
     )
     yield "| | before | after |\n| --- | --: | --: |"
     sizes = {
         "parameters": report.parameters,
-        "decoder-layer parameters": report.decoder_parameters,
+        "of them in the layers": report.decoder_parameters,
         "bytes on disk": report.bytes_on_disk,
     }
     for title, size in sizes.items():
         yield f"| {title} | {size.before:,} | {size.after:,} |"
     for group, kept in report.kept.items():
-        before = f"{dense.units[group]:,}" if group in dense.units else "unknown"
-        yield f"| {titled(group)} of a layer | {before} | {kept} |"
-    measured = _perplexity(report, recovered)
-    if report.perplexity and report.evaluation and measured:
-        before, where = report.perplexity.before, _cell(_file(report.evaluation.path))
-        yield f"| perplexity of {where} | {before:.3f} | {measured:.3f} |"
-        yield f"\nRatio of the perplexities {measured / before:.4f}. {_protocol(report)}.\n"
-    else:
-        yield "\nIts quality was not measured.\n"
-    yield LOADING.format(code=", trust_remote_code=True" if report.models.own_class else "")
+        units = f"{dense.units[group]:,}" if group in dense.units else "unknown"
+        yield f"| {titled(group)} of a layer | {units} | {kept} |"
+    yield from _quality(report, recovered)
+    code = ", trust_remote_code=True" if report.models.own_class else ""
+    yield LOADING.format(auto_class=report.models.auto_class, code=code)
     used = report.calibration
     texts = [used["path"], *(part["path"] for part in used["mix"])]
     yield LIMITS.format(
@@ -97,19 +123,26 @@ def _body(report: Report, dense: Dense, recovered: bool) -> Iterator[str]:
     )
 
 
-def _perplexity(report: Report, recovered: bool) -> float | None:
-    if report.perplexity is None:
-        return None
-    return report.perplexity.recovered if recovered else report.perplexity.after
+def _quality(report: Report, recovered: bool) -> Iterator[str]:
+    measures = _measures(report, recovered)
+    for measure in measures:
+        words, where = measure.name.replace("_", " "), _cell(_evaluated(report))
+        yield f"| {words} on {where} | {measure.before:.4f} | {measure.after:.4f} |"
+    for measure in measures:
+        if measure.name == "perplexity":
+            yield f"\nRatio of the perplexities {measure.after / measure.before:.4f}."
+    yield f"\n{_protocol(report)}.\n" if measures else "\nIts quality was not measured.\n"
+
+
+def _evaluated(report: Report) -> str:
+    return _file(report.evaluation.path) if report.evaluation else ""
 
 
 def _protocol(report: Report) -> str:
     used = report.evaluation
-    assert used is not None, "perplexities come with their protocol"
-    return (
-        f"Perplexity with window {used.window:,}, stride {used.stride:,}, {used.windows:,} windows,"
-        f" {used.scored_tokens:,} scored tokens"
-    )
+    assert used is not None, "what was measured comes with its protocol"
+    scored = f", {used.scored_tokens:,} scored tokens" if used.scored_tokens else ""
+    return f"{used.windows:,} windows of {used.window:,} tokens, stride {used.stride:,}{scored}"
 
 
 def _file(path: str) -> str:

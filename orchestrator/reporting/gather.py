@@ -40,9 +40,11 @@ from rayprune.workers.store.layout import (
     RECOVER_TASK,
     TRAINED_FOLDER,
     Scope,
+    converted_task,
     model_folder,
     recovered_folder,
     step_name,
+    task_folder,
 )
 from rayprune.workers.store.training_stage import read_log
 
@@ -79,7 +81,7 @@ def _gather(context: Context, done: Pruned) -> Report:
         schema_version=1,
         rayprune_version=__version__,
         environment=environment(),
-        models=_models(run, done),
+        models=_models(context, done),
         dense=_dense(done),
         finished=_finished(events),
         method=job.method.model_dump(mode="json"),
@@ -135,12 +137,19 @@ def _steps_of(
     return tuple(found)
 
 
-def _models(run: Path, done: Pruned) -> Models:
-    folder = recovered_folder(run).relative_to(run).as_posix() if done.recovered else None
+def _models(context: Context, done: Pruned) -> Models:
+    run = context.folder.path
+
+    def named(folder: Path) -> str:
+        return folder.relative_to(run).as_posix()
+
+    targets = context.job.converted
     return Models(
-        pruned=model_folder(run).relative_to(run).as_posix(),
-        recovered=folder,
+        pruned=named(model_folder(run)),
+        recovered=named(recovered_folder(run)) if done.recovered else None,
         own_class=done.pruned.checkpoint.model.code is not None,
+        auto_class=done.pruned.checkpoint.model.auto_class,
+        exports={target: named(task_folder(run, converted_task(target))) for target in targets},
     )
 
 

@@ -245,7 +245,7 @@ def _totals(plan: "Plan") -> Iterator[Part]:
         f"calibration: {plan.calibration_tokens:,} tokens, {plan.tokens_per_neuron:.1f} per FFN"
         " channel"
     )
-    for warning in plan.warnings:
+    for warning in (*plan.fallbacks, *plan.warnings):
         yield f"warning: {warning}"
 
 

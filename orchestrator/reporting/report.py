@@ -78,6 +78,10 @@ class Models(_Facts):
     """Trained after the cut; null without `recover`."""
     own_class: bool = False
     """Whether the class that builds them travels with them: `trust_remote_code=True`."""
+    auto_class: str = "AutoModelForCausalLM"
+    """The class of transformers that loads them."""
+    exports: dict[str, str] = {}
+    """The model in the forms of other engines, by target."""
 
 
 class Dense(_Facts):
@@ -385,6 +389,8 @@ def summary(report: Report) -> Iterator[Part]:
     yield from (f"warning: {warning}" for warning in report.warnings)
     other = f", not recovered: {report.pruned_model}" if report.recovered_model else ""
     yield f"model: {report.model}{other}, report: {report.page}"
+    for target, folder in report.models.exports.items():
+        yield f"{target}: {report.run / folder}"
 
 
 def _changes(report: Report) -> Iterator[list[str]]:

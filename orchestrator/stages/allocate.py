@@ -164,9 +164,8 @@ def _counts(
     them.
     """
     units, cost = subject.plan.model.units, _unit_parameters(subject)
-    steps = dict.fromkeys(budget.rounded, context.job.budget.round_to)
     counts = {
-        name: levels(count, cost[name], budget.most, steps.get(name, 1), allocation.levels)
+        name: levels(count, cost[name], budget.most, budget.steps[name], allocation.levels)
         for name, count in units.items()
     }
     for name in budget.some_stay:

@@ -13,8 +13,9 @@ from rayprune.orchestrator.planning.footprint import footprint
 from rayprune.orchestrator.stages.context import Context
 from rayprune.orchestrator.stages.subject import ModelAt, Subject, digests, file_digests, made_model
 from rayprune.specs.errors import VerificationError
-from rayprune.workers.model.folder import INDEX_NAME, read_header
+from rayprune.workers.model.folder import INDEX_NAME, index_of, read_json
 from rayprune.workers.model.form import AS_IT_IS
+from rayprune.workers.model.older import TOKENIZER_CONFIG, tokenizer_readable_by_both
 from rayprune.workers.model.rewrite import Written
 from rayprune.workers.store.files import (
     FileRecord,
@@ -43,7 +44,7 @@ def export_model(context: Context, subject: Subject, layers: Sequence[Manifest])
         alike = all(kept == layers_written[0] for kept in layers_written)
         stock = alike and model.checkpoint.model.is_stock(layers_written[0])
         written = layers_written[0] if stock else None
-        form = model.checkpoint.form(written, context.job.export.target) if written else AS_IT_IS
+        form = model.checkpoint.form(written, context.job.export.form) if written else AS_IT_IS
         names = sorted(form.outer_shapes(model.checkpoint.model.outer))
         outer = context.task(OUTER_TASK, {"model": model.outer_digest, "names": names})
         outer_done = context.once(
@@ -113,10 +114,20 @@ def _assemble(
     for (file, _), name in zip(finished, names, strict=True):
         link_file(file, model / name)
     for file in side_files(source.path, COPIED):
-        copy_file(file, model / file.relative_to(source.path))
+        _copy(file, model / file.relative_to(source.path))
     written = _write_config(context, subject, there)
-    write_index(model, names)
+    write_json(model / INDEX_NAME, index_of(model, names))
     return written, dict(zip(names, (record for _, record in finished), strict=True))
+
+
+def _copy(file: Path, path: Path) -> None:
+    """A file as it is, but for a tokenizer's config that transformers 4 would not read."""
+    if file.name == TOKENIZER_CONFIG and (given := read_json(file)) != (
+        readable := tokenizer_readable_by_both(given)
+    ):
+        write_json(path, readable)
+    else:
+        copy_file(file, path)
 
 
 def _write_config(context: Context, subject: Subject, there: Sequence[int]) -> Written:
@@ -126,24 +137,8 @@ def _write_config(context: Context, subject: Subject, there: Sequence[int]) -> W
     model, export = context.scope.model, context.job.export
     layers = subject.plan.written_layers(export.pad)
     source = subject.model.checkpoint
-    written = source.written(there, layers, export.target, export.dtype)
+    written = source.written(there, layers, export.form, export.dtype)
     write_json(model / "config.json", written.config)
     if written.code:
         write_text(model / f"{written.code.module}.py", written.code.text)
     return written
-
-
-def write_index(model: Path, names: Sequence[str]) -> None:
-    """Write the index of a folder over these files."""
-    tensors = {tensor: info for name in names for tensor, info in read_header(model / name).items()}
-    metadata = {
-        "total_size": sum(info.num_bytes for info in tensors.values()),
-        "total_parameters": sum(info.num_parameters for info in tensors.values()),
-    }
-    write_json(
-        model / INDEX_NAME,
-        {
-            "metadata": metadata,
-            "weight_map": {name: tensors[name].file for name in sorted(tensors)},
-        },
-    )

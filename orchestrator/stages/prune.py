@@ -11,6 +11,7 @@ from rayprune.orchestrator.planning.plan import Plan
 from rayprune.orchestrator.stages import (
     evaluation,
     export,
+    formats,
     gradients,
     probe,
     routed,
@@ -50,6 +51,7 @@ def prune(
     few = routed.few_tokens(layers, checkpoint.model)
     pruned = export.export_model(context, trained, layers)
     recovered = training.recover(context, replace(subject, model=teacher or dense), pruned)
+    formats.write_formats(context, recovered or pruned)
     # it only serves what is not finished
     shutil.rmtree(context.scope.cache, ignore_errors=True)
     models = {"before": dense, "after": pruned} | ({"recovered": recovered} if recovered else {})

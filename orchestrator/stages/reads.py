@@ -26,8 +26,10 @@ from rayprune.workers.store.layout import (
     SHAPE_TASK,
     SOURCE_TASK,
     UPDATES_TASK,
+    converted_task,
 )
 
+CONVERTED_TASKS = tuple(map(converted_task, ("vllm", "gguf", "gguf-q8_0")))
 BOUNDARY = "boundary"
 """Hidden states that a wave of the dense path leaves behind: no task, but they depend on things as
 one does.
@@ -44,12 +46,13 @@ _SELECTION = (*_STATISTICS, "method.selector")
 _CUT = (*_SELECTION, "correction", "export.dtype")
 _TEXT = ("calibration.texts", "calibration.sequence_length")
 _TRAINING = ("parallel.device", "parallel.threads_per_worker", *_TEXT, "calibration.samples")
-_ALLOCATION = ("bounds", "export.target", "export.pad")
+_ALLOCATION = ("bounds", "export.form", "export.pad", "export.tensor_parallel")
 
 _GRADIENTS = (*_ACTIVATIONS, "gradient_windows")
 _SENSITIVITY = (*_ACTIVATIONS, "divergence_windows")
 _SHAPE = (*_CUT, *_ALLOCATION, "budget.probe_samples", "budget.probe_layers")
-_LAYER = (*_CUT, "parallel.propagation", "export.target", "export.pad")
+_LAYER = (*_CUT, "parallel.propagation", "export.form", "export.pad")
+_EXPORT = ("export.dtype", "export.form", "export.pad")
 _RECOVER = (*_TRAINING, "recover")
 
 READS: Mapping[str, tuple[str, ...]] = {
@@ -70,11 +73,12 @@ READS: Mapping[str, tuple[str, ...]] = {
     "layer": _LAYER,
     BOUNDARY: (*_ACTIVATIONS, "parallel.micro_batch", "calibration.shards"),
     OUTER_TASK: ("export.dtype",),
-    EXPORT_TASK: ("export",),
+    EXPORT_TASK: _EXPORT,
+    **dict.fromkeys(CONVERTED_TASKS, ()),
     RECOVER_TASK: _RECOVER,
     GATE_TOKENS_TASK: (*_TEXT, "calibration.samples", "windows_read", "method.gate.samples"),
     # what all tasks of its pass read
-    GATE_TASK: (*_GRADIENTS, *_SENSITIVITY, *_SHAPE, *_LAYER, "export", *_RECOVER),
+    GATE_TASK: (*_GRADIENTS, *_SENSITIVITY, *_SHAPE, *_LAYER, *_EXPORT, *_RECOVER),
     "evaluate-before": (*_ACTIVATIONS, "evaluation.stride"),
     "evaluate-after": (*_ACTIVATIONS, "evaluation.stride"),
     "evaluate-recovered": (*_ACTIVATIONS, "evaluation.stride"),
@@ -105,6 +109,7 @@ WITHOUT_ACTIVATIONS = {
     GATE_TOKENS_TASK,
     OUTER_TASK,
     EXPORT_TASK,
+    *CONVERTED_TASKS,
 }
 """Tasks whose result does not depend on how workers compute."""
 
@@ -137,6 +142,7 @@ def _known(job: JobSpec) -> dict[str, Any]:
     }
     known: dict[str, Any] = job.model_dump(mode="json", exclude=left_out)
     known["parallel"]["propagation"] = job.parallel.effective_propagation
+    known["export"]["form"] = job.export.form
     known["method"]["needs_rows"] = job.method.needs_rows
     selector = job.method.selector
     known["method"]["selector"] = selector.model_dump(mode="json", exclude={"training", "gates"})

@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from rayprune.orchestrator.planning.footprint import (
     layer_footprint,
     limits,
 )
+from rayprune.orchestrator.planning.rounding import unit_steps
 from rayprune.specs.errors import SpecError
 from rayprune.specs.job import JobSpec
 from rayprune.workers.model.checkpoint import Checkpoint
@@ -42,9 +44,14 @@ class Budget:
     """Decoder parameters that a layer may lose."""
     _sizes: dict[tuple[tuple[str, int], ...], Footprint] = field(default_factory=dict)
 
+    @cached_property
+    def steps(self) -> dict[str, int]:
+        """Of what the number of units that stay is a multiple, by group."""
+        return unit_steps(self.job, self.checkpoint.model)
+
     @property
-    def rounded(self) -> list[str]:
-        """Groups whose units stay in multiples of `budget.round_to`."""
+    def channels(self) -> list[str]:
+        """The groups that are FFNs."""
         return self.checkpoint.model.names_of("ffn")
 
     @property
@@ -186,8 +193,8 @@ def predicted_loss(losses: Losses, spread: Spread) -> float:
 
 
 def filled(budget: Budget, spread: Spread, losses: Losses) -> Spread:
-    """The spread with what the budget still allows given back, in steps of `budget.round_to`
-    neurons: most predicted loss first.
+    """The spread with what the budget still allows given back, in steps of FFN channels: most
+    predicted loss first.
     """
     spread, size = [dict(kept) for kept in spread], budget.size(spread)
     while True:
@@ -206,8 +213,8 @@ def filled(budget: Budget, spread: Spread, losses: Losses) -> Spread:
 def _returns(budget: Budget, spread: Spread, losses: Losses) -> Iterator[Moved]:
     """A step more channels, in any layer that would still have lost enough."""
     for layer, kept in enumerate(spread):
-        for name in budget.rounded:
-            count = min(kept[name] + budget.job.budget.round_to, max(losses[layer][name]))
+        for name in budget.channels:
+            count = min(kept[name] + budget.steps[name], max(losses[layer][name]))
             enough = budget.lost({**kept, name: count}) >= budget.least
             if kept[name] and count > kept[name] and enough:
                 yield layer, name, count
@@ -245,8 +252,8 @@ Scores = Sequence[Mapping[str, Sequence[float]]]
 
 
 def above_threshold(budget: Budget, scores: Scores, fixed: Mapping[str, int]) -> Spread:
-    """The units with the highest scores of all layers, as many as the budget allows; neurons in the
-    nearest multiples of `budget.round_to` with which it is met.
+    """The units with the highest scores of all layers, as many as the budget allows, in the nearest
+    multiples (`Budget.steps`) with which it is met.
 
     A unit costs what it takes; the lowest scores go first (arXiv 2412.12441, arXiv 2312.11983).
     Groups that have no scores keep the `fixed` numbers.
@@ -278,32 +285,33 @@ def above_threshold(budget: Budget, scores: Scores, fixed: Mapping[str, int]) ->
 
 
 def _rounded(budget: Budget, spread: Spread, scores: Scores) -> Spread:
-    """Channels in multiples: up at first, then down where that is nearest, for as long as the
-    budget is exceeded. All of a layer's units stay all, and where some stay a step stays.
+    """Units in multiples: up at first, then down where that is nearest, for as long as the budget
+    is exceeded. All of a layer's units stay all, and where some stay a step stays.
 
     Raises:
         SpecError: the budget is exceeded with a step in every layer.
     """
-    step = budget.job.budget.round_to
-    rounded = [dict(kept) for kept in spread]
-    places = [(layer, name) for name in budget.rounded for layer in range(len(spread))]
+    steps, rounded = budget.steps, [dict(kept) for kept in spread]
+    stepped = [name for name in scores[0] if name in budget.channels or steps[name] > 1]
+    places = [(layer, name) for name in stepped for layer in range(len(spread))]
     for layer, name in places:
-        up = -(-spread[layer][name] // step) * step
+        up = -(-spread[layer][name] // steps[name]) * steps[name]
         rounded[layer][name] = min(up, len(scores[layer][name]))
     size = budget.size(rounded)
     while budget.excess(size) > 0:
         above = {
-            (layer, name): rounded[layer][name] - spread[layer][name]
+            (layer, name): (rounded[layer][name] - spread[layer][name]) / steps[name]
             for layer, name in places
-            if rounded[layer][name] > step
+            if rounded[layer][name] > steps[name]
         }
         if not above:
+            least = max(steps[name] for name in budget.channels)
             raise SpecError(
-                f"budget: not met with {step} FFN channels (budget.round_to) in every layer that"
+                f"budget: not met with {least} FFN channels (budget.round_to) in every layer that"
                 " keeps any; lower budget.round_to, or ask for less"
             )
         layer, name = max(above, key=lambda place: (above[place], place[0]))
-        move = (layer, name, (rounded[layer][name] - 1) // step * step)
+        move = (layer, name, (rounded[layer][name] - 1) // steps[name] * steps[name])
         size = budget.moved(size, rounded, move)
         _take(rounded, move)
     return rounded

@@ -16,7 +16,7 @@ from typing import Any
 from rayprune.orchestrator.planning.plan import Plan
 from rayprune.orchestrator.planning.shapes import Shape
 from rayprune.orchestrator.planning.steps import nothing_to_remove, plan_job, step_job, step_words
-from rayprune.orchestrator.stages import evaluation, source, texts
+from rayprune.orchestrator.stages import evaluation, formats, source, texts
 from rayprune.orchestrator.stages.context import Context
 from rayprune.orchestrator.stages.prune import noting, prune
 from rayprune.orchestrator.stages.subject import Measured, ModelAt, Pruned, file_digests, made_model
@@ -75,6 +75,7 @@ def prune_in_steps(context: Context, plan: Plan, checkpoint: Checkpoint) -> Prun
     plan = noting(context, plan, [*passes.left_out, *closed])
     last = passes.passed[-1]
     pruned = passes.export(last.number)
+    formats.write_formats(context, pruned)
     context.executor.memory_on = lambda _: plan.memory
     context.executor.use_model(context.job, checkpoint.path, context.scope.name)
     losses = evaluation.evaluate(context, {"before": original, "after": pruned}, evaluated)

@@ -18,14 +18,13 @@ from rayprune.orchestrator.execution.steps import Steps
 from rayprune.orchestrator.planning.shapes import uneven_shape
 from rayprune.orchestrator.stages import sweep
 from rayprune.orchestrator.stages.context import Context
-from rayprune.orchestrator.stages.export import write_index
 from rayprune.orchestrator.stages.stream import layer_work, stream_layers
 from rayprune.orchestrator.stages.subject import ModelAt, Subject, digests, file_digests, made_model
 from rayprune.specs.methods.options import DriveOut, TakeOver
 from rayprune.specs.training import TrainingSpec
-from rayprune.workers.model.folder import read_json
+from rayprune.workers.model.folder import INDEX_NAME, index_of, read_json
 from rayprune.workers.model.sized_layers import MODULE
-from rayprune.workers.store.files import Manifest, Task, commit, copy_file, link_file
+from rayprune.workers.store.files import Manifest, Task, commit, copy_file, link_file, write_json
 from rayprune.workers.store.layout import (
     LAYER_FILE,
     OUTER_FILE,
@@ -283,4 +282,5 @@ def _complete(source: Path, trained: Path, own: bool) -> None:
     code = [file for file in (source / f"{MODULE}.py",) if own and file.exists()]
     for file in (source / "config.json", *side_files(source, COPIED), *code):
         copy_file(file, trained / file.relative_to(source))
-    write_index(trained, sorted(file.name for file in trained.glob("*.safetensors")))
+    names = sorted(file.name for file in trained.glob("*.safetensors"))
+    write_json(trained / INDEX_NAME, index_of(trained, names))

@@ -77,6 +77,15 @@ ROOMS = {
         "workers.network",
         "workers.texts",
     },
+    "workers.formats": {
+        "specs",
+        "workers.calibration",
+        "workers.model",
+        "workers.network",
+        "workers.store",
+        "workers.texts",
+    },
+    "workers.engines": {"specs", "workers.model", "workers.network", "workers.store"},
     "workers.workbench": {
         "specs",
         "workers.machine",
@@ -89,6 +98,7 @@ ROOMS = {
     "workers.steps": {
         "specs",
         "workers.calibration",
+        "workers.formats",
         "workers.model",
         "workers.network",
         "workers.numerics",
@@ -173,6 +183,7 @@ ROOMS = {
         "orchestrator.commands",
         "orchestrator.reporting",
         "specs",
+        "workers.engines",
         "workers.machine",
     },
 }

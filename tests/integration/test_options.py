@@ -95,6 +95,7 @@ CHANGES: dict[str, list[str]] = {
         "parallel.micro_batch=3",
         "export.dtype=bfloat16",
         "export.target=vllm",
+        "export.tensor_parallel=2",
         "export.pad=true",
         "evaluation.window=24",
         "evaluation.stride=8",

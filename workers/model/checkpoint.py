@@ -12,14 +12,18 @@ from functools import cached_property
 from pathlib import Path
 
 from rayprune.specs.errors import ModelError, VerificationError
+from rayprune.workers.model.absent import absent_tensors
 from rayprune.workers.model.config import DTYPES, Config
+from rayprune.workers.model.deci_lm import deci_lm_of
 from rayprune.workers.model.description import Model
 from rayprune.workers.model.families import family_of, prunable
 from rayprune.workers.model.fit import check_tensors, described, prefixed
 from rayprune.workers.model.folder import FP8, TensorInfo, has_shards, read_config, read_headers
 from rayprune.workers.model.form import Form
+from rayprune.workers.model.ggml import Ggml, ggml_of
 from rayprune.workers.model.rewrite import Written, form_of, written
 from rayprune.workers.model.sized_layers import MODULE
+from rayprune.workers.model.targets import check_target
 
 MOST_TENSORS = 2**20
 """Tensors of a model that is planned from its config, at most."""
@@ -126,6 +130,45 @@ class Checkpoint:
         model = family_of(config).describe(config)
         digest = hashlib.sha256(json.dumps(config.raw, sort_keys=True).encode()).hexdigest()
         return Checkpoint(self.path, model, config, _planned(model, config), digest, False)
+
+    def check_targets(
+        self,
+        targets: Sequence[str],
+        there: Sequence[int],
+        layers: Sequence[Mapping[str, int]],
+        form: str,
+        dtype: str,
+    ) -> None:
+        """Check that engines can hold the model that keeps the layers `there`, each with so many
+        units.
+
+        Raises:
+            SpecError: one cannot; the ways that are left.
+        """
+        config = Config(self.written(there, layers, form, dtype).config, self.config.file)
+        for target in targets:
+            check_target(target, config)
+
+    def ggml(self) -> Ggml:
+        """What llama.cpp is told of an exported folder.
+
+        Raises:
+            SpecError: it has no form for it.
+        """
+        return ggml_of(self.config)
+
+    def deci_lm(self) -> dict[str, object]:
+        """The config of an exported folder as vLLM's DeciLM reads it.
+
+        Raises:
+            SpecError: it does not hold it.
+        """
+        return deci_lm_of(self.config)
+
+    @property
+    def absent_tensors(self) -> tuple[str, ...]:
+        """What names of tensors begin with that other engines leave out with absent blocks."""
+        return absent_tensors(self.config)
 
     def layer_sizes(self, kept: Mapping[str, int]) -> dict[str, object]:
         """What a config of the model's class says of a layer that keeps so many units."""

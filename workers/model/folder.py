@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -267,6 +267,21 @@ def read_header(path: Path, passed_over: tuple[str, ...] = ()) -> dict[str, Tens
                 " original"
             )
     return infos
+
+
+def index_of(path: Path, names: Sequence[str]) -> dict[str, object]:
+    """The index of a folder over these weight files.
+
+    Raises:
+        ModelError: one is not whole.
+    """
+    tensors = {tensor: info for name in names for tensor, info in read_header(path / name).items()}
+    metadata = {
+        "total_size": sum(info.num_bytes for info in tensors.values()),
+        "total_parameters": sum(info.num_parameters for info in tensors.values()),
+    }
+    places = {name: tensors[name].file for name in sorted(tensors)}
+    return {"metadata": metadata, "weight_map": places}
 
 
 def _header_of(folder: Path, file: str, recomputed: tuple[str, ...]) -> dict[str, TensorInfo]:

@@ -9,6 +9,7 @@ from rayprune.workers.model.config import Config
 from rayprune.workers.model.description import RemoteCode
 from rayprune.workers.model.families import family_of
 from rayprune.workers.model.form import Form
+from rayprune.workers.model.older import readable_by_both
 
 _NOT_WRITTEN = ("auto_map", "_name_or_path")
 
@@ -62,7 +63,8 @@ def _patched(config: Config, kept: Mapping[str, int], target: str, dtype: str) -
     if dtype != "auto":
         named = [key for key in ("dtype", "torch_dtype") if key in config.raw] or ["dtype"]
         changes |= dict.fromkeys(named, dtype)
-    return {form.renamed.get(key, key): value for key, value in (result | changes).items()}
+    own = {form.renamed.get(key, key): value for key, value in (result | changes).items()}
+    return readable_by_both(own)
 
 
 def _of_sizes(config: Config, layers: Sequence[Mapping[str, int]], dtype: str) -> Written:

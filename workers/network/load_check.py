@@ -32,7 +32,7 @@ def check_loads(folder: Path, expected_parameters: int) -> None:
     disable_progress_bar()
     described = own_model(folder)
     try:
-        model, info = _class_for(described).from_pretrained(
+        model, info = class_for(described).from_pretrained(
             folder,
             output_loading_info=True,
             trust_remote_code=False,
@@ -61,7 +61,7 @@ def check_loads(folder: Path, expected_parameters: int) -> None:
         raise VerificationError(f"{folder}: logits are not finite in {dtype}; {remedy}")
 
 
-def _class_for(described: Model) -> Any:
+def class_for(described: Model) -> Any:
     """What the folder is loaded with: the stock class, or where layers differ in size this
     package's own, whose text must be what the folder holds.
     """

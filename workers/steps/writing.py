@@ -11,14 +11,15 @@ from torch import Tensor
 
 from rayprune.specs.errors import VerificationError
 from rayprune.workers.calibration import load_tokenizer
-from rayprune.workers.model.folder import TensorInfo
+from rayprune.workers.model.folder import TensorInfo, read_json
 from rayprune.workers.model.form import AS_IT_IS, Form
+from rayprune.workers.model.older import TOKENIZER_CONFIG, tokenizer_readable_by_both
 from rayprune.workers.model.places import Place, as_stored
 from rayprune.workers.network.reading import digest_of, read_tensors
 from rayprune.workers.network.slicing import Cut, pad_layer, slice_layer
 from rayprune.workers.network.written import narrowed
 from rayprune.workers.steps.step import Receipt, step
-from rayprune.workers.store.files import Task, commit, write_tensors
+from rayprune.workers.store.files import Task, commit, write_json, write_tensors
 from rayprune.workers.store.layout import LAYER_FILE, OUTER_FILE, SOURCE
 from rayprune.workers.store.writer import Writer
 from rayprune.workers.workbench import Workbench
@@ -121,9 +122,9 @@ class Writing:
         """How the pruned model is written, of which every layer's file holds so many units; layers
         of different sizes have the original's form.
         """
-        if self._job.budget.per_layer and not self._job.export.pad:
+        if self._job.sizes_differ:
             return AS_IT_IS
-        return self._bench.checkpoint.form(written, self._job.export.target)
+        return self._bench.checkpoint.form(written, self._job.export.form)
 
     def _cut_layer(
         self, layer: int, written: Mapping[str, int], cuts: Sequence[Cut]
@@ -174,6 +175,8 @@ class Writing:
         """
         folder, tokenizer = (self._bench.scope.model, load_tokenizer(self._bench.checkpoint.path))
         tokenizer.save_pretrained(folder)
+        config = folder / TOKENIZER_CONFIG
+        write_json(config, tokenizer_readable_by_both(read_json(config)))
         sample = "a  b\n" + "a b ".join(["", *tokenizer.all_special_tokens, ""])
         if load_tokenizer(folder)(sample)["input_ids"] != tokenizer(sample)["input_ids"]:
             raise VerificationError(

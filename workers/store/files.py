@@ -136,6 +136,11 @@ def _write(path: Path, save: Callable[[Path], None]) -> None:
     sync_folder(path.parent)
 
 
+def write_file(path: Path, save: Callable[[Path], None]) -> None:
+    """Write a file atomically that a library saves: `save` is given a path beside it."""
+    _write(path, save)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
     _write(path, lambda temporary: _ignore(temporary.write_text(text, encoding="utf-8")))

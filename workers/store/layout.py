@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-CACHE, TASKS = "cache", "tasks"
+CACHE, TASKS, EXPORTS = "cache", "tasks", "export"
+CONVERTED = "export-"
+"""What names of tasks begin with that write a model in another engine's form."""
 LAYER_FILE = "layer.safetensors"
 OUTER_TASK, OUTER_FILE = "outer", "outer.safetensors"
 CALIBRATION_TASK, EVALUATION_TASK, TOKENS_FILE = (
@@ -61,6 +63,16 @@ def gates_task(number: int) -> str:
 def generation_task(number: int) -> str:
     """Task id of a round of the search for an allocation."""
     return f"generation-{number:04d}"
+
+
+def converted_task(target: str) -> str:
+    """Task id of the finished model in the form of a target."""
+    return f"{CONVERTED}{target}"
+
+
+def is_model(task: str) -> bool:
+    """Whether a task's folder is a model's, with nothing else in it but the manifest."""
+    return task == EXPORT_TASK or task.startswith(CONVERTED)
 
 
 @dataclass(frozen=True)
@@ -126,4 +138,8 @@ def recovered_folder(run_folder: Path) -> Path:
 
 def task_folder(run_folder: Path, task: str) -> Path:
     """Where a task's artifact and manifest lie."""
-    return model_folder(run_folder) if task == EXPORT_TASK else run_folder / TASKS / task
+    if task == EXPORT_TASK:
+        return model_folder(run_folder)
+    if task.startswith(CONVERTED):
+        return run_folder / EXPORTS / task.removeprefix(CONVERTED)
+    return run_folder / TASKS / task

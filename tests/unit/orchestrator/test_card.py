@@ -38,13 +38,13 @@ def test_the_hub_reads_what_it_looks_for() -> None:
     (result,) = data["model-index"][0]["results"]
     assert result["dataset"]["name"] == "held.txt"
     assert result["metrics"][0]["value"] == 28.2271
-    assert "window 1,024, stride 512, 20 windows" in result["metrics"][0]["name"]
+    assert "20 windows of 1,024 tokens, stride 512" in result["metrics"][0]["name"]
 
 
 def test_a_person_reads_sizes_quality_and_limits() -> None:
     card = card_of()
     assert "| FFN channels of a layer | 1,536 | 1,120 |" in card
-    assert "| perplexity of held.txt | 22.001 | 28.227 |" in card
+    assert "| perplexity on held.txt | 22.0011 | 28.2271 |" in card
     assert "64 windows of 512 tokens of a.txt, b&#124;&lt;b&gt;.txt." in card
     assert "secret" not in card
     assert "trust_remote_code" not in card
@@ -57,10 +57,27 @@ def test_what_is_not_known_is_not_claimed() -> None:
     assert "Its quality was not measured." in card
 
 
+def test_an_encoder_is_told_of_as_one() -> None:
+    card = card_of(
+        perplexity=None,
+        masked_lm_loss={"before": 2.0, "after": 2.5},
+        embeddings={"cosine": 0.98, "least_cosine": 0.9},
+        models={"auto_class": "AutoModelForMaskedLM"},
+    )
+    data = ModelCard(card).data.to_dict()
+    assert data["pipeline_tag"] == "fill-mask"
+    metrics = [result["metrics"][0] for result in data["model-index"][0]["results"]]
+    assert {each["type"]: each["value"] for each in metrics} == {
+        "masked_lm_loss": 2.5,
+        "embedding_cosine": 0.98,
+    }
+    assert "from transformers import AutoModelForMaskedLM, AutoTokenizer" in card
+
+
 def test_a_recovered_model_has_its_own_numbers() -> None:
     perplexity = {"before": 22.0, "after": 28.0, "recovered": 25.0}
     card = card_of(recovered=True, perplexity=perplexity, models={"own_class": True})
-    assert "| 22.000 | 25.000 |" in card
+    assert "| 22.0000 | 25.0000 |" in card
     assert "and trained afterwards" in card
     assert 'from_pretrained("FOLDER", trust_remote_code=True)' in card
 

@@ -192,7 +192,7 @@ def test_one_group_fewer_needs_fewer_channels_gone_where_only_some_shapes_fit(
             "llama",
             {},
             {"sparsity": 0.2, "round_to": 64, "kv_groups": 2},
-            r"at least budget\.round_to \(64\) is left; lower",
+            r"at least 64 channels \(budget\.round_to\) is left; lower",
         ),
         (
             "gemma2",

@@ -247,11 +247,17 @@ def test_missing_file_and_folder_are_refused(tmp_path: Path) -> None:
     [
         ("budget:\n  sparsity: 1.5", "job.yaml:4: budget.sparsity: must be less than 1 (got 1.5)"),
         ("budget:\n  sparsity: 0", "job.yaml:4: budget.sparsity: must be greater than 0 (got 0)"),
-        ("budget:\n  round_to: 1e2", "job.yaml:4: budget.round_to: must be an integer (got 100.0)"),
-        ("budget:\n  round_to: true", "job.yaml:4: budget.round_to: must be an integer (got true)"),
+        (
+            "budget:\n  round_to: 1e2",
+            'job.yaml:4: budget.round_to: must be an integer, or "auto" (got 100.0)',
+        ),
+        (
+            "budget:\n  round_to: true",
+            'job.yaml:4: budget.round_to: must be an integer, or "auto" (got true)',
+        ),
         (
             "budget:\n  round_to:\n    5000",
-            "job.yaml:4: budget.round_to: must be at most 4096 (got 5000)",
+            'job.yaml:4: budget.round_to: must be at most 4096, or "auto" (got 5000)',
         ),
         (
             'budget:\n  sparsity: "1e-3"',
@@ -259,7 +265,10 @@ def test_missing_file_and_folder_are_refused(tmp_path: Path) -> None:
         ),
         (
             'budget:\n  round_to: "8"',
-            'job.yaml:4: budget.round_to: must be an integer (got "8"); remove the quotes',
+            (
+                'job.yaml:4: budget.round_to: must be an integer, or "auto" (got "8"); remove the'
+                " quotes"
+            ),
         ),
         (
             "budget:\n  sparsty: 1",
