@@ -175,6 +175,7 @@ ROOMS = {
         "orchestrator.publish",
         "orchestrator.reporting",
         "specs",
+        "workers.engines",
         "workers.network",
         "workers.store",
         "workers.tools",
@@ -183,7 +184,6 @@ ROOMS = {
         "orchestrator.commands",
         "orchestrator.reporting",
         "specs",
-        "workers.engines",
         "workers.machine",
     },
 }

@@ -34,6 +34,7 @@ def make_report(num_layers: int = 4) -> dict[str, Any]:
         "environment": {"torch": "2.13.0", "machine": "x86_64"},
         "dense": None,
         "finished": None,
+        "steps": [],
         "method": {"name": "stat", "factorization": "gram"},
         "shape": {"heads": 3, "neurons": 1120},
         "narrowest": {"heads": 3, "neurons": 1120},

@@ -105,8 +105,8 @@ WRONG: dict[str, tuple[Callable[[Wrong], object], int, str]] = {
     ),
     "hub name": (
         lambda w: setattr(w, "model", Path("HuggingFaceTB/SmolLM2-135M")),
-        3,
-        "hf download HuggingFaceTB/SmolLM2-135M --local-dir DIR",
+        4,
+        "HuggingFaceTB/SmolLM2-135M at main: no such folder, and it cannot be fetched from the Hub",
     ),
     "missing text": (lambda w: w.texts(path="/gone.txt"), 2, "/gone.txt: cannot be read: No such"),
     "wrong field": (
