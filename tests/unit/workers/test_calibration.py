@@ -14,6 +14,7 @@ from rayprune.workers.calibration import (
     calibration_windows,
     evaluation_windows,
     load_tokenizer,
+    read_behind,
     tokenize,
 )
 from rayprune.workers.texts.checks import check_apart, shared_fraction
@@ -183,6 +184,28 @@ def test_texts_alternate_in_proportion_to_their_weights(
     )
     windows = calibration_windows(spec, tokenizer)
     assert tokenizer.batch_decode(windows) == [name * 8 for name in "abacaba"]
+
+
+def test_windows_of_a_gate_lie_behind_all_that_are_read(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    texts = {
+        name: write(tmp_path / name, "".join(chr(start + n) * 8 for n in range(25))).path
+        for name, start in (("a", ord("A")), ("b", ord("a")))
+    }
+    spec = CalibrationSpec.model_validate(
+        {
+            "path": texts["a"],
+            "mix": [{"path": texts["b"], "weight": 0.5}],
+            "samples": 6,
+            "sequence_length": 8,
+            "shards": 2,
+        }
+    )
+    windows, _ = read_behind(spec, (6, 9), 5, tokenizer)
+    assert tokenizer.batch_decode(windows) == [letter * 8 for letter in "GHIde"]
+    with pytest.raises(SpecError, match=r"26 samples .* 20 of them of the gate"):
+        read_behind(spec, (6, 9), 30, tokenizer)
 
 
 def test_a_weight_that_gives_nothing_is_refused(
