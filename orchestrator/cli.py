@@ -12,6 +12,7 @@ import threading
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     latency.add_argument("--threads", type=int, help="CPU threads; default: as torch chooses")
     latency.set_defaults(command=_latency)
+    bench = commands.add_parser(
+        "bench", help="measure models side by side in transformers on the CPU, in turns"
+    )
+    bench.add_argument(
+        "models", type=Path, nargs="+", metavar="MODEL", help="model folder; the first is the base"
+    )
+    bench.add_argument("--tokens", type=int, default=512, help="tokens of the prompt")
+    bench.add_argument("--new", type=int, default=32, help="tokens that are written behind it")
+    bench.add_argument("--rounds", type=int, default=5, help="measurements of each, in turns")
+    bench.add_argument("--threads", type=int, default=1, help="CPU threads")
+    bench.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], default="float32", help="of the computation"
+    )
+    bench.set_defaults(command=_bench)
     generate = commands.add_parser(
         "generate", help="let a model write text, as JSON Lines, for calibration.mix"
     )
@@ -300,6 +315,15 @@ def _latency(options: argparse.Namespace) -> None:
         ),
         end="",
     )
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from rayprune.orchestrator.reporting.progress import print_parts
+    from rayprune.orchestrator.reporting.speed_view import speed_table
+    from rayprune.workers.tools.bench import bench
+
+    wanted = (options.tokens, options.new, options.rounds, options.threads, options.dtype)
+    print_parts([speed_table([asdict(found) for found in bench(options.models, *wanted)])])
 
 
 def _generate(options: argparse.Namespace) -> None:
