@@ -1,8 +1,11 @@
-"""Commands about models and machines, without a job: inspect, profile, latency, generate."""
+"""Commands about models and machines, without a job: inspect, profile, latency, bench,
+generate.
+"""
 
 import argparse
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ def add(commands: Any) -> None:
     )
     profile.set_defaults(command=_profile)
     _latency_command(commands)
+    _bench_command(commands)
     _generate_command(commands)
 
 
@@ -40,6 +44,23 @@ def _latency_command(commands: Any) -> None:
     )
     latency.add_argument("--threads", type=int, help="CPU threads; default: as torch chooses")
     latency.set_defaults(command=_latency)
+
+
+def _bench_command(commands: Any) -> None:
+    bench = commands.add_parser(
+        "bench", help="measure models side by side in transformers on the CPU, in turns"
+    )
+    bench.add_argument(
+        "models", type=Path, nargs="+", metavar="MODEL", help="model folder; the first is the base"
+    )
+    bench.add_argument("--tokens", type=int, default=512, help="tokens of the prompt")
+    bench.add_argument("--new", type=int, default=32, help="tokens that are written behind it")
+    bench.add_argument("--rounds", type=int, default=5, help="measurements of each, in turns")
+    bench.add_argument("--threads", type=int, default=1, help="CPU threads")
+    bench.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], default="float32", help="of the computation"
+    )
+    bench.set_defaults(command=_bench)
 
 
 def _generate_command(commands: Any) -> None:
@@ -88,6 +109,15 @@ def _latency(options: argparse.Namespace) -> None:
         ),
         end="",
     )
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from rayprune.orchestrator.reporting.progress import print_parts
+    from rayprune.orchestrator.reporting.speed_view import speed_table
+    from rayprune.workers.tools.bench import bench
+
+    wanted = (options.tokens, options.new, options.rounds, options.threads, options.dtype)
+    print_parts([speed_table([asdict(found) for found in bench(options.models, *wanted)])])
 
 
 def _generate(options: argparse.Namespace) -> None:

@@ -24,7 +24,7 @@ def add_vocabulary(writer: GGUFWriter, folder: Path, rows: int) -> None:
     if found.scores is not None:
         writer.add_token_scores(found.scores)
     writer.add_add_space_prefix(found.space_in_front)
-    special = SpecialVocab(folder, load_merges=found.kind == "gpt2", n_vocab=rows)
+    special = SpecialVocab(folder, load_merges=found.scores is None, n_vocab=rows)
     special.add_special_token = _added(folder)
     special.add_to_gguf(writer, quiet=True)
 
