@@ -20,7 +20,7 @@ import torch
 from rayprune.specs.errors import SpecError
 from rayprune.workers.machine.memory import PeakMemory
 from rayprune.workers.model.checkpoint import open_checkpoint
-from rayprune.workers.network.load_check import class_for
+from rayprune.workers.network.load_check import loaded
 
 
 @dataclass(frozen=True)
@@ -100,13 +100,7 @@ _TIMES = ("prefill_seconds", "decode_seconds")
 @cache
 def _loaded(model: Path, threads: int, dtype: str) -> Any:
     torch.set_num_threads(threads)
-    return class_for(model).from_pretrained(
-        model,
-        dtype=getattr(torch, dtype),
-        trust_remote_code=False,
-        use_safetensors=True,
-        local_files_only=True,
-    )
+    return loaded(model, getattr(torch, dtype))
 
 
 @torch.inference_mode()
