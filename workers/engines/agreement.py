@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rayprune.specs.errors import SpecError, VerificationError
-from rayprune.workers.engines import stock
 from rayprune.workers.engines.engine import ENGINES, Engine, Tokens
+from rayprune.workers.network.load_check import loaded
 from rayprune.workers.store.layout import (
     CALIBRATION_TASK,
     EXPORTS,
@@ -90,7 +90,7 @@ def compare(
     """
     assert engine.version
     found = engine.greedy()(folder, prompts, COUNT)
-    network = stock.load(model)
+    network = loaded(model, torch.float32)
     told = [
         _parts_at(network, prompt, tokens) for prompt, tokens in zip(prompts, found, strict=True)
     ]
