@@ -235,9 +235,11 @@ class Steps:
         """`Judging.evaluate`."""
         return self._submit("evaluate", model_path, owned)
 
-    def compare(self, original: str, other: str, tokens: str, owned: tuple[int, int]) -> Call[None]:
+    def compare(
+        self, original: str, other: str, tokens: str, owned: tuple[int, int], stride: int
+    ) -> Call[None]:
         """`Judging.compare`."""
-        return self._submit("compare", original, other, tokens, owned)
+        return self._submit("compare", original, other, tokens, owned, stride)
 
     def embed(self, model_path: str, owned: tuple[int, int]) -> Call[None]:
         """`Judging.embed`."""

@@ -127,6 +127,11 @@ def _check_told(run: Path, report: Mapping[str, Any], found: Mapping[str, Manife
     }
     alike = {key: results.get("after", {}).get(key) for key in ("cosine", "least_cosine")}
     measured["embeddings"] = alike if alike["cosine"] is not None else None
+    measured["closeness"] = {
+        name: {key: result[key] for key in ("divergence", "agreement")}
+        for name, result in results.items()
+        if "divergence" in result
+    }
     models = report["models"]
     told = {key: report.get(key) for key in measured}
     if told != measured or run / models["pruned"] != model_folder(run):

@@ -62,8 +62,10 @@ def workload_of(
         selects=not job.method.selects_first,
         exact=job.method.needs_rows,
         causal=model.causal,
-        # embeddings of an encoder are compared with the dense one's
-        evaluations=2 if model.causal or not model.predicts_masked else 4,
+        # the dense model alone, and each other one beside it; of an encoder, embeddings of both
+        evaluations=(
+            3 + 2 * (job.recover is not None) if model.causal else 4 if model.predicts_masked else 2
+        ),
         drift=job.correction.drift > 0,
         probes=job.budget.kv_groups == "auto" and not job.budget.per_layer,
         in_process=job.cluster.executor == "in-process",

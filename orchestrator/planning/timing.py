@@ -283,7 +283,7 @@ def _evaluation_stage(load: Workload, machine: MachineProfile) -> tuple[Stage, .
         "arithmetic": flops / load.workers / machine.forward_flops,
         "disk": (
             times
-            * (load.evaluations // 2)
+            * (load.evaluations / 2)
             * (load.bytes_on_disk + load.output_bytes)
             / machine.disk_bandwidth
         ),

@@ -253,16 +253,28 @@ def _left_while_writing(load: Workload, choice: MemoryPlan) -> Kinds:
 
 
 def _evaluation(load: Workload, choice: MemoryPlan) -> Kinds:
-    """Hidden states of the windows that go together, and the scores of one window: as computed, in
-    fp32, and their logarithms.
+    """Hidden states of the windows that go together under two models, and the scores of one window:
+    as computed and in fp32 of one, their logarithms of both.
     """
     window = load.evaluation_window
     windows = 1 if choice.spill_hidden else load.evaluated_at_once
+    if load.causal:
+        return _two_models(load, window, windows)
     scores = load.vocabulary * (load.element_bytes + 8)
     return {
         "runtime": RUNTIME_BYTES,
         "weights": _weights_bytes(replace(load, placement="shards"), 1),
         "hidden states": windows * window * load.hidden * load.element_bytes,
+        "activations": max(window * scores, _inside_forward(load, window)),
+    }
+
+
+def _two_models(load: Workload, window: int, windows: int) -> Kinds:
+    scores = load.vocabulary * (load.element_bytes + 4 * 3)
+    return {
+        "runtime": RUNTIME_BYTES,
+        "weights": 2 * _weights_bytes(replace(load, placement="shards"), 1),
+        "hidden states": 2 * windows * window * load.hidden * load.element_bytes,
         "activations": max(window * scores, _inside_forward(load, window)),
     }
 
@@ -287,20 +299,9 @@ def _divergence(load: Workload, choice: MemoryPlan) -> Kinds:
 
 
 def _gate(load: Workload, choice: MemoryPlan) -> Kinds:
-    """Two models, one behind the other through their layers; logarithms of both's scores, and two
-    temporaries.
-    """
-    window = load.sequence_length
-    windows = min(EVALUATED_AT_ONCE, math.ceil(load.gate_windows / load.workers))
-    scores = load.vocabulary * (load.element_bytes + 4 * 4)
-    return {
-        "runtime": RUNTIME_BYTES,
-        "weights": 2 * _weights_bytes(replace(load, placement="shards"), 1),
-        "hidden states": (
-            2 * (1 if choice.spill_hidden else windows) * window * load.hidden * load.element_bytes
-        ),
-        "activations": window * max(scores, ACTIVATIONS * load.active_width * load.element_bytes),
-    }
+    """As for an evaluation, of other windows."""
+    at_once = min(EVALUATED_AT_ONCE, math.ceil(load.gate_windows / load.workers))
+    return _two_models(load, load.sequence_length, 1 if choice.spill_hidden else at_once)
 
 
 def _converting(load: Workload) -> Kinds:

@@ -58,6 +58,9 @@ def _measures(report: Report, recovered: bool) -> list[_Measure]:
     if of := report.perplexity:
         after = of.recovered if recovered else of.after
         found = [_Measure("perplexity", of.before, after)] if after is not None else []
+    if close := report.closeness.get("recovered" if recovered else "after"):
+        found.append(_Measure("kl_divergence", 0.0, close.divergence))
+        found.append(_Measure("top_1_agreement", 1.0, close.agreement))
     if loss := report.masked_lm_loss:
         found.append(_Measure("masked_lm_loss", loss.before, loss.after))
     if report.embeddings:

@@ -64,7 +64,7 @@ def rule(within: float) -> str:
 def results(runs: Sequence[Compared]) -> Table:
     """Size, quality and time of every run; `*` marks the frontier."""
     best = on_frontier(runs)
-    columns = ["run", "decoder removed", "parameters", "perplexity", "times dense", "", "seconds"]
+    columns = ["run", "removed", "parameters", "perplexity", "times dense", "KL", "", "seconds"]
     rows = [
         [
             run.name,
@@ -79,11 +79,14 @@ def results(runs: Sequence[Compared]) -> Table:
     return Table("results", columns, rows)
 
 
-def _quality(run: Compared) -> tuple[str, str]:
+def _quality(run: Compared) -> tuple[str, str, str]:
+    """Perplexity, as a multiple of the dense model's, and KL divergence from that in nats."""
     found = run.report.perplexity
     if found is None or run.perplexity is None:
-        return "not measured", ""
-    return f"{found.recovered or found.after:.3f}", f"{run.perplexity:.4f}"
+        return "not measured", "", ""
+    close = run.report.closeness.get("recovered" if found.recovered else "after")
+    divergence = f"{close.divergence:.4f}" if close else ""
+    return f"{found.recovered or found.after:.3f}", f"{run.perplexity:.4f}", divergence
 
 
 def job_differences(runs: Sequence[Compared]) -> Iterator[Part]:

@@ -22,6 +22,7 @@ from rayprune.orchestrator.reporting.card import model_card
 from rayprune.orchestrator.reporting.html_report import html_report
 from rayprune.orchestrator.reporting.report import (
     Change,
+    Closeness,
     Dense,
     Embeddings,
     Evaluation,
@@ -115,6 +116,11 @@ def _measured(losses: Losses) -> dict[str, Any]:
         if any(measure in result for result in (losses or {}).values())
     }
     told: dict[str, Any] = {"perplexity": None} | found
+    told["closeness"] = {
+        name: Closeness.model_validate(result)
+        for name, result in (losses or {}).items()
+        if "divergence" in result
+    }
     after = (losses or {}).get("after", {})
     return told | ({"embeddings": Embeddings.model_validate(after)} if "cosine" in after else {})
 

@@ -25,6 +25,7 @@ from rayprune.orchestrator.reporting.report import (
     LayerReport,
     Report,
     Training,
+    closeness_lines,
     step_table,
 )
 from rayprune.orchestrator.reporting.tables import html_table, text, titled
@@ -112,10 +113,13 @@ def _figures(report: Report) -> str:
             f"Perplexity: text {used.path} · window {used.window:,} · stride"
             f" {used.stride:,} · {counts}"
         )
+    notes = "".join(
+        f"<p>{text(line)}.</p>" for line in (note.rstrip("."), *closeness_lines(report))
+    )
     warnings = "".join(
         f"<p><strong>Warning:</strong> {text(warning)}</p>" for warning in report.warnings
     )
-    return f"<dl>{''.join(figures)}</dl><p>{text(note)}</p>{warnings}"
+    return f"<dl>{''.join(figures)}</dl>{notes}{warnings}"
 
 
 def _figure(name: str, values: Change[Any], units: Sequence[tuple[float, str]]) -> str:

@@ -70,6 +70,15 @@ class Embeddings(_Facts):
     """Of the window where they differ most."""
 
 
+class Closeness(_Facts):
+    """How close a model's next-token distributions are to the dense one's."""
+
+    divergence: float
+    """KL divergence from the dense model's, in nats for a token."""
+    agreement: float
+    """Fraction of the tokens for which both expect the same one most."""
+
+
 class Models(_Facts):
     """Folders of models, relative to the run folder."""
 
@@ -259,6 +268,8 @@ class Report(_Facts):
     bytes_on_disk: Change[int]
     perplexity: Perplexity | None
     """Null without a section `evaluation`, and of an encoder."""
+    closeness: dict[str, Closeness] = {}
+    """By model, `after` and `recovered`, on the windows of the perplexity."""
     masked_lm_loss: Change[float] | None = None
     """Nats for a masked token, of an encoder that predicts them; else there is no such key."""
     embeddings: Embeddings | None = None
@@ -413,6 +424,7 @@ def _measured(report: Report) -> Iterator[str]:
             f"perplexity after recovery: {recovered:.3f}"
             f" ({recovered / report.perplexity.before:.4f} of before)"
         )
+    yield from closeness_lines(report)
     if alike := report.embeddings:
         yield (
             f"embeddings: cosine with the dense model's {alike.cosine:.4f} on average, at least"
@@ -423,6 +435,16 @@ def _measured(report: Report) -> Iterator[str]:
         yield (
             f"{what} of {used.path}: window {used.window}, stride {used.stride},"
             f" {used.windows} windows, {used.scored_tokens} scored tokens"
+        )
+
+
+def closeness_lines(report: Report) -> Iterator[str]:
+    """How close the models are to the dense one."""
+    for name, close in report.closeness.items():
+        words = "pruned" if name == "after" else name
+        yield (
+            f"{words} model beside the dense one: KL divergence {close.divergence:.4f} nats for a"
+            f" token, the same likeliest token for {close.agreement:.1%}"
         )
 
 

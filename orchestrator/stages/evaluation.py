@@ -12,6 +12,7 @@ from rayprune.orchestrator.stages.subject import ModelAt
 from rayprune.specs.errors import ModelError
 from rayprune.workers.machine.blocks import EVALUATED_AT_ONCE
 from rayprune.workers.store.files import Manifest, commit
+from rayprune.workers.store.layout import EVALUATION_TASK
 
 MOST_NATS = 700.0
 """Of a mean loss: e to the power of more is no fp64 number."""
@@ -24,7 +25,7 @@ def evaluate(
     context: Context, models: Mapping[str, ModelAt], tokens: Manifest | None
 ) -> dict[str, dict[str, float]] | None:
     """What was measured of models by name (the dense one is `before`) under the same code: their
-    perplexity, or what an encoder has kept.
+    perplexity and how close they are to the dense one, or what an encoder has kept.
     """
     if tokens is None:
         return None
@@ -67,7 +68,7 @@ def _once(
     """One model, judged in these ways, as one task."""
     shape: Any = tokens.info["shape"]
     inputs = {"model": model.identity, "evaluation-tokens": tokens.digest}
-    if not model.checkpoint.model.causal:
+    if model is not models[DENSE] or not model.checkpoint.model.causal:
         inputs["dense"] = models[DENSE].identity
     task = context.task(name, inputs)
 
@@ -88,14 +89,35 @@ class _Judge:
         self._context, self._dense = context, dense
 
     def perplexity(self, name: str, model: ModelAt, windows: int) -> dict[str, float]:
-        """Of a causal language model."""
-        mean, scored = self._mean_loss(name, Steps.evaluate, model, windows)
+        """Of a causal language model; of another than the dense one also how close its next-token
+        distributions are to that one's: KL divergence (nats) and agreement on the likeliest token.
+        """
+        if model is self._dense:
+            mean, scored = self._mean_loss(name, Steps.evaluate, model, windows)
+            return self._told(model, mean) | {"scored_tokens": scored}
+        found = self._of_windows(name, self._compare, "windows", model, windows)
+        scored = sum(window["tokens"] for window in found)
+        mean, divergence, agreement = (
+            math.fsum(window[key] for window in found) / scored
+            for key in ("loss", "divergence", "agreed")
+        )
+        told = self._told(model, mean) | {"scored_tokens": scored}
+        return told | {"divergence": divergence, "agreement": agreement}
+
+    def _compare(self, steps: Steps, path: str, owned: tuple[int, int]) -> Call[None]:
+        spec = self._context.job.evaluation
+        assert spec is not None
+        tokens = str(self._context.scope.folder(EVALUATION_TASK))
+        return steps.compare(str(self._dense.path), path, tokens, owned, spec.effective_stride)
+
+    @staticmethod
+    def _told(model: ModelAt, mean: float) -> dict[str, float]:
         if not mean < MOST_NATS:
             raise ModelError(
                 f"{model.path}: its mean loss is {mean:.4g} nats for a token, it predicts nothing;"
                 " too high a learning_rate?"
             )
-        return {"perplexity": math.exp(mean), "scored_tokens": scored}
+        return {"perplexity": math.exp(mean)}
 
     def masked_loss(self, name: str, model: ModelAt, windows: int) -> dict[str, float]:
         """Nats for a token that is masked."""

@@ -216,10 +216,11 @@ class _Passes:
         """What the gate looks at; the same for any number of workers."""
         executor, count = context.executor, self._steps.gate.samples
         tokens = str(self._context.scope.folder(GATE_TOKENS_TASK))
+        length = self._context.job.calibration.sequence_length
         with context.stage("gate", 1):
             calls = [
                 executor.on(worker).compare(
-                    str(self._original.path), str(model.path), tokens, owned
+                    str(self._original.path), str(model.path), tokens, owned, length
                 )
                 for worker, owned in executor.shares(count)
             ]

@@ -30,7 +30,7 @@ def test_loss_divergence_and_agreement(tmp_path: Path) -> None:
     windows_NT = torch.randint(3, 259, (3, 20), generator=torch.Generator().manual_seed(0))
     models = [StreamedModel(open_checkpoint(folder), torch.float32, CPU) for folder in folders]
     log_p, log_q = (log_probabilities(folder, windows_NT) for folder in folders)
-    found = compared(models[0], models[1], windows_NT)
+    found = compared(models[0], models[1], windows_NT, 0, 999)
     targets = windows_NT[:, 1:, None]
     divergence = (log_p.exp() * (log_p - log_q)).sum((1, 2))
     agreed = (log_p.argmax(-1) == log_q.argmax(-1)).sum(1)
@@ -47,6 +47,6 @@ def test_a_model_is_the_same_as_itself(tmp_path: Path) -> None:
     folder = build_model(tmp_path / "model")
     model = StreamedModel(open_checkpoint(folder), torch.float32, CPU)
     windows_NT = torch.randint(3, 259, (2, 9), generator=torch.Generator().manual_seed(0))
-    for one in compared(model, model, windows_NT):
+    for one in compared(model, model, windows_NT, 0, 999):
         assert (one.divergence, one.agreed) == (0.0, one.tokens)
         assert one.loss == one.original_loss

@@ -50,14 +50,20 @@ def behind_layers(model: StreamedModel, windows_NT: Tensor) -> list[MicroBatch]:
     return batches
 
 
+def num_scored(index: int, window: int, stride: int) -> int:
+    """Tokens that are scored of a window, its last ones, by its number in the text: all but the
+    first of the first one, of the others those that no earlier window has scored.
+    """
+    return window - 1 if index == 0 else min(stride, window - 1)
+
+
 def _losses(
     model: StreamedModel, windows_NT: Tensor, first_index: int, stride: int
 ) -> list[tuple[float, int]]:
     """Those of windows that go through the layers together."""
     batches, losses = behind_layers(model, windows_NT), list[tuple[float, int]]()
     for number, (batch, tokens_1T) in enumerate(zip(batches, windows_NT.split(1), strict=True)):
-        predicted = windows_NT.shape[1] - 1
-        count = predicted if first_index + number == 0 else min(stride, predicted)
+        count = num_scored(first_index + number, windows_NT.shape[1], stride)
         logits = model.logits(tokens_1T, batch.hidden_BTD)[0, -count - 1 : -1].float()
         loss = torch.nn.functional.cross_entropy(
             logits, tokens_1T[0, -count:].to(logits.device), reduction="sum"

@@ -18,7 +18,7 @@ from rayprune.workers.passes.encoding import cosines, embeddings, masked_losses
 from rayprune.workers.passes.evaluate import window_losses
 from rayprune.workers.passes.survey import stored_cut
 from rayprune.workers.steps.step import Droppable, Receipt, drop_all, step
-from rayprune.workers.store.layout import EVALUATION_TASK, MASKED, TOKENS_FILE
+from rayprune.workers.store.layout import EVALUATION_TASK, MASKED, TOKENS, TOKENS_FILE
 from rayprune.workers.workbench import Workbench
 
 
@@ -91,17 +91,18 @@ class Judging:
 
     @step
     def compare(
-        self, original: str, other: str, tokens: str, owned: tuple[int, int]
+        self, original: str, other: str, tokens: str, owned: tuple[int, int], stride: int
     ) -> tuple[Receipt, None]:
         """Compare the models of two folders on some of the windows that a task has written in the
-        folder `tokens`.
+        folder `tokens`, in the tokens that no earlier one of them, `stride` apart, has scored.
         """
         drop_all(self._before)
-        windows_NT = load_file(Path(tokens) / TOKENS_FILE)["tokens"][slice(*owned)].clone()
+        windows_NT = load_file(Path(tokens) / TOKENS_FILE)[TOKENS][slice(*owned)].clone()
         first, second = (
             StreamedModel(open_checkpoint(Path(path)), *self._how) for path in (original, other)
         )
-        return {"windows": [asdict(each) for each in compared(first, second, windows_NT)]}, None
+        found = compared(first, second, windows_NT, owned[0], stride)
+        return {"windows": [asdict(each) for each in found]}, None
 
     @property
     def _how(self) -> tuple[torch.dtype, torch.device, Store]:

@@ -35,6 +35,7 @@ def make_report(num_layers: int = 4) -> dict[str, Any]:
         "dense": None,
         "finished": None,
         "steps": [],
+        "closeness": {},
         "method": {"name": "stat", "factorization": "gram"},
         "shape": {"heads": 3, "neurons": 1120},
         "narrowest": {"heads": 3, "neurons": 1120},
