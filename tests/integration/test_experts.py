@@ -65,7 +65,7 @@ def test_experts_go_by_reap_and_widths_are_corrected_by_weighted_least_squares(
     for number, expert in enumerate(experts):
         tokens_n, weights_n = routing.of(number)
         group = report.layers[0].groups[f"neurons.{number}"]
-        assert group.tokens == len(tokens_n) > 10 * group.of
+        assert group.tokens == len(tokens_n) > 2 * group.of
         kept = manifest["info"]["kept"][f"neurons.{number}"]
         with torch.inference_mode():
             z_nF = (expert.inner(routing.hidden_TD[tokens_n]) * weights_n[:, None]).double()
@@ -83,13 +83,10 @@ def test_experts_go_by_reap_and_widths_are_corrected_by_weighted_least_squares(
         assert (chosen.tokens_by_expert or ())[number] == len(tokens_n)
     lost = min(range(4), key=(chosen.scores or ()).__getitem__)
     assert chosen.units == tuple(sorted({0, 1, 2, 3} - {lost}))
-    frequent = ran(
-        job,
-        tmp_path / "frequent",
-        "budget.experts=3",
-        "budget.sparsity=0.24",
-        "budget.expert_score=frequency",
-    )
+    changed = ["budget.experts=3", "budget.sparsity=0.24", "budget.expert_score=frequency"]
+    frequent = ran(job, tmp_path / "frequent", *changed)
+    ran(job, tmp_path / "fewer", *changed)  # what has changed is done again
+    assert folder_bytes(tmp_path / "fewer/model") == folder_bytes(tmp_path / "frequent/model")
     counted = frequent.layers[0].groups["experts"]
     assert counted.scores == tuple(map(float, counted.tokens_by_expert or ()))
 
@@ -132,7 +129,7 @@ def test_a_plan_counts_what_a_token_passes_through(
     make_model: MakeModel, make_job: MakeJob
 ) -> None:
     checkpoint = open_checkpoint(make_model("mixtral"))
-    budget = {**ALL_HEADS, "experts": 3, "sparsity": 0.24}
+    budget = {**ALL_HEADS, "experts": 3, "sparsity": 0.2}
     plan = make_plan(load_job(make_job(checkpoint.path, budget=budget)), checkpoint)
     shape = plan.shape
     assert shape.kept == {"heads": 2, "experts": 3, "neurons": 48}
@@ -200,5 +197,5 @@ def test_ray_writes_the_same_bytes(
 ) -> None:
     job = make_job(make_model("qwen2_moe"), budget={"experts": 3, "sparsity": 0.35})
     ran(job, tmp_path / "in-process")
-    ran(job, tmp_path / "ray", "cluster.executor=ray", "parallel.workers=3")
+    ran(job, tmp_path / "ray", "cluster.executor=ray", "parallel.workers=2")
     assert folder_bytes(tmp_path / "ray" / "model") == folder_bytes(tmp_path / "in-process/model")

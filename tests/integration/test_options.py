@@ -186,6 +186,8 @@ NOT_CHANGED = {
     "calibration.field": "plain text has none",
     "budget.latency_ms": "needs a table of measured times",
     "budget.latency_table": "needs a table of measured times",
+    "budget.experts": "needs experts: test_experts.py",
+    "budget.expert_score": "needs experts: test_experts.py",
     "budget.allocation.name": "changed with per_layer and threshold",
     "method.name": "changed as method",
 }
