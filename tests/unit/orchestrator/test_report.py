@@ -23,7 +23,8 @@ def written(folder: Path, content: object) -> Path:
 
 
 def test_the_file_is_read_back_as_it_is(tmp_path: Path) -> None:
-    content = make_report() | {"models": {"pruned": "model", "recovered": None}, "newer": [1, {}]}
+    models = {"pruned": "model", "recovered": None, "exports": {"gguf": "export/gguf"}}
+    content = make_report() | {"models": models, "newer": [1, {}]}
     report = read_report(written(tmp_path, content))
     assert report.to_dict() == content
     assert read_report(str(written(tmp_path, report.to_dict()))) == report
