@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.results import record, table
+from rayprune.orchestrator.reporting.report import read_report
 from rayprune.orchestrator.run import run_job
 from rayprune.specs.errors import RaypruneError, ResourceError
 from rayprune.specs.job import JobSpec
@@ -85,7 +86,8 @@ def job_of(model: Path, text: Path, shape: dict[str, Any], groups: int) -> JobSp
 def seen(name: str, run: Path) -> Iterator[tuple[str, str]]:
     """What an engine does with every form of a run that it reads."""
     try:
-        for found in compare_run(name, run, model_folder(run)):
+        targets = read_report(run).models.exports
+        for found in compare_run(name, run, model_folder(run), targets):
             yield found.target, said(found)
     except ResourceError:
         yield name, "not installed here"

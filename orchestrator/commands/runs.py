@@ -57,7 +57,8 @@ def _verify(options: argparse.Namespace) -> None:
     if options.engine:
         from rayprune.workers.engines.agreement import compare_run, described
 
-        for found in compare_run(options.engine, options.run, report.model):
+        targets = report.models.exports
+        for found in compare_run(options.engine, options.run, report.model, targets):
             print(described(options.engine, found))
 
 

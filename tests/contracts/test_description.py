@@ -34,7 +34,7 @@ OTHERS = {"orchestrator/execution/ray_train.py": {"config"}}
 """Where a variable called `config` is a dictionary of somebody else's: Ray's."""
 PLACES = re.compile(r"\b(self_attn|mlp)\b|model\.layers\b")
 TYPES = re.compile(rf"(?<![\w-])({'|'.join(model_types())})(?![\w-]|\.cpp)")
-NAMES = {"workers/texts/pieces.py": {"llama", "qwen2"}}
+NAMES = {"workers/texts/pieces.py": {"gpt2", "llama", "qwen2"}}
 """Names that are somebody else's: llama.cpp's of tokenizers."""
 
 

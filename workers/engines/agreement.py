@@ -6,7 +6,7 @@ transformers finds its own: by the difference of the two logits, in nats.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,7 @@ from torch import Tensor
 from rayprune.specs.errors import SpecError, VerificationError
 from rayprune.workers.engines.engine import ENGINES, Engine, Tokens
 from rayprune.workers.network.load_check import loaded
-from rayprune.workers.store.layout import (
-    CALIBRATION_TASK,
-    EXPORTS,
-    TOKENS_FILE,
-    converted_task,
-    task_folder,
-)
+from rayprune.workers.store.layout import CALIBRATION_TASK, TOKENS_FILE, converted_task, task_folder
 
 PROMPTS, PROMPT, COUNT = 8, 32, 32
 """Texts that are gone on with, their tokens, and the tokens that are compared."""
@@ -52,8 +46,9 @@ def prompts_of(file: Path) -> list[Tokens]:
     return [list(map(int, window_T[:PROMPT])) for window_T in windows_ST[::step][:PROMPTS]]
 
 
-def compare_run(name: str, run: Path, model: Path) -> Iterator[Agreement]:
-    """Compare every form of a run's `model` that the engine of this name reads.
+def compare_run(name: str, run: Path, model: Path, targets: Collection[str]) -> Iterator[Agreement]:
+    """Compare every form of a run's `model` that the engine of this name reads; `targets` are those
+    that have folders of their own.
 
     Raises:
         SpecError: the run has no such form.
@@ -62,21 +57,23 @@ def compare_run(name: str, run: Path, model: Path) -> Iterator[Agreement]:
     """
     engine = ENGINES[name]
     prompts = prompts_of(task_folder(run, CALIBRATION_TASK) / TOKENS_FILE)
-    for target, folder in _forms(engine, run, model):
+    for target, folder in _forms(engine, run, model, targets):
         yield compare(engine, target, folder, model, prompts)
 
 
-def _forms(engine: Engine, run: Path, model: Path) -> list[tuple[str, Path]]:
-    if engine.name == "llama.cpp":
-        files = sorted((run / EXPORTS).glob("*/*.gguf"))
-        if not files:
-            raise SpecError(
-                f"{run}: has no file for llama.cpp; run the job again with --set"
-                " export.target=[gguf], finished tasks are kept"
-            )
-        return [(file.parent.name, file) for file in files]
-    own = task_folder(run, converted_task(engine.name))
-    return [(engine.name, own if own.is_dir() else model)]
+def _forms(
+    engine: Engine, run: Path, model: Path, targets: Collection[str]
+) -> list[tuple[str, Path]]:
+    folders = {target: task_folder(run, converted_task(target)) for target in targets}
+    if engine.name != "llama.cpp":
+        return [(engine.name, folders.get(engine.name, model))]
+    files = [(t, file) for t, folder in folders.items() for file in folder.glob("*.gguf")]
+    if not files:
+        raise SpecError(
+            f"{run}: has no file for llama.cpp; run the job again with --set export.target=[gguf],"
+            " finished tasks are kept"
+        )
+    return files
 
 
 def compare(
@@ -88,7 +85,7 @@ def compare(
         VerificationError: it takes other tokens.
         ResourceError: it is not installed.
     """
-    assert engine.version
+    version = engine.version
     found = engine.greedy()(folder, prompts, COUNT)
     network = loaded(model, torch.float32)
     told = [
@@ -98,7 +95,7 @@ def compare(
     for number, (place, margin) in enumerate(told):
         if margin is not None and margin > tie:
             raise VerificationError(
-                f"{folder}: {engine.name} ({engine.version}) goes on otherwise than transformers in"
+                f"{folder}: {engine.name} ({version}) goes on otherwise than transformers in"
                 f" float32: token {place} of text {number} is {margin:.3g} nats less likely there"
                 f" than its own (a tie is below {tie})"
             )

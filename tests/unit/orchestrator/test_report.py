@@ -23,8 +23,8 @@ def written(folder: Path, content: object) -> Path:
 
 
 def test_the_file_is_read_back_as_it_is(tmp_path: Path) -> None:
-    models = {"pruned": "model", "recovered": None, "own_class": False, "exports": {}}
-    models["auto_class"] = "AutoModelForCausalLM"
+    models = {"pruned": "model", "recovered": None, "exports": {"gguf": "export/gguf"}}
+    models |= {"own_class": False, "auto_class": "AutoModelForCausalLM"}
     content = make_report() | {"models": models, "newer": [1, {}]}
     report = read_report(written(tmp_path, content))
     assert report.to_dict() == content
