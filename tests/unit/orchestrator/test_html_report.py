@@ -51,7 +51,6 @@ def make_report(num_layers: int = 4) -> dict[str, Any]:
             "scored_tokens": 20460,
         },
         "allocation": None,
-        "steps": [],
         "calibration": {"path": "calibration.txt"},
         "step_seconds": {"collect": 20.0},
         "warnings": ["2,048 calibration tokens are 1.3 per FFN channel <b>"],

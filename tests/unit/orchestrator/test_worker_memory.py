@@ -230,9 +230,9 @@ def test_a_layer_trained_alone_takes_the_state_of_one_layer() -> None:
 def test_evaluation_holds_the_windows_that_go_together(
     most: int | None, workers: int, spill: bool, windows: int
 ) -> None:
-    """However long the text is, and however few samples are calibrated on."""
+    """Under two models, however long the text is, and however few samples are calibrated on."""
     load = replace(
         LOAD, evaluation_tokens=32, evaluation_window=16, most_evaluated=most, workers=workers
     )
     kinds = memory_by_step(load, MemoryPlan(spill_hidden=spill))["evaluate"]
-    assert kinds["hidden states"] == windows * 16 * load.hidden * load.element_bytes
+    assert kinds["hidden states"] == 2 * windows * 16 * load.hidden * load.element_bytes
