@@ -94,7 +94,10 @@ def _measured(losses: Losses) -> dict[str, Any]:
     }
     told: dict[str, Any] = {"perplexity": None} | found
     after = (losses or {}).get("after", {})
-    return told | ({"embeddings": Embeddings.model_validate(after)} if "cosine" in after else {})
+    if "cosine" not in after:
+        return told
+    alike = {name: after[name] for name in Embeddings.model_fields}
+    return told | {"embeddings": Embeddings.model_validate(alike)}
 
 
 def _models(run: Path, recovered: bool) -> Models:
