@@ -90,10 +90,19 @@ class Frame:
 
 
 def frame_of(tokenizer: PreTrainedTokenizerBase) -> Frame:
-    """What a tokenizer puts around a text by itself."""
+    """What a tokenizer puts around a text by itself.
+
+    Raises:
+        ModelError: it changes the text by it.
+    """
     inside = tokenizer(_WORD, add_special_tokens=False)["input_ids"]
     whole = tokenizer(_WORD)["input_ids"]
-    start = next(n for n in range(len(whole)) if whole[n : n + len(inside)] == inside)
+    starts = (n for n in range(len(whole)) if whole[n : n + len(inside)] == inside)
+    if (start := next(starts, None)) is None:
+        raise ModelError(
+            f"{tokenizer.name_or_path}: its tokenizer gives {_WORD!r} other tokens where it adds"
+            " special ones; give token ids instead of text"
+        )
     return Frame(tuple(whole[:start]), tuple(whole[start + len(inside) :]))
 
 
@@ -103,6 +112,7 @@ def masked(windows_NT: Tensor, tokenizer: PreTrainedTokenizerBase) -> Tensor:
 
     Raises:
         ModelError: the tokenizer has no mask.
+        SpecError: windows are so short that there is nothing to mask.
     """
     if tokenizer.mask_token_id is None:
         raise ModelError(
@@ -114,6 +124,8 @@ def masked(windows_NT: Tensor, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     chosen = (positions + windows) % MASKED_EVERY == MASKED_EVERY - 1
     special = torch.tensor(tokenizer.all_special_ids, dtype=torch.int64)
     chosen &= ~torch.isin(windows_NT, special)
+    if not chosen.any():
+        raise SpecError("evaluation.window: too short, not one token is masked; raise it")
     return windows_NT.masked_fill(chosen, tokenizer.mask_token_id)
 
 

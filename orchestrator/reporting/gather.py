@@ -122,7 +122,10 @@ def _measured(losses: Losses) -> dict[str, Any]:
         if "divergence" in result
     }
     after = (losses or {}).get("after", {})
-    return told | ({"embeddings": Embeddings.model_validate(after)} if "cosine" in after else {})
+    if "cosine" not in after:
+        return told
+    alike = {name: after[name] for name in Embeddings.model_fields}
+    return told | {"embeddings": Embeddings.model_validate(alike)}
 
 
 def _steps_of(

@@ -106,6 +106,25 @@ def test_steps_are_the_same_on_many_workers(
     assert [step.divergence for step in one.steps] == [step.divergence for step in two.steps]
 
 
+def test_an_encoder_is_the_same_on_many_workers(
+    make_model: MakeModel, make_job: MakeJob, text_file: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text(text_file.read_text(encoding="utf-8")[40_000:])
+    evaluation = {"path": str(other), "window": 64, "max_windows": 5}
+    budget = {"per_layer": True, "sparsity": 0.4}
+    job = make_job(make_model("bert"), budget=budget, evaluation=evaluation)
+    reports = [
+        run_job(load_job(job), tmp_path / "in-process", quiet),
+        run_job(
+            load_job(job, ["cluster.executor=ray", "parallel.workers=3"]), tmp_path / "ray", quiet
+        ),
+    ]
+    assert folder_bytes(reports[0].model) == folder_bytes(reports[1].model)
+    assert reports[0].embeddings == reports[1].embeddings is not None
+    assert reports[0].masked_lm_loss == reports[1].masked_lm_loss is not None
+
+
 def test_layers_trained_alone_are_the_same_on_many_workers_and_after_a_killed_one(
     make_model: MakeModel, make_job: MakeJob, tmp_path: Path
 ) -> None:

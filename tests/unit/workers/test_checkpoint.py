@@ -106,7 +106,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "config empty": (
         lambda f: (f / "config.json").write_text("{}"),
-        "model_type 'None' is not supported; supported are bloom",
+        "model_type 'None' is not supported; supported are bert",
     ),
     "no weights": (lambda f: (f / SINGLE_NAME).unlink(), "no weights found"),
     "only a pickle": (
