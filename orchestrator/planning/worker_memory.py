@@ -97,10 +97,12 @@ def _steps(load: Workload, choice: MemoryPlan) -> dict[str, list[Kinds]]:
             } | _cuts_bytes(load, group)
             steps["decide"].append(standing | _predicting(load, group) | deciding | beside)
         if load.writes and not load.on_gpu:
+            cuts = [_cuts_bytes(load, group) for group in load.decided(kind)]
             steps["write"].append(
                 standing
                 | _left_while_writing(load, choice)
                 | {"output": 2 * load.written_layer_bytes(kind)}
+                | next(filter(None, cuts), {})
             )
     return steps
 
