@@ -43,7 +43,7 @@ def workers_alive() -> list[int]:
 @pytest.mark.parametrize(
     ("settings", "counts"),
     [
-        ({}, [1, 3]),
+        ({}, [3]),
         ({"method": {"name": "stat", "factorization": "qr"}}, [2]),
         (
             {
@@ -277,24 +277,6 @@ def test_all_workers_are_asked_at_once_which_of_them_is_lost(
         executor.wait([executor.on(worker).check_head() for worker in range(3)])
     assert len(lost) == 1
     assert sum(waits) <= 5.0
-
-
-def test_no_retries_stops_with_advice(
-    make_model: MakeModel, make_job: MakeJob, tmp_path: Path
-) -> None:
-    job = make_job(make_model(), cluster={"executor": "ray"}, parallel={"retries": 0})
-
-    def kill_first(event: dict[str, Any]) -> None:
-        if (
-            event.get("layer") == 0
-            and event["event"] == "step-finished"
-            and event["stage"] == "sweep"
-        ):
-            os.kill(workers_alive()[0], signal.SIGKILL)
-
-    with pytest.raises(ResourceError, match=r"layer-0001.*run the same command again"):
-        run_job(load_job(job), tmp_path / "run", kill_first)
-    run_job(load_job(job), tmp_path / "run", quiet)
 
 
 def test_a_steps_own_error_is_not_retried(
