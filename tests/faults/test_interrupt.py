@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from rayprune.orchestrator import cli
+from rayprune.orchestrator.commands import jobs
 from rayprune.specs.errors import INTERRUPTED
 from rayprune.workers.store.layout import task_folder
 from tests.conftest import MakeJob, MakeModel
@@ -50,7 +51,7 @@ def test_what_the_machine_refuses_has_an_exit_code(
     def command(_: object) -> None:
         raise error
 
-    monkeypatch.setattr(cli, "_validate", command)
+    monkeypatch.setattr(jobs, "_validate", command)
     assert cli.main(["validate", "job.yaml"]) == code
     assert words in capsys.readouterr().err
 
@@ -96,7 +97,7 @@ def test_an_interrupt_inside_a_finalizer(
         time.sleep(300)  # or until the interrupt
         ended.append("undisturbed")
 
-    monkeypatch.setattr(cli, "_validate", command)
+    monkeypatch.setattr(jobs, "_validate", command)
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     assert cli.main(["validate", "job.yaml"]) == INTERRUPTED
     assert not ended

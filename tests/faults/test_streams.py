@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from rayprune.orchestrator import cli
+from rayprune.orchestrator.commands import jobs
 from rayprune.specs.errors import SpecError
 from tests.conftest import MakeJob, MakeModel
 
@@ -56,7 +57,7 @@ def test_a_complaint_that_nobody_hears(monkeypatch: pytest.MonkeyPatch) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w") as deaf:
-        monkeypatch.setattr(cli, "_validate", command)
+        monkeypatch.setattr(jobs, "_validate", command)
         monkeypatch.setattr(sys, "stderr", deaf)
         assert cli.main(["validate", "job.yaml"]) == 2
         monkeypatch.undo()

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
 from rayprune.orchestrator import cli
+from rayprune.orchestrator.commands import jobs
 from rayprune.specs.errors import INTERRUPTED, ModelError, ResourceError, SpecError
 from rayprune.workers.machine.shortage import causes_of, explained, explained_shortage
 from rayprune.workers.training import loop
@@ -65,7 +66,7 @@ def test_a_command_ends_with_what_lies_behind(
     def command(_: object) -> None:
         raise wrap(error)  # type: ignore[operator]
 
-    monkeypatch.setattr(cli, "_validate", command)
+    monkeypatch.setattr(jobs, "_validate", command)
     assert cli.main(["validate", "job.yaml"]) == code
     assert words in capsys.readouterr().err
 

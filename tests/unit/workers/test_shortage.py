@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from rayprune.orchestrator import cli
+from rayprune.orchestrator.commands import jobs
 from rayprune.specs.errors import ResourceError
 from rayprune.specs.job import CalibrationSpec
 from rayprune.specs.training import TrainingSpec
@@ -97,6 +98,6 @@ def test_a_rank_without_memory_is_a_resource_error(
 def test_a_command_without_memory_ends_with_4(
     take: Callable[[], object], monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    monkeypatch.setattr(cli, "_validate", lambda _: take())
+    monkeypatch.setattr(jobs, "_validate", lambda _: take())
     assert cli.main(["validate", "job.yaml"]) == 4
     assert capsys.readouterr().err.startswith("rayprune: out of memory")
