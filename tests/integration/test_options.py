@@ -183,6 +183,7 @@ CHANGES: dict[str, list[str]] = {
 NOT_CHANGED = {
     "schema_version": "there is one",
     "model.path": "identity",
+    "model.revision": "a folder has none",
     "calibration.field": "plain text has none",
     "budget.latency_ms": "needs a table of measured times",
     "budget.latency_table": "needs a table of measured times",

@@ -61,13 +61,13 @@ def test_unpruned_heads_change_no_model_type(model_type: str, target: str) -> No
     original = raw_config(model_type, **UNKNOWN, **classes)
     config = Config(original)
     groups = family_of(config).describe(config).layers[0].groups
-    kept = {group.name: group.num_units for group in groups} | {"neurons": 20}
+    kept = {group.name: group.num_units for group in groups} | {"neurons": 24}
     if groups[-1].fixed:
         with pytest.raises(SpecError, match=groups[-1].fixed):
             patched_config(original, kept, target, "auto")
         return
     patched = patched_config(original, kept, target, "auto")
-    narrower = raw_config(model_type, **UNKNOWN, **classes, intermediate_size=20)
+    narrower = raw_config(model_type, **UNKNOWN, **classes, intermediate_size=24)
     expected = {
         key: value for key, value in narrower.items() if key not in ("auto_map", "_name_or_path")
     }
