@@ -2,22 +2,16 @@
 and headers alone.
 """
 
-import hashlib
-import re
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from rayprune.specs.errors import ModelError, SpecError
+from rayprune.specs.errors import SpecError
 from rayprune.workers.model.checkpoint import Checkpoint, planned_checkpoint
-from rayprune.workers.model.config import Config
-from rayprune.workers.model.families import model_types, prunable
-from rayprune.workers.model.folder import has_shards, read_config, read_headers
+from rayprune.workers.model.recognise import check_known
 
 TARGETS = ("transformers", "vllm")
-_NUMBERED = re.compile(r"(.+?)\.(\d+)\.(.+)")
 
 
 @dataclass(frozen=True)
@@ -65,9 +59,7 @@ def inspect(folder: Path) -> Inspection:
         ModelError: it is no model folder, or of a type that is not known; the error says what could
             be recognised of its layers.
     """
-    config = read_config(folder)
-    if config.model_type.replace("-", "_") not in model_types():
-        raise ModelError(_unknown(folder, config))
+    check_known(folder)
     checkpoint = planned_checkpoint(folder)
     return Inspection(checkpoint, tuple(_groups(checkpoint)), tuple(_writings(checkpoint)))
 
@@ -112,30 +104,3 @@ def _written(checkpoint: Checkpoint, target: str, kept: int) -> tuple[str | None
     except SpecError as error:
         return None, str(error).replace(f"{kept} ", "N ")
     return written.model_type, None
-
-
-def _unknown(folder: Path, config: Config) -> str:
-    """What to say of a type that there is no family of."""
-    return (
-        f"{config.file}: model_type {config.model_type!r} is not known; {_recognised(folder)}."
-        f" Known are {', '.join(prunable())}. docs/adding-a-family.md: a new one is a small file"
-    )
-
-
-def _recognised(folder: Path) -> str:
-    """What the headers say of layers."""
-    if not has_shards(folder):
-        return "there are no safetensors weights to look at"
-    names = read_headers(folder, (), hashlib.sha256())
-    numbered = [match for name in names if (match := _NUMBERED.fullmatch(name))]
-    if not numbered:
-        return "no numbered layers could be recognised"
-    place, _ = Counter(match[1] for match in numbered).most_common(1)[0]
-    layers = {int(match[2]) for match in numbered if match[1] == place}
-    first = f"{place}.{min(layers)}."
-    inside = ", ".join(
-        f"{name.removeprefix(first)} {'x'.join(map(str, info.shape))}"
-        for name, info in sorted(names.items())
-        if name.startswith(first)
-    )
-    return f"{len(layers)} layers at {place} could be recognised, with {inside}"

@@ -361,9 +361,9 @@ def pruned(dense: Dense, kept: Kept, job: Path, out: Path, monkeypatch: pytest.M
     return network.eval()
 
 
-def generates(dense: Dense, network: Any) -> None:
+def generates(network: Any) -> None:
     """With and without a cache the same, if it does."""
-    if not dense.checkpoint.model.causal:
+    if not network.can_generate():
         return
     options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     cached, plain = (
@@ -437,7 +437,7 @@ def test_a_cut_model_is_the_dense_one_with_its_units_masked(
     network = pruned(dense, kept, job, tmp_path / "run", monkeypatch)
     with masked(dense, kept) as expected:
         same(logits_of(network), logits_of(expected))
-    generates(dense, network)
+    generates(network)
 
 
 def spread(monkeypatch: pytest.MonkeyPatch, layers: Sequence[Mapping[str, int]]) -> None:
@@ -532,4 +532,4 @@ def test_whole_layers_out_is_the_dense_model_without_them(
     for index in (0, 2, 3):
         finish_layer(streamed.load_layer(index), index, batch, dense.groups)
     same(logits_of(network), streamed.logits(WINDOWS_BT, batch.hidden_BTD))
-    generates(dense, network)
+    generates(network)

@@ -27,6 +27,8 @@ from tests.conftest import MakeJob, MakeModel, folder_bytes
 from tests.helpers import quiet
 
 TRAINING = {"epochs": 1, "batch": 4, "learning_rate": 1e-3}
+OWN = {"manifest.json", "README.md"}
+"""What a run's model has of its own beside a step's."""
 
 
 def steps_job(make_job: MakeJob, model: Path, **sections: Any) -> Path:
@@ -70,7 +72,7 @@ def test_steps_are_runs_one_after_the_other(
         assert step.model is not None
         kept = folder_bytes(tmp_path / "run" / step.model)
         expected = folder_bytes(source.path)
-        for name in expected.keys() - {"manifest.json"}:
+        for name in expected.keys() - OWN:
             assert kept[name] == expected[name], name
         assert step.decoder_parameters == source.decoder_parameters
         assert step.decoder_parameters == planned.shapes[0].decoder_parameters
@@ -79,8 +81,8 @@ def test_steps_are_runs_one_after_the_other(
     (shape,) = plan_job(whole, open_checkpoint(model)).shapes
     assert report.decoder_parameters.after == shape.decoder_parameters, "as in one pass"
     final = folder_bytes(tmp_path / "run" / "model")
-    assert {n: b for n, b in final.items() if n != "manifest.json"} == {
-        n: b for n, b in kept.items() if n != "manifest.json"
+    assert {n: b for n, b in final.items() if n not in OWN} == {
+        n: b for n, b in kept.items() if n not in OWN
     }
     AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     (table,) = [

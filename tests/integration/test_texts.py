@@ -28,10 +28,9 @@ def events(run: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def model_bytes(run: Path) -> dict[str, bytes]:
-    """All files but the manifest, which names the inputs."""
+    """All files but the manifest and the card, which name the inputs."""
     found = folder_bytes(run / "model")
-    found.pop("manifest.json")
-    return found
+    return {name: found[name] for name in found.keys() - {"manifest.json", "README.md"}}
 
 
 def test_the_same_documents_give_the_same_model(

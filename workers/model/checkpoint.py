@@ -145,9 +145,10 @@ class Checkpoint:
         Raises:
             SpecError: one cannot; the ways that are left.
         """
-        config = Config(self.written(there, layers, form, dtype).config, self.config.file)
-        for target in targets:
-            check_target(target, config)
+        if asked := [target for target in targets if target != "transformers"]:
+            config = Config(self.written(there, layers, form, dtype).config, self.config.file)
+            for target in asked:
+                check_target(target, config)
 
     def ggml(self) -> Ggml:
         """What llama.cpp is told of an exported folder.
