@@ -469,13 +469,17 @@ def _step_row(step: StepReport) -> list[str]:
     return [
         str(step.number),
         f"{step.removed:.2%}",
-        f"{step.decoder_parameters:,}",
+        _millions(step.decoder_parameters),
         f"{step.perplexity:.4f}",
         f"{step.divergence:.4f}",
         f"{step.agreement:.4f}",
         "closed" if step.exceeded else "passed",
         f"{step.seconds:.1f}",
     ]
+
+
+def _millions(count: int) -> str:
+    return f"{count:,}" if count < 1e6 else f"{count / 1e6:,.1f} M"
 
 
 def layer_table(report: Report) -> Table:
