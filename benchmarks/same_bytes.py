@@ -6,7 +6,7 @@ python -m benchmarks.same_bytes /path/to/other/checkout --demo
 
 Both checkouts run with this environment's packages, in-process, on models and texts that this one
 makes. Compared is every file of every `model` folder but `manifest.json`, which names the code's
-version and the job's form.
+version and the job's form, and `README.md`, its card.
 """
 
 import argparse
@@ -142,7 +142,7 @@ def digests(run: Path) -> dict[str, str]:
     return {
         str(file.relative_to(run)): hashlib.sha256(file.read_bytes()).hexdigest()
         for file in files
-        if file.name != "manifest.json"
+        if file.name not in ("manifest.json", "README.md")
     }
 
 
