@@ -109,7 +109,7 @@ def _steps(load: Workload, choice: MemoryPlan) -> dict[str, list[Kinds]]:
 
 def _cuts_bytes(load: Workload, group: Group) -> Kinds:
     """Corrected weights of the experts that are decided; from another process they come in fp32."""
-    if group.count == 1 or not load.corrects:
+    if group.count == 1 or not load.corrects or load.placement == "layers":
         return {}
     each = load.hidden * load.columns(group)
     number = load.written_element_bytes if load.in_process else 4
