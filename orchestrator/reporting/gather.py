@@ -117,7 +117,7 @@ def _measured(losses: Losses) -> dict[str, Any]:
     }
     told: dict[str, Any] = {"perplexity": None} | found
     told["closeness"] = {
-        name: Closeness.model_validate(result)
+        name: Closeness(divergence=result["divergence"], agreement=result["agreement"])
         for name, result in (losses or {}).items()
         if "divergence" in result
     }

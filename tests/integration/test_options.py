@@ -135,6 +135,7 @@ CHANGES: dict[str, list[str]] = {
         "budget.allocation.levels=6",
         "budget.allocation.least=0.9",
         "budget.allocation.most=1.5",
+        "budget.allocation.influence=0.5",
         "budget.sparsity=0.35",
         "budget.kv_groups=1",
         "correction.damping=0.3",

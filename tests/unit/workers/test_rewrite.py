@@ -11,6 +11,7 @@ from rayprune.workers.model.config import Config
 from rayprune.workers.model.description import Shape
 from rayprune.workers.model.families import family_named, family_of, prunable
 from rayprune.workers.model.families.encoder import Encoder
+from rayprune.workers.model.families.mixture import Mixture
 from rayprune.workers.model.rewrite import form_of, of_layers, written
 from tests.models import raw_config
 
@@ -67,7 +68,9 @@ def test_unpruned_heads_change_no_model_type(model_type: str, target: str) -> No
             patched_config(original, kept, target, "auto")
         return
     patched = patched_config(original, kept, target, "auto")
-    narrower = raw_config(model_type, **UNKNOWN, **classes, intermediate_size=24)
+    family = family_named(model_type)
+    width = family.experts.width if isinstance(family, Mixture) else "intermediate_size"
+    narrower = raw_config(model_type, **UNKNOWN, **classes, **{width: 24})
     expected = {
         key: value for key, value in narrower.items() if key not in ("auto_map", "_name_or_path")
     }
