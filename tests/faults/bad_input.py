@@ -252,7 +252,7 @@ BAD = [
     sets("calibration.samples=5000", 2, "too short", "calibration.samples"),
     sets("calibration.path=/nowhere.txt", 2, "/nowhere.txt"),
     sets("model.path=/nowhere", 3, "/nowhere", "model.path"),
-    sets("model.path=HuggingFaceTB/SmolLM2-135M", 3, "HuggingFaceTB/SmolLM2-135M", "download"),
+    sets("model.path=HuggingFaceTB/SmolLM2-135M", 4, "HuggingFaceTB/SmolLM2-135M", "download"),
     sets("model.path=dense #1", 3, "dense #1"),
     sets("memory.worker=100kB", 4, "memory.worker", "needs at least"),
     job("empty", "", "model"),

@@ -26,7 +26,7 @@ class Kind:
     sections: Mapping[str, Any]
     own: str
     changes: Mapping[str, Any] = field(default_factory=dict)
-    evaluated: bool = True
+    evaluated: bool = False
     stored: bool = False
     """Whether it keeps its tasks in a store."""
     waves: bool = False
@@ -39,7 +39,7 @@ class Kind:
 
 
 KINDS: dict[str, Kind] = {
-    "stat": Kind({"memory": {"checkpoint_layers": 1}}, ""),
+    "stat": Kind({"memory": {"checkpoint_layers": 1}}, "", evaluated=True),
     "gradients": Kind({"method": {"scale": "gradients", "gradient_samples": 6}}, "gradients"),
     "obs": Kind({"method": {"name": "obs"}, "budget": {"kv_groups": 1}}, "^$"),
     "numerical, threshold": Kind(
@@ -48,15 +48,12 @@ KINDS: dict[str, Kind] = {
             "budget": {"per_layer": True, "allocation": {"name": "threshold"}},
         },
         "survey|shape|model/modeling",
-        evaluated=False,
     ),
     "curves": Kind(
         {"budget": {"per_layer": True, "allocation": CURVES}, "export": {"pad": True}},
         "survey|sensitivity|shape",
     ),
-    "search": Kind(
-        {"budget": {"per_layer": True, "allocation": SEARCH}}, "generation", evaluated=False
-    ),
+    "search": Kind({"budget": {"per_layer": True, "allocation": SEARCH}}, "generation"),
     "layers, stored": Kind(
         {
             "parallel": {"placement": "layers"},
@@ -74,10 +71,9 @@ KINDS: dict[str, Kind] = {
             "budget": {"kv_groups": 1},
         },
         "selection|cache",
-        evaluated=False,
         waves=True,
     ),
-    "flap": Kind({"method": {"name": "flap"}}, "^$", evaluated=False),
+    "flap": Kind({"method": {"name": "flap"}}, "^$"),
     "dress": Kind(
         {"method": {"name": "dress", "mask": "random", "training": TRAINING}},
         "regularise|selection",
@@ -113,7 +109,6 @@ KINDS: dict[str, Kind] = {
             "recover": TRAINING | {"loss": "distillation", "lora": {"rank": 4}},
         },
         "^$",
-        evaluated=False,
     ),
 }
 
