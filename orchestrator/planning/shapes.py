@@ -198,11 +198,11 @@ def _widest(job: JobSpec, checkpoint: Checkpoint, kv_groups: int) -> Shape:
     budget, model = job.budget, checkpoint.model
     most = max(model.units[name] for name in model.names_of("ffn"))
     steps = unit_steps(job, model)
-    step = max(steps[name] for name in model.names_of("ffn"))
+    step = lcm(*(steps[name] for name in model.names_of("ffn")))
     allowed = limits(budget, checkpoint.decoder_parameters)
+    experts = kept_experts(job, checkpoint)
 
     def kept(width: int) -> dict[str, int]:
-        experts = kept_experts(job, checkpoint)
         return {
             group.name: (
                 min(group.num_units, kv_groups)
@@ -234,8 +234,8 @@ def _share(count: int, width: int, most: int, round_to: int) -> int:
 
 
 def planned_shape(job: JobSpec, checkpoint: Checkpoint, kinds: tuple[LayerKind, ...]) -> Shape:
-    """For a model that is only planned: KV groups as asked for, and the same fraction of every FFN
-    and expert.
+    """For a model that is only planned: KV groups and experts as asked for, and the same fraction
+    of every FFN and expert's width.
 
     Raises:
         SpecError: no such fraction meets the budget.
@@ -251,12 +251,13 @@ def planned_shape(job: JobSpec, checkpoint: Checkpoint, kinds: tuple[LayerKind, 
         for name in model.names_of("attention")
     }
     attention = {name: min(count, model.units[name]) for name, count in attention.items()}
+    experts = dict.fromkeys(model.names_of("experts"), kept_experts(job, checkpoint))
     steps = unit_steps(job, model)
     parts = max(count // steps[name] for name, count in model.units.items())
     for number in range(parts, 0, -1):
         part = number / parts
         narrowed = {n: _part(count, part, steps[n]) for n, count in model.units.items()}
-        kept = narrowed | attention
+        kept = narrowed | attention | experts
         removed = sum(kind.num_layers * _removed(kind, kept) for kind in kinds)
         if removed >= sparsity * checkpoint.decoder_parameters - 1e-6:
             dense, whole = checkpoint.decoder_parameters, checkpoint.parameters

@@ -17,11 +17,11 @@ from rayprune.orchestrator.reporting.report import Report
 from rayprune.orchestrator.run import run_job
 from rayprune.specs.errors import SpecError
 from rayprune.specs.loader import load_job
-from rayprune.workers.model.checkpoint import open_checkpoint
+from rayprune.workers.model.checkpoint import open_checkpoint, planned_checkpoint
 from rayprune.workers.network.experts import Experts, Routing
 from rayprune.workers.network.streamed import hooked, whole_model
 from rayprune.workers.store.layout import CALIBRATION_TASK, TOKENS_FILE, Scope
-from tests.conftest import MakeJob, MakeModel, folder_bytes
+from tests.conftest import MakeJob, MakeModel, edit_json, folder_bytes
 from tests.helpers import quiet
 
 ALL_HEADS = {"kv_groups": 2}
@@ -199,3 +199,15 @@ def test_ray_writes_the_same_bytes(
     ran(job, tmp_path / "in-process")
     ran(job, tmp_path / "ray", "cluster.executor=ray", "parallel.workers=2")
     assert folder_bytes(tmp_path / "ray" / "model") == folder_bytes(tmp_path / "in-process/model")
+
+
+def test_a_quantised_mixture_is_planned_with_all_its_experts(
+    make_model: MakeModel, make_job: MakeJob
+) -> None:
+    """It can be planned, not pruned; its experts become narrower, none of them goes."""
+    folder = make_model("mixtral")
+    edit_json(folder / "config.json", quantization_config={"quant_method": "fp8"})
+    plan = make_plan(load_job(make_job(folder)), planned_checkpoint(folder))
+    (shape,) = plan.shapes
+    assert shape.kept["experts"] == plan.model.units["experts"]
+    assert shape.kept["neurons"] < plan.model.units["neurons"]
