@@ -16,12 +16,10 @@ from huggingface_hub.errors import (
 from rayprune.specs.errors import ModelError, ResourceError
 from rayprune.workers.model.folder import CONFIG_NAME, INDEX_NAME
 from rayprune.workers.store.layout import CARD_FILE
-from rayprune.workers.store.side_files import COPIED
+from rayprune.workers.store.side_files import COPIED, NEVER_COPIED
 
 DESCRIBING = (CONFIG_NAME, CARD_FILE, "adapter_config.json", *COPIED)
 WEIGHTS = ("model*.safetensors", INDEX_NAME)
-ELSEWHERE = ("*/*",)
-"""Folders of a repository hold the model in other forms."""
 
 
 def fetched(name: str, revision: str | None, weights: bool) -> Path:
@@ -36,7 +34,10 @@ def fetched(name: str, revision: str | None, weights: bool) -> Path:
     at = f"{name} at {revision or 'main'}"
     try:
         place = snapshot_download(
-            name, revision=revision, allow_patterns=wanted, ignore_patterns=list(ELSEWHERE)
+            name,
+            revision=revision,
+            allow_patterns=wanted,
+            ignore_patterns=[f"*{ending}" for ending in NEVER_COPIED],
         )
     except GatedRepoError:
         raise ModelError(
