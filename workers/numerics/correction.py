@@ -4,7 +4,7 @@ uncorrected weight.
 W_K' = (S_KK + gI)^-1 (S_K: W + g W_K) = W_K + (S_KK + gI)^-1 S_KP W_P, with S = Z'Z. For g = 0 this
 is STAT's interpolative fold, Numerical Pruning's compensation and the OBS refit alike. Where the
 statistics know the drift E of the residual stream, the output is also to make up for it: + (S_KK +
-gI)^-1 Z_K'E. Letters: F width, D hidden, K kept columns, M size of a solver's targets, B block of
+gI)^-1 Z_K'E. Letters: F width, D hidden, K kept columns, P pruned ones, M size of a solver's targets, B block of
 output rows.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from rayprune.specs.errors import ModelError
 from rayprune.specs.job import CorrectionSpec
 from rayprune.workers.numerics.linalg import wide_blocks
-from rayprune.workers.numerics.statistics import Refit, Statistic
+from rayprune.workers.numerics.statistics import Judge, Refit, Statistic
 
 NOT_CORRECTED = 1e6
 """A damping that leaves the weight all but as it was."""
@@ -51,19 +51,22 @@ def correct(
     a file: it is read in blocks of rows. `kept_K` ascending column indices, on the statistics'
     device. The result has `dtype` and lies beside `weight_DF`. Both statistics are consumed.
     Numerics: fp64. The damping is a multiple of the mean column energy; ties go to the larger one.
-    Cost: with a Gram matrix K^3/3 + 2 K^2 D + F^2 D flops for every candidate that is tried, and
-    about twice that for the rest.
+    Cost: with a Gram matrix K^3/3 + 3 K^2 D + P^2 D flops for every candidate that is tried, and
+    for the rest about twice that and 2 F^2 D.
     """
     if len(kept_K) == 0:
         return Correction(weight_DF[:, :0].to(dtype), 0.0, 1.0, 1.0)
     fit = _Fit.of(training, weight_DF, kept_K)
-    best = fit.best(held_out, options)
+    judge = held_out.judge(weight_DF, kept_K)
+    best = fit.best(judge, options)
     training_error = _relative(
         best.training_error + fit.refit.remainder(weight_DF),
         _output_energy(training, weight_DF, kept_K.device),
     )
-    held_out_error = _relative(best.error, _output_energy(held_out, weight_DF, kept_K.device))
-    del fit  # its memory
+    held_out_error = _relative(
+        best.error + judge.remainder(weight_DF), _output_energy(held_out, weight_DF, kept_K.device)
+    )
+    del fit, judge  # their memory
     weight_DK = _Fit.of(training.merge(held_out), weight_DF, kept_K).weight(best.damping, dtype)
     return Correction(weight_DK, best.damping, training_error, held_out_error)
 
@@ -82,9 +85,13 @@ def error_curve(
     """
     energy = _output_energy(held_out, weight_DF, kept_sets[0].device)
     middle = _Fit.of(training, weight_DF, kept_sets[len(kept_sets) // 2])
-    damping = middle.best(held_out, options).damping
-    fits = (_Fit.of(training, weight_DF, kept_K) for kept_K in kept_sets)
-    return damping, [_relative(fit.trial(damping, held_out).error, energy) ** 2 for fit in fits]
+    damping = middle.best(held_out.judge(weight_DF, middle.kept_K), options).damping
+    errors = []
+    for kept_K in kept_sets:
+        judge = held_out.judge(weight_DF, kept_K)
+        trial = _Fit.of(training, weight_DF, kept_K).trial(damping, judge)
+        errors.append(_relative(trial.error + judge.remainder(weight_DF), energy) ** 2)
+    return damping, errors
 
 
 def corrected(
@@ -96,8 +103,8 @@ def corrected(
 
 @dataclass(frozen=True)
 class _Trial:
-    """A damping, its squared error on the held-out tokens, and that on the tokens of the fit, less
-    the remainder.
+    """A damping, its squared error on the held-out tokens, and that on the tokens of the fit, each
+    less its remainder.
     """
 
     damping: float
@@ -132,7 +139,7 @@ class _Fit:
         for rows, weight_BF in wide_blocks(self.weight_DF, self.kept_K.device):
             yield rows, weight_BF, solve(self.targets_DM[rows])
 
-    def best(self, held_out: Statistic, options: CorrectionSpec) -> _Trial:
+    def best(self, held_out: Judge, options: CorrectionSpec) -> _Trial:
         """The trial with the least error, of candidates from the largest down until the error
         rises: with less damping a fit to the training tokens alone only goes on.
 
@@ -157,14 +164,14 @@ class _Fit:
         assert best is not None, "there is at least one candidate"
         return best
 
-    def trial(self, damping: float, judge: Statistic) -> _Trial:
-        """A damping, judged by other tokens: |Z_K W_K' - Z W' - E|^2."""
+    def trial(self, damping: float, judge: Judge) -> _Trial:
+        """A damping, judged by other tokens."""
         error = training_error = 0.0
         for rows, weight_BF, change_BK in self._changes(damping):
             training_error += self.refit.misfit(
                 change_BK, self.targets_DM[rows], self._ridge(damping)
             )
-            error += judge.misfit(weight_BF.neg_().index_copy_(1, self.kept_K, change_BK), rows)
+            error += judge.misfit(rows, weight_BF, change_BK)
         return _Trial(damping, error, training_error)
 
     def weight(self, damping: float, dtype: torch.dtype) -> Tensor:

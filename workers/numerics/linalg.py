@@ -118,6 +118,20 @@ def gram_energy(gram_FF: Tensor, rows_BF: Tensor) -> float:
     return max(0.0, float(total))
 
 
+def gram_energy_of(gram_FF: Tensor, columns_K: Tensor, rows_BK: Tensor) -> float:
+    """`gram_energy` of rows that are zero but in some columns, which ascend. Cost: B K^2 flops."""
+    total = torch.zeros((), dtype=WIDE, device=rows_BK.device)
+    for block in row_slices(len(columns_K), rows_BK.device):
+        below_K, own = columns_K[block.start :], rows_BK[:, block]
+        out = torch.empty(len(below_K), own.shape[1], dtype=WIDE, device=rows_BK.device)
+        some = gather_(out, gram_FF, below_K, columns_K[block])
+        size = own.shape[1]
+        total += (own @ some[:size]).mul_(own).sum() + 2 * (
+            rows_BK[:, block.stop :] @ some[size:]
+        ).mul_(own).sum()
+    return max(0.0, float(total))
+
+
 def r_factor(rows_NF: Tensor) -> Tensor:
     """The R factor of QR, with a non-negative diagonal. Householder QR, 2 N F^2 flops.
 

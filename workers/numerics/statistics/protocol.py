@@ -51,6 +51,20 @@ class Refit(Protocol):
         ...
 
 
+class Judge(Protocol):
+    """What some tokens say of changes that were found on others."""
+
+    def misfit(self, rows: slice, weight_BF: Tensor, change_BK: Tensor) -> float:
+        """|Z_K C' - Z_P W_P' - E|^2 for some outputs, their weight and the change C of its kept
+        columns, less their share of the remainder, fp64.
+        """
+        ...
+
+    def remainder(self, weight_DF: Tensor) -> float:
+        """What the misfits of all outputs leave out, since it does not depend on the change."""
+        ...
+
+
 class Travelling:
     """A statistic that stays as it is in its process, and leaves it as its state."""
 
@@ -150,10 +164,8 @@ class Statistic(Protocol):
         """
         ...
 
-    def misfit(self, change_BF: Tensor, outputs: slice) -> float:
-        """|Z M' - E|^2 for a change M of some outputs' weights and their drift E, fp64; without
-        drift, the energy.
-        """
+    def judge(self, weight_DF: Tensor, kept_K: Tensor) -> "Judge":
+        """What tells how well changes of these kept columns serve on these tokens."""
         ...
 
 

@@ -18,7 +18,13 @@ from rayprune.workers.numerics import linalg, pivoting
 from rayprune.workers.numerics.codec import from_array, to_array
 from rayprune.workers.numerics.linalg import WIDE, Solver
 from rayprune.workers.numerics.statistics.moments import Moments
-from rayprune.workers.numerics.statistics.protocol import Refit, State, Travelling, complement
+from rayprune.workers.numerics.statistics.protocol import (
+    Judge,
+    Refit,
+    State,
+    Travelling,
+    complement,
+)
 
 
 @dataclass
@@ -164,9 +170,23 @@ class RowsStatistic(Travelling):
             for _, z_BF in linalg.wide_blocks(part, rows_BF.device)
         )
 
-    def misfit(self, change_BF: Tensor, outputs: slice) -> float:
-        """The energy: there is no drift."""
-        return self.energy(change_BF)
+    def judge(self, weight_DF: Tensor, kept_K: Tensor) -> Judge:
+        """By the energy of the whole change: there is no drift."""
+        return _RowsJudge(self, kept_K)
+
+
+@dataclass(frozen=True)
+class _RowsJudge:
+    statistic: RowsStatistic
+    kept_K: Tensor
+
+    def misfit(self, rows: slice, weight_BF: Tensor, change_BK: Tensor) -> float:
+        """Cost: 2 B N F flops."""
+        return self.statistic.energy(weight_BF.neg().index_copy_(1, self.kept_K, change_BK))
+
+    def remainder(self, weight_DF: Tensor) -> float:
+        """Nothing."""
+        return 0.0
 
 
 class _RowsRefit:
