@@ -102,9 +102,8 @@ def _correction_bytes(load: Workload, group: Group) -> list[Decision]:
     blocks = BLOCKS * 8 * at_once * group.width
     if not in_rows(load, group):
         factor = kept**2 * (2 if load.on_gpu else 1)
-        return [
-            Decision(8 * (2 * load.hidden * kept + max((group.width - kept) * kept, factor)), blocks)
-        ]
+        targets = 2 * load.hidden * kept
+        return [Decision(8 * (targets + max((group.width - kept) * kept, factor)), blocks)]
     small = min(rows, kept)
     pruned = Decision(
         8 * (load.hidden * small + rows * (group.width - kept)),

@@ -7,6 +7,7 @@ Nothing falls back silently. Large matrices are worked on in place or in blocks 
 they may lie in files.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from functools import cache
 from importlib import import_module
@@ -34,8 +35,9 @@ def kernels() -> ModuleType | None:
 
 
 def row_slices(count: int, device: torch.device) -> Iterator[slice]:
-    """`count` rows in blocks of `BLOCK_ROWS`."""
-    size = BLOCK_ROWS[device.type]
+    """`count` rows in blocks of `BLOCK_ROWS` at most, all alike but for the last."""
+    most = BLOCK_ROWS[device.type]
+    size = math.ceil(count / math.ceil(count / most)) if count else most
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
 

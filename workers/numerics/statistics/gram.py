@@ -3,7 +3,7 @@
 Letters: T tokens, F width, D hidden, K kept columns, P pruned columns, B block of output rows.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from rayprune.workers.machine.scratch import Scratch
 from rayprune.workers.numerics import linalg, pivoting
 from rayprune.workers.numerics.codec import from_array, to_array
+from rayprune.workers.numerics.damping import Blocks
 from rayprune.workers.numerics.linalg import WIDE, Solver
 from rayprune.workers.numerics.statistics.moments import Drift, Moments
 from rayprune.workers.numerics.statistics.protocol import (
@@ -125,6 +126,10 @@ class GramStatistic(Travelling):
         """tr(M G M'). Cost: B F^2 flops."""
         return linalg.gram_energy(self.gram_FF, rows_BF)
 
+    def of_outputs(self, rows: slice) -> Self:
+        """With the drift of these alone."""
+        return replace(self, drift=self.drift and self.drift.of_outputs(rows))
+
     def judge(self, weight_DF: Tensor, kept_K: Tensor) -> Judge:
         """By what is lost with the pruned columns, computed once."""
         refit = _GramRefit(self, kept_K)
@@ -160,19 +165,19 @@ class _GramRefit:
         """
         return -float((change_BK * target_BM).sum()) - ridge * float(change_BK.square().sum())
 
-    def remainder(self, weight_DF: Tensor) -> float:
-        """|b|^2 = |Z_P W_P' + E|^2 of all outputs. Cost: D P^2 flops."""
-        gram_FF, drift, total = self.statistic.gram_FF, self.statistic.drift, 0.0
+    def remainders(self, weight_DF: Tensor) -> Blocks:
+        """|b|^2 = |Z_P W_P' + E|^2. Cost: D P^2 flops."""
+        gram_FF, drift, found = self.statistic.gram_FF, self.statistic.drift, []
         pruned_P = complement(self.kept_K, len(gram_FF))
         for rows, weight_BF in linalg.wide_blocks(weight_DF, gram_FF.device):
             weight_BP = weight_BF[:, pruned_P]
-            total += linalg.gram_energy_of(gram_FF, pruned_P, weight_BP)
+            energy = linalg.gram_energy_of(gram_FF, pruned_P, weight_BP)
             if drift is not None:
                 cross_PB = drift.cross_FD[:, rows].index_select(0, pruned_P)
-                total += 2 * float((weight_BP * cross_PB.T).sum()) + float(
-                    drift.energy_D[rows].sum()
-                )
-        return max(0.0, total)
+                energy += 2 * float((weight_BP * cross_PB.T).sum())
+                energy += float(drift.energy_D[rows].sum())
+            found.append(max(0.0, energy))
+        return tuple(found)
 
     def _gathered(self, rows: Tensor) -> Tensor:
         out = self.statistic.scratch.empty(len(rows), len(self.kept_K), dtype=WIDE)
@@ -192,6 +197,6 @@ class _GramJudge:
         shared = float((change_BK * self.targets_DK[rows]).sum())
         return linalg.gram_energy_of(gram_FF, kept_K, change_BK) - 2 * shared
 
-    def remainder(self, weight_DF: Tensor) -> float:
-        """That of the fit."""
-        return self.refit.remainder(weight_DF)
+    def remainders(self, weight_DF: Tensor) -> Blocks:
+        """|b|^2."""
+        return self.refit.remainders(weight_DF)

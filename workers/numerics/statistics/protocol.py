@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rayprune.workers.machine.scratch import Scratch
+from rayprune.workers.numerics.damping import Blocks
 from rayprune.workers.numerics.linalg import Solver
 
 State = dict[str, np.ndarray]
@@ -46,8 +47,8 @@ class Refit(Protocol):
         """
         ...
 
-    def remainder(self, weight_DF: Tensor) -> float:
-        """What the misfits of all outputs leave out, since it does not depend on the ridge."""
+    def remainders(self, weight_DF: Tensor) -> Blocks:
+        """What misfits leave out, by blocks of outputs, since it does not depend on the ridge."""
         ...
 
 
@@ -60,8 +61,8 @@ class Judge(Protocol):
         """
         ...
 
-    def remainder(self, weight_DF: Tensor) -> float:
-        """What the misfits of all outputs leave out, since it does not depend on the change."""
+    def remainders(self, weight_DF: Tensor) -> Blocks:
+        """What misfits leave out, by blocks of outputs, since it does not depend on the change."""
         ...
 
 
@@ -162,6 +163,10 @@ class Statistic(Protocol):
         """|Z M'|^2 for a block M of rows, fp64: the squared output of a weight, or of a change of
         one.
         """
+        ...
+
+    def of_outputs(self, rows: slice) -> Self:
+        """The same, for some outputs alone; their memory is shared."""
         ...
 
     def judge(self, weight_DF: Tensor, kept_K: Tensor) -> "Judge":
