@@ -21,7 +21,7 @@ from rayprune.workers.machine.scratch import Scratch
 from rayprune.workers.model.checkpoint import Checkpoint, open_checkpoint
 from rayprune.workers.model.description import Group
 from rayprune.workers.network.reading import read_tensors
-from rayprune.workers.network.streamed import StreamedModel
+from rayprune.workers.network.streamed import StreamedModel, computed_on
 from rayprune.workers.network.written import TYPES
 from rayprune.workers.numerics.linalg import kernels
 from rayprune.workers.numerics.statistics import Statistic, statistic_type
@@ -68,6 +68,11 @@ class Workbench:
             on_cpu = self.device.type == "cpu"
             name = "float32" if on_cpu else self.checkpoint.model.dtype  # type: ignore[assignment]
         return _torch_dtype(name)
+
+    @property
+    def computed_on(self) -> str:
+        """Device kind and type of forward passes, which decide their roundings."""
+        return computed_on(self.device, self.dtype)
 
     def prepare(self) -> None:
         """Begin with what passes on a GPU need, while something else is done: first uses take

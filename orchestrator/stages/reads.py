@@ -20,6 +20,7 @@ from rayprune.workers.store.layout import (
     GATE_TOKENS_TASK,
     GRADIENTS_TASK,
     OUTER_TASK,
+    OWN_TEXT_TASK,
     RECOVER_TASK,
     REGULARISE_TASK,
     SENSITIVITY_TASK,
@@ -48,6 +49,7 @@ _TEXT = ("calibration.texts", "calibration.sequence_length")
 _TRAINING = ("parallel.device", "parallel.threads_per_worker", *_TEXT, "calibration.samples")
 _ALLOCATION = ("bounds", "export.form", "export.pad", "export.tensor_parallel")
 
+_WRITTEN = ("prompts", "temperature", "seed")
 _GRADIENTS = (*_ACTIVATIONS, "gradient_windows")
 _SENSITIVITY = (*_ACTIVATIONS, "divergence_windows")
 _SHAPE = (*_CUT, *_ALLOCATION, "budget.probe_samples", "budget.probe_layers")
@@ -57,6 +59,8 @@ _RECOVER = (*_TRAINING, "recover")
 
 READS: Mapping[str, tuple[str, ...]] = {
     SOURCE_TASK: (),
+    "own": (*_ACTIVATIONS, *(f"calibration.own.{name}" for name in _WRITTEN)),
+    OWN_TEXT_TASK: (),
     CALIBRATION_TASK: (*_TEXT, "calibration.samples"),
     EVALUATION_TASK: ("evaluation", "windows_read", *_TEXT),
     GRADIENTS_TASK: _GRADIENTS,
@@ -85,6 +89,8 @@ READS: Mapping[str, tuple[str, ...]] = {
 }
 """By kind of task; a section's name stands for all of it."""
 KEPT_IN_STORE = {
+    "own",
+    OWN_TEXT_TASK,
     CALIBRATION_TASK,
     EVALUATION_TASK,
     GRADIENTS_TASK,
@@ -104,6 +110,7 @@ folder alone; not trainings, whose folders hold more than their results; not the
 """
 WITHOUT_ACTIVATIONS = {
     SOURCE_TASK,
+    OWN_TEXT_TASK,
     CALIBRATION_TASK,
     EVALUATION_TASK,
     GATE_TOKENS_TASK,
@@ -147,7 +154,7 @@ def _known(job: JobSpec) -> dict[str, Any]:
     selector = job.method.selector
     known["method"]["selector"] = selector.model_dump(mode="json", exclude={"training", "gates"})
     calibration, evaluation = job.calibration, job.evaluation
-    known["calibration"]["texts"] = [_reading(text) for text in (calibration, *calibration.mix)]
+    known["calibration"]["texts"] = [_reading(text) for text in calibration.texts]
     if evaluation:
         known["evaluation"] |= {"text": _reading(evaluation), "stride": evaluation.effective_stride}
     elsewhere: Any = {"latency_table", "probe_samples", "probe_layers", "experts", "expert_score"}
