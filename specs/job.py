@@ -494,13 +494,14 @@ class JobSpec(Section):
 
     @property
     def divergence_windows(self) -> int:
-        """Calibration windows on which divergences are measured for an allocation; 0: none."""
-        allocation = self.budget.allocation
-        return (
-            min(allocation.samples, self.calibration.samples)
-            if isinstance(allocation, CurvesAllocation)
-            else 0
-        )
+        """Calibration windows on which divergences are measured for an allocation, at least one of
+        every text; 0: none.
+        """
+        allocation, calibration = self.budget.allocation, self.calibration
+        if not isinstance(allocation, CurvesAllocation):
+            return 0
+        num_texts = len(calibration.texts) + (calibration.own is not None)
+        return min(max(allocation.samples, num_texts), calibration.samples)
 
     @property
     def gradient_windows(self) -> int:

@@ -28,6 +28,7 @@ from rayprune.workers.numerics.statistics import Statistic, statistic_type
 from rayprune.workers.passes.sweep import micro_batches
 from rayprune.workers.store.layout import CACHE, CALIBRATION_TASK, TOKENS, TOKENS_FILE, Scope
 from rayprune.workers.store.shards import even_parts
+from rayprune.workers.texts.limits import spread_windows
 
 
 class Workbench:
@@ -130,10 +131,10 @@ class Workbench:
         ]
 
     def spread_windows(self, count: int, numbers: range) -> list[Tensor]:
-        """Some of `count` calibration windows that are spread evenly over the text."""
-        picked = [part.start for part in even_parts(self.job.calibration.samples, count)]
+        """Some of `count` calibration windows that are spread evenly over the texts."""
+        picked = spread_windows(self.job.calibration, count)
         windows_ST = self.tokens(CALIBRATION_TASK)
-        return [windows_ST[picked[number]][None] for number in numbers]
+        return [windows_ST[picked[number][0]][None] for number in numbers]
 
     def layer_tensors(self, layer: int, names: Collection[str] | None = None) -> dict[str, Tensor]:
         """A layer's tensors (of these names in it, or all), in their types on disk: those at hand

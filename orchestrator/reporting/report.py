@@ -404,11 +404,15 @@ def summary(report: Report) -> Iterator[Part]:
         shown = {
             key.replace("_", " "): value
             for key, value in report.allocation.items()
-            if key not in ("name", "by_generation")
+            if key not in ("name", "by_generation") and not isinstance(value, Mapping)
         }
         yield f"allocation: {report.allocation['name']}, " + ", ".join(
             f"{key} {value:.6g}" for key, value in shown.items()
         )
+        for key, value in report.allocation.items():
+            if isinstance(value, Mapping):
+                each = (f"{text} {number:.6g}" for text, number in value.items())
+                yield f"{key.replace('_', ' ')}: {', '.join(each)}"
     yield "seconds: " + ", ".join(f"{stage} {value:.1f}" for stage, value in report.seconds.items())
     yield "peak memory: " + ", ".join(
         f"{name} {value / 2**30:.2f} GiB" for name, value in report.peak_memory_bytes.items()

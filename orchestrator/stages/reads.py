@@ -29,6 +29,7 @@ from rayprune.workers.store.layout import (
     UPDATES_TASK,
     converted_task,
 )
+from rayprune.workers.texts.limits import spread_windows
 
 CONVERTED_TASKS = tuple(map(converted_task, ("vllm", "gguf", "gguf-q8_0")))
 BOUNDARY = "boundary"
@@ -163,7 +164,23 @@ def _known(job: JobSpec) -> dict[str, Any]:
     )
     for name in ("windows_read", "gradient_windows", "divergence_windows"):
         known[name] = getattr(job, name)
+    if len(calibration.texts) > 1:
+        known |= {name: _by_text(job, known[name]) for name in _SPREAD}
+        known["budget"]["probe_samples"] = _by_text(job, job.budget.probe_samples)
+    else:
+        known["bounds"]["allocation"].pop("objective", None)
     return known
+
+
+_SPREAD = ("gradient_windows", "divergence_windows")
+
+
+def _by_text(job: JobSpec, count: int) -> list[int]:
+    """How many of so many windows are of each text."""
+    texts = [
+        text for _, text in spread_windows(job.calibration, min(count, job.calibration.samples))
+    ]
+    return [texts.count(number) for number in range(len(job.calibration.texts))]
 
 
 def _reading(text: TextSpec) -> dict[str, object]:

@@ -94,6 +94,7 @@ ROOMS = {
         "workers.numerics",
         "workers.passes",
         "workers.store",
+        "workers.texts",
     },
     "workers.steps": {
         "specs",

@@ -81,6 +81,44 @@ def own_tokens(job: JobSpec) -> int:
     return own.tokens
 
 
+def order_of_windows(spec: CalibrationSpec) -> list[tuple[int, int]]:
+    """Of every calibration window its text, and its place in it: texts alternate as their weights
+    demand.
+
+    Raises:
+        SpecError: a text's weight is too small for a single window.
+    """
+    turns = sorted(
+        ((place + 0.5) / count, number, place)
+        for number, (_, count) in enumerate(windows_of_texts(spec))
+        for place in range(count)
+    )
+    return [(number, place) for _, number, place in turns]
+
+
+def spread_windows(spec: CalibrationSpec, count: int) -> list[tuple[int, int]]:
+    """The places among all calibration windows of `count` of them, and the text that each is of:
+    evenly spread over every text, in proportion to its windows, and where there are enough at least
+    one of each. (Evenly over all windows would be of one text alone where texts alternate.)
+
+    Raises:
+        SpecError: a text's weight is too small for a single window.
+    """
+    places: list[list[int]] = [[] for _ in spec.texts]
+    for place, (text, _) in enumerate(order_of_windows(spec)):
+        places[text].append(place)
+    counts = shares(count, [float(len(own)) for own in places])
+    while count >= len(counts) and 0 in counts:
+        counts[counts.index(max(counts))] -= 1
+        counts[counts.index(0)] = 1
+    picked = [
+        (own[len(own) * number // number_of], text)
+        for text, (own, number_of) in enumerate(zip(places, counts, strict=True))
+        for number in range(number_of)
+    ]
+    return sorted(picked)
+
+
 def shares(total: int, weights: Sequence[float]) -> list[int]:
     """`total` things in proportion to weights, whole ones: the largest remainders round up, ties
     the earlier first.

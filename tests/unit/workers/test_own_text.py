@@ -10,10 +10,12 @@ from transformers import AutoModelForCausalLM
 
 from rayprune.orchestrator.planning.own_text import batches_of
 from rayprune.specs.errors import ModelError, SpecError
+from rayprune.specs.job import CalibrationSpec, MixedTextSpec
 from rayprune.specs.loader import load_job
 from rayprune.specs.own_text import OwnTextSpec
 from rayprune.workers.network.sampling import WIDTH, drawn, sampled
-from rayprune.workers.texts.limits import own_tokens
+from rayprune.workers.store.shards import even_parts
+from rayprune.workers.texts.limits import order_of_windows, own_tokens, spread_windows
 from rayprune.workers.texts.own import LOOP, PROMPT, PROMPT_EVERY, pieces, repeated
 from tests.conftest import MakeModel
 
@@ -145,3 +147,21 @@ def test_nothing_of_a_model_s_own_settings_cuts_the_distribution(make_model: Mak
     draws_BL = torch.linspace(0, 0.99, 16, dtype=torch.float64)[None]
     cut = sampled(network, torch.tensor([[65]]), draws_BL, 1.0, set())
     assert torch.equal(cut, sampled(loaded(make_model), torch.tensor([[65]]), draws_BL, 1.0, set()))
+
+
+def texts(samples: int, *weights: float) -> CalibrationSpec:
+    mix = [MixedTextSpec(path="m", weight=weight) for weight in weights]
+    return CalibrationSpec(path="c", samples=samples, sequence_length=8, shards=2, mix=tuple(mix))
+
+
+def test_windows_are_spread_over_every_text() -> None:
+    """Of one text as evenly as ever; of texts that alternate not of the first alone."""
+    one = spread_windows(texts(10), 4)
+    assert one == [(part.start, 0) for part in even_parts(10, 4)]
+    assert spread_windows(texts(8, 1.0), 4) == [(0, 0), (1, 1), (4, 0), (5, 1)]
+    assert spread_windows(texts(8, 1.0), 8) == [(place, place % 2) for place in range(8)]
+    found = spread_windows(texts(32, 7.0, 7.0), 3)  # of 2, 15 and 15 windows
+    assert sorted(text for _, text in found) == [0, 1, 2]
+    order = order_of_windows(texts(32, 7.0, 7.0))
+    assert all(order[place][0] == text for place, text in found)
+    assert len(spread_windows(texts(32, 7.0, 7.0), 1)) == 1
