@@ -13,6 +13,7 @@ from rayprune.orchestrator.planning.preflight import check_inputs, check_job, ch
 from rayprune.orchestrator.planning.steps import plan_job
 from rayprune.orchestrator.reporting.events import Event
 from rayprune.orchestrator.reporting.report import Report
+from rayprune.specs.errors import SpecError
 from rayprune.specs.job import JobSpec
 from rayprune.specs.loader import load_job
 from rayprune.specs.machine import MachineProfile, load_profile
@@ -127,6 +128,31 @@ def run(
 
     with _shown(progress) as show:
         return run_job(spec, folder, show, redo_stale, kept, checked)
+
+
+def generate(job: Job, out: str | os.PathLike[str], progress: Progress = None) -> Path:
+    """Have the model write the text of its own that a job asks for (`calibration.own`), and nothing
+    else, or go on where an earlier attempt stopped. A run of the job in the same folder finds it.
+
+    Args:
+        job: the job; relative paths in a mapping start from the current folder.
+        out: the run folder; it is made, or goes on.
+        progress: is called with every event, as by `run`.
+
+    Returns:
+        The file, JSON Lines, for `calibration.mix`.
+
+    Raises:
+        RaypruneError: as by `run`.
+    """
+    spec = _loaded(job)
+    if spec.calibration.own is None:
+        raise SpecError("calibration.own: is not there, so nothing would be written; add it")
+    spec = _fetched(spec, weights=True)
+    from rayprune.orchestrator.run import write_own_text
+
+    with _shown(progress) as show:
+        return write_own_text(spec, Path(out), show)
 
 
 def _loaded(job: Job) -> JobSpec:

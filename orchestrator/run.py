@@ -3,26 +3,28 @@
 import os
 import secrets
 import sys
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rayprune.orchestrator.execution.executor import Executor, InProcessExecutor, MemoryOn
 from rayprune.orchestrator.execution.run_folder import RunFolder
 from rayprune.orchestrator.execution.task_store import TaskStore
+from rayprune.orchestrator.planning.causal import check_encoder
 from rayprune.orchestrator.planning.patience import step_limit
 from rayprune.orchestrator.planning.plan import Plan
 from rayprune.orchestrator.planning.preflight import Checked, check_job
 from rayprune.orchestrator.planning.steps import plan_job
 from rayprune.orchestrator.reporting.gather import write_report
 from rayprune.orchestrator.reporting.report import Report
-from rayprune.orchestrator.stages import start
+from rayprune.orchestrator.stages import own_text, start
 from rayprune.orchestrator.stages.context import Context
 from rayprune.orchestrator.stages.prune import prune
 from rayprune.orchestrator.stages.steps import prune_in_steps
 from rayprune.specs.job import JobSpec
-from rayprune.workers.model.checkpoint import Checkpoint
+from rayprune.specs.memory import MemoryPlan
+from rayprune.workers.model.checkpoint import Checkpoint, open_checkpoint
 from rayprune.workers.store.layout import Scope
 
 Show = Callable[[dict[str, Any]], object]
@@ -47,15 +49,48 @@ def run_job(
     """
     checked = checked or check_job(job, out)
     checkpoint, plan = checked.checkpoint, checked.plan
-    with ExitStack() as stack:
-        folder = stack.enter_context(RunFolder(out, job, redo_stale))
-        plans = {plan.device: plan}
-        executor = stack.enter_context(
-            make_executor(
-                job, folder.path, lambda device: plan_on(device, plans, job, checkpoint).memory
-            )
-        )
+    plans = {plan.device: plan}
+
+    def memory_on(device: str) -> MemoryPlan:
+        return plan_on(device, plans, job, checkpoint).memory
+
+    with _started(job, out, show, memory_on, redo_stale, store) as context:
+        executor = context.executor
         executor.step_limit = step_limit(job, plan)
+        for warning in plan.warnings:
+            context.emit("warning", text=warning)
+        start.start(context, checkpoint.path)
+        passes = prune_in_steps if job.steps else prune
+        done = passes(context, plan_on(executor.device_kind, plans, job, checkpoint), checkpoint)
+        context.emit("run-finished", step_seconds=executor.step_seconds)
+        return write_report(context, done)
+
+
+def write_own_text(job: JobSpec, out: Path, show: Show) -> Path:
+    """Have the model write the text that a job asks for, and nothing else; the file, in the run
+    folder, which goes on where an earlier attempt stopped.
+
+    Raises:
+        RaypruneError: as its subclasses say; finished batches are kept.
+    """
+    checkpoint = open_checkpoint(Path(job.model.path))
+    if not checkpoint.model.causal:
+        check_encoder(job)
+    with _started(job, out, show, lambda _: MemoryPlan(), False, None) as context:
+        start.start(context, checkpoint.path)
+        context.executor.use_model(job, checkpoint.path, context.scope.name)
+        return own_text.write_own_text(context, checkpoint)
+
+
+@contextmanager
+def _started(
+    job: JobSpec, out: Path, show: Show, memory_on: MemoryOn, redo_stale: bool, store: Path | None
+) -> Iterator[Context]:
+    """A run's folder and executor, as long as they are needed."""
+    with (
+        RunFolder(out, job, redo_stale) as folder,
+        make_executor(job, folder.path, memory_on) as executor,
+    ):
         tasks = TaskStore(store) if store else None
         context = Context(job, folder, executor, show, Scope(folder.path), tasks)
         context.emit(
@@ -64,13 +99,7 @@ def run_job(
             workers=executor.num_workers,
             executor=job.cluster.executor,
         )
-        for warning in plan.warnings:
-            context.emit("warning", text=warning)
-        start.start(context, checkpoint.path)
-        passes = prune_in_steps if job.steps else prune
-        done = passes(context, plan_on(executor.device_kind, plans, job, checkpoint), checkpoint)
-        context.emit("run-finished", step_seconds=executor.step_seconds)
-        return write_report(context, done)
+        yield context
 
 
 def plan_on(device: str, plans: dict[str, Plan], job: JobSpec, checkpoint: Checkpoint) -> Plan:

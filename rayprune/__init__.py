@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from rayprune.orchestrator.entry import Progress as Progress
+    from rayprune.orchestrator.entry import generate as generate
     from rayprune.orchestrator.entry import plan as plan
     from rayprune.orchestrator.entry import run as run
     from rayprune.orchestrator.entry import validate as validate
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from rayprune.specs.machine import MachineProfile as MachineProfile
 else:
     _HOMES = {
-        "rayprune.orchestrator.entry": ("Progress", "plan", "run", "validate"),
+        "rayprune.orchestrator.entry": ("Progress", "generate", "plan", "run", "validate"),
         "rayprune.orchestrator.planning.plan": ("Plan",),
         "rayprune.orchestrator.reporting.events": ("Event",),
         "rayprune.orchestrator.reporting.report": ("Report", "read_report"),

@@ -30,7 +30,13 @@ class CurvesAllocation(Section):
 
     name: Literal["curves"] = "curves"
     samples: int = Field(default=4, ge=1, le=4096)
-    """Calibration windows on which divergences are measured; at most all."""
+    """Calibration windows on which divergences are measured, spread over all texts; at most all, at
+    least one of every text.
+    """
+    objective: Literal["mean", "max"] = "mean"
+    """Of several calibration texts each is measured by itself; what counts: the mean of their
+    divergences, or the largest.
+    """
     levels: int = Field(default=12, ge=2, le=256)
     """Numbers of units per group and layer for which errors are computed, beside all of them."""
     influence: float = Field(default=1.0, ge=0.0, le=16.0)

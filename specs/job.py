@@ -17,6 +17,7 @@ from rayprune.specs.cluster import ClusterSpec, ParallelSpec
 from rayprune.specs.methods import MethodSpec
 from rayprune.specs.methods.options import InSteps
 from rayprune.specs.methods.ranking.stat import StatOptions
+from rayprune.specs.own_text import OwnTextSpec
 from rayprune.specs.section import Section
 from rayprune.specs.training import HOW_TRAINED, RecoverSpec
 
@@ -137,6 +138,8 @@ class CalibrationSpec(TextSpec):
     """Further texts: windows of all of them alternate, in proportion to their weights; the first
     text's is 1.
     """
+    own: OwnTextSpec | None = None
+    """Text that the model writes itself, as the last text of the mix; null: none."""
     samples: int = Field(default=128, ge=2, le=1_000_000)
     """Number of windows, taken from the start of each text."""
     sequence_length: int = Field(default=2048, ge=8, le=1_048_576)
@@ -160,6 +163,20 @@ class CalibrationSpec(TextSpec):
                 f" ({self.shards})"
             )
         return self
+
+    @property
+    def texts(self) -> tuple[TextSpec, ...]:
+        """The texts that are there before the run."""
+        return (self, *self.mix)
+
+    def with_own(self, path: str) -> "CalibrationSpec":
+        """The same where the model's own text lies in a file: one more of the mix, whose documents
+        are read as the tokens that the model has written.
+        """
+        if self.own is None:
+            return self
+        text = MixedTextSpec(path=path, format="jsonl", field="input_ids", weight=self.own.weight)
+        return self.model_copy(update={"mix": (*self.mix, text), "own": None})
 
 
 DEFAULT_SPARSITY = 0.2
@@ -477,13 +494,14 @@ class JobSpec(Section):
 
     @property
     def divergence_windows(self) -> int:
-        """Calibration windows on which divergences are measured for an allocation; 0: none."""
-        allocation = self.budget.allocation
-        return (
-            min(allocation.samples, self.calibration.samples)
-            if isinstance(allocation, CurvesAllocation)
-            else 0
-        )
+        """Calibration windows on which divergences are measured for an allocation, at least one of
+        every text; 0: none.
+        """
+        allocation, calibration = self.budget.allocation, self.calibration
+        if not isinstance(allocation, CurvesAllocation):
+            return 0
+        num_texts = len(calibration.texts) + (calibration.own is not None)
+        return min(max(allocation.samples, num_texts), calibration.samples)
 
     @property
     def gradient_windows(self) -> int:

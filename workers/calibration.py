@@ -13,6 +13,7 @@ from rayprune.specs.job import CalibrationSpec, EvaluationSpec, TextSpec
 from rayprune.workers.stock import stock_config
 from rayprune.workers.texts.limits import (
     no_window,
+    order_of_windows,
     too_few_samples,
     windows_behind,
     windows_of_texts,
@@ -150,12 +151,8 @@ def read_calibration(
     wanted = windows_of_texts(spec)
     length = spec.sequence_length
     read = [_first_windows(text, tokenizer, n, length, frame) for text, n in wanted]
-    turns = sorted(
-        ((place + 0.5) / count, number, place)
-        for number, (_, count) in enumerate(wanted)
-        for place in range(count)
-    )
-    return torch.stack([read[number].windows_NT[place] for _, number, place in turns]), read
+    order = order_of_windows(spec)
+    return torch.stack([read[number].windows_NT[place] for number, place in order]), read
 
 
 def read_behind(

@@ -21,13 +21,14 @@ from rayprune.workers.machine.scratch import Scratch
 from rayprune.workers.model.checkpoint import Checkpoint, open_checkpoint
 from rayprune.workers.model.description import Group
 from rayprune.workers.network.reading import read_tensors
-from rayprune.workers.network.streamed import StreamedModel
+from rayprune.workers.network.streamed import StreamedModel, computed_on
 from rayprune.workers.network.written import TYPES
 from rayprune.workers.numerics.linalg import kernels
 from rayprune.workers.numerics.statistics import Statistic, statistic_type
 from rayprune.workers.passes.sweep import micro_batches
 from rayprune.workers.store.layout import CACHE, CALIBRATION_TASK, TOKENS, TOKENS_FILE, Scope
 from rayprune.workers.store.shards import even_parts
+from rayprune.workers.texts.limits import spread_windows
 
 
 class Workbench:
@@ -68,6 +69,11 @@ class Workbench:
             on_cpu = self.device.type == "cpu"
             name = "float32" if on_cpu else self.checkpoint.model.dtype  # type: ignore[assignment]
         return _torch_dtype(name)
+
+    @property
+    def computed_on(self) -> str:
+        """Device kind and type of forward passes, which decide their roundings."""
+        return computed_on(self.device, self.dtype)
 
     def prepare(self) -> None:
         """Begin with what passes on a GPU need, while something else is done: first uses take
@@ -125,10 +131,10 @@ class Workbench:
         ]
 
     def spread_windows(self, count: int, numbers: range) -> list[Tensor]:
-        """Some of `count` calibration windows that are spread evenly over the text."""
-        picked = [part.start for part in even_parts(self.job.calibration.samples, count)]
+        """Some of `count` calibration windows that are spread evenly over the texts."""
+        picked = spread_windows(self.job.calibration, count)
         windows_ST = self.tokens(CALIBRATION_TASK)
-        return [windows_ST[picked[number]][None] for number in numbers]
+        return [windows_ST[picked[number][0]][None] for number in numbers]
 
     def layer_tensors(self, layer: int, names: Collection[str] | None = None) -> dict[str, Tensor]:
         """A layer's tensors (of these names in it, or all), in their types on disk: those at hand

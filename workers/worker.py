@@ -7,6 +7,7 @@ from rayprune.specs.job import JobSpec
 from rayprune.specs.memory import MemoryPlan
 from rayprune.workers.machine.memory import give_back_free_memory
 from rayprune.workers.machine.shortage import explained_shortage
+from rayprune.workers.steps.authoring import Authoring
 from rayprune.workers.steps.checking import Checking
 from rayprune.workers.steps.converting import Converting
 from rayprune.workers.steps.deciding import Deciding
@@ -20,7 +21,18 @@ from rayprune.workers.steps.texts import Texts
 from rayprune.workers.steps.writing import Writing
 from rayprune.workers.workbench import Workbench
 
-ROOMS = (Texts, Checking, Measuring, Probing, Sweeping, Streaming, Writing, Converting, Judging)
+ROOMS = (
+    Authoring,
+    Texts,
+    Checking,
+    Measuring,
+    Probing,
+    Sweeping,
+    Streaming,
+    Writing,
+    Converting,
+    Judging,
+)
 STEPS = {name: method for room in ROOMS for name, method in steps_of(room).items()}
 """Every step, by name."""
 SHORTAGE_ADVICE = "lower parallel.micro_batch, raise parallel.workers or set memory.worker"
@@ -47,11 +59,11 @@ class Worker:
         streaming = Streaming(bench, deciding, writing, before=[probing])
         sweeping = Sweeping(bench, deciding, before=[probing, streaming])
         judging = Judging(bench, before=[probing, streaming, sweeping])
-        rooms = [Texts(bench), Checking(bench), Measuring(bench), probing, sweeping, streaming]
+        rooms = [Authoring(bench), Texts(bench), Checking(bench), Measuring(bench)]
         self._bench = bench
         self._steps = {
             name: getattr(room, name)
-            for room in (*rooms, writing, Converting(bench), judging)
+            for room in (*rooms, probing, sweeping, streaming, writing, Converting(bench), judging)
             for name in steps_of(type(room))
         }
 

@@ -3,13 +3,18 @@ generate.
 """
 
 import argparse
-import json
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import rayprune
+from rayprune.orchestrator.reporting.events import Event
+from rayprune.specs.errors import SpecError
 from rayprune.specs.machine import profile_text
+from rayprune.workers.store.layout import OWN_FILE, task_folder
 
 
 def add(commands: Any) -> None:
@@ -75,11 +80,30 @@ def _generate_command(commands: Any) -> None:
     )
     generate.add_argument("--temperature", type=float, default=1.0, help="of the samples")
     generate.add_argument("--seed", type=int, default=0, help="of the samples")
-    generate.add_argument(
+    begin = generate.add_mutually_exclusive_group()
+    begin.add_argument(
         "--prompts",
         type=Path,
         metavar="TEXT",
         help="text whose parts the documents go on from; default: from nothing",
+    )
+    begin.add_argument(
+        "--chat", action="store_true", help="write chats, both sides, by the model's own template"
+    )
+    generate.add_argument(
+        "--dtype",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        default="auto",
+        help="of the computation; auto: the model's own on a GPU, float32 on a CPU",
+    )
+    generate.add_argument(
+        "--workers", type=int, default=1, help="with several, each has the whole model"
+    )
+    generate.add_argument(
+        "--out",
+        type=Path,
+        metavar="RUN",
+        help="run folder that keeps what is written: the same command goes on in it",
     )
     generate.set_defaults(command=_generate)
 
@@ -121,14 +145,37 @@ def _bench(options: argparse.Namespace) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    from rayprune.workers.tools.generate import generate
-
-    wanted = {
-        name: getattr(options, name)
-        for name in ("model", "tokens", "length", "batch", "temperature", "seed", "prompts")
+    if min(options.tokens, options.length) < 8 or options.batch < 1 or options.temperature <= 0:
+        raise SpecError(
+            "--tokens and --length must be at least 8, --batch at least 1, --temperature above 0"
+        )
+    own = {name: getattr(options, name) for name in ("tokens", "length", "batch", "seed")}
+    own |= {"temperature": options.temperature, "prompts": "chat" if options.chat else "none"}
+    own |= {"prompts": "calibration"} if options.prompts else {}
+    job: dict[str, Any] = {
+        "model": {"path": options.model, "dtype": options.dtype},
+        # of a job that goes no further: none of it is read but for prompts
+        "calibration": {
+            "path": options.prompts or options.model,
+            "samples": (shards := max(2, options.workers)),
+            "shards": shards,
+            "sequence_length": 8,
+            "own": own,
+        },
+        "budget": {"kv_groups": 1},
+        "parallel": {"workers": options.workers},
+        "cluster": {"executor": "in-process" if options.workers == 1 else "ray"},
     }
-    about = -(-options.tokens // max(1, options.length))
-    for number, text in enumerate(generate(**wanted), 1):
-        print(json.dumps({"text": text}), flush=True)
-        if number % max(1, options.batch) == 0:
-            print(f"rayprune: {number} of about {about} documents", file=sys.stderr, flush=True)
+    with TemporaryDirectory(prefix="rayprune-") as folder:
+        out = options.out or Path(folder)
+        rayprune.generate(job, out, partial(_print_written, out))
+
+
+def _print_written(out: Path, event: Event) -> None:
+    """What is written, once it is; how far that goes, to standard error."""
+    if event.name != "text-written":
+        return
+    print(f"rayprune: {event}", file=sys.stderr, flush=True)
+    for name in event.fields["tasks"]:
+        text = (task_folder(out, name) / OWN_FILE).read_text(encoding="utf-8")
+        print(text, end="", flush=True)

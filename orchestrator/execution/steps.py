@@ -58,6 +58,10 @@ class Steps:
         """`submit` starts a step by its name, with its arguments."""
         self._submit = submit
 
+    def write_own(self, task: Task, first: int, lengths: Sequence[int]) -> Call[None]:
+        """`Authoring.write_own`."""
+        return self._submit("write_own", task, first, lengths)
+
     def tokenize(self, task: Task) -> Call[None]:
         """`Texts.tokenize`."""
         return self._submit("tokenize", task)

@@ -34,6 +34,10 @@ def check_encoder(job: JobSpec) -> None:
             job.budget.kv_bytes_per_token is not None,
             "an encoder keeps no KV cache; leave it out",
         ),
+        "calibration.own": (
+            job.calibration.own is not None,
+            "is written token by token, which an encoder cannot; calibrate on text of its task",
+        ),
         "evaluation.stride": (
             job.evaluation is not None and job.evaluation.stride is not None,
             "is of perplexity; leave it out, an encoder's windows do not overlap",

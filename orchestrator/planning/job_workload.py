@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from rayprune.orchestrator.planning.layer_kinds import LayerKind
 from rayprune.orchestrator.planning.mixtures import kept_experts
+from rayprune.orchestrator.planning.own_text import own_text_load
 from rayprune.orchestrator.planning.rounding import unit_steps
 from rayprune.orchestrator.planning.shapes import Shape
 from rayprune.orchestrator.planning.workload import TrainingLoad, Workload
@@ -74,6 +75,7 @@ def workload_of(
         trainings=_trainings(job),
         gradient_windows=job.gradient_windows,
         candidate_windows=job.divergence_windows,
+        own_text=own_text_load(job, checkpoint, _element_bytes(job, checkpoint, on_gpu)),
         experts=kept_experts(job, checkpoint) or None,
         converts=any(target.startswith("gguf") for target in job.converted),
         placement=job.parallel.placement,

@@ -24,6 +24,7 @@ from rayprune.orchestrator.planning.memory_choice import (
     memory_needs,
 )
 from rayprune.orchestrator.planning.mixtures import kept_experts
+from rayprune.orchestrator.planning.own_text import own_tasks
 from rayprune.orchestrator.planning.shapes import Shape, open_shapes, planned_shape
 from rayprune.orchestrator.planning.targets import check_targets
 from rayprune.orchestrator.planning.timing import Stage, stages
@@ -384,6 +385,7 @@ def _tasks(job: JobSpec, model: Model, shape: Shape, num_shapes: int) -> tuple[s
     gradients = (GRADIENTS_TASK,) if job.gradient_windows else ()
     formats = map(converted_task, job.converted)
     return (
+        *own_tasks(job),
         CALIBRATION_TASK,
         SOURCE_TASK,
         *gradients,

@@ -5,7 +5,6 @@
 import os
 import shutil
 from collections import Counter
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import requires
@@ -25,16 +24,18 @@ from rayprune.workers.store.files import read_manifest
 from rayprune.workers.store.layout import task_folder
 from rayprune.workers.store.side_files import COPIED, side_files
 from rayprune.workers.texts.limits import (
+    OWN_TEXT,
     check_counts,
     check_ids,
     check_other_text,
     check_positions,
     embedding_rows,
     no_window,
+    own_tokens,
+    texts_read,
     too_few_samples,
-    windows_behind,
-    windows_of_texts,
 )
+from rayprune.workers.texts.own import PROMPT
 from rayprune.workers.texts.reading import (
     CHARACTERS_PER_TOKEN,
     QUICK_CHARACTERS,
@@ -89,8 +90,17 @@ def check_inputs(job: JobSpec, checkpoint: Checkpoint) -> list[str]:
     # an encoder's windows are texts of their own, special tokens among them
     special = len(encode("")) if encode and not checkpoint.model.causal else 0
     warnings = check_positions(checkpoint, spec.sequence_length, "calibration.sequence_length")
-    read = windows_of_texts(spec.model_copy(update={"samples": job.windows_read}))
-    for text, count, gate in _wanted(job, read):
+    if spec.own:
+        own_tokens(job)
+        longest = spec.own.length + PROMPT
+        warnings += check_positions(checkpoint, longest, "calibration.own.length")
+        if spec.own.prompts == "chat" and not has_template(checkpoint.path):
+            raise SpecError(
+                "calibration.own.prompts: chat, but the model has no chat template; put its"
+                " chat_template.jinja into the model folder, or set it to calibration or none"
+            )
+    # the model's own text is yet to be written
+    for text, count, gate in [read for read in texts_read(job) if read[0].path != OWN_TEXT]:
         needed = (count + gate) * (spec.sequence_length - special)
         ids, facts = _looked_at(checkpoint, text, encode, needed)
         if _is_less(facts, needed):
@@ -105,18 +115,8 @@ def check_inputs(job: JobSpec, checkpoint: Checkpoint) -> list[str]:
         if _is_less(facts, evaluation.window - special):
             raise no_window(evaluation, len(ids))
         warnings += _said(ids[:needed], facts, evaluation, evaluation.window)
-        check_other_text([text for text, _ in read], evaluation)
+        check_other_text(spec.texts, evaluation)
     return warnings
-
-
-def _wanted(
-    job: JobSpec, read: Sequence[tuple[TextSpec, int]]
-) -> Sequence[tuple[TextSpec, int, int]]:
-    """Windows of every calibration text, and those of a gate behind them."""
-    if job.steps is None:
-        return [(text, count, 0) for text, count in read]
-    totals = (job.calibration.samples, job.windows_read)
-    return windows_behind(job.calibration, totals, job.steps.gate.samples)
 
 
 def _evaluated(spec: EvaluationSpec) -> int:

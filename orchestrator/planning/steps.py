@@ -8,6 +8,7 @@ from rayprune.orchestrator.planning.causal import check_encoder
 from rayprune.orchestrator.planning.costs import Traffic
 from rayprune.orchestrator.planning.disk import DiskNeed, still_needed
 from rayprune.orchestrator.planning.memory_choice import MemoryNeeds
+from rayprune.orchestrator.planning.own_text import own_tasks
 from rayprune.orchestrator.planning.plan import Plan, PlannedStep, make_plan
 from rayprune.orchestrator.planning.timing import Stage
 from rayprune.orchestrator.planning.worker_memory import total
@@ -125,6 +126,7 @@ def _together(job: JobSpec, steps: InSteps, plans: dict[int, Plan]) -> Plan:
         first,
         shapes=last.shapes,
         tasks=(
+            *own_tasks(job),
             CALIBRATION_TASK,
             GATE_TOKENS_TASK,
             SOURCE_TASK,

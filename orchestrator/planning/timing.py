@@ -70,6 +70,7 @@ def stages(load: Workload, choice: MemoryPlan, machine: MachineProfile | None) -
     if machine is None:
         return (
             *(Stage(name, flops[name]) for name in WORK),
+            *_own_text_stage(load, None),
             *_gradients_stage(load, None),
             *_divergence_stage(load, None),
             *_gate_stage(load, None),
@@ -82,6 +83,7 @@ def stages(load: Workload, choice: MemoryPlan, machine: MachineProfile | None) -
         timed[-1] = _beside(timed[:-1], timed[-1], load.num_layers)
     return (
         *timed,
+        *_own_text_stage(load, machine),
         *_gradients_stage(load, machine),
         *_divergence_stage(load, machine),
         *_gate_stage(load, machine),
@@ -209,6 +211,30 @@ def _num_pivots(load: Workload) -> int:
         for kind in load.kinds
         for group in load.pruned(kind)
     )
+
+
+def _own_text_stage(load: Workload, machine: MachineProfile | None) -> tuple[Stage, ...]:
+    """Token by token through the whole model, each reading all weights and half of the cache that
+    there is in the end; workers write a batch at the same time.
+    """
+    if (own := load.own_text) is None:
+        return ()
+    flops = own.tokens * 2 * (load.active_parameters + load.vocabulary * load.hidden)
+    if machine is None:
+        return (Stage("own text", flops),)
+    steps = [own.batches[n : n + load.workers] for n in range(0, len(own.batches), load.workers)]
+    longest = sum(max(length for _, length in wave) for wave in steps)
+    layers = sum(kind.num_layers * kind.parameters for kind in load.kinds)
+    read_bytes = (layers + load.vocabulary * load.hidden) * load.element_bytes
+    bounds = {
+        "arithmetic": flops * len(steps) / len(own.batches) / machine.forward_flops,
+        "memory": longest
+        * (read_bytes + own.most_cached * own.cached_bytes / 2)
+        / machine.memory_bandwidth,
+        "disk": load.bytes_on_disk / machine.disk_bandwidth,
+        "launches": load.on_gpu * longest * load.num_layers * BATCH_SECONDS,
+    }
+    return (_timed("own text", flops, [bounds]),)
 
 
 def _gradients_stage(load: Workload, machine: MachineProfile | None) -> tuple[Stage, ...]:

@@ -13,6 +13,7 @@ from rayprune.orchestrator.planning.group_memory import (
     statistics_bytes,
 )
 from rayprune.orchestrator.planning.layer_kinds import LayerKind
+from rayprune.orchestrator.planning.own_text import OwnTextLoad
 from rayprune.orchestrator.planning.workload import (
     CANDIDATES_AT_ONCE,
     GRADIENT_WINDOWS_AT_ONCE,
@@ -64,6 +65,8 @@ def memory_by_step(load: Workload, choice: MemoryPlan) -> dict[str, Kinds]:
         }
     if load.converts:
         table["convert"] = _converting(load)
+    if load.own_text:
+        table["own text"] = _own_text(load, load.own_text)
     if load.candidates:
         table["divergence"] = _divergence(load, choice)
     if load.gradient_windows:
@@ -304,6 +307,21 @@ def _gate(load: Workload, choice: MemoryPlan) -> Kinds:
     """As for an evaluation, of other windows."""
     at_once = min(EVALUATED_AT_ONCE, math.ceil(load.gate_windows / load.workers))
     return _two_models(load, load.sequence_length, 1 if choice.spill_hidden else at_once)
+
+
+def _own_text(load: Workload, own: OwnTextLoad) -> Kinds:
+    """The whole model with what it keeps of the documents of a batch, one layer's grown by a token
+    beside the old one; scores as computed and in fp32, their exponentials, and those left over.
+    """
+    layers = sum(kind.num_layers * kind.parameters for kind in load.kinds)
+    scores = load.vocabulary * (2 * load.element_bytes + 4 * 3)
+    return {
+        "runtime": RUNTIME_BYTES,
+        "weights": (load.outer_parameters + layers) * load.element_bytes,
+        "cache": own.most_cached * own.cached_bytes * (load.num_layers + 1) // load.num_layers,
+        "activations": own.most_documents * scores
+        + _inside_forward(load, own.most_documents * own.prompt),
+    }
 
 
 def _converting(load: Workload) -> Kinds:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from rayprune.orchestrator.planning.layer_kinds import LayerKind
+from rayprune.orchestrator.planning.own_text import OwnTextLoad
 from rayprune.specs.memory import MemoryPlan
 from rayprune.specs.methods.options import MethodOptions, RankedGroup
 from rayprune.workers.machine.blocks import EVALUATED_AT_ONCE
@@ -114,6 +115,8 @@ class Workload:
     """What is trained."""
     gradient_windows: int = 0
     """Calibration windows on which gradients of the loss are measured."""
+    own_text: OwnTextLoad | None = None
+    """What the model writes itself."""
     experts: int | None = None
     """Experts of a layer that stay; None: there are none, or none that can be removed."""
     converts: bool = False

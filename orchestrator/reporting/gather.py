@@ -28,16 +28,18 @@ from rayprune.orchestrator.reporting.report import (
     Evaluation,
     LayerReport,
     Models,
+    OwnText,
     Report,
     StepReport,
     Training,
 )
 from rayprune.orchestrator.stages.context import Context
 from rayprune.orchestrator.stages.subject import Pruned
-from rayprune.workers.store.files import write_json, write_text
+from rayprune.workers.store.files import read_manifest, write_json, write_text
 from rayprune.workers.store.layout import (
     CARD_FILE,
     EXPORT_TASK,
+    OWN_TEXT_TASK,
     RECOVER_TASK,
     TRAINED_FOLDER,
     Scope,
@@ -95,6 +97,7 @@ def _gather(context: Context, done: Pruned) -> Report:
         **_measured(losses),
         evaluation=_evaluation(context, losses),
         calibration=job.calibration.model_dump(mode="json"),
+        own_text=_own_text(context),
         warnings=plan.warnings,
         seconds=seconds | {"total": sum(seconds.values())},
         step_seconds=_step_seconds(events),
@@ -106,6 +109,14 @@ def _gather(context: Context, done: Pruned) -> Report:
             for number, groups in enumerate(done.layers)
         ),
     )
+
+
+def _own_text(context: Context) -> OwnText | None:
+    """What the model has written itself, where the job asks for it."""
+    done = read_manifest(context.scope.folder(OWN_TEXT_TASK))
+    if context.job.calibration.own is None or done is None:
+        return None
+    return OwnText.model_validate(done.info["result"])
 
 
 def _measured(losses: Losses) -> dict[str, Any]:

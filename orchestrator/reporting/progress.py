@@ -102,6 +102,11 @@ class ProgressView:
                     advance=1,
                     note=escape(printable(f"{event.get('seconds', 0):.1f} s/step, {brief(event)}")),
                 )
+            case "text-written" if self._task is not None:
+                rate = event.get("tokens_per_second")
+                speed = f", {rate:,.0f} tokens/s" if rate else ""
+                note = f"{event['done']:,} of {event['of']:,} tokens{speed}"
+                self._progress.update(self._task, advance=len(event["tasks"]), note=note)
             case "windows-evaluated" | "candidates-measured" if self._task is not None:
                 self._progress.update(self._task, note=f"{event['done']} of {event['of']}")
             case "stage-finished" if self._task is not None:

@@ -151,6 +151,15 @@ class GroupReport(_Facts):
         return {name: value for name, value in fields(self).items() if value is not None}
 
 
+class OwnText(_Facts):
+    """What the model has written itself to be calibrated on."""
+
+    documents: int
+    dropped: int
+    """Documents that were loops, and are not among them."""
+    tokens: int
+
+
 class LayerReport(_Facts):
     """One layer of the dense model."""
 
@@ -277,6 +286,8 @@ class Report(_Facts):
     evaluation: Evaluation | None
     calibration: dict[str, Any]
     """The job's section `calibration`, defaults included."""
+    own_text: OwnText | None = None
+    """Where the model has written some; else there is no such key."""
     warnings: tuple[str, ...]
     seconds: dict[str, float]
     """By stage, over all attempts, and `total`."""
@@ -333,12 +344,12 @@ class Report(_Facts):
 
     @model_serializer(mode="wrap")
     def _without_absent(self, fields: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """What only encoders have is no key of other reports, rather than a null."""
-        of_encoders = ("masked_lm_loss", "embeddings")
+        """What only some jobs have is no key of other reports, rather than a null."""
+        of_some = ("masked_lm_loss", "embeddings", "own_text")
         return {
             name: value
             for name, value in fields(self).items()
-            if name not in of_encoders or value is not None
+            if name not in of_some or value is not None
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -382,17 +393,26 @@ def summary(report: Report) -> Iterator[Part]:
     """What a run has achieved and cost, and where its results are."""
     yield Table("result", ["", "before", "after", "after / before"], list(_changes(report)))
     yield from _measured(report)
+    if own := report.own_text:
+        yield (
+            f"own text: {own.tokens:,} tokens in {own.documents:,} documents, {own.dropped:,} more"
+            " dropped as loops"
+        )
     if report.steps:
         yield step_table(report)
     if report.allocation:
         shown = {
             key.replace("_", " "): value
             for key, value in report.allocation.items()
-            if key not in ("name", "by_generation")
+            if key not in ("name", "by_generation") and not isinstance(value, Mapping)
         }
         yield f"allocation: {report.allocation['name']}, " + ", ".join(
             f"{key} {value:.6g}" for key, value in shown.items()
         )
+        for key, value in report.allocation.items():
+            if isinstance(value, Mapping):
+                each = (f"{text} {number:.6g}" for text, number in value.items())
+                yield f"{key.replace('_', ' ')}: {', '.join(each)}"
     yield "seconds: " + ", ".join(f"{stage} {value:.1f}" for stage, value in report.seconds.items())
     yield "peak memory: " + ", ".join(
         f"{name} {value / 2**30:.2f} GiB" for name, value in report.peak_memory_bytes.items()

@@ -10,15 +10,22 @@ import itertools
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, TypeVarTuple
 
 from rayprune.orchestrator.execution.steps import Call, Steps
 from rayprune.orchestrator.planning.shapes import Shape, uneven_shape
-from rayprune.orchestrator.planning.workload import CANDIDATES_AT_ONCE
 from rayprune.orchestrator.stages.context import Context
+from rayprune.orchestrator.stages.divergence import (
+    every_text,
+    measure_alone,
+    measured,
+    objective,
+    text_names,
+)
 from rayprune.orchestrator.stages.spread import (
     Budget,
     Kept,
@@ -49,10 +56,14 @@ def allocate(context: Context, subject: Subject) -> Shape:
     allocation, inputs = context.job.budget.allocation, _limits(context, subject)
     if isinstance(allocation, CurvesAllocation):
         budget = _bounded(context, subject, allocation)
-        measured, losses = _losses(context, subject, budget, allocation)
-        inputs |= measured
+        tasks, predicted = _losses(context, subject, budget, allocation)
+        inputs |= tasks
+        losses = predicted.losses
         spread = cheapest(budget, losses)
         facts: dict[str, object] = {"predicted_divergence": predicted_loss(losses, spread)}
+        if len(predicted.by_text) > 1:
+            alone = {name: predicted_loss(of, spread) for name, of in predicted.by_text.items()}
+            facts["predicted_by_text"] = alone
         if isinstance(allocation, SearchAllocation):
             spread, found, last = _search(context, budget, allocation, losses, spread, inputs)
             facts, inputs = facts | found, inputs | digests([last])
@@ -145,6 +156,14 @@ def _result(manifest: Manifest) -> dict[str, Any]:
 # error curves, and how much they matter
 
 
+@dataclass(frozen=True)
+class _Predicted:
+    """What units cost of the objective, and on each text, by its name."""
+
+    losses: Losses
+    by_text: Mapping[str, Losses]
+
+
 def _bounded(context: Context, subject: Subject, allocation: CurvesAllocation) -> Budget:
     mean = _mean_removed(subject)
     least, most = allocation.least * mean, allocation.most * mean
@@ -176,7 +195,7 @@ def _counts(
 
 def _losses(
     context: Context, subject: Subject, budget: Budget, allocation: CurvesAllocation
-) -> tuple[dict[str, str], Losses]:
+) -> tuple[dict[str, str], _Predicted]:
     """What was measured, and for every layer and group the predicted divergence by number of units
     that stay.
     """
@@ -200,22 +219,29 @@ def _losses(
     task = context.task(
         SENSITIVITY_TASK, {**subject.all_of_it(), "alone": places, **digests(surveys)}
     )
-    done = context.once(task, lambda: _measure_alone(context, len(surveys), places, task))
+    done = context.once(task, lambda: measure_alone(context, len(surveys), places, task))
     found: Any = done.info["result"]
-    measured = dict(zip(places, found, strict=True))
+    alone = dict(zip(places, map(every_text, found), strict=True))
     units = subject.plan.model.units | _fixed(context, subject)
-    losses: list[dict[str, dict[int, float]]] = []
-    for layer, survey in enumerate(surveys):
-        losses.append({name: {count: 0.0} for name, count in units.items()})
-        for name, count in reference.items():
-            errors = {int(number): error for number, error in _result(survey)[name].items()}
-            alone = measured[layer, name, count]  # rounding may make it less than nothing
-            matters = math.copysign(abs(alone) ** allocation.influence, alone)
-            scale = matters / max(errors[count], 1e-12)
-            losses[layer][name] |= _falling(
-                {number: scale * errors[number] for number in counts[name] if number < units[name]}
-            )
-    return digests([*surveys, done]), losses
+
+    def curves(counted: Callable[[Sequence[float]], float]) -> Losses:
+        """Of the divergences of all texts what is counted."""
+        losses: list[dict[str, dict[int, float]]] = []
+        for layer, survey in enumerate(surveys):
+            losses.append({name: {count: 0.0} for name, count in units.items()})
+            for name, count in reference.items():
+                errors = {int(number): error for number, error in _result(survey)[name].items()}
+                loss = counted(alone[layer, name, count])  # rounding may take it below 0
+                matters = math.copysign(abs(loss) ** allocation.influence, loss)
+                scale = matters / max(errors[count], 1e-12)
+                known = [number for number in counts[name] if number < units[name]]
+                losses[layer][name] |= _falling({n: scale * errors[n] for n in known})
+        return losses
+
+    names = text_names(context.job.calibration)
+    by_text = {name: curves(itemgetter(number)) for number, name in enumerate(names)}
+    counted = partial(objective, allocation)
+    return digests([*surveys, done]), _Predicted(curves(counted), by_text)
 
 
 def _falling(curve: Mapping[int, float]) -> dict[int, float]:
@@ -224,45 +250,6 @@ def _falling(curve: Mapping[int, float]) -> dict[int, float]:
     """
     losses = itertools.accumulate(curve.values(), max)
     return dict(zip(curve, losses, strict=True))
-
-
-def _measure_alone(
-    context: Context, num_layers: int, alone: Sequence[tuple[int, str, int]], task: Task
-) -> None:
-    candidates: list[Spread] = [
-        [{name: count} if index == layer else {} for index in range(num_layers)]
-        for layer, name, count in alone
-    ]
-    with context.stage("sensitivity", math.ceil(len(candidates) / CANDIDATES_AT_ONCE)):
-        found = _measured(context, candidates, "sensitivity")
-    commit(task, [], {"result": found, "computed_on": context.executor.computed_on})
-
-
-def _measured(context: Context, candidates: Sequence[Spread], stage: str) -> list[float]:
-    """The divergence from the dense model (nats per token) of every candidate; the same for any
-    number of workers.
-    """
-    executor, found = context.executor, list[float]()
-    for start in range(0, len(candidates), CANDIDATES_AT_ONCE):
-        some = candidates[start : start + CANDIDATES_AT_ONCE]
-        calls = [
-            executor.on(worker).divergences(some, owned)
-            for worker, owned in executor.shares(context.job.divergence_windows)
-        ]
-        sums = [receipt["sums"] for receipt in executor.wait(calls)]
-        tokens = context.job.divergence_windows * context.job.calibration.sequence_length
-        found += [
-            math.fsum(value for part in sums for value in part[index]) / tokens
-            for index in range(len(some))
-        ]
-        context.emit(
-            "candidates-measured",
-            stage=stage,
-            done=len(found),
-            of=len(candidates),
-            peak_memory_bytes=context.peak_memory_bytes(),
-        )
-    return found
 
 
 # search
@@ -303,6 +290,9 @@ def _search(
         "candidates": 1 + allocation.generations * allocation.offspring,
         "tokens_per_candidate": tokens,
     }
+    if by_text := _result(done).get("by_text"):
+        names = text_names(context.job.calibration)
+        facts["divergence_by_text"] = dict(zip(names, by_text, strict=True))
     return spread, facts, done
 
 
@@ -320,11 +310,14 @@ def _generation(
     """
     chance = random.Random(f"{allocation.seed}-{number}")
     children = [mutated(budget, parent, losses, chance) for _ in range(allocation.offspring)]
-    found = _measured(context, [parent, *children], "search")
+    by_text = measured(context, [parent, *children], "search")
+    found = [objective(allocation, each) for each in by_text]
     best = min(range(len(found)), key=found.__getitem__)
     result = {
         "spread": [parent, *children][best],
         "divergence": found[best],
         "parent_divergence": found[0],
     }
+    if len(by_text[best]) > 1:
+        result["by_text"] = by_text[best]
     commit(task, [], {"result": result, "computed_on": context.executor.computed_on})

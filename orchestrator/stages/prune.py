@@ -1,5 +1,5 @@
-"""One pass over a model: tokenise, tell the model from others, measure gradients, choose the shape,
-train, sweep, export, recover, evaluate.
+"""One pass over a model: have it write text, tokenise, tell it from others, measure gradients,
+choose the shape, train, sweep, export, recover, evaluate.
 """
 
 import shutil
@@ -13,6 +13,7 @@ from rayprune.orchestrator.stages import (
     export,
     formats,
     gradients,
+    own_text,
     probe,
     routed,
     source,
@@ -38,6 +39,7 @@ def prune(
     """
     context.record(plan)
     context.executor.use_model(context.job, checkpoint.path, context.scope.name)
+    context = own_text.with_own_text(context, checkpoint)
     digests = texts.text_digests(context)
     tokens, evaluated, warnings = texts.tokenize(context, checkpoint, digests)
     plan = context.record(noting(context, plan, warnings))

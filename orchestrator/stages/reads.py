@@ -20,6 +20,7 @@ from rayprune.workers.store.layout import (
     GATE_TOKENS_TASK,
     GRADIENTS_TASK,
     OUTER_TASK,
+    OWN_TEXT_TASK,
     RECOVER_TASK,
     REGULARISE_TASK,
     SENSITIVITY_TASK,
@@ -28,6 +29,7 @@ from rayprune.workers.store.layout import (
     UPDATES_TASK,
     converted_task,
 )
+from rayprune.workers.texts.limits import spread_windows
 
 CONVERTED_TASKS = tuple(map(converted_task, ("vllm", "gguf", "gguf-q8_0")))
 BOUNDARY = "boundary"
@@ -48,6 +50,7 @@ _TEXT = ("calibration.texts", "calibration.sequence_length")
 _TRAINING = ("parallel.device", "parallel.threads_per_worker", *_TEXT, "calibration.samples")
 _ALLOCATION = ("bounds", "export.form", "export.pad", "export.tensor_parallel")
 
+_WRITTEN = ("prompts", "temperature", "seed")
 _GRADIENTS = (*_ACTIVATIONS, "gradient_windows")
 _SENSITIVITY = (*_ACTIVATIONS, "divergence_windows")
 _SHAPE = (*_CUT, *_ALLOCATION, "budget.probe_samples", "budget.probe_layers")
@@ -57,6 +60,8 @@ _RECOVER = (*_TRAINING, "recover")
 
 READS: Mapping[str, tuple[str, ...]] = {
     SOURCE_TASK: (),
+    "own": (*_ACTIVATIONS, *(f"calibration.own.{name}" for name in _WRITTEN)),
+    OWN_TEXT_TASK: (),
     CALIBRATION_TASK: (*_TEXT, "calibration.samples"),
     EVALUATION_TASK: ("evaluation", "windows_read", *_TEXT),
     GRADIENTS_TASK: _GRADIENTS,
@@ -85,6 +90,8 @@ READS: Mapping[str, tuple[str, ...]] = {
 }
 """By kind of task; a section's name stands for all of it."""
 KEPT_IN_STORE = {
+    "own",
+    OWN_TEXT_TASK,
     CALIBRATION_TASK,
     EVALUATION_TASK,
     GRADIENTS_TASK,
@@ -104,6 +111,7 @@ folder alone; not trainings, whose folders hold more than their results; not the
 """
 WITHOUT_ACTIVATIONS = {
     SOURCE_TASK,
+    OWN_TEXT_TASK,
     CALIBRATION_TASK,
     EVALUATION_TASK,
     GATE_TOKENS_TASK,
@@ -147,7 +155,7 @@ def _known(job: JobSpec) -> dict[str, Any]:
     selector = job.method.selector
     known["method"]["selector"] = selector.model_dump(mode="json", exclude={"training", "gates"})
     calibration, evaluation = job.calibration, job.evaluation
-    known["calibration"]["texts"] = [_reading(text) for text in (calibration, *calibration.mix)]
+    known["calibration"]["texts"] = [_reading(text) for text in calibration.texts]
     if evaluation:
         known["evaluation"] |= {"text": _reading(evaluation), "stride": evaluation.effective_stride}
     elsewhere: Any = {"latency_table", "probe_samples", "probe_layers", "experts", "expert_score"}
@@ -156,7 +164,23 @@ def _known(job: JobSpec) -> dict[str, Any]:
     )
     for name in ("windows_read", "gradient_windows", "divergence_windows"):
         known[name] = getattr(job, name)
+    if len(calibration.texts) > 1:
+        known |= {name: _by_text(job, known[name]) for name in _SPREAD}
+        known["budget"]["probe_samples"] = _by_text(job, job.budget.probe_samples)
+    else:
+        known["bounds"]["allocation"].pop("objective", None)
     return known
+
+
+_SPREAD = ("gradient_windows", "divergence_windows")
+
+
+def _by_text(job: JobSpec, count: int) -> list[int]:
+    """How many of so many windows are of each text."""
+    texts = [
+        text for _, text in spread_windows(job.calibration, min(count, job.calibration.samples))
+    ]
+    return [texts.count(number) for number in range(len(job.calibration.texts))]
 
 
 def _reading(text: TextSpec) -> dict[str, object]:

@@ -16,7 +16,7 @@ from typing import Any
 from rayprune.orchestrator.planning.plan import Plan
 from rayprune.orchestrator.planning.shapes import Shape
 from rayprune.orchestrator.planning.steps import nothing_to_remove, plan_job, step_job, step_words
-from rayprune.orchestrator.stages import evaluation, formats, source, texts
+from rayprune.orchestrator.stages import evaluation, formats, own_text, source, texts
 from rayprune.orchestrator.stages.context import Context
 from rayprune.orchestrator.stages.prune import noting, prune
 from rayprune.orchestrator.stages.subject import Measured, ModelAt, Pruned, file_digests, made_model
@@ -58,6 +58,7 @@ def prune_in_steps(context: Context, plan: Plan, checkpoint: Checkpoint) -> Prun
     assert steps is not None
     context.record(plan)
     context.executor.use_model(context.job, checkpoint.path, context.scope.name)
+    context = own_text.with_own_text(context, checkpoint)
     digests = texts.text_digests(context)
     tokens, evaluated, warnings = texts.tokenize(context, checkpoint, digests)
     measured_on, more = texts.tokenize_gate(context, checkpoint, digests)

@@ -26,7 +26,7 @@ def tokenize(
         if evaluation is None:
             return calibration, None, _warnings(calibration)
         inputs = {
-            "text": _digest(Path(evaluation.path)),
+            "text": digest_of(Path(evaluation.path)),
             "calibration-tokens": calibration.digest,
             "texts": texts,
         }
@@ -51,12 +51,11 @@ def _warnings(tokens: Manifest) -> list[str]:
 
 def text_digests(context: Context) -> list[str]:
     """What every calibration text holds."""
-    return [_digest(Path(path)) for path in _paths(context)]
+    return [digest_of(Path(path)) for path in _paths(context)]
 
 
 def _paths(context: Context) -> list[str]:
-    calibration = context.job.calibration
-    return [calibration.path, *(text.path for text in calibration.mix)]
+    return [text.path for text in context.job.calibration.texts]
 
 
 def _tokens(
@@ -81,7 +80,7 @@ def _tokens(
     return done
 
 
-def _digest(text: Path) -> str:
+def digest_of(text: Path) -> str:
     """What a text holds: the digest of a file, or names and digests of a folder's files; nothing
     where it cannot be read, which the worker reports.
     """

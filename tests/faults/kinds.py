@@ -73,6 +73,18 @@ KINDS: dict[str, Kind] = {
         "selection|cache",
         waves=True,
     ),
+    "own text": Kind(
+        {
+            "calibration": {
+                "samples": 8,
+                "sequence_length": 32,
+                "shards": 4,
+                "own": {"length": 48, "batch": 2},
+            },
+            "budget": {"kv_groups": 1},
+        },
+        "own",
+    ),
     "flap": Kind({"method": {"name": "flap"}}, "^$"),
     "dress": Kind(
         {"method": {"name": "dress", "mask": "random", "training": TRAINING}},

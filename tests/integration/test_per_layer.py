@@ -12,9 +12,11 @@ from transformers import AutoModelForCausalLM
 
 from rayprune.orchestrator.execution.verify import verify_run
 from rayprune.orchestrator.planning.shapes import Shape, uneven_shape
+from rayprune.orchestrator.reporting.report import summary
 from rayprune.orchestrator.run import run_job
 from rayprune.orchestrator.stages import probe
 from rayprune.orchestrator.stages.context import Context
+from rayprune.orchestrator.stages.reads import options_read
 from rayprune.orchestrator.stages.subject import Subject
 from rayprune.specs.errors import ModelError, SpecError
 from rayprune.specs.loader import load_job
@@ -264,3 +266,46 @@ def test_heads_whose_scores_are_multiplied_by_their_cost_stay(
     job = make_job(make_model(num_hidden_layers=2), budget=budget, method=method)
     run_job(load_job(job), tmp_path / "run", listen)
     assert kept == [2, 2]
+
+
+def test_of_several_texts_each_is_measured_by_itself(
+    make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+) -> None:
+    """And the worst of them is what counts, if it is asked for."""
+    other = tmp_path / "other.txt"
+    other.write_text("0123456789 " * 400)
+    calibration = {"mix": [{"path": str(other), "weight": 3}]}
+    allocation = SEARCH["allocation"] | {"generations": 1, "objective": "max"}
+    budget = SEARCH | {"allocation": allocation, "kv_groups": 2}
+    job = load_job(
+        make_job(make_model(num_hidden_layers=2), budget=budget, calibration=calibration)
+    )
+    report = run_job(job, tmp_path / "run", quiet)
+    alone: Any = read_manifest(task_folder(tmp_path / "run", SENSITIVITY_TASK))
+    assert all(len(by_text) == 2 and by_text[0] != by_text[1] for by_text in alone.info["result"])
+    done: Any = read_manifest(task_folder(tmp_path / "run", generation_task(0)))
+    best = done.info["result"]
+    assert best["divergence"] == max(best["by_text"])
+    assert report.allocation is not None
+    named = dict(zip(("text.txt", "other.txt"), best["by_text"], strict=True))
+    assert report.allocation["divergence_by_text"] == named
+    assert report.allocation["predicted_by_text"].keys() == named.keys()
+    said = [part for part in summary(report) if isinstance(part, str)]
+    assert any(part.startswith("divergence by text: text.txt ") for part in said)
+
+
+def test_an_objective_over_one_text_is_no_option_of_any_task(
+    make_model: MakeModel, make_job: MakeJob
+) -> None:
+    """So that runs of one text go on, whatever it says."""
+    model, budget = make_model(), CURVES | {"allocation": {"name": "curves", "objective": "max"}}
+    job = load_job(make_job(model, budget=budget))
+    options: Any = options_read(job, SHAPE_TASK)
+    assert "objective" not in options["bounds"]["allocation"]
+    assert options_read(job, SENSITIVITY_TASK)["divergence_windows"] == 4
+    mix = {"mix": [{"path": "other"}]}
+    several: Any = options_read(
+        load_job(make_job(model, budget=budget, calibration=mix)), generation_task(0)
+    )
+    assert several["bounds"]["allocation"]["objective"] == "max"
+    assert several["divergence_windows"] == [2, 2]

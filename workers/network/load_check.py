@@ -94,12 +94,19 @@ def _loaded_parameters(folder: Path, model: Any, info: Mapping[str, Any]) -> int
     return built - made_up + sum(headers[name].num_parameters for name in unknown)
 
 
-def loaded(folder: Path, dtype: torch.dtype) -> Any:
-    """The model of a folder in a type; no code that lies in the folder is run.
+def loaded(folder: Path, dtype: torch.dtype, device_map: str | None = None) -> Any:
+    """The model of a folder in a type, on the CPU or as a `device_map` of transformers says; no
+    code that lies in the folder is run.
 
     Raises:
         VerificationError: it holds code that this package would not have written for it.
     """
+    disable_progress_bar()
     return class_for(own_model(folder)).from_pretrained(
-        folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, local_files_only=True
+        folder,
+        dtype=dtype,
+        device_map=device_map,
+        trust_remote_code=False,
+        use_safetensors=True,
+        local_files_only=True,
     )

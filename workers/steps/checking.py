@@ -11,7 +11,6 @@ from rayprune.workers.model.checkpoint import Checkpoint, open_checkpoint
 from rayprune.workers.model.folder import TensorInfo
 from rayprune.workers.network.load_check import check_loads
 from rayprune.workers.network.reading import digest_of, read_tensors
-from rayprune.workers.network.streamed import computed_on
 from rayprune.workers.network.written import narrowed
 from rayprune.workers.steps.step import Receipt, step
 from rayprune.workers.store.files import FileRecord, at_once
@@ -34,7 +33,7 @@ class Checking:
     @step
     def how_computed(self) -> tuple[Receipt, None]:
         """Device kind and type of forward passes on this worker."""
-        return {"computed_on": computed_on(self._bench.device, self._bench.dtype)}, None
+        return {"computed_on": self._bench.computed_on}, None
 
     @step
     def digests(self, model: str, owned: tuple[int, int]) -> tuple[Receipt, None]:

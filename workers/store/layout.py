@@ -15,6 +15,7 @@ CALIBRATION_TASK, EVALUATION_TASK, TOKENS_FILE = (
 )
 TOKENS, MASKED = "tokens", "masked"
 """In the file of tokens: the windows, and an encoder's with some tokens masked."""
+OWN_TEXT_TASK, OWN_FILE = "own-text", "own.jsonl"
 SOURCE_TASK, SHAPE_TASK, EXPORT_TASK = "source", "shape", "export"
 REGULARISE_TASK, UPDATES_TASK, RECOVER_TASK = "regularise", "updates", "recover"
 CARD_FILE = "README.md"
@@ -28,6 +29,11 @@ GATE_TOKENS_TASK, GATE_TASK = "gate-tokens", "gate"
 SURVEY_FILE, SENSITIVITY_TASK = "cuts.safetensors", "sensitivity"
 STATISTICS_FILE = "statistics.safetensors"
 GRADIENTS_TASK, GRADIENTS_FILE = "gradients", "gradients.safetensors"
+
+
+def own_task(number: int) -> str:
+    """Task id of some documents that the model writes together."""
+    return f"own-{number:04d}"
 
 
 def layer_task(layer: int) -> str:

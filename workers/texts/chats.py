@@ -35,6 +35,19 @@ def chat_ids(
     Raises:
         SpecError: the model has no template, or its template refuses the chat.
     """
+    text = rendered(messages, tokenizer, where)
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def rendered(
+    messages: list[dict[str, Any]], tokenizer: "PreTrainedTokenizerBase", where: str
+) -> str:
+    """A chat of plain messages as the model's template writes it.
+
+    Raises:
+        SpecError: the model has no template, or its template refuses the chat.
+    """
     if not getattr(tokenizer, "chat_template", None):
         raise SpecError(
             f"{where}: is a chat, but the model has no chat template; put its chat_template.jinja"
@@ -51,8 +64,7 @@ def chat_ids(
             f"{where}: the model's chat template refuses this chat ({str(error)[:200]}); mend or"
             " remove it"
         ) from None
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids
+    return str(text)
 
 
 def plain_messages(messages: Sequence[Message], where: str) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from rayprune.specs.errors import ModelError, RaypruneError, SpecError
-from rayprune.specs.job import CalibrationSpec, EvaluationSpec, TextSpec
+from rayprune.specs.job import CalibrationSpec, EvaluationSpec, JobSpec, TextSpec
 from rayprune.workers.model.checkpoint import Checkpoint
 from rayprune.workers.texts.reading import TextFacts
 
@@ -40,6 +40,83 @@ def windows_behind(
     weights = [1.0, *(text.weight for text in spec.mix)]
     first = map(max, zip(*(shares(total, weights) for total in read), strict=True))
     return list(zip(texts, first, shares(samples, weights), strict=True))
+
+
+OWN_TEXT = "the model's own text"
+"""What stands for its path before it is written."""
+
+
+def texts_read(job: JobSpec) -> list[tuple[TextSpec, int, int]]:
+    """The calibration texts, with how many windows a calibration or training takes of each, and
+    how many a gate behind them; the model's own among them.
+
+    Raises:
+        SpecError: a text's weight is too small for a single window.
+    """
+    spec = job.calibration.with_own(OWN_TEXT)
+    read = windows_of_texts(spec.model_copy(update={"samples": job.windows_read}))
+    if job.steps is None:
+        return [(text, count, 0) for text, count in read]
+    return windows_behind(spec, (spec.samples, job.windows_read), job.steps.gate.samples)
+
+
+def own_tokens(job: JobSpec) -> int:
+    """Tokens that the model has to write itself; 0: none.
+
+    Raises:
+        SpecError: the job asks for fewer than it reads.
+    """
+    if (own := job.calibration.own) is None:
+        return 0
+    _, count, gate = texts_read(job)[-1]
+    read = (count + gate) * job.calibration.sequence_length
+    if own.tokens == "auto":
+        return read
+    if own.tokens < read:
+        raise SpecError(
+            f"calibration.own.tokens: {own.tokens}, but {count + gate} windows of"
+            f" {job.calibration.sequence_length} tokens are read of them: {read}; raise it, leave"
+            " it out, or lower calibration.own.weight or calibration.samples"
+        )
+    return own.tokens
+
+
+def order_of_windows(spec: CalibrationSpec) -> list[tuple[int, int]]:
+    """Of every calibration window its text, and its place in it: texts alternate as their weights
+    demand.
+
+    Raises:
+        SpecError: a text's weight is too small for a single window.
+    """
+    turns = sorted(
+        ((place + 0.5) / count, number, place)
+        for number, (_, count) in enumerate(windows_of_texts(spec))
+        for place in range(count)
+    )
+    return [(number, place) for _, number, place in turns]
+
+
+def spread_windows(spec: CalibrationSpec, count: int) -> list[tuple[int, int]]:
+    """The places among all calibration windows of `count` of them, and the text that each is of:
+    evenly spread over every text, in proportion to its windows, and where there are enough at least
+    one of each. (Evenly over all windows would be of one text alone where texts alternate.)
+
+    Raises:
+        SpecError: a text's weight is too small for a single window.
+    """
+    places: list[list[int]] = [[] for _ in spec.texts]
+    for place, (text, _) in enumerate(order_of_windows(spec)):
+        places[text].append(place)
+    counts = shares(count, [float(len(own)) for own in places])
+    while count >= len(counts) and 0 in counts:
+        counts[counts.index(max(counts))] -= 1
+        counts[counts.index(0)] = 1
+    picked = [
+        (own[len(own) * number // number_of], text)
+        for text, (own, number_of) in enumerate(zip(places, counts, strict=True))
+        for number in range(number_of)
+    ]
+    return sorted(picked)
 
 
 def shares(total: int, weights: Sequence[float]) -> list[int]:

@@ -1,0 +1,75 @@
+"""Text of the model's own, planned: its batches, and what they take of a worker."""
+
+import math
+from dataclasses import dataclass
+
+from rayprune.specs.job import JobSpec
+from rayprune.specs.own_text import OwnTextSpec
+from rayprune.workers.model.checkpoint import Checkpoint
+from rayprune.workers.store.layout import OWN_TEXT_TASK, own_task
+from rayprune.workers.texts.limits import own_tokens
+from rayprune.workers.texts.own import PROMPT
+
+
+def batches_of(own: OwnTextSpec, tokens: int) -> list[list[int]]:
+    """Lengths of the documents of every batch that together have so many tokens; the last one has
+    what is left, so that nothing waits for more.
+    """
+    count = math.ceil(tokens / own.length)
+    lengths = [own.length] * (count - 1) + [tokens - (count - 1) * own.length]
+    return [lengths[start : start + own.batch] for start in range(0, count, own.batch)]
+
+
+def own_tasks(job: JobSpec) -> tuple[str, ...]:
+    """The tasks in which the model writes; what is dropped as loops is made up for by more.
+
+    Raises:
+        SpecError: it is to write fewer tokens than are read.
+    """
+    if (own := job.calibration.own) is None:
+        return ()
+    return (*map(own_task, range(len(batches_of(own, own_tokens(job))))), OWN_TEXT_TASK)
+
+
+@dataclass(frozen=True)
+class OwnTextLoad:
+    """What the model writes itself, as far as costs go; loops are not counted."""
+
+    batches: tuple[tuple[int, int], ...]
+    """Documents of every batch, and tokens of its longest one, each computed by itself."""
+    prompt: int
+    """Tokens before them."""
+    cached_bytes: int
+    """Keys and values that the cache keeps of one token, in the type of the passes."""
+
+    @property
+    def tokens(self) -> int:
+        """That go through the model."""
+        return sum(count * (self.prompt + length) for count, length in self.batches)
+
+    @property
+    def most_cached(self) -> int:
+        """Tokens of the largest cache."""
+        return max(count * (self.prompt + length) for count, length in self.batches)
+
+    @property
+    def most_documents(self) -> int:
+        """Documents that are written together."""
+        return max(count for count, _ in self.batches)
+
+
+def own_text_load(job: JobSpec, checkpoint: Checkpoint, element_bytes: int) -> OwnTextLoad | None:
+    """What a job has the model write.
+
+    Raises:
+        SpecError: it asks for fewer tokens than it reads.
+    """
+    if (own := job.calibration.own) is None:
+        return None
+    batches = batches_of(own, own_tokens(job))
+    numbers = sum(group.num_units * group.cached for group in checkpoint.model.groups)
+    return OwnTextLoad(
+        batches=tuple((len(lengths), max(lengths)) for lengths in batches),
+        prompt=1 if own.prompts == "none" else PROMPT,
+        cached_bytes=checkpoint.num_layers * numbers * element_bytes,
+    )

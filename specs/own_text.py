@@ -1,0 +1,29 @@
+"""Text that the model writes itself, to be calibrated on beside the other texts."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from rayprune.specs.section import Section
+
+
+class OwnTextSpec(Section):
+    """Documents that the model samples before anything else, one more text of the mix."""
+
+    tokens: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Tokens that are written; `auto`: as many as are read of them, fewer are refused."""
+    weight: float = Field(default=1.0, gt=0.0, le=1e6)
+    """Windows taken from it, for each one taken from the first text."""
+    prompts: Literal["calibration", "chat", "none"] = "calibration"
+    """What a document goes on from: pieces of the first calibration text, which are left out of
+    it; the model's chat template, of which the model writes both sides; or nothing but the first
+    token.
+    """
+    length: int = Field(default=512, ge=8, le=1_048_576)
+    """Tokens of a document, prompt not counted."""
+    temperature: float = Field(default=1.0, gt=0.0, le=100.0)
+    """Of the sampling, from all tokens; 1: the model's own distribution."""
+    batch: int = Field(default=16, ge=1, le=65_536)
+    """Documents that a worker writes together, a task of its own. Part of the result."""
+    seed: int = Field(default=0, ge=0)
+    """Of the samples; every document has random numbers of its own."""

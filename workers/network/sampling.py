@@ -1,0 +1,118 @@
+"""A whole model writes: transformers computes, here it is chosen which token follows.
+
+Letters: B documents, T tokens of a prompt, L tokens that are written, V vocabulary, N blocks of it,
+W tokens of a block.
+"""
+
+from collections import deque
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from rayprune.specs.errors import ModelError
+
+WIDTH = 256
+"""Tokens of a block, whose probabilities are summed first."""
+
+
+@torch.inference_mode()
+def sampled(
+    network: Any,
+    prompts_BT: Tensor,
+    draws_BL: Tensor,
+    temperature: float,
+    never: Collection[int],
+    behind: tuple[Sequence[int], Sequence[int]] | None = None,
+) -> Tensor:
+    """What a model goes on with behind prompts, (B, L) on the CPU: of every document one number in
+    [0, 1) a token, `draws`, decides, on the CPU in fp64 but for the probabilities, which are fp32.
+
+    So a document depends on the others that are written with it by the rounding of the model's own
+    products alone. Tokens in `never` do not follow. `behind` are the tokens that stand behind the
+    turns of two speakers: where one of them ends, by the first of these or by one of `never`, they
+    are written and the other one goes on.
+
+    Raises:
+        ModelError: a probability is not finite.
+    """
+    choose = _Choose(draws_BL, temperature, never, behind)
+    network.generation_config = GenerationConfig()  # the folder's may cut the distribution
+    found: Tensor = network.generate(
+        prompts_BT.to(network.device),
+        attention_mask=torch.ones_like(prompts_BT, device=network.device),
+        max_new_tokens=draws_BL.shape[1],
+        do_sample=False,
+        pad_token_id=0,
+        logits_processor=[choose],
+    )
+    return found[:, prompts_BT.shape[1] :].cpu()
+
+
+class _Choose:
+    """Leaves of every document's scores one token, which the search for the best then takes."""
+
+    def __init__(
+        self,
+        draws_BL: Tensor,
+        temperature: float,
+        never: Collection[int],
+        behind: tuple[Sequence[int], Sequence[int]] | None,
+    ) -> None:
+        self._draws_BL, self._temperature, self._behind = draws_BL, temperature, behind
+        self._ends, self._step = set(never), 0
+        self._never = [] if behind else sorted(never)
+        self._speakers = [0] * len(draws_BL)
+        self._left: list[deque[int]] = [deque() for _ in draws_BL]
+
+    def __call__(self, _: Tensor, scores_BV: Tensor) -> Tensor:
+        logits_BV = scores_BV.float() / self._temperature
+        logits_BV[:, self._never] = -torch.inf
+        chosen_B = drawn(torch.softmax(logits_BV, -1), self._draws_BL[:, self._step])
+        self._step += 1
+        if self._behind:
+            turned = [self._turned(number, int(token)) for number, token in enumerate(chosen_B)]
+            chosen_B = torch.tensor(turned)
+        one_hot_BV = torch.full_like(scores_BV, -torch.inf)
+        return one_hot_BV.scatter_(1, chosen_B[:, None].to(scores_BV.device), 0.0)
+
+    def _turned(self, number: int, token: int) -> int:
+        """The token of a document that follows, where speakers take turns."""
+        assert self._behind
+        behind, left = self._behind[self._speakers[number]], self._left[number]
+        if not left and (token == behind[0] or token in self._ends):
+            left.extend(behind)
+            self._speakers[number] = 1 - self._speakers[number]
+        return left.popleft() if left else token
+
+
+def drawn(p_BV: Tensor, draws_B: Tensor) -> Tensor:
+    """The tokens (B,) at which the sums of probabilities pass the numbers in [0, 1), `draws`, fp64,
+    on the CPU: the inverse of the distribution function.
+
+    Sums of blocks first, so that little leaves a GPU, and no sum depends on how it is spread there.
+
+    Raises:
+        ModelError: a probability is not finite.
+    """
+    padded_BV = torch.nn.functional.pad(p_BV, (0, -p_BV.shape[1] % WIDTH))
+    p_BNW = padded_BV.unflatten(1, (-1, WIDTH))
+    mass_BN = p_BNW.sum(-1, dtype=torch.float64).cpu()
+    if not mass_BN.isfinite().all():
+        raise ModelError(
+            "a model that writes text: its probabilities are not finite; set model.dtype: float32"
+        )
+    block_B, rest_B = _passed(mass_BN, draws_B * mass_BN.sum(1))
+    p_BW = p_BNW[torch.arange(len(p_BNW)), block_B.to(p_BNW.device)].double().cpu()
+    return block_B * WIDTH + _passed(p_BW, rest_B)[0]
+
+
+def _passed(mass_BN: Tensor, wanted_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Where sums of masses pass what is wanted, always at one above 0, and what is wanted there."""
+    sums_BN = mass_BN.cumsum(1)
+    wanted_B = torch.minimum(wanted_B, sums_BN[:, -1] * (1 - 1e-12))
+    place_B = torch.searchsorted(sums_BN, wanted_B[:, None], right=True)[:, 0]
+    before_B = (sums_BN - mass_BN).gather(1, place_B[:, None])[:, 0]
+    return place_B, (wanted_B - before_B).clamp(min=0.0)

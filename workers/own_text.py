@@ -1,0 +1,128 @@
+"""Text that a model writes itself: calibration on it beside text of one domain keeps what the model
+can do in others.
+
+After Williams et al. 2024, "Self-calibration for Language Model Quantization and Pruning" (arXiv
+2410.17170); of chats both sides, after Xu et al. 2024, "Magpie" (arXiv 2406.08464).
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from random import Random
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from rayprune.specs.errors import SpecError
+from rayprune.specs.job import TextSpec
+from rayprune.specs.own_text import OwnTextSpec
+from rayprune.workers.calibration import load_tokenizer, tokenize
+from rayprune.workers.model.checkpoint import Checkpoint
+from rayprune.workers.network.load_check import loaded
+from rayprune.workers.network.sampling import sampled
+from rayprune.workers.texts.checks import check_known
+from rayprune.workers.texts.limits import embedding_rows
+from rayprune.workers.texts.own import (
+    LOOP,
+    PROMPT_EVERY,
+    Turns,
+    first_token,
+    pieces,
+    repeated,
+    turns_of,
+)
+
+
+@dataclass(frozen=True)
+class Written:
+    """Some documents."""
+
+    lines: tuple[str, ...]
+    """JSON: the document's number, its text, and the tokens that the model has written."""
+    tokens: int
+    """Of the lines."""
+    dropped: int
+    """Documents that are loops, and in no line."""
+
+
+@dataclass(frozen=True)
+class Author:
+    """A whole model that writes, on one device, or over all GPUs that this process sees."""
+
+    checkpoint: Checkpoint
+    spec: OwnTextSpec
+    text: TextSpec
+    """What prompts are pieces of."""
+    dtype: torch.dtype
+    device: torch.device
+
+    def write(self, first: int, lengths: Sequence[int]) -> Written:
+        """The documents `first`, `first` + 1, ... of so many tokens each, written together.
+
+        Raises:
+            ModelError: the model cannot be loaded, or its probabilities are not finite.
+            SpecError: the prompts' text, or the chat template, will not do.
+        """
+        numbers = range(first, first + len(lengths))
+        prompts = self._prompts(numbers)
+        chances = [Random(f"{self.spec.seed}-{number}") for number in numbers]
+        draws = [[chance.random() for _ in range(max(lengths))] for chance in chances]
+        found_BL = sampled(
+            self._network,
+            torch.tensor(prompts),
+            torch.tensor(draws, dtype=torch.float64),
+            self.spec.temperature,
+            self._ends,
+            self._turns.behind if self._turns else None,
+        )
+        lines, tokens = list[str](), 0
+        for number, prompt, found_L, length in zip(
+            numbers, prompts, found_BL, lengths, strict=True
+        ):
+            ids = found_L[:length].tolist()
+            if repeated(ids) > LOOP:
+                continue
+            ids = prompt + ids if self._turns else ids
+            text = self._tokenizer.decode(ids, skip_special_tokens=not self._turns)
+            lines.append(json.dumps({"document": number, "text": text, "input_ids": ids}))
+            tokens += len(ids)
+        return Written(tuple(lines), tokens, len(lengths) - len(lines))
+
+    @cached_property
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self.checkpoint.path)
+
+    @cached_property
+    def _network(self) -> Any:
+        on_gpu = self.device.type == "cuda"
+        return loaded(self.checkpoint.path, self.dtype, "auto" if on_gpu else None).eval()
+
+    @cached_property
+    def _turns(self) -> Turns | None:
+        if self.spec.prompts != "chat":
+            return None
+        return turns_of(self._tokenizer, "calibration.own.prompts: chat")
+
+    @cached_property
+    def _ends(self) -> set[int]:
+        """Tokens that end a text."""
+        of_folder = self._network.generation_config.eos_token_id
+        of_folder = of_folder if isinstance(of_folder, list) else [of_folder]
+        return {end for end in (*of_folder, self._tokenizer.eos_token_id) if end is not None}
+
+    def _prompts(self, numbers: range) -> list[list[int]]:
+        """What documents with these numbers go on from, all of one length."""
+        if self._turns:
+            return [list(self._turns.before) for _ in numbers]
+        if self.spec.prompts == "none":
+            return [[first_token(self._tokenizer)] for _ in numbers]
+        asked = numbers.stop * PROMPT_EVERY
+        ids_T = tokenize(self.text, self._tokenizer, asked)
+        if len(ids_T) == 0:
+            raise SpecError(
+                f"{self.text.path}: holds no text to go on from; give another file, or none"
+            )
+        check_known(ids_T[None], embedding_rows(self.checkpoint), self.text.path)
+        return pieces(ids_T.tolist(), numbers, asked)
