@@ -1,4 +1,4 @@
-"""Commands about jobs: run, submit, plan, validate, sweep, schema."""
+"""Commands about jobs: run, submit, sweep, plan, explain, validate, schema."""
 
 import argparse
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import Any
 
 import rayprune
 from rayprune.specs.job import JobSpec
+from rayprune.specs.loader import read_job
 from rayprune.specs.machine import PROFILES
 from rayprune.specs.schema import job_schema_text
 
@@ -35,6 +36,10 @@ def add(commands: Any) -> None:
         metavar="NAME|FILE",
         help="machine the times are for: " + ", ".join(PROFILES) + ", or a YAML file",
     )
+    explained = _job_command(
+        commands, "explain", _explain, "show where every value of a job comes from"
+    )
+    explained.add_argument("--all", action="store_true", help="show defaults too")
     validate = _job_command(
         commands, "validate", _validate, "check a job, its model and its texts, before any work"
     )
@@ -142,9 +147,22 @@ def _sweep(options: argparse.Namespace) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
+    from rayprune.orchestrator.reporting.job_view import recipe_parts
     from rayprune.orchestrator.reporting.plan_view import print_plan
+    from rayprune.orchestrator.reporting.progress import print_parts
 
-    print_plan(rayprune.plan(_load(options), options.profile))
+    job, said = read_job(options.job, options.overrides)
+    plan = rayprune.plan(job, options.profile)
+    print_parts(recipe_parts(job, said))
+    print_plan(plan)
+
+
+def _explain(options: argparse.Namespace) -> None:
+    from rayprune.orchestrator.reporting.job_view import origin_parts
+    from rayprune.orchestrator.reporting.progress import print_parts
+
+    job, said = read_job(options.job, options.overrides)
+    print_parts(origin_parts(job, said, options.all))
 
 
 def _validate(options: argparse.Namespace) -> None:
