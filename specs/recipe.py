@@ -31,7 +31,8 @@ def recipe(name: RecipeName) -> Recipe:
     file = _FOLDER / f"{name}.yaml"
     parts = parse_yaml(read_text(file, "a recipe"), Builder(f"recipe {name}", "", has_lines=False))
     about, job = parts.child("about"), parts.child("job")
-    assert about and job
+    assert about
+    assert job
     return Recipe(name, about.value, job)
 
 

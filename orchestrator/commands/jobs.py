@@ -1,18 +1,21 @@
-"""Commands about jobs: run, submit, sweep, plan, explain, validate, schema."""
+"""Commands about jobs: init, run, submit, sweep, plan, explain, validate, schema."""
 
 import argparse
 from pathlib import Path
 from typing import Any
 
 import rayprune
-from rayprune.specs.job import JobSpec
+from rayprune.specs.errors import SpecError
+from rayprune.specs.job import DEFAULT_SPARSITY, JobSpec
 from rayprune.specs.loader import read_job
 from rayprune.specs.machine import PROFILES
+from rayprune.specs.recipe import RECIPES
 from rayprune.specs.schema import job_schema_text
 
 
 def add(commands: Any) -> None:
     """Add them to the command line."""
+    _init_command(commands)
     _run_command(commands, "run", _run, "run a job, or go on where an earlier attempt stopped")
     submit = _run_command(
         commands, "submit", _submit, "run a job on a Ray cluster, from outside it"
@@ -49,6 +52,18 @@ def add(commands: Any) -> None:
     )
     schema = commands.add_parser("schema", help="print the JSON schema of job files")
     schema.set_defaults(command=lambda _: print(job_schema_text(), end=""))
+
+
+def _init_command(commands: Any) -> None:
+    init = commands.add_parser("init", help="write a job for a model and this machine")
+    init.add_argument("model", metavar="MODEL", help="model folder, or OWNER/NAME on the Hub")
+    init.add_argument("--text", type=Path, metavar="FILE", help="text to calibrate on")
+    init.add_argument("--aim", choices=RECIPES, default="fast", help="the recipe; default: fast")
+    init.add_argument(
+        "--sparsity", type=float, default=DEFAULT_SPARSITY, help="part of the decoder that goes"
+    )
+    init.add_argument("--out", type=Path, default=Path("job.yaml"), help="job file to write")
+    init.set_defaults(command=_init)
 
 
 def _job_command(commands: Any, name: str, command: Any, text: str) -> argparse.ArgumentParser:
@@ -101,6 +116,20 @@ def _sweep_command(commands: Any) -> None:
         metavar="RATIO",
         help="recommend the smallest model of at most so many times the dense one's perplexity",
     )
+
+
+def _init(options: argparse.Namespace) -> None:
+    from rayprune.orchestrator.entry import propose_job
+    from rayprune.orchestrator.reporting.job_file import job_text, taken
+    from rayprune.orchestrator.reporting.progress import print_parts
+    from rayprune.workers.machine.host import this_host
+    from rayprune.workers.store.files import write_text
+
+    if options.out.exists():
+        raise SpecError(f"{options.out}: is there already; remove it, or choose another --out")
+    found = propose_job(options.model, this_host(), options.aim, options.text, options.sparsity)
+    write_text(options.out, job_text(found, options.out))
+    print_parts(taken(found, options.out))
 
 
 def _load(options: argparse.Namespace) -> JobSpec:

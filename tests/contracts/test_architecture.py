@@ -158,6 +158,7 @@ ROOMS = {
         "orchestrator.reporting",
         "orchestrator.run",
         "specs",
+        "workers.machine",
         "workers.model",
         "workers.tokens",
     },
@@ -169,6 +170,7 @@ ROOMS = {
     },
     "orchestrator.publish": {"orchestrator.execution", "orchestrator.reporting", "specs"},
     "orchestrator.commands": {
+        "orchestrator.entry",
         "orchestrator.execution",
         "orchestrator.planning",
         "orchestrator.points",
@@ -176,6 +178,7 @@ ROOMS = {
         "orchestrator.reporting",
         "specs",
         "workers.engines",
+        "workers.machine",
         "workers.network",
         "workers.store",
         "workers.tools",
