@@ -1,4 +1,4 @@
-"""Commands about jobs: init, run, submit, sweep, plan, explain, validate, schema."""
+"""Commands about jobs: demo, init, run, submit, sweep, plan, explain, validate, schema."""
 
 import argparse
 from pathlib import Path
@@ -15,6 +15,11 @@ from rayprune.specs.schema import job_schema_text
 
 def add(commands: Any) -> None:
     """Add them to the command line."""
+    demo = commands.add_parser("demo", help="prune SmolLM2-135M, which is fetched, in some minutes")
+    demo.add_argument(
+        "--out", type=Path, default=Path("rayprune-demo"), help="folder of all that it makes"
+    )
+    demo.set_defaults(command=_demo)
     _init_command(commands)
     _run_command(commands, "run", _run, "run a job, or go on where an earlier attempt stopped")
     submit = _run_command(
@@ -118,6 +123,17 @@ def _sweep_command(commands: Any) -> None:
     )
 
 
+def _demo(options: argparse.Namespace) -> None:
+    from rayprune.workers.tools.demo import prepare, prepare_job
+
+    for line in prepare(options.out):
+        print(line, flush=True)
+    options.job, options.overrides = prepare_job(options.out), []
+    options.out, options.redo, options.store = options.out / "run", None, None
+    print(f"rayprune run {options.job} --out {options.out}", flush=True)
+    _run(options)
+
+
 def _init(options: argparse.Namespace) -> None:
     from rayprune.orchestrator.entry import propose_job
     from rayprune.orchestrator.reporting.job_file import job_text, taken
@@ -137,6 +153,7 @@ def _load(options: argparse.Namespace) -> JobSpec:
 
 
 def _run(options: argparse.Namespace) -> None:
+    """Run a job and show what came of it."""
     from rayprune.orchestrator.reporting.progress import print_parts
     from rayprune.orchestrator.reporting.report import summary
 

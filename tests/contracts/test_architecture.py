@@ -374,6 +374,7 @@ def test_one_room_touches_the_inside_of_transformers() -> None:
         "rayprune.workers.calibration",
         "rayprune.workers.stock",
         "rayprune.workers.tokens",
+        "rayprune.workers.tools.demo",
         "rayprune.workers.tools.generate",
     }
     assert users - outside == {
