@@ -1,4 +1,4 @@
-"""The demo: a small model from a package index, two texts that Python brings, and the job over them.
+"""The demo: a small model from a package index, two texts that Python brings, and a job over them.
 
 What is already there is kept. The model is a GGUF file in a wheel, installed or downloaded.
 """
