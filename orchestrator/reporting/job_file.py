@@ -8,7 +8,8 @@ from typing import Any
 
 import yaml
 
-from rayprune.orchestrator.planning.proposal import Proposal, Setting
+from rayprune.orchestrator.planning.case import Setting
+from rayprune.orchestrator.planning.proposal import Proposal
 from rayprune.orchestrator.planning.worker_memory import gib
 from rayprune.orchestrator.reporting.plan_view import duration
 from rayprune.specs.core_yaml import CoreDumper
@@ -120,7 +121,7 @@ def taken(proposal: Proposal, file: Path) -> Iterator[str]:
     """What a proposed job will take, in lines."""
     plan = proposal.plan
     yield f"wrote {os.fspath(file)}: recipe {proposal.job.recipe}"
-    sizes = sorted(shape.parameters for shape in plan.shapes)
+    sizes = sorted({shape.parameters for shape in plan.shapes})
     open_yet = f" to {sizes[-1]:,}, by the shape that a probe picks," if len(sizes) > 1 else ""
     yield f"keeps {sizes[0]:,}{open_yet} of {plan.model.parameters:,} parameters"
     yield (
