@@ -7,7 +7,7 @@ STAMP := .venv/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-kernels test-faults audit check bench format clean
+.PHONY: help install demo docs test test-kernels test-faults test-package audit check bench format clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1	\2/' | expand -t 22
@@ -41,6 +41,9 @@ test-faults: install ## break things on purpose (about 25 minutes); writes docs/
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist worksteal tests/faults \
 		--hypothesis-profile=faults --reliability docs/reliability.md
 
+test-package: ## wheel and sdist in empty environments (some minutes, needs an index)
+	PYTHON=$(PYTHON) tests/packaging/empty.sh
+
 audit: install ## known holes in the installed packages (needs a network)
 	.venv/bin/python -m pip install --quiet "pip-audit>=2.10,<3"
 	.venv/bin/pip-audit --skip-editable
@@ -57,6 +60,10 @@ bench: install ## scaling and linear algebra on this machine (about an hour); TE
 	OMP_NUM_THREADS=1 .venv/bin/python -m benchmarks.scaling $(TEXT)
 	OMP_NUM_THREADS=1 .venv/bin/python -m benchmarks.linear_algebra
 	OMP_NUM_THREADS=1 .venv/bin/python -m benchmarks.propagation $(TEXT)
+
+docs: install ## the documentation as a site, in build/site; warnings are errors
+	.venv/bin/python -m pip install --quiet -e ".[docs]"
+	.venv/bin/mkdocs build --strict
 
 format: install ## sort imports and format
 	.venv/bin/ruff check --fix

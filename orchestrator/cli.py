@@ -9,8 +9,9 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from pathlib import Path
 
 import rayprune
 from rayprune.orchestrator.commands import jobs, models, runs
@@ -119,7 +120,29 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for about in (jobs, runs, models):
         about.add(commands)
+    completion = commands.add_parser("completion", help="print what completes words in a shell")
+    completion.add_argument("shell", choices=["bash", "zsh", "fish"])
+    completion.set_defaults(command=lambda options: print(_completion(parser, options.shell)))
     return parser
+
+
+def _completion(parser: argparse.ArgumentParser, shell: str) -> str:
+    """A script for a shell that completes commands, options and, where there is a path, files."""
+    import shtab
+
+    for action in _actions(parser):
+        if action.type is Path:
+            setattr(action, "complete", shtab.FILE)  # noqa: B010, argparse does not know it
+    return str(shtab.complete(parser, shell))
+
+
+def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    """The options and arguments of a parser and of those inside it."""
+    for action in parser._actions:
+        yield action
+        if isinstance(action, argparse._SubParsersAction):
+            for inside in action.choices.values():
+                yield from _actions(inside)
 
 
 if __name__ == "__main__":

@@ -10,13 +10,16 @@ from typing import Any, TypeAlias
 
 from rayprune.orchestrator.planning.plan import Plan
 from rayprune.orchestrator.planning.preflight import check_inputs, check_job, check_packages
+from rayprune.orchestrator.planning.proposal import Proposal, propose
 from rayprune.orchestrator.planning.steps import plan_job
 from rayprune.orchestrator.reporting.events import Event
 from rayprune.orchestrator.reporting.report import Report
 from rayprune.specs.errors import SpecError
-from rayprune.specs.job import JobSpec
+from rayprune.specs.job import DEFAULT_SPARSITY, HUB_NAME, JobSpec
 from rayprune.specs.loader import load_job
 from rayprune.specs.machine import MachineProfile, load_profile
+from rayprune.specs.recipe import RecipeName
+from rayprune.workers.machine.host import Host
 from rayprune.workers.model.checkpoint import planned_checkpoint
 from rayprune.workers.model.folder import has_shards
 
@@ -53,6 +56,28 @@ def plan(job: Job, profile: MachineProfile | str | os.PathLike[str] | None = Non
     if checkpoint.has_weights and spec.cluster.address == "local":
         check_packages(spec)
     return plan_job(spec, checkpoint, machine).noting(warnings)
+
+
+def propose_job(
+    model: str,
+    host: Host,
+    aim: RecipeName = "fast",
+    text: Path | None = None,
+    sparsity: float = DEFAULT_SPARSITY,
+) -> Proposal:
+    """Propose a job for a model, a folder or OWNER/NAME on the Hub, on a machine.
+
+    Raises:
+        SpecError: the text will not do, or the budget cannot be met.
+        ModelError: the model is missing, damaged, not known, or cannot be pruned.
+        ResourceError: the machine is too small, or the Hub does not answer.
+    """
+    place = Path(model)
+    if HUB_NAME.fullmatch(model) and not os.path.lexists(place):
+        from rayprune.orchestrator.hub.fetch import fetched
+
+        place = fetched(model, None, weights=False)
+    return propose(model, planned_checkpoint(place.absolute()), host, aim, text, sparsity)
 
 
 def validate(

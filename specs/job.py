@@ -18,6 +18,7 @@ from rayprune.specs.methods import MethodSpec
 from rayprune.specs.methods.options import InSteps
 from rayprune.specs.methods.ranking.stat import StatOptions
 from rayprune.specs.own_text import OwnTextSpec
+from rayprune.specs.recipe import RecipeName
 from rayprune.specs.section import Section
 from rayprune.specs.training import HOW_TRAINED, RecoverSpec
 
@@ -385,6 +386,8 @@ class JobSpec(Section):
 
     schema_version: Literal[1] = 1
     """Version of this format."""
+    recipe: RecipeName | None = None
+    """A bundle of defaults for an aim, over which all that the job says itself wins; null: none."""
     model: ModelSpec
     calibration: CalibrationSpec
     budget: BudgetSpec = BudgetSpec()
@@ -521,6 +524,7 @@ class JobSpec(Section):
             "cluster": True,
             "evaluation": True,
             "memory": True,
+            "recipe": True,  # what it gives stands in the other fields
             "recover": True,
             "parallel": {"workers", "retries", "step_seconds"},
         }

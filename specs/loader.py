@@ -21,6 +21,7 @@ from rayprune.specs.errors import SpecError
 from rayprune.specs.explain import KeyPath, explain, models, parts
 from rayprune.specs.job import HUB_NAME, JobSpec, PathMarker
 from rayprune.specs.located import Located, shown
+from rayprune.specs.recipe import given_by, recipe_of, with_recipe
 from rayprune.specs.section import named
 from rayprune.specs.yaml_file import UNUSABLE, Builder, parse_value, parse_yaml, read_text
 
@@ -37,20 +38,41 @@ def load_job(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = 
     Raises:
         SpecError: the file cannot be read, or it does not describe a job; one line per problem.
     """
+    return read_job(source, overrides)[0]
+
+
+def read_job(
+    source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()
+) -> tuple[JobSpec, Located]:
+    """A job as `load_job` gives it, and what was said of it: every value, a recipe's too, with the
+    place it comes from.
+
+    Raises:
+        SpecError: as `load_job` says.
+    """
     root, found = (
         (_of_mapping(source), []) if isinstance(source, Mapping) else _of_file(Path(source))
     )
     root, problems = _apply(root, overrides)
-    root = _resolve_paths(root, _marked(_is_path), _marked(_may_be_name))
+    root = _resolve_paths(with_recipe(root), _marked(_is_path), _marked(_may_be_name))
     problems = found + problems
     job: JobSpec | None = None
     try:
         job = JobSpec.model_validate_json(json.dumps(root.plain()), strict=True)
     except ValidationError as error:
-        problems += explain(error, root)
+        problems += [*explain(error, root), *_reminder(root)]
     if job is None or problems:
         raise SpecError("\n".join(problems))
-    return job
+    return job, root
+
+
+def _reminder(root: Located) -> list[str]:
+    """What a recipe gives, where fields do not go together: one of them may be its."""
+    found = recipe_of(root)
+    if found is None:
+        return []
+    given = ", ".join(given_by(found))
+    return [f"recipe {found.name} gives {given}; set in the job what is to be otherwise"]
 
 
 def _of_file(path: Path) -> tuple[Located, list[str]]:

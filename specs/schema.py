@@ -5,9 +5,14 @@ specs/job.schema.json`.
 import json
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from rayprune.specs.job import JobSpec
+
+SCHEMA_ID = "urn:rayprune:job:1"
+"""A name, not an address: with the package comes the schema of its version."""
+SCHEMA_FILE = Path(__file__).with_name("job.schema.json")
 
 
 def job_schema_text() -> str:
@@ -16,6 +21,7 @@ def job_schema_text() -> str:
     _name_all_but_the_default(schema)
     document = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$id": SCHEMA_ID,
         **schema,
         "title": "rayprune job",
     }

@@ -1,17 +1,26 @@
-"""Commands about jobs: run, submit, plan, validate, sweep, schema."""
+"""Commands about jobs: demo, init, run, submit, sweep, plan, explain, validate, schema."""
 
 import argparse
 from pathlib import Path
 from typing import Any
 
 import rayprune
-from rayprune.specs.job import JobSpec
+from rayprune.specs.errors import SpecError
+from rayprune.specs.job import DEFAULT_SPARSITY, JobSpec
+from rayprune.specs.loader import read_job
 from rayprune.specs.machine import PROFILES
+from rayprune.specs.recipe import RECIPES
 from rayprune.specs.schema import job_schema_text
 
 
 def add(commands: Any) -> None:
     """Add them to the command line."""
+    demo = commands.add_parser("demo", help="prune SmolLM2-135M, which is fetched, in some minutes")
+    demo.add_argument(
+        "--out", type=Path, default=Path("rayprune-demo"), help="folder of all that it makes"
+    )
+    demo.set_defaults(command=_demo)
+    _init_command(commands)
     _run_command(commands, "run", _run, "run a job, or go on where an earlier attempt stopped")
     submit = _run_command(
         commands, "submit", _submit, "run a job on a Ray cluster, from outside it"
@@ -35,6 +44,10 @@ def add(commands: Any) -> None:
         metavar="NAME|FILE",
         help="machine the times are for: " + ", ".join(PROFILES) + ", or a YAML file",
     )
+    explained = _job_command(
+        commands, "explain", _explain, "show where every value of a job comes from"
+    )
+    explained.add_argument("--all", action="store_true", help="show defaults too")
     validate = _job_command(
         commands, "validate", _validate, "check a job, its model and its texts, before any work"
     )
@@ -44,6 +57,18 @@ def add(commands: Any) -> None:
     )
     schema = commands.add_parser("schema", help="print the JSON schema of job files")
     schema.set_defaults(command=lambda _: print(job_schema_text(), end=""))
+
+
+def _init_command(commands: Any) -> None:
+    init = commands.add_parser("init", help="write a job for a model and this machine")
+    init.add_argument("model", metavar="MODEL", help="model folder, or OWNER/NAME on the Hub")
+    init.add_argument("--text", type=Path, metavar="FILE", help="text to calibrate on")
+    init.add_argument("--aim", choices=RECIPES, default="fast", help="the recipe; default: fast")
+    init.add_argument(
+        "--sparsity", type=float, default=DEFAULT_SPARSITY, help="part of the decoder that goes"
+    )
+    init.add_argument("--out", type=Path, default=Path("job.yaml"), help="job file to write")
+    init.set_defaults(command=_init)
 
 
 def _job_command(commands: Any, name: str, command: Any, text: str) -> argparse.ArgumentParser:
@@ -98,11 +123,37 @@ def _sweep_command(commands: Any) -> None:
     )
 
 
+def _demo(options: argparse.Namespace) -> None:
+    from rayprune.workers.tools.demo import prepare, prepare_job
+
+    for line in prepare(options.out):
+        print(line, flush=True)
+    options.job, options.overrides = prepare_job(options.out), []
+    options.out, options.redo, options.store = options.out / "run", None, None
+    print(f"rayprune run {options.job} --out {options.out}", flush=True)
+    _run(options)
+
+
+def _init(options: argparse.Namespace) -> None:
+    from rayprune.orchestrator.entry import propose_job
+    from rayprune.orchestrator.reporting.job_file import job_text, taken
+    from rayprune.orchestrator.reporting.progress import print_parts
+    from rayprune.workers.machine.host import this_host
+    from rayprune.workers.store.files import write_text
+
+    if options.out.exists():
+        raise SpecError(f"{options.out}: is there already; remove it, or choose another --out")
+    found = propose_job(options.model, this_host(), options.aim, options.text, options.sparsity)
+    write_text(options.out, job_text(found, options.out))
+    print_parts(taken(found, options.out))
+
+
 def _load(options: argparse.Namespace) -> JobSpec:
     return rayprune.load_job(options.job, options.overrides)
 
 
 def _run(options: argparse.Namespace) -> None:
+    """Run a job and show what came of it."""
     from rayprune.orchestrator.reporting.progress import print_parts
     from rayprune.orchestrator.reporting.report import summary
 
@@ -142,9 +193,22 @@ def _sweep(options: argparse.Namespace) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
+    from rayprune.orchestrator.reporting.job_view import recipe_parts
     from rayprune.orchestrator.reporting.plan_view import print_plan
+    from rayprune.orchestrator.reporting.progress import print_parts
 
-    print_plan(rayprune.plan(_load(options), options.profile))
+    job, said = read_job(options.job, options.overrides)
+    plan = rayprune.plan(job, options.profile)
+    print_parts(recipe_parts(job, said))
+    print_plan(plan)
+
+
+def _explain(options: argparse.Namespace) -> None:
+    from rayprune.orchestrator.reporting.job_view import origin_parts
+    from rayprune.orchestrator.reporting.progress import print_parts
+
+    job, said = read_job(options.job, options.overrides)
+    print_parts(origin_parts(job, said, options.all))
 
 
 def _validate(options: argparse.Namespace) -> None:

@@ -161,6 +161,7 @@ ROOMS = {
         "orchestrator.reporting",
         "orchestrator.run",
         "specs",
+        "workers.machine",
         "workers.model",
         "workers.tokens",
     },
@@ -172,6 +173,7 @@ ROOMS = {
     },
     "orchestrator.publish": {"orchestrator.execution", "orchestrator.reporting", "specs"},
     "orchestrator.commands": {
+        "orchestrator.entry",
         "orchestrator.execution",
         "orchestrator.planning",
         "orchestrator.points",
@@ -179,6 +181,7 @@ ROOMS = {
         "orchestrator.reporting",
         "specs",
         "workers.engines",
+        "workers.machine",
         "workers.network",
         "workers.store",
         "workers.tools",
@@ -375,6 +378,7 @@ def test_one_room_touches_the_inside_of_transformers() -> None:
         "rayprune.workers.own_text",
         "rayprune.workers.stock",
         "rayprune.workers.tokens",
+        "rayprune.workers.tools.demo",
     }
     assert users - outside == {
         "rayprune.workers.network.load_check",

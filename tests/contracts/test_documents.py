@@ -1,4 +1,6 @@
-"""The documents keep up with the code: every option is listed, every link leads somewhere."""
+"""The documents keep up with the code: every option is listed, every link leads somewhere, and the
+site has every page.
+"""
 
 import re
 from pathlib import Path
@@ -8,6 +10,7 @@ from pydantic import BaseModel
 
 from rayprune.specs.explain import models
 from rayprune.specs.job import JobSpec
+from rayprune.specs.recipe import RECIPES
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")])
@@ -37,3 +40,19 @@ def test_links_lead_somewhere(document: Path) -> None:
         if "://" not in target and not (document.parent / target).exists()
     ]
     assert not missing
+
+
+def test_the_readme_is_a_page() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
+def test_the_site_has_every_page() -> None:
+    listed = re.findall(r": ([\w/-]+\.md)", (ROOT / "mkdocs.yml").read_text())
+    pages = {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")}
+    made = {"index.md", *(name for name in listed if name.startswith("reference/"))}
+    assert set(listed) - made == {name for name in pages if not name.startswith("decisions/")}
+
+
+def test_every_recipe_is_documented() -> None:
+    document = (ROOT / "docs" / "recipes.md").read_text()
+    assert [name for name in RECIPES if f"| `{name}` |" not in document] == []

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from rayprune.specs.recipe import RECIPES
 from tests.models import build_model
 
 ROOT = Path(__file__).parents[2]
@@ -123,7 +124,13 @@ def contents(package: Path) -> dict[str, bytes]:
 
 def expected() -> dict[str, bytes]:
     """The files that belong to the package."""
-    names = ["rayprune/__init__.py", "rayprune/py.typed", "rayprune/specs/job.schema.json"]
+    names = [
+        "rayprune/__init__.py",
+        "rayprune/py.typed",
+        "rayprune/specs/job.schema.json",
+        "rayprune/workers/tools/demo_job.yaml",
+    ]
+    names += [f"rayprune/specs/recipes/{name}.yaml" for name in RECIPES]
     modules = [
         f"rayprune/{path.relative_to(ROOT)}"
         for folder in FOLDERS
@@ -180,6 +187,9 @@ def test_commands_beside_packages_of_the_same_names(commands: Path, home: Path) 
     assert rayprune("--version").startswith("rayprune ")
     assert "usage: rayprune" in rayprune("--help")
     assert "FFN channels" in rayprune("plan", "job.yaml")
+    assert "wrote new.yaml" in rayprune(
+        "init", "dense", "--aim", "tiny-memory", "--out", "new.yaml"
+    )
     words = ("run", "job.yaml", "--set", "cluster.executor=in-process", "--out")
     assert "decoder_parameters" in rayprune(*words, "command")
     assert "agree with their records" in rayprune("verify", "command")

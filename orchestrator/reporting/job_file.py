@@ -1,0 +1,137 @@
+"""A proposed job as a file with comments, and what it will take in a few lines."""
+
+import os
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rayprune.orchestrator.planning.case import Setting
+from rayprune.orchestrator.planning.proposal import Proposal
+from rayprune.orchestrator.planning.worker_memory import gib
+from rayprune.orchestrator.reporting.plan_view import duration
+from rayprune.specs.core_yaml import CoreDumper
+from rayprune.specs.job import JobSpec
+from rayprune.specs.recipe import recipe
+from rayprune.specs.schema import SCHEMA_FILE
+
+WIDTH = 100
+_EVALUATION = """
+# evaluation: # perplexity before and after, on a text that is not used above
+#   path: held_out.txt
+"""
+
+
+def job_text(proposal: Proposal, file: Path) -> str:
+    """The job as YAML that `load_job` reads: sections in their usual order, a reason behind or
+    above a value.
+    """
+    model, host = proposal.plan.model, proposal.host
+    gpus = f"{len(host.gpus)} x {host.gpus[0].name}" if host.gpus else "no GPU"
+    lines = [
+        f"# yaml-language-server: $schema={SCHEMA_FILE}",
+        f"# {model.model_type}, {model.num_layers} layers, {model.parameters:,} parameters;"
+        f" {host.cores} cores, {gib(host.memory_bytes)}, {gpus}",
+        *_commands(file.name),
+        "",
+        *_recipe(proposal),
+    ]
+    sections = _sections(_from_there(proposal.settings, file.parent))
+    for name in JobSpec.model_fields:
+        if name in sections and name != "recipe":
+            lines += ["", *_section(name, sections[name])]
+    return "\n".join(lines) + "\n" + _EVALUATION
+
+
+def _from_there(settings: dict[str, Setting], folder: Path) -> dict[str, Setting]:
+    """The settings with relative paths from the file's folder in place of the current one."""
+    placed = dict(settings)
+    for field in ("model.path", "calibration.path"):
+        value, why = settings[field].value, settings[field].why
+        if not os.path.isabs(value) and os.path.exists(value):
+            placed[field] = Setting(os.path.relpath(value, folder), why)
+    return placed
+
+
+def _commands(name: str) -> Iterator[str]:
+    told = {
+        f"rayprune plan {name}": "what it will take",
+        f"rayprune run {name} --out runs/one": "do it; the same command goes on after a stop",
+        f"rayprune explain {name}": "where every value comes from",
+    }
+    for command, what in told.items():
+        yield f"#   {command:<{max(map(len, told))}}  {what}"
+
+
+def _recipe(proposal: Proposal) -> Iterator[str]:
+    name = proposal.job.recipe
+    assert name is not None
+    yield from _comment(recipe(name).about, "")
+    yield f"recipe: {name}"
+
+
+def _sections(settings: dict[str, Setting]) -> dict[str, Setting | dict[str, Setting]]:
+    found: dict[str, Any] = {}
+    for field, setting in settings.items():
+        section, _, name = field.partition(".")
+        if name:
+            found.setdefault(section, {})[name] = setting
+        else:
+            found[section] = setting
+    return found
+
+
+def _section(name: str, content: Setting | dict[str, Setting]) -> Iterator[str]:
+    if isinstance(content, Setting):
+        yield from _line(name, content, "")
+        return
+    yield f"{name}:"
+    for field, setting in content.items():
+        yield from _line(field, setting, "  ")
+
+
+def _line(name: str, setting: Setting, indent: str) -> Iterator[str]:
+    """The value, its reason behind it where there is room, else above."""
+    line = f"{indent}{name}: {_yaml(setting.value)}"
+    why = " ".join(setting.why.split())
+    if not why:
+        yield line
+    elif len(line) + len(why) + 3 <= WIDTH:
+        yield f"{line} # {why}"
+    else:
+        yield from _comment(why, indent)
+        yield line
+
+
+def _comment(text: str, indent: str) -> list[str]:
+    mark = f"{indent}# "
+    return textwrap.wrap(text, WIDTH, initial_indent=mark, subsequent_indent=mark)
+
+
+def _yaml(value: Any) -> str:
+    text: str = yaml.dump(
+        value, Dumper=CoreDumper, default_flow_style=True, allow_unicode=True, width=2**31
+    )
+    return text.removesuffix("...\n").strip()
+
+
+def taken(proposal: Proposal, file: Path) -> Iterator[str]:
+    """What a proposed job will take, in lines."""
+    plan = proposal.plan
+    yield f"wrote {os.fspath(file)}: recipe {proposal.job.recipe}"
+    sizes = sorted({shape.parameters for shape in plan.shapes})
+    open_yet = f" to {sizes[-1]:,}, by the shape that a probe picks," if len(sizes) > 1 else ""
+    yield f"keeps {sizes[0]:,}{open_yet} of {plan.model.parameters:,} parameters"
+    yield (
+        f"takes {plan.workers} worker{'s' if plan.workers > 1 else ''} ({plan.device}), about"
+        f" {gib(plan.needs.worker_memory_bytes)} of {gib(plan.needs.memory_limit_bytes or 0)} each"
+    )
+    if plan.seconds is not None:
+        yield f"takes at least {duration(plan.seconds)} on {plan.machine}, beside the start"
+    yield f"writes at most {plan.output_bytes / 2**20:,.0f} MiB"
+    for warning in (*plan.fallbacks, *plan.warnings):
+        yield f"warning: {warning}"
+    if proposal.text_is_missing:
+        yield f"first put a text of what the model will read into {proposal.job.calibration.path}"

@@ -1,0 +1,102 @@
+"""`rayprune init`: for every family and machine a job that loads and fits, with reasons."""
+
+import json
+from itertools import cycle
+from pathlib import Path
+
+import pytest
+
+from rayprune.orchestrator.cli import main
+from rayprune.orchestrator.planning.preflight import first_plan
+from rayprune.orchestrator.planning.proposal import propose
+from rayprune.orchestrator.reporting.job_file import job_text
+from rayprune.specs.errors import ResourceError, SpecError
+from rayprune.specs.loader import load_job
+from rayprune.specs.recipe import RECIPES, RecipeName
+from rayprune.workers.machine.host import Gpu, Host
+from rayprune.workers.model.checkpoint import planned_checkpoint
+from tests.conftest import MakeModel
+from tests.models import raw_config
+
+GIB = 2**30
+HOSTS = {
+    "no GPU": Host(16, 64 * GIB),
+    "8 GiB": Host(4, 8 * GIB),
+    "8 x H100": Host(128, 1024 * GIB, (Gpu("NVIDIA H100 80GB HBM3", 79 * GIB),) * 8),
+}
+FAMILIES = (
+    "llama",
+    "qwen2",
+    "qwen3",
+    "mistral",
+    "gemma2",
+    "phi3",
+    "gpt2",
+    "mixtral",
+    "bert",
+    "bloom",
+)
+AIMS = cycle(RECIPES)
+CASES = [(family, host, next(AIMS)) for family in FAMILIES for host in HOSTS]
+
+
+def config_folder(folder: Path, family: str) -> Path:
+    raw = raw_config(family, intermediate_size=768, hidden_size=128, head_dim=32)
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(raw))
+    return folder
+
+
+@pytest.mark.parametrize(("family", "host", "aim"), CASES)
+def test_a_job_that_fits(family: str, host: str, aim: RecipeName, tmp_path: Path) -> None:
+    model = planned_checkpoint(config_folder(tmp_path / "model", family))
+    proposal = propose(str(model.path), model, HOSTS[host], aim)
+    file = tmp_path / "job.yaml"
+    file.write_text(job_text(proposal, file))
+    job = load_job(file)
+    assert job.recipe == aim
+    assert job.parallel.device == ("cuda" if HOSTS[host].gpus else "cpu")
+    plan = first_plan(job, model)
+    assert plan.tokens_per_neuron >= 10
+    assert job.memory.worker
+    assert plan.needs.worker_memory_bytes <= job.memory.worker
+    whole = job.memory.worker * (1 if HOSTS[host].gpus else job.parallel.workers)
+    assert whole <= (79 * GIB if HOSTS[host].gpus else HOSTS[host].memory_bytes)
+
+
+def test_what_a_family_does_not_allow_is_given_up_with_the_reason(tmp_path: Path) -> None:
+    model = planned_checkpoint(config_folder(tmp_path / "model", "mixtral"))
+    text = job_text(propose("m", model, HOSTS["no GPU"], "balanced"), tmp_path / "job.yaml")
+    assert "  per_layer: false # set it to false: it is not done with mixtures of experts" in text
+    assert "  drift: 0.0 # set it to 0: it is not done with mixtures of experts" in text
+
+
+def test_a_machine_that_is_too_small_is_refused(tmp_path: Path) -> None:
+    model = planned_checkpoint(config_folder(tmp_path / "model", "llama"))
+    with pytest.raises(ResourceError, match=r"memory\.worker: a worker needs at least"):
+        propose("m", model, Host(2, 2**20), "fast")
+    with pytest.raises(SpecError, match=r"budget\.sparsity"):
+        propose("m", model, HOSTS["no GPU"], "fast", sparsity=1.5)
+
+
+def test_the_command_writes_a_valid_job(
+    make_model: MakeModel,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_model(intermediate_size=128)
+    Path("text.txt").write_text("All that a model reads, and much more than that. " * 60)
+    Path("jobs").mkdir()
+    words = ["init", "dense", "--text", "text.txt", "--out", "jobs/job.yaml"]
+    assert main(words) == 0
+    assert "wrote jobs/job.yaml: recipe fast" in capsys.readouterr().out
+    text = Path("jobs/job.yaml").read_text()
+    assert "  path: ../dense\n" in text
+    schema = text.splitlines()[0].partition("$schema=")[2]
+    assert json.loads(Path(schema).read_text())["$id"] == "urn:rayprune:job:1"
+    assert main(["validate", "jobs/job.yaml"]) == 0
+    assert "all that the text has" in text
+    assert main(words) == 2
+    assert "is there already" in capsys.readouterr().err
