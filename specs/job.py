@@ -170,7 +170,41 @@ _TARGETS = (
     "flops_per_token",
     "kv_bytes_per_token",
     "latency_ms",
+    "tokens_per_second",
+    "memory",
 )
+SPEEDS = ("latency_ms", "tokens_per_second")
+"""Targets that are counted with a table."""
+
+
+class SpeedSpec(Section):
+    """Tokens per second, at least, counted with `latency_table`: one of the two or both."""
+
+    prefill: Annotated[float, Field(gt=0.0)] | None = None
+    """While prompts are read, over all sequences."""
+    decode: Annotated[float, Field(gt=0.0)] | None = None
+    """While tokens are written, over all sequences."""
+    batch: Annotated[int, Field(ge=1)] | None = None
+    """Sequences at once; null: as the table has it, if it has one number alone."""
+    tokens: Annotated[int, Field(ge=1)] | None = None
+    """Of a prompt, or before the token that is written; null: as the table has it."""
+
+    @model_validator(mode="after")
+    def _asks_for_something(self) -> Self:
+        if self.prefill is None and self.decode is None:
+            raise ValueError("tokens_per_second asks for nothing; give prefill, decode or both")
+        return self
+
+
+class ServedMemorySpec(Section):
+    """Memory where the model is served."""
+
+    bytes: ByteSize
+    """Of the weights and the KV cache together, at most."""
+    batch: int = Field(default=1, ge=1)
+    """Sequences in the cache."""
+    context: int = Field(ge=1)
+    """Tokens of each."""
 
 
 class BudgetSpec(Section):
@@ -189,7 +223,11 @@ class BudgetSpec(Section):
     kv_bytes_per_token: ByteSize | None = None
     """Bytes that the KV cache takes for one token, at most."""
     latency_ms: Annotated[float, Field(gt=0.0)] | None = None
-    """Milliseconds of a forward pass, at most, counted with `latency_table`."""
+    """Milliseconds of a forward pass over a prompt, at most, counted with `latency_table`."""
+    tokens_per_second: SpeedSpec | None = None
+    """Speed while prompts are read and tokens are written, counted with `latency_table`."""
+    memory: ServedMemorySpec | None = None
+    """Weights and KV cache together where the model is served."""
     latency_table: LocalPath | None = None
     """Times of the model's layers by size on the machine that matters, as `rayprune latency` has
     measured them.
@@ -223,10 +261,11 @@ class BudgetSpec(Section):
 
     @model_validator(mode="after")
     def _latency_is_counted(self) -> Self:
-        if self.latency_ms and not self.latency_table:
-            raise ValueError(
-                "latency_ms needs latency_table: write one with `rayprune latency MODEL > FILE`"
-            )
+        for name in SPEEDS:
+            if getattr(self, name) is not None and not self.latency_table:
+                raise ValueError(
+                    f"{name} needs latency_table: write one with `rayprune latency MODEL > FILE`"
+                )
         return self
 
     @model_validator(mode="after")

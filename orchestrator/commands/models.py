@@ -11,6 +11,8 @@ from typing import Any
 
 from rayprune.specs.machine import profile_text
 
+PHASES = ("prefill", "decode")
+
 
 def add(commands: Any) -> None:
     """Add them to the command line."""
@@ -34,16 +36,33 @@ def _latency_command(commands: Any) -> None:
     )
     latency.add_argument("model", type=Path, metavar="MODEL", help="model folder")
     latency.add_argument(
-        "--batch", type=int, default=1, help="sequences that are computed together"
+        "--phase", nargs="+", choices=PHASES, default=PHASES, help="reading prompts, writing tokens"
+    )
+    latency.add_argument(
+        "--batch", type=int, nargs="+", default=[1], help="sequences that are computed together"
     )
     latency.add_argument(
         "--tokens",
         type=int,
-        default=512,
-        help="tokens of each; 1: a step of decoding, without earlier tokens",
+        nargs="+",
+        default=[512],
+        help="of each: of the prompt, or before the token that is written",
     )
     latency.add_argument("--threads", type=int, help="CPU threads; default: as torch chooses")
+    _device_arguments(latency, None)
     latency.set_defaults(command=_latency)
+
+
+def _device_arguments(command: Any, dtype: str | None) -> None:
+    command.add_argument(
+        "--device", choices=["auto", "cpu", "cuda"], default="auto", help="where it is measured"
+    )
+    command.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        default=dtype,
+        help=f"of the computation; default: {dtype or 'bfloat16 on a GPU, float32 on a CPU'}",
+    )
 
 
 def _bench_command(commands: Any) -> None:
@@ -101,14 +120,11 @@ def _profile(options: argparse.Namespace) -> None:
 
 def _latency(options: argparse.Namespace) -> None:
     from rayprune.specs.latency import latency_text
-    from rayprune.workers.tools.latency import measure_latency
+    from rayprune.workers.tools.latency import Wanted, measure_latency
 
-    print(
-        latency_text(
-            measure_latency(options.model, options.batch, options.tokens, options.threads)
-        ),
-        end="",
-    )
+    o = options
+    wanted = Wanted(o.phase, o.batch, o.tokens, o.threads, o.device, o.dtype)
+    print(latency_text(measure_latency(o.model, wanted)), end="")
 
 
 def _bench(options: argparse.Namespace) -> None:

@@ -124,6 +124,7 @@ def _together(job: JobSpec, steps: InSteps, plans: dict[int, Plan]) -> Plan:
     return replace(
         first,
         shapes=last.shapes,
+        speeds=last.speeds,
         tasks=(
             CALIBRATION_TASK,
             GATE_TOKENS_TASK,
