@@ -1,14 +1,15 @@
-"""Commands about models and machines, without a job: inspect, profile, latency, bench,
+"""Commands about models and machines, without a job: inspect, profile, latency,
 generate.
 """
 
 import argparse
 import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rayprune.orchestrator.commands import bench
+from rayprune.orchestrator.commands.bench import device_arguments
 from rayprune.specs.machine import profile_text
 
 PHASES = ("prefill", "decode")
@@ -26,7 +27,7 @@ def add(commands: Any) -> None:
     )
     profile.set_defaults(command=_profile)
     _latency_command(commands)
-    _bench_command(commands)
+    bench.add(commands)
     _generate_command(commands)
 
 
@@ -49,37 +50,8 @@ def _latency_command(commands: Any) -> None:
         help="of each: of the prompt, or before the token that is written",
     )
     latency.add_argument("--threads", type=int, help="CPU threads; default: as torch chooses")
-    _device_arguments(latency, None)
+    device_arguments(latency, None)
     latency.set_defaults(command=_latency)
-
-
-def _device_arguments(command: Any, dtype: str | None) -> None:
-    command.add_argument(
-        "--device", choices=["auto", "cpu", "cuda"], default="auto", help="where it is measured"
-    )
-    command.add_argument(
-        "--dtype",
-        choices=["float32", "bfloat16"],
-        default=dtype,
-        help=f"of the computation; default: {dtype or 'bfloat16 on a GPU, float32 on a CPU'}",
-    )
-
-
-def _bench_command(commands: Any) -> None:
-    bench = commands.add_parser(
-        "bench", help="measure models side by side in transformers on the CPU, in turns"
-    )
-    bench.add_argument(
-        "models", type=Path, nargs="+", metavar="MODEL", help="model folder; the first is the base"
-    )
-    bench.add_argument("--tokens", type=int, default=512, help="tokens of the prompt")
-    bench.add_argument("--new", type=int, default=32, help="tokens that are written behind it")
-    bench.add_argument("--rounds", type=int, default=5, help="measurements of each, in turns")
-    bench.add_argument("--threads", type=int, default=1, help="CPU threads")
-    bench.add_argument(
-        "--dtype", choices=["float32", "bfloat16"], default="float32", help="of the computation"
-    )
-    bench.set_defaults(command=_bench)
 
 
 def _generate_command(commands: Any) -> None:
@@ -125,15 +97,6 @@ def _latency(options: argparse.Namespace) -> None:
     o = options
     wanted = Wanted(o.phase, o.batch, o.tokens, o.threads, o.device, o.dtype)
     print(latency_text(measure_latency(o.model, wanted)), end="")
-
-
-def _bench(options: argparse.Namespace) -> None:
-    from rayprune.orchestrator.reporting.progress import print_parts
-    from rayprune.orchestrator.reporting.speed_view import speed_table
-    from rayprune.workers.tools.bench import bench
-
-    wanted = (options.tokens, options.new, options.rounds, options.threads, options.dtype)
-    print_parts([speed_table([asdict(found) for found in bench(options.models, *wanted)])])
 
 
 def _generate(options: argparse.Namespace) -> None:

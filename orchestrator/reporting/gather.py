@@ -12,6 +12,7 @@ from typing import Any
 from rayprune import __version__
 from rayprune.orchestrator.execution.records import records, sealed
 from rayprune.orchestrator.execution.run_folder import (
+    BENCH_FILE,
     PAGE_FILE,
     REPORT_FILE,
     environment,
@@ -32,6 +33,7 @@ from rayprune.orchestrator.reporting.report import (
     StepReport,
     Training,
 )
+from rayprune.orchestrator.reporting.speeds import Speeds, read_speeds
 from rayprune.orchestrator.stages.context import Context
 from rayprune.orchestrator.stages.subject import Pruned
 from rayprune.workers.store.files import write_json, write_text
@@ -62,8 +64,12 @@ Losses = Mapping[str, Mapping[str, float]] | None
 
 
 def write_report(context: Context, done: Pruned) -> Report:
+    """Write the report of a job that is done, and what is made from it."""
+    return publish(_gather(context, done))
+
+
+def publish(report: Report) -> Report:
     """Write the models' cards, report.html, then report.json; returns the report."""
-    report = _gather(context, done)
     for folder in report.model_folders:
         write_text(folder / CARD_FILE, model_card(report, folder == report.recovered_model))
     write_text(report.run / PAGE_FILE, html_report(report))
@@ -94,6 +100,7 @@ def _gather(context: Context, done: Pruned) -> Report:
         bytes_on_disk=Change(before=before.bytes_on_disk, after=after.bytes_on_disk),
         **_measured(losses),
         evaluation=_evaluation(context, losses),
+        speeds=_speeds(context, after.identity),
         calibration=job.calibration.model_dump(mode="json"),
         warnings=plan.warnings,
         seconds=seconds | {"total": sum(seconds.values())},
@@ -106,6 +113,16 @@ def _gather(context: Context, done: Pruned) -> Report:
             for number, groups in enumerate(done.layers)
         ),
     )
+
+
+def _speeds(context: Context, identity: str) -> Speeds | None:
+    """What `rayprune bench` has measured of this model, told apart by its shapes and types."""
+    file = context.folder.path / BENCH_FILE
+    found = read_speeds(file)
+    if found is None or identity in {model.identity for model in found.models}:
+        return found
+    context.emit("warning", text=f"{file}: is of a model of another shape, and left out")
+    return None
 
 
 def _measured(losses: Losses) -> dict[str, Any]:

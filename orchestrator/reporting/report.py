@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from rayprune.orchestrator.execution.run_folder import PAGE_FILE, REPORT_FILE
+from rayprune.orchestrator.reporting.speeds import Speeds, speed_parts
 from rayprune.orchestrator.reporting.tables import Part, Table, html_parts, titled
 from rayprune.specs.errors import SpecError
 
@@ -275,6 +276,8 @@ class Report(_Facts):
     embeddings: Embeddings | None = None
     """Of an encoder that was evaluated; else there is no such key."""
     evaluation: Evaluation | None
+    speeds: Speeds | None = None
+    """Where `rayprune bench --run` has measured them; else there is no such key."""
     calibration: dict[str, Any]
     """The job's section `calibration`, defaults included."""
     warnings: tuple[str, ...]
@@ -333,12 +336,14 @@ class Report(_Facts):
 
     @model_serializer(mode="wrap")
     def _without_absent(self, fields: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """What only encoders have is no key of other reports, rather than a null."""
-        of_encoders = ("masked_lm_loss", "embeddings")
+        """What only encoders have, or was not measured, is no key of other reports, rather than a
+        null.
+        """
+        may_lack = ("masked_lm_loss", "embeddings", "speeds")
         return {
             name: value
             for name, value in fields(self).items()
-            if name not in of_encoders or value is not None
+            if name not in may_lack or value is not None
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -382,6 +387,7 @@ def summary(report: Report) -> Iterator[Part]:
     """What a run has achieved and cost, and where its results are."""
     yield Table("result", ["", "before", "after", "after / before"], list(_changes(report)))
     yield from _measured(report)
+    yield from speed_parts(report.speeds)
     if report.steps:
         yield step_table(report)
     if report.allocation:

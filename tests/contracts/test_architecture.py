@@ -167,8 +167,15 @@ ROOMS = {
         "specs",
         "workers.store",
     },
+    "orchestrator.benched": {
+        "orchestrator.execution",
+        "orchestrator.reporting",
+        "specs",
+        "workers.store",
+    },
     "orchestrator.publish": {"orchestrator.execution", "orchestrator.reporting", "specs"},
     "orchestrator.commands": {
+        "orchestrator.benched",
         "orchestrator.execution",
         "orchestrator.planning",
         "orchestrator.points",
@@ -176,6 +183,7 @@ ROOMS = {
         "orchestrator.reporting",
         "specs",
         "workers.engines",
+        "workers.machine",
         "workers.network",
         "workers.store",
         "workers.tools",

@@ -9,14 +9,12 @@ from math import prod
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers.initialization import no_init_weights
 
 from rayprune.workers.model.checkpoint import Checkpoint
 from rayprune.workers.network.experts import changed_config
 from rayprune.workers.network.layers import Constant
-from rayprune.workers.network.streamed import empty_model, layers_of
+from rayprune.workers.network.streamed import empty_layers, empty_model, layers_of
 
 ALIGNED = 64
 """Every weight begins at a multiple of so many numbers."""
@@ -58,8 +56,7 @@ class Stacks:
         units = self._described.units
         whole = {name: number or units[name] for name, number in kept.items()}
         sizes = changed_config(self._config, self._sizes(whole))
-        with init_empty_weights(include_buffers=False), no_init_weights():
-            made = [self._layer(sizes, index).eval() for index in range(count)]
+        made = empty_layers(self._layer, sizes, count)
         if (room := _room(made)) > len(self._numbers):
             self._numbers = self._random(room)
         place = 0

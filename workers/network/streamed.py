@@ -277,6 +277,12 @@ def empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     return network
 
 
+def empty_layers(kind: type[nn.Module], sizes: Any, count: int) -> list[nn.Module]:
+    """The first layers that a stock class builds from a config, without weights."""
+    with init_empty_weights(include_buffers=False), no_init_weights():
+        return [kind(sizes, index).eval() for index in range(count)]
+
+
 def built_from(code: RemoteCode) -> Any:
     """The class of a model whose layers differ in size, from this package's own text."""
     # of every size that is read from the config as a whole: the class never relies on one

@@ -70,7 +70,7 @@ def measure_latency(model: Path, wanted: Wanted) -> LatencyTable:
     stacks = Stacks(checkpoint, getattr(torch, dtype), device)
     passes = product(wanted.phases, wanted.batches, wanted.tokens)
     return LatencyTable(
-        machine=where(device),
+        machine=where(device, torch.get_num_threads()),
         device=device.type,
         dtype=dtype,
         versions=versions(),

@@ -45,11 +45,10 @@ def medians(
     return {key: statistics.median(found) for key, found in times.items()}
 
 
-def where(device: torch.device) -> str:
+def where(device: torch.device, threads: int) -> str:
     """The machine as a table names it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
     return f"{processor()}, {threads} thread{'s' if threads > 1 else ''}"
 
 
