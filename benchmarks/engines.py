@@ -140,6 +140,23 @@ def older(packages: Path, run: Path) -> tuple[str, str]:
     return f"transformers {told[0]}", words + ("" if same else ", **another tokenizer**")
 
 
+def quantised(file: Path) -> Path:
+    """A file in F16 as Q4_K_M beside it, by the llama.cpp that cyllama brings.
+
+    Raises:
+        ResourceError: it is not installed.
+    """
+    try:
+        from cyllama.llama import llama_cpp
+    except ImportError:
+        raise ResourceError("Q4_K_M is left out: pip install cyllama") from None
+    params = llama_cpp.LlamaModelQuantizeParams()
+    params.ftype = 15  # LLAMA_FTYPE_MOSTLY_Q4_K_M
+    target = file.with_name(file.name.replace("F16", "Q4_K_M"))
+    llama_cpp.model_quantize(str(file), str(target), params)
+    return target
+
+
 def speed(file: Path) -> tuple[float, float]:
     """Tokens per second of reading 512 tokens, and of writing 64 behind them, on one thread."""
     from rayprune.workers.engines.llama_cpp import ask, server
