@@ -37,7 +37,9 @@ from rayprune.workers.store.layout import CALIBRATION_TASK, TOKENS_FILE, model_f
 
 UNEVEN: dict[str, Any] = {"per_layer": True, "allocation": "threshold"}
 SHAPES: dict[str, dict[str, Any]] = {
-    "layers alike": {"export": {"target": ["transformers-4", "vllm", "gguf", "gguf-q8_0"]}},
+    "layers alike": {
+        "export": {"target": ["transformers-4", "ctranslate2", "vllm", "gguf", "gguf-q8_0"]}
+    },
     "layers of different sizes": {
         "method": "numerical",
         "budget": UNEVEN | {"kv_groups": "ALL"},

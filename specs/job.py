@@ -336,7 +336,7 @@ class MemorySpec(Section):
     """
 
 
-Target = Literal["transformers", "transformers-4", "vllm", "gguf", "gguf-q8_0"]
+Target = Literal["transformers", "transformers-4", "vllm", "ctranslate2", "gguf", "gguf-q8_0"]
 
 
 def one_or_more(value: object) -> object:
@@ -358,8 +358,10 @@ class ExportSpec(Section):
     ] = ("transformers",)
     """Engines it is written for, one or a list. `transformers` is there always, in `model`;
     `transformers-4`: what 4.57 cannot read is refused; `vllm`: a Qwen2 with fewer heads is written
-    as a Llama, layers of different sizes in `export/vllm`; `gguf`, `gguf-q8_0`: a file for
-    llama.cpp in F16 or Q8_0, in `export` (extra `gguf`).
+    as a Llama, layers of different sizes in `export/vllm`; `ctranslate2`: a Llama with heads
+    of another size than hidden size / heads is written as a Mistral, what CTranslate2 would
+    misread is refused; `gguf`, `gguf-q8_0`: a file for llama.cpp in F16 or Q8_0, in `export`
+    (extra `gguf`).
     """
     tensor_parallel: int = Field(default=1, ge=1, le=256)
     """GPUs that every layer will be split over where the model is served: each gets as many KV
@@ -372,10 +374,11 @@ class ExportSpec(Section):
 
     @property
     def form(self) -> str:
-        """What the model's folder is written for: one that vLLM reads is one of transformers
-        too.
+        """What the model's folder is written for: one that another engine reads is one of
+        transformers too, and one of CTranslate2 one of vLLM.
         """
-        return "vllm" if "vllm" in self.target else "transformers"
+        others = (target for target in ("ctranslate2", "vllm") if target in self.target)
+        return next(others, "transformers")
 
 
 class EvaluationSpec(TextSpec):
