@@ -42,6 +42,11 @@ class Stacks:
         outer.tie_weights()
         outer.to(device)
 
+    @property
+    def element_bytes(self) -> int:
+        """Of a weight."""
+        return self._dtype.itemsize
+
     def network(self, layers: Sequence[nn.Module]) -> Any:
         """The model with these layers in the place of its own; the ones before are gone."""
         self._network.set_submodule(self._described.layers_at, nn.ModuleList(layers))

@@ -89,7 +89,7 @@ def _measured(
     """The times of one pass."""
     full = checkpoint.model.units
     given = tokens if phase == "prefill" else 1
-    count = _stacked(checkpoint, batch * given)
+    count = _stacked(checkpoint, stacks.element_bytes, batch * given)
     ids_BT = torch.zeros(batch, given, dtype=torch.int64, device=device)
 
     def passing(kept: dict[str, int], count: int) -> Callable[[], object]:
@@ -98,8 +98,8 @@ def _measured(
 
         def work() -> object:
             network = stacks.network(layers)
-            told = with_cache(network, cache)
-            return network(ids_BT, use_cache=True, logits_to_keep=1, **told)
+            more = with_cache(network, cache)
+            return network(ids_BT, use_cache=True, logits_to_keep=1, **more)
 
         return work
 
@@ -124,10 +124,10 @@ def _measured(
     )
 
 
-def _stacked(checkpoint: Checkpoint, tokens: int) -> int:
+def _stacked(checkpoint: Checkpoint, element_bytes: int, tokens: int) -> int:
     """Layers that a pass over so many tokens is timed with."""
-    layer_bytes = 2 * checkpoint.decoder_parameters // checkpoint.num_layers
-    wanted = FLUSHED_BYTES // layer_bytes if tokens < FEW_TOKENS else 2
+    layer_bytes = element_bytes * checkpoint.decoder_parameters // checkpoint.num_layers
+    wanted = -(-FLUSHED_BYTES // layer_bytes) if tokens < FEW_TOKENS else 2
     return min(checkpoint.num_layers, max(2, wanted))
 
 

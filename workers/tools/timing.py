@@ -4,6 +4,7 @@ import inspect
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from functools import cache as cached
 from importlib.metadata import version
 from typing import Any, TypeVar
 
@@ -61,5 +62,10 @@ def with_cache(network: Any, cache: Any) -> dict[str, Any]:
     """The argument by which a network is given its cache, under the name that this version of
     transformers has for it.
     """
-    known = inspect.signature(network.forward).parameters
-    return {"cache" if "cache" in known else "past_key_values": cache}
+    return {_cache_name(type(network)): cache}
+
+
+@cached
+def _cache_name(kind: Any) -> str:
+    known = inspect.signature(kind.forward).parameters
+    return "cache" if "cache" in known else "past_key_values"
