@@ -25,7 +25,7 @@ from rayprune.workers.calibration import frame_of, load_tokenizer, masked, read_
 from rayprune.workers.model.checkpoint import open_checkpoint
 from rayprune.workers.network.load_check import check_loads
 from rayprune.workers.tools.generate import generate
-from rayprune.workers.tools.latency import measure_latency
+from rayprune.workers.tools.latency import Wanted, measure_latency
 from tests.conftest import MakeJob, MakeModel, edit_json, folder_bytes
 from tests.helpers import quiet
 
@@ -262,7 +262,7 @@ def test_what_is_no_encoder_is_refused(
 
 def test_tools_for_causal_models_say_so(make_model: MakeModel) -> None:
     folder = make_model("bert")
-    for work in (lambda: next(generate(folder, 8)), lambda: measure_latency(folder, 1, 8)):
+    for work in (lambda: next(generate(folder, 8)), lambda: measure_latency(folder, Wanted())):
         with pytest.raises(RaypruneError, match="encoder"):
             work()
 

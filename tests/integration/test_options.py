@@ -78,6 +78,7 @@ CHANGES: dict[str, list[str]] = {
         "budget.weight_bytes=120000",
         "budget.flops_per_token=60000",
         "budget.kv_bytes_per_token=200",
+        "budget.memory={bytes: 130000, context: 10}",
         "budget.kv_groups=1",
         "budget.round_to=16",
         "budget.probe_samples=2",
@@ -188,6 +189,13 @@ NOT_CHANGED = {
     "calibration.field": "plain text has none",
     "budget.latency_ms": "needs a table of measured times",
     "budget.latency_table": "needs a table of measured times",
+    **dict.fromkeys(
+        (f"budget.tokens_per_second.{name}" for name in ("prefill", "decode", "batch", "tokens")),
+        "needs a table of measured times",
+    ),
+    **dict.fromkeys(
+        (f"budget.memory.{name}" for name in ("bytes", "batch", "context")), "changed together"
+    ),
     "budget.experts": "needs experts: test_experts.py",
     "budget.expert_score": "needs experts: test_experts.py",
     "budget.allocation.name": "changed with per_layer and threshold",

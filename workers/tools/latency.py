@@ -5,6 +5,7 @@ shapes in the stock model, with its cache.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
+from math import lcm
 from pathlib import Path
 
 import torch
@@ -49,7 +50,7 @@ def measure_latency(model: Path, wanted: Wanted) -> LatencyTable:
 
     Raises:
         ModelError: no such model, or not one that can be pruned.
-        SpecError: a number is too small, or the model is a mixture of experts or an encoder.
+        SpecError: a number is too small, or the model is an encoder.
         ResourceError: there is no such device.
     """
     numbers = (*wanted.batches, *wanted.tokens, wanted.threads or 1)
@@ -58,8 +59,6 @@ def measure_latency(model: Path, wanted: Wanted) -> LatencyTable:
     if wanted.threads:
         torch.set_num_threads(wanted.threads)
     checkpoint = open_checkpoint(model)
-    if checkpoint.model.experts:
-        raise SpecError(f"{model}: latency is not measured of mixtures of experts")
     if not checkpoint.model.causal:
         raise SpecError(
             f"{model}: layers of an encoder cannot be timed by size yet; set budget.sparsity or"
@@ -90,7 +89,9 @@ def _measured(
     full = checkpoint.model.units
     given = tokens if phase == "prefill" else 1
     count = _stacked(checkpoint, stacks.element_bytes, batch * given)
-    ids_BT = torch.zeros(batch, given, dtype=torch.int64, device=device)
+    # tokens that differ, so that a router sends them to different experts
+    ids_BT = torch.arange(batch * given, device=device).view(batch, given)
+    ids_BT %= checkpoint.model.vocabulary
 
     def passing(kept: dict[str, int], count: int) -> Callable[[], object]:
         layers = stacks.layers(kept, count, batch, given)
@@ -134,11 +135,18 @@ def _stacked(checkpoint: Checkpoint, element_bytes: int, tokens: int) -> int:
 def _sizes(groups: Sequence[Group]) -> Iterator[tuple[str, int]]:
     """Numbers of units to time, by group, ascending from none; channels in multiples of 64 where
     there are enough.
+
+    Of units that the stock class holds all or none of, none. Some experts, and some of their
+    channels, always stay.
     """
     for group in groups:
         unit = 64 if group.num_units >= 64 * SIZES else 1
+        unit = lcm(unit, group.multiple, group.parts)
         step = max(1, group.num_units // SIZES // unit) * unit
-        yield from ((group.name, units) for units in range(0, group.num_units, step))
+        of_experts = group.kind == "experts" or group.count > 1
+        least = -(-group.fewest // step) * step if of_experts else 0
+        most = 1 if group.fixed or group.stock else group.num_units
+        yield from ((group.name, units) for units in range(least, most, step))
 
 
 def _rising(measured: dict[int, float], units: int, whole: float) -> dict[int, float]:
