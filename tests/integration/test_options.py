@@ -189,13 +189,7 @@ NOT_CHANGED = {
     "calibration.field": "plain text has none",
     "budget.latency_ms": "needs a table of measured times",
     "budget.latency_table": "needs a table of measured times",
-    **dict.fromkeys(
-        (f"budget.tokens_per_second.{name}" for name in ("prefill", "decode", "batch", "tokens")),
-        "needs a table of measured times",
-    ),
-    **dict.fromkeys(
-        (f"budget.memory.{name}" for name in ("bytes", "batch", "context")), "changed together"
-    ),
+    "budget.tokens_per_second": "needs a table of measured times",
     "budget.experts": "needs experts: test_experts.py",
     "budget.expert_score": "needs experts: test_experts.py",
     "budget.allocation.name": "changed with per_layer and threshold",
