@@ -151,6 +151,30 @@ def test_every_kind_of_model_is_timed_with_its_cache(family: str, make_model: Ma
         assert cache.get_seq_length() == 6
 
 
+def test_a_mixture_is_timed_by_experts_and_their_channels_which_a_budget_counts(
+    make_model: MakeModel, make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(latency, "ROUNDS", 1)
+    model = make_model("mixtral")
+    units = open_checkpoint(model).model.units
+    table = latency.measure_latency(model, latency.Wanted(phases=["prefill"], tokens=[4]))
+    (one,) = table.passes
+    assert min(one.narrowed_ms["experts"]) >= 2  # those of a token
+    assert all(count % 8 == 0 for count in one.narrowed_ms["neurons"])
+    # a layer takes 1 ms, half the channels half of it
+    times = {name: {0: 0.0 if name == "neurons" else 1.0, n: 1.0} for name, n in units.items()}
+    made = PASS | {"phase": "prefill", "outer_ms": 0.0, "layer_ms": 1.0, "narrowed_ms": times}
+    (tmp_path / "table.yaml").write_text(json.dumps(ABOUT | {"passes": [made]}))
+    budget = {
+        "sparsity": None,
+        "kv_groups": units["heads"],
+        "latency_ms": 3 * 0.5 + 1e-6,
+        "latency_table": str(tmp_path / "table.yaml"),
+    }
+    planned = plan(load_job(make_job(model, budget=budget)))
+    assert planned.shape.kept == units | {"neurons": units["neurons"] // 2}
+
+
 @pytest.mark.parametrize(
     ("asked", "neurons"),
     [  # 3 layers, channels in fours
