@@ -37,7 +37,9 @@ from rayprune.workers.store.layout import CALIBRATION_TASK, TOKENS_FILE, model_f
 
 UNEVEN: dict[str, Any] = {"per_layer": True, "allocation": "threshold"}
 SHAPES: dict[str, dict[str, Any]] = {
-    "layers alike": {"export": {"target": ["transformers-4", "vllm", "gguf", "gguf-q8_0"]}},
+    "layers alike": {
+        "export": {"target": ["transformers-4", "ctranslate2", "vllm", "gguf", "gguf-q8_0"]}
+    },
     "layers of different sizes": {
         "method": "numerical",
         "budget": UNEVEN | {"kv_groups": "ALL"},
@@ -138,6 +140,23 @@ def older(packages: Path, run: Path) -> tuple[str, str]:
     text = "Words, and 123 numbers.  So it is."
     same = AutoTokenizer.from_pretrained(model)(text)["input_ids"] == told[2]
     return f"transformers {told[0]}", words + ("" if same else ", **another tokenizer**")
+
+
+def quantised(file: Path) -> Path:
+    """A file in F16 as Q4_K_M beside it, by the llama.cpp that cyllama brings.
+
+    Raises:
+        ResourceError: it is not installed.
+    """
+    try:
+        from cyllama.llama import llama_cpp
+    except ImportError:
+        raise ResourceError("Q4_K_M is left out: pip install cyllama") from None
+    params = llama_cpp.LlamaModelQuantizeParams()
+    params.ftype = 15  # LLAMA_FTYPE_MOSTLY_Q4_K_M
+    target = file.with_name(file.name.replace("F16", "Q4_K_M"))
+    llama_cpp.model_quantize(str(file), str(target), params)
+    return target
 
 
 def speed(file: Path) -> tuple[float, float]:

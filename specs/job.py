@@ -188,7 +188,41 @@ _TARGETS = (
     "flops_per_token",
     "kv_bytes_per_token",
     "latency_ms",
+    "tokens_per_second",
+    "memory",
 )
+SPEEDS = ("latency_ms", "tokens_per_second")
+"""Targets that are counted with a table."""
+
+
+class SpeedSpec(Section):
+    """Tokens per second, at least, counted with `latency_table`: one of the two or both."""
+
+    prefill: Annotated[float, Field(gt=0.0)] | None = None
+    """While prompts are read, over all sequences."""
+    decode: Annotated[float, Field(gt=0.0)] | None = None
+    """While tokens are written, over all sequences."""
+    batch: Annotated[int, Field(ge=1)] | None = None
+    """Sequences at once; null: as the table has it, if it has one number alone."""
+    tokens: Annotated[int, Field(ge=1)] | None = None
+    """Of a prompt, or before the token that is written; null: as the table has it."""
+
+    @model_validator(mode="after")
+    def _asks_for_something(self) -> Self:
+        if self.prefill is None and self.decode is None:
+            raise ValueError("tokens_per_second asks for nothing; give prefill, decode or both")
+        return self
+
+
+class ServedMemorySpec(Section):
+    """Memory where the model is served."""
+
+    bytes: ByteSize
+    """Of the weights and the KV cache together, at most."""
+    batch: int = Field(default=1, ge=1)
+    """Sequences in the cache."""
+    context: int = Field(ge=1)
+    """Tokens of each."""
 
 
 class BudgetSpec(Section):
@@ -207,7 +241,11 @@ class BudgetSpec(Section):
     kv_bytes_per_token: ByteSize | None = None
     """Bytes that the KV cache takes for one token, at most."""
     latency_ms: Annotated[float, Field(gt=0.0)] | None = None
-    """Milliseconds of a forward pass, at most, counted with `latency_table`."""
+    """Milliseconds of a forward pass over a prompt, at most, counted with `latency_table`."""
+    tokens_per_second: SpeedSpec | None = None
+    """Speed while prompts are read and tokens are written, counted with `latency_table`."""
+    memory: ServedMemorySpec | None = None
+    """Weights and KV cache together where the model is served."""
     latency_table: LocalPath | None = None
     """Times of the model's layers by size on the machine that matters, as `rayprune latency` has
     measured them.
@@ -241,10 +279,11 @@ class BudgetSpec(Section):
 
     @model_validator(mode="after")
     def _latency_is_counted(self) -> Self:
-        if self.latency_ms and not self.latency_table:
-            raise ValueError(
-                "latency_ms needs latency_table: write one with `rayprune latency MODEL > FILE`"
-            )
+        for name in SPEEDS:
+            if getattr(self, name) is not None and not self.latency_table:
+                raise ValueError(
+                    f"{name} needs latency_table: write one with `rayprune latency MODEL > FILE`"
+                )
         return self
 
     @model_validator(mode="after")
@@ -315,7 +354,7 @@ class MemorySpec(Section):
     """
 
 
-Target = Literal["transformers", "transformers-4", "vllm", "gguf", "gguf-q8_0"]
+Target = Literal["transformers", "transformers-4", "vllm", "ctranslate2", "gguf", "gguf-q8_0"]
 
 
 def one_or_more(value: object) -> object:
@@ -337,8 +376,10 @@ class ExportSpec(Section):
     ] = ("transformers",)
     """Engines it is written for, one or a list. `transformers` is there always, in `model`;
     `transformers-4`: what 4.57 cannot read is refused; `vllm`: a Qwen2 with fewer heads is written
-    as a Llama, layers of different sizes in `export/vllm`; `gguf`, `gguf-q8_0`: a file for
-    llama.cpp in F16 or Q8_0, in `export` (extra `gguf`).
+    as a Llama, layers of different sizes in `export/vllm`; `ctranslate2`: a Llama with heads
+    of another size than hidden size / heads is written as a Mistral, what CTranslate2 would
+    misread is refused; `gguf`, `gguf-q8_0`: a file for llama.cpp in F16 or Q8_0, in `export`
+    (extra `gguf`).
     """
     tensor_parallel: int = Field(default=1, ge=1, le=256)
     """GPUs that every layer will be split over where the model is served: each gets as many KV
@@ -351,10 +392,11 @@ class ExportSpec(Section):
 
     @property
     def form(self) -> str:
-        """What the model's folder is written for: one that vLLM reads is one of transformers
-        too.
+        """What the model's folder is written for: one that another engine reads is one of
+        transformers too, and one of CTranslate2 one of vLLM.
         """
-        return "vllm" if "vllm" in self.target else "transformers"
+        others = (target for target in ("ctranslate2", "vllm") if target in self.target)
+        return next(others, "transformers")
 
 
 class EvaluationSpec(TextSpec):

@@ -1,20 +1,23 @@
-"""Commands about models and machines, without a job: inspect, profile, latency, bench,
+"""Commands about models and machines, without a job: inspect, profile, latency,
 generate.
 """
 
 import argparse
 import sys
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import rayprune
+from rayprune.orchestrator.commands import bench
+from rayprune.orchestrator.commands.bench import device_arguments
 from rayprune.orchestrator.reporting.events import Event
 from rayprune.specs.errors import SpecError
 from rayprune.specs.machine import profile_text
 from rayprune.workers.store.layout import OWN_FILE, task_folder
+
+PHASES = ("prefill", "decode")
 
 
 def add(commands: Any) -> None:
@@ -29,7 +32,7 @@ def add(commands: Any) -> None:
     )
     profile.set_defaults(command=_profile)
     _latency_command(commands)
-    _bench_command(commands)
+    bench.add(commands)
     _generate_command(commands)
 
 
@@ -39,33 +42,21 @@ def _latency_command(commands: Any) -> None:
     )
     latency.add_argument("model", type=Path, metavar="MODEL", help="model folder")
     latency.add_argument(
-        "--batch", type=int, default=1, help="sequences that are computed together"
+        "--phase", nargs="+", choices=PHASES, default=PHASES, help="reading prompts, writing tokens"
+    )
+    latency.add_argument(
+        "--batch", type=int, nargs="+", default=[1], help="sequences that are computed together"
     )
     latency.add_argument(
         "--tokens",
         type=int,
-        default=512,
-        help="tokens of each; 1: a step of decoding, without earlier tokens",
+        nargs="+",
+        default=[512],
+        help="of each: of the prompt, or before the token that is written",
     )
     latency.add_argument("--threads", type=int, help="CPU threads; default: as torch chooses")
+    device_arguments(latency, None)
     latency.set_defaults(command=_latency)
-
-
-def _bench_command(commands: Any) -> None:
-    bench = commands.add_parser(
-        "bench", help="measure models side by side in transformers on the CPU, in turns"
-    )
-    bench.add_argument(
-        "models", type=Path, nargs="+", metavar="MODEL", help="model folder; the first is the base"
-    )
-    bench.add_argument("--tokens", type=int, default=512, help="tokens of the prompt")
-    bench.add_argument("--new", type=int, default=32, help="tokens that are written behind it")
-    bench.add_argument("--rounds", type=int, default=5, help="measurements of each, in turns")
-    bench.add_argument("--threads", type=int, default=1, help="CPU threads")
-    bench.add_argument(
-        "--dtype", choices=["float32", "bfloat16"], default="float32", help="of the computation"
-    )
-    bench.set_defaults(command=_bench)
 
 
 def _generate_command(commands: Any) -> None:
@@ -125,23 +116,11 @@ def _profile(options: argparse.Namespace) -> None:
 
 def _latency(options: argparse.Namespace) -> None:
     from rayprune.specs.latency import latency_text
-    from rayprune.workers.tools.latency import measure_latency
+    from rayprune.workers.tools.latency import Wanted, measure_latency
 
-    print(
-        latency_text(
-            measure_latency(options.model, options.batch, options.tokens, options.threads)
-        ),
-        end="",
-    )
-
-
-def _bench(options: argparse.Namespace) -> None:
-    from rayprune.orchestrator.reporting.progress import print_parts
-    from rayprune.orchestrator.reporting.speed_view import speed_table
-    from rayprune.workers.tools.bench import bench
-
-    wanted = (options.tokens, options.new, options.rounds, options.threads, options.dtype)
-    print_parts([speed_table([asdict(found) for found in bench(options.models, *wanted)])])
+    o = options
+    wanted = Wanted(o.phase, o.batch, o.tokens, o.threads, o.device, o.dtype)
+    print(latency_text(measure_latency(o.model, wanted)), end="")
 
 
 def _generate(options: argparse.Namespace) -> None:

@@ -16,7 +16,7 @@ def add(commands: Any) -> None:
     )
     verify.add_argument(
         "--engine",
-        choices=["transformers", "llama.cpp", "vllm"],
+        choices=["transformers", "ctranslate2", "llama.cpp", "vllm"],
         help="let this engine go on with texts, and compare its tokens with transformers' in"
         " float32",
     )

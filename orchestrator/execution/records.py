@@ -7,7 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rayprune.orchestrator.execution.run_folder import JOB_FILE, PAGE_FILE, PLAN_FILE, REPORT_FILE
+from rayprune.orchestrator.execution.run_folder import (
+    BENCH_FILE,
+    JOB_FILE,
+    PAGE_FILE,
+    PLAN_FILE,
+    REPORT_FILE,
+)
 from rayprune.specs.errors import VerificationError
 from rayprune.workers.store.files import fingerprint, read_manifest, record_of
 from rayprune.workers.store.layout import (
@@ -33,9 +39,10 @@ def records(run: Path) -> dict[str, dict[str, str]]:
     tasks = {name: manifest.sha256 for name, manifest in found.items() if manifest}
     named = [run / name for name in (JOB_FILE, PLAN_FILE, PAGE_FILE)]
     cards = [folder / CARD_FILE for folder in (model_folder(run), recovered_folder(run))]
+    may_be = (*cards, run / BENCH_FILE)
     files = {
         file.relative_to(run).as_posix(): record_of(file).sha256
-        for file in (*named, *filter(Path.is_file, cards))
+        for file in (*named, *filter(Path.is_file, may_be))
     }
     return {"tasks": tasks, "files": files}
 

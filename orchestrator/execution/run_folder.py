@@ -30,7 +30,7 @@ from rayprune.workers.store.plain import check_plain, remove_temporaries
 CODE_VERSION = 8
 """Raised whenever the same job would give other bytes."""
 JOB_FILE, EVENTS_FILE, PLAN_FILE, LOCK_FILE = "job.yaml", "events.jsonl", "plan.json", "run.lock"
-REPORT_FILE, PAGE_FILE = "report.json", "report.html"
+REPORT_FILE, PAGE_FILE, BENCH_FILE = "report.json", "report.html", "bench.json"
 HOW_COMPUTED = ("model.dtype", "parallel.device")
 """Options that say on what kind of device and in which type workers compute."""
 _version = cache(version)
@@ -108,7 +108,7 @@ class RunFolder:
         for part in (*(self.path / name for name in folders), model_folder(self.path)):
             if part.exists() and not part.is_dir():
                 raise SpecError(f"{part}: is no folder; remove it, or choose another --out")
-        for name in (JOB_FILE, EVENTS_FILE, PLAN_FILE, REPORT_FILE, PAGE_FILE):
+        for name in (JOB_FILE, EVENTS_FILE, PLAN_FILE, REPORT_FILE, PAGE_FILE, BENCH_FILE):
             if (self.path / name).is_dir():
                 raise SpecError(
                     f"{self.path / name}: is a folder; remove it, or choose another --out"

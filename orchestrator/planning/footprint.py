@@ -7,12 +7,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 
 from rayprune.specs.job import BudgetSpec, ExportSpec, JobSpec
-from rayprune.specs.latency import load_latency
+from rayprune.specs.latency import Phase, TimedPass, load_latency
 from rayprune.workers.model.checkpoint import Checkpoint
 from rayprune.workers.model.config import DTYPES
 from rayprune.workers.model.description import Group, Shapes
 from rayprune.workers.model.folder import PLANNED_BYTES, TensorInfo
 from rayprune.workers.model.form import AS_IT_IS, Form
+
+PHASES: tuple[Phase, ...] = ("prefill", "decode")
+CHANGES = {
+    "decoder_parameters": "lower budget.sparsity",
+    "prefill_ms": "lower budget.tokens_per_second.prefill",
+    "decode_ms": "lower budget.tokens_per_second.decode",
+    "memory_bytes": "raise budget.memory.bytes",
+}
+"""What to change where a footprint takes too much, by field; of others the option of that name is
+raised."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +41,14 @@ class Footprint:
     """Keys and values that the cache keeps of one token, in the type of the weights."""
     latency_ms: float = 0.0
     """Milliseconds of a forward pass, from `budget.latency_table`; 0 without one."""
+    prefill_ms: float = 0.0
+    """Milliseconds of the pass that `budget.tokens_per_second.prefill` is counted with; 0: it is
+    not asked for.
+    """
+    decode_ms: float = 0.0
+    """The same of `budget.tokens_per_second.decode`."""
+    memory_bytes: int = 0
+    """Weights, and keys and values of `budget.memory`; 0: it is not asked for."""
 
 
 def footprint(
@@ -39,20 +57,20 @@ def footprint(
     """The footprint of the model that keeps so many units per group in each of its layers; all of
     them, or none, are allowed.
     """
-    table, model = job.budget.latency_table, checkpoint.model
+    model = checkpoint.model
     uniform = len(layers) > 0 and all(kept == layers[0] for kept in layers)
     stock = uniform and model.is_stock(layers[0])
     form = checkpoint.form(layers[0], job.export.form) if stock else AS_IT_IS
     shapes = form.outer_shapes({n: info.shape for n, info in checkpoint.outer_tensors.items()})
     outer = _sizes(shapes, checkpoint.outer_tensors, job.export)
-    outside_ms = load_latency(table).outer_ms if table else 0.0
     around = Footprint(
         0,
         sum(math.prod(shape) for shape, _ in outer.values()),
         _num_bytes(outer),
         2 * model.vocabulary * model.hidden if model.head else 0,
         0,
-        outside_ms,
+        **{name: timed.outer_ms for name, timed in counted_with(job.budget).items()},
+        memory_bytes=_served(job.budget, _num_bytes(outer), 0),
     )
     alike = [tuple(kept.items()) for kept in layers]
     each = {items: layer_footprint(checkpoint, dict(items), job, form) for items in set(alike)}
@@ -72,7 +90,7 @@ def layer_footprint(
     """
     if not any(kept.values()):
         return Footprint(0, 0, 0, 0, 0)
-    export, table, dense = job.export, job.budget.latency_table, checkpoint.model.layers[0]
+    export, budget, dense = job.export, job.budget, checkpoint.model.layers[0]
     infos = checkpoint.layer_tensors(0)
     cut = dense.cut_shapes(kept)
     layer = _sizes(form.layer_shapes(cut), infos, export)
@@ -84,8 +102,41 @@ def layer_footprint(
         for group in dense.groups
         if group.cached
     )
-    milliseconds = load_latency(table).layer(kept) if table else 0.0
-    return Footprint(parameters, parameters, _num_bytes(layer), 2 * matrices, cached, milliseconds)
+    return Footprint(
+        parameters,
+        parameters,
+        _num_bytes(layer),
+        2 * matrices,
+        cached,
+        **{name: timed.layer(kept) for name, timed in counted_with(budget).items()},
+        memory_bytes=_served(budget, _num_bytes(layer), cached),
+    )
+
+
+def counted_with(budget: BudgetSpec) -> dict[str, TimedPass]:
+    """The measured passes that a budget is counted with, by the field of `Footprint` that each
+    fills.
+
+    Raises:
+        SpecError: the table does not say which, or lacks one.
+    """
+    if budget.latency_table is None:
+        return {}
+    table, speed = load_latency(budget.latency_table), budget.tokens_per_second
+    found: dict[str, TimedPass] = {}
+    if budget.latency_ms or [timed.phase for timed in table.passes] == ["prefill"]:
+        found["latency_ms"] = table.find("budget.latency_ms", "prefill", None, None)
+    for phase in PHASES:
+        if speed and getattr(speed, phase):
+            option = f"budget.tokens_per_second.{phase}"
+            found[f"{phase}_ms"] = table.find(option, phase, speed.batch, speed.tokens)
+    return found
+
+
+def _served(budget: BudgetSpec, weight_bytes: int, kv_bytes: int) -> int:
+    """What a part of the model takes of `budget.memory`."""
+    asked = budget.memory
+    return weight_bytes + asked.batch * asked.context * kv_bytes if asked else 0
 
 
 def _idle(group: Group, shapes: Shapes) -> int:
@@ -122,7 +173,8 @@ def _sizes(shapes: Shapes, infos: Mapping[str, TensorInfo], export: ExportSpec) 
 
 def limits(budget: BudgetSpec, dense_decoder_parameters: int) -> dict[str, float]:
     """The most of a footprint that the budget allows, by field of `Footprint`."""
-    asked = {
+    speed, timed = budget.tokens_per_second, counted_with(budget)
+    asked: dict[str, float | None] = {
         "decoder_parameters": (
             budget.sparsity and (1 - budget.sparsity) * dense_decoder_parameters + 1e-6
         ),
@@ -131,7 +183,11 @@ def limits(budget: BudgetSpec, dense_decoder_parameters: int) -> dict[str, float
         "flops_per_token": budget.flops_per_token,
         "kv_bytes_per_token": budget.kv_bytes_per_token,
         "latency_ms": budget.latency_ms,
+        "memory_bytes": budget.memory.bytes if budget.memory else None,
     }
+    for phase in PHASES:
+        if speed and (wanted := getattr(speed, phase)):
+            asked[f"{phase}_ms"] = timed[f"{phase}_ms"].at_most(wanted)
     return {name: limit for name, limit in asked.items() if limit is not None}
 
 
@@ -140,11 +196,8 @@ def exceeded(size: Footprint, allowed: Mapping[str, float]) -> list[str]:
     over = {
         name: getattr(size, name) for name, limit in allowed.items() if getattr(size, name) > limit
     }
-    changes = {
-        name: "lower budget.sparsity" if name == "decoder_parameters" else f"raise budget.{name}"
-        for name in over
-    }
     return [
-        f"{changes[name]} ({name.replace('_', ' ')}: {value:,} of {allowed[name]:,.0f})"
+        f"{CHANGES.get(name, f'raise budget.{name}')} ({name.replace('_', ' ')}: {value:,} of"
+        f" {allowed[name]:,.0f})"
         for name, value in over.items()
     ]

@@ -46,7 +46,6 @@ def _check_job(job: JobSpec) -> None:
         "parallel.placement: set it to shards": job.parallel.placement != "shards",
         "parallel.propagation: set it to pruned": job.parallel.effective_propagation != "pruned",
         "budget.per_layer: set it to false": job.budget.per_layer,
-        "budget.latency_ms: leave it out, with latency_table": bool(job.budget.latency_table),
         "correction.drift: set it to 0": job.correction.drift > 0,
         "method.scale: set it to weights": job.gradient_windows > 0,
         f"method {job.method.name}: take one that does not train": len(job.method.trainings) > 0,

@@ -26,6 +26,7 @@ from rayprune.orchestrator.planning.memory_choice import (
 from rayprune.orchestrator.planning.mixtures import kept_experts
 from rayprune.orchestrator.planning.own_text import own_tasks
 from rayprune.orchestrator.planning.shapes import Shape, open_shapes, planned_shape
+from rayprune.orchestrator.planning.speeds import PredictedSpeed, predicted_speeds
 from rayprune.orchestrator.planning.targets import check_targets
 from rayprune.orchestrator.planning.timing import Stage, stages
 from rayprune.orchestrator.planning.workload import Workload, in_rows, tokens_per_neuron
@@ -126,6 +127,8 @@ class Plan:
     corrects_drift: bool
     steps: tuple[PlannedStep, ...] = ()
     """The passes, where they are several; the rest of the plan is then of all of them."""
+    speeds: tuple[PredictedSpeed, ...] = ()
+    """By `budget.latency_table`, of the shapes."""
     fallbacks: tuple[str, ...] = ()
     """What engines do with widths that they do not take as they are."""
     notes: tuple[str, ...] = ()
@@ -183,8 +186,12 @@ class Plan:
         ]
 
     def chosen(self, shape: Shape) -> "Plan":
-        """The plan with its shape decided; costs stay those of the dearest shape."""
-        return replace(self, shapes=(shape,))
+        """The plan with its shape decided; costs stay those of the dearest shape, speeds are told
+        of one that was open.
+        """
+        known = shape in self.shapes
+        speeds = tuple(s.of(self.shapes.index(shape)) for s in self.speeds) if known else ()
+        return replace(self, shapes=(shape,), speeds=speeds)
 
     def document(self) -> dict[str, Any]:
         """As written to plan.json, parts laid flat; the parameters that remain stand there once the
@@ -270,6 +277,7 @@ def make_plan(
         calibration_tokens=load.tokens,
         tokens_per_neuron=tokens_per_neuron(load),
         corrects_drift=load.corrects_drift,
+        speeds=predicted_speeds(job, checkpoint, shapes),
         fallbacks=fallbacks(model, shapes, job.export.tensor_parallel),
     )
 

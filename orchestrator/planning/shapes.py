@@ -38,8 +38,16 @@ class Shape:
     flops_per_token: int | None = None
     kv_bytes_per_token: int | None = None
     latency_ms: float | None = None
+    prefill_ms: float | None = None
+    decode_ms: float | None = None
+    memory_bytes: int | None = None
     layers: tuple[Mapping[str, int], ...] = ()
     """Units per coupled group of every layer, where layers differ."""
+
+    def facts(self) -> dict[str, object]:
+        """As it is recorded: what was not asked for of speed and memory is left out."""
+        later = ("prefill_ms", "decode_ms", "memory_bytes")
+        return {k: v for k, v in asdict(self).items() if k not in later or v}
 
     def kept_in(self, layer: int) -> dict[str, int]:
         """Units per coupled group that stay in one layer."""

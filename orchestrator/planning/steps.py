@@ -125,6 +125,7 @@ def _together(job: JobSpec, steps: InSteps, plans: dict[int, Plan]) -> Plan:
     return replace(
         first,
         shapes=last.shapes,
+        speeds=last.speeds,
         tasks=(
             *own_tasks(job),
             CALIBRATION_TASK,

@@ -1,7 +1,8 @@
 """The model card: README.md of an exported folder, as the Hugging Face Hub reads it.
 
 It says what the model's values depend on and what was measured of them, and nothing of where or
-when it was made: the same job gives the same card.
+when it was made: the same job gives the same card. Speeds, which `rayprune bench` adds, say where
+they were measured.
 """
 
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCardData
 
 from rayprune.orchestrator.reporting.report import Dense, Report
+from rayprune.orchestrator.reporting.speeds import protocol, speed_rows
 from rayprune.orchestrator.reporting.tables import text, titled
 
 TASKS = {
@@ -114,7 +116,10 @@ def _body(report: Report, dense: Dense, recovered: bool) -> Iterator[str]:
     for group, kept in report.kept.items():
         units = f"{dense.units[group]:,}" if group in dense.units else "unknown"
         yield f"| {titled(group)} of a layer | {units} | {kept} |"
+    yield from (speeds := list(speed_rows(report.speeds, "recovered" if recovered else "pruned")))
     yield from _quality(report, recovered)
+    if report.speeds and speeds:
+        yield f"{protocol(report.speeds)}.\n"
     code = ", trust_remote_code=True" if report.models.own_class else ""
     yield LOADING.format(auto_class=report.models.auto_class, code=code)
     used = report.calibration

@@ -12,6 +12,7 @@ from typing import Any
 from rayprune import __version__
 from rayprune.orchestrator.execution.records import records, sealed
 from rayprune.orchestrator.execution.run_folder import (
+    BENCH_FILE,
     PAGE_FILE,
     REPORT_FILE,
     environment,
@@ -33,6 +34,7 @@ from rayprune.orchestrator.reporting.report import (
     StepReport,
     Training,
 )
+from rayprune.orchestrator.reporting.speeds import Speeds, read_speeds
 from rayprune.orchestrator.stages.context import Context
 from rayprune.orchestrator.stages.subject import Pruned
 from rayprune.workers.store.files import read_manifest, write_json, write_text
@@ -64,8 +66,12 @@ Losses = Mapping[str, Mapping[str, float]] | None
 
 
 def write_report(context: Context, done: Pruned) -> Report:
+    """Write the report of a job that is done, and what is made from it."""
+    return publish(_gather(context, done))
+
+
+def publish(report: Report) -> Report:
     """Write the models' cards, report.html, then report.json; returns the report."""
-    report = _gather(context, done)
     for folder in report.model_folders:
         write_text(folder / CARD_FILE, model_card(report, folder == report.recovered_model))
     write_text(report.run / PAGE_FILE, html_report(report))
@@ -96,6 +102,7 @@ def _gather(context: Context, done: Pruned) -> Report:
         bytes_on_disk=Change(before=before.bytes_on_disk, after=after.bytes_on_disk),
         **_measured(losses),
         evaluation=_evaluation(context, losses),
+        speeds=_speeds(context, after.identity),
         calibration=job.calibration.model_dump(mode="json"),
         own_text=_own_text(context),
         warnings=plan.warnings,
@@ -117,6 +124,16 @@ def _own_text(context: Context) -> OwnText | None:
     if context.job.calibration.own is None or done is None:
         return None
     return OwnText.model_validate(done.info["result"])
+
+
+def _speeds(context: Context, identity: str) -> Speeds | None:
+    """What `rayprune bench` has measured of this model, told apart by its shapes and types."""
+    file = context.folder.path / BENCH_FILE
+    found = read_speeds(file)
+    if found is None or identity in {model.identity for model in found.models}:
+        return found
+    context.emit("warning", text=f"{file}: is of a model of another shape, and left out")
+    return None
 
 
 def _measured(losses: Losses) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from rayprune.orchestrator.reporting.report import (
     closeness_lines,
     step_table,
 )
+from rayprune.orchestrator.reporting.speeds import speed_section
 from rayprune.orchestrator.reporting.tables import html_table, text, titled
 
 SERIES: dict[str, Callable[[GroupReport], float]] = {
@@ -58,6 +59,7 @@ def html_report(report: Report) -> str:
             f"<header><h1>{title}</h1><p>Kept in every layer:"
             f" {' · '.join(facts)}</p>{_when(report)}</header>{_figures(report)}"
         ),
+        speed_section(report.speeds),
         *([f"<h2>Steps</h2>{_steps(report)}"] if report.steps else []),
         f"<h2>Output error per layer</h2>{_errors(report.layers)}",
         *([f"<h2>Training</h2>{_trainings(report.training)}"] if report.training else []),

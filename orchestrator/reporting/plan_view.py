@@ -27,6 +27,7 @@ FOOTPRINT = {
     "KV cache bytes per token": "kv_bytes_per_token",
 }
 LATENCY = "milliseconds of a forward pass"
+SERVED = "bytes of weights and KV cache"
 LAYER_FLOPS = {
     f"FLOPs, {name}": f"{name}_flops"
     for name in ("forward", "statistics", "selection", "correction")
@@ -102,6 +103,11 @@ def _shapes(plan: "Plan") -> Iterator[Part]:
             rows.append([label, *(f"{getattr(shape, field):,}" for shape in plan.shapes)])
     if plan.shapes[0].latency_ms:
         rows.append([LATENCY, *(f"{shape.latency_ms:.2f}" for shape in plan.shapes)])
+    if plan.shapes[0].memory_bytes:
+        rows.append([SERVED, *(f"{shape.memory_bytes:,}" for shape in plan.shapes)])
+    for speed in plan.speeds:
+        each = (f"{value:,.1f} ({value / speed.dense:.2f} of dense)" for value in speed.shapes)
+        rows.append([f"tokens/s, {speed.what}", *each])
     yield Table(title, ["", *(str(number + 1) for number in range(len(plan.shapes)))], rows)
     for name, reason in plan.model.stays.items():
         yield f"all {plan.model.titles[name]} stay: {reason}"

@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from rayprune.orchestrator.execution.run_folder import PAGE_FILE, REPORT_FILE
+from rayprune.orchestrator.reporting.speeds import Speeds, speed_parts
 from rayprune.orchestrator.reporting.tables import Part, Table, html_parts, titled
 from rayprune.specs.errors import SpecError
 
@@ -284,6 +285,8 @@ class Report(_Facts):
     embeddings: Embeddings | None = None
     """Of an encoder that was evaluated; else there is no such key."""
     evaluation: Evaluation | None
+    speeds: Speeds | None = None
+    """Where `rayprune bench --run` has measured them; else there is no such key."""
     calibration: dict[str, Any]
     """The job's section `calibration`, defaults included."""
     own_text: OwnText | None = None
@@ -344,12 +347,14 @@ class Report(_Facts):
 
     @model_serializer(mode="wrap")
     def _without_absent(self, fields: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """What only some jobs have is no key of other reports, rather than a null."""
-        of_some = ("masked_lm_loss", "embeddings", "own_text")
+        """What only some jobs have, or was not measured, is no key of other reports, rather than a
+        null.
+        """
+        may_lack = ("masked_lm_loss", "embeddings", "own_text", "speeds")
         return {
             name: value
             for name, value in fields(self).items()
-            if name not in of_some or value is not None
+            if name not in may_lack or value is not None
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -398,6 +403,7 @@ def summary(report: Report) -> Iterator[Part]:
             f"own text: {own.tokens:,} tokens in {own.documents:,} documents, {own.dropped:,} more"
             " dropped as loops"
         )
+    yield from speed_parts(report.speeds)
     if report.steps:
         yield step_table(report)
     if report.allocation:

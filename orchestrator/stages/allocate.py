@@ -10,7 +10,7 @@ import itertools
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
@@ -41,6 +41,7 @@ from rayprune.orchestrator.stages.spread import (
 from rayprune.orchestrator.stages.stream import layer_work, stream_layers
 from rayprune.orchestrator.stages.subject import Subject, digests, file_digests
 from rayprune.specs.allocation import CurvesAllocation, SearchAllocation
+from rayprune.specs.job import SPEEDS
 from rayprune.workers.store.files import Manifest, Task, commit
 from rayprune.workers.store.layout import SENSITIVITY_TASK, SHAPE_TASK, generation_task, survey_task
 
@@ -82,7 +83,7 @@ def _limits(context: Context, subject: Subject) -> dict[str, object]:
     budget, headers = context.job.budget, subject.model.checkpoint.identity
     table = (
         {"latency_table": file_digests([Path(budget.latency_table)])}
-        if (budget.latency_ms and budget.latency_table)
+        if budget.latency_table and any(getattr(budget, name) for name in SPEEDS)
         else {}
     )
     return {"headers": headers, **table}
@@ -93,7 +94,7 @@ def _commit_shape(
 ) -> None:
     shape = uneven_shape(context.job, subject.model.checkpoint, spread)
     context.emit("layers-allocated", layers=spread, **facts)
-    info = {"result": asdict(shape), "allocation": dict(facts)}
+    info = {"result": shape.facts(), "allocation": dict(facts)}
     commit(task, [], info | {"computed_on": context.executor.computed_on})
 
 

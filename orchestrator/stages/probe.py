@@ -1,6 +1,5 @@
 """The stage that chooses one shape of those that meet the budget."""
 
-from dataclasses import asdict
 from statistics import fmean
 
 from rayprune.orchestrator.planning.shapes import Shape
@@ -24,7 +23,7 @@ def choose_shape(context: Context, subject: Subject) -> Shape:
         return allocate(context, subject)
     if len(subject.plan.shapes) == 1:
         return subject.plan.shape
-    shapes = [asdict(shape) for shape in subject.plan.shapes]
+    shapes = [shape.facts() for shape in subject.plan.shapes]
     inputs = {**subject.all_of_it(), **subject.ranked_by, "shapes": shapes}
     task = context.task(SHAPE_TASK, inputs)
     done = context.once(task, lambda: _probe(context, subject, task))
@@ -46,19 +45,19 @@ def _probe(context: Context, subject: Subject, task: Task) -> None:
     ]
     best = plan.shapes[min(range(len(errors)), key=errors.__getitem__)]
     candidates = [
-        asdict(shape) | {"predicted_error": error}
+        shape.facts() | {"predicted_error": error}
         for shape, error in zip(plan.shapes, errors, strict=True)
     ]
     commit(
         task,
         [],
         {
-            "result": asdict(best),
+            "result": best.facts(),
             "candidates": candidates,
             "computed_on": context.executor.computed_on,
         },
     )
-    context.emit("shape-chosen", **asdict(best), candidates=candidates)
+    context.emit("shape-chosen", **best.facts(), candidates=candidates)
 
 
 def _probe_layer(context: Context, subject: Subject, layer: int) -> list[float]:

@@ -159,6 +159,8 @@ def _known(job: JobSpec) -> dict[str, Any]:
     if evaluation:
         known["evaluation"] |= {"text": _reading(evaluation), "stride": evaluation.effective_stride}
     elsewhere: Any = {"latency_table", "probe_samples", "probe_layers", "experts", "expert_score"}
+    # what jobs of earlier versions could not ask for
+    elsewhere |= {n for n in ("tokens_per_second", "memory") if getattr(job.budget, n) is None}
     known["bounds"] = job.budget.model_dump(
         mode="json", exclude=dict.fromkeys(elsewhere, True) | {"allocation": {"generations"}}
     )

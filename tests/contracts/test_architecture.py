@@ -171,9 +171,16 @@ ROOMS = {
         "specs",
         "workers.store",
     },
+    "orchestrator.benched": {
+        "orchestrator.execution",
+        "orchestrator.reporting",
+        "specs",
+        "workers.store",
+    },
     "orchestrator.publish": {"orchestrator.execution", "orchestrator.reporting", "specs"},
     "orchestrator.commands": {
         "orchestrator.entry",
+        "orchestrator.benched",
         "orchestrator.execution",
         "orchestrator.planning",
         "orchestrator.points",

@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 
 from rayprune.orchestrator.cli import main
 from rayprune.orchestrator.reporting.report import read_report
+from rayprune.specs.latency import load_latency
 from rayprune.workers.store.training_stage import read_log
+from rayprune.workers.tools.bench import Conditions, bench
 from tests.conftest import MakeJob, MakeModel
 
 pytestmark = [
@@ -122,3 +124,17 @@ def test_trainings_follow_the_same_curve(
     assert on_cpu
     assert on_gpu == pytest.approx(on_cpu, rel=1e-3)
     assert read_report(runs[1]).peak_memory_bytes["worker-0 GPU"] > 0
+
+
+def test_layers_and_models_are_timed_there(
+    make_model: MakeModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = make_model()
+    assert main(["latency", str(model), "--tokens", "8", "--device", "cuda"]) == 0
+    (tmp_path / "table.yaml").write_text(capsys.readouterr().out)
+    table = load_latency(str(tmp_path / "table.yaml"))
+    assert (table.device, table.dtype) == ("cuda", "bfloat16")
+    assert [one.phase for one in table.passes] == ["prefill", "decode"]
+    (found,) = bench([model], Conditions(tokens=8, new=2, rounds=1, device="cuda"))
+    assert 4 * found.parameters <= found.peak_memory_bytes < 2**30
+    assert found.decode_tokens_per_second > 0

@@ -24,7 +24,7 @@ from rayprune.specs.loader import load_job
 from rayprune.workers.calibration import frame_of, load_tokenizer, masked, read_calibration
 from rayprune.workers.model.checkpoint import open_checkpoint
 from rayprune.workers.network.load_check import check_loads
-from rayprune.workers.tools.latency import measure_latency
+from rayprune.workers.tools.latency import Wanted, measure_latency
 from tests.conftest import MakeJob, MakeModel, edit_json, folder_bytes
 from tests.helpers import quiet
 
@@ -261,7 +261,7 @@ def test_what_is_no_encoder_is_refused(
 
 def test_tools_for_causal_models_say_so(make_model: MakeModel) -> None:
     with pytest.raises(RaypruneError, match="encoder"):
-        measure_latency(make_model("bert"), 1, 8)
+        measure_latency(make_model("bert"), Wanted())
 
 
 def test_positions_are_counted_from_behind_the_padding(make_model: MakeModel) -> None:

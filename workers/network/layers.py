@@ -32,7 +32,7 @@ class _Catch(nn.Module):
         raise _CaughtInput(values)
 
 
-class _Constant(nn.Module):
+class Constant(nn.Module):
     """Stands for a block whose output (B, T, D) is known."""
 
     def __init__(self, output: Tensor, block: Block) -> None:
@@ -74,7 +74,7 @@ def _known_blocks(
 ) -> dict[str, nn.Module]:
     known = [group.block for group in groups.values() if group.block.module in batch.outputs]
     device = _device(layer)
-    return {b.module: _Constant(batch.outputs[b.module].to(device), b) for b in known}
+    return {b.module: Constant(batch.outputs[b.module].to(device), b) for b in known}
 
 
 @contextmanager

@@ -125,7 +125,7 @@ class StreamedModel:
     ) -> None:
         self.checkpoint, self.dtype, self.device, self._store = checkpoint, dtype, device, store
         self._described = checkpoint.model
-        self._model: Any = _empty_model(checkpoint, dtype).eval().requires_grad_(False)
+        self._model: Any = empty_model(checkpoint, dtype).eval().requires_grad_(False)
         self._layers = list(layers_of(self._model, self._described))
         self._put([])
         _fill(self._model, checkpoint, checkpoint.outer_tensors, device)
@@ -206,12 +206,6 @@ class StreamedModel:
             parameter.data = parameter.data.to(self.device, torch.float32, copy=True)
         return layer.to(self.device).requires_grad_(True).train()
 
-    def random_layer(self, kept: Mapping[str, int]) -> nn.Module:
-        """A layer with so many units of every group, its weights as its class makes them."""
-        sizes = changed_config(self._model.config, self.checkpoint.layer_sizes(kept))
-        layer: nn.Module = type(self._layers[0])(sizes, 0)
-        return layer.to(self.device, self.dtype).eval()
-
     def with_experts(self, index: int, layer: nn.Module, units: Sequence[int]) -> nn.Module:
         """A loaded layer as its class builds it with these experts alone; the weights are those of
         the whole one, not copied.
@@ -261,7 +255,7 @@ class StreamedModel:
         return output
 
 
-def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+def empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     """The model without its weights: the stock class, or this package's own where layers differ in
     size; never code of the folder.
     """
@@ -281,6 +275,12 @@ def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
         if module._buffers and not module._parameters:
             network._init_weights(module)
     return network
+
+
+def empty_layers(kind: type[nn.Module], sizes: Any, count: int) -> list[nn.Module]:
+    """The first layers that a stock class builds from a config, without weights."""
+    with init_empty_weights(include_buffers=False), no_init_weights():
+        return [kind(sizes, index).eval() for index in range(count)]
 
 
 def built_from(code: RemoteCode) -> Any:
@@ -332,6 +332,6 @@ def whole_model(checkpoint: Checkpoint) -> Any:
     Raises:
         ModelError: a tensor is missing, superfluous or not finite.
     """
-    network = _empty_model(checkpoint, torch.float32)
+    network = empty_model(checkpoint, torch.float32)
     _fill(network, checkpoint, checkpoint.tensors)
     return network

@@ -1,106 +1,152 @@
 """Measures how long a model's layers take, by size, on this machine: random weights of the right
-shapes, the real code.
+shapes in the stock model, with its cache.
 """
 
-import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from math import lcm
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
 from rayprune.specs.errors import SpecError
-from rayprune.specs.latency import LatencyTable
+from rayprune.specs.latency import LatencyTable, Phase, TimedPass
 from rayprune.workers.machine.device import device_of
-from rayprune.workers.model.checkpoint import open_checkpoint
+from rayprune.workers.model.checkpoint import Checkpoint, open_checkpoint
 from rayprune.workers.model.description import Group
-from rayprune.workers.network import layers
-from rayprune.workers.network.streamed import MicroBatch, StreamedModel
-from rayprune.workers.tools.profile import finished, machine_name
+from rayprune.workers.network.stacks import Stacks
+from rayprune.workers.tools.timing import medians, versions, where, with_cache
 
 ROUNDS = 9
 """Every size is timed so often, all sizes in turn; the median counts."""
 SIZES = 12
 """Sizes per group that are timed, beside all units and none."""
+FLUSHED_BYTES = 512 * 2**20
+"""Weights of as many layers are more than the caches of a processor hold: a step of decoding reads
+each of them from memory, as it does in a whole model."""
+FEW_TOKENS = 64
+"""Tokens of a pass below which reading the weights takes the time. A pass over more computes, and
+two layers show what each takes."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be measured."""
+
+    phases: Sequence[Phase] = ("prefill", "decode")
+    batches: Sequence[int] = (1,)
+    tokens: Sequence[int] = (512,)
+    threads: int | None = None
+    device: str = "auto"
+    dtype: str | None = None
+    """None: bfloat16 on a GPU, float32 on a CPU."""
 
 
 @torch.inference_mode()
-def measure_latency(
-    model: Path, batch: int, tokens: int, threads: int | None = None
-) -> LatencyTable:
-    """Time one layer with each of several sizes of each group, and what is outside the layers; bf16
-    on a GPU, fp32 on a CPU.
+def measure_latency(model: Path, wanted: Wanted) -> LatencyTable:
+    """Time layers with each of several sizes of each group, and what is outside the layers, in
+    every phase with every batch and number of tokens.
 
     Raises:
         ModelError: no such model, or not one that can be pruned.
-        SpecError: a number is too small, or the model is a mixture of experts.
+        SpecError: a number is too small, or the model is an encoder.
+        ResourceError: there is no such device.
     """
-    if min(batch, tokens, 1 if threads is None else threads) < 1:
+    numbers = (*wanted.batches, *wanted.tokens, wanted.threads or 1)
+    if min(numbers) < 1 or wanted.threads == 0:
         raise SpecError("--batch, --tokens and --threads must be at least 1")
-    if threads:
-        torch.set_num_threads(threads)
+    if wanted.threads:
+        torch.set_num_threads(wanted.threads)
     checkpoint = open_checkpoint(model)
-    if checkpoint.model.experts:
-        raise SpecError(f"{model}: latency is not measured of mixtures of experts")
     if not checkpoint.model.causal:
         raise SpecError(
             f"{model}: layers of an encoder cannot be timed by size yet; set budget.sparsity or"
             " budget.flops_per_token instead"
         )
-    device = device_of("auto")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    groups = {group.name: group for group in checkpoint.model.groups}
-    streamed = StreamedModel(checkpoint, dtype, device)
-    tokens_BT = torch.zeros(batch, tokens, dtype=torch.int64)
-    embedded = streamed.embed(tokens_BT)
-    full = {name: group.num_units for name, group in groups.items()}
-    work: dict[tuple[str, int], Callable[[], object]] = {
-        ("", 0): lambda: streamed.logits(tokens_BT, embedded.hidden_BTD)
-    }
-    for name, count in [
-        ("whole", 0),
-        *((name, count) for name, group in groups.items() for count in _sizes(group)),
-    ]:
-        kept = full | ({name: count} if count else {})
-        layer = streamed.random_layer(kept)
-        absent = (
-            {groups[name].block.module: torch.zeros_like(embedded.hidden_BTD)}
-            if name in groups and count == 0
-            else {}
-        )
-        work[name, count] = _pass(layer, embedded, groups, absent)
-    times: dict[tuple[str, int], list[float]] = {key: [] for key in work}
-    for _ in range(ROUNDS):
-        for key, call in work.items():
-            finished(call, device)  # brings weights into the caches that another call has filled
-            times[key].append(_milliseconds(call, device))
-    medians = {key: statistics.median(found) for key, found in times.items()}
-    whole = medians["whole", 0]
+    device = device_of(wanted.device)
+    dtype = wanted.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    stacks = Stacks(checkpoint, getattr(torch, dtype), device)
+    passes = product(wanted.phases, wanted.batches, wanted.tokens)
     return LatencyTable(
-        machine=machine_name(device),
+        machine=where(device, torch.get_num_threads()),
         device=device.type,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=dtype,
+        versions=versions(),
+        passes=tuple(_measured(checkpoint, stacks, device, *one) for one in passes),
+    )
+
+
+def _measured(
+    checkpoint: Checkpoint,
+    stacks: Stacks,
+    device: torch.device,
+    phase: Phase,
+    batch: int,
+    tokens: int,
+) -> TimedPass:
+    """The times of one pass."""
+    full = checkpoint.model.units
+    given = tokens if phase == "prefill" else 1
+    count = _stacked(checkpoint, stacks.element_bytes, batch * given)
+    # tokens that differ, so that a router sends them to different experts
+    ids_BT = torch.arange(batch * given, device=device).view(batch, given)
+    ids_BT %= checkpoint.model.vocabulary
+
+    def passing(kept: dict[str, int], count: int) -> Callable[[], object]:
+        layers = stacks.layers(kept, count, batch, given)
+        cache = stacks.cache(layers, batch, tokens) if phase == "decode" else None
+
+        def work() -> object:
+            network = stacks.network(layers)
+            more = with_cache(network, cache)
+            return network(ids_BT, use_cache=True, logits_to_keep=1, **more)
+
+        return work
+
+    # the whole layers first: no others take more memory
+    work = {("whole", 0): passing(full, count), ("outer", 0): passing(full, 0)}
+    for name, units in _sizes(checkpoint.model.groups):
+        work[name, units] = passing(full | {name: units}, count)
+    taken = medians(work, ROUNDS, device)
+    outer = taken["outer", 0]
+    each = {key: max(0.0, taken[key] - outer) / count for key in work if key[0] != "outer"}
+    whole = each.pop(("whole", 0))
+    return TimedPass(
+        phase=phase,
         batch=batch,
         tokens=tokens,
-        outer_ms=medians["", 0],
+        outer_ms=outer,
         layer_ms=whole,
         narrowed_ms={
-            name: _rising(
-                {count: medians[name, count] for count in _sizes(groups[name])}, full[name], whole
-            )
-            for name in groups
+            name: _rising({n: ms for (g, n), ms in each.items() if g == name}, units, whole)
+            for name, units in full.items()
         },
     )
 
 
-def _sizes(group: Group) -> list[int]:
-    """Numbers of units to time, ascending from none; channels in multiples of 64 where there are
-    enough.
+def _stacked(checkpoint: Checkpoint, element_bytes: int, tokens: int) -> int:
+    """Layers that a pass over so many tokens is timed with."""
+    layer_bytes = element_bytes * checkpoint.decoder_parameters // checkpoint.num_layers
+    wanted = -(-FLUSHED_BYTES // layer_bytes) if tokens < FEW_TOKENS else 2
+    return min(checkpoint.num_layers, max(2, wanted))
+
+
+def _sizes(groups: Sequence[Group]) -> Iterator[tuple[str, int]]:
+    """Numbers of units to time, by group, ascending from none; channels in multiples of 64 where
+    there are enough.
+
+    Of units that the stock class holds all or none of, none. Some experts, and some of their
+    channels, always stay.
     """
-    unit = 64 if group.num_units >= 64 * SIZES else 1
-    step = max(1, group.num_units // SIZES // unit) * unit
-    return list(range(0, group.num_units, step))
+    for group in groups:
+        unit = 64 if group.num_units >= 64 * SIZES else 1
+        unit = lcm(unit, group.multiple, group.parts)
+        step = max(1, group.num_units // SIZES // unit) * unit
+        of_experts = group.kind == "experts" or group.count > 1
+        least = -(-group.fewest // step) * step if of_experts else 0
+        most = 1 if group.fixed or group.stock else group.num_units
+        yield from ((group.name, units) for units in range(least, most, step))
 
 
 def _rising(measured: dict[int, float], units: int, whole: float) -> dict[int, float]:
@@ -111,17 +157,3 @@ def _rising(measured: dict[int, float], units: int, whole: float) -> dict[int, f
     for count in sorted(measured, reverse=True):
         result[count] = least = min(least, measured[count])
     return dict(sorted(result.items()))
-
-
-def _pass(
-    layer: nn.Module, embedded: MicroBatch, groups: dict[str, Group], absent: dict[str, Tensor]
-) -> Callable[[], object]:
-    return lambda: layers.finish_layer(
-        layer, 0, MicroBatch(embedded.hidden_BTD, embedded.arguments, outputs=dict(absent)), groups
-    )
-
-
-def _milliseconds(work: Callable[[], object], device: torch.device) -> float:
-    start = time.perf_counter()
-    finished(work, device)
-    return 1e3 * (time.perf_counter() - start)

@@ -11,8 +11,9 @@ def _as_others(family: Decoder, config: Config, heads: int, target: str) -> Form
     """Mistral computes the same and takes any number of heads, but knows no biases: with them as
     Granite, all of whose multipliers are 1.
     """
-    del target
-    if family.hidden(config) % heads == 0:
+    hidden, size = family.hidden(config), family.heads(config).size
+    # CTranslate2 takes hidden size / heads for a Llama's heads
+    if hidden % heads == 0 and (target != "ctranslate2" or size * heads == hidden):
         return Form()
     changes: dict[str, object] = {
         # of older ones the tokenizer is taken for a faulty one
@@ -23,7 +24,7 @@ def _as_others(family: Decoder, config: Config, heads: int, target: str) -> Form
         return Form(changes | mistral | {"sliding_window": None})
     granite = {"model_type": "granite", "architectures": ["GraniteForCausalLM"]}
     multipliers = {
-        "attention_multiplier": family.heads(config).size ** -0.5,
+        "attention_multiplier": size**-0.5,
         "embedding_multiplier": 1.0,
         "logits_scaling": 1.0,
         "residual_multiplier": 1.0,

@@ -29,7 +29,7 @@ def slides_above(config: Config, layer: int) -> dict[str, object]:
 
 
 def _for_vllm(family: Decoder, config: Config, heads: int, target: str) -> Form:
-    if target != "vllm":
+    if target == "transformers":
         return Form()
     if config.flag("use_sliding_window"):
         raise SpecError(
