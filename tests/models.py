@@ -27,12 +27,26 @@ from rayprune.workers.model.families.parts import Keys
 torch.set_num_threads(1)
 
 WINDOW = {"sliding_window": 8}
+LATENT = {
+    "q_lora_rank": 24,
+    "kv_lora_rank": 20,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 10,
+}
+"""Sizes of latent attention."""
 OF_FAMILY: dict[str, dict[str, Any]] = {
     "cohere2": WINDOW,
+    "deepseek_v2": LATENT
+    | {"topk_method": "group_limited_greedy", "n_routed_experts": 8, "n_group": 2, "topk_group": 1}
+    | {"first_k_dense_replace": 1},
+    "deepseek_v3": LATENT
+    | {"n_routed_experts": 8, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1},
     "electra": {"embedding_size": 24},
     "exaone4": WINDOW,
     "falcon": {"new_decoder_architecture": True},
     "gemma3_text": WINDOW,
+    "glm4_moe": {"n_routed_experts": 4, "first_k_dense_replace": 2, "n_shared_experts": 2},
     "gpt_neo": {"window_size": 8},
     "gptj": {"rotary_dim": 4},
     "ministral": WINDOW,
@@ -52,6 +66,10 @@ WORKED_OUT: dict[str, dict[str, Callable[[dict[str, Any]], Any]]] = {
             [[["global", "local"][n % 2] for n in range(given["num_hidden_layers"])], 1]
         ]
     },
+    **{
+        name: {"num_key_value_heads": lambda given: given["num_attention_heads"]}
+        for name in ("deepseek_v2", "deepseek_v3")
+    },
     "olmoe": {"head_dim": lambda given: given["hidden_size"] // given["num_attention_heads"]},
     "helium": {"head_dim": lambda given: given["hidden_size"] // given["num_attention_heads"]},
 }
@@ -68,7 +86,8 @@ def raw_config(model_type: str, **changes: Any) -> dict[str, Any]:
     """A tiny config: `SIZES` and the changes, both by Llama's keys, under the family's own; keys
     of sizes that it has not are left out.
     """
-    given = SIZES | OF_FAMILY.get(model_type, {}) | changes
+    special = OF_FAMILY.get(model_type, {})
+    given = SIZES | special | changes
     given |= {key: value(given) for key, value in WORKED_OUT.get(model_type, {}).items()}
     family = family_named(model_type)
     if isinstance(family, Decoder):
@@ -76,10 +95,10 @@ def raw_config(model_type: str, **changes: Any) -> dict[str, Any]:
         given = {own.get(key, key): value for key, value in given.items()}
     if isinstance(family, Mixture):
         experts = family.experts
-        own = {experts.count[0]: 4, experts.active: 2, experts.width: given["intermediate_size"]}
+        own = {experts.count[-1]: 4, experts.active: 2, experts.width: given["intermediate_size"]}
         if family.shared and family.shared.key:
             own[family.shared.key] = given["intermediate_size"]
-        given |= {key: value for key, value in own.items() if key not in changes}
+        given |= {key: value for key, value in own.items() if key not in changes | special}
     if isinstance(family, Encoder):
         named = family.architecture.replace("Model", "ForMaskedLM")
         given = {"architectures": [named]} | given
@@ -123,6 +142,9 @@ def _build(folder: Path, raw: dict[str, Any], seed: int, dtype: torch.dtype) -> 
                 if parameter.dim() == 1 and name.endswith("weight")  # a norm's
                 else torch.randn_like(parameter) * 0.15
             )
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(torch.randn_like(buffer) * 0.15)
     model.save_pretrained(folder)
     tokenizer = byte_tokenizer()
     if isinstance(family_named(raw["model_type"]), Encoder):

@@ -274,8 +274,9 @@ def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
             network = stock.from_config(sizes, dtype=dtype, trust_remote_code=False)
         else:
             network = built_from(code)._from_config(sizes, dtype=dtype)
-    for layer in layers_of(network, checkpoint.model):
-        with_own_experts(layer, checkpoint.model.experts)
+    described = checkpoint.model.layers
+    for layer, its in zip(layers_of(network, checkpoint.model), described, strict=True):
+        with_own_experts(layer, its.members.get("experts"))
     for module in network.modules():
         # as `from_pretrained` does: tables of positions are computed in float32
         if module._buffers and not module._parameters:

@@ -17,8 +17,6 @@ class Family(ABC):
     """A model type. `architecture` is the class that transformers builds for it."""
 
     architecture: str
-    not_pruned: str | None = None
-    """Why its models can be planned, not pruned; None: they can be pruned."""
 
     def of(self, config: Config) -> "Family":
         """The family as it is with a config."""
