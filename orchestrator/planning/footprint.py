@@ -34,10 +34,13 @@ class Footprint:
 
 
 def footprint(
-    checkpoint: Checkpoint, layers: Sequence[Mapping[str, int]], job: JobSpec
+    checkpoint: Checkpoint,
+    layers: Sequence[Mapping[str, int]],
+    job: JobSpec,
+    there: Sequence[int] | None = None,
 ) -> Footprint:
-    """The footprint of the model that keeps so many units per group in each of its layers; all of
-    them, or none, are allowed.
+    """The footprint of the model that keeps so many units per group in each of its layers, or of
+    those that are still `there`; all of them, or none, are allowed.
     """
     table, model = job.budget.latency_table, checkpoint.model
     uniform = len(layers) > 0 and all(kept == layers[0] for kept in layers)
@@ -55,9 +58,10 @@ def footprint(
         outside_ms,
     )
     first = {id(layer): numbers.start for layer, numbers in reversed(model.alike)}
+    numbers = range(len(layers)) if there is None else there
     alike = [
-        (tuple(kept.items()), first[id(layer)])
-        for layer, kept in zip(model.layers, layers, strict=True)
+        (tuple(kept.items()), first[id(model.layers[number])])
+        for number, kept in zip(numbers, layers, strict=True)
     ]
     each = {key: layer_footprint(checkpoint, dict(key[0]), job, form, key[1]) for key in set(alike)}
     return footprint_sum([around, *(each[key] for key in alike)])

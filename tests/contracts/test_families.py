@@ -447,9 +447,18 @@ def test_a_cut_model_is_the_dense_one_with_its_units_masked(
     assert len(set(map(str, kept))) > 1, "other units in each layer"
     job = cut_job(dense, counts, make_job)
     network = pruned(dense, kept, job, tmp_path / "run", monkeypatch)
-    with masked(dense, kept) as expected:
+    with masked(dense, stayed(tmp_path / "run", kept)) as expected:
         same(logits_of(network), logits_of(expected))
     generates(network)
+
+
+def stayed(run: Path, kept: Kept) -> Kept:
+    """The units that a run kept: those given, but of experts that no token has reached."""
+    manifests = [run / f"tasks/layer-{n:04d}/manifest.json" for n in range(len(kept))]
+    found = [json.loads(manifest.read_text())["info"]["kept"] for manifest in manifests]
+    for given, its in zip(kept, found, strict=True):
+        assert all(its[name] == units for name, units in given.items() if "." not in name)
+    return found
 
 
 def spread(monkeypatch: pytest.MonkeyPatch, layers: Sequence[Mapping[str, int]]) -> None:
