@@ -79,8 +79,8 @@ def layer_footprint(
     form: Form = AS_IT_IS,
     layer: int = 0,
 ) -> Footprint:
-    """The footprint of a layer of this kind that keeps so many units per group, written in a form; one that
-    keeps nothing is left out.
+    """The footprint of one layer, like this one of the model, that keeps so many units per group,
+    written in a form; one that keeps nothing is left out.
     """
     if not any(kept.values()):
         return Footprint(0, 0, 0, 0, 0)

@@ -30,8 +30,8 @@ def _check_count(asked: int, group: Group) -> None:
     least = group.fewest
     if not least <= asked <= group.num_units:
         raise SpecError(
-            f"budget.experts: {asked} of {group.num_units}; a token's choice needs at least {least},"
-            f" so give a number from {least} to {group.num_units}"
+            f"budget.experts: {asked} of {group.num_units}; a token's choice needs at least"
+            f" {least}, so give a number from {least} to {group.num_units}"
         )
     if asked % group.parts:
         raise SpecError(

@@ -61,7 +61,9 @@ class _Never(TorchFunctionMode):
 
 
 @contextmanager
-def without(network: Any, checkpoint: Checkpoint, kept: Mapping[int, Sequence[int]]) -> Iterator[Any]:
+def without(
+    network: Any, checkpoint: Checkpoint, kept: Mapping[int, Sequence[int]]
+) -> Iterator[Any]:
     """The stock network, whose routers never choose experts that go."""
     group = checkpoint.model.experts
     assert group is not None

@@ -93,8 +93,8 @@ class Sweep:
         drift: float,
         warn: Callable[[str], object],
     ) -> None:
-        """`groups` are those of every layer, by name; `drift` is the fraction of the drift from the dense model that statistics hold as a
-        target; `warn` tells the user something.
+        """`groups` are those of every layer, by name; `drift` is the fraction of the drift from the
+        dense model that statistics hold as a target; `warn` tells the user something.
         """
         self._drift, self._warn = drift, warn
         self._model, self._statistic, self._tokens, self._scope = model, statistic, shards, scope

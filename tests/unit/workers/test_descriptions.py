@@ -13,7 +13,7 @@ from rayprune.specs.errors import ModelError, SpecError
 from rayprune.workers.model.checkpoint import open_checkpoint, planned_checkpoint
 from rayprune.workers.model.config import Config
 from rayprune.workers.model.description import Group, Model, Shape
-from rayprune.workers.model.families import family_named, family_of, model_types, prunable
+from rayprune.workers.model.families import family_of, prunable
 from rayprune.workers.model.rewrite import written
 from rayprune.workers.network.streamed import layers_of
 from tests.conftest import MakeModel, edit_json

@@ -39,9 +39,7 @@ class Latent(Mixture):
         heads = self.heads(config)
         return heads.heads * (heads.size + config.integer("v_head_dim"))
 
-    def _tensors(
-        self, config: Config, part: Part, units: int, columns: int
-    ) -> dict[str, Shape]:
+    def _tensors(self, config: Config, part: Part, units: int, columns: int) -> dict[str, Shape]:
         if part is not self.attention:
             return super()._tensors(config, part, units, columns)
         hidden, queries = self.hidden(config), units * self.heads(config).size

@@ -158,7 +158,9 @@ class Mixture(Decoder):
         numbers = range(self.count_layers(config))
         if any(dense.at(config, number) for number in numbers):
             plain = super()._layer(config)
-            groups = tuple(_of_dense(group) if group.kind == "ffn" else group for group in plain.groups)
+            groups = tuple(
+                _of_dense(group) if group.kind == "ffn" else group for group in plain.groups
+            )
             kinds[True] = replace(plain, groups=groups)
         return tuple(kinds[dense.at(config, number)] for number in numbers)
 
