@@ -118,7 +118,11 @@ class Dense:
 def dense(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Dense:
     folder = build_model(tmp_path_factory.mktemp(request.param) / "dense", request.param, **SIZES)
     # lists that the class works out from the layers' numbers, which change when layers go
-    edit_json(folder / "config.json", **dict.fromkeys(family_named(request.param).lists))
+    lists = dict.fromkeys(family_named(request.param).lists)
+    if text := json.loads((folder / "config.json").read_text()).get("text_config"):
+        edit_json(folder / "config.json", text_config=text | lists)
+    else:
+        edit_json(folder / "config.json", **lists)
     checkpoint = open_checkpoint(folder)
     # experts are one module in transformers: see test_experts.py
     if checkpoint.model.experts:
@@ -158,11 +162,17 @@ def test_the_description_names_every_tensor_of_the_files(dense: Dense) -> None:
         described |= {model.prefix(number) + name: shape for name, shape in layer.shapes.items()}
         in_file = stored_shapes(layer.shapes, layer.places)
         stored |= {model.prefix(number) + name: shape for name, shape in in_file.items()}
+    if model.beside:  # by today's names, and without what goes along
+        infos, beside = dense.checkpoint.tensors, model.beside
+        found = {name: i.shape for name, i in infos.items() if not name.startswith(beside)}
     assert stored == found
     modules = dense.network.state_dict()
     names = {model.module_names.get(name, name) for name in described}
     assert names <= modules.keys()
-    tied = {name for name in modules.keys() - names if "rotary" not in name}
+    others = modules.keys() - names
+    tied = {
+        n for n in others if "rotary" not in n and not (model.beside and n.startswith(model.beside))
+    }
     again = {name for name in tied if name.endswith(model.recomputed)}
     assert tied - again <= {model.module_names.get(model.head, model.head)}, "a head that is tied"
     assert bool(tied) is model.tied

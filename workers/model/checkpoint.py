@@ -17,7 +17,7 @@ from rayprune.workers.model.config import DTYPES, Config
 from rayprune.workers.model.deci_lm import deci_lm_of
 from rayprune.workers.model.description import Model
 from rayprune.workers.model.families import family_of
-from rayprune.workers.model.fit import check_tensors, described, prefixed
+from rayprune.workers.model.fit import beside_in_files, check_tensors, described, prefixed
 from rayprune.workers.model.folder import FP8, TensorInfo, has_shards, read_config, read_headers
 from rayprune.workers.model.form import Form
 from rayprune.workers.model.ggml import Ggml, ggml_of
@@ -188,7 +188,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise config.quantised_error()
     model = family_of(config).describe(config)
     digest = hashlib.sha256(json.dumps(config.raw, sort_keys=True).encode())
-    tensors = prefixed(read_headers(path, model.recomputed, digest), model)
+    headers = read_headers(path, model.recomputed, digest, beside_in_files(model))
+    tensors = prefixed(headers, model)
     tensors = described(path, model, tensors)
     check_tensors(path, model, tensors)
     return Checkpoint(path, model, config, tensors, digest.hexdigest())

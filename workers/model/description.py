@@ -296,6 +296,10 @@ class Model:
     """Whether a token sees those before it alone, and the head predicts the next one."""
     open_outside: bool = False
     """Whether its files may hold further tensors outside the layers, which go along as they are."""
+    beside: tuple[str, ...] = ()
+    """Modules that text does not pass through: passes do without them."""
+    older_names: Mapping[str, str] = field(default_factory=dict)
+    """What names begin with in older files: theirs to today's."""
     made_up: tuple[str, ...] = ()
     """Beginnings of tensors that files may lack: nothing that is measured reads them."""
 

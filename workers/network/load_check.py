@@ -92,7 +92,7 @@ def _loaded_parameters(folder: Path, model: Any, info: Mapping[str, Any]) -> int
     made_up: int = sum(model.get_parameter(name).numel() for name in info.get("missing_keys", ()))
     if not (unknown := set(info.get("unexpected_keys", ()))):
         return built - made_up
-    headers = read_headers(folder, (), hashlib.sha256())
+    headers = read_headers(folder, (), hashlib.sha256(), tuple(unknown))
     return built - made_up + sum(headers[name].num_parameters for name in unknown)
 
 

@@ -11,7 +11,7 @@ from rayprune.specs.errors import ModelError
 from rayprune.workers.model.config import Config
 from rayprune.workers.model.families.family import Family
 
-_SHARED = ("as_phi", "decoder", "encoder", "family", "latent", "mixture", "parts")
+_SHARED = ("as_phi", "backbone", "decoder", "encoder", "family", "latent", "mixture", "parts")
 """Modules of this folder that are no families."""
 
 

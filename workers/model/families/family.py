@@ -47,6 +47,15 @@ class Family(ABC):
     def keeping(self, config: Config, layers: Sequence[int]) -> dict[str, object]:
         """The keys that say that these layers stay, beside the lists."""
 
+    def inside(self, config: Config) -> "tuple[Family, Config] | None":
+        """The text model that is pruned, where it is part of a larger one, and its config."""
+        del config
+        return None
+
+    def joined(self, config: Config, text: Mapping[str, object], dtype: str) -> dict[str, object]:
+        """The whole config with another one of its text model."""
+        raise NotImplementedError
+
     def code(self, config: Config) -> RemoteCode:
         """The class that builds models whose layers differ in size."""
         raise NotImplementedError
