@@ -28,6 +28,12 @@ def some(values: Iterable[Any], *quick: Any) -> list[Any]:
     ]
 
 
+def stored_numbers(network: Any) -> int:
+    """Numbers of the tensors that a network is loaded from, tied ones counted once."""
+    tensors = network.state_dict(keep_vars=True).values()
+    return sum({id(tensor): tensor.numel() for tensor in tensors}.values())
+
+
 def mixtures() -> list[str]:
     """Families with experts."""
     return [name for name in prunable() if isinstance(family_named(name), Mixture)]

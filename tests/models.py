@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from tokenizers import Tokenizer, processors
 from transformers import (
     AutoConfig,
@@ -19,6 +20,7 @@ from transformers import (
 
 from benchmarks.random_model import SIZES, byte_tokenizer
 from rayprune.workers.model.families import family_named
+from rayprune.workers.model.families.backbone import Backbone
 from rayprune.workers.model.families.decoder import Decoder
 from rayprune.workers.model.families.encoder import Encoder
 from rayprune.workers.model.families.mixture import Mixture
@@ -27,12 +29,26 @@ from rayprune.workers.model.families.parts import Keys
 torch.set_num_threads(1)
 
 WINDOW = {"sliding_window": 8}
+LATENT = {
+    "q_lora_rank": 24,
+    "kv_lora_rank": 20,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 10,
+}
+"""Sizes of latent attention."""
 OF_FAMILY: dict[str, dict[str, Any]] = {
     "cohere2": WINDOW,
+    "deepseek_v2": LATENT
+    | {"topk_method": "group_limited_greedy", "n_routed_experts": 8, "n_group": 2, "topk_group": 1}
+    | {"first_k_dense_replace": 1},
+    "deepseek_v3": LATENT
+    | {"n_routed_experts": 8, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1},
     "electra": {"embedding_size": 24},
     "exaone4": WINDOW,
     "falcon": {"new_decoder_architecture": True},
     "gemma3_text": WINDOW,
+    "glm4_moe": {"n_routed_experts": 4, "first_k_dense_replace": 2, "n_shared_experts": 2},
     "gpt_neo": {"window_size": 8},
     "gptj": {"rotary_dim": 4},
     "ministral": WINDOW,
@@ -52,10 +68,68 @@ WORKED_OUT: dict[str, dict[str, Callable[[dict[str, Any]], Any]]] = {
             [[["global", "local"][n % 2] for n in range(given["num_hidden_layers"])], 1]
         ]
     },
+    **{
+        name: {"num_key_value_heads": lambda given: given["num_attention_heads"]}
+        for name in ("deepseek_v2", "deepseek_v3")
+    },
     "olmoe": {"head_dim": lambda given: given["hidden_size"] // given["num_attention_heads"]},
     "helium": {"head_dim": lambda given: given["hidden_size"] // given["num_attention_heads"]},
 }
 """Keys that must fit others."""
+
+TOWER = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 8,
+}
+"""Sizes of a vision tower."""
+QWEN_TOWER = {
+    "depth": 1,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_heads": 2,
+    "patch_size": 8,
+    "num_position_embeddings": 4,
+    "deepstack_visual_indexes": [0],
+    "window_size": 16,
+    "fullatt_block_indexes": [0],
+}
+VQ = {
+    "codebook_size": 8,
+    "base_channels": 32,
+    "channel_multiplier": [1],
+    "num_res_blocks": 1,
+    "attn_resolutions": [],
+    "hidden_size": 32,
+    "temporal_downsample_factor": 2,
+}
+VQ_TOKENS = {"<image>": 1, "<|extra_200|>": 2}
+QWEN_TOKENS = {"image_token_id": 1, "video_token_id": 2, "vision_start_token_id": 0}
+
+
+def _beside(model_type: str, text: dict[str, Any]) -> dict[str, Any]:
+    """What a model has beside its text model; rotary positions with three axes in that."""
+    if model_type.startswith("qwen"):
+        size = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
+        axes = [size // 2 - 2 * (size // 8), size // 8, size // 8]
+        text["rope_parameters"] = {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "mrope_section": axes,
+        }
+        return {
+            "vision_config": QWEN_TOWER | {"out_hidden_size": text["hidden_size"]}
+        } | QWEN_TOKENS
+    if model_type == "emu3":
+        return {"vq_config": VQ, "vocabulary_map": VQ_TOKENS}
+    kind = {"gemma3": "siglip_vision_model", "mistral3": "pixtral"}[model_type]
+    tokens = {"image_token_index": 1, "boi_token_index": 0, "eoi_token_index": 2}
+    more = {"mm_tokens_per_image": 1} if model_type == "gemma3" else {"spatial_merge_size": 1}
+    return {"vision_config": TOWER | {"model_type": kind}} | tokens | more
+
 
 HYPHENED = {"xlm_roberta": "xlm-roberta"}
 """Model types whose names are not those of files."""
@@ -68,18 +142,23 @@ def raw_config(model_type: str, **changes: Any) -> dict[str, Any]:
     """A tiny config: `SIZES` and the changes, both by Llama's keys, under the family's own; keys
     of sizes that it has not are left out.
     """
-    given = SIZES | OF_FAMILY.get(model_type, {}) | changes
+    special = OF_FAMILY.get(model_type, {})
+    given = SIZES | special | changes
     given |= {key: value(given) for key, value in WORKED_OUT.get(model_type, {}).items()}
     family = family_named(model_type)
+    if isinstance(family, Backbone):
+        text = given | {"model_type": family.text_type}
+        beside = _beside(model_type, text)
+        return {"model_type": model_type, "text_config": text} | beside
     if isinstance(family, Decoder):
         own = {getattr(Keys, key.name): getattr(family.keys, key.name) for key in fields(Keys)}
         given = {own.get(key, key): value for key, value in given.items()}
     if isinstance(family, Mixture):
         experts = family.experts
-        own = {experts.count[0]: 4, experts.active: 2, experts.width: given["intermediate_size"]}
+        own = {experts.count[-1]: 4, experts.active: 2, experts.width: given["intermediate_size"]}
         if family.shared and family.shared.key:
             own[family.shared.key] = given["intermediate_size"]
-        given |= {key: value for key, value in own.items() if key not in changes}
+        given |= {key: value for key, value in own.items() if key not in changes | special}
     if isinstance(family, Encoder):
         named = family.architecture.replace("Model", "ForMaskedLM")
         given = {"architectures": [named]} | given
@@ -89,8 +168,11 @@ def raw_config(model_type: str, **changes: Any) -> dict[str, Any]:
 
 def auto_class(model_type: str) -> Any:
     """What builds a model of a family that predicts tokens."""
-    if isinstance(family_named(model_type), Encoder):
+    family = family_named(model_type)
+    if isinstance(family, Encoder):
         return AutoModelForMaskedLM
+    if isinstance(family, Backbone):
+        return getattr(transformers, family.architecture)
     return AutoModelForCausalLM
 
 
@@ -115,7 +197,9 @@ def build_model(
 def _build(folder: Path, raw: dict[str, Any], seed: int, dtype: torch.dtype) -> None:
     torch.manual_seed(seed)
     config = AutoConfig.for_model(**raw)
-    model = auto_class(raw["model_type"]).from_config(config, dtype=dtype)
+    stock = auto_class(raw["model_type"])
+    build = stock._from_config if "text_config" in raw else stock.from_config
+    model = build(config, dtype=dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(
@@ -123,6 +207,9 @@ def _build(folder: Path, raw: dict[str, Any], seed: int, dtype: torch.dtype) -> 
                 if parameter.dim() == 1 and name.endswith("weight")  # a norm's
                 else torch.randn_like(parameter) * 0.15
             )
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(torch.randn_like(buffer) * 0.15)
     model.save_pretrained(folder)
     tokenizer = byte_tokenizer()
     if isinstance(family_named(raw["model_type"]), Encoder):

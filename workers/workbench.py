@@ -159,9 +159,9 @@ class Workbench:
 
     def disk_dtype(self, tensor: Tensor) -> torch.dtype:
         """Type that a tensor is written in."""
-        return (
-            tensor.dtype if self.job.export.dtype == "auto" else _torch_dtype(self.job.export.dtype)
-        )
+        if self.job.export.dtype == "auto" or not tensor.is_floating_point():
+            return tensor.dtype
+        return _torch_dtype(self.job.export.dtype)
 
 
 def _torch_dtype(name: str) -> torch.dtype:

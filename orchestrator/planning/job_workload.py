@@ -175,5 +175,6 @@ def _element_bytes(job: JobSpec, checkpoint: Checkpoint, on_gpu: bool) -> int:
 
 def _written_element_bytes(job: JobSpec, checkpoint: Checkpoint) -> int:
     """Bytes per element of the pruned model on disk, the widest where they differ."""
-    widest = max(PLANNED_BYTES[info.dtype] for info in checkpoint.tensors.values())
+    matrices = [info for info in checkpoint.tensors.values() if len(info.shape) > 1]
+    widest = max(PLANNED_BYTES[info.dtype] for info in matrices)
     return {"auto": widest, "float32": 4}.get(job.export.dtype, 2)

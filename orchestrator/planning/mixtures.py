@@ -27,11 +27,11 @@ def kept_experts(job: JobSpec, checkpoint: Checkpoint) -> int:
 
 
 def _check_count(asked: int, group: Group) -> None:
-    least = max(group.fewest, group.parts)
+    least = group.fewest
     if not least <= asked <= group.num_units:
         raise SpecError(
-            f"budget.experts: {asked} of {group.num_units}; a token passes through {group.fewest},"
-            f" so give a number from {least} to {group.num_units}"
+            f"budget.experts: {asked} of {group.num_units}; a token's choice needs at least"
+            f" {least}, so give a number from {least} to {group.num_units}"
         )
     if asked % group.parts:
         raise SpecError(

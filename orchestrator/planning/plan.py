@@ -83,6 +83,8 @@ class PlannedModel:
     active_parameters: int
     decoder_parameters: int
     bytes_on_disk: int
+    lacking: dict[str, tuple[int, ...]]
+    """Layers without a group, of the groups that not all have."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,7 @@ class Plan:
         return [
             name
             for name, kept in self.shape.kept_in(layer).items()
-            if kept < self.model.units[name]
+            if kept < self.model.units[name] and layer not in self.model.lacking.get(name, ())
         ]
 
     def decided_groups(self, layer: int) -> list[str]:
@@ -344,6 +346,7 @@ def _planned_model(job: JobSpec, checkpoint: Checkpoint, load: Workload) -> Plan
         active_parameters=load.active_parameters + load.outer_parameters,
         decoder_parameters=checkpoint.decoder_parameters,
         bytes_on_disk=checkpoint.bytes_on_disk,
+        lacking=model.lacking,
     )
 
 

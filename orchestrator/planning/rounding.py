@@ -40,6 +40,18 @@ def unit_steps(job: JobSpec, model: Model) -> dict[str, int]:
     return steps
 
 
+def channel_steps(job: JobSpec, model: Model) -> dict[str, int]:
+    """By FFN, what is a step of all in one layer with it, which keep the same fraction; those that
+    follow another are left out.
+    """
+    steps, found = unit_steps(job, model), dict[str, int]()
+    for layer, _ in model.alike:
+        names = [g.name for g in layer.groups if g.kind == "ffn" and not g.times]
+        together = lcm(*(steps[name] for name in names))
+        found |= {name: lcm(found.get(name, 1), together) for name in names}
+    return found
+
+
 def _channels(job: JobSpec, width: int) -> int:
     if job.budget.round_to != "auto":
         return job.budget.round_to

@@ -13,11 +13,12 @@ from math import gcd, lcm
 from rayprune.orchestrator.planning.footprint import Footprint, exceeded, footprint, limits
 from rayprune.orchestrator.planning.layer_kinds import LayerKind
 from rayprune.orchestrator.planning.mixtures import kept_experts
-from rayprune.orchestrator.planning.rounding import unit_steps
+from rayprune.orchestrator.planning.rounding import channel_steps, unit_steps
 from rayprune.specs.errors import SpecError
 from rayprune.specs.job import JobSpec
 from rayprune.specs.methods.options import TakeOver
 from rayprune.workers.model.checkpoint import Checkpoint
+from rayprune.workers.model.description import Model
 
 MAX_OPEN_SHAPES = 4
 
@@ -204,23 +205,18 @@ def _widest(job: JobSpec, checkpoint: Checkpoint, kv_groups: int) -> Shape:
         SpecError: there is none, or no loader takes it.
     """
     budget, model = job.budget, checkpoint.model
-    most = max(model.units[name] for name in model.names_of("ffn"))
-    steps = unit_steps(job, model)
-    step = lcm(*(steps[name] for name in model.names_of("ffn")))
+    steps = channel_steps(job, model)
+    most, step = max((model.units[name], step) for name, step in steps.items())
     allowed = limits(budget, checkpoint.decoder_parameters)
     experts = kept_experts(job, checkpoint)
 
     def kept(width: int) -> dict[str, int]:
-        return {
-            group.name: (
-                min(group.num_units, kv_groups)
-                if group.kind == "attention"
-                else experts
-                if group.kind == "experts"
-                else _share(group.num_units, width, most, step)
-            )
-            for group in model.groups
-        }
+        shares = {n: _share(model.units[n], width, most, each) for n, each in steps.items()}
+        shares |= dict.fromkeys(model.names_of("experts"), experts)
+        for group in model.groups:
+            if group.kind == "attention":
+                shares[group.name] = min(group.num_units, kv_groups)
+        return in_order(model, shares)
 
     def size(width: int) -> Footprint:
         return _uniform(job, checkpoint, kept(width))
@@ -234,6 +230,16 @@ def _widest(job: JobSpec, checkpoint: Checkpoint, kv_groups: int) -> Shape:
             f" (budget.round_to) is left; {changes}, or lower budget.round_to or budget.kv_groups"
         )
     return Shape(kept(widths[place]), **asdict(size(widths[place])))
+
+
+def in_order(model: Model, kept: Mapping[str, int]) -> dict[str, int]:
+    """Units of every group in the order in which a layer computes them, those too that are so many
+    times another's.
+    """
+    return {
+        group.name: group.times[1] * kept[group.times[0]] if group.times else kept[group.name]
+        for group in model.groups
+    }
 
 
 def _share(count: int, width: int, most: int, round_to: int) -> int:
@@ -260,12 +266,12 @@ def planned_shape(job: JobSpec, checkpoint: Checkpoint, kinds: tuple[LayerKind, 
     }
     attention = {name: min(count, model.units[name]) for name, count in attention.items()}
     experts = dict.fromkeys(model.names_of("experts"), kept_experts(job, checkpoint))
-    steps = unit_steps(job, model)
-    parts = max(count // steps[name] for name, count in model.units.items())
+    steps = channel_steps(job, model)
+    parts = max(model.units[name] // step for name, step in steps.items())
     for number in range(parts, 0, -1):
         part = number / parts
-        narrowed = {n: _part(count, part, steps[n]) for n, count in model.units.items()}
-        kept = narrowed | attention | experts
+        narrowed = {n: _part(model.units[n], part, step) for n, step in steps.items()}
+        kept = in_order(model, narrowed | attention | experts)
         removed = sum(kind.num_layers * _removed(kind, kept) for kind in kinds)
         if removed >= sparsity * checkpoint.decoder_parameters - 1e-6:
             dense, whole = checkpoint.decoder_parameters, checkpoint.parameters

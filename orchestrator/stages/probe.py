@@ -64,7 +64,7 @@ def _probe_layer(context: Context, subject: Subject, layer: int) -> list[float]:
     """Squared relative output error of every open shape at one layer, summed over its groups; of
     experts the mean of some. Which experts go is the same in all shapes.
     """
-    plan, groups = subject.plan, subject.model.checkpoint.model.groups
+    plan, groups = subject.plan, subject.model.checkpoint.model.layers[layer].groups
     looked_at = {g.name: [m.name for m in g.probed] for g in groups}
     executor, samples = context.executor, context.job.budget.probe_samples
     held_out = max(1, samples // 4)
@@ -97,8 +97,8 @@ def _probe_layer(context: Context, subject: Subject, layer: int) -> list[float]:
     )
     return [
         sum(
-            fmean(errors.get((member, kept), 0.0) for member in looked_at[name])
-            for name, kept in shape.kept.items()
+            fmean(errors.get((member, shape.kept[name]), 0.0) for member in members)
+            for name, members in looked_at.items()
         )
         for shape in plan.shapes
     ]

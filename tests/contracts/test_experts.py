@@ -1,7 +1,7 @@
 """What holds for every family with experts, beside what holds for all (`test_families.py`)."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from rayprune.workers.numerics.correction import Correction
 from rayprune.workers.steps import deciding
 from tests.conftest import MakeJob
 from tests.contracts.test_families import SIZES, SMALL, generates, logits_of, same
-from tests.helpers import mixtures, quiet, some
+from tests.helpers import mixtures, quiet, some, stored_numbers
 from tests.models import build_model
 
 
@@ -61,16 +61,20 @@ class _Never(TorchFunctionMode):
 
 
 @contextmanager
-def without(network: Any, checkpoint: Checkpoint, kept: Sequence[Sequence[int]]) -> Iterator[Any]:
+def without(
+    network: Any, checkpoint: Checkpoint, kept: Mapping[int, Sequence[int]]
+) -> Iterator[Any]:
     """The stock network, whose routers never choose experts that go."""
     group = checkpoint.model.experts
     assert group is not None
     gone = {}
-    for layer, stays in enumerate(kept):
+    for layer, stays in kept.items():
         module = network.get_submodule(f"{checkpoint.model.layers_at}.{layer}")
-        router = module.state_dict()[group.axes[0].tensor]
-        others = sorted(set(range(group.num_units)) - set(stays))
-        gone[router.data_ptr()] = torch.tensor(others)
+        router, *more = (module.state_dict()[axis.tensor] for axis in group.axes)
+        others = torch.tensor(sorted(set(range(group.num_units)) - set(stays)))
+        gone[router.data_ptr()] = others
+        for correction in more if group.axes[-1].tensor.endswith("correction_bias") else ():
+            correction[others] = -1e9
     with _Never(gone):
         yield network
 
@@ -90,6 +94,7 @@ def test_a_model_of_fewer_experts_is_the_dense_one_that_never_chooses_the_others
         ),
     )
     out, stays = tmp_path / "run", 3 * group.num_units // 4
+    size = group.num_units // group.parts
     job = make_job(
         folder,
         calibration=SMALL,
@@ -97,15 +102,20 @@ def test_a_model_of_fewer_experts_is_the_dense_one_that_never_chooses_the_others
     )
     report = run_job(load_job(job), out, quiet)
     layers = [layer.groups for layer in report.layers]
-    kept = [groups["experts"].units or () for groups in layers]
-    for groups, experts in zip(layers, kept, strict=True):
-        scores = groups["experts"].scores or ()
+    kept = {n: g["experts"].units or () for n, g in enumerate(layers) if "experts" in g}
+    assert set(range(len(layers))) - kept.keys() == set(checkpoint.model.lacking.get("experts", ()))
+    for layer, experts in kept.items():
+        scores = layers[layer]["experts"].scores or ()
         assert len(experts) == stays
+        assert len({sum(e // size == part for e in experts) for part in range(group.parts)}) == 1
         gone = set(range(group.num_units)) - set(experts)
-        assert max(scores[e] for e in gone) <= min(scores[e] for e in experts)
+        for start in range(0, group.num_units, size):  # as many go from each part
+            part = range(start, start + size)
+            worst = min(scores[e] for e in part if e in experts)
+            assert max(scores[e] for e in part if e in gone) <= worst
     network, info = AutoModelForCausalLM.from_pretrained(out / "model", output_loading_info=True)
     assert not any(info.values()), info
-    assert sum(p.numel() for p in network.parameters()) == report.parameters.after
+    assert stored_numbers(network) == report.parameters.after
     dense, model = whole_model(checkpoint).eval(), checkpoint.model
     handles = []
     for layer in range(len(layers)):

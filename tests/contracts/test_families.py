@@ -57,7 +57,7 @@ from rayprune.workers.numerics.methods import select
 from rayprune.workers.numerics.statistics import GramStatistic
 from rayprune.workers.steps import deciding
 from tests.conftest import MakeJob, edit_json
-from tests.helpers import some
+from tests.helpers import some, stored_numbers
 from tests.models import auto_class, build_model
 
 SIZES: dict[str, Any] = {
@@ -83,13 +83,17 @@ class Dense:
 
     @property
     def groups(self) -> dict[str, Group]:
-        """The groups of a layer; of experts that of each."""
+        """The groups of all layers; of experts that of each."""
         return self.checkpoint.model.members
 
+    def of(self, layer: int) -> dict[str, Group]:
+        """The groups of one layer."""
+        return self.checkpoint.model.layers[layer].members
+
     @property
-    def channels(self) -> dict[str, Group]:
-        """The groups whose units a consumer's weight reads."""
-        return {name: group for name, group in self.groups.items() if group.kind != "experts"}
+    def kinds(self) -> list[int]:
+        """A layer of every kind."""
+        return [numbers.start for _, numbers in self.checkpoint.model.alike]
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -114,7 +118,11 @@ class Dense:
 def dense(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Dense:
     folder = build_model(tmp_path_factory.mktemp(request.param) / "dense", request.param, **SIZES)
     # lists that the class works out from the layers' numbers, which change when layers go
-    edit_json(folder / "config.json", **dict.fromkeys(family_named(request.param).lists))
+    lists = dict.fromkeys(family_named(request.param).lists)
+    if text := json.loads((folder / "config.json").read_text()).get("text_config"):
+        edit_json(folder / "config.json", text_config=text | lists)
+    else:
+        edit_json(folder / "config.json", **lists)
     checkpoint = open_checkpoint(folder)
     # experts are one module in transformers: see test_experts.py
     if checkpoint.model.experts:
@@ -154,32 +162,39 @@ def test_the_description_names_every_tensor_of_the_files(dense: Dense) -> None:
         described |= {model.prefix(number) + name: shape for name, shape in layer.shapes.items()}
         in_file = stored_shapes(layer.shapes, layer.places)
         stored |= {model.prefix(number) + name: shape for name, shape in in_file.items()}
+    if model.beside:  # by today's names, and without what goes along
+        infos, beside = dense.checkpoint.tensors, model.beside
+        found = {name: i.shape for name, i in infos.items() if not name.startswith(beside)}
     assert stored == found
     modules = dense.network.state_dict()
     names = {model.module_names.get(name, name) for name in described}
     assert names <= modules.keys()
-    tied = {name for name in modules.keys() - names if "rotary" not in name}
+    others = modules.keys() - names
+    tied = {
+        n for n in others if "rotary" not in n and not (model.beside and n.startswith(model.beside))
+    }
     again = {name for name in tied if name.endswith(model.recomputed)}
     assert tied - again <= {model.module_names.get(model.head, model.head)}, "a head that is tied"
     assert bool(tied) is model.tied
     for name in filter(None, (model.backbone, model.last_norm)):
         dense.network.get_submodule(name)
-    assert dense.checkpoint.parameters == sum(p.numel() for p in dense.network.parameters())
+    assert dense.checkpoint.parameters == stored_numbers(dense.network)
 
 
 def test_groups_are_whole(dense: Dense) -> None:
     """In the order in which a layer computes them, under their blocks."""
-    seen: list[str] = []
-    with hooked(
-        [
-            dense.consumer(0, name).register_forward_pre_hook(
-                lambda *_, name=name: seen.append(name)
-            )
-            for name in dense.groups
-        ]
-    ):
-        logits_of(dense.network)
-    assert seen == list(dense.groups)
+    for layer in dense.kinds:
+        seen: list[str] = []
+        with hooked(
+            [
+                dense.consumer(layer, name).register_forward_pre_hook(
+                    lambda *_, name=name, seen=seen: seen.append(name)
+                )
+                for name in dense.of(layer)
+            ]
+        ):
+            logits_of(dense.network)
+        assert seen == list(dense.of(layer))
     for group in dense.groups.values():
         assert f"{group.consumer.module}.".startswith(f"{group.block.module}.")
         if group.kind != "experts":  # whose axes are the router's
@@ -200,7 +215,7 @@ def test_streamed_layers_are_the_whole_model_bit_for_bit(dense: Dense) -> None:
     streamed = dense.streamed()
     batch = streamed.embed(WINDOWS_BT)
     for index, output_BTD in enumerate(behind):
-        finish_layer(streamed.load_layer(index), index, batch, dense.groups)
+        finish_layer(streamed.load_layer(index), index, batch, dense.of(index))
         assert torch.equal(batch.hidden_BTD, output_BTD), index
     assert torch.equal(streamed.logits(WINDOWS_BT, batch.hidden_BTD), expected)
 
@@ -267,31 +282,35 @@ def test_stat_at_full_width_is_the_identity(dense: Dense) -> None:
     """All units are chosen, the correction changes no weight, and the layer is what it was."""
     streamed = dense.streamed()
     batch, whole = streamed.embed(WINDOWS_BT), streamed.embed(WINDOWS_BT)
-    layer, of_experts = streamed.load_layer(0), dict[str, Cut]()
-    for name, group in dense.channels.items():
-        z_TF = consumer_input(layer, 0, batch, dense.groups, name).flatten(0, -2)
-        fits = [GramStatistic.empty(group.width, Scratch(CPU, None)) for _ in range(2)]
-        for fit, rows in zip(fits, (z_TF[:40], z_TF[40:]), strict=True):
-            fit.update(rows)
-        weight_DF = weight_of(dense, 0, name)
-        units = select(StatOptions(), fits[0], weight_DF, group.columns, group.num_units)
-        assert units.tolist() == list(range(group.num_units))
-        columns_K = unit_rows(units, group.columns)
-        correction = correct(
-            fits[0], fits[1], weight_DF, columns_K, CorrectionSpec(), torch.float32
-        )
-        assert torch.equal(correction.weight_DK, weight_DF)
-        assert correction.training_error == correction.held_out_error == 0
-        cut = Cut(name, units, correction.weight_DK)
-        if group.expert is None:
-            apply_cut(layer, 0, batch, dense.groups, name, cut)
-        else:
-            of_experts[name] = cut
-    if of_experts:
-        apply_expert_cuts(layer, 0, batch, dense.groups, of_experts)
-    finish_layer(layer, 0, batch, dense.groups)
-    finish_layer(layer, 0, whole, dense.groups)
-    same(batch.hidden_BTD, whole.hidden_BTD, 1e-6)
+    for index in range(max(dense.kinds) + 1):
+        layer, groups, of_experts = streamed.load_layer(index), dense.of(index), dict[str, Cut]()
+        for name, group in groups.items():
+            if group.kind == "experts":
+                continue
+            z_TF = consumer_input(layer, index, batch, groups, name).flatten(0, -2)
+            half = len(z_TF) * 2 // 3
+            fits = [GramStatistic.empty(group.width, Scratch(CPU, None)) for _ in range(2)]
+            for fit, rows in zip(fits, (z_TF[:half], z_TF[half:]), strict=True):
+                fit.update(rows)
+            weight_DF = weight_of(dense, index, name)
+            units = select(StatOptions(), fits[0], weight_DF, group.columns, group.num_units)
+            assert units.tolist() == list(range(group.num_units))
+            columns_K = unit_rows(units, group.columns)
+            correction = correct(
+                fits[0], fits[1], weight_DF, columns_K, CorrectionSpec(), torch.float32
+            )
+            assert torch.equal(correction.weight_DK, weight_DF)
+            assert correction.training_error == correction.held_out_error == 0
+            cut = Cut(name, units, correction.weight_DK)
+            if group.expert is None:
+                apply_cut(layer, index, batch, groups, name, cut)
+            else:
+                of_experts[name] = cut
+        if of_experts:
+            apply_expert_cuts(layer, index, batch, groups, of_experts)
+        finish_layer(layer, index, batch, groups)
+        finish_layer(layer, index, whole, groups)
+        same(batch.hidden_BTD, whole.hidden_BTD, 1e-6)
 
 
 Kept = Sequence[Mapping[str, Sequence[int]]]
@@ -300,14 +319,15 @@ Kept = Sequence[Mapping[str, Sequence[int]]]
 
 def drawn(dense: Dense, counts: Sequence[Mapping[str, int]]) -> Kept:
     """Other units in each layer, and in each expert."""
-    chance, groups = random.Random(3), {g.name: g for g in dense.checkpoint.model.groups}
+    chance = random.Random(3)
     return [
         {
-            member.name: sorted(chance.sample(range(member.num_units), n))
-            for name, n in c.items()
-            for member in groups[name].members
+            member.name: sorted(chance.sample(range(member.num_units), c[group.name]))
+            for group in layer.groups
+            if group.name in c
+            for member in group.members
         }
-        for c in counts
+        for layer, c in zip(dense.checkpoint.model.layers, counts, strict=True)
     ]
 
 
@@ -357,7 +377,7 @@ def pruned(dense: Dense, kept: Kept, job: Path, out: Path, monkeypatch: pytest.M
         out / "model", output_loading_info=True, trust_remote_code=own_code
     )
     assert not any(info.values()), info
-    assert sum(p.numel() for p in network.parameters()) == report.parameters.after
+    assert stored_numbers(network) == report.parameters.after
     return network.eval()
 
 
@@ -376,10 +396,11 @@ SMALL = {"samples": 4, "sequence_length": 16, "shards": 2}
 
 
 def counts_of(dense: Dense, **changes: int) -> list[dict[str, int]]:
-    """Units of every layer: all, but for some groups; a shared expert keeps its share."""
+    """Units of every layer: all, but for some groups; another FFN keeps its share."""
     units = dense.checkpoint.model.units
-    if "neurons" in changes and "shared" in units:
-        changes["shared"] = units["shared"] * changes["neurons"] // units["neurons"]
+    if "neurons" in changes:
+        share = changes["neurons"] / units["neurons"]
+        changes |= {n: round(units[n] * share) for n in ("shared", "dense") if n in units}
     return [units | changes] * dense.checkpoint.num_layers
 
 
@@ -430,14 +451,24 @@ def test_a_cut_model_is_the_dense_one_with_its_units_masked(
     if stays is None:
         return
     counts = counts_of(dense, **{name: stays})
-    beside = {"shared": counts[0]["shared"]} if name == "neurons" and "shared" in counts[0] else {}
+    others = ("shared", "dense") if name == "neurons" else ()
+    beside = {other: counts[0][other] for other in others if other in counts[0]}
     kept = drawn(dense, [{name: stays} | beside] * len(counts))
     assert len(set(map(str, kept))) > 1, "other units in each layer"
     job = cut_job(dense, counts, make_job)
     network = pruned(dense, kept, job, tmp_path / "run", monkeypatch)
-    with masked(dense, kept) as expected:
+    with masked(dense, stayed(tmp_path / "run", kept)) as expected:
         same(logits_of(network), logits_of(expected))
     generates(network)
+
+
+def stayed(run: Path, kept: Kept) -> Kept:
+    """The units that a run kept: those given, but of experts that no token has reached."""
+    manifests = [run / f"tasks/layer-{n:04d}/manifest.json" for n in range(len(kept))]
+    found = [json.loads(manifest.read_text())["info"]["kept"] for manifest in manifests]
+    for given, its in zip(kept, found, strict=True):
+        assert all(its[name] == units for name, units in given.items() if "." not in name)
+    return found
 
 
 def spread(monkeypatch: pytest.MonkeyPatch, layers: Sequence[Mapping[str, int]]) -> None:
@@ -530,6 +561,6 @@ def test_whole_layers_out_is_the_dense_model_without_them(
     streamed = dense.streamed()
     batch = streamed.embed(WINDOWS_BT)
     for index in (0, 2, 3):
-        finish_layer(streamed.load_layer(index), index, batch, dense.groups)
+        finish_layer(streamed.load_layer(index), index, batch, dense.of(index))
     same(logits_of(network), streamed.logits(WINDOWS_BT, batch.hidden_BTD))
     generates(network)

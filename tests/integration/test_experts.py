@@ -144,7 +144,7 @@ def test_a_plan_counts_what_a_token_passes_through(
 @pytest.mark.parametrize(
     ("section", "change", "says"),
     [
-        ("budget", {"experts": 1}, "passes through 2, so give a number from 2 to 4"),
+        ("budget", {"experts": 1}, "choice needs at least 2, so give a number from 2 to 4"),
         ("budget", {"experts": 5}, "from 2 to 4"),
         ("parallel", {"placement": "layers"}, "parallel.placement: set it to shards"),
         ("budget", {"per_layer": True}, "budget.per_layer"),

@@ -16,8 +16,8 @@ from rayprune.workers.model.absent import absent_tensors
 from rayprune.workers.model.config import DTYPES, Config
 from rayprune.workers.model.deci_lm import deci_lm_of
 from rayprune.workers.model.description import Model
-from rayprune.workers.model.families import family_of, prunable
-from rayprune.workers.model.fit import check_tensors, described, prefixed
+from rayprune.workers.model.families import family_of
+from rayprune.workers.model.fit import beside_in_files, check_tensors, described, prefixed
 from rayprune.workers.model.folder import FP8, TensorInfo, has_shards, read_config, read_headers
 from rayprune.workers.model.form import Form
 from rayprune.workers.model.ggml import Ggml, ggml_of
@@ -187,14 +187,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if config.quantised:
         raise config.quantised_error()
     model = family_of(config).describe(config)
-    if model.not_pruned:
-        raise ModelError(
-            f"{path}: model_type {config.model_type!r} can be planned but not pruned:"
-            f" {model.not_pruned};"
-            f" supported are {', '.join(prunable())}"
-        )
     digest = hashlib.sha256(json.dumps(config.raw, sort_keys=True).encode())
-    tensors = prefixed(read_headers(path, model.recomputed, digest), model)
+    headers = read_headers(path, model.recomputed, digest, beside_in_files(model))
+    tensors = prefixed(headers, model)
     tensors = described(path, model, tensors)
     check_tensors(path, model, tensors)
     return Checkpoint(path, model, config, tensors, digest.hexdigest())
@@ -209,15 +204,14 @@ def planned_checkpoint(path: Path) -> Checkpoint:
             `open_checkpoint` refuses.
     """
     config = read_config(path)
-    if has_shards(path) and not config.quantised and family_of(config).not_pruned is None:
+    if has_shards(path) and not config.quantised:
         return open_checkpoint(path)
     model = family_of(config).describe(config)
     if config.quantised:
         quantised = (
             "its weights on disk are quantised: save the model in a floating-point type first"
         )
-        reasons = [*([model.not_pruned] if model.not_pruned else []), quantised]
-        model = replace(model, not_pruned="; ".join(reasons))
+        model = replace(model, not_pruned=quantised)
     digest = hashlib.sha256(json.dumps(config.raw, sort_keys=True).encode()).hexdigest()
     return Checkpoint(path, model, config, _planned(model, config), digest, has_weights=False)
 

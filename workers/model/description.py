@@ -107,6 +107,8 @@ class Group:
     """Units that have to stay."""
     multiple: int = 1
     """As many units stay as a multiple of this, unless all do."""
+    times: tuple[str, int] | None = None
+    """The group of which it keeps so many times the units, where one key says both."""
     expert: int | None = None
     """The number of the expert whose channels these are; None: they are of no expert."""
     routed: tuple[int, int] = (1, 1)
@@ -196,6 +198,11 @@ class Layer:
     def parameters(self) -> int:
         """Number of elements of all its tensors."""
         return sum(map(prod, self.shapes.values()))
+
+    @cached_property
+    def members(self) -> dict[str, Group]:
+        """What is decided one by one, by name: every group, of experts that of each."""
+        return {member.name: member for group in self.groups for member in group.members}
 
     def group(self, name: str) -> Group:
         """The group of a name."""
@@ -289,6 +296,10 @@ class Model:
     """Whether a token sees those before it alone, and the head predicts the next one."""
     open_outside: bool = False
     """Whether its files may hold further tensors outside the layers, which go along as they are."""
+    beside: tuple[str, ...] = ()
+    """Modules that text does not pass through: passes do without them."""
+    older_names: Mapping[str, str] = field(default_factory=dict)
+    """What names begin with in older files: theirs to today's."""
     made_up: tuple[str, ...] = ()
     """Beginnings of tensors that files may lack: nothing that is measured reads them."""
 
@@ -314,9 +325,23 @@ class Model:
         """Units of every group."""
         return {group.name: group.num_units for group in self.groups}
 
+    @property
+    def lacking(self) -> dict[str, tuple[int, ...]]:
+        """Layers without a group, of the groups that not all have."""
+        found = {
+            group.name: tuple(
+                number
+                for layer, numbers in self.alike
+                if group.name not in [its.name for its in layer.groups]
+                for number in numbers
+            )
+            for group in self.groups
+        }
+        return {name: numbers for name, numbers in found.items() if numbers}
+
     @cached_property
     def members(self) -> dict[str, Group]:
-        """What is decided one by one, by name: every group, of experts that of each."""
+        """Those of all layers."""
         return {member.name: member for group in self.groups for member in group.members}
 
     @property

@@ -19,6 +19,8 @@ def prefixed(tensors: Tensors, model: Model) -> dict[str, TensorInfo]:
     """
     if model.open_outside:
         tensors = {_norm_tensor(name): info for name, info in tensors.items()}
+    if model.beside:
+        return {_todays(name, model): info for name, info in tensors.items()}
     if not model.backbone:
         return _bare(tensors, model)
     prefix = f"{model.backbone}."
@@ -52,6 +54,20 @@ def described(path: Path, model: Model, tensors: Tensors) -> dict[str, TensorInf
         for name in {place.name for place in layer.places.values()} - layer.shapes.keys():
             found.pop(prefix + name, None)
     return found
+
+
+def beside_in_files(model: Model) -> tuple[str, ...]:
+    """What names begin with, in files of any age, of what text does not pass through."""
+    older = [old for old, new in model.older_names.items() if new.startswith(model.beside)]
+    return (*(f"{module}." for module in model.beside), *older) if model.beside else ()
+
+
+def _todays(name: str, model: Model) -> str:
+    todays = tuple(model.older_names.values())
+    for old, new in model.older_names.items():
+        if name.startswith(old) and not name.startswith(todays):
+            return new + name.removeprefix(old)
+    return name
 
 
 def _norm_tensor(name: str) -> str:

@@ -24,7 +24,9 @@ SINGLE_NAME = "model.safetensors"
 MAX_JSON_BYTES = 64 * 2**20
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 FP8 = "F8_E4M3"
-PLANNED_BYTES = DTYPE_BYTES | {FP8: 1}
+_COUNTS = {"I64": 8, "I32": 4}
+"""Of what is counted beside a text model, as batches that a norm has seen; it goes along."""
+PLANNED_BYTES = DTYPE_BYTES | {FP8: 1} | _COUNTS
 """Bytes per element of what can be planned; only `DTYPE_BYTES` can be pruned."""
 _ADAPTER = "adapter_config.json"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -146,16 +148,17 @@ def has_shards(path: Path) -> bool:
 
 
 def read_headers(
-    path: Path, recomputed: tuple[str, ...], digest: "hashlib._Hash"
+    path: Path, recomputed: tuple[str, ...], digest: "hashlib._Hash", beside: tuple[str, ...] = ()
 ) -> dict[str, TensorInfo]:
     """Every tensor of a folder's weight files by its name there, without those of the endings
-    `recomputed`; all headers and sizes go into the digest.
+    `recomputed`; all headers and sizes go into the digest. Those that begin as `beside` says may
+    be counts.
 
     Raises:
         ModelError: no weights, a damaged or misplaced file, or an index that does not fit.
     """
     shards = sorted(_shards(path).items())
-    found = {file: _header_of(path, file, recomputed) for file, _ in shards}
+    found = {file: _header_of(path, file, recomputed, beside) for file, _ in shards}
     tensors: dict[str, TensorInfo] = {}
     for file, names in shards:
         if missing := sorted((names or set()) - found[file].keys()):
@@ -239,28 +242,19 @@ def _inside(path: Path, file: str) -> Path:
     return target
 
 
-def read_header(path: Path, passed_over: tuple[str, ...] = ()) -> dict[str, TensorInfo]:
+def read_header(
+    path: Path, passed_over: tuple[str, ...] = (), beside: tuple[str, ...] = ()
+) -> dict[str, TensorInfo]:
     """What a safetensors file holds.
 
     Raises:
         ModelError: not a whole safetensors file, or it holds other than floating-point tensors, but
-            for those of the endings `passed_over`.
+            for those of the endings `passed_over` and counts whose names begin as `beside` says.
     """
-    file = path.name
-    try:
-        with safe_open(path, framework="np") as handle:
-            # safe_open is no dict
-            slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
-            infos = {
-                name: TensorInfo(file, part.get_dtype(), tuple(part.get_shape()), name)
-                for name, part in slices.items()
-            }
-    except (SafetensorError, OSError) as error:
-        raise ModelError(
-            f"{path}: not a whole safetensors file ({error}); fetch it again"
-        ) from None
+    infos = _infos(path)
     for name, info in infos.items():
-        if info.dtype not in DTYPE_BYTES and not name.endswith(passed_over):
+        counts = info.dtype in _COUNTS and bool(beside) and name.startswith(beside)
+        if info.dtype not in DTYPE_BYTES and not counts and not name.endswith(passed_over):
             raise ModelError(
                 f"{path}: {name} is {info.dtype}; only floating-point weights"
                 f" ({', '.join(DTYPE_BYTES)}) can be pruned: if the model is quantised, take the"
@@ -269,13 +263,29 @@ def read_header(path: Path, passed_over: tuple[str, ...] = ()) -> dict[str, Tens
     return infos
 
 
+def _infos(path: Path) -> dict[str, TensorInfo]:
+    file = path.name
+    try:
+        with safe_open(path, framework="np") as handle:
+            # safe_open is no dict
+            slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
+            return {
+                name: TensorInfo(file, part.get_dtype(), tuple(part.get_shape()), name)
+                for name, part in slices.items()
+            }
+    except (SafetensorError, OSError) as error:
+        raise ModelError(
+            f"{path}: not a whole safetensors file ({error}); fetch it again"
+        ) from None
+
+
 def index_of(path: Path, names: Sequence[str]) -> dict[str, object]:
     """The index of a folder over these weight files.
 
     Raises:
         ModelError: one is not whole.
     """
-    tensors = {tensor: info for name in names for tensor, info in read_header(path / name).items()}
+    tensors = {tensor: info for name in names for tensor, info in _infos(path / name).items()}
     metadata = {
         "total_size": sum(info.num_bytes for info in tensors.values()),
         "total_parameters": sum(info.num_parameters for info in tensors.values()),
@@ -284,8 +294,10 @@ def index_of(path: Path, names: Sequence[str]) -> dict[str, object]:
     return {"metadata": metadata, "weight_map": places}
 
 
-def _header_of(folder: Path, file: str, recomputed: tuple[str, ...]) -> dict[str, TensorInfo]:
-    infos = read_header(_inside(folder, file), recomputed)
+def _header_of(
+    folder: Path, file: str, recomputed: tuple[str, ...], beside: tuple[str, ...]
+) -> dict[str, TensorInfo]:
+    infos = read_header(_inside(folder, file), recomputed, beside)
     # a link's target has another name
     return {name: replace(info, file=file) for name, info in infos.items()}
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from rayprune.workers.model.config import Config
 from rayprune.workers.model.description import RemoteCode
 from rayprune.workers.model.families import family_of
+from rayprune.workers.model.families.family import Family
 from rayprune.workers.model.form import Form
 from rayprune.workers.model.older import readable_by_both
 
@@ -48,15 +49,32 @@ def written(
     Raises:
         SpecError: no stock class can hold it.
     """
-    cut = of_layers(config, there)
-    model = family_of(config).describe(config)
+    family = family_of(config)
+    if (inside := family.inside(config)) is None:
+        return _written(family, config, there, layers, target, dtype)
+    text = _written(*inside, there, layers, target, dtype)
+    return Written(family.joined(config, text.config, dtype))
+
+
+def _written(
+    family: Family,
+    config: Config,
+    there: Sequence[int],
+    layers: Sequence[Mapping[str, int]],
+    target: str,
+    dtype: str,
+) -> Written:
+    cut = of_layers(config, there, family)
+    model = family.describe(config)
     if all(kept == layers[0] for kept in layers) and model.is_stock(layers[0]):
-        return Written(_patched(cut, layers[0], target, dtype))
-    return _of_sizes(cut, layers, dtype)
+        return Written(_patched(family, cut, layers[0], target, dtype))
+    return _of_sizes(family, cut, layers, dtype)
 
 
-def _patched(config: Config, kept: Mapping[str, int], target: str, dtype: str) -> dict[str, object]:
-    form = form_of(config, kept, target)
+def _patched(
+    family: Family, config: Config, kept: Mapping[str, int], target: str, dtype: str
+) -> dict[str, object]:
+    form = family.form(config, kept, target)
     left_out = (*_NOT_WRITTEN, *form.dropped)
     result = {key: value for key, value in config.raw.items() if key not in left_out}
     changes = dict(form.changes)
@@ -67,38 +85,39 @@ def _patched(config: Config, kept: Mapping[str, int], target: str, dtype: str) -
     return readable_by_both(own)
 
 
-def _of_sizes(config: Config, layers: Sequence[Mapping[str, int]], dtype: str) -> Written:
+def _of_sizes(
+    family: Family, config: Config, layers: Sequence[Mapping[str, int]], dtype: str
+) -> Written:
     """Layers that keep different numbers of units; sizes of the whole stay those of the
     original.
     """
-    family = family_of(config)
     model = family.describe(config)
     code = family.code(config)
-    result = _patched(config, model.units, "transformers", dtype)
+    result = _patched(family, config, model.units, "transformers", dtype)
     own = family.sized(config, layers) | {"auto_map": code.auto_map(model.auto_class)}
     return Written(result | own, code)
 
 
-def of_layers(config: Config, layers: Sequence[int]) -> Config:
+def of_layers(config: Config, layers: Sequence[int], family: Family | None = None) -> Config:
     """The config of a model that keeps only these layers; lists with an entry for each layer are
     cut with them.
 
     Lists that the config class would work out from a layer's number are written, unless all entries
     are alike: numbers change.
     """
-    count = family_of(config).count_layers(config)
-    if len(layers) == count:
+    family = family or family_of(config)
+    if len(layers) == family.count_layers(config):
         return config
-    cut = {key: [values[n] for n in layers] for key, values in layer_lists(config).items()}
-    changed = family_of(config).keeping(config, layers)
+    lists = _layer_lists(family, config).items()
+    cut = {key: [values[n] for n in layers] for key, values in lists}
+    changed = family.keeping(config, layers)
     return Config({**config.raw, **cut, **changed})
 
 
-def layer_lists(config: Config) -> dict[str, list[object]]:
+def _layer_lists(family: Family, config: Config) -> dict[str, list[object]]:
     """Lists of the config with an entry for each layer, and those that its class works out from a
     layer's number, unless all are alike.
     """
-    family = family_of(config)
     count = family.count_layers(config)
     values = [family.layer_values(config, layer) for layer in range(count)]
     derived = {

@@ -43,7 +43,7 @@ _ROPE_NEEDS = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }
 _LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
-_ROPE_ALIASES = {"su"}
+_ROPE_ALIASES = {"su", "mrope"}
 """Old names that config classes translate."""
 _ACTIVATION_KEYS = ("hidden_act", "hidden_activation", "activation_function", "activation")
 _ROPE_KEYS = ("rope_parameters", "rope_scaling")

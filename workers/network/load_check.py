@@ -86,11 +86,13 @@ def _loaded_parameters(folder: Path, model: Any, info: Mapping[str, Any]) -> int
     """Parameters of the files: those of the class, without what it made up, with what it does not
     know.
     """
-    built: int = sum({id(tensor): tensor.numel() for tensor in model.parameters()}.values())
+    # with buffers that are loaded: what corrects a router's choice is one
+    stored = model.state_dict(keep_vars=True).values()
+    built: int = sum({id(tensor): tensor.numel() for tensor in stored}.values())
     made_up: int = sum(model.get_parameter(name).numel() for name in info.get("missing_keys", ()))
     if not (unknown := set(info.get("unexpected_keys", ()))):
         return built - made_up
-    headers = read_headers(folder, (), hashlib.sha256())
+    headers = read_headers(folder, (), hashlib.sha256(), tuple(unknown))
     return built - made_up + sum(headers[name].num_parameters for name in unknown)
 
 

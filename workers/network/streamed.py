@@ -265,11 +265,18 @@ def empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     with refused, init_empty_weights(include_buffers=False), no_init_weights():
         if (code := checkpoint.model.code) is None:
             stock = getattr(transformers, checkpoint.model.auto_class)
-            network = stock.from_config(sizes, dtype=dtype, trust_remote_code=False)
+            network = (
+                stock._from_config(sizes, dtype=dtype)
+                if checkpoint.model.beside
+                else stock.from_config(sizes, dtype=dtype, trust_remote_code=False)
+            )
         else:
             network = built_from(code)._from_config(sizes, dtype=dtype)
-    for layer in layers_of(network, checkpoint.model):
-        with_own_experts(layer, checkpoint.model.experts)
+    for module in checkpoint.model.beside:
+        network.set_submodule(module, nn.Module())
+    described = checkpoint.model.layers
+    for layer, its in zip(layers_of(network, checkpoint.model), described, strict=True):
+        with_own_experts(layer, its.members.get("experts"))
     for module in network.modules():
         # as `from_pretrained` does: tables of positions are computed in float32
         if module._buffers and not module._parameters:
@@ -305,7 +312,10 @@ def _fill(
     Raises:
         ModelError: a tensor is missing, superfluous, of another shape or not finite.
     """
-    names = checkpoint.model.module_names
+    model = checkpoint.model
+    if model.beside:
+        infos = {name: i for name, i in infos.items() if not name.startswith(model.beside)}
+    names = model.module_names
     found = read_tensors(checkpoint, infos, device=device)
     tensors = {names.get(name, name): tensor for name, tensor in found.items()}
     try:

@@ -84,7 +84,7 @@ class Sweep:
     def __init__(
         self,
         model: StreamedModel,
-        groups: Sequence[Group],
+        groups: Sequence[Mapping[str, Group]],
         statistic: Callable[[Group], Statistic],
         shards: Sequence[Sequence[Tensor]],
         scope: Scope,
@@ -93,12 +93,12 @@ class Sweep:
         drift: float,
         warn: Callable[[str], object],
     ) -> None:
-        """`drift` is the fraction of the drift from the dense model that statistics hold as a
-        target; `warn` tells the user something.
+        """`groups` are those of every layer, by name; `drift` is the fraction of the drift from the
+        dense model that statistics hold as a target; `warn` tells the user something.
         """
         self._drift, self._warn = drift, warn
         self._model, self._statistic, self._tokens, self._scope = model, statistic, shards, scope
-        self._groups = {group.name: group for group in groups}
+        self._groups = groups
         self._checkpoint_layers, self._keep_inputs = checkpoint_layers, keep_inputs
         self._shards: dict[int, Shard] = {}
         self._loaded: tuple[int, nn.Module] | None = None
@@ -121,7 +121,7 @@ class Sweep:
             ModelError: an activation is not finite.
         """
         self._bring_to(layer, range(*owned))
-        module, cuts = self._layer(layer, cuts), self._on_device(cuts)
+        module, cuts = self._layer(layer, cuts), self._on_device(layer, cuts)
         return grow_statistics(
             trees, owned, lambda shard: self._shard_statistic(module, layer, shard, name, cuts)
         )
@@ -136,7 +136,7 @@ class Sweep:
             ModelError: an activation is not finite.
         """
         self._bring_to(layer, range(*owned))
-        module, cuts = self._layer(layer, cuts), self._on_device(cuts)
+        module, cuts = self._layer(layer, cuts), self._on_device(layer, cuts)
         return grow_statistics(
             trees, owned, lambda shard: self._shard_routing(module, layer, shard, cuts)
         )
@@ -147,15 +147,16 @@ class Sweep:
         self._pass(layer, range(*owned), cuts)
 
     def _pass(self, layer: int, shards: Iterable[int], cuts: Mapping[str, Cut]) -> None:
-        module, cuts = self._layer(layer, cuts), self._on_device(cuts)
+        module, cuts = self._layer(layer, cuts), self._on_device(layer, cuts)
         for number in shards:
             self._advance(module, self._shards[number], cuts)
             self._save(number)
 
-    def _on_device(self, cuts: Mapping[str, Cut]) -> dict[str, Cut]:
+    def _on_device(self, layer: int, cuts: Mapping[str, Cut]) -> dict[str, Cut]:
         """Cuts for many micro-batches; those of experts, which are many, in their types on disk."""
         dtype, device = self._model.dtype, self._model.device
-        of_experts = {name for name in cuts if self._groups[name].expert is not None}
+        groups = self._groups[layer]
+        of_experts = {name for name in cuts if groups[name].expert is not None}
         return {
             name: cut.on(device, cut.weight_DK.dtype if name in of_experts else dtype)
             for name, cut in cuts.items()
@@ -164,27 +165,29 @@ class Sweep:
     def _shard_statistic(
         self, module: nn.Module, layer: int, shard: int, name: str, cuts: Mapping[str, Cut]
     ) -> Statistic:
-        statistic = self._statistic(self._groups[name])
+        groups = self._groups[layer]
+        statistic = self._statistic(groups[name])
         for number, batch in enumerate(self._shards[shard].batches):
-            self._forget_from(batch, name)
+            self._forget_from(layer, batch, name)
             self._apply(module, layer, batch, cuts)
-            z_BTF = layers.consumer_input(module, layer, batch, self._groups, name)
+            z_BTF = layers.consumer_input(module, layer, batch, groups, name)
             drift_BTD = self._drift_of(module, shard, number, name, z_BTF) if self._drift else None
             statistic.update(z_BTF.flatten(0, -2), drift_BTD)
             if not self._keep_inputs:
                 batch.inputs.clear()
-        check_finite(statistic, self._model, layer, self._groups[name], f" (shard {shard})")
+        check_finite(statistic, self._model, layer, groups[name], f" (shard {shard})")
         return statistic
 
     def _shard_routing(
         self, module: nn.Module, layer: int, shard: int, cuts: Mapping[str, Cut]
     ) -> RoutingStatistic:
-        group = self._groups["experts"]
+        groups = self._groups[layer]
+        group = groups["experts"]
         statistic = RoutingStatistic.empty(group.num_units)
         for batch in self._shards[shard].batches:
-            self._forget_from(batch, group.name)
+            self._forget_from(layer, batch, group.name)
             self._apply(module, layer, batch, cuts)
-            layers.weigh_experts(module, layer, batch, self._groups, statistic)
+            layers.weigh_experts(module, layer, batch, groups, statistic)
         check_finite(statistic, self._model, layer, group, f" (shard {shard})")
         return statistic
 
@@ -200,37 +203,40 @@ class Sweep:
             self._shards[shard].dense,
         )
         target_BTD = self._dense_streams(module, layer, dense[number])[name].to(z_BTF.device)
-        before_BTD = layers.stream_before(batches[number], self._groups, name)
-        output_BTD = layers.project(module, self._groups[name], z_BTF)
-        scale = self._groups[name].block.scale or 1.0
+        group = self._groups[layer][name]
+        before_BTD = layers.stream_before(batches[number], self._groups[layer], name)
+        output_BTD = layers.project(module, group, z_BTF)
+        scale = group.block.scale or 1.0
         lacks_BTD = (target_BTD.float() - before_BTD.float()) / scale - output_BTD.float()
         return (self._drift * lacks_BTD).flatten(0, -2)
 
     def _dense_streams(self, module: nn.Module, layer: int, dense: MicroBatch) -> dict[str, Tensor]:
         if not dense.outputs:
-            dense.outputs = layers.dense_streams(module, layer, dense, self._groups)
+            dense.outputs = layers.dense_streams(module, layer, dense, self._groups[layer])
         return dense.outputs
 
-    def _forget_from(self, batch: MicroBatch, name: str) -> None:
+    def _forget_from(self, layer: int, batch: MicroBatch, name: str) -> None:
         """Drop what an earlier attempt at this layer has left of this group and those behind it."""
-        names = list(self._groups)
+        groups = self._groups[layer]
+        names = list(groups)
         for later in names[names.index(name) :]:
-            batch.outputs.pop(self._groups[later].block.module, None)
+            batch.outputs.pop(groups[later].block.module, None)
             batch.inputs.pop(later, None)
-        if self._groups[name].expert is None:
+        if groups[name].expert is None:
             batch.routing = None
 
     def _apply(
         self, module: nn.Module, layer: int, batch: MicroBatch, cuts: Mapping[str, Cut]
     ) -> None:
+        groups = self._groups[layer]
         for name, cut in cuts.items():
-            group = self._groups[name]
+            group = groups[name]
             if group.kind == "experts" or group.block.module in batch.outputs:
                 continue  # a layer of fewer experts is a module of its own
             if group.expert is None:
-                layers.apply_cut(module, layer, batch, self._groups, name, cut)
+                layers.apply_cut(module, layer, batch, groups, name, cut)
             else:
-                layers.apply_expert_cuts(module, layer, batch, self._groups, cuts)
+                layers.apply_expert_cuts(module, layer, batch, groups, cuts)
 
     def _layer(self, index: int, cuts: Mapping[str, Cut]) -> nn.Module:
         """The layer, with the experts alone that `cuts` keep, if they say so."""
@@ -282,14 +288,13 @@ class Sweep:
         """The cuts of a finished layer."""
         manifest = self._manifest(layer)
         assert manifest is not None, f"layer {layer} is not finished"
-        return read_cuts(
-            self._scope.folder(layer_task(layer)) / LAYER_FILE, manifest, self._groups.values()
-        )
+        file = self._scope.folder(layer_task(layer)) / LAYER_FILE
+        return read_cuts(file, manifest, self._groups[layer].values())
 
     def _advance(self, module: nn.Module, shard: Shard, cuts: Mapping[str, Cut]) -> None:
         for batch in shard.batches:
             self._apply(module, shard.layer, batch, cuts)
-            layers.finish_layer(module, shard.layer, batch, self._groups)
+            layers.finish_layer(module, shard.layer, batch, self._groups[shard.layer])
         for dense in shard.dense:
             *_, dense.hidden_BTD = self._dense_streams(module, shard.layer, dense).values()
             dense.outputs = {}

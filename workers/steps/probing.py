@@ -23,10 +23,10 @@ class Probing:
         self._at: dict[tuple[int, int], tuple[int, list[MicroBatch]]] = {}
         self._job = bench.job
 
-    @property
-    def _groups(self) -> dict[str, Group]:
+    def _groups(self, layer: int) -> dict[str, Group]:
         """What is looked at: every group, and some of the experts."""
-        groups = [group for group in self._bench.checkpoint.model.groups if group.kind != "experts"]
+        in_layer = self._bench.checkpoint.model.layers[layer].groups
+        groups = [group for group in in_layer if group.kind != "experts"]
         some = [member for group in groups for member in group.probed]
         return {member.name: member for member in some}
 
@@ -55,7 +55,7 @@ class Probing:
         inputs: list[dict[str, Tensor]] = []
         for index in range(at, layer + 1):
             module = self._bench.model.load_layer(index)
-            looked_at = self._groups if index == layer else {}
+            looked_at = self._groups(layer) if index == layer else {}
             inputs = [layers.dense_pass(module, index, batch, looked_at) for batch in batches]
         self._at[owned] = (layer + 1, batches)
         trees = roots(self._job.budget.probe_samples, num_held_out)
@@ -72,7 +72,7 @@ class Probing:
                 node: statistic.state()
                 for node, statistic in grow_statistics(trees, owned, partial(leaf, name)).items()
             }
-            for name in self._groups
+            for name in self._groups(layer)
         }
 
     @step

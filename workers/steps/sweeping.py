@@ -35,7 +35,7 @@ class Sweeping:
         drift_width = self._bench.checkpoint.model.hidden if drift else 0
         return Sweep(
             self._bench.model,
-            list(self._bench.groups.values()),
+            [layer.members for layer in self._bench.checkpoint.model.layers],
             partial(self._bench.statistic, self._job.calibration.samples, drift_width=drift_width),
             self._bench.shards(),
             self._bench.scope,

@@ -80,17 +80,18 @@ class Writing:
             tensors = form.layer(self._cut_layer(layer, written, cuts))
             stored = as_stored(tensors, form.places)
             named = {prefix + name: tensor for name, tensor in stored.items()}
-            info["consumers"] = self._consumers(form, prefix, kept.get("experts"))
+            info["consumers"] = self._consumers(layer, form, prefix, kept.get("experts"))
         infos, files = bench.checkpoint.layer_tensors(layer), {LAYER_FILE: named} if named else {}
         return partial(self._write, task, infos, files, info)
 
     def _consumers(
-        self, form: Form, prefix: str, experts: Sequence[int] | None
+        self, layer: int, form: Form, prefix: str, experts: Sequence[int] | None
     ) -> dict[str, object]:
         """Where a file has the consumer's weight of every group that is left, by the group's
         name.
         """
-        groups = [group for group in self._bench.groups.values() if group.kind != "experts"]
+        members = self._bench.checkpoint.model.layers[layer].members.values()
+        groups = [group for group in members if group.kind != "experts"]
         found: dict[str, object] = {}
         for group in groups:
             if group.expert is not None and experts is not None:
@@ -132,7 +133,8 @@ class Writing:
         """A pruned layer's tensors in host memory in their types on disk, by their names in the
         layer.
         """
-        bench, groups = self._bench, self._bench.groups.values()
+        bench = self._bench
+        groups = bench.checkpoint.model.layers[layer].members.values()
         tensors = bench.layer_tensors(layer)
         dtypes = {name: bench.disk_dtype(tensor) for name, tensor in tensors.items()}
         sliced = _in_host_memory(slice_layer(tensors, groups, {cut.group: cut for cut in cuts}))

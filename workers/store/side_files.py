@@ -22,8 +22,11 @@ SENTENCE_FILES = (
     "[0-9]_*/*",
 )
 """What sentence-transformers has around an encoder: pooling, and layers behind it."""
+PROCESSOR_FILES = ("*processor_config.json",)
+"""How pictures become what a model sees."""
 COPIED = (
     *TOKENIZER_FILES,
+    *PROCESSOR_FILES,
     *CHAT_TEMPLATES,
     *SENTENCE_FILES,
     "generation_config.json",

@@ -13,7 +13,7 @@ from rayprune.specs.errors import ModelError, SpecError
 from rayprune.workers.model.checkpoint import open_checkpoint, planned_checkpoint
 from rayprune.workers.model.config import Config
 from rayprune.workers.model.description import Group, Model, Shape
-from rayprune.workers.model.families import family_named, family_of, model_types, prunable
+from rayprune.workers.model.families import family_of, prunable
 from rayprune.workers.model.rewrite import written
 from rayprune.workers.network.streamed import layers_of
 from tests.conftest import MakeModel, edit_json
@@ -279,14 +279,12 @@ def test_models_with_experts_have_as_many_parameters_as_transformers_says(
 
 @pytest.mark.parametrize("config", EXPERTS)
 def test_parameters_of_a_unit_of_an_expert(config: dict[str, Any]) -> None:
-    narrower = {"neurons": "intermediate_size", "experts": "moe_intermediate_size"}
+    key = "moe_intermediate_size" if "moe_intermediate_size" in config else "intermediate_size"
     shapes, groups = described(config).layers[2].shapes, groups_of(config, 2)
-    for name, key in narrower.items():
-        if name in groups and groups[name].kind == "ffn":
-            fewer = described(config | {key: config[key] - 1}).layers[2].shapes
-            shared = groups["shared"].unit_parameters if "shared" in groups else 0
-            lost = count(shapes) - count(fewer)
-            assert groups[name].count * groups[name].unit_parameters + shared == lost
+    fewer = described(config | {key: config[key] - 1}).layers[2].shapes
+    lost, channels = count(shapes) - count(fewer), groups["neurons"]
+    shared = groups["shared"].unit_parameters if "shared" in groups else 0
+    assert channels.count * channels.unit_parameters + shared == lost
     heads = groups["heads"]
     fewer_heads = {"num_attention_heads": 2, "num_key_value_heads": heads.num_units // 2}
     lost = count(shapes) - count(described(config | fewer_heads).layers[2].shapes)
@@ -299,10 +297,15 @@ def test_dense_layers_come_before_those_with_experts() -> None:
 
     assert alike(LATENT) == [range(1), range(1, 3)]
     assert alike(LATENT | {"first_k_dense_replace": 0}) == [range(3)]
-    assert alike(LATENT | {"first_k_dense_replace": 9}) == [range(3)]
+    with pytest.raises(ModelError, match="no layer has experts"):
+        alike(LATENT | {"first_k_dense_replace": 9})
     assert alike(MIXTRAL) == [range(3)]
     names = [list(groups_of(LATENT, layer)) for layer in range(3)]
-    assert names == [["heads", "neurons"], *[["heads", "experts", "shared"]] * 2]
+    assert names == [["heads", "dense"], *[["heads", "experts", "neurons", "shared"]] * 2]
+    assert described(LATENT).lacking == {
+        "dense": (1, 2),
+        **dict.fromkeys(("experts", "neurons", "shared"), (0,)),
+    }
 
 
 def test_attention_width_is_scores_and_values_over_all_heads() -> None:
@@ -332,23 +335,6 @@ def test_a_config_alone_plans_like_the_headers(model_type: str, make_model: Make
     assert planned.bytes_on_disk == 2 * planned.parameters
     with pytest.raises(ModelError, match=r"needs model\.safetensors or .*; no weights found"):
         open_checkpoint(folder)
-
-
-def test_a_planned_family_says_why_it_is_not_pruned(make_model: MakeModel) -> None:
-    reason = family_named("deepseek_v3").not_pruned
-    assert reason
-    assert described(LATENT).not_pruned == reason
-    folder = make_model()
-    edit_json(folder / "config.json", **LATENT)
-    with pytest.raises(ModelError, match=r"can be planned but not pruned: .*supported are bert"):
-        open_checkpoint(folder)
-    (folder / "model.safetensors").unlink()
-    assert planned_checkpoint(folder).model.not_pruned == reason
-
-
-def test_every_type_can_be_planned_and_latent_attention_not_be_pruned() -> None:
-    assert set(model_types()) - set(prunable()) == {"deepseek_v3"}
-    assert described(raw_config("llama")).not_pruned is None
 
 
 def test_quantised_weights_are_planned_with_the_reason_not_to_prune(make_model: MakeModel) -> None:

@@ -11,7 +11,7 @@ from rayprune.specs.errors import ModelError
 from rayprune.workers.model.config import Config
 from rayprune.workers.model.families.family import Family
 
-_SHARED = ("as_phi", "decoder", "encoder", "family", "mixture", "parts", "planned")
+_SHARED = ("as_phi", "backbone", "decoder", "encoder", "family", "latent", "mixture", "parts")
 """Modules of this folder that are no families."""
 
 
@@ -36,8 +36,8 @@ def family_named(model_type: str) -> Family:
 
 
 def prunable() -> list[str]:
-    """Model types that can be pruned, not only planned."""
-    return [name for name in model_types() if family_named(name).not_pruned is None]
+    """Model types that can be pruned."""
+    return list(model_types())
 
 
 def family_of(config: Config) -> Family:

@@ -201,9 +201,6 @@ class Decoder(Family):
         check_values(config)
         check_layer_types(config, self.count_layers(config))
         count = self.count_layers(config)
-        layers = (self._layer(config),) * count
-        if config.layers_differ:
-            layers = tuple(self._layer(self.of_layer(config, layer)) for layer in range(count))
         hidden, vocabulary = self.hidden(config), config.integer(self.keys.vocabulary)
         tied = config.flag("tie_word_embeddings", self.tied)
         if self.pads:
@@ -211,7 +208,7 @@ class Decoder(Family):
         return Model(
             model_type=config.model_type,
             auto_class="AutoModelForCausalLM",
-            layers=layers,
+            layers=self._layers(config),
             layers_at=self.layers_at,
             layer_returns=self.layer_returns,
             backbone=self.backbone,
@@ -232,6 +229,13 @@ class Decoder(Family):
             code=self.code(config) if config.layers_differ else None,
             caches=self._caches(config, count),
         )
+
+    def _layers(self, config: Config) -> tuple[Layer, ...]:
+        """Every layer; alike ones are one object."""
+        count = self.count_layers(config)
+        if config.layers_differ:
+            return tuple(self._layer(self.of_layer(config, layer)) for layer in range(count))
+        return (self._layer(config),) * count
 
     def check_class(self, config: Config) -> None:
         """Refuse a config that names a class which is not pruned.
@@ -297,7 +301,12 @@ class Decoder(Family):
             if units[name]:
                 shapes |= self._tensors(config, part, units[name], columns[name])
         groups = [self._group(name, config, shapes, units[name], columns[name]) for name in parts]
-        return Layer(tuple(groups), shapes, 2 * heads.heads * heads.size)
+        return Layer(tuple(groups), shapes, self._attended(config))
+
+    def _attended(self, config: Config) -> int:
+        """What a query meets of every token, in numbers of all heads: keys and values."""
+        heads = self.heads(config)
+        return 2 * heads.heads * heads.size
 
     def _group(self, name: str, config: Config, shapes: Shapes, units: int, columns: int) -> Group:
         attends, heads = name == "heads", self.heads(config)

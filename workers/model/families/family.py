@@ -17,8 +17,6 @@ class Family(ABC):
     """A model type. `architecture` is the class that transformers builds for it."""
 
     architecture: str
-    not_pruned: str | None = None
-    """Why its models can be planned, not pruned; None: they can be pruned."""
 
     def of(self, config: Config) -> "Family":
         """The family as it is with a config."""
@@ -48,6 +46,15 @@ class Family(ABC):
     @abstractmethod
     def keeping(self, config: Config, layers: Sequence[int]) -> dict[str, object]:
         """The keys that say that these layers stay, beside the lists."""
+
+    def inside(self, config: Config) -> "tuple[Family, Config] | None":
+        """The text model that is pruned, where it is part of a larger one, and its config."""
+        del config
+        return None
+
+    def joined(self, config: Config, text: Mapping[str, object], dtype: str) -> dict[str, object]:
+        """The whole config with another one of its text model."""
+        raise NotImplementedError
 
     def code(self, config: Config) -> RemoteCode:
         """The class that builds models whose layers differ in size."""

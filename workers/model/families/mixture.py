@@ -1,17 +1,26 @@
-"""Decoders whose FFN is a mixture of experts in every layer: what differs is data.
+"""Decoders whose FFN is a mixture of experts, in every layer or in most: what differs is data.
 
 Matrices of the experts are described one by one, `mlp.experts.3.up_proj.weight`, however they lie
 in the files (`places`).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
 
 from rayprune.specs.errors import ModelError, SpecError
 from rayprune.workers.model.config import Config
-from rayprune.workers.model.description import Axis, Block, Consumer, Group, Layer, Shape, Shapes
+from rayprune.workers.model.description import (
+    Axis,
+    Block,
+    Consumer,
+    Group,
+    Layer,
+    Model,
+    Shape,
+    Shapes,
+)
 from rayprune.workers.model.families.decoder import Decoder
 from rayprune.workers.model.families.family import MOST_LAYERS
 from rayprune.workers.model.families.parts import unit_parameters
@@ -37,14 +46,55 @@ class Experts:
     """Tensors with a row for each expert: matrices, and vectors."""
     biased: bool = False
     """Whether their matrices have biases."""
-    parts: Callable[[Config], int] = lambda config: 1
-    """Groups of experts among which the router chooses first."""
+    parts: "Callable[[Config], Parts]" = lambda config: Parts()
     places: Callable[[int], Places] = lambda count: {}
     """Where so many experts lie in the files, if not by the names of their modules."""
 
     def counted_by(self, config: Config) -> list[str]:
         """The keys of a config that say how many."""
         return [key for key in self.count if key in config.raw] or [self.count[-1]]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Groups of experts among which the router chooses first."""
+
+    count: int = 1
+    chosen: int = 1
+    """How many it chooses."""
+    judged: int = 1
+    """The experts of each by which it does."""
+
+    def fewest(self, active: int) -> int:
+        """Experts with which so many can be chosen for a token."""
+        return self.count * max(self.judged, -(-active // self.chosen))
+
+
+def grouped(count: int, chosen: int, judged: int = 1) -> Callable[[Config], Parts]:
+    """As many groups as the config says, or so many."""
+    return lambda config: Parts(
+        config.integer("n_group", count), config.integer("topk_group", chosen), judged
+    )
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Which layers have an FFN in place of experts."""
+
+    at: Callable[[Config, int], bool]
+    said: Callable[[Sequence[bool]], Mapping[str, object]]
+    """The keys that say of every layer whether it does."""
+
+
+def first_dense(default: int) -> Dense:
+    """The first layers have, as many as a key says, or so many."""
+    key = "first_k_dense_replace"
+
+    def _at(config: Config, layer: int) -> bool:
+        # none is 0, which is no size
+        return layer < (config.integer(key, default) if config.raw.get(key, default) else 0)
+
+    return Dense(_at, lambda dense: {key: sum(dense)})
 
 
 @dataclass(frozen=True)
@@ -66,12 +116,60 @@ class Shared:
     """Further tensors, which stay: shapes by the hidden size."""
 
 
+def several_shared(default: int) -> Shared:
+    """As many shared experts as the config says, or so many, as one FFN of their widths
+    together."""
+    return Shared(
+        "mlp.shared_experts",
+        width=lambda config: (
+            config.integer("n_shared_experts", default) * config.integer("moe_intermediate_size")
+        ),
+    )
+
+
 @dataclass(frozen=True)
 class Mixture(Decoder):
-    """A family with experts in every layer."""
+    """A family with experts in its layers."""
 
     experts: Experts = Experts()
     shared: Shared | None = None
+    dense: Dense | None = None
+    """None: every layer has experts."""
+
+    def describe(self, config: Config) -> Model:
+        """The model that a config says.
+
+        Raises:
+            ModelError: no layer has experts.
+        """
+        model = replace(super().describe(config), routers=self.experts.router)
+        if model.experts is None:
+            raise ModelError(
+                f"{config.file}: no layer has experts, which a {config.model_type} without is not"
+                " pruned; correct it"
+            )
+        return model
+
+    def _layers(self, config: Config) -> tuple[Layer, ...]:
+        of_experts = self._layer(config)
+        if self.dense is None:
+            return (of_experts,) * self.count_layers(config)
+        kinds, dense = {False: of_experts}, self.dense
+        numbers = range(self.count_layers(config))
+        if any(dense.at(config, number) for number in numbers):
+            plain = super()._layer(config)
+            groups = tuple(
+                _of_dense(group) if group.kind == "ffn" else group for group in plain.groups
+            )
+            kinds[True] = replace(plain, groups=groups)
+        return tuple(kinds[dense.at(config, number)] for number in numbers)
+
+    def keeping(self, config: Config, layers: Sequence[int]) -> dict[str, object]:
+        """The keys that say that these layers stay, and which of them have experts."""
+        found = super().keeping(config, layers)
+        if self.dense:
+            found |= self.dense.said([self.dense.at(config, layer) for layer in layers])
+        return found
 
     def count_experts(self, config: Config) -> int:
         """Experts of a layer."""
@@ -99,7 +197,7 @@ class Mixture(Decoder):
             shapes |= {n: shape(hidden) for n, shape in (self.shared.beside or {}).items()}
         attention = self._group("heads", config, shapes, heads.groups, heads.queries)
         groups = (attention, *self._mixture(config, shapes))
-        return Layer(groups, shapes, 2 * heads.heads * heads.size, self.experts.places(count))
+        return Layer(groups, shapes, self._attended(config), self.experts.places(count))
 
     def _mixture(self, config: Config, shapes: Shapes) -> tuple[Group, ...]:
         """Whole experts, their channels, and those of the shared one, as they are computed."""
@@ -120,12 +218,19 @@ class Mixture(Decoder):
         scale = None if None in (scale, self.shared.scale) else scale
         block = Block(at, scale=scale, flat=self.shared.flat)
         beside = _channels("shared", "shared channels", f"{at}.", shapes, block)
+        if not self.shared.key:
+            beside = replace(beside, times=("neurons", beside.num_units // channels.num_units))
         return (beside, *found) if self.shared.first else (*found, beside)
 
     def _whole_experts(self, config: Config, shapes: Shapes, count: int, active: int) -> Group:
         at, parts = self.experts.at, self.experts.parts(config)
-        if count % parts:
-            raise ModelError(f"{config.file}: {count} experts do not form {parts} groups")
+        if count % parts.count:
+            raise ModelError(f"{config.file}: {count} experts do not form {parts.count} groups")
+        if (least := max(active, parts.fewest(active))) > count:
+            raise ModelError(
+                f"{config.file}: its router needs {least} experts to choose {active}, not {count};"
+                " correct it"
+            )
         rows = sum(prod(shapes[name]) // count for name in self.experts.router)
         inside = sum(prod(shape) for name, shape in shapes.items() if name.startswith(f"{at}.0."))
         return Group(
@@ -137,8 +242,8 @@ class Mixture(Decoder):
             consumer=Consumer(at, 1),
             block=Block(at, scale=self.scale(config), flat=True),
             unit_parameters=rows + inside,
-            parts=parts,
-            fewest=active,
+            parts=parts.count,
+            fewest=least,
         )
 
     def layer_sizes(self, config: Config, kept: Mapping[str, int]) -> dict[str, object]:
@@ -154,6 +259,8 @@ class Mixture(Decoder):
         changes |= {self.experts.width: kept["neurons"]}
         if self.shared and self.shared.key:
             changes |= {self.shared.key: kept["shared"]}
+        if "dense" in kept and keys.width:
+            changes |= {keys.width: kept["dense"]}
         return changes
 
     def form(self, config: Config, kept: Mapping[str, int], target: str) -> Form:
@@ -171,19 +278,16 @@ class Mixture(Decoder):
                 f"{config.model_type} cannot run experts of {width} channels: products of all"
                 f" experts at once want a multiple of {MULTIPLE}"
             )
-        if self.shared and not self.shared.key:
-            times = self.shared.width(config) // dense
-            if kept["shared"] != times * width:
-                raise SpecError(
-                    f"{config.model_type}: shared experts have {times} times the width of the"
-                    f" others, not {kept['shared']} beside {width}"
-                )
         changes = self._changes(config, kept)
         places = self.experts.places(kept["experts"])
         if kept["heads"] == heads.groups:
             return Form(changes, places=places)
         found = self.fewer_heads(self, config, heads.each * kept["heads"], target)
         return replace(found, changes=changes | dict(found.changes), places=places)
+
+
+def _of_dense(group: Group) -> Group:
+    return replace(group, name="dense", title="dense FFN channels")
 
 
 def _ffn_shapes(at: str, hidden: int, width: int, biased: bool) -> dict[str, Shape]:

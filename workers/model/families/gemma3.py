@@ -1,0 +1,18 @@
+"""Gemma 3 with its vision tower: the text model is pruned."""
+
+from rayprune.workers.model.families.backbone import Backbone
+from rayprune.workers.model.families.gemma3_text import FAMILY as TEXT
+
+FAMILY = Backbone(
+    "Gemma3ForConditionalGeneration",
+    TEXT,
+    "gemma3_text",
+    tied=True,
+    missing={
+        "vocab_size": 262208,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "max_position_embeddings": 131072,
+    },
+)
