@@ -20,9 +20,9 @@ from rayprune.specs.errors import SpecError
 from rayprune.specs.latency import LatencyTable, load_latency
 from rayprune.specs.loader import load_job
 from rayprune.workers.model.checkpoint import open_checkpoint
+from rayprune.workers.network.caches import with_cache
 from rayprune.workers.network.stacks import Stacks
 from rayprune.workers.tools import latency
-from rayprune.workers.tools.timing import with_cache
 from tests.conftest import MakeJob, MakeModel
 from tests.helpers import quiet
 

@@ -15,8 +15,9 @@ from rayprune.specs.latency import LatencyTable, Phase, TimedPass
 from rayprune.workers.machine.device import device_of
 from rayprune.workers.model.checkpoint import Checkpoint, open_checkpoint
 from rayprune.workers.model.description import Group
+from rayprune.workers.network.caches import with_cache
 from rayprune.workers.network.stacks import Stacks
-from rayprune.workers.tools.timing import medians, versions, where, with_cache
+from rayprune.workers.tools.timing import medians, versions, where
 
 ROUNDS = 9
 """Every size is timed so often, all sizes in turn; the median counts."""

@@ -1,12 +1,10 @@
 """How long work takes on a device: by events on a GPU, by the clock on a CPU."""
 
-import inspect
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from functools import cache as cached
 from importlib.metadata import version
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -56,16 +54,3 @@ def where(device: torch.device, threads: int) -> str:
 def versions() -> dict[str, str]:
     """Of the packages that compute."""
     return {name: version(name) for name in COMPUTES}
-
-
-def with_cache(network: Any, cache: Any) -> dict[str, Any]:
-    """The argument by which a network is given its cache, under the name that this version of
-    transformers has for it.
-    """
-    return {_cache_name(type(network)): cache}
-
-
-@cached
-def _cache_name(kind: Any) -> str:
-    known = inspect.signature(kind.forward).parameters
-    return "cache" if "cache" in known else "past_key_values"
