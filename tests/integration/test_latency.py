@@ -137,6 +137,20 @@ def test_a_measured_table_can_be_loaded_and_rises(
             assert one.narrowed_ms[name][units] == one.layer_ms
 
 
+@pytest.mark.parametrize(
+    ("measured", "expected"),
+    [
+        ({0: 1.0, 8: 5.0, 16: 3.0}, {0: 1.0, 8: 4.0, 16: 4.0, 24: 6.0}),  # noise is shared
+        ({0: 1.0, 8: 9.0}, {0: 1.0, 8: 6.0, 24: 6.0}),  # none is slower than the whole
+        ({}, {24: 6.0}),
+    ],
+)
+def test_a_narrower_block_never_counts_as_slower(
+    measured: dict[int, float], expected: dict[int, float]
+) -> None:
+    assert latency.rising(measured, 24, 6.0) == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("family", ["gpt2", "gptj", "falcon", "gemma3_text"])
 def test_every_kind_of_model_is_timed_with_its_cache(family: str, make_model: MakeModel) -> None:
     checkpoint = open_checkpoint(make_model(family))

@@ -1,5 +1,6 @@
 """How long work takes on a device: by events on a GPU, by the clock on a CPU."""
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -33,13 +34,14 @@ def milliseconds(work: Callable[[], object], device: torch.device) -> float:
 def medians(
     work: Mapping[K, Callable[[], object]], rounds: int, device: torch.device
 ) -> dict[K, float]:
-    """Milliseconds of each piece of work, the median over rounds in which all take turns; a first
-    round warms up.
+    """Milliseconds of each piece of work, the median over rounds in which all take turns, each
+    round in another order, so that nothing that comes and goes meets the same ones; a first round
+    warms up.
     """
     times: dict[K, list[float]] = {key: [] for key in work}
     for number in range(rounds + 1):
-        for key, call in work.items():
-            taken = milliseconds(call, device)
+        for key in random.Random(number).sample(list(work), len(work)):
+            taken = milliseconds(work[key], device)
             times[key] += [taken] if number else []
     return {key: statistics.median(found) for key, found in times.items()}
 
