@@ -1,5 +1,7 @@
 """What CTranslate2's converter reads of a folder of transformers (4.8). No torch."""
 
+from typing import Any
+
 from rayprune.specs.errors import SpecError
 from rayprune.workers.model.config import Config
 
@@ -27,7 +29,8 @@ def check_ctranslate2(config: Config) -> None:
     Raises:
         SpecError: CTranslate2 cannot hold the model, or would compute something else.
     """
-    raw, kind = config.raw, config.model_type
+    kind = config.model_type
+    raw: Any = config.raw
     leave = "or leave ctranslate2 out of export.target"
     if config.layers_differ:
         raise SpecError(
