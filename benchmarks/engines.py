@@ -9,7 +9,8 @@ sizes, and these padded), writes every form, and lets every engine go on with 8 
 must be those of transformers in float32. FOLDER holds transformers 4 (pip install --target FOLDER
 --no-deps "transformers<5" "tokenizers<0.23" "huggingface-hub<1"). Writes
 benchmarks/results/engines_cpu_DATE.md; with `--speed` engine-speed_cpu_DATE.md: llama.cpp on one
-thread with a run's files and with those of MODEL, in turns.
+thread with a run's files and with those of MODEL, in turns, in Q4_K_M too where cyllama is
+installed.
 """
 
 import argparse
@@ -142,8 +143,8 @@ def older(packages: Path, run: Path) -> tuple[str, str]:
     return f"transformers {told[0]}", words + ("" if same else ", **another tokenizer**")
 
 
-def quantised(file: Path) -> Path:
-    """A file in F16 as Q4_K_M beside it, by the llama.cpp that cyllama brings.
+def quantised(file: Path, folder: Path) -> Path:
+    """A file in F16 as Q4_K_M in a folder, by the llama.cpp that cyllama brings.
 
     Raises:
         ResourceError: it is not installed.
@@ -154,7 +155,8 @@ def quantised(file: Path) -> Path:
         raise ResourceError("Q4_K_M is left out: pip install cyllama") from None
     params = llama_cpp.LlamaModelQuantizeParams()
     params.ftype = 15  # LLAMA_FTYPE_MOSTLY_Q4_K_M
-    target = file.with_name(file.name.replace("F16", "Q4_K_M"))
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / "model-Q4_K_M.gguf"
     llama_cpp.model_quantize(str(file), str(target), params)
     return target
 
@@ -169,7 +171,7 @@ def speed(file: Path) -> tuple[float, float]:
     return float(times["prompt_per_second"]), float(times["predicted_per_second"])
 
 
-def speeds(files: dict[str, tuple[Path, Path]]) -> str:
+def speeds(files: dict[str, tuple[Path, ...]]) -> str:
     """Of dense and pruned files by type, measured in turns: medians, and of the ratios."""
     rows = []
     for name, pair in files.items():
@@ -203,7 +205,7 @@ def tried(options: argparse.Namespace) -> str:
 def compared(options: argparse.Namespace) -> str:
     """Speeds of a run's files and of the dense model's."""
     with tempfile.TemporaryDirectory() as folder:
-        files = {}
+        files: dict[str, tuple[Path, ...]] = {}
         for target in ("gguf", "gguf-q8_0"):
             dense = Path(folder) / target
             (file,) = write_gguf(options.model, dense, target)
@@ -211,6 +213,11 @@ def compared(options: argparse.Namespace) -> str:
                 dense / file,
                 options.speed / "export" / target / file,
             )
+        try:
+            name, places = "model-Q4_K_M", (Path(folder) / "dense", Path(folder) / "pruned")
+            files[name] = tuple(map(quantised, files["model-F16"], places))
+        except ResourceError as error:
+            print(error, flush=True)
         return speeds(files)
 
 

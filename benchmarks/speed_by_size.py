@@ -83,7 +83,12 @@ def forms(models: Sequence[Path], folder: Path) -> Iterator[tuple[str, list[Path
     try:
         yield (
             "Q4_K_M",
-            [quantised(folder / "gguf" / model.name / "model-F16.gguf") for model in models],
+            [
+                quantised(
+                    folder / "gguf" / model.name / "model-F16.gguf", folder / "q4" / model.name
+                )
+                for model in models
+            ],
         )
     except ResourceError as error:
         print(error, flush=True)

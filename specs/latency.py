@@ -100,7 +100,7 @@ class LatencyTable(Section):
             return options
         about = {name: options[name] for name in cls.model_fields if name in options}
         one = {name: value for name, value in options.items() if name not in about}
-        return about | {"passes": [{"phase": "prefill", **one}]}
+        return about | {"passes": [{"phase": "prefill", **one}]} if one else options
 
     def find(self, option: str, phase: Phase, batch: int | None, tokens: int | None) -> TimedPass:
         """The one pass of a phase, with so many sequences and tokens where these are given.

@@ -20,9 +20,9 @@ from rayprune.specs.errors import SpecError
 from rayprune.specs.latency import LatencyTable, load_latency
 from rayprune.specs.loader import load_job
 from rayprune.workers.model.checkpoint import open_checkpoint
+from rayprune.workers.network.caches import with_cache
 from rayprune.workers.network.stacks import Stacks
 from rayprune.workers.tools import latency
-from rayprune.workers.tools.timing import with_cache
 from tests.conftest import MakeJob, MakeModel
 from tests.helpers import quiet
 
@@ -135,6 +135,20 @@ def test_a_measured_table_can_be_loaded_and_rises(
             times = [one.narrowed_ms[name][count] for count in sorted(one.narrowed_ms[name])]
             assert times == sorted(times)
             assert one.narrowed_ms[name][units] == one.layer_ms
+
+
+@pytest.mark.parametrize(
+    ("measured", "expected"),
+    [
+        ({0: 1.0, 8: 5.0, 16: 3.0}, {0: 1.0, 8: 4.0, 16: 4.0, 24: 6.0}),  # noise is shared
+        ({0: 1.0, 8: 9.0}, {0: 1.0, 8: 6.0, 24: 6.0}),  # none is slower than the whole
+        ({}, {24: 6.0}),
+    ],
+)
+def test_a_narrower_block_never_counts_as_slower(
+    measured: dict[int, float], expected: dict[int, float]
+) -> None:
+    assert latency.rising(measured, 24, 6.0) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gptj", "falcon", "gemma3_text"])
@@ -254,7 +268,7 @@ def test_a_latency_without_a_table_or_with_a_broken_one_is_refused(
     (tmp_path / "broken.yaml").write_text("machine: here")
     for name, message in (
         ("half", r"narrowed_ms lacks \['neurons'\]"),
-        ("broken", r"broken\.yaml: layer_ms: Field required"),
+        ("broken", r"broken\.yaml: passes: Field required"),
     ):
         table = str(tmp_path / f"{name}.yaml")
         budget = {"sparsity": None, "latency_ms": 5, "latency_table": table}

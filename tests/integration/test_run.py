@@ -175,7 +175,9 @@ def test_a_llama_for_ctranslate2_is_written_as_mistral_and_what_it_misreads_is_r
     torch.testing.assert_close(*(network(tokens).logits for network in loaded), rtol=0, atol=0)
     qwen = make_job(make_model("qwen2", "qwen2"), "qwen2.yaml", budget=fewer)
     with pytest.raises(SpecError, match=r"for the size of a llama's heads, which is 8"):
-        run(qwen, tmp_path / "qwen", "export.target=ctranslate2")
+        run_job(
+            load_job(qwen, ["export.target=ctranslate2"]), tmp_path / "qwen", lambda event: None
+        )
 
 
 def test_a_head_of_its_own_that_is_called_tied_is_refused(

@@ -1,14 +1,26 @@
 """What CTranslate2's converter reads of a folder of transformers (4.8). No torch."""
 
+from typing import Any
+
 from rayprune.specs.errors import SpecError
 from rayprune.workers.model.config import Config
 
-READ = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3")
-READ += ("gpt2", "gptj", "gpt_neox", "mpt", "bloom", "opt", "falcon", "mixtral")
-"""Types that it has a loader for."""
 WITH_HEAD_DIM = ("mistral", "qwen3", "gemma", "gemma2", "gemma3_text")
 """Types whose heads may have another size than hidden size / heads: the loaders of others do not
 look at `head_dim`, and compute something else."""
+READ = (
+    *WITH_HEAD_DIM,
+    "llama",
+    "qwen2",
+    "phi",
+    "phi3",
+    "gpt2",
+    "gptj",
+    "gpt_neox",
+    "opt",
+    "falcon",
+)
+"""Types that it has a loader for, of those that can be pruned."""
 
 
 def check_ctranslate2(config: Config) -> None:
@@ -17,7 +29,8 @@ def check_ctranslate2(config: Config) -> None:
     Raises:
         SpecError: CTranslate2 cannot hold the model, or would compute something else.
     """
-    raw, kind = config.raw, config.model_type
+    kind = config.model_type
+    raw: Any = config.raw
     leave = "or leave ctranslate2 out of export.target"
     if config.layers_differ:
         raise SpecError(
@@ -27,7 +40,7 @@ def check_ctranslate2(config: Config) -> None:
     if kind not in READ:
         raise SpecError(f"export.target: ctranslate2: it knows no {kind}; leave it out")
     size, hidden, heads = (
-        raw.get(name) for name in ("head_dim", "hidden_size", "num_attention_heads")
+        int(raw.get(name) or 0) for name in ("head_dim", "hidden_size", "num_attention_heads")
     )
     if size and kind not in WITH_HEAD_DIM and size * heads != hidden:
         raise SpecError(

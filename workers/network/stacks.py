@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rayprune.workers.model.checkpoint import Checkpoint
+from rayprune.workers.network.caches import cache_of
 from rayprune.workers.network.experts import changed_config
 from rayprune.workers.network.layers import Constant
 from rayprune.workers.network.streamed import empty_layers, empty_model, layers_of
@@ -76,7 +77,7 @@ class Stacks:
     def cache(self, layers: Sequence[nn.Module], batch: int, tokens: int) -> Any:
         """Keys and values of so many tokens, in slots as these layers make them of a first one."""
         first_B1 = torch.zeros(batch, 1, dtype=torch.int64, device=self._device)
-        cache = self.network(layers)(first_B1, use_cache=True).past_key_values
+        cache = cache_of(self.network(layers)(first_B1, use_cache=True))
         for index, slot in enumerate(cache.layers):
             if slot.is_initialized and tokens > 1:
                 more = (

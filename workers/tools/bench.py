@@ -20,8 +20,9 @@ from rayprune.specs.errors import SpecError
 from rayprune.workers.machine.device import peak_memory_bytes
 from rayprune.workers.machine.memory import PeakMemory
 from rayprune.workers.model.checkpoint import open_checkpoint
+from rayprune.workers.network.caches import cache_of, with_cache
 from rayprune.workers.network.load_check import loaded
-from rayprune.workers.tools.timing import milliseconds, with_cache
+from rayprune.workers.tools.timing import milliseconds
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ def _measure(model: Path, conditions: Conditions) -> _Round:
             nonlocal out
             for _ in range(conditions.new):
                 token_11 = out.logits[:, -1:].argmax(-1)
-                cache = with_cache(network, out.past_key_values)
+                cache = with_cache(network, cache_of(out))
                 out = network(token_11, use_cache=True, **cache)
 
         first, rest = milliseconds(read, device) / 1e3, milliseconds(write, device) / 1e3

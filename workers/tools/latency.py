@@ -2,6 +2,7 @@
 shapes in the stock model, with its cache.
 """
 
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -9,17 +10,21 @@ from math import lcm
 from pathlib import Path
 
 import torch
+from scipy.optimize import isotonic_regression
 
 from rayprune.specs.errors import SpecError
 from rayprune.specs.latency import LatencyTable, Phase, TimedPass
 from rayprune.workers.machine.device import device_of
 from rayprune.workers.model.checkpoint import Checkpoint, open_checkpoint
 from rayprune.workers.model.description import Group
+from rayprune.workers.network.caches import with_cache
 from rayprune.workers.network.stacks import Stacks
-from rayprune.workers.tools.timing import medians, versions, where, with_cache
+from rayprune.workers.tools.timing import medians, versions, where
 
 ROUNDS = 9
 """Every size is timed so often, all sizes in turn; the median counts."""
+WHOLE = 3
+"""So many times of each round whole layers are timed: all that is saved is counted from them."""
 SIZES = 12
 """Sizes per group that are timed, beside all units and none."""
 FLUSHED_BYTES = 512 * 2**20
@@ -105,13 +110,15 @@ def _measured(
         return work
 
     # the whole layers first: no others take more memory
-    work = {("whole", 0): passing(full, count), ("outer", 0): passing(full, 0)}
+    whole_layers = passing(full, count)
+    work = dict.fromkeys([("whole", number) for number in range(WHOLE)], whole_layers)
+    work["outer", 0] = passing(full, 0)
     for name, units in _sizes(checkpoint.model.groups):
         work[name, units] = passing(full | {name: units}, count)
     taken = medians(work, ROUNDS, device)
     outer = taken["outer", 0]
-    each = {key: max(0.0, taken[key] - outer) / count for key in work if key[0] != "outer"}
-    whole = each.pop(("whole", 0))
+    each = {key: max(0.0, taken[key] - outer) / count for key in work}
+    whole = statistics.median(each["whole", number] for number in range(WHOLE))
     return TimedPass(
         phase=phase,
         batch=batch,
@@ -119,7 +126,7 @@ def _measured(
         outer_ms=outer,
         layer_ms=whole,
         narrowed_ms={
-            name: _rising({n: ms for (g, n), ms in each.items() if g == name}, units, whole)
+            name: rising({n: ms for (g, n), ms in each.items() if g == name}, units, whole)
             for name, units in full.items()
         },
     )
@@ -149,11 +156,11 @@ def _sizes(groups: Sequence[Group]) -> Iterator[tuple[str, int]]:
         yield from ((group.name, units) for units in range(least, most, step))
 
 
-def _rising(measured: dict[int, float], units: int, whole: float) -> dict[int, float]:
-    """Times by rising number of units, none above that of the whole layer or of more units: what
-    noise makes of equal times.
+def rising(measured: dict[int, float], units: int, whole: float) -> dict[int, float]:
+    """Times by rising number of units: the nearest that never fall (least squares), none above
+    that of the whole layer. What noise makes of equal times is so shared among them.
     """
-    result, least = {units: whole}, whole
-    for count in sorted(measured, reverse=True):
-        result[count] = least = min(least, measured[count])
-    return dict(sorted(result.items()))
+    counts = sorted(measured)
+    weights = [1.0] * len(counts) + [1e9]  # the whole layer's stays
+    fit = isotonic_regression([*(measured[n] for n in counts), whole], weights=weights).x
+    return {n: min(float(ms), whole) for n, ms in zip(counts, fit, strict=False)} | {units: whole}

@@ -1,12 +1,11 @@
 """How long work takes on a device: by events on a GPU, by the clock on a CPU."""
 
-import inspect
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from functools import cache as cached
 from importlib.metadata import version
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -35,13 +34,14 @@ def milliseconds(work: Callable[[], object], device: torch.device) -> float:
 def medians(
     work: Mapping[K, Callable[[], object]], rounds: int, device: torch.device
 ) -> dict[K, float]:
-    """Milliseconds of each piece of work, the median over rounds in which all take turns; a first
-    round warms up.
+    """Milliseconds of each piece of work, the median over rounds in which all take turns, each
+    round in another order, so that nothing that comes and goes meets the same ones; a first round
+    warms up.
     """
     times: dict[K, list[float]] = {key: [] for key in work}
     for number in range(rounds + 1):
-        for key, call in work.items():
-            taken = milliseconds(call, device)
+        for key in random.Random(number).sample(list(work), len(work)):
+            taken = milliseconds(work[key], device)
             times[key] += [taken] if number else []
     return {key: statistics.median(found) for key, found in times.items()}
 
@@ -56,16 +56,3 @@ def where(device: torch.device, threads: int) -> str:
 def versions() -> dict[str, str]:
     """Of the packages that compute."""
     return {name: version(name) for name in COMPUTES}
-
-
-def with_cache(network: Any, cache: Any) -> dict[str, Any]:
-    """The argument by which a network is given its cache, under the name that this version of
-    transformers has for it.
-    """
-    return {_cache_name(type(network)): cache}
-
-
-@cached
-def _cache_name(kind: Any) -> str:
-    known = inspect.signature(kind.forward).parameters
-    return "cache" if "cache" in known else "past_key_values"
