@@ -52,8 +52,8 @@ def check_part(job: JobSpec) -> None:
     """
     if job.method.trainings:
         raise SpecError(
-            f"method: {job.method.name}: trains the model, of which only the text part is read; take"
-            " stat, or another method that trains nothing"
+            f"method: {job.method.name}: trains the model, of which only the text part is read;"
+            " take stat, or another method that trains nothing"
         )
     if job.recover:
         raise SpecError("recover: leave it out: of the model only the text part is read")

@@ -91,8 +91,8 @@ def check_inputs(job: JobSpec, checkpoint: Checkpoint) -> list[str]:
     warnings = check_positions(checkpoint, spec.sequence_length, "calibration.sequence_length")
     if count := len(checkpoint.left_out):
         warnings.append(
-            f"{checkpoint.path}: {count} tensors of multi-token prediction are left out: their layers"
-            " guess from the model as it was; the pruned one generates without them"
+            f"{checkpoint.path}: {count} tensors of multi-token prediction are left out: their"
+            " layers guess from the model as it was; the pruned one generates without them"
         )
     read = windows_of_texts(spec.model_copy(update={"samples": job.windows_read}))
     for text, count, gate in _wanted(job, read):
