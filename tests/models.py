@@ -53,6 +53,7 @@ OF_FAMILY: dict[str, dict[str, Any]] = {
     "gptj": {"rotary_dim": 4},
     "ministral": WINDOW,
     "olmo3": WINDOW,
+    "qwen2_moe": {"decoder_sparse_step": 2},
     "granite": {  # by default all are 1, and nothing that overlooks one would show
         "attention_multiplier": 0.2,
         "embedding_multiplier": 2.0,

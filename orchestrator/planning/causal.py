@@ -1,4 +1,4 @@
-"""What of a job is for causal language models alone."""
+"""What of a job is for causal language models alone, and for those that are a whole."""
 
 from rayprune.specs.errors import SpecError
 from rayprune.specs.job import JobSpec
@@ -46,3 +46,18 @@ def check_encoder(job: JobSpec) -> None:
     for option, (asked, reason) in reasons.items():
         if asked:
             raise SpecError(f"{option}: {reason}")
+
+
+def check_part(job: JobSpec) -> None:
+    """Refuse trainings of a text model that is part of a larger one: nothing is known of the rest.
+
+    Raises:
+        SpecError: the job asks for one.
+    """
+    if job.method.trainings:
+        raise SpecError(
+            f"method: {job.method.name}: trains the model, of which only the text part is read;"
+            " take stat, or another method that trains nothing"
+        )
+    if job.recover:
+        raise SpecError("recover: leave it out: of the model only the text part is read")

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from rayprune.orchestrator.planning.causal import check_encoder
+from rayprune.orchestrator.planning.causal import check_encoder, check_part
 from rayprune.orchestrator.planning.costs import LayerCost, Traffic, layer_costs, traffic
 from rayprune.orchestrator.planning.disk import DiskNeed, disk_needs
 from rayprune.orchestrator.planning.engines import fallbacks
@@ -245,6 +245,8 @@ def make_plan(
     kept_experts(job, checkpoint)
     if not model.causal:
         check_encoder(job)
+    if model.beside:
+        check_part(job)
     kinds = layer_kinds(checkpoint)
     planned = model.not_pruned is not None
     shapes = (planned_shape(job, checkpoint, kinds),) if planned else open_shapes(job, checkpoint)

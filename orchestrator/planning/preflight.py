@@ -90,6 +90,11 @@ def check_inputs(job: JobSpec, checkpoint: Checkpoint) -> list[str]:
     # an encoder's windows are texts of their own, special tokens among them
     special = len(encode("")) if encode and not checkpoint.model.causal else 0
     warnings = check_positions(checkpoint, spec.sequence_length, "calibration.sequence_length")
+    if count := len(checkpoint.left_out):
+        warnings.append(
+            f"{checkpoint.path}: {count} tensors of multi-token prediction are left out: their"
+            " layers guess from the model as it was; the pruned one generates without them"
+        )
     if spec.own:
         own_tokens(job)
         longest = spec.own.length + PROMPT

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rayprune.orchestrator.planning.plan import make_plan
+from rayprune.orchestrator.planning.preflight import check_inputs
 from rayprune.orchestrator.reporting.report import Report
 from rayprune.orchestrator.run import run_job
-from rayprune.specs.errors import SpecError
+from rayprune.specs.errors import ModelError, SpecError
 from rayprune.specs.loader import load_job
 from rayprune.workers.model.checkpoint import open_checkpoint, planned_checkpoint
 from rayprune.workers.network.experts import Experts, Routing
@@ -211,3 +213,46 @@ def test_a_quantised_mixture_is_planned_with_all_its_experts(
     (shape,) = plan.shapes
     assert shape.kept["experts"] == plan.model.units["experts"]
     assert shape.kept["neurons"] < plan.model.units["neurons"]
+
+
+def test_layers_that_guess_further_tokens_are_left_out_and_told(
+    make_model: MakeModel, make_job: MakeJob
+) -> None:
+    folder = make_model("deepseek_v3")
+    tensors = load_file(folder / "model.safetensors")
+    guess = {"model.layers.3.eh_proj.weight": torch.ones(4, 4)}
+    save_file(tensors | guess, folder / "model.safetensors", {"format": "pt"})
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.left_out == tuple(guess)
+    assert not guess.keys() & checkpoint.tensors.keys()
+    warnings = check_inputs(load_job(make_job(folder)), checkpoint)
+    assert any("1 tensors of multi-token prediction are left out" in w for w in warnings)
+    config = checkpoint.planned_cut(checkpoint.model.units, "transformers", "auto").config
+    assert config.raw["num_nextn_predict_layers"] == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"n_group": 3}, "8 experts do not form 3 groups"),
+        ({"n_group": 8}, "its router needs 16 experts to choose 2"),
+        ({"num_key_value_heads": 2}, "num_key_value_heads must be num_attention_heads"),
+    ],
+)
+def test_configs_that_compute_something_else_are_refused(
+    changes: dict[str, Any], says: str, make_model: MakeModel
+) -> None:
+    folder = make_model("deepseek_v3")
+    edit_json(folder / "config.json", **changes)
+    with pytest.raises(ModelError, match=says):
+        open_checkpoint(folder)
+
+
+def test_as_many_experts_stay_in_each_group_as_its_choice_needs(
+    make_model: MakeModel, make_job: MakeJob
+) -> None:
+    checkpoint = open_checkpoint(make_model("deepseek_v3"))
+    for experts, says in {2: "from 4 to 8", 5: "give a multiple of 2"}.items():
+        job = load_job(make_job(checkpoint.path, budget={"experts": experts}))
+        with pytest.raises(SpecError, match=says):
+            make_plan(job, checkpoint)

@@ -47,6 +47,8 @@ class Checkpoint:
     """
     has_weights: bool = True
     """Whether there are weight files, or shapes are what the config implies."""
+    left_out: tuple[str, ...] = ()
+    """Tensors that are not taken along."""
 
     @property
     def num_layers(self) -> int:
@@ -189,10 +191,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
     model = family_of(config).describe(config)
     digest = hashlib.sha256(json.dumps(config.raw, sort_keys=True).encode())
     headers = read_headers(path, model.recomputed, digest, beside_in_files(model))
-    tensors = prefixed(headers, model)
+    whole = prefixed(headers, model)
+    tensors = {n: i for n, i in whole.items() if not n.startswith(model.left_out or ("\0",))}
     tensors = described(path, model, tensors)
     check_tensors(path, model, tensors)
-    return Checkpoint(path, model, config, tensors, digest.hexdigest())
+    left_out = tuple(whole.keys() - tensors.keys())
+    return Checkpoint(path, model, config, tensors, digest.hexdigest(), left_out=left_out)
 
 
 def planned_checkpoint(path: Path) -> Checkpoint:

@@ -300,6 +300,8 @@ class Model:
     """Modules that text does not pass through: passes do without them."""
     older_names: Mapping[str, str] = field(default_factory=dict)
     """What names begin with in older files: theirs to today's."""
+    left_out: tuple[str, ...] = ()
+    """Beginnings of tensors that are not taken along: layers that guess further tokens."""
     made_up: tuple[str, ...] = ()
     """Beginnings of tensors that files may lack: nothing that is measured reads them."""
 

@@ -29,6 +29,8 @@ def why_not_by_4(config: Mapping[str, object]) -> str | None:
     model_type = config.get("model_type")
     if model_type in _UNKNOWN:
         return f"it has no model_type {model_type}"
+    if "text_config" in config:
+        return f"text_config of a {model_type} is written as 5 reads it"
     if config.get("per_layer_config"):
         return "it builds no layers of different sizes; set export.pad: true"
     if _rotary(config) is None:

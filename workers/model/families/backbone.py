@@ -19,6 +19,7 @@ _LLAVA = {
     "multi_modal_projector.": "model.multi_modal_projector.",
 }
 """Names in published files, and what modules are called today."""
+_TYPES = ("dtype", "torch_dtype")
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,9 @@ class Backbone(Family):
                 f" {config.model_type} only {self.text_type} is pruned"
             )
         tied = config.flag("tie_word_embeddings", bool(given.get("tie_word_embeddings", self.tied)))
-        named = {key: config.raw[key] for key in ("dtype", "torch_dtype") if key in config.raw}
-        own = {key: value for key, value in given.items() if value is not None}
+        named = {key: config.raw[key] for key in _TYPES if key in config.raw}
+        # null is a value of its own: no sliding window
+        own = {k: value for k, value in given.items() if not (value is None and k in self.missing)}
         forced = {"model_type": self.text_type, "tie_word_embeddings": tied}
         return Config({**self.missing, **named, **own, **forced}, f"{config.file}: text_config")
 
@@ -72,8 +74,12 @@ class Backbone(Family):
 
     def joined(self, config: Config, text: Mapping[str, object], dtype: str) -> dict[str, object]:
         """The whole config with another one of the text model."""
-        whole = {**config.raw, "text_config": {**text, "model_type": self.text_type}}
-        named = [key for key in ("dtype", "torch_dtype") if key in whole] or ["dtype"]
+        given = config.raw["text_config"]
+        assert isinstance(given, Mapping)
+        ours = {"tie_word_embeddings", *_TYPES} - given.keys()
+        own = {key: value for key, value in text.items() if key not in ours}
+        whole = {**config.raw, "text_config": own}
+        named = [key for key in _TYPES if key in whole] or ["dtype"]
         return whole if dtype == "auto" else whole | dict.fromkeys(named, dtype)
 
     def describe(self, config: Config) -> Model:

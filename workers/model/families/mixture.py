@@ -31,6 +31,10 @@ GATE, UP, DOWN = MATRICES = ("gate_proj", "up_proj", "down_proj")
 MULTIPLE = 8
 """Of channels that an expert keeps: products of all experts at once want rows of 16 bytes."""
 
+GUESSING = "num_nextn_predict_layers"
+"""The key of layers that guess further tokens, which are of the model as it was: they stay
+behind."""
+
 
 @dataclass(frozen=True)
 class Experts:
@@ -142,13 +146,21 @@ class Mixture(Decoder):
         Raises:
             ModelError: no layer has experts.
         """
-        model = replace(super().describe(config), routers=self.experts.router)
+        model = replace(
+            super().describe(config), routers=self.experts.router, left_out=self._guessing(config)
+        )
         if model.experts is None:
             raise ModelError(
                 f"{config.file}: no layer has experts, which a {config.model_type} without is not"
                 " pruned; correct it"
             )
         return model
+
+    def _guessing(self, config: Config) -> tuple[str, ...]:
+        """What names begin with of the layers of multi-token prediction, behind the others."""
+        count = self.count_layers(config)
+        more = config.integer(GUESSING) if config.raw.get(GUESSING) else 0
+        return tuple(f"{self.layers_at}.{count + number}." for number in range(more))
 
     def _layers(self, config: Config) -> tuple[Layer, ...]:
         of_experts = self._layer(config)
@@ -259,6 +271,7 @@ class Mixture(Decoder):
         changes |= {self.experts.width: kept["neurons"]}
         if self.shared and self.shared.key:
             changes |= {self.shared.key: kept["shared"]}
+        changes |= {GUESSING: 0} if config.raw.get(GUESSING) else {}
         if "dense" in kept and keys.width:
             changes |= {keys.width: kept["dense"]}
         return changes

@@ -1,7 +1,9 @@
-"""Qwen2-MoE (Qwen1.5-MoE too): Qwen2's attention, experts in every layer, an FFN beside them."""
+"""Qwen2-MoE (Qwen1.5-MoE too): Qwen2's attention, experts, an FFN beside them."""
+
+from collections.abc import Mapping, Sequence
 
 from rayprune.workers.model.config import Config
-from rayprune.workers.model.families.mixture import Experts, Mixture, Shared
+from rayprune.workers.model.families.mixture import Dense, Experts, Mixture, Shared
 from rayprune.workers.model.families.parts import QKV
 
 _SHARED_WIDTH = "shared_expert_intermediate_size"
@@ -15,22 +17,27 @@ def _slides_below(config: Config, layer: int) -> dict[str, object]:
     return {"layer_types": "sliding_attention" if slides else "full_attention"}
 
 
-def all_sparse(config: Config) -> str | None:
-    """Why a config is not supported: some of its layers have no experts."""
-    if config.raw.get("mlp_only_layers") or config.integer("decoder_sparse_step", 1) != 1:
-        return (
-            "mlp_only_layers and decoder_sparse_step leave layers without experts: only models with"
-            " experts in every layer are supported"
-        )
-    return None
+def _is_dense(config: Config, layer: int) -> bool:
+    only = config.raw.get("mlp_only_layers")
+    if only is not None and not isinstance(only, list):
+        raise config.wrong("mlp_only_layers", "a list of layers")
+    return layer in (only or ()) or (layer + 1) % config.integer("decoder_sparse_step", 1) != 0
 
+
+def _said(dense: Sequence[bool]) -> Mapping[str, object]:
+    numbers = [number for number, is_dense in enumerate(dense) if is_dense]
+    return {"mlp_only_layers": numbers, "decoder_sparse_step": 1}
+
+
+DENSE = Dense(_is_dense, _said)
+"""Those of a list, and those between every so many with experts."""
 
 FAMILY = Mixture(
     "Qwen2MoeForCausalLM",
     biased=lambda config: QKV if config.flag("qkv_bias", True) else (),
     values_of_layer=_slides_below,
-    check=all_sparse,
     experts=Experts(count=("num_experts",)),
+    dense=DENSE,
     shared=Shared(
         "mlp.shared_expert",
         width=lambda config: config.integer(_SHARED_WIDTH),

@@ -1,12 +1,12 @@
-"""Qwen3-MoE: Qwen3's attention, experts in every layer."""
+"""Qwen3-MoE: Qwen3's attention, experts in most layers."""
 
 from rayprune.workers.model.families.decoder import biased_by
 from rayprune.workers.model.families.mixture import Mixture
-from rayprune.workers.model.families.qwen2_moe import all_sparse
+from rayprune.workers.model.families.qwen2_moe import DENSE
 
 FAMILY = Mixture(
     "Qwen3MoeForCausalLM",
     head_norms=("self_attn.q_norm", "self_attn.k_norm"),
     biased=biased_by(attention_bias="self_attn."),
-    check=all_sparse,
+    dense=DENSE,
 )
