@@ -19,6 +19,7 @@ TASKS = {
     "AutoModel": "feature-extraction",
 }
 """What the Hub calls what a class does; of others it is told nothing."""
+PERPLEXITY, DIVERGENCE, AGREEMENT = "perplexity", "kl_divergence", "top_1_agreement"
 LOADING = """## How to load it
 
 ```python
@@ -45,27 +46,50 @@ def model_card(report: Report, recovered: bool) -> str:
 
 @dataclass(frozen=True)
 class _Measure:
-    """One number of the evaluation."""
+    """One number of the evaluation, on a text."""
 
+    text: str
     name: str
     before: float
     after: float
 
 
 def _measures(report: Report, recovered: bool) -> list[_Measure]:
-    """What the evaluation has found of the model."""
+    """What the evaluation has found of the model: on all texts together, and on each of several."""
+    if not report.evaluation:
+        return []
+    together = _together(report, recovered)
+    if len(report.texts) < 2:
+        where = _file(report.evaluation.files)
+        return [_Measure(where, *measure) for measure in together]
+    found = [_Measure("all texts", *measure) for measure in together]
+    for text_name, models in report.texts.items():
+        before, after = models.get("before"), models.get("recovered" if recovered else "after")
+        if before and after and before.perplexity and after.perplexity:
+            found.append(_Measure(text_name, PERPLEXITY, before.perplexity, after.perplexity))
+        for name, same, value in (
+            (DIVERGENCE, 0.0, after and after.divergence),
+            (AGREEMENT, 1.0, after and after.agreement),
+            ("embedding_cosine", 1.0, after and after.cosine),
+        ):
+            if value is not None:
+                found.append(_Measure(text_name, name, same, value))
+    return found
+
+
+def _together(report: Report, recovered: bool) -> list[tuple[str, float, float]]:
     found = []
     if of := report.perplexity:
         after = of.recovered if recovered else of.after
-        found = [_Measure("perplexity", of.before, after)] if after is not None else []
+        found = [(PERPLEXITY, of.before, after)] if after is not None else []
     if close := report.closeness.get("recovered" if recovered else "after"):
-        found.append(_Measure("kl_divergence", 0.0, close.divergence))
-        found.append(_Measure("top_1_agreement", 1.0, close.agreement))
+        found.append((DIVERGENCE, 0.0, close.divergence))
+        found.append((AGREEMENT, 1.0, close.agreement))
     if loss := report.masked_lm_loss:
-        found.append(_Measure("masked_lm_loss", loss.before, loss.after))
+        found.append(("masked_lm_loss", loss.before, loss.after))
     if report.embeddings:
-        found.append(_Measure("embedding_cosine", 1.0, report.embeddings.cosine))
-    return found if report.evaluation else []
+        found.append(("embedding_cosine", 1.0, report.embeddings.cosine))
+    return found
 
 
 def _metadata(report: Report, dense: Dense, recovered: bool) -> ModelCardData:
@@ -75,7 +99,7 @@ def _metadata(report: Report, dense: Dense, recovered: bool) -> ModelCardData:
         EvalResult(
             task_type=task or "other",
             dataset_type="text",
-            dataset_name=_evaluated(report),
+            dataset_name=measure.text,
             metric_type=measure.name,
             metric_name=_protocol(report),
             metric_value=round(measure.after, 4),
@@ -129,16 +153,13 @@ def _body(report: Report, dense: Dense, recovered: bool) -> Iterator[str]:
 def _quality(report: Report, recovered: bool) -> Iterator[str]:
     measures = _measures(report, recovered)
     for measure in measures:
-        words, where = measure.name.replace("_", " "), _cell(_evaluated(report))
+        words, where = measure.name.replace("_", " "), _cell(measure.text)
         yield f"| {words} on {where} | {measure.before:.4f} | {measure.after:.4f} |"
     for measure in measures:
-        if measure.name == "perplexity":
-            yield f"\nRatio of the perplexities {measure.after / measure.before:.4f}."
+        if measure.name == PERPLEXITY:
+            where = f" on {_cell(measure.text)}" if len(report.texts) > 1 else ""
+            yield f"\nRatio of the perplexities{where} {measure.after / measure.before:.4f}."
     yield f"\n{_protocol(report)}.\n" if measures else "\nIts quality was not measured.\n"
-
-
-def _evaluated(report: Report) -> str:
-    return _file(report.evaluation.path) if report.evaluation else ""
 
 
 def _protocol(report: Report) -> str:

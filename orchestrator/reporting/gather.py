@@ -28,15 +28,17 @@ from rayprune.orchestrator.reporting.report import (
     Evaluation,
     LayerReport,
     Models,
+    OnText,
     Report,
     StepReport,
     Training,
 )
 from rayprune.orchestrator.stages.context import Context
-from rayprune.orchestrator.stages.subject import Pruned
-from rayprune.workers.store.files import write_json, write_text
+from rayprune.orchestrator.stages.subject import Judged, Pruned
+from rayprune.workers.store.files import fingerprint, read_manifest, write_json, write_text
 from rayprune.workers.store.layout import (
     CARD_FILE,
+    EVALUATION_TASK,
     EXPORT_TASK,
     RECOVER_TASK,
     TRAINED_FOLDER,
@@ -58,7 +60,8 @@ TRAININGS = {
 }
 """The folders of every kind of training, by name."""
 SHOWN_STEPS = 400
-Losses = Mapping[str, Mapping[str, float]] | None
+Found = Mapping[str, Judged]
+"""What was measured of every model, by name."""
 
 
 def write_report(context: Context, done: Pruned) -> Report:
@@ -73,7 +76,7 @@ def write_report(context: Context, done: Pruned) -> Report:
 
 
 def _gather(context: Context, done: Pruned) -> Report:
-    run, plan, job, losses = context.folder.path, done.plan, context.job, done.losses
+    run, plan, job, judged = context.folder.path, done.plan, context.job, done.judged or {}
     before, after = done.dense.checkpoint, done.pruned.checkpoint
     events = context.folder.events()
     seconds = seconds_per_stage(events)
@@ -92,8 +95,9 @@ def _gather(context: Context, done: Pruned) -> Report:
         parameters=Change(before=before.parameters, after=after.parameters),
         decoder_parameters=Change(before=before.decoder_parameters, after=after.decoder_parameters),
         bytes_on_disk=Change(before=before.bytes_on_disk, after=after.bytes_on_disk),
-        **_measured(losses),
-        evaluation=_evaluation(context, losses),
+        **_measured(judged),
+        texts=_on_texts(judged),
+        evaluation=_evaluation(context, judged),
         calibration=job.calibration.model_dump(mode="json"),
         warnings=plan.warnings,
         seconds=seconds | {"total": sum(seconds.values())},
@@ -108,24 +112,38 @@ def _gather(context: Context, done: Pruned) -> Report:
     )
 
 
-def _measured(losses: Losses) -> dict[str, Any]:
-    """What an evaluation has found, as the report tells it."""
+def _measured(judged: Found) -> dict[str, Any]:
+    """What an evaluation has found on all texts together, as the report tells it."""
+    results = {name: each.result for name, each in judged.items()}
     found = {
-        measure: {name: result[measure] for name, result in (losses or {}).items()}
+        measure: {name: result[measure] for name, result in results.items()}
         for measure in ("perplexity", "masked_lm_loss")
-        if any(measure in result for result in (losses or {}).values())
+        if any(measure in result for result in results.values())
     }
     told: dict[str, Any] = {"perplexity": None} | found
     told["closeness"] = {
         name: Closeness(divergence=result["divergence"], agreement=result["agreement"])
-        for name, result in (losses or {}).items()
+        for name, result in results.items()
         if "divergence" in result
     }
-    after = (losses or {}).get("after", {})
+    after = results.get("after", {})
     if "cosine" not in after:
         return told
     alike = {name: after[name] for name in Embeddings.model_fields}
     return told | {"embeddings": Embeddings.model_validate(alike)}
+
+
+def _on_texts(judged: Found) -> dict[str, dict[str, OnText]]:
+    """The same of each text."""
+    texts = dict.fromkeys(text for each in judged.values() for text in each.texts)
+    return {
+        text: {
+            name: OnText.model_validate(each.texts[text])
+            for name, each in judged.items()
+            if each.texts[text]
+        }
+        for text in texts
+    }
 
 
 def _steps_of(
@@ -221,17 +239,20 @@ def _training(steps: Sequence[Sequence[Mapping[str, Any]]]) -> Training:
     return Training(steps=shown, curves=curves, tokens_per_second=speed)
 
 
-def _evaluation(context: Context, losses: Losses) -> Evaluation | None:
+def _evaluation(context: Context, judged: Found) -> Evaluation | None:
     """The protocol behind what was measured: numbers from different protocols cannot be
     compared.
     """
-    if context.job.evaluation is None or losses is None:
+    if context.job.evaluation is None or not judged:
         return None
-    found = losses["after"]
+    found = judged["after"].result
     counts = {key: found[key] for key in ("windows", "scored_tokens") if key in found}
+    tokens = read_manifest(context.scope.folder(EVALUATION_TASK))
+    inputs: Any = tokens.made_from["inputs"] if tokens else {}
     return Evaluation.model_validate(
         context.job.evaluation.model_dump(mode="json")
         | {"stride": context.job.evaluation.effective_stride}
+        | {"tokenizer": fingerprint(inputs.get("tokenizer"))}
         | counts
     )
 

@@ -93,7 +93,7 @@ def _figures(report: Report) -> str:
         alike = Change[float](before=1.0, after=report.embeddings.cosine)
         figures.append(_figure("Embeddings, cosine with the dense model's", alike, ()))
         note = (
-            f"Embeddings: text {report.evaluation.path} · {report.evaluation.windows:,} windows of"
+            f"Embeddings: text {report.evaluation.files} · {report.evaluation.windows:,} windows of"
             f" {report.evaluation.window:,} tokens · least cosine"
             f" {report.embeddings.least_cosine:.4f}"
         )
@@ -110,7 +110,7 @@ def _figures(report: Report) -> str:
         used = report.evaluation
         counts = f"{used.windows:,} windows · {used.scored_tokens:,} scored tokens"
         note = (
-            f"Perplexity: text {used.path} · window {used.window:,} · stride"
+            f"Perplexity: text {used.files} · window {used.window:,} · stride"
             f" {used.stride:,} · {counts}"
         )
     notes = "".join(

@@ -79,6 +79,35 @@ class Closeness(_Facts):
     """Fraction of the tokens for which both expect the same one most."""
 
 
+class Slice(_Facts):
+    """Some tokens of a text, by their place in the window or by how rare they are."""
+
+    tokens: int
+    ratio: float
+    """Perplexity, as a multiple of the dense model's."""
+    divergence: float
+    agreement: float
+
+
+class OnText(_Facts):
+    """What was measured of a model on one of the texts; what it has not is no key."""
+
+    windows: int
+    scored_tokens: int | None = None
+    perplexity: float | None = None
+    divergence: float | None = None
+    agreement: float | None = None
+    slices: dict[str, Slice] | None = None
+    masked_lm_loss: float | None = None
+    cosine: float | None = None
+    least_cosine: float | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, fields: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """What was not measured has no key, rather than a null."""
+        return {name: value for name, value in fields(self).items() if value is not None}
+
+
 class Models(_Facts):
     """Folders of models, relative to the run folder."""
 
@@ -113,7 +142,11 @@ class Evaluation(_Facts):
     Other options of the job's section `evaluation` are here too.
     """
 
-    path: str
+    path: str | None = None
+    """The text; null: there are several, `texts`."""
+    texts: dict[str, dict[str, Any]] | None = None
+    tokenizer: str | None = None
+    """Digest of the tokenizer's files."""
     window: int
     """Tokens of a window."""
     stride: int
@@ -121,6 +154,11 @@ class Evaluation(_Facts):
     windows: int
     scored_tokens: int = 0
     """Tokens that were predicted."""
+
+    @property
+    def files(self) -> str:
+        """The texts, in words."""
+        return self.path or ", ".join(text["path"] for text in (self.texts or {}).values())
 
 
 class GroupReport(_Facts):
@@ -274,6 +312,10 @@ class Report(_Facts):
     """Nats for a masked token, of an encoder that predicts them; else there is no such key."""
     embeddings: Embeddings | None = None
     """Of an encoder that was evaluated; else there is no such key."""
+    texts: dict[str, dict[str, OnText]] = {}
+    """What was measured on each text, by its name and the model's (`before`, `after`,
+    `recovered`); the numbers above are of all texts together.
+    """
     evaluation: Evaluation | None
     calibration: dict[str, Any]
     """The job's section `calibration`, defaults included."""
@@ -305,6 +347,21 @@ class Report(_Facts):
             else f"{least:,} to {most:,}"
             for group, most in self.shape.items()
         }
+
+    @property
+    def taken(self) -> str:
+        """What the model to take is called where models are told apart."""
+        return "recovered" if self.perplexity and self.perplexity.recovered else "after"
+
+    def ratio(self, text: str) -> float | None:
+        """Perplexity of the model to take on one of the texts, as a multiple of the dense one's;
+        None: not measured.
+        """
+        dense, taken = (
+            found.perplexity if (found := self.texts[text].get(name)) else None
+            for name in ("before", self.taken)
+        )
+        return taken / dense if dense and taken else None
 
     @property
     def model(self) -> Path:
@@ -433,7 +490,7 @@ def _measured(report: Report) -> Iterator[str]:
     if used := report.evaluation:
         what = "perplexity" if report.perplexity else "evaluation"
         yield (
-            f"{what} of {used.path}: window {used.window}, stride {used.stride},"
+            f"{what} of {used.files}: window {used.window}, stride {used.stride},"
             f" {used.windows} windows, {used.scored_tokens} scored tokens"
         )
 

@@ -136,7 +136,7 @@ def _known(job: JobSpec) -> dict[str, Any]:
     result is left out.
     """
     left_out: Any = {
-        "evaluation": {"path", "format", "field"},
+        "evaluation": {"path", "format", "field", "texts"},
         "recover": HOW_TRAINED,
         "method": {"training": HOW_TRAINED, "gates": HOW_TRAINED},
     }
@@ -149,7 +149,10 @@ def _known(job: JobSpec) -> dict[str, Any]:
     calibration, evaluation = job.calibration, job.evaluation
     known["calibration"]["texts"] = [_reading(text) for text in (calibration, *calibration.mix)]
     if evaluation:
-        known["evaluation"] |= {"text": _reading(evaluation), "stride": evaluation.effective_stride}
+        texts = {name: _reading(text) for name, text in evaluation.by_name.items()}
+        one = evaluation.texts is None
+        known["evaluation"] |= {"text": next(iter(texts.values()))} if one else {"texts": texts}
+        known["evaluation"]["stride"] = evaluation.effective_stride
     elsewhere: Any = {"latency_table", "probe_samples", "probe_layers", "experts", "expert_score"}
     known["bounds"] = job.budget.model_dump(
         mode="json", exclude=dict.fromkeys(elsewhere, True) | {"allocation": {"generations"}}

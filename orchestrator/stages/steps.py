@@ -78,7 +78,7 @@ def prune_in_steps(context: Context, plan: Plan, checkpoint: Checkpoint) -> Prun
     formats.write_formats(context, pruned)
     context.executor.memory_on = lambda _: plan.memory
     context.executor.use_model(context.job, checkpoint.path, context.scope.name)
-    losses = evaluation.evaluate(context, {"before": original, "after": pruned}, evaluated)
+    judged = evaluation.evaluate(context, {"before": original, "after": pruned}, evaluated)
     record: Any = passes.records[last.number].info
     done = [gate_task(number) for number in passes.records]
     others = [task for task in plan.tasks if not task.endswith(f"/{GATE_TASK}")]
@@ -89,7 +89,7 @@ def prune_in_steps(context: Context, plan: Plan, checkpoint: Checkpoint) -> Prun
         pruned=pruned,
         recovered=None,
         layers=record["layers"],
-        losses=losses,
+        judged=judged,
         allocation=record["allocation"],
         steps=tuple(passes.measured),
     )

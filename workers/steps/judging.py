@@ -1,4 +1,4 @@
-"""Steps that compare models: perplexity, divergence from the dense one, and what an encoder has
+"""Steps that compare models: perplexity and divergence from the dense one, and what an encoder has
 kept.
 """
 
@@ -12,10 +12,9 @@ from safetensors.torch import load_file
 
 from rayprune.workers.model.checkpoint import open_checkpoint
 from rayprune.workers.network.streamed import Store, StreamedModel
-from rayprune.workers.passes.comparison import compared
+from rayprune.workers.passes.comparison import Texts, compared
 from rayprune.workers.passes.divergence import Kept, divergences
 from rayprune.workers.passes.encoding import cosines, embeddings, masked_losses
-from rayprune.workers.passes.evaluate import window_losses
 from rayprune.workers.passes.survey import stored_cut
 from rayprune.workers.steps.step import Droppable, Receipt, drop_all, step
 from rayprune.workers.store.layout import EVALUATION_TASK, MASKED, TOKENS, TOKENS_FILE
@@ -49,20 +48,6 @@ class Judging:
         }, None
 
     @step
-    def evaluate(self, model_path: str, owned: tuple[int, int]) -> tuple[Receipt, None]:
-        """Negative log-likelihoods (nats) of some evaluation windows under the model of a
-        folder.
-        """
-        assert self._job.evaluation is not None
-        drop_all(self._before)
-        stride = self._job.evaluation.effective_stride
-        windows_NT = self._bench.tokens(EVALUATION_TASK)[slice(*owned)]
-        if len(windows_NT) == 0:
-            return {"losses": []}, None
-        losses = window_losses(Path(model_path), windows_NT, owned[0], stride, *self._how)
-        return {"losses": losses}, None
-
-    @step
     def embed(self, model_path: str, owned: tuple[int, int]) -> tuple[Receipt, None]:
         """Cosines of some evaluation windows' embeddings under the encoder of a folder with those
         under the dense one.
@@ -91,17 +76,24 @@ class Judging:
 
     @step
     def compare(
-        self, original: str, other: str, tokens: str, owned: tuple[int, int], stride: int
+        self,
+        original: str,
+        other: str,
+        tokens: str,
+        owned: tuple[int, int],
+        stride: int,
+        starts: Sequence[int] = (0,),
     ) -> tuple[Receipt, None]:
         """Compare the models of two folders on some of the windows that a task has written in the
-        folder `tokens`, in the tokens that no earlier one of them, `stride` apart, has scored.
+        folder `tokens`, in the tokens that no earlier one of the same text, `stride` apart, has
+        scored. Texts start at these windows.
         """
         drop_all(self._before)
-        windows_NT = load_file(Path(tokens) / TOKENS_FILE)[TOKENS][slice(*owned)].clone()
+        texts = Texts(load_file(Path(tokens) / TOKENS_FILE)[TOKENS], starts, stride)
         first, second = (
             StreamedModel(open_checkpoint(Path(path)), *self._how) for path in (original, other)
         )
-        found = compared(first, second, windows_NT, owned[0], stride)
+        found = compared(first, second, texts, range(*owned))
         return {"windows": [asdict(each) for each in found]}, None
 
     @property

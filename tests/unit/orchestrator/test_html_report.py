@@ -43,8 +43,11 @@ def make_report(num_layers: int = 4) -> dict[str, Any]:
         "decoder_parameters": {"before": 106_202_880, "after": 84_637_440},
         "bytes_on_disk": {"before": 538_090_408, "after": 451_828_656},
         "perplexity": {"before": 22.0011, "after": 28.2271},
+        "texts": {},
         "evaluation": {
             "path": "held.txt",
+            "texts": None,
+            "tokenizer": None,
             "window": 1024,
             "stride": 512,
             "windows": 20,
