@@ -20,6 +20,7 @@ TASKS = {
 }
 """What the Hub calls what a class does; of others it is told nothing."""
 PERPLEXITY, DIVERGENCE, AGREEMENT = "perplexity", "kl_divergence", "top_1_agreement"
+COSINE = "embedding_cosine"
 LOADING = """## How to load it
 
 ```python
@@ -63,17 +64,15 @@ def _measures(report: Report, recovered: bool) -> list[_Measure]:
         where = _file(report.evaluation.files)
         return [_Measure(where, *measure) for measure in together]
     found = [_Measure("all texts", *measure) for measure in together]
-    for text_name, models in report.texts.items():
-        before, after = models.get("before"), models.get("recovered" if recovered else "after")
-        if before and after and before.perplexity and after.perplexity:
-            found.append(_Measure(text_name, PERPLEXITY, before.perplexity, after.perplexity))
-        for name, same, value in (
-            (DIVERGENCE, 0.0, after and after.divergence),
-            (AGREEMENT, 1.0, after and after.agreement),
-            ("embedding_cosine", 1.0, after and after.cosine),
-        ):
-            if value is not None:
-                found.append(_Measure(text_name, name, same, value))
+    for where, models in report.texts.items():
+        before, after = models.get("before"), models["recovered" if recovered else "after"]
+        if before and before.perplexity and after.perplexity:
+            found.append(_Measure(where, PERPLEXITY, before.perplexity, after.perplexity))
+        if after.divergence is not None and after.agreement is not None:
+            found.append(_Measure(where, DIVERGENCE, 0.0, after.divergence))
+            found.append(_Measure(where, AGREEMENT, 1.0, after.agreement))
+        if after.cosine is not None:
+            found.append(_Measure(where, COSINE, 1.0, after.cosine))
     return found
 
 
@@ -88,7 +87,7 @@ def _together(report: Report, recovered: bool) -> list[tuple[str, float, float]]
     if loss := report.masked_lm_loss:
         found.append(("masked_lm_loss", loss.before, loss.after))
     if report.embeddings:
-        found.append(("embedding_cosine", 1.0, report.embeddings.cosine))
+        found.append((COSINE, 1.0, report.embeddings.cosine))
     return found
 
 

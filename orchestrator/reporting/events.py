@@ -66,7 +66,7 @@ def plain_line(event: Mapping[str, Any]) -> str:
     return printable(" ".join([event["event"], *told, *([note] if (note := brief(event)) else [])]))
 
 
-_NOT_TOLD = ("event", "peak_memory_bytes", "step_seconds", "groups", "candidates")
+_NOT_TOLD = ("event", "peak_memory_bytes", "step_seconds", "busy_seconds", "groups", "candidates")
 
 
 def _words(value: object) -> str:

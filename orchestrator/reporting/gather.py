@@ -12,6 +12,7 @@ from typing import Any
 from rayprune import __version__
 from rayprune.orchestrator.execution.records import records, sealed
 from rayprune.orchestrator.execution.run_folder import (
+    JOB_FILE,
     PAGE_FILE,
     REPORT_FILE,
     environment,
@@ -30,6 +31,7 @@ from rayprune.orchestrator.reporting.report import (
     Models,
     OnText,
     Report,
+    Span,
     StepReport,
     Training,
 )
@@ -69,7 +71,8 @@ def write_report(context: Context, done: Pruned) -> Report:
     report = _gather(context, done)
     for folder in report.model_folders:
         write_text(folder / CARD_FILE, model_card(report, folder == report.recovered_model))
-    write_text(report.run / PAGE_FILE, html_report(report))
+    job = (report.run / JOB_FILE).read_text(encoding="utf-8")
+    write_text(report.run / PAGE_FILE, html_report(report, job))
     content = sealed(report.to_dict() | {"records": records(report.run)})
     write_json(report.run / REPORT_FILE, content)
     return Report.model_validate({**content, "run": report.run})
@@ -102,6 +105,7 @@ def _gather(context: Context, done: Pruned) -> Report:
         warnings=plan.warnings,
         seconds=seconds | {"total": sum(seconds.values())},
         step_seconds=_step_seconds(events),
+        timeline=timeline(events),
         peak_memory_bytes=_peaks(events),
         training=trainings(run, plan.tasks),
         steps=_steps_of(context, done, events),
@@ -261,6 +265,29 @@ def _step_seconds(events: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Those of the last attempt in which workers did any."""
     told = [found for event in events if (found := event.get("step_seconds"))]
     return told[-1] if told else {}
+
+
+def timeline(events: Sequence[Mapping[str, Any]]) -> tuple[Span, ...]:
+    """Every stage of every attempt, also one that was cut off, on a clock that stands still between
+    attempts.
+    """
+    spans: list[Span] = []
+    begun = end = 0.0  # of the attempt, and the last that is known of it
+    stage: tuple[str, float] | None = None
+    for event in events:
+        begins = event["event"] == "run-started"
+        begun = end if begins else begun
+        now = max(end, begun + event.get("elapsed", 0.0))
+        if stage and (begins or event["event"] == "stage-finished"):
+            name, start = stage
+            seconds = (end if begins else now) - start
+            busy = event.get("busy_seconds", {})
+            spans.append(Span(stage=name, start=start, seconds=seconds, busy=busy))
+            stage = None
+        if event["event"] == "stage-started":
+            stage = event["stage"], now
+        end = now
+    return tuple(spans)
 
 
 def _peaks(events: Sequence[dict[str, Any]]) -> dict[str, int]:

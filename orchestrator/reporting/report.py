@@ -245,6 +245,17 @@ class Training(_Facts):
     tokens_per_second: float
 
 
+class Span(_Facts):
+    """A stage on the time line of a run."""
+
+    stage: str
+    start: float
+    """Seconds since the run began; attempts follow one another without a gap."""
+    seconds: float
+    busy: dict[str, float]
+    """Seconds in steps, by worker."""
+
+
 class StepReport(_Facts):
     """One of several passes."""
 
@@ -324,6 +335,8 @@ class Report(_Facts):
     """By stage, over all attempts, and `total`."""
     step_seconds: dict[str, float]
     """By step of the workers, all workers together, in the last attempt that did any."""
+    timeline: tuple[Span, ...] = ()
+    """The stages one after another, over all attempts; empty in reports of the first versions."""
     peak_memory_bytes: dict[str, int]
     """Private memory by process, over all attempts."""
     training: dict[str, Training]
@@ -540,7 +553,9 @@ def _millions(count: int) -> str:
 
 
 def layer_table(report: Report) -> Table:
-    """What was kept in every layer, and how well the correction reproduces what was cut."""
+    """What was kept in every layer, and how well the correction reproduces what was cut; a layer
+    that was left as it is has one row.
+    """
     columns = ["layer", "group", "kept", "damping", "training error", "held-out error"]
     return Table("layers", columns, [row for layer in report.layers for row in _layer_rows(layer)])
 
@@ -550,10 +565,10 @@ def _layer_rows(layer: LayerReport) -> list[list[str]]:
         [
             str(layer.layer),
             titled(name),
-            f"{group.kept}/{group.of}",
+            f"{group.kept:,} of {group.of:,}",
             f"{group.damping:g}",
             f"{group.training_error:.4f}",
             f"{group.held_out_error:.4f}",
         ]
         for name, group in layer.together.items()
-    ]
+    ] or [[str(layer.layer), "not pruned", "", "", "", ""]]

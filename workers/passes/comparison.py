@@ -75,7 +75,8 @@ class Texts:
         ids, counts = torch.unique(windows_NT, return_counts=True)
         by_count = torch.bincount(counts, weights=counts.double()).cumsum(0)
         most = int((by_count >= RARE_PART * windows_NT.numel()).nonzero()[0])
-        return ids[counts <= most]
+        rare: Tensor = ids[counts <= most]
+        return rare
 
 
 @torch.inference_mode()
