@@ -361,7 +361,15 @@ class EvaluationSpec(Section):
     stride: int | None = Field(default=None, ge=1)
     """Tokens between the starts of two windows; null: the window's length (no overlap)."""
     max_windows: int | None = Field(default=None, ge=1)
-    """Only the first so many windows; null: all. An incomplete last window is dropped."""
+    """Only the first so many windows of each text; null: all. An incomplete last window is
+    dropped.
+    """
+    prompts: tuple[Annotated[str, Field(min_length=1)], ...] = Field(default=(), max_length=32)
+    """Beginnings of texts that the dense and the pruned model go on with, for the report; each
+    takes the likeliest token.
+    """
+    prompt_tokens: int = Field(default=48, ge=1, le=4096)
+    """Tokens that they go on with, at most."""
 
     @property
     def by_name(self) -> dict[str, TextSpec]:

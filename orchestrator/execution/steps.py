@@ -243,6 +243,10 @@ class Steps:
         """`Judging.compare`."""
         return self._submit("compare", original, other, tokens, owned, stride, starts)
 
+    def go_on(self, model_path: str) -> Call[None]:
+        """`Judging.go_on`."""
+        return self._submit("go_on", model_path)
+
     def embed(self, model_path: str, owned: tuple[int, int]) -> Call[None]:
         """`Judging.embed`."""
         return self._submit("embed", model_path, owned)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from rayprune.orchestrator.reporting.report import Dense, Report
+from rayprune.orchestrator.reporting.facts import Dense
+from rayprune.orchestrator.reporting.report import Report
 from rayprune.orchestrator.reporting.tables import text, titled
 
 TASKS = {

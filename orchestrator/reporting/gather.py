@@ -20,8 +20,7 @@ from rayprune.orchestrator.execution.run_folder import (
 )
 from rayprune.orchestrator.hub.origin import origin_of
 from rayprune.orchestrator.reporting.card import model_card
-from rayprune.orchestrator.reporting.html_report import html_report
-from rayprune.orchestrator.reporting.report import (
+from rayprune.orchestrator.reporting.facts import (
     Change,
     Closeness,
     Dense,
@@ -30,11 +29,13 @@ from rayprune.orchestrator.reporting.report import (
     LayerReport,
     Models,
     OnText,
-    Report,
+    Sample,
     Span,
     StepReport,
     Training,
 )
+from rayprune.orchestrator.reporting.html_report import html_report
+from rayprune.orchestrator.reporting.report import Report
 from rayprune.orchestrator.stages.context import Context
 from rayprune.orchestrator.stages.subject import Judged, Pruned
 from rayprune.workers.store.files import fingerprint, read_manifest, write_json, write_text
@@ -100,6 +101,7 @@ def _gather(context: Context, done: Pruned) -> Report:
         bytes_on_disk=Change(before=before.bytes_on_disk, after=after.bytes_on_disk),
         **_measured(judged),
         texts=_on_texts(judged),
+        samples=_samples(context, done),
         evaluation=_evaluation(context, judged),
         calibration=job.calibration.model_dump(mode="json"),
         warnings=plan.warnings,
@@ -241,6 +243,14 @@ def _training(steps: Sequence[Sequence[Mapping[str, Any]]]) -> Training:
         del curves["loss"]  # it has one term
     speed = fmean(line["tokens_per_second"] for step in steps for line in step)
     return Training(steps=shown, curves=curves, tokens_per_second=speed)
+
+
+def _samples(context: Context, done: Pruned) -> tuple[Sample, ...]:
+    prompts = context.job.evaluation.prompts if context.job.evaluation and done.samples else ()
+    return tuple(
+        Sample(prompt=prompt, texts={name: texts[at] for name, texts in done.samples.items()})
+        for at, prompt in enumerate(prompts)
+    )
 
 
 def _evaluation(context: Context, judged: Found) -> Evaluation | None:

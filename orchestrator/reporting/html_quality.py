@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 
-from rayprune.orchestrator.reporting.page import folded, note, section, wide_table
-from rayprune.orchestrator.reporting.report import Report, Slice
+from rayprune.orchestrator.reporting.facts import Slice
+from rayprune.orchestrator.reporting.page import drawings, folded, note, section, wide_table
+from rayprune.orchestrator.reporting.report import Report
+from rayprune.orchestrator.reporting.tables import text
 
 MODELS = {"before": "dense", "after": "pruned", "recovered": "recovered"}
 """What people call the models."""
@@ -23,7 +25,7 @@ def quality(report: Report) -> str:
     )
     if used.tokenizer:
         told += f" Tokenizer {used.tokenizer[:12]}."
-    rows = [_row(report, text, model) for text, found in report.texts.items() for model in found]
+    rows = [_row(report, name, model) for name, found in report.texts.items() for model in found]
     columns = ["Text", "Model", "Tokens", *(title for title, _, _ in _columns(report))]
     table = wide_table("Quality on each text", columns, rows) if rows else ""
     return section("Quality", table, note(told), _slices(report))
@@ -47,8 +49,8 @@ def _columns(report: Report) -> list[Column]:
     return [c for c in COLUMNS if any(getattr(each, c[1]) is not None for each in found)]
 
 
-def _row(report: Report, text: str, model: str) -> list[str]:
-    measured, dense, cells = report.texts[text][model], report.texts[text].get("before"), []
+def _row(report: Report, name: str, model: str) -> list[str]:
+    measured, dense, cells = report.texts[name][model], report.texts[name].get("before"), []
     for _, field, form in _columns(report):
         value = getattr(measured, field)
         words = "" if value is None else form.format(value)
@@ -56,7 +58,7 @@ def _row(report: Report, text: str, model: str) -> list[str]:
             words += f" (× {value / dense.perplexity:.3f})"
         cells.append(words)
     tokens = f"{measured.scored_tokens:,}" if measured.scored_tokens else ""
-    return [text, MODELS.get(model, model), tokens, *cells]
+    return [name, MODELS.get(model, model), tokens, *cells]
 
 
 def _slices(report: Report) -> str:
@@ -80,3 +82,18 @@ def _slices(report: Report) -> str:
 
 def _closeness(of: Slice) -> tuple[str, str]:
     return f"{of.divergence:.4f}", f"{of.agreement:.1%}"
+
+
+def samples(report: Report) -> str:
+    """How the models go on with the job's prompts, side by side."""
+    parts = []
+    for sample in report.samples:
+        parts.append(f"<h3>{text(sample.prompt)}</h3>")
+        parts.append(
+            drawings(
+                f"<div>{note(MODELS.get(model, model))}<blockquote>{text(words)}</blockquote></div>"
+                for model, words in sample.texts.items()
+            )
+        )
+    told = note("Each model takes the likeliest token; one prompt says little of a model.")
+    return section("Samples", told, *parts) if parts else ""

@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 
 from rayprune.orchestrator.reporting.charts import curve, layers_drawing, timeline_drawing
-from rayprune.orchestrator.reporting.html_quality import quality
+from rayprune.orchestrator.reporting.facts import Change, GroupReport, LayerReport
+from rayprune.orchestrator.reporting.html_quality import quality, samples
 from rayprune.orchestrator.reporting.page import (
     code,
     drawings,
@@ -19,14 +20,7 @@ from rayprune.orchestrator.reporting.page import (
     section,
     wide_table,
 )
-from rayprune.orchestrator.reporting.report import (
-    Change,
-    GroupReport,
-    LayerReport,
-    Report,
-    layer_table,
-    step_table,
-)
+from rayprune.orchestrator.reporting.report import Report, layer_table, step_table
 from rayprune.orchestrator.reporting.tables import html_table, text, titled
 from rayprune.orchestrator.reporting.verdict import verdict
 
@@ -142,8 +136,9 @@ def _layers(report: Report) -> str:
     if not groups:
         return section("What was removed", note("Nothing was pruned."))
     told = (
-        "Kept: dark, of all units in a layer. Output error: |pruned − original| / |original| of a"
-        " group's output, on the training shards (which the correction fits) and the held-out ones."
+        "Kept: what is filled, of all units in a layer. Output error: |pruned − original| /"
+        " |original| of a group's output, on the training shards (which the correction fits) and"
+        " the held-out ones."
     )
     drawn = (_group(number, name, report.layers) for number, name in enumerate(groups))
     table = layer_table(report)
@@ -238,7 +233,7 @@ def _timeline(report: Report) -> str:
             (s.start, s.seconds, min(1.0, s.busy.get(worker, 0.0) / (s.seconds or 1.0)))
             for s in report.timeline
         ]
-    told = "A worker's bar is dark for the part of the stage in which it computed."
+    told = "A worker's bar is filled for the part of the stage in which it computed."
     if left := len(workers) - MOST_ROWS > 0:
         told += f" {left} further workers are not drawn."
     return timeline_drawing("timeline", "Time line", rows) + note(told)
@@ -268,6 +263,7 @@ SECTIONS: Sequence[Callable[[Report], str]] = (
     _warnings,
     _figures,
     quality,
+    samples,
     _layers,
     _steps,
     _experts,

@@ -23,15 +23,15 @@ h1, p, dd, .names tbody * { overflow-wrap: anywhere; }
 .verdict { font-size: 1.1rem; margin: .5rem 0; }
 .warning { margin: .6rem 0; padding: .5rem .9rem; border-left: 4px solid var(--edge);
   background: var(--warning); overflow-wrap: anywhere; }
-dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(11.5rem, 1fr)); gap: .75rem;
+dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(10rem, 1fr)); gap: .75rem;
   margin: 1.25rem 0 .75rem; }
 dl div { padding: .7rem .9rem; border: 1px solid var(--line); border-radius: 6px;
   background: var(--card); }
 dd { margin: 0; } .large { font-size: 1.6rem; font-weight: 600; line-height: 1.3; }
 .exact { font-size: .8rem; }
-.drawings { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr));
+.drawings { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(22rem, 100%), 1fr));
   gap: 1rem; margin: .75rem 0; }
-figure { margin: 0; } svg { display: block; width: 100%; height: auto; }
+figure { margin: 0; max-width: 36rem; } svg { display: block; width: 100%; height: auto; }
 svg text { fill: var(--text); }
 table { border-collapse: collapse; } .wide { width: 100%; } .wide td { white-space: nowrap; }
 .scroll { overflow-x: auto; }

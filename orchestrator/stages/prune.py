@@ -15,6 +15,7 @@ from rayprune.orchestrator.stages import (
     gradients,
     probe,
     routed,
+    samples,
     source,
     sweep,
     texts,
@@ -56,9 +57,10 @@ def prune(
     shutil.rmtree(context.scope.cache, ignore_errors=True)
     models = {"before": dense, "after": pruned} | ({"recovered": recovered} if recovered else {})
     judged = evaluation.evaluate(context, models, evaluated)
+    written = samples.write_samples(context, trained.plan, models, evaluated)
     final = noting(context, trained.plan, [*few, *evaluation.doubts(judged)])
     allocation = _allocation(context)
-    return Pruned(final, dense, pruned, recovered, _groups(layers), judged, allocation)
+    return Pruned(final, dense, pruned, recovered, _groups(layers), judged, written, allocation)
 
 
 def noting(context: Context, plan: Plan, warnings: Sequence[str]) -> Plan:

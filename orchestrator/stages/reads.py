@@ -27,9 +27,11 @@ from rayprune.workers.store.layout import (
     SOURCE_TASK,
     UPDATES_TASK,
     converted_task,
+    samples_task,
 )
 
 CONVERTED_TASKS = tuple(map(converted_task, ("vllm", "gguf", "gguf-q8_0")))
+SAMPLES_TASKS = tuple(map(samples_task, ("before", "after", "recovered")))
 BOUNDARY = "boundary"
 """Hidden states that a wave of the dense path leaves behind: no task, but they depend on things as
 one does.
@@ -82,6 +84,7 @@ READS: Mapping[str, tuple[str, ...]] = {
     "evaluate-before": (*_ACTIVATIONS, "evaluation.stride"),
     "evaluate-after": (*_ACTIVATIONS, "evaluation.stride"),
     "evaluate-recovered": (*_ACTIVATIONS, "evaluation.stride"),
+    **dict.fromkeys(SAMPLES_TASKS, (*_ACTIVATIONS, "samples")),
 }
 """By kind of task; a section's name stands for all of it."""
 KEPT_IN_STORE = {
@@ -98,6 +101,7 @@ KEPT_IN_STORE = {
     OUTER_TASK,
     "evaluate-before",
     "evaluate-after",
+    *SAMPLES_TASKS,
 }
 """Kinds of tasks that a store keeps. Not `source`, since a folder's files tell it apart in that
 folder alone; not trainings, whose folders hold more than their results; not the exported model.
@@ -136,7 +140,7 @@ def _known(job: JobSpec) -> dict[str, Any]:
     result is left out.
     """
     left_out: Any = {
-        "evaluation": {"path", "format", "field", "texts"},
+        "evaluation": {"path", "format", "field", "texts", "prompts", "prompt_tokens"},
         "recover": HOW_TRAINED,
         "method": {"training": HOW_TRAINED, "gates": HOW_TRAINED},
     }
@@ -153,6 +157,7 @@ def _known(job: JobSpec) -> dict[str, Any]:
         one = evaluation.texts is None
         known["evaluation"] |= {"text": next(iter(texts.values()))} if one else {"texts": texts}
         known["evaluation"]["stride"] = evaluation.effective_stride
+        known["samples"] = evaluation.model_dump(mode="json", include={"prompts", "prompt_tokens"})
     elsewhere: Any = {"latency_table", "probe_samples", "probe_layers", "experts", "expert_score"}
     known["bounds"] = job.budget.model_dump(
         mode="json", exclude=dict.fromkeys(elsewhere, True) | {"allocation": {"generations"}}

@@ -1,7 +1,7 @@
 """What stages take and return: a model, and what is known of it in one pass."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +122,8 @@ class Pruned:
     """What was decided about the groups of every layer, in the last pass."""
     judged: Mapping[str, Judged] | None
     """What was measured of every model, by name, where there is a text for it."""
+    samples: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """What every model goes on with after the job's prompts, by the model's name."""
     allocation: Mapping[str, Any] | None = None
     """How layers that differ got their sizes: what was predicted, measured and tried."""
     steps: tuple[Measured, ...] = ()

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rayprune.orchestrator.execution.verify import verify_run
-from rayprune.orchestrator.reporting.report import Perplexity
+from rayprune.orchestrator.reporting.facts import Perplexity
 from rayprune.orchestrator.run import run_job
 from rayprune.specs.loader import load_job
 from rayprune.workers.passes.comparison import QUARTERS
@@ -32,6 +32,8 @@ def test_a_report_tells_what_transformers_says(
         "window": WINDOW,
         "stride": STRIDE,
         "max_windows": 5,
+        "prompts": ["Python is"],
+        "prompt_tokens": 6,
     }
     folder = build_model(tmp_path / "dense")
     report = run_job(load_job(make_job(folder, evaluation=evaluation)), tmp_path / "run", quiet)
@@ -69,4 +71,11 @@ def test_a_report_tells_what_transformers_says(
         for log, value in ((log_p, perplexity.before), (log_q, perplexity.after)):
             loss = -log.gather(2, windows_NT[:, 1:, None])[..., 0][chosen].mean()
             assert value == pytest.approx(math.exp(loss), rel=1e-5), name
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    prompt_1T = tokenizer("Python is", return_tensors="pt").input_ids
+    for name, model in (("before", folder), ("after", report.model)):
+        network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        whole_1T = network.generate(prompt_1T, max_new_tokens=6, do_sample=False)
+        expected = tokenizer.decode(whole_1T[0, prompt_1T.shape[1] :], skip_special_tokens=True)
+        assert report.samples[0].texts[name] == expected
     assert "evaluate-after" in verify_run(report.run)

@@ -10,7 +10,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from rayprune.workers.calibration import load_tokenizer
+from rayprune.workers.machine.device import check_room
 from rayprune.workers.model.checkpoint import open_checkpoint
+from rayprune.workers.network.greedy import greedy
+from rayprune.workers.network.load_check import loaded
 from rayprune.workers.network.streamed import Store, StreamedModel
 from rayprune.workers.passes.comparison import Texts, compared
 from rayprune.workers.passes.divergence import Kept, divergences
@@ -95,6 +99,24 @@ class Judging:
         )
         found = compared(first, second, texts, range(*owned))
         return {"windows": [asdict(each) for each in found]}, None
+
+    @step
+    def go_on(self, model_path: str) -> tuple[Receipt, None]:
+        """What the model of a folder, loaded as a whole, goes on with after each of the job's
+        prompts.
+
+        Raises:
+            ResourceError: it does not fit into the memory that is free.
+        """
+        assert self._job.evaluation is not None
+        drop_all(self._before)
+        folder, spec = Path(model_path), self._job.evaluation
+        checkpoint, dtype, device = open_checkpoint(folder), self._bench.dtype, self._bench.device
+        check_room(folder, checkpoint.parameters * dtype.itemsize, device)
+        tokenizer = load_tokenizer(folder)
+        prompts = [tokenizer(prompt)["input_ids"] for prompt in spec.prompts]
+        found = greedy(loaded(folder, dtype).to(device), prompts, spec.prompt_tokens)
+        return {"texts": [tokenizer.decode(ids, skip_special_tokens=True) for ids in found]}, None
 
     @property
     def _how(self) -> tuple[torch.dtype, torch.device, Store]:

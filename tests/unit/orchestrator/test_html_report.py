@@ -43,6 +43,8 @@ def make_report(num_layers: int = 4) -> dict[str, Any]:
         "bytes_on_disk": {"before": 538_090_408, "after": 451_828_656},
         "perplexity": {"before": 22.0011, "after": 28.2271},
         "texts": {},
+        "samples": [],
+        "timeline": [],
         "evaluation": {
             "path": "held.txt",
             "texts": None,
@@ -130,7 +132,8 @@ def two_texts() -> dict[str, Any]:
 def test_the_content_is_there_in_order() -> None:
     dense = {"name": "SmolLM2", "hub_id": None, "licence": {}, "units": {}}
     finished = {"finished": "2026-11-27T10:00:00+00:00", "dense": dense}
-    page = Page(page_of(make_report() | two_texts() | finished))
+    samples = [{"prompt": "A <b>", "texts": {"before": "dense words", "after": "pruned words"}}]
+    page = Page(page_of(make_report() | two_texts() | finished | {"samples": samples}))
     words = [
         "SmolLM2, 20.3% of its decoder removed",
         "SmolLM2 is 16.0% smaller: 20.3% of its decoder parameters are gone.",
@@ -160,6 +163,9 @@ def test_the_content_is_there_in_order() -> None:
         "20 windows of 1,024 tokens, stride 512, 20,460 scored tokens, of held.txt",
         "rare tokens",
         "1,023",
+        "A <b>",
+        "dense words",
+        "pruned words",
         "What was removed",
         "1,120 of 1,536",
         "0.2500",
