@@ -295,7 +295,7 @@ def timeline(events: Sequence[Mapping[str, Any]]) -> tuple[Span, ...]:
             spans.append(Span(stage=name, start=start, seconds=seconds, busy=busy))
             stage = None
         if event["event"] == "stage-started":
-            stage = event["stage"], now
+            stage = event.get("stage", ""), now
         end = now
     return tuple(spans)
 
