@@ -64,6 +64,8 @@ def _target(loc: KeyPath, root: Located) -> _Target:
             target = replace(target, annotation=_branch(target.annotation, key))
             continue
         annotation = target.annotation if isinstance(key, int) else tuple(declared)
+        if holds_names(target.annotation):
+            annotation = tuple(models(target.annotation))
         where = child.where if child else target.where
         target = _Target((*target.path, key), annotation, where, target.annotation)
         node = child or replace(node, value=None)
@@ -179,6 +181,11 @@ def parts(annotation: Any) -> Iterator[Any]:
     if get_origin(annotation) is not Literal:
         for argument in annotation if isinstance(annotation, tuple) else get_args(annotation):
             yield from parts(argument)
+
+
+def holds_names(annotation: Any) -> bool:
+    """Whether a field is a mapping whose keys the user chooses."""
+    return any(get_origin(part) is dict for part in parts(annotation))
 
 
 def models(annotation: Any) -> list[type[BaseModel]]:

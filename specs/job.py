@@ -399,22 +399,62 @@ class ExportSpec(Section):
         return next(others, "transformers")
 
 
-class EvaluationSpec(TextSpec):
-    """Perplexity of the dense and of the exported model, under the same code; of an encoder how
-    alike its embeddings are, and its loss on masked tokens if it predicts them.
+TextName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+
+
+class EvaluationSpec(Section):
+    """Perplexity of the dense and of the exported model, under the same code, and how close they
+    are; of an encoder how alike its embeddings are, and its loss on masked tokens if it predicts
+    them.
     """
 
+    path: LocalPath | None = None
+    """The text, as in `calibration`; null: `texts` has several."""
+    format: TextFormat = "auto"
+    """As in `calibration`."""
+    field: Annotated[str, Field(min_length=1)] | None = None
+    """As in `calibration`."""
+    texts: dict[TextName, TextSpec] | None = None
+    """Texts by name, in place of `path`: each is measured by itself, and all of them together."""
     window: int = Field(default=1024, ge=2, le=1_048_576)
     """Length of one window, in tokens."""
     stride: int | None = Field(default=None, ge=1)
     """Tokens between the starts of two windows; null: the window's length (no overlap)."""
     max_windows: int | None = Field(default=None, ge=1)
-    """Only the first so many windows; null: all. An incomplete last window is dropped."""
+    """Only the first so many windows of each text; null: all. An incomplete last window is
+    dropped.
+    """
+    prompts: tuple[Annotated[str, Field(min_length=1)], ...] = Field(default=(), max_length=32)
+    """Beginnings of texts that the dense and the pruned model go on with, for the report; each
+    takes the likeliest token.
+    """
+    prompt_tokens: int = Field(default=48, ge=1, le=4096)
+    """Tokens that they go on with, at most."""
+
+    @property
+    def by_name(self) -> dict[str, TextSpec]:
+        """The texts; one that stands alone has the name of its file."""
+        if self.path is None:
+            return dict(self.texts or {})
+        alone = TextSpec(path=self.path, format=self.format, field=self.field)
+        return {os.path.basename(os.path.normpath(self.path)) or "text": alone}
+
+    def option(self, name: str) -> str:
+        """The option that says where the text of this name lies."""
+        return "evaluation.path" if self.texts is None else f"evaluation.texts.{name}.path"
 
     @property
     def effective_stride(self) -> int:
         """Tokens between the starts of two windows."""
         return self.stride or self.window
+
+    @model_validator(mode="after")
+    def _one_or_several(self) -> Self:
+        if (self.path is None) == (not self.texts):
+            raise ValueError("give either path, or texts by name: texts: {NAME: {path: FILE}}")
+        if self.texts and (self.format, self.field) != ("auto", None):
+            raise ValueError("with texts, format and field belong to each of them: move them there")
+        return self
 
     @model_validator(mode="after")
     def _stride_within_window(self) -> Self:

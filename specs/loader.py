@@ -11,20 +11,22 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ValidationError
 
 from rayprune.specs.core_yaml import MAX_DEPTH, CoreDumper
 from rayprune.specs.errors import SpecError
-from rayprune.specs.explain import KeyPath, explain, models, parts
+from rayprune.specs.explain import KeyPath, explain, holds_names, models, parts
 from rayprune.specs.job import HUB_NAME, JobSpec, PathMarker
 from rayprune.specs.located import Located, shown
 from rayprune.specs.recipe import given_by, recipe_of, with_recipe
 from rayprune.specs.section import named
 from rayprune.specs.yaml_file import UNUSABLE, Builder, parse_value, parse_yaml, read_text
 
+ANY_NAME = "*"
+"""In a key path: a name that the user has chosen."""
 MAPPING = "the job's mapping"
 """What errors name in place of a file and a line."""
 
@@ -214,8 +216,19 @@ def _fields(
     for name, info in model.model_fields.items():
         if any(marked(part) for part in (*info.metadata, *parts(info.annotation))):
             yield (*prefix, name)
+        inside = (*prefix, name, ANY_NAME) if holds_names(info.annotation) else (*prefix, name)
         for section in models(info.annotation):
-            yield from _fields(section, marked, (*prefix, name))
+            yield from _fields(section, marked, inside)
+
+
+@cache
+def _chosen_names() -> frozenset[KeyPath]:
+    """The key paths of a job's fields whose keys are names that the user chooses."""
+    return frozenset(_fields(JobSpec, lambda part: get_origin(part) is dict))
+
+
+def _inside(at: KeyPath, key: str) -> KeyPath:
+    return (*at, ANY_NAME if at in _chosen_names() else key)
 
 
 def _resolve_paths(
@@ -228,7 +241,7 @@ def _resolve_paths(
         return replace(
             node,
             value={
-                key: _resolve_paths(item, fields, or_names, (*at, key))
+                key: _resolve_paths(item, fields, or_names, _inside(at, key))
                 for key, item in node.value.items()
             },
         )

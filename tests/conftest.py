@@ -22,6 +22,7 @@ import yaml
 
 from rayprune.orchestrator.execution.records import records, sealed
 from rayprune.orchestrator.execution.run_folder import REPORT_FILE
+from rayprune.orchestrator.reporting import charts
 from rayprune.workers.store.files import MANIFEST_NAME
 
 MakeModel = Callable[..., Path]
@@ -32,6 +33,28 @@ def pytest_collection_finish() -> None:
     """What is there before the tests stays: no collection of garbage looks at it again."""
     gc.collect()
     gc.freeze()
+
+
+def undrawn(*_: object, **__: object) -> str:
+    """No drawing: each takes a tenth of a second, and few tests look at it."""
+    return "<figure></figure>"
+
+
+REALLY_DRAWN = charts._drawn
+
+
+@pytest.fixture(scope="session", autouse=True)
+def without_drawings() -> Iterator[None]:
+    """Pages without their drawings."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(charts, "_drawn", undrawn)
+        yield
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages with their drawings all the same."""
+    monkeypatch.setattr(charts, "_drawn", REALLY_DRAWN)
 
 
 @pytest.fixture

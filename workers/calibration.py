@@ -199,26 +199,31 @@ def _size(frame: Frame | None) -> int:
 
 
 def evaluation_windows(spec: EvaluationSpec, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """Windows of the text, shape (windows, window), int64; an incomplete last one is dropped.
+    """Windows of all texts, shape (windows, window), int64; a text's incomplete last one is
+    dropped.
 
     Raises:
-        SpecError: not one whole window.
+        SpecError: a text has not one whole window.
     """
-    return read_evaluation(spec, tokenizer).windows_NT
+    read = [read_evaluation(spec, text, tokenizer) for text in spec.by_name.values()]
+    return torch.cat([text.windows_NT for text in read])
 
 
 def read_evaluation(
-    spec: EvaluationSpec, tokenizer: PreTrainedTokenizerBase, frame: Frame | None = None
+    spec: EvaluationSpec,
+    text: TextSpec,
+    tokenizer: PreTrainedTokenizerBase,
+    frame: Frame | None = None,
 ) -> ReadText:
-    """The windows of `evaluation_windows`, and what the text was found to be; an encoder's in their
-    frame, without overlap.
+    """The windows of one text, and what it was found to be; an encoder's in their frame, without
+    overlap.
 
     Raises:
         SpecError: not one whole window.
     """
     stride = spec.effective_stride
     tokens, facts = _tokens(
-        spec,
+        text,
         tokenizer,
         None if spec.max_windows is None else (spec.max_windows - 1) * stride + spec.window,
         special=frame is None,
@@ -228,6 +233,6 @@ def read_evaluation(
     if inside < 1:
         raise SpecError(f"evaluation.window: special tokens fill {spec.window}; raise it")
     if len(tokens) < inside:
-        raise no_window(spec, len(tokens))
+        raise no_window(text, spec.window, len(tokens))
     windows_NT = tokens.unfold(0, inside, min(stride, inside))[: spec.max_windows].contiguous()
-    return ReadText(spec.path, frame.around(windows_NT) if frame else windows_NT, facts)
+    return ReadText(text.path, frame.around(windows_NT) if frame else windows_NT, facts)

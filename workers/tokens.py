@@ -84,24 +84,29 @@ class JobTexts:
         return Tokens(windows_ST, texts, warnings)
 
     def evaluation(self, calibration_ST: Tensor) -> Tokens:
-        """The evaluation windows of a job that has some.
+        """The evaluation windows of a job that has some, text after text.
 
         Raises:
-            SpecError: the text is too short, says nothing, or was calibrated or trained on.
+            SpecError: a text is too short, says nothing, or was calibrated or trained on.
             ModelError: the model has no embedding for a token.
         """
         spec = self.job.evaluation
         assert spec is not None
-        text = read_evaluation(spec, self.tokenizer, self.frame)
-        warnings = self._checked([text], spec.window, "evaluation.window")
+        texts = {
+            name: read_evaluation(spec, text, self.tokenizer, self.frame)
+            for name, text in spec.by_name.items()
+        }
+        read = list(texts.values())
+        warnings = self._checked(read, spec.window, "evaluation.window")
         read_ST = self.all_read(calibration_ST)
         if self.job.steps:
             read_ST = torch.cat([read_ST, self.gate().windows_ST])
-        apart = check_apart(read_ST, text.windows_NT, spec.path)
-        masked_NT = None
+        for name, text in texts.items():
+            warnings += check_apart(read_ST, text.windows_NT, spec.option(name), text.path)
+        windows_NT, masked_NT = torch.cat([text.windows_NT for text in read]), None
         if self.checkpoint.model.predicts_masked:
-            masked_NT = masked(text.windows_NT, self.tokenizer)
-        return Tokens(text.windows_NT, [text], warnings + apart, masked_NT)
+            masked_NT = torch.cat([masked(text.windows_NT, self.tokenizer) for text in read])
+        return Tokens(windows_NT, read, warnings, masked_NT)
 
     def all_read(self, given_ST: Tensor) -> Tensor:
         """All windows that the job reads of its calibration text: those of the calibration,

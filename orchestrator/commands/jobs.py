@@ -1,10 +1,12 @@
 """Commands about jobs: demo, init, run, submit, sweep, plan, explain, validate, schema."""
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
 import rayprune
+from rayprune.orchestrator.reporting.events import Event
 from rayprune.specs.errors import SpecError
 from rayprune.specs.job import DEFAULT_SPARSITY, JobSpec
 from rayprune.specs.loader import read_job
@@ -21,7 +23,16 @@ def add(commands: Any) -> None:
     )
     demo.set_defaults(command=_demo)
     _init_command(commands)
-    _run_command(commands, "run", _run, "run a job, or go on where an earlier attempt stopped")
+    run = _run_command(
+        commands, "run", _run, "run a job, or go on where an earlier attempt stopped"
+    )
+    shown = run.add_mutually_exclusive_group()
+    shown.add_argument("--quiet", action="store_true", help="show no progress, the result alone")
+    shown.add_argument(
+        "--json",
+        action="store_true",
+        help="print every event, and at last the report (event `report`), as a line of JSON",
+    )
     submit = _run_command(
         commands, "submit", _submit, "run a job on a Ray cluster, from outside it"
     )
@@ -157,17 +168,21 @@ def _run(options: argparse.Namespace) -> None:
     from rayprune.orchestrator.reporting.progress import print_parts
     from rayprune.orchestrator.reporting.report import summary
 
-    print_parts(
-        summary(
-            rayprune.run(
-                _load(options),
-                options.out,
-                progress=True,
-                redo_stale=options.redo == "stale",
-                store=options.store,
-            )
-        )
+    report = rayprune.run(
+        _load(options),
+        options.out,
+        progress=_print_json if options.json else not options.quiet,
+        redo_stale=options.redo == "stale",
+        store=options.store,
     )
+    if options.json:
+        _print_json(Event("report", report.to_dict()))
+    else:
+        print_parts(summary(report))
+
+
+def _print_json(event: Event) -> None:
+    print(json.dumps({"event": event.name, **event.fields}), flush=True)
 
 
 def _submit(options: argparse.Namespace) -> int:

@@ -1,6 +1,7 @@
 """Commands about finished runs: report, verify, compare, push."""
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from rayprune.specs.errors import SpecError
 
 def add(commands: Any) -> None:
     """Add them to the command line."""
-    _run_command(commands, "report", _report, "show the report of a run")
+    report = _run_command(commands, "report", _report, "show the report of a run")
+    report.add_argument("--json", action="store_true", help="print it as JSON")
     verify = _run_command(
         commands, "verify", _verify, "check a run's files and that its model loads"
     )
@@ -42,6 +44,9 @@ def _report(options: argparse.Namespace) -> None:
     from rayprune.orchestrator.reporting.report import layer_table, summary
 
     report = rayprune.read_report(options.run)
+    if options.json:
+        print(json.dumps(report.to_dict(), indent=2))
+        return
     print_parts([layer_table(report), *summary(report)])
 
 

@@ -50,6 +50,8 @@ class Executor(ABC):
         self._has_said = ""
         self.peak_memory_bytes: dict[str, int] = {}
         self.step_seconds: dict[str, float] = {}
+        self.busy_seconds: dict[str, float] = {}
+        """In steps, by worker."""
         self._step_seconds_told: dict[str, float] = {}
         self._warned: list[str] = []
 
@@ -104,6 +106,8 @@ class Executor(ABC):
             self.step_seconds[call.step] = (
                 self.step_seconds.get(call.step, 0.0) + receipt["seconds"]
             )
+            name = f"worker-{call.worker}"
+            self.busy_seconds[name] = self.busy_seconds.get(name, 0.0) + receipt["seconds"]
             self._warned += receipt["warned"]
         return receipts
 

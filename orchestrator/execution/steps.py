@@ -253,15 +253,21 @@ class Steps:
         """`Judging.divergences`."""
         return self._submit("divergences", candidates, owned)
 
-    def evaluate(self, model_path: str, owned: tuple[int, int]) -> Call[None]:
-        """`Judging.evaluate`."""
-        return self._submit("evaluate", model_path, owned)
-
     def compare(
-        self, original: str, other: str, tokens: str, owned: tuple[int, int], stride: int
+        self,
+        original: str,
+        other: str,
+        tokens: str,
+        owned: tuple[int, int],
+        stride: int,
+        starts: Sequence[int] = (0,),
     ) -> Call[None]:
         """`Judging.compare`."""
-        return self._submit("compare", original, other, tokens, owned, stride)
+        return self._submit("compare", original, other, tokens, owned, stride, starts)
+
+    def go_on(self, model_path: str) -> Call[None]:
+        """`Judging.go_on`."""
+        return self._submit("go_on", model_path)
 
     def embed(self, model_path: str, owned: tuple[int, int]) -> Call[None]:
         """`Judging.embed`."""

@@ -66,7 +66,8 @@ def _paths(job: JobSpec) -> dict[str, Path]:
         for number, text in enumerate(job.calibration.mix)
     }
     paths |= {"budget.latency_table": job.budget.latency_table} if job.budget.latency_table else {}
-    paths |= {"evaluation.path": job.evaluation.path} if job.evaluation else {}
+    if evaluation := job.evaluation:
+        paths |= {evaluation.option(n): text.path for n, text in evaluation.by_name.items()}
     return {option: Path(path) for option, path in paths.items()}
 
 

@@ -121,7 +121,12 @@ def _check_told(run: Path, report: Mapping[str, Any], found: Mapping[str, Manife
         for name, manifest in found.items()
         if name.startswith("evaluate-")
     }
-    measured = {
+    texts: dict[str, Any] = {
+        name.removeprefix("evaluate-"): manifest.info.get("texts", {})
+        for name, manifest in found.items()
+        if name.startswith("evaluate-")
+    }
+    measured: dict[str, Any] = {
         key: {name: result[key] for name, result in results.items() if key in result} or None
         for key in ("perplexity", "masked_lm_loss")
     }
@@ -132,6 +137,11 @@ def _check_told(run: Path, report: Mapping[str, Any], found: Mapping[str, Manife
         for name, result in results.items()
         if "divergence" in result
     }
+    if "texts" in report:  # those of the first versions have none
+        measured["texts"] = {
+            text: {name: found[text] for name, found in texts.items() if found[text]}
+            for text in next(iter(texts.values()), {})
+        }
     models = report["models"]
     told = {key: report.get(key) for key in measured}
     if told != measured or run / models["pruned"] != model_folder(run):

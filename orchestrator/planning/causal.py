@@ -42,6 +42,10 @@ def check_encoder(job: JobSpec) -> None:
             job.evaluation is not None and job.evaluation.stride is not None,
             "is of perplexity; leave it out, an encoder's windows do not overlap",
         ),
+        "evaluation.prompts": (
+            job.evaluation is not None and len(job.evaluation.prompts) > 0,
+            "an encoder writes no text; leave it out",
+        ),
     }
     for option, (asked, reason) in reasons.items():
         if asked:

@@ -55,17 +55,25 @@ def workload_of(
         ),
         checkpoint_layers=job.memory.checkpoint_layers,
         evaluation_tokens=(
-            (evaluation.max_windows or calibration.samples) * evaluation.window if evaluation else 0
+            len(evaluation.by_name)
+            * (evaluation.max_windows or calibration.samples)
+            * evaluation.window
+            if evaluation
+            else 0
         ),
         evaluation_window=evaluation.window if evaluation else 1,
-        most_evaluated=evaluation.max_windows if evaluation else None,
+        most_evaluated=(
+            evaluation.max_windows * len(evaluation.by_name)
+            if evaluation and evaluation.max_windows
+            else None
+        ),
         ranking=job.method.selector,
         selects=not job.method.selects_first,
         exact=job.method.needs_rows,
         causal=model.causal,
-        # the dense model alone, and each other one beside it; of an encoder, embeddings of both
+        # each other model beside the dense one; of an encoder, losses and embeddings of both
         evaluations=(
-            3 + 2 * (job.recover is not None) if model.causal else 4 if model.predicts_masked else 2
+            2 + 2 * (job.recover is not None) if model.causal else 4 if model.predicts_masked else 2
         ),
         drift=job.correction.drift > 0,
         probes=job.budget.kv_groups == "auto" and not job.budget.per_layer,

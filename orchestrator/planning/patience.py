@@ -37,7 +37,8 @@ def step_limit(job: JobSpec, plan: Plan) -> float:
 
 
 def _texts(job: JobSpec) -> Iterator[Path]:
-    for text in (job.calibration, *job.calibration.mix, *filter(None, [job.evaluation])):
+    evaluated = job.evaluation.by_name.values() if job.evaluation else ()
+    for text in (job.calibration, *job.calibration.mix, *evaluated):
         path = Path(text.path)
         yield from path.rglob("*") if path.is_dir() else [path]
 

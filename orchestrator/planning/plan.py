@@ -25,6 +25,7 @@ from rayprune.orchestrator.planning.memory_choice import (
 )
 from rayprune.orchestrator.planning.mixtures import kept_experts
 from rayprune.orchestrator.planning.own_text import own_tasks
+from rayprune.orchestrator.planning.samples import samples_left_out, samples_tasks
 from rayprune.orchestrator.planning.shapes import Shape, open_shapes, planned_shape
 from rayprune.orchestrator.planning.speeds import PredictedSpeed, predicted_speeds
 from rayprune.orchestrator.planning.targets import check_targets
@@ -258,12 +259,15 @@ def make_plan(
     load = replace(load, gate_windows=gate_windows)
     _check_drift(model, load)
     limit, limit_name = _memory_limit(job, machine)
+    left_out = samples_left_out(job, load, limit)
+    samples = samples_tasks(job, left_out)
+    load = replace(load, whole_models=len(samples))
     memory = choose_memory(load, limit, limit_name)
     timed = stages(load, memory, machine)
     return Plan(
         model=_planned_model(job, checkpoint, load),
         shapes=shapes,
-        tasks=_tasks(job, model, shapes[0], len(shapes)),
+        tasks=(*_tasks(job, model, shapes[0], len(shapes)), *samples),
         workers=load.workers,
         placement=load.placement,
         propagation=load.propagation,
@@ -283,6 +287,7 @@ def make_plan(
         corrects_drift=load.corrects_drift,
         speeds=predicted_speeds(job, checkpoint, shapes),
         fallbacks=fallbacks(model, shapes, job.export.tensor_parallel),
+        notes=(left_out,) if left_out else (),
     )
 
 

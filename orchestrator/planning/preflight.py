@@ -116,11 +116,12 @@ def check_inputs(job: JobSpec, checkpoint: Checkpoint) -> list[str]:
     if evaluation:
         warnings += check_positions(checkpoint, evaluation.window, "evaluation.window")
         needed = _evaluated(evaluation)
-        ids, facts = _looked_at(checkpoint, evaluation, encode, needed)
-        if _is_less(facts, evaluation.window - special):
-            raise no_window(evaluation, len(ids))
-        warnings += _said(ids[:needed], facts, evaluation, evaluation.window)
-        check_other_text(spec.texts, evaluation)
+        for name, text in evaluation.by_name.items():
+            ids, facts = _looked_at(checkpoint, text, encode, needed)
+            if _is_less(facts, evaluation.window - special):
+                raise no_window(text, evaluation.window, len(ids))
+            warnings += _said(ids[:needed], facts, text, evaluation.window)
+            check_other_text(spec.texts, text, evaluation.option(name))
     return warnings
 
 

@@ -26,6 +26,7 @@ from rayprune.workers.store.layout import (
     SOURCE_TASK,
     converted_task,
     gate_task,
+    samples_task,
 )
 
 
@@ -135,6 +136,7 @@ def _together(job: JobSpec, steps: InSteps, plans: dict[int, Plan]) -> Plan:
             EXPORT_TASK,
             *map(converted_task, job.converted),
             *evaluated,
+            *(task for task in first.tasks if task.startswith(samples_task(""))),
         ),
         needs=_needs([plan.needs for plan in plans.values()]),
         stages=tuple(_stages(list(plans.values()))),

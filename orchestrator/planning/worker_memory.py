@@ -67,6 +67,9 @@ def memory_by_step(load: Workload, choice: MemoryPlan) -> dict[str, Kinds]:
         table["convert"] = _converting(load)
     if load.own_text:
         table["own text"] = _own_text(load, load.own_text)
+    if load.whole_models:
+        whole = whole_model_bytes(load)
+        table["samples"] = {"runtime": RUNTIME_BYTES, "weights": whole - RUNTIME_BYTES}
     if load.candidates:
         table["divergence"] = _divergence(load, choice)
     if load.gradient_windows:
@@ -79,6 +82,12 @@ def memory_by_step(load: Workload, choice: MemoryPlan) -> dict[str, Kinds]:
     if load.gate_windows:
         table["gate"] = _gate(load, choice)
     return table | ({"evaluate": _evaluation(load, choice)} if load.evaluation_tokens else {})
+
+
+def whole_model_bytes(load: Workload) -> int:
+    """A worker with the dense model as a whole in the type of the forward passes."""
+    layers = sum(kind.num_layers * kind.parameters for kind in load.kinds)
+    return RUNTIME_BYTES + (layers + load.outer_parameters) * load.element_bytes
 
 
 def _steps(load: Workload, choice: MemoryPlan) -> dict[str, list[Kinds]]:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from rayprune.orchestrator.reporting.report import Dense, Report
+from rayprune.orchestrator.reporting.facts import Dense
+from rayprune.orchestrator.reporting.report import Report
 from rayprune.orchestrator.reporting.speeds import protocol, speed_rows
 from rayprune.orchestrator.reporting.tables import text, titled
 
@@ -21,6 +22,8 @@ TASKS = {
     "AutoModel": "feature-extraction",
 }
 """What the Hub calls what a class does; of others it is told nothing."""
+PERPLEXITY, DIVERGENCE, AGREEMENT = "perplexity", "kl_divergence", "top_1_agreement"
+COSINE = "embedding_cosine"
 LOADING = """## How to load it
 
 ```python
@@ -47,27 +50,48 @@ def model_card(report: Report, recovered: bool) -> str:
 
 @dataclass(frozen=True)
 class _Measure:
-    """One number of the evaluation."""
+    """One number of the evaluation, on a text."""
 
+    text: str
     name: str
     before: float
     after: float
 
 
 def _measures(report: Report, recovered: bool) -> list[_Measure]:
-    """What the evaluation has found of the model."""
+    """What the evaluation has found of the model: on all texts together, and on each of several."""
+    if not report.evaluation:
+        return []
+    together = _together(report, recovered)
+    if len(report.texts) < 2:
+        where = _file(report.evaluation.files)
+        return [_Measure(where, *measure) for measure in together]
+    found = [_Measure("all texts", *measure) for measure in together]
+    for where, models in report.texts.items():
+        before, after = models.get("before"), models["recovered" if recovered else "after"]
+        if before and before.perplexity and after.perplexity:
+            found.append(_Measure(where, PERPLEXITY, before.perplexity, after.perplexity))
+        if after.divergence is not None and after.agreement is not None:
+            found.append(_Measure(where, DIVERGENCE, 0.0, after.divergence))
+            found.append(_Measure(where, AGREEMENT, 1.0, after.agreement))
+        if after.cosine is not None:
+            found.append(_Measure(where, COSINE, 1.0, after.cosine))
+    return found
+
+
+def _together(report: Report, recovered: bool) -> list[tuple[str, float, float]]:
     found = []
     if of := report.perplexity:
         after = of.recovered if recovered else of.after
-        found = [_Measure("perplexity", of.before, after)] if after is not None else []
+        found = [(PERPLEXITY, of.before, after)] if after is not None else []
     if close := report.closeness.get("recovered" if recovered else "after"):
-        found.append(_Measure("kl_divergence", 0.0, close.divergence))
-        found.append(_Measure("top_1_agreement", 1.0, close.agreement))
+        found.append((DIVERGENCE, 0.0, close.divergence))
+        found.append((AGREEMENT, 1.0, close.agreement))
     if loss := report.masked_lm_loss:
-        found.append(_Measure("masked_lm_loss", loss.before, loss.after))
+        found.append(("masked_lm_loss", loss.before, loss.after))
     if report.embeddings:
-        found.append(_Measure("embedding_cosine", 1.0, report.embeddings.cosine))
-    return found if report.evaluation else []
+        found.append((COSINE, 1.0, report.embeddings.cosine))
+    return found
 
 
 def _metadata(report: Report, dense: Dense, recovered: bool) -> ModelCardData:
@@ -77,7 +101,7 @@ def _metadata(report: Report, dense: Dense, recovered: bool) -> ModelCardData:
         EvalResult(
             task_type=task or "other",
             dataset_type="text",
-            dataset_name=_evaluated(report),
+            dataset_name=measure.text,
             metric_type=measure.name,
             metric_name=_protocol(report),
             metric_value=round(measure.after, 4),
@@ -134,16 +158,13 @@ def _body(report: Report, dense: Dense, recovered: bool) -> Iterator[str]:
 def _quality(report: Report, recovered: bool) -> Iterator[str]:
     measures = _measures(report, recovered)
     for measure in measures:
-        words, where = measure.name.replace("_", " "), _cell(_evaluated(report))
+        words, where = measure.name.replace("_", " "), _cell(measure.text)
         yield f"| {words} on {where} | {measure.before:.4f} | {measure.after:.4f} |"
     for measure in measures:
-        if measure.name == "perplexity":
-            yield f"\nRatio of the perplexities {measure.after / measure.before:.4f}."
+        if measure.name == PERPLEXITY:
+            where = f" on {_cell(measure.text)}" if len(report.texts) > 1 else ""
+            yield f"\nRatio of the perplexities{where} {measure.after / measure.before:.4f}."
     yield f"\n{_protocol(report)}.\n" if measures else "\nIts quality was not measured.\n"
-
-
-def _evaluated(report: Report) -> str:
-    return _file(report.evaluation.path) if report.evaluation else ""
 
 
 def _protocol(report: Report) -> str:

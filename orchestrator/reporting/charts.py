@@ -1,123 +1,210 @@
-"""Drawings of the HTML report: static SVG with a title and a description, on one scale of ticks."""
+"""Drawings of pages: matplotlib's SVG, inlined, in the page's own colours and font.
 
-from collections.abc import Iterable, Sequence
-from math import ceil, floor, log10
+matplotlib takes a second to import, and so it is imported where something is drawn. A drawing is
+narrow enough for a telephone; the page puts two beside each other where there is room. Its title
+and description are for those who cannot see it: tables have the values.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from io import StringIO
+from typing import TYPE_CHECKING
+from warnings import catch_warnings, simplefilter
 
 from rayprune.orchestrator.reporting.tables import text
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 960, 250, 58, 10, 30, 42  # of a panel, and its margins
-# of bars: room for names and for values, height of a line
-BAR_LEFT, BAR_RIGHT, BAR_STEP = 110, 150, 30
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+WIDTH, HEIGHT = 460, 250
+"""Of a drawing, in CSS pixels."""
+COLOURS = {
+    "text": "#010101",
+    "muted": "#020202",
+    "line": "#030303",
+    "page": "#040404",
+    "training": "#050505",
+    "held-out": "#060606",
+}
+"""Of things, as matplotlib is told; in the page they are the variables of these names."""
+SETTINGS = {
+    "svg.fonttype": "none",
+    "text.parse_math": False,  # names are text
+    "font.size": 12,
+    "text.color": COLOURS["text"],
+    "axes.labelcolor": COLOURS["muted"],
+    "axes.edgecolor": COLOURS["line"],
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 12,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": COLOURS["line"],
+    "xtick.color": COLOURS["line"],
+    "ytick.color": COLOURS["line"],
+    "xtick.labelcolor": COLOURS["muted"],
+    "ytick.labelcolor": COLOURS["muted"],
+    "ytick.left": False,
+    "lines.linewidth": 1.6,
+    "legend.frameon": False,
+}
+MARKED = 64
+"""So many points of a line at most are marked one by one."""
 
 
-def label(x: float, y: float, style: str, content: object) -> str:
-    """Text in a drawing."""
-    return f'<text class="{style}" x="{x:.1f}" y="{y:.1f}">{text(content)}</text>'
-
-
-def svg(name: str, title: str, description: str, height: float, parts: Iterable[str]) -> str:
-    """A drawing; `name` is its own on the page."""
-    name = text(name)
-    labels = (
-        f'<title id="{name}-title">{text(title)}</title><desc'
-        f' id="{name}-desc">{text(description)}</desc>'
-    )
-    attributes = (
-        f'role="img" aria-labelledby="{name}-title" aria-describedby="{name}-desc" viewBox="0 0'
-        f' {WIDTH} {height}"'
-    )
-    return f"<figure><svg {attributes}>{labels}{''.join(parts)}</svg></figure>"
-
-
-def ticks(least: float, largest: float, most: int) -> list[float]:
-    """From at most `least` to at least `largest` in steps of 1, 2 or 5 times a power of ten."""
-    span = (largest - least) or abs(largest) or 1.0
-    scale = 10.0 ** floor(log10(span / most))
-    step = next(
-        factor * scale for factor in (1, 2, 5, 10) if factor * scale * most >= span * (1 - 1e-9)
-    )
-    first, last = floor(least / step + 1e-9), ceil(largest / step - 1e-9)
-    return [step * number for number in range(first, max(first + 1, last) + 1)]
-
-
-def height(value: float, marks: Sequence[float]) -> float:
-    """Where a value stands in a panel with these ticks."""
-    return HEIGHT - BOTTOM - (value - marks[0]) / (marks[-1] - marks[0]) * (HEIGHT - TOP - BOTTOM)
-
-
-def places(count: int) -> list[float]:
-    """The middles of so many equal parts of a panel's width."""
-    return [LEFT + (WIDTH - LEFT - RIGHT) / count * (index + 0.5) for index in range(count)]
-
-
-def frame(names: Sequence[object], axis: str, marks: Sequence[float]) -> str:
-    """What is around the lines: horizontal rules with their values, some of the names below, the
-    axis' name.
+def layers_drawing(
+    name: str,
+    title: str,
+    kept: Mapping[int, tuple[int, int]],
+    errors: Mapping[str, Mapping[int, float]],
+    num_layers: int,
+) -> str:
+    """Units that stay of a group in every layer, of how many, and below both output errors; a layer
+    where the group was left alone has no error, and keeps all.
     """
-    every = max(1, round(ticks(0, len(names), 20)[1]))
-    parts = [label((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, "middle", axis)]
-    parts += [
-        label(x, HEIGHT - BOTTOM + 18, "middle", name)
-        for x, name in list(zip(places(len(names)), names, strict=True))[::every]
-    ]
-    for mark in marks:
-        parts.append(f'<path class="grid" d="M{LEFT} {height(mark, marks):.1f}H{WIDTH - RIGHT}"/>')
-        parts.append(label(LEFT - 8, height(mark, marks) + 4, "end", f"{mark:.4g}"))
-    return "".join(parts)
+    whole = max((of for _, of in kept.values()), default=1)
+    numbers = range(num_layers)
+    stays, of = zip(*(kept.get(number, (whole, whole)) for number in numbers), strict=True)
+
+    def paint(upper: "Axes", lower: "Axes") -> None:
+        upper.bar(numbers, of, width=0.85, color=COLOURS["line"])
+        upper.bar(numbers, stays, width=0.85, color=COLOURS["held-out"])
+        upper.set_title(f"{title}: kept")
+        upper.set_ylim(0, whole * 1.05)
+        upper.grid(visible=False)
+        for series, values in errors.items():
+            _line(lower, numbers, [values.get(number, math.nan) for number in numbers], series)
+        lower.set_title(f"{title}: output error", pad=18)
+        lower.set_ylim(bottom=0)
+        lower.legend(ncols=2, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
+        lower.set_xlabel("layer")
+        for axes in (upper, lower):
+            axes.set_xlim(-0.8, num_layers - 0.2)
+            axes.xaxis.get_major_locator().set_params(integer=True)
+
+    fewest, most = min(stays), max(stays)
+    amounts = f"{fewest:,}" if fewest == most else f"{fewest:,} to {most:,}"
+    worst = max((value for values in errors.values() for value in values.values()), default=0.0)
+    told = f"{amounts} of {whole:,} stay; the largest error is {worst:.4g}"
+    return _drawn(name, f"{title} by layer", told, paint, rows=(2, 3), height=HEIGHT + 90)
 
 
-def line(points: Sequence[tuple[float, float] | None]) -> str:
-    """The path through the points, broken at gaps."""
-    pairs = zip([None, *points], points, strict=False)
-    return "".join(
-        f"{'L' if last else 'M'}{place[0]:.1f} {place[1]:.1f}" for last, place in pairs if place
+def curve(name: str, title: str, axis: str, xs: Sequence[float], ys: Sequence[float]) -> str:
+    """One line."""
+
+    def paint(axes: "Axes") -> None:
+        _line(axes, xs, ys, "held-out")
+        axes.set_title(title)
+        axes.set_xlabel(axis)
+
+    told = f"from {ys[0]:.4g} to {ys[-1]:.4g}, least {min(ys):.4g}, most {max(ys):.4g}"
+    return _drawn(name, title, told, paint)
+
+
+def timeline_drawing(
+    name: str, title: str, rows: Mapping[str, Sequence[tuple[float, float, float]]]
+) -> str:
+    """A row of bars for each name: where each begins, how long it is, and which part of it is
+    filled.
+    """
+
+    def paint(axes: "Axes") -> None:
+        for place, bars in enumerate(rows.values()):
+            whole = [(start, length) for start, length, _ in bars]
+            filled = [(start, length * part) for start, length, part in bars]
+            row, edge = (place - 0.35, 0.7), COLOURS["page"]
+            axes.broken_barh(whole, row, facecolor=COLOURS["line"], edgecolor=edge, linewidth=0.5)
+            axes.broken_barh(filled, row, facecolor=COLOURS["held-out"])
+        axes.set_yticks(range(len(rows)), list(rows))
+        axes.invert_yaxis()
+        axes.grid(visible=False)
+        axes.set_xlabel("seconds")
+
+    return _drawn(name, title, ", ".join(rows), paint, height=70 + 24 * len(rows))
+
+
+def frontier_drawing(
+    name: str, points: Mapping[str, tuple[float, float]], best: Sequence[str]
+) -> str:
+    """Percent removed and perplexity ratios by name; a line joins the best, which are filled."""
+
+    def paint(axes: "Axes") -> None:
+        xs, ys = zip(*(points[each] for each in best), strict=True)
+        axes.plot(xs, ys, color=COLOURS["held-out"])
+        for each, (x, y) in points.items():
+            series = "held-out" if each in best else "training"
+            face = COLOURS[series] if each in best else COLOURS["page"]
+            axes.plot([x], [y], "o", markersize=6, color=COLOURS[series], markerfacecolor=face)
+            axes.annotate(each, (x, y), xytext=(7, 5), textcoords="offset points", fontsize=10)
+        axes.margins(0.15)
+        axes.set_title("perplexity, times the dense model's")
+        axes.set_xlabel("percent of the decoder's parameters removed")
+
+    told = (
+        "Filled: no other run is smaller and as good, or as small and better; a line joins them."
+        " Open: another one is. The table has the values."
+    )
+    return _drawn(name, "Perplexity by size", told, paint, height=HEIGHT + 60)
+
+
+def _line(axes: "Axes", xs: Sequence[float], ys: Sequence[float], series: str) -> None:
+    """A solid line with filled points; that of the training is dashed, with open ones."""
+    is_training = series == "training"
+    axes.plot(
+        xs,
+        ys,
+        "--" if is_training else "-",
+        label=series,
+        color=COLOURS[series],
+        marker="o" if len(xs) <= MARKED else None,
+        markersize=3.5,
+        markerfacecolor=COLOURS["page" if is_training else series],
     )
 
 
-def point(place: tuple[float, float], style: str, radius: float, hint: str) -> str:
-    """A circle that says what it stands for."""
-    return (
-        f'<circle class="{style}" cx="{place[0]:.1f}" cy="{place[1]:.1f}"'
-        f' r="{radius:.1f}"><title>{text(hint)}</title></circle>'
-    )
+def _drawn(
+    name: str,
+    title: str,
+    description: str,
+    paint: Callable[..., None],
+    rows: Sequence[int] = (1,),
+    height: int = HEIGHT,
+) -> str:
+    """A drawing as a part of the page, where `name` is its own: panels of these heights, one below
+    the other, that `paint` is given.
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    name, written = re.sub(r"\W+", "-", name), StringIO()
+    with rc_context(SETTINGS | {"svg.hashsalt": name}), catch_warnings():
+        simplefilter("ignore")  # about letters that matplotlib's font has not: the page's has them
+        figure = Figure(figsize=(WIDTH / 72, height / 72), layout="constrained")
+        grid = figure.add_gridspec(len(rows), height_ratios=rows)
+        paint(*(figure.add_subplot(part) for part in grid))
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(written, format="svg", transparent=True, metadata=nothing)
+    head = f'<title id="{name}-title">{text(title)}</title>'
+    head += f'<desc id="{name}-desc">{text(description)}</desc>'
+    labels = f'aria-labelledby="{name}-title" aria-describedby="{name}-desc"'
+    box = f'viewBox="0 0 {WIDTH} {height}"'
+    body = _inlined(written.getvalue(), name)
+    return f'<figure><svg role="img" {box} {labels}>{head}{body}</svg></figure>'
 
 
-def curve(name: str, title: str, values: Sequence[float], axis: str, numbers: Sequence[int]) -> str:
-    """One line in a panel of its own: a value for each number."""
-    marks = ticks(min(values), max(values), 5)
-    path = line(
-        [(x, height(value, marks)) for x, value in zip(places(len(values)), values, strict=True)]
-    )
-    parts = [
-        label(0, 15, "name panel", title),
-        frame(numbers, axis, marks),
-        f'<path class="held-out" d="{path}"/>',
-    ]
-    return svg(
-        name,
-        title,
-        f"from {values[0]:.4g} to {values[-1]:.4g}, least {min(values):.4g}, most"
-        f" {max(values):.4g}",
-        HEIGHT,
-        parts,
-    )
-
-
-def bars(name: str, title: str, lengths: dict[str, float], hints: dict[str, str]) -> str:
-    """A bar and a hint per name."""
-    room, parts = WIDTH - BAR_LEFT - BAR_RIGHT, []
-    for y, (entry, value) in enumerate(lengths.items()):
-        width = max(1.0, room * value / (max(lengths.values()) or 1.0))
-        parts.append(label(0, y * BAR_STEP + 20, "name", entry))
-        parts.append(
-            f'<rect class="bar" x="{BAR_LEFT}" y="{y * BAR_STEP + 6}" width="{width:.1f}"'
-            ' height="19"/>'
-        )
-        parts.append(label(BAR_LEFT + width + 8, y * BAR_STEP + 20, "", hints[entry]))
-    return svg(
-        name,
-        title,
-        ", ".join(f"{entry} {hint}" for entry, hint in hints.items()) or "nothing",
-        len(lengths) * BAR_STEP + 6,
-        parts,
-    )
+def _inlined(drawing: str, name: str) -> str:
+    """What is inside a drawing of matplotlib's, as a part of a page: no style of its own, the
+    page's colours and font, and identifiers that no other drawing has.
+    """
+    body = drawing[drawing.index(">", drawing.index("<svg")) + 1 : drawing.rindex("</svg>")]
+    body = re.sub(r"<style.*?</style>|<!--.*?-->", "", body, flags=re.DOTALL)
+    body = re.sub(r"font: (?:\w+ )*([\d.]+)px [^;\"]*", r"font-size: \1px", body)
+    body = body.replace("xlink:href", "href")
+    body = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", body)
+    for variable, colour in COLOURS.items():
+        body = body.replace(colour, f"var(--{variable})")
+    return body

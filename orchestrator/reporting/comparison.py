@@ -62,29 +62,45 @@ def rule(within: float) -> str:
 
 
 def results(runs: Sequence[Compared]) -> Table:
-    """Size, quality and time of every run; `*` marks the frontier."""
-    best = on_frontier(runs)
-    columns = ["run", "removed", "parameters", "perplexity", "times dense", "KL", "", "seconds"]
+    """Size, quality and time of every run; `*` marks the frontier. Where several texts were
+    measured, the perplexity on each is there as a multiple of the dense model's.
+    """
+    best, texts = on_frontier(runs), _texts(runs)
+    columns = ["run", "removed", "parameters", "perplexity", "times dense", "KL"]
     rows = [
         [
             run.name,
             f"{run.removed:.1%}",
             f"{run.report.parameters.after:,}",
             *_quality(run),
+            *(_ratio(run.report, text) for text in texts),
             "*" if run in best else "",
             f"{run.report.seconds['total']:.1f}",
         ]
         for run in runs
     ]
-    return Table("results", columns, rows)
+    return Table("results", [*columns, *(f"on {text}" for text in texts), "", "seconds"], rows)
+
+
+def _texts(runs: Sequence[Compared]) -> list[str]:
+    """The texts that were measured, where a run has several."""
+    found = dict.fromkeys(text for run in runs for text in run.report.texts)
+    return list(found) if any(len(run.report.texts) > 1 for run in runs) else []
+
+
+def _ratio(report: Report, text: str) -> str:
+    ratio = report.ratio(text) if text in report.texts else None
+    return "" if ratio is None else f"{ratio:.4f}"
 
 
 def _quality(run: Compared) -> tuple[str, str, str]:
-    """Perplexity, as a multiple of the dense model's, and KL divergence from that in nats."""
+    """Perplexity, as a multiple of the dense model's, and KL divergence from that in nats; on all
+    texts together.
+    """
     found = run.report.perplexity
     if found is None or run.perplexity is None:
         return "not measured", "", ""
-    close = run.report.closeness.get("recovered" if found.recovered else "after")
+    close = run.report.closeness.get(run.report.taken)
     divergence = f"{close.divergence:.4f}" if close else ""
     return f"{found.recovered or found.after:.3f}", f"{run.perplexity:.4f}", divergence
 
@@ -101,7 +117,7 @@ def protocols(runs: Sequence[Compared]) -> Iterator[str]:
     """How the perplexities were measured; a warning where they cannot be compared."""
     used = {
         run.name: (
-            f"perplexity of {each.path}: window {each.window}, stride {each.stride},"
+            f"perplexity of {each.files}: window {each.window}, stride {each.stride},"
             f" {each.scored_tokens} scored tokens"
         )
         for run in runs

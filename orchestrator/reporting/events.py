@@ -66,7 +66,7 @@ def plain_line(event: Mapping[str, Any]) -> str:
     return printable(" ".join([event["event"], *told, *([note] if (note := brief(event)) else [])]))
 
 
-_NOT_TOLD = ("event", "peak_memory_bytes", "step_seconds", "groups", "candidates")
+_NOT_TOLD = ("event", "peak_memory_bytes", "step_seconds", "busy_seconds", "groups", "candidates")
 
 
 def _words(value: object) -> str:
@@ -108,17 +108,20 @@ _TOLD = {"shape-chosen": _shape, "layers-allocated": _layers}
 
 
 def brief(event: Mapping[str, Any]) -> str:
-    """Kept units and held-out error of a layer, of experts the mean, and the largest worker's
+    """What a layer keeps and its held-out errors, of experts the mean, and the largest worker's
     memory.
     """
     by_group: dict[str, list[Mapping[str, Any]]] = {}
     for name, info in event.get("groups", {}).items():
         by_group.setdefault(name.partition(".")[0], []).append(info)
-    parts = [
-        f"{titled(name)} {infos[0]['kept']}/{infos[0]['of']} error"
-        f" {fmean(info['held_out_error'] for info in infos):.3f}"
+    kept = [
+        f"{infos[0]['kept']:,} of {infos[0]['of']:,} {titled(name)}"
         for name, infos in by_group.items()
     ]
+    errors = [
+        f"{fmean(info['held_out_error'] for info in infos):.3f}" for infos in by_group.values()
+    ]
+    parts = [f"keeps {', '.join(kept)}; error {', '.join(errors)}"] if kept else []
     if memory := event.get("peak_memory_bytes"):
         parts.append(f"memory {max(memory.values()) / 2**30:.2f} GiB")
     return ", ".join(parts)

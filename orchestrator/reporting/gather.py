@@ -13,6 +13,7 @@ from rayprune import __version__
 from rayprune.orchestrator.execution.records import records, sealed
 from rayprune.orchestrator.execution.run_folder import (
     BENCH_FILE,
+    JOB_FILE,
     PAGE_FILE,
     REPORT_FILE,
     environment,
@@ -20,8 +21,7 @@ from rayprune.orchestrator.execution.run_folder import (
 )
 from rayprune.orchestrator.hub.origin import origin_of
 from rayprune.orchestrator.reporting.card import model_card
-from rayprune.orchestrator.reporting.html_report import html_report
-from rayprune.orchestrator.reporting.report import (
+from rayprune.orchestrator.reporting.facts import (
     Change,
     Closeness,
     Dense,
@@ -29,17 +29,22 @@ from rayprune.orchestrator.reporting.report import (
     Evaluation,
     LayerReport,
     Models,
+    OnText,
     OwnText,
-    Report,
+    Sample,
+    Span,
     StepReport,
     Training,
 )
+from rayprune.orchestrator.reporting.html_report import html_report
+from rayprune.orchestrator.reporting.report import Report
 from rayprune.orchestrator.reporting.speeds import Speeds, read_speeds
 from rayprune.orchestrator.stages.context import Context
-from rayprune.orchestrator.stages.subject import Pruned
-from rayprune.workers.store.files import read_manifest, write_json, write_text
+from rayprune.orchestrator.stages.subject import Judged, Pruned
+from rayprune.workers.store.files import fingerprint, read_manifest, write_json, write_text
 from rayprune.workers.store.layout import (
     CARD_FILE,
+    EVALUATION_TASK,
     EXPORT_TASK,
     OWN_TEXT_TASK,
     RECOVER_TASK,
@@ -62,7 +67,8 @@ TRAININGS = {
 }
 """The folders of every kind of training, by name."""
 SHOWN_STEPS = 400
-Losses = Mapping[str, Mapping[str, float]] | None
+Found = Mapping[str, Judged]
+"""What was measured of every model, by name."""
 
 
 def write_report(context: Context, done: Pruned) -> Report:
@@ -74,14 +80,15 @@ def publish(report: Report) -> Report:
     """Write the models' cards, report.html, then report.json; returns the report."""
     for folder in report.model_folders:
         write_text(folder / CARD_FILE, model_card(report, folder == report.recovered_model))
-    write_text(report.run / PAGE_FILE, html_report(report))
+    job = (report.run / JOB_FILE).read_text(encoding="utf-8")
+    write_text(report.run / PAGE_FILE, html_report(report, job))
     content = sealed(report.to_dict() | {"records": records(report.run)})
     write_json(report.run / REPORT_FILE, content)
     return Report.model_validate({**content, "run": report.run})
 
 
 def _gather(context: Context, done: Pruned) -> Report:
-    run, plan, job, losses = context.folder.path, done.plan, context.job, done.losses
+    run, plan, job, judged = context.folder.path, done.plan, context.job, done.judged or {}
     before, after = done.dense.checkpoint, done.pruned.checkpoint
     events = context.folder.events()
     seconds = seconds_per_stage(events)
@@ -100,14 +107,17 @@ def _gather(context: Context, done: Pruned) -> Report:
         parameters=Change(before=before.parameters, after=after.parameters),
         decoder_parameters=Change(before=before.decoder_parameters, after=after.decoder_parameters),
         bytes_on_disk=Change(before=before.bytes_on_disk, after=after.bytes_on_disk),
-        **_measured(losses),
-        evaluation=_evaluation(context, losses),
+        **_measured(judged),
+        texts=_on_texts(judged),
+        samples=_samples(context, done),
+        evaluation=_evaluation(context, judged),
         speeds=_speeds(context, after.identity),
         calibration=job.calibration.model_dump(mode="json"),
         own_text=_own_text(context),
         warnings=plan.warnings,
         seconds=seconds | {"total": sum(seconds.values())},
         step_seconds=_step_seconds(events),
+        timeline=timeline(events),
         peak_memory_bytes=_peaks(events),
         training=trainings(run, plan.tasks),
         steps=_steps_of(context, done, events),
@@ -136,24 +146,38 @@ def _speeds(context: Context, identity: str) -> Speeds | None:
     return None
 
 
-def _measured(losses: Losses) -> dict[str, Any]:
-    """What an evaluation has found, as the report tells it."""
+def _measured(judged: Found) -> dict[str, Any]:
+    """What an evaluation has found on all texts together, as the report tells it."""
+    results = {name: each.result for name, each in judged.items()}
     found = {
-        measure: {name: result[measure] for name, result in (losses or {}).items()}
+        measure: {name: result[measure] for name, result in results.items()}
         for measure in ("perplexity", "masked_lm_loss")
-        if any(measure in result for result in (losses or {}).values())
+        if any(measure in result for result in results.values())
     }
     told: dict[str, Any] = {"perplexity": None} | found
     told["closeness"] = {
         name: Closeness(divergence=result["divergence"], agreement=result["agreement"])
-        for name, result in (losses or {}).items()
+        for name, result in results.items()
         if "divergence" in result
     }
-    after = (losses or {}).get("after", {})
+    after = results.get("after", {})
     if "cosine" not in after:
         return told
     alike = {name: after[name] for name in Embeddings.model_fields}
     return told | {"embeddings": Embeddings.model_validate(alike)}
+
+
+def _on_texts(judged: Found) -> dict[str, dict[str, OnText]]:
+    """The same of each text."""
+    texts = dict.fromkeys(text for each in judged.values() for text in each.texts)
+    return {
+        text: {
+            name: OnText.model_validate(each.texts[text])
+            for name, each in judged.items()
+            if each.texts[text]
+        }
+        for text in texts
+    }
 
 
 def _steps_of(
@@ -249,17 +273,28 @@ def _training(steps: Sequence[Sequence[Mapping[str, Any]]]) -> Training:
     return Training(steps=shown, curves=curves, tokens_per_second=speed)
 
 
-def _evaluation(context: Context, losses: Losses) -> Evaluation | None:
+def _samples(context: Context, done: Pruned) -> tuple[Sample, ...]:
+    prompts = context.job.evaluation.prompts if context.job.evaluation and done.samples else ()
+    return tuple(
+        Sample(prompt=prompt, texts={name: texts[at] for name, texts in done.samples.items()})
+        for at, prompt in enumerate(prompts)
+    )
+
+
+def _evaluation(context: Context, judged: Found) -> Evaluation | None:
     """The protocol behind what was measured: numbers from different protocols cannot be
     compared.
     """
-    if context.job.evaluation is None or losses is None:
+    if context.job.evaluation is None or not judged:
         return None
-    found = losses["after"]
+    found = judged["after"].result
     counts = {key: found[key] for key in ("windows", "scored_tokens") if key in found}
+    tokens = read_manifest(context.scope.folder(EVALUATION_TASK))
+    inputs: Any = tokens.made_from["inputs"] if tokens else {}
     return Evaluation.model_validate(
         context.job.evaluation.model_dump(mode="json")
         | {"stride": context.job.evaluation.effective_stride}
+        | {"tokenizer": fingerprint(inputs.get("tokenizer"))}
         | counts
     )
 
@@ -268,6 +303,29 @@ def _step_seconds(events: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Those of the last attempt in which workers did any."""
     told = [found for event in events if (found := event.get("step_seconds"))]
     return told[-1] if told else {}
+
+
+def timeline(events: Sequence[Mapping[str, Any]]) -> tuple[Span, ...]:
+    """Every stage of every attempt, also one that was cut off, on a clock that stands still between
+    attempts.
+    """
+    spans: list[Span] = []
+    begun = end = 0.0  # of the attempt, and the last that is known of it
+    stage: tuple[str, float] | None = None
+    for event in events:
+        begins = event["event"] == "run-started"
+        begun = end if begins else begun
+        now = max(end, begun + event.get("elapsed", 0.0))
+        if stage and (begins or event["event"] == "stage-finished"):
+            name, start = stage
+            seconds = (end if begins else now) - start
+            busy = event.get("busy_seconds", {})
+            spans.append(Span(stage=name, start=start, seconds=seconds, busy=busy))
+            stage = None
+        if event["event"] == "stage-started":
+            stage = event.get("stage", ""), now
+        end = now
+    return tuple(spans)
 
 
 def _peaks(events: Sequence[dict[str, Any]]) -> dict[str, int]:

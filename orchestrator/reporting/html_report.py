@@ -1,35 +1,29 @@
-"""A report as one static HTML page."""
+"""A report as one static HTML page, in the order in which a reader asks: what came of it, what is
+doubtful, how large and how good the model is, what went, how it was made, and how to use it.
+
+A section is a function from the report to its part of the page, empty where there is nothing to
+tell.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from typing import Any
 
-from rayprune.orchestrator.reporting.charts import (
-    HEIGHT,
-    WIDTH,
-    bars,
-    curve,
-    frame,
-    height,
-    label,
-    line,
-    places,
-    point,
-    svg,
-    ticks,
+from rayprune.orchestrator.reporting.charts import curve, layers_drawing, timeline_drawing
+from rayprune.orchestrator.reporting.facts import Change, GroupReport, LayerReport
+from rayprune.orchestrator.reporting.html_quality import quality, samples
+from rayprune.orchestrator.reporting.page import (
+    code,
+    drawings,
+    folded,
+    note,
+    page,
+    section,
+    wide_table,
 )
-from rayprune.orchestrator.reporting.page import page
-from rayprune.orchestrator.reporting.report import (
-    Change,
-    GroupReport,
-    LayerReport,
-    Report,
-    Training,
-    closeness_lines,
-    step_table,
-)
-from rayprune.orchestrator.reporting.speeds import speed_section
+from rayprune.orchestrator.reporting.report import Report, layer_table, step_table
+from rayprune.orchestrator.reporting.speeds import protocol, speed_table
 from rayprune.orchestrator.reporting.tables import html_table, text, titled
+from rayprune.orchestrator.reporting.verdict import verdict
 
 SERIES: dict[str, Callable[[GroupReport], float]] = {
     "training": lambda group: group.training_error,
@@ -37,246 +31,255 @@ SERIES: dict[str, Callable[[GroupReport], float]] = {
 }
 COUNTS = ((1e9, " B"), (1e6, " M"), (1e3, " k"), (1.0, ""))
 BYTES = ((2.0**30, " GiB"), (2.0**20, " MiB"), (2.0**10, " KiB"))
+MOST_ROWS = 24
+"""Workers that the time line shows."""
+LOADING = """from transformers import {auto_class}, AutoTokenizer
+
+model = {auto_class}.from_pretrained("{folder}"{code})
+tokenizer = AutoTokenizer.from_pretrained("{folder}")"""
 
 
-def html_report(report: Report) -> str:
-    """The whole page; everything in it that is text is escaped."""
-    method = report.method
-    title = (
-        f"{text(report.dense.name) + ', ' if report.dense else ''}{text(method['name'])}:"
-        f" {1 - report.decoder_parameters.ratio:.1%} of the decoder parameters removed"
-    )
-    facts = [", ".join(f"{text(titled(group))} {kept}" for group, kept in report.kept.items())]
-    facts += [
-        f"{text(name)} {text(value)}"
-        for name, value in method.items()
+def html_report(report: Report, job: str) -> str:
+    """The whole page; `job` is the job's file. Everything in it that is text is escaped."""
+    name = report.dense.name if report.dense else report.method["name"]
+    title = f"{text(name)}, {1 - report.decoder_parameters.ratio:.1%} of its decoder removed"
+    sections = (section_of(report) for section_of in SECTIONS)
+    return page(title, [_head(report, title), *filter(None, sections), _reproduce(report, job)])
+
+
+def _head(report: Report, title: str) -> str:
+    options = [
+        f"{name} {value}"
+        for name, value in report.method.items()
         if name != "name" and not isinstance(value, Mapping)
     ]
-    versions = {"rayprune": report.rayprune_version} | report.environment
-    memory = [(name, f"{peak / 2**30:,.2f}") for name, peak in report.peak_memory_bytes.items()]
-    body = [
-        (
-            f"<header><h1>{title}</h1><p>Kept in every layer:"
-            f" {' · '.join(facts)}</p>{_when(report)}</header>{_figures(report)}"
-        ),
-        speed_section(report.speeds),
-        *([f"<h2>Steps</h2>{_steps(report)}"] if report.steps else []),
-        f"<h2>Output error per layer</h2>{_errors(report.layers)}",
-        *([f"<h2>Training</h2>{_trainings(report.training)}"] if report.training else []),
-        f"<h2>Time per stage</h2>{_stages(report.seconds)}",
-        "<h2>Peak memory</h2>",
-        html_table("Peak memory", "names", ["Process", "GiB private"], memory),
-        f"<h2>Layers</h2>{_layers(report.layers)}",
-        *([f"<h2>Experts</h2>{_experts(report.layers)}"] if _have_experts(report) else []),
-        "<h2>Environment</h2>",
-        html_table("Environment", "names text", ["Name", "Version"], versions.items()),
+    facts = [f"{titled(group)} {kept}" for group, kept in report.kept.items()]
+    lines = [
+        f"Kept in every layer: {', '.join(facts)}.",
+        f"Method {report.method['name']}{': ' if options else ''}{' · '.join(options)}.",
     ]
-    return page(title, body)
+    when = ""
+    if report.finished is not None:
+        time = datetime.fromisoformat(report.finished)
+        when = f'<time datetime="{text(report.finished)}">{time:%-d %B %Y, %H:%M} UTC</time>, '
+    made = f'<p class="note">{when}rayprune {text(report.rayprune_version)}</p>'
+    return (
+        f'<header><h1>{title}</h1><p class="verdict">{text(verdict(report))}</p>'
+        f"{''.join(map(note, lines))}{made}</header>"
+    )
 
 
-def _when(report: Report) -> str:
-    if report.finished is None:
-        return ""
-    time = datetime.fromisoformat(report.finished)
-    return f'<p><time datetime="{text(report.finished)}">{time:%-d %B %Y, %H:%M} UTC</time></p>'
+def _warnings(report: Report) -> str:
+    return "".join(
+        f'<p class="warning"><strong>Warning:</strong> {text(warning)}</p>'
+        for warning in report.warnings
+    )
 
 
 def _figures(report: Report) -> str:
-    """What it cost, in figures, and the protocol behind the perplexities."""
+    """Size and quality in figures, before and after."""
     figures = [
         _figure("Parameters", report.parameters, COUNTS),
         _figure("Decoder parameters", report.decoder_parameters, COUNTS),
+        _figure("Bytes on disk", report.bytes_on_disk, BYTES),
     ]
-    figures.append(_figure("Bytes on disk", report.bytes_on_disk, BYTES))
-    note = "Perplexity was not measured."
+    if found := report.perplexity:
+        figures.append(_figure("Perplexity", found, ()))
+        if found.recovered:
+            recovered = Change[float](before=found.before, after=found.recovered)
+            figures.append(_figure("Perplexity, recovered", recovered, ()))
     if report.masked_lm_loss:
         figures.append(_figure("Loss of masked tokens, nats", report.masked_lm_loss, ()))
-    if report.embeddings and report.evaluation:
-        alike = Change[float](before=1.0, after=report.embeddings.cosine)
-        figures.append(_figure("Embeddings, cosine with the dense model's", alike, ()))
-        note = (
-            f"Embeddings: text {report.evaluation.path} · {report.evaluation.windows:,} windows of"
-            f" {report.evaluation.window:,} tokens · least cosine"
-            f" {report.embeddings.least_cosine:.4f}"
-        )
-    if report.perplexity and report.evaluation:
-        figures.append(_figure("Perplexity", report.perplexity, ()))
-        if recovered := report.perplexity.recovered:
-            figures.append(
-                _figure(
-                    "Perplexity, recovered",
-                    report.perplexity.model_copy(update={"after": recovered}),
-                    (),
-                )
-            )
-        used = report.evaluation
-        counts = f"{used.windows:,} windows · {used.scored_tokens:,} scored tokens"
-        note = (
-            f"Perplexity: text {used.path} · window {used.window:,} · stride"
-            f" {used.stride:,} · {counts}"
-        )
-    notes = "".join(
-        f"<p>{text(line)}.</p>" for line in (note.rstrip("."), *closeness_lines(report))
-    )
-    warnings = "".join(
-        f"<p><strong>Warning:</strong> {text(warning)}</p>" for warning in report.warnings
-    )
-    return f"<dl>{''.join(figures)}</dl>{notes}{warnings}"
+    if close := report.closeness.get(report.taken):
+        figures.append(_plain("KL divergence", f"{close.divergence:.4f}", "nats for a token"))
+        figures.append(_plain("Same likeliest token", f"{close.agreement:.1%}", "of tokens"))
+    if alike := report.embeddings:
+        least = f"at least {alike.least_cosine:.4f}"
+        figures.append(_plain("Cosine of embeddings", f"{alike.cosine:.4f}", least))
+    if workers := [v for name, v in report.peak_memory_bytes.items() if name != "driver"]:
+        figures.append(_plain("Memory of a worker", f"{max(workers) / 2**30:.2f} GiB", "at most"))
+    figures.append(_plain("Whole run", _duration(report.seconds.get("total", 0.0)), ""))
+    return f"<section><dl>{''.join(figures)}</dl></section>"
 
 
-def _figure(name: str, values: Change[Any], units: Sequence[tuple[float, str]]) -> str:
+def _figure(
+    name: str, values: Change[int] | Change[float], units: Sequence[tuple[float, str]]
+) -> str:
     """One figure before and after, in the unit that fits the first; without units, as it is."""
     before, after = values.before, values.after
     size, unit = next(
         (unit for unit in units if before >= unit[0]), units[-1] if units else (1.0, "")
     )
     large, origin = (f"{value / size:,.{2 if units else 3}f}{unit}" for value in (after, before))
-    exact = f'<dd class="exact">{before:,} → {after:,}</dd>' if units else ""
-    return (
-        f'<div><dt>{name}</dt><dd class="large">{large}</dd><dd>from {origin}</dd><dd>ratio'
-        f" {values.ratio:.4f}</dd>{exact}</div>"
+    exact = f"{before:,} → {after:,}" if units else ""
+    return _plain(name, large, f"from {origin}", f"ratio {values.ratio:.4f}", exact)
+
+
+def _plain(name: str, large: str, *lines: str) -> str:
+    kinds = ["", "", ' class="exact"']
+    below = "".join(
+        f"<dd{kind}>{line}</dd>" for kind, line in zip(kinds, lines, strict=False) if line
     )
+    return f'<div><dt>{name}</dt><dd class="large">{large}</dd>{below}</div>'
 
 
-def _errors(layers: Sequence[LayerReport]) -> str:
-    """One panel per pruned group, all to the same scale."""
-    groups = list(dict.fromkeys(name for layer in layers for name in layer.together))
+def _duration(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    minutes, left = divmod(rest, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {left} s" if minutes else f"{seconds:.1f} s"
+
+
+def _speed(report: Report) -> str:
+    """What `rayprune bench` has measured, if it has."""
+    if report.speeds is None:
+        return ""
+    table = speed_table(report.speeds)
+    told = wide_table(table.title, table.columns, table.rows)
+    return section("Speed", note(text(protocol(report.speeds))), told)
+
+
+def _layers(report: Report) -> str:
+    """What went of every layer, and how well the correction makes up for it."""
+    groups = list(dict.fromkeys(name for layer in report.layers for name in layer.together))
     if not groups:
-        return "<p>Nothing was pruned.</p>"
-    marks = ticks(
-        0,
-        max(
-            error(info)
-            for layer in layers
-            for info in layer.together.values()
-            for error in SERIES.values()
-        ),
-        5,
+        return section("What was removed", note("Nothing was pruned."))
+    told = (
+        "Kept: what is filled, of all units in a layer. Output error: |pruned − original| /"
+        " |original| of a group's output, on the training shards (which the correction fits) and"
+        " the held-out ones."
     )
-    note = (
-        "|pruned − original| / |original| of a group's output, on the training shards (which the"
-        " correction fits) and the held-out ones."
-    )
-    return f"<p>{note}</p>" + "".join(
-        _panel(number, name, layers, marks) for number, name in enumerate(groups)
-    )
+    drawn = (_group(number, name, report.layers) for number, name in enumerate(groups))
+    table = layer_table(report)
+    rows = wide_table("Layers", table.columns, table.rows)
+    return section("What was removed", note(told), drawings(drawn), folded("Every layer", rows))
 
 
-def _panel(number: int, group: str, layers: Sequence[LayerReport], marks: Sequence[float]) -> str:
-    """Both errors of one group over the layers; a layer where it was not pruned leaves a gap."""
-    xs = places(len(layers))
-    parts = [
-        label(0, 15, "name panel", titled(group)),
-        frame([layer.layer for layer in layers], "layer", marks),
-    ]
-    for x, series in zip((WIDTH - 240, WIDTH - 120), SERIES, strict=True):
-        parts += [
-            f'<path class="{series}" d="M{x} 11H{x + 36}"/>',
-            point((x + 18, 11), series, 3, series),
-            label(x + 44, 15, "", series),
-        ]
-    for series, error in SERIES.items():
-        infos = [layer.together.get(group) for layer in layers]
-        points = [
-            (x, height(error(info), marks)) if info else None
-            for x, info in zip(xs, infos, strict=True)
-        ]
-        parts.append(f'<path class="{series}" d="{line(points)}"/>')
-        hints = [
-            f"layer {layer.layer}, {series}: {error(info):.4f}" if info else ""
-            for layer, info in zip(layers, infos, strict=True)
-        ]
-        radius = min(3.0, WIDTH / len(layers) * 0.3)
-        parts += [
-            point(place, series, radius, hint)
-            for place, hint in zip(points, hints, strict=True)
-            if place
-        ]
-    description = (
-        "Training: dashed line, open circles. Held-out: solid line, filled circles. The table of"
-        " layers has the values."
-    )
-    return svg(
-        f"error-{number}", f"{group}: relative output error per layer", description, HEIGHT, parts
-    )
+def _group(number: int, group: str, layers: Sequence[LayerReport]) -> str:
+    found = {
+        at: layer.together[group] for at, layer in enumerate(layers) if group in layer.together
+    }
+    errors = {
+        series: {at: error(info) for at, info in found.items()} for series, error in SERIES.items()
+    }
+    kept = {at: (info.kept, info.of) for at, info in found.items()}
+    return layers_drawing(f"group-{number}", titled(group), kept, errors, len(layers))
 
 
 def _steps(report: Report) -> str:
     """A row per pass."""
-    note = (
+    if not report.steps:
+        return ""
+    told = (
         "Perplexity, divergence (nats per token) and agreement are to the original, on windows of"
         " the calibration text that nothing was decided by."
     )
     table = step_table(report)
-    return f"<p>{note}</p>" + html_table(table.title, "wide", table.columns, table.rows)
+    return section("Steps", note(told), wide_table(table.title, table.columns, table.rows))
 
 
-def _trainings(trainings: Mapping[str, Training]) -> str:
-    """What every training minimised, and its gradient's norm, step by step."""
-    parts = []
-    for task, training in trainings.items():
-        parts.append(f"<p>{text(task)}: {training.tokens_per_second:,.0f} tokens per second</p>")
-        for name, values in training.curves.items():
-            parts.append(
-                curve(
-                    f"{task}-{name}",
-                    f"{task}: {name.replace('_', ' ')}",
-                    values,
-                    "step",
-                    training.steps,
-                )
-            )
-    return "".join(parts)
-
-
-def _stages(seconds: Mapping[str, float]) -> str:
-    """A bar per stage, and the total in words."""
-    stages = {name: value for name, value in seconds.items() if name != "total"}
-    total = sum(stages.values())
-    hints = {
-        name: f"{value:,.1f} s · {value / (total or 1.0):.1%}" for name, value in stages.items()
-    }
-    return f"<p>{total:,.1f} s in all</p>" + bars("stages", "Seconds per stage", stages, hints)
-
-
-def _layers(layers: Sequence[LayerReport]) -> str:
-    """A row per layer and pruned group; a layer that was left as it is has one row."""
-    rows: list[Sequence[object]] = []
-    for layer in layers:
-        for group, info in layer.together.items():
-            errors = (f"{error(info):.4f}" for error in SERIES.values())
-            rows.append(
-                (
-                    layer.layer,
-                    titled(group),
-                    f"{info.kept:,} / {info.of:,}",
-                    f"{info.damping:g}",
-                    *errors,
-                )
-            )
-        rows += [] if layer.groups else [(layer.layer, "not pruned", *[""] * 4)]
-    return html_table(
-        "Layers",
-        "wide",
-        ["Layer", "Group", "Kept / of", "Damping", "Training error", "Held-out error"],
-        rows,
-    )
-
-
-def _have_experts(report: Report) -> bool:
-    return any(layer.tokens_by_expert for layer in report.layers)
-
-
-def _experts(layers: Sequence[LayerReport]) -> str:
+def _experts(report: Report) -> str:
     """A row for every layer with experts: the tokens that were routed to each, of those that are
     gone in brackets.
     """
     rows = []
-    for layer in layers:
+    for layer in report.layers:
         if tokens := layer.tokens_by_expert:
             units = next((g.units for g in layer.groups.values() if g.units is not None), None)
             stay = set(tokens if units is None else units)
             each = ", ".join(f"{n:,}" if e in stay else f"({n:,})" for e, n in tokens.items())
             rows.append((layer.layer, f"{len(stay)} / {len(tokens)}", min(tokens.values()), each))
+    if not rows:
+        return ""
     columns = ["Layer", "Kept / of", "Fewest tokens", "Tokens by expert"]
-    return html_table("Experts", "wide", columns, rows)
+    return section("Experts", wide_table("Experts", columns, rows))
+
+
+def _trainings(report: Report) -> str:
+    """What every training minimised, and its gradient's norm, step by step."""
+    parts = []
+    for number, (task, training) in enumerate(report.training.items()):
+        parts.append(note(f"{task}: {training.tokens_per_second:,.0f} tokens per second"))
+        parts.append(
+            drawings(
+                curve(
+                    f"training-{number}-{place}",
+                    f"{task}: {name.replace('_', ' ')}",
+                    "step",
+                    training.steps,
+                    values,
+                )
+                for place, (name, values) in enumerate(training.curves.items())
+            )
+        )
+    return section("Training", *parts)
+
+
+def _course(report: Report) -> str:
+    """When what was done, by whom, and what it took."""
+    stages = {name: value for name, value in report.seconds.items() if name != "total"}
+    total = sum(stages.values())
+    rows = [
+        (name, f"{value:,.1f}", f"{value / (total or 1.0):.1%}") for name, value in stages.items()
+    ]
+    times = html_table("Time per stage", "names", ["Stage", "Seconds", "Part"], rows)
+    peaks = [(name, f"{peak / 2**30:,.2f}") for name, peak in report.peak_memory_bytes.items()]
+    memory = html_table("Peak memory", "names", ["Process", "GiB private"], peaks)
+    tables = f'<div class="drawings"><div>{times}</div><div>{memory}</div></div>'
+    return section("Time and memory", note(f"{total:,.1f} s in all."), _timeline(report), tables)
+
+
+def _timeline(report: Report) -> str:
+    if not report.timeline:
+        return ""
+    workers = list(dict.fromkeys(worker for span in report.timeline for worker in span.busy))
+    rows = {
+        stage: [(s.start, s.seconds, 1.0) for s in report.timeline if s.stage == stage]
+        for stage in dict.fromkeys(span.stage for span in report.timeline)
+    }
+    for worker in workers[:MOST_ROWS]:
+        rows[worker] = [
+            (s.start, s.seconds, min(1.0, s.busy.get(worker, 0.0) / (s.seconds or 1.0)))
+            for s in report.timeline
+        ]
+    told = "A worker's bar is filled for the part of the stage in which it computed."
+    if left := len(workers) - MOST_ROWS > 0:
+        told += f" {left} further workers are not drawn."
+    return timeline_drawing("timeline", "Time line", rows) + note(told)
+
+
+def _loading(report: Report) -> str:
+    models = report.models
+    trusted = ", trust_remote_code=True" if models.own_class else ""
+    lines = LOADING.format(auto_class=models.auto_class, folder=report.model, code=trusted)
+    others = [f"{target}: {report.run / folder}" for target, folder in models.exports.items()]
+    return section("How to load it", code("\n".join([lines, *(f"# {line}" for line in others)])))
+
+
+def _reproduce(report: Report, job: str) -> str:
+    """The job, the command, and what else decides about the bits."""
+    versions = {"rayprune": report.rayprune_version} | report.environment
+    table = html_table("Environment", "names text", ["Name", "Version"], versions.items())
+    return section(
+        "How to make it again",
+        code("rayprune run job.yaml --out RUN"),
+        folded("job.yaml, with all defaults", code(job)),
+        folded("Versions", table),
+    )
+
+
+SECTIONS: Sequence[Callable[[Report], str]] = (
+    _warnings,
+    _figures,
+    quality,
+    _speed,
+    samples,
+    _layers,
+    _steps,
+    _experts,
+    _trainings,
+    _course,
+    _loading,
+)
+"""In the order of the page."""

@@ -3,255 +3,37 @@ from what is here.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from statistics import fmean
-from typing import Any, Generic, TypeVar
+from typing import Any
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    SerializerFunctionWrapHandler,
-    ValidationError,
-    model_serializer,
-)
+from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from rayprune.orchestrator.execution.run_folder import PAGE_FILE, REPORT_FILE
+from rayprune.orchestrator.reporting.facts import (
+    Change,
+    Closeness,
+    Dense,
+    Embeddings,
+    Evaluation,
+    Facts,
+    LayerReport,
+    Models,
+    OnText,
+    OwnText,
+    Perplexity,
+    Records,
+    Sample,
+    Span,
+    StepReport,
+    Training,
+)
 from rayprune.orchestrator.reporting.speeds import Speeds, speed_parts
 from rayprune.orchestrator.reporting.tables import Part, Table, html_parts, titled
 from rayprune.specs.errors import SpecError
 
-N = TypeVar("N", int, float)
 
-
-class _Facts(BaseModel):
-    """Base of all parts: frozen; what a newer version has written besides is kept."""
-
-    model_config = ConfigDict(
-        extra="allow",
-        frozen=True,
-        use_attribute_docstrings=True,
-        ser_json_inf_nan="constants",
-        protected_namespaces=(),
-    )
-
-
-class Change(_Facts, Generic[N]):
-    """A size of the dense and of the pruned model."""
-
-    before: N
-    after: N
-
-    @property
-    def ratio(self) -> float:
-        """What is left, as a fraction."""
-        return self.after / self.before
-
-
-class Perplexity(Change[float]):
-    """Perplexity of the dense, of the pruned and, if there is one, of the recovered model."""
-
-    recovered: float | None = None
-
-    @model_serializer(mode="wrap")
-    def _without_absent(self, fields: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A model that there is not has no key, rather than a null."""
-        return {name: value for name, value in fields(self).items() if value is not None}
-
-
-class Embeddings(_Facts):
-    """How alike the pruned encoder's embeddings of the evaluation windows (the mean over their
-    tokens) are to the dense one's.
-    """
-
-    cosine: float
-    """Mean over the windows."""
-    least_cosine: float
-    """Of the window where they differ most."""
-
-
-class Closeness(_Facts):
-    """How close a model's next-token distributions are to the dense one's."""
-
-    divergence: float
-    """KL divergence from the dense model's, in nats for a token."""
-    agreement: float
-    """Fraction of the tokens for which both expect the same one most."""
-
-
-class Models(_Facts):
-    """Folders of models, relative to the run folder."""
-
-    pruned: str = "model"
-    recovered: str | None = None
-    """Trained after the cut; null without `recover`."""
-    own_class: bool = False
-    """Whether the class that builds them travels with them: `trust_remote_code=True`."""
-    auto_class: str = "AutoModelForCausalLM"
-    """The class of transformers that loads them."""
-    exports: dict[str, str] = {}
-    """The model in the forms of other engines, by target."""
-
-
-class Dense(_Facts):
-    """The model that was pruned."""
-
-    name: str
-    """Its name on the Hub without the owner, or its folder's."""
-    hub_id: str | None
-    """OWNER/NAME, where its folder lies in the Hub's cache."""
-    revision: str | None = None
-    """The commit there."""
-    licence: dict[str, str]
-    """What its card says of it, by the Hub's keys."""
-    units: dict[str, int]
-    """Units of every group in a layer."""
-
-
-class Evaluation(_Facts):
-    """The protocol behind what was measured: numbers from different protocols cannot be compared.
-    Other options of the job's section `evaluation` are here too.
-    """
-
-    path: str
-    window: int
-    """Tokens of a window."""
-    stride: int
-    """Tokens between the starts of two windows."""
-    windows: int
-    scored_tokens: int = 0
-    """Tokens that were predicted."""
-
-
-class GroupReport(_Facts):
-    """What stayed of a coupled group in one layer; of experts that of each has an entry of its own,
-    `neurons.3`.
-    """
-
-    kept: int
-    of: int
-    damping: float
-    """Of the correction."""
-    training_error: float
-    """|pruned - original| / |original| of the group's output, on the shards that were fitted."""
-    held_out_error: float
-    """The same on the shards that were held out."""
-    tokens: int | None = None
-    """Of an expert: the calibration tokens that were routed to it."""
-    units: tuple[int, ...] | None = None
-    """Of whole experts: those that stay."""
-    tokens_by_expert: tuple[int, ...] | None = None
-    """Tokens that were routed to each before some went."""
-    scores: tuple[float, ...] | None = None
-    """What each was worth, by `budget.expert_score`."""
-
-    @model_serializer(mode="wrap")
-    def _without_absent(self, fields: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """What groups of other kinds have is left out, rather than null."""
-        return {name: value for name, value in fields(self).items() if value is not None}
-
-
-class OwnText(_Facts):
-    """What the model has written itself to be calibrated on."""
-
-    documents: int
-    dropped: int
-    """Documents that were loops, and are not among them."""
-    tokens: int
-
-
-class LayerReport(_Facts):
-    """One layer of the dense model."""
-
-    layer: int
-    """Counted from 0."""
-    groups: dict[str, GroupReport]
-    """The groups that lost units, or were corrected."""
-
-    @property
-    def together(self) -> dict[str, GroupReport]:
-        """The groups, those of all experts as one: the largest damping, the mean of the errors, and
-        all tokens.
-        """
-        by_name: dict[str, list[GroupReport]] = {}
-        for name, group in self.groups.items():
-            by_name.setdefault(name.partition(".")[0], []).append(group)
-        return {name: _mean(found) for name, found in by_name.items()}
-
-    @property
-    def tokens_by_expert(self) -> dict[int, int]:
-        """Calibration tokens that were routed to each expert, before some went; empty where no
-        expert was looked at.
-        """
-        for group in self.groups.values():
-            if group.tokens_by_expert is not None:
-                return dict(enumerate(group.tokens_by_expert))
-        return {
-            int(name.partition(".")[2]): group.tokens
-            for name, group in self.groups.items()
-            if group.tokens is not None
-        }
-
-
-def _mean(groups: Sequence[GroupReport]) -> GroupReport:
-    if len(groups) == 1:
-        return groups[0]
-    return GroupReport(
-        kept=groups[0].kept,
-        of=groups[0].of,
-        damping=max(group.damping for group in groups),
-        training_error=fmean(group.training_error for group in groups),
-        held_out_error=fmean(group.held_out_error for group in groups),
-        tokens=sum(group.tokens or 0 for group in groups),
-    )
-
-
-class Training(_Facts):
-    """The course of a training."""
-
-    steps: tuple[int, ...]
-    """Numbers of the steps that are shown: all, or some where they are many."""
-    curves: dict[str, tuple[float, ...]]
-    """Terms of the loss and the gradient's norm, a value for each of these steps."""
-    tokens_per_second: float
-
-
-class StepReport(_Facts):
-    """One of several passes."""
-
-    number: int
-    """Counted from 1."""
-    sparsity: float
-    """What was to go, of the original's decoder parameters."""
-    removed: float
-    """What is gone of them."""
-    decoder_parameters: int
-    parameters: int
-    perplexity: float
-    """On the gate's windows, as a multiple of the original's."""
-    divergence: float
-    """From the original, in nats per token."""
-    agreement: float
-    """Fraction of tokens for which both expect the same next one most."""
-    exceeded: tuple[str, ...]
-    """The gate's bounds that it does not keep, in words; none: it has passed."""
-    seconds: float
-    """Over all attempts."""
-    model: str | None
-    """Its model's folder, relative to the run folder; null unless `keep_steps`."""
-
-
-class Records(_Facts):
-    """SHA-256 digests of what the report stands on, for `rayprune verify`."""
-
-    tasks: dict[str, str]
-    """Of the manifest of every task, by name."""
-    files: dict[str, str]
-    """Of the files beside report.json."""
-
-
-class Report(_Facts):
+class Report(Facts):
     """The report of a finished run."""
 
     run: Path = Field(exclude=True)
@@ -278,12 +60,18 @@ class Report(_Facts):
     bytes_on_disk: Change[int]
     perplexity: Perplexity | None
     """Null without a section `evaluation`, and of an encoder."""
-    closeness: dict[str, Closeness] = {}
+    closeness: dict[str, Closeness] = Field(default={})
     """By model, `after` and `recovered`, on the windows of the perplexity."""
     masked_lm_loss: Change[float] | None = None
     """Nats for a masked token, of an encoder that predicts them; else there is no such key."""
     embeddings: Embeddings | None = None
     """Of an encoder that was evaluated; else there is no such key."""
+    texts: dict[str, dict[str, OnText]] = Field(default={})
+    """What was measured on each text, by its name and the model's (`before`, `after`,
+    `recovered`); the numbers above are of all texts together.
+    """
+    samples: tuple[Sample, ...] = ()
+    """What the models write, by the likeliest token, where the job has prompts."""
     evaluation: Evaluation | None
     speeds: Speeds | None = None
     """Where `rayprune bench --run` has measured them; else there is no such key."""
@@ -296,6 +84,8 @@ class Report(_Facts):
     """By stage, over all attempts, and `total`."""
     step_seconds: dict[str, float]
     """By step of the workers, all workers together, in the last attempt that did any."""
+    timeline: tuple[Span, ...] = ()
+    """The stages one after another, over all attempts; empty in reports of the first versions."""
     peak_memory_bytes: dict[str, int]
     """Private memory by process, over all attempts."""
     training: dict[str, Training]
@@ -319,6 +109,21 @@ class Report(_Facts):
             else f"{least:,} to {most:,}"
             for group, most in self.shape.items()
         }
+
+    @property
+    def taken(self) -> str:
+        """What the model to take is called where models are told apart."""
+        return "recovered" if self.perplexity and self.perplexity.recovered else "after"
+
+    def ratio(self, text: str) -> float | None:
+        """Perplexity of the model to take on one of the texts, as a multiple of the dense one's;
+        None: not measured.
+        """
+        dense, taken = (
+            found.perplexity if (found := self.texts[text].get(name)) else None
+            for name in ("before", self.taken)
+        )
+        return taken / dense if dense and taken else None
 
     @property
     def model(self) -> Path:
@@ -443,7 +248,7 @@ def _change(name: str, values: Change[Any], form: str) -> list[str]:
     return [name, form.format(values.before), form.format(values.after), f"{values.ratio:.4f}"]
 
 
-def _measured(report: Report) -> Iterator[str]:
+def _measured(report: Report) -> Iterator[Part]:
     """What else is to say of the evaluation."""
     if report.perplexity and (recovered := report.perplexity.recovered):
         yield (
@@ -451,6 +256,8 @@ def _measured(report: Report) -> Iterator[str]:
             f" ({recovered / report.perplexity.before:.4f} of before)"
         )
     yield from closeness_lines(report)
+    if len(report.texts) > 1:
+        yield text_table(report)
     if alike := report.embeddings:
         yield (
             f"embeddings: cosine with the dense model's {alike.cosine:.4f} on average, at least"
@@ -459,7 +266,7 @@ def _measured(report: Report) -> Iterator[str]:
     if used := report.evaluation:
         what = "perplexity" if report.perplexity else "evaluation"
         yield (
-            f"{what} of {used.path}: window {used.window}, stride {used.stride},"
+            f"{what} of {used.files}: window {used.window}, stride {used.stride},"
             f" {used.windows} windows, {used.scored_tokens} scored tokens"
         )
 
@@ -472,6 +279,26 @@ def closeness_lines(report: Report) -> Iterator[str]:
             f"{words} model beside the dense one: KL divergence {close.divergence:.4f} nats for a"
             f" token, the same likeliest token for {close.agreement:.1%}"
         )
+
+
+def text_table(report: Report) -> Table:
+    """The model to take on each text, beside the dense one."""
+    rows = []
+    for name, models in report.texts.items():
+        if found := models.get(report.taken):
+            values = (
+                (found.perplexity, "{:.3f}"),
+                (report.ratio(name), "{:.4f}"),
+                (found.divergence, "{:.4f}"),
+                (found.agreement, "{:.1%}"),
+                (found.cosine, "{:.4f}"),
+            )
+            cells = ["" if value is None else form.format(value) for value, form in values]
+            rows.append([name, *cells])
+    columns = ["text", "perplexity", "times dense", "KL", "agreement", "cosine"]
+    filled = [place for place in range(6) if any(row[place] for row in rows)]
+    shown = [[row[place] for place in filled] for row in rows]
+    return Table("on each text", [columns[place] for place in filled], shown)
 
 
 STEP_COLUMNS = (
@@ -509,7 +336,9 @@ def _millions(count: int) -> str:
 
 
 def layer_table(report: Report) -> Table:
-    """What was kept in every layer, and how well the correction reproduces what was cut."""
+    """What was kept in every layer, and how well the correction reproduces what was cut; a layer
+    that was left as it is has one row.
+    """
     columns = ["layer", "group", "kept", "damping", "training error", "held-out error"]
     return Table("layers", columns, [row for layer in report.layers for row in _layer_rows(layer)])
 
@@ -519,10 +348,10 @@ def _layer_rows(layer: LayerReport) -> list[list[str]]:
         [
             str(layer.layer),
             titled(name),
-            f"{group.kept}/{group.of}",
+            f"{group.kept:,} of {group.of:,}",
             f"{group.damping:g}",
             f"{group.training_error:.4f}",
             f"{group.held_out_error:.4f}",
         ]
         for name, group in layer.together.items()
-    ]
+    ] or [[str(layer.layer), "not pruned", "", "", "", ""]]

@@ -1,5 +1,5 @@
-"""Speeds of models side by side: what `rayprune bench` has measured, as data, a table, and a
-section of the page and the card.
+"""Speeds of models side by side: what `rayprune bench` has measured, as data, a table, and
+rows of the card.
 """
 
 import json
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from rayprune.orchestrator.reporting.tables import Part, Table, html_parts
+from rayprune.orchestrator.reporting.tables import Part, Table
 from rayprune.specs.errors import SpecError
 
 ROWS = {
@@ -128,11 +128,6 @@ def speed_parts(speeds: Speeds | None) -> Iterator[Part]:
     if speeds:
         yield speed_table(speeds)
         yield protocol(speeds)
-
-
-def speed_section(speeds: Speeds | None) -> str:
-    """The same as a section of a page; nothing where nothing was measured."""
-    return f"<h2>Speed</h2>{html_parts(speed_parts(speeds))}" if speeds else ""
 
 
 def speed_rows(speeds: Speeds | None, name: str) -> Iterator[str]:

@@ -90,14 +90,16 @@ class Context:
     @contextmanager
     def stage(self, name: str, steps: int) -> Iterator[None]:
         """Mark the beginning and end of a stage of so many steps."""
-        start = time.monotonic()
+        start, before = time.monotonic(), self.executor.busy_seconds.copy()
         self.emit("stage-started", stage=name, steps=steps)
         yield
+        busy = self.executor.busy_seconds
         self.emit(
             "stage-finished",
             stage=name,
             steps=steps,
             seconds=time.monotonic() - start,
+            busy_seconds={worker: busy[worker] - before.get(worker, 0.0) for worker in busy},
             peak_memory_bytes=self.peak_memory_bytes(),
         )
 

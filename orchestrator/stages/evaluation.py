@@ -1,14 +1,18 @@
-"""The stage that judges models: by perplexity, or of an encoder by its embeddings of texts and by
-the tokens that it predicts where they are masked.
+"""The stage that judges models: by perplexity and by how close they are to the dense one, or of an
+encoder by its embeddings of texts and by the tokens that it predicts where they are masked.
+
+Every number is of all texts together, and of each by itself.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 from rayprune.orchestrator.execution.steps import Call, Steps
 from rayprune.orchestrator.stages.context import Context
-from rayprune.orchestrator.stages.subject import ModelAt
+from rayprune.orchestrator.stages.subject import Judged, ModelAt
 from rayprune.specs.errors import ModelError
 from rayprune.workers.machine.blocks import EVALUATED_AT_ONCE
 from rayprune.workers.store.files import Manifest, commit
@@ -18,36 +22,33 @@ MOST_NATS = 700.0
 """Of a mean loss: e to the power of more is no fp64 number."""
 DENSE = "before"
 Step = Callable[[Steps, str, tuple[int, int]], Call[None]]
-Judge = Callable[[str, ModelAt, int], dict[str, float]]
+Windows = Sequence[Any]
+"""What a step has told of every window."""
+Told = dict[str, Any]
+Mean = Callable[[Windows], Told]
 
 
 def evaluate(
     context: Context, models: Mapping[str, ModelAt], tokens: Manifest | None
-) -> dict[str, dict[str, float]] | None:
+) -> dict[str, Judged] | None:
     """What was measured of models by name (the dense one is `before`) under the same code: their
     perplexity and how close they are to the dense one, or what an encoder has kept.
     """
     if tokens is None:
         return None
-    described = models[DENSE].checkpoint.model
-    judge = _Judge(context, models[DENSE])
-    judged, ways = dict(models), [judge.perplexity]
-    if not described.causal:
-        ways = [judge.masked_loss] if described.predicts_masked else []
-        if not ways:
-            del judged[DENSE]
-        ways.append(judge.likeness)
-    with context.stage("evaluate", len(judged)):
-        results: dict[str, dict[str, float]] = {}
-        for name, model in judged.items():
-            results[name] = _once(context, f"evaluate-{name}", models, model, tokens, ways)
-            context.emit("step-finished", stage="evaluate", model=name, **results[name])
-    return results
+    judge = _Judge(context, models, tokens)
+    with context.stage("evaluate", len(judge.names)):
+        found: dict[str, Judged] = {}
+        # the dense one last: what the others are compared with says all of it
+        for name in sorted(judge.names, key=lambda name: name == DENSE):
+            found[name] = judge.judged(name)
+            context.emit("step-finished", stage="evaluate", model=name, **found[name].result)
+    return {name: found[name] for name in judge.names}
 
 
-def doubts(losses: Mapping[str, Mapping[str, float]] | None) -> list[str]:
+def doubts(judged: Mapping[str, Judged] | None) -> list[str]:
     """Warnings about a recovery that ends where it should not."""
-    found = {name: values.get("perplexity", 0.0) for name, values in (losses or {}).items()}
+    found = {name: each.result.get("perplexity", 0.0) for name, each in (judged or {}).items()}
     if found.get("recovered", 0.0) <= found.get("after", 0.0):
         return []
     return [
@@ -57,110 +58,164 @@ def doubts(losses: Mapping[str, Mapping[str, float]] | None) -> list[str]:
     ]
 
 
-def _once(
-    context: Context,
-    name: str,
-    models: Mapping[str, ModelAt],
-    model: ModelAt,
-    tokens: Manifest,
-    ways: Sequence[Judge],
-) -> dict[str, float]:
-    """One model, judged in these ways, as one task."""
-    shape: Any = tokens.info["shape"]
-    inputs = {"model": model.identity, "evaluation-tokens": tokens.digest}
-    if model is not models[DENSE] or not model.checkpoint.model.causal:
-        inputs["dense"] = models[DENSE].identity
-    task = context.task(name, inputs)
-
-    def work() -> None:
-        result: dict[str, float] = {}
-        for way in ways:
-            result |= way(name, model, shape[0])
-        result["windows"] = shape[0]
-        commit(task, [], {"result": result, "computed_on": context.executor.computed_on})
-
-    return context.once(task, work).info["result"]  # type: ignore[return-value]
-
-
 class _Judge:
-    """Ways to judge a model on so many evaluation windows."""
+    """Judges models on the evaluation windows, each as one task."""
 
-    def __init__(self, context: Context, dense: ModelAt) -> None:
-        self._context, self._dense = context, dense
+    def __init__(self, context: Context, models: Mapping[str, ModelAt], tokens: Manifest) -> None:
+        assert context.job.evaluation is not None
+        self._context, self._models, self._tokens = context, models, tokens
+        self._stride = context.job.evaluation.effective_stride
+        shape: Any = tokens.info["shape"]
+        counts: Any = tokens.info.get("windows", [shape[0]])  # of the first versions
+        self._windows = dict(zip(context.job.evaluation.by_name, counts, strict=True))
+        self._described = models[DENSE].checkpoint.model
+        self._of_dense: Told = {}
+        """What was found of the dense model beside another one."""
 
-    def perplexity(self, name: str, model: ModelAt, windows: int) -> dict[str, float]:
-        """Of a causal language model; of another than the dense one also how close its next-token
-        distributions are to that one's: KL divergence (nats) and agreement on the likeliest token.
-        """
-        if model is self._dense:
-            mean, scored = self._mean_loss(name, Steps.evaluate, model, windows)
-            return self._told(model, mean) | {"scored_tokens": scored}
-        found = self._of_windows(name, self._compare, "windows", model, windows)
-        scored = sum(window["tokens"] for window in found)
-        mean, divergence, agreement = (
-            math.fsum(window[key] for window in found) / scored
-            for key in ("loss", "divergence", "agreed")
-        )
-        told = self._told(model, mean) | {"scored_tokens": scored}
-        return told | {"divergence": divergence, "agreement": agreement}
+    @property
+    def names(self) -> list[str]:
+        """The models that are judged: of a dense encoder there may be nothing to say."""
+        has_loss = self._described.causal or self._described.predicts_masked
+        return [name for name in self._models if has_loss or name != DENSE]
+
+    def judged(self, name: str) -> Judged:
+        """One model, judged now or earlier."""
+        compares = self._described.causal
+        inputs: dict[str, object] = {
+            "model": self._models[name].identity,
+            "evaluation-tokens": self._tokens.digest,
+            "windows": self._windows,
+        }
+        if name != DENSE or not compares:
+            inputs["dense"] = self._models[DENSE].identity
+        task = self._context.task(f"evaluate-{name}", inputs)
+
+        def work() -> None:
+            told = self._compared(name) if compares else self._of_encoder(name)
+            commit(task, [], told | {"computed_on": self._context.executor.computed_on})
+
+        info: Any = self._context.once(task, work).info
+        self._of_dense = info.get("dense", self._of_dense)
+        return Judged(info["result"], info["texts"])
+
+    def _compared(self, name: str) -> Told:
+        """Of a causal language model; another one than the dense is compared with that."""
+        if name == DENSE:
+            return self._of_dense
+        windows = self._of_windows(name, self._compare, "windows")
+        path, dense = self._models[name].path, self._models[DENSE].path
+        of_dense = self._told(windows, lambda some: _alone(some, "original_loss", dense))
+        told = self._told(windows, lambda some: _beside(some, path), _sliced)
+        return told | {"dense": of_dense}
 
     def _compare(self, steps: Steps, path: str, owned: tuple[int, int]) -> Call[None]:
-        spec = self._context.job.evaluation
-        assert spec is not None
+        dense = str(self._models[DENSE].path)
         tokens = str(self._context.scope.folder(EVALUATION_TASK))
-        return steps.compare(str(self._dense.path), path, tokens, owned, spec.effective_stride)
+        starts = [0, *accumulate(self._windows.values())][:-1]
+        return steps.compare(dense, path, tokens, owned, self._stride, starts)
 
-    @staticmethod
-    def _told(model: ModelAt, mean: float) -> dict[str, float]:
-        if not mean < MOST_NATS:
-            raise ModelError(
-                f"{model.path}: its mean loss is {mean:.4g} nats for a token, it predicts nothing;"
-                " too high a learning_rate?"
-            )
-        return {"perplexity": math.exp(mean)}
+    def _of_encoder(self, name: str) -> Told:
+        """Its loss on masked tokens, if it predicts them, and its embeddings beside the dense
+        model's.
+        """
+        ways: list[tuple[Step, str, Mean]] = []
+        if self._described.predicts_masked:
+            ways.append((Steps.unmask, "losses", _masked_loss))
+        if name != DENSE:
+            ways.append((Steps.embed, "cosines", _likeness))
+        told: Told = {"result": {}, "texts": {text: {} for text in self._windows}}
+        for step, key, mean in ways:
+            found = self._told(self._of_windows(name, step, key), mean)
+            told["result"] |= found["result"]
+            for text, values in found["texts"].items():
+                told["texts"][text] |= values
+        return told
 
-    def masked_loss(self, name: str, model: ModelAt, windows: int) -> dict[str, float]:
-        """Nats for a token that is masked."""
-        mean, scored = self._mean_loss(name, Steps.unmask, model, windows)
-        return {"masked_lm_loss": mean, "scored_tokens": scored}
+    def _told(self, windows: Windows, mean: Mean, more: Mean = lambda windows: {}) -> Told:
+        """What windows mean: all of them, and those of each text, of which there is `more`."""
+        texts, first = {}, 0
+        for text, count in self._windows.items():
+            of_text = windows[first : first + count]
+            texts[text] = mean(of_text) | more(of_text) | {"windows": count}
+            first += count
+        return {"result": mean(windows) | {"windows": len(windows)}, "texts": texts}
 
-    def likeness(self, name: str, model: ModelAt, windows: int) -> dict[str, float]:
-        """Cosines of embeddings with the dense model's: the mean, and the least of all windows."""
-        if model is self._dense:
-            return {}
-        found = self._of_windows(name, Steps.embed, "cosines", model, windows)
-        return {"cosine": math.fsum(found) / windows, "least_cosine": min(found)}
-
-    def _mean_loss(self, name: str, step: Step, model: ModelAt, windows: int) -> tuple[float, int]:
-        losses = self._of_windows(name, step, "losses", model, windows)
-        scored = sum(count for _, count in losses)
-        return math.fsum(loss for loss, _ in losses) / max(scored, 1), scored
-
-    def _of_windows(
-        self, name: str, step: Step, key: str, model: ModelAt, windows: int
-    ) -> list[Any]:
+    def _of_windows(self, name: str, step: Step, key: str) -> list[Any]:
         """What a step tells of every window; each worker has a share, and goes through the layers
         with as many of them as it takes together anyway.
         """
-        executor, found = self._context.executor, list[Any]()
-        shares = executor.shares(windows)
+        executor, path = self._context.executor, str(self._models[name].path)
+        found: dict[int, Any] = {}
+        total = sum(self._windows.values())
+        shares = executor.shares(total)
         for first in range(0, shares[0][1][1], EVALUATED_AT_ONCE):
-            calls = [
-                step(
-                    executor.on(worker),
-                    str(model.path),
-                    (start + first, min(start + first + EVALUATED_AT_ONCE, stop)),
-                )
+            owned = {
+                worker: (start + first, min(start + first + EVALUATED_AT_ONCE, stop))
                 for worker, (start, stop) in shares
                 if start + first < stop
-            ]
-            found += [value for receipt in executor.wait(calls) for value in receipt[key]]
-            if len(found) < windows:
+            }
+            calls = [step(executor.on(worker), path, part) for worker, part in owned.items()]
+            for part, receipt in zip(owned.values(), executor.wait(calls), strict=True):
+                found |= dict(zip(range(*part), receipt[key], strict=True))
+            if len(found) < total:
                 self._context.emit(
-                    "windows-evaluated",
-                    stage="evaluate",
-                    model=name.removeprefix("evaluate-"),
-                    done=len(found),
-                    of=windows,
+                    "windows-evaluated", stage="evaluate", model=name, done=len(found), of=total
                 )
-        return found
+        return [found[window] for window in range(total)]
+
+
+def _mean(windows: Windows, key: str) -> tuple[float, int]:
+    """Of sums over the tokens of windows the mean of a token, and how many tokens there are."""
+    tokens = sum(window["tokens"] for window in windows)
+    return math.fsum(window[key] for window in windows) / tokens, tokens
+
+
+def _alone(windows: Windows, key: str, model: Path) -> Told:
+    """Perplexity of a model by its losses.
+
+    Raises:
+        ModelError: it predicts nothing.
+    """
+    mean, scored = _mean(windows, key)
+    if not mean < MOST_NATS:
+        raise ModelError(
+            f"{model}: its mean loss is {mean:.4g} nats for a token, it predicts nothing;"
+            " too high a learning_rate?"
+        )
+    return {"perplexity": math.exp(mean), "scored_tokens": scored}
+
+
+def _beside(windows: Windows, model: Path) -> Told:
+    """Perplexity of a model, and how close its next-token distributions are to the dense one's: KL
+    divergence (nats) and agreement on the likeliest token.
+    """
+    return _alone(windows, "loss", model) | _apart(windows)
+
+
+def _sliced(windows: Windows) -> Told:
+    """The same of some tokens, perplexity as a multiple of the dense model's."""
+    names = dict.fromkeys(name for window in windows for name in window["slices"])
+    slices = {}
+    for name in names:
+        of_slice = [found for window in windows if (found := window["slices"].get(name))]
+        risen = _mean(of_slice, "loss")[0] - _mean(of_slice, "original_loss")[0]
+        ratio = math.exp(min(risen, MOST_NATS))
+        slices[name] = {"tokens": _mean(of_slice, "loss")[1], "ratio": ratio} | _apart(of_slice)
+    return {"slices": slices}
+
+
+def _apart(windows: Windows) -> Told:
+    divergence, agreement = (_mean(windows, key)[0] for key in ("divergence", "agreed"))
+    return {"divergence": divergence, "agreement": agreement}
+
+
+def _masked_loss(windows: Windows) -> Told:
+    """Nats for a token that is masked."""
+    scored = sum(count for _, count in windows)
+    mean = math.fsum(loss for loss, _ in windows) / max(scored, 1)
+    return {"masked_lm_loss": mean, "scored_tokens": scored}
+
+
+def _likeness(windows: Windows) -> Told:
+    """Cosines of embeddings with the dense model's: the mean, and the least of all windows."""
+    return {"cosine": math.fsum(windows) / len(windows), "least_cosine": min(windows)}

@@ -16,6 +16,7 @@ from rayprune.orchestrator.stages import (
     own_text,
     probe,
     routed,
+    samples,
     source,
     sweep,
     texts,
@@ -57,10 +58,11 @@ def prune(
     # it only serves what is not finished
     shutil.rmtree(context.scope.cache, ignore_errors=True)
     models = {"before": dense, "after": pruned} | ({"recovered": recovered} if recovered else {})
-    losses = evaluation.evaluate(context, models, evaluated)
-    final = noting(context, trained.plan, [*few, *evaluation.doubts(losses)])
+    judged = evaluation.evaluate(context, models, evaluated)
+    written = samples.write_samples(context, trained.plan, models, evaluated)
+    final = noting(context, trained.plan, [*few, *evaluation.doubts(judged)])
     allocation = _allocation(context)
-    return Pruned(final, dense, pruned, recovered, _groups(layers), losses, allocation)
+    return Pruned(final, dense, pruned, recovered, _groups(layers), judged, written, allocation)
 
 
 def noting(context: Context, plan: Plan, warnings: Sequence[str]) -> Plan:

@@ -28,10 +28,12 @@ from rayprune.workers.store.layout import (
     SOURCE_TASK,
     UPDATES_TASK,
     converted_task,
+    samples_task,
 )
 from rayprune.workers.texts.limits import spread_windows
 
 CONVERTED_TASKS = tuple(map(converted_task, ("vllm", "gguf", "gguf-q8_0")))
+SAMPLES_TASKS = tuple(map(samples_task, ("before", "after", "recovered")))
 BOUNDARY = "boundary"
 """Hidden states that a wave of the dense path leaves behind: no task, but they depend on things as
 one does.
@@ -87,6 +89,7 @@ READS: Mapping[str, tuple[str, ...]] = {
     "evaluate-before": (*_ACTIVATIONS, "evaluation.stride"),
     "evaluate-after": (*_ACTIVATIONS, "evaluation.stride"),
     "evaluate-recovered": (*_ACTIVATIONS, "evaluation.stride"),
+    **dict.fromkeys(SAMPLES_TASKS, (*_ACTIVATIONS, "samples")),
 }
 """By kind of task; a section's name stands for all of it."""
 KEPT_IN_STORE = {
@@ -105,6 +108,7 @@ KEPT_IN_STORE = {
     OUTER_TASK,
     "evaluate-before",
     "evaluate-after",
+    *SAMPLES_TASKS,
 }
 """Kinds of tasks that a store keeps. Not `source`, since a folder's files tell it apart in that
 folder alone; not trainings, whose folders hold more than their results; not the exported model.
@@ -144,7 +148,7 @@ def _known(job: JobSpec) -> dict[str, Any]:
     result is left out.
     """
     left_out: Any = {
-        "evaluation": {"path", "format", "field"},
+        "evaluation": {"path", "format", "field", "texts", "prompts", "prompt_tokens"},
         "recover": HOW_TRAINED,
         "method": {"training": HOW_TRAINED, "gates": HOW_TRAINED},
     }
@@ -157,7 +161,11 @@ def _known(job: JobSpec) -> dict[str, Any]:
     calibration, evaluation = job.calibration, job.evaluation
     known["calibration"]["texts"] = [_reading(text) for text in calibration.texts]
     if evaluation:
-        known["evaluation"] |= {"text": _reading(evaluation), "stride": evaluation.effective_stride}
+        texts = {name: _reading(text) for name, text in evaluation.by_name.items()}
+        one = evaluation.texts is None
+        known["evaluation"] |= {"text": next(iter(texts.values()))} if one else {"texts": texts}
+        known["evaluation"]["stride"] = evaluation.effective_stride
+        known["samples"] = evaluation.model_dump(mode="json", include={"prompts", "prompt_tokens"})
     elsewhere: Any = {"latency_table", "probe_samples", "probe_layers", "experts", "expert_score"}
     # what jobs of earlier versions could not ask for
     elsewhere |= {n for n in ("tokens_per_second", "memory") if getattr(job.budget, n) is None}

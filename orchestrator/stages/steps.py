@@ -16,7 +16,7 @@ from typing import Any
 from rayprune.orchestrator.planning.plan import Plan
 from rayprune.orchestrator.planning.shapes import Shape
 from rayprune.orchestrator.planning.steps import nothing_to_remove, plan_job, step_job, step_words
-from rayprune.orchestrator.stages import evaluation, formats, own_text, source, texts
+from rayprune.orchestrator.stages import evaluation, formats, own_text, samples, source, texts
 from rayprune.orchestrator.stages.context import Context
 from rayprune.orchestrator.stages.prune import noting, prune
 from rayprune.orchestrator.stages.subject import Measured, ModelAt, Pruned, file_digests, made_model
@@ -79,7 +79,9 @@ def prune_in_steps(context: Context, plan: Plan, checkpoint: Checkpoint) -> Prun
     formats.write_formats(context, pruned)
     context.executor.memory_on = lambda _: plan.memory
     context.executor.use_model(context.job, checkpoint.path, context.scope.name)
-    losses = evaluation.evaluate(context, {"before": original, "after": pruned}, evaluated)
+    models = {"before": original, "after": pruned}
+    judged = evaluation.evaluate(context, models, evaluated)
+    written = samples.write_samples(context, plan, models, evaluated)
     record: Any = passes.records[last.number].info
     done = [gate_task(number) for number in passes.records]
     others = [task for task in plan.tasks if not task.endswith(f"/{GATE_TASK}")]
@@ -90,7 +92,8 @@ def prune_in_steps(context: Context, plan: Plan, checkpoint: Checkpoint) -> Prun
         pruned=pruned,
         recovered=None,
         layers=record["layers"],
-        losses=losses,
+        judged=judged,
+        samples=written,
         allocation=record["allocation"],
         steps=tuple(passes.measured),
     )

@@ -1,7 +1,7 @@
 """What stages take and return: a model, and what is known of it in one pass."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,16 @@ class Measured:
 
 
 @dataclass(frozen=True)
+class Judged:
+    """What an evaluation has measured of a model."""
+
+    result: Mapping[str, Any]
+    """Of all texts together."""
+    texts: Mapping[str, Mapping[str, Any]]
+    """Of each text, by name."""
+
+
+@dataclass(frozen=True)
 class Pruned:
     """What came of a pass over a model, or of several."""
 
@@ -110,8 +120,10 @@ class Pruned:
     recovered: ModelAt | None
     layers: Sequence[Mapping[str, Any]]
     """What was decided about the groups of every layer, in the last pass."""
-    losses: Mapping[str, Mapping[str, float]] | None
-    """Perplexity and token count of every model, by name, where there is a text for it."""
+    judged: Mapping[str, Judged] | None
+    """What was measured of every model, by name, where there is a text for it."""
+    samples: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """What every model goes on with after the job's prompts, by the model's name."""
     allocation: Mapping[str, Any] | None = None
     """How layers that differ got their sizes: what was predicted, measured and tried."""
     steps: tuple[Measured, ...] = ()

@@ -25,12 +25,13 @@ def tokenize(
         calibration = _tokens(context, model, CALIBRATION_TASK, paths, {"texts": texts})
         if evaluation is None:
             return calibration, None, _warnings(calibration)
+        held_out = [text.path for text in evaluation.by_name.values()]
+        digests = [digest_of(Path(path)) for path in held_out]
         inputs = {
-            "text": digest_of(Path(evaluation.path)),
+            "text": digests[0] if evaluation.texts is None else digests,
             "calibration-tokens": calibration.digest,
             "texts": texts,
         }
-        held_out = [evaluation.path]
         evaluated = _tokens(context, model, EVALUATION_TASK, held_out, inputs)
         return calibration, evaluated, [*_warnings(calibration), *_warnings(evaluated)]
 

@@ -33,6 +33,7 @@ ONLY_IN = {
         "rayprune.orchestrator.execution.submit",
     },
     "rich": {"rayprune.orchestrator.reporting.progress"},
+    "matplotlib": {"rayprune.orchestrator.reporting.charts"},
 }
 TORCH = {"torch", "transformers", "accelerate"}
 ROOMS = {
@@ -100,6 +101,7 @@ ROOMS = {
         "specs",
         "workers.calibration",
         "workers.formats",
+        "workers.machine",
         "workers.model",
         "workers.network",
         "workers.numerics",

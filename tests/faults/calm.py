@@ -11,7 +11,14 @@ from tests.faults.forks import Ended, Fault, attempt
 from tests.faults.hooks import Count, Operation, counted
 from tests.faults.kinds import KINDS, command, prepare
 
-MACHINE = {"seconds", "step_seconds", "peak_memory_bytes", "tokens_per_second", "finished"}
+MACHINE = {
+    "seconds",
+    "step_seconds",
+    "timeline",
+    "peak_memory_bytes",
+    "tokens_per_second",
+    "finished",
+}
 """What two reports of the same job differ in."""
 SEALS = {"records", "sha256"}
 """Digests in a report, of itself and of files that tell of the machine too."""

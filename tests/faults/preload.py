@@ -6,7 +6,8 @@ import os
 import tempfile
 from pathlib import Path
 
-from tests.conftest import write_job
+from rayprune.orchestrator.reporting import charts
+from tests.conftest import undrawn, write_job
 from tests.faults.kinds import KINDS
 from tests.models import build_model
 
@@ -15,6 +16,7 @@ def warm_up() -> None:
     """Run small jobs that import what the others need."""
     from rayprune.orchestrator.cli import main
 
+    charts._drawn = undrawn
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         text = Path(folder, "text.txt")
         text.write_text("A cat sat on a mat, and then another one. " * 100)

@@ -46,7 +46,7 @@ def test_points_are_runs_and_share_what_they_can(
     assert verify_run(second)
     steps = [event.get("step_seconds", {}) for event in read_events(second)]
     assert not any("flow" in taken for taken in steps)  # the statistics were the first point's
-    assert "<svg" in (out / "sweep.html").read_text()
+    assert "<figure>" in (out / "sweep.html").read_text()
     before = folder_bytes(out)
     assert sweep(job, out, *sparsities) == 0
     again = folder_bytes(out)

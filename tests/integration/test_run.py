@@ -355,6 +355,12 @@ def test_verify_and_report_commands(
     assert main(["verify", str(out)]) == 0
     assert main(["report", str(out)]) == 0
     assert "decoder_parameters" in capsys.readouterr().out
+    assert main(["report", str(out), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert main(["run", str(out / "job.yaml"), "--out", str(out), "--json"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert (lines[0]["event"], lines[-1]["event"]) == ("run-started", "report")
+    assert lines[-1]["decoder_parameters"] == told["decoder_parameters"]
     shard = out / "model" / "model-00002-of-00004.safetensors"
     data = bytearray(shard.read_bytes())
     data[-3] ^= 1

@@ -89,7 +89,7 @@ def test_steps_are_runs_one_after_the_other(
         part for part in summary(report) if isinstance(part, Table) and part.title == "steps"
     ]
     assert [row[0] for row in table.rows] == ["1", "2", "3"]
-    assert "<h2>Steps</h2>" in html_report(report)
+    assert "<h2>Steps</h2>" in html_report(report, "")
 
 
 def test_the_gate_closes_where_it_should_and_opens_again(

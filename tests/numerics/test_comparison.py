@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from rayprune.workers.model.checkpoint import open_checkpoint
 from rayprune.workers.network.streamed import StreamedModel
-from rayprune.workers.passes.comparison import compared
+from rayprune.workers.passes.comparison import RARE, Texts, compared
 from tests.models import build_model
 
 CPU = torch.device("cpu")
@@ -30,7 +30,7 @@ def test_loss_divergence_and_agreement(tmp_path: Path) -> None:
     windows_NT = torch.randint(3, 259, (3, 20), generator=torch.Generator().manual_seed(0))
     models = [StreamedModel(open_checkpoint(folder), torch.float32, CPU) for folder in folders]
     log_p, log_q = (log_probabilities(folder, windows_NT) for folder in folders)
-    found = compared(models[0], models[1], windows_NT, 0, 999)
+    found = compared(models[0], models[1], Texts(windows_NT, stride=999), range(3))
     targets = windows_NT[:, 1:, None]
     divergence = (log_p.exp() * (log_p - log_q)).sum((1, 2))
     agreed = (log_p.argmax(-1) == log_q.argmax(-1)).sum(1)
@@ -47,6 +47,24 @@ def test_a_model_is_the_same_as_itself(tmp_path: Path) -> None:
     folder = build_model(tmp_path / "model")
     model = StreamedModel(open_checkpoint(folder), torch.float32, CPU)
     windows_NT = torch.randint(3, 259, (2, 9), generator=torch.Generator().manual_seed(0))
-    for one in compared(model, model, windows_NT, 0, 999):
+    for one in compared(model, model, Texts(windows_NT, stride=999), range(2)):
         assert (one.divergence, one.agreed) == (0.0, one.tokens)
         assert one.loss == one.original_loss
+
+
+def test_slices_are_by_place_and_by_how_rare_a_token_is_in_its_text(tmp_path: Path) -> None:
+    """Two texts of two windows of 8 tokens, 4 apart: what is rare in one is not in the other."""
+    folder = build_model(tmp_path / "model")
+    model = StreamedModel(open_checkpoint(folder), torch.float32, CPU)
+    windows_NT = torch.tensor([[5] * 7 + [6], [5] * 6 + [6, 6], [6] * 8, [6] * 7 + [5]])
+    texts = Texts(windows_NT, starts=(0, 2), stride=4)
+    assert [texts.rare(text).tolist() for text in (0, 1)] == [[6], [5, 6]]
+    found = [one.slices for one in compared(model, model, texts, range(4))]
+    tokens = [{name: some.tokens for name, some in slices.items()} for slices in found]
+    first = {"first quarter": 1, "second quarter": 2, "third quarter": 2, "last quarter": 2}
+    assert tokens[0] == first | {RARE: 1, "other tokens": 6}
+    assert tokens[1] == {"third quarter": 2, "last quarter": 2, RARE: 2, "other tokens": 2}
+    assert tokens[2] == first | {RARE: 7}
+    assert sum(some.loss for some in list(found[1].values())[:2]) == pytest.approx(
+        sum(some.loss for some in list(found[1].values())[2:])
+    )

@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 from platform import machine
 
+import psutil
 import torch
 
 from rayprune.specs.errors import ResourceError
@@ -44,6 +45,21 @@ def processor() -> str:
 
 
 @cache
+def check_room(model: Path, needed_bytes: int, device: torch.device) -> None:
+    """Check that a whole model fits into the memory that is free where it is computed on.
+
+    Raises:
+        ResourceError: it does not.
+    """
+    on_gpu = device.type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
+    if needed_bytes > free:
+        raise ResourceError(
+            f"evaluation.prompts: {model} takes {needed_bytes / 2**30:.2f} GiB as a whole,"
+            f" {free / 2**30:.2f} are free on the {device.type}; leave prompts out"
+        )
+
+
 def side_stream(device: torch.device, purpose: str) -> torch.cuda.Stream:
     """A stream of a GPU for work beside the rest, one for each purpose."""
     del purpose

@@ -1,4 +1,4 @@
-"""Steps that compare models: perplexity, divergence from the dense one, and what an encoder has
+"""Steps that compare models: perplexity and divergence from the dense one, and what an encoder has
 kept.
 """
 
@@ -10,12 +10,15 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from rayprune.workers.calibration import load_tokenizer
+from rayprune.workers.machine.device import check_room
 from rayprune.workers.model.checkpoint import open_checkpoint
+from rayprune.workers.network.greedy import greedy
+from rayprune.workers.network.load_check import loaded
 from rayprune.workers.network.streamed import Store, StreamedModel
-from rayprune.workers.passes.comparison import compared
+from rayprune.workers.passes.comparison import Texts, compared
 from rayprune.workers.passes.divergence import Kept, divergences
 from rayprune.workers.passes.encoding import cosines, embeddings, masked_losses
-from rayprune.workers.passes.evaluate import window_losses
 from rayprune.workers.passes.survey import stored_cut
 from rayprune.workers.steps.step import Droppable, Receipt, drop_all, step
 from rayprune.workers.store.layout import EVALUATION_TASK, MASKED, TOKENS, TOKENS_FILE
@@ -49,20 +52,6 @@ class Judging:
         }, None
 
     @step
-    def evaluate(self, model_path: str, owned: tuple[int, int]) -> tuple[Receipt, None]:
-        """Negative log-likelihoods (nats) of some evaluation windows under the model of a
-        folder.
-        """
-        assert self._job.evaluation is not None
-        drop_all(self._before)
-        stride = self._job.evaluation.effective_stride
-        windows_NT = self._bench.tokens(EVALUATION_TASK)[slice(*owned)]
-        if len(windows_NT) == 0:
-            return {"losses": []}, None
-        losses = window_losses(Path(model_path), windows_NT, owned[0], stride, *self._how)
-        return {"losses": losses}, None
-
-    @step
     def embed(self, model_path: str, owned: tuple[int, int]) -> tuple[Receipt, None]:
         """Cosines of some evaluation windows' embeddings under the encoder of a folder with those
         under the dense one.
@@ -91,18 +80,43 @@ class Judging:
 
     @step
     def compare(
-        self, original: str, other: str, tokens: str, owned: tuple[int, int], stride: int
+        self,
+        original: str,
+        other: str,
+        tokens: str,
+        owned: tuple[int, int],
+        stride: int,
+        starts: Sequence[int] = (0,),
     ) -> tuple[Receipt, None]:
         """Compare the models of two folders on some of the windows that a task has written in the
-        folder `tokens`, in the tokens that no earlier one of them, `stride` apart, has scored.
+        folder `tokens`, in the tokens that no earlier one of the same text, `stride` apart, has
+        scored. Texts start at these windows.
         """
         drop_all(self._before)
-        windows_NT = load_file(Path(tokens) / TOKENS_FILE)[TOKENS][slice(*owned)].clone()
+        texts = Texts(load_file(Path(tokens) / TOKENS_FILE)[TOKENS], starts, stride)
         first, second = (
             StreamedModel(open_checkpoint(Path(path)), *self._how) for path in (original, other)
         )
-        found = compared(first, second, windows_NT, owned[0], stride)
+        found = compared(first, second, texts, range(*owned))
         return {"windows": [asdict(each) for each in found]}, None
+
+    @step
+    def go_on(self, model_path: str) -> tuple[Receipt, None]:
+        """What the model of a folder, loaded as a whole, goes on with after each of the job's
+        prompts.
+
+        Raises:
+            ResourceError: it does not fit into the memory that is free.
+        """
+        assert self._job.evaluation is not None
+        drop_all(self._before)
+        folder, spec = Path(model_path), self._job.evaluation
+        checkpoint, dtype, device = open_checkpoint(folder), self._bench.dtype, self._bench.device
+        check_room(folder, checkpoint.parameters * dtype.itemsize, device)
+        tokenizer = load_tokenizer(folder)
+        prompts = [tokenizer(prompt)["input_ids"] for prompt in spec.prompts]
+        found = greedy(loaded(folder, dtype).to(device), prompts, spec.prompt_tokens)
+        return {"texts": [tokenizer.decode(ids, skip_special_tokens=True) for ids in found]}, None
 
     @property
     def _how(self) -> tuple[torch.dtype, torch.device, Store]:

@@ -38,7 +38,9 @@ class Texts:
         }
         masked = {} if tokens.masked_ST is None else {MASKED: tokens.masked_ST}
         write_tensors(task.folder / TOKENS_FILE, {TOKENS: tokens.windows_ST, **masked})
-        commit(task, [TOKENS_FILE], {"shape": list(tokens.windows_ST.shape), **found})
+        windows = [len(text.windows_NT) for text in tokens.texts]
+        told = {"shape": list(tokens.windows_ST.shape), "windows": windows}
+        commit(task, [TOKENS_FILE], told | found)
         return found, None
 
     @step

@@ -76,6 +76,11 @@ def converted_task(target: str) -> str:
     return f"{CONVERTED}{target}"
 
 
+def samples_task(model: str) -> str:
+    """Task id of what a model goes on with after the job's prompts."""
+    return f"samples-{model}"
+
+
 def is_model(task: str) -> bool:
     """Whether a task's folder is a model's, with nothing else in it but the manifest."""
     return task == EXPORT_TASK or task.startswith(CONVERTED)

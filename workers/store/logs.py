@@ -31,6 +31,7 @@ class EventLine(Line):
     """Seconds since the attempt began, by a clock that is never set."""
     stage: str = ""
     peak_memory_bytes: dict[str, Count] = {}
+    busy_seconds: dict[str, Amount] = {}
 
 
 class TrainingLine(Line):

@@ -43,7 +43,7 @@ def check_varied(ids_NT: Tensor, path: str) -> list[str]:
     return check_counts(Counter(dict(zip(tokens.tolist(), counts.tolist(), strict=True))), path)
 
 
-def check_apart(calibration_ST: Tensor, evaluation_NT: Tensor, path: str) -> list[str]:
+def check_apart(calibration_ST: Tensor, evaluation_NT: Tensor, option: str, path: str) -> list[str]:
     """Refuse to judge a model by the text it was calibrated or trained on; warnings where that
     cannot be told.
 
@@ -54,13 +54,13 @@ def check_apart(calibration_ST: Tensor, evaluation_NT: Tensor, path: str) -> lis
     fraction = shared_fraction(calibration_ST, evaluation_NT)
     if fraction is None:
         return [
-            f"evaluation.path: {path}: whether it stands in the windows for calibration or training"
+            f"{option}: {path}: whether it stands in the windows for calibration or training"
             f" too cannot be told with windows of {evaluation_NT.shape[1]} tokens, and"
             f" {calibration_ST.shape[1]} in calibration: at least {SHARED_RUN // 2} would do"
         ]
     if fraction > SHARED_FRACTION:
         raise SpecError(
-            f"evaluation.path: {path}: {fraction:.0%} of its tokens stand in the windows for"
+            f"{option}: {path}: {fraction:.0%} of its tokens stand in the windows for"
             " calibration or training too, so perplexity would flatter the pruned model; evaluate"
             " on other text, for instance the part behind those windows"
         )

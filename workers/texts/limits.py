@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from rayprune.specs.errors import ModelError, RaypruneError, SpecError
-from rayprune.specs.job import CalibrationSpec, EvaluationSpec, JobSpec, TextSpec
+from rayprune.specs.job import CalibrationSpec, JobSpec, TextSpec
 from rayprune.workers.model.checkpoint import Checkpoint
 from rayprune.workers.texts.reading import TextFacts
 
@@ -148,10 +148,10 @@ def too_few_samples(
     )
 
 
-def no_window(spec: EvaluationSpec, found: int) -> SpecError:
+def no_window(text: TextSpec, window: int, found: int) -> SpecError:
     """The error of an evaluation text that is shorter than one window."""
     return SpecError(
-        f"{spec.path}: too short: one window needs {spec.window} tokens, the text has"
+        f"{text.path}: too short: one window needs {window} tokens, the text has"
         f" {found}; lower evaluation.window"
     )
 
@@ -225,7 +225,7 @@ def check_positions(checkpoint: Checkpoint, length: int, option: str) -> list[st
     return [f"{found}: it was not trained on longer texts; {option}: {limit} is safe"]
 
 
-def check_other_text(read: Sequence[TextSpec], evaluation: TextSpec) -> None:
+def check_other_text(read: Sequence[TextSpec], evaluation: TextSpec, option: str) -> None:
     """Refuse to judge a model by the very text that it is calibrated or trained on.
 
     Raises:
@@ -238,6 +238,6 @@ def check_other_text(read: Sequence[TextSpec], evaluation: TextSpec) -> None:
             continue
         if same and text.field == evaluation.field:
             raise SpecError(
-                f"evaluation.path: {evaluation.path}: is read for calibration or training too, so"
+                f"{option}: {evaluation.path}: is read for calibration or training too, so"
                 " perplexity would flatter the pruned model; evaluate on other text"
             )

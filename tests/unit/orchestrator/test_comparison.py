@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from rayprune.orchestrator.reporting.comparison import (
     Compared,
     layers,
@@ -13,7 +15,7 @@ from rayprune.orchestrator.reporting.comparison import (
 )
 from rayprune.orchestrator.reporting.comparison_page import _scatter
 from rayprune.orchestrator.reporting.report import Report
-from tests.unit.orchestrator.test_html_report import SCRIPT, make_report, svgs
+from tests.unit.orchestrator.test_html_report import SCRIPT, make_report, svgs, two_texts
 
 
 def run(name: str, parameters: int, ratio: float | None, **changes: Any) -> Compared:
@@ -70,9 +72,16 @@ def test_layers_stand_side_by_side() -> None:
     assert neurons.rows[3] == ["3", "1,120", "1,120"]
 
 
-def test_the_drawing_has_a_point_for_each_run() -> None:
+@pytest.mark.usefixtures("drawn")
+def test_the_drawing_names_each_run() -> None:
     named = [run(SCRIPT, 700, 0.9), BEST, SMALL]
     (drawing,) = svgs(_scatter(named))
-    hints = [circle.findtext("title") for circle in drawing.iter("circle")]
-    assert hints == [f"{SCRIPT}: 30.0% removed, 0.9000", "best: 20.0% removed, 1.1000",
-                     "small: 50.0% removed, 2.0000"]  # fmt: skip
+    assert {SCRIPT, "best", "small"} <= {text.text for text in drawing.iter("text")}
+
+
+def test_texts_stand_side_by_side() -> None:
+    first, second = run("first", 900, 1.1, **two_texts()), run("second", 800, 1.1)
+    table = results([first, second])
+    assert table.columns[5:] == ["KL", "on wiki", "on topics", "", "seconds"]
+    assert table.rows[0][5:8] == ["0.5000", "1.2500", "2.5000"]
+    assert table.rows[1][5:8] == ["", "", ""]

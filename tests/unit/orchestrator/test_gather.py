@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rayprune.orchestrator.reporting.gather import trainings
+from rayprune.orchestrator.reporting.gather import timeline, trainings
 
 LINE = {"of": 3, "transfer": 0.5, "gradient_norm": 1.0, "tokens_per_second": 10.0}
 
@@ -35,3 +35,28 @@ def test_logs_without_a_step_in_common_are_none(tmp_path: Path) -> None:
     log(tmp_path, "regularised-0001", "[]\n")
     log(tmp_path, "recover", "\x00\n")
     assert trainings(tmp_path, ["regularised-0000", "regularised-0001", "recover"]) == {}
+
+
+def test_the_time_line_goes_on_over_attempts() -> None:
+    """One that is cut off in its second stage, and one that goes on."""
+    events = [
+        {"event": "run-started", "elapsed": 0.0},
+        {"event": "stage-started", "elapsed": 1.0, "stage": "start"},
+        {
+            "event": "stage-finished",
+            "elapsed": 3.0,
+            "stage": "start",
+            "busy_seconds": {"worker-0": 1.5},
+        },
+        {"event": "stage-started", "elapsed": 4.0, "stage": "sweep"},
+        {"event": "task-done", "elapsed": 9.0},
+        {"event": "run-started", "elapsed": 0.5},
+        {"event": "stage-started", "elapsed": 1.0, "stage": "sweep"},
+        {"event": "stage-finished", "elapsed": 2.0, "stage": "sweep"},
+    ]
+    found = [(span.stage, span.start, span.seconds, span.busy) for span in timeline(events)]
+    assert found == [
+        ("start", 1.0, 2.0, {"worker-0": 1.5}),
+        ("sweep", 4.0, 5.0, {}),
+        ("sweep", 10.0, 1.0, {}),
+    ]

@@ -10,7 +10,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rayprune.orchestrator.planning.plan import Plan, make_plan
+from rayprune.orchestrator.planning.samples import samples_left_out, samples_tasks
 from rayprune.orchestrator.planning.shapes import MAX_OPEN_SHAPES, Shape
+from rayprune.orchestrator.planning.worker_memory import whole_model_bytes
 from rayprune.orchestrator.reporting.plan_view import plan_parts, print_plan
 from rayprune.specs.errors import ResourceError, SpecError
 from rayprune.specs.job import JobSpec
@@ -21,6 +23,7 @@ from rayprune.workers.model.families import family_of
 from rayprune.workers.network.streamed import layers_of
 from tests.conftest import MakeJob, MakeModel
 from tests.helpers import families
+from tests.unit.orchestrator.workloads import LOAD
 
 BIASED = {"attention_bias": True, "mlp_bias": True}
 VARIANTS: list[Any] = [
@@ -278,6 +281,18 @@ def test_tasks_are_listed_in_order(
     full = planned(model, make_job, evaluation={"path": str(text_file), "window": 32})[0].tasks
     assert full[:3] == ("calibration-tokens", "source", "shape")
     assert full[-3:] == ("evaluation-tokens", "evaluate-before", "evaluate-after")
+    evaluation = {"path": str(text_file), "window": 32, "prompts": ["a"]}
+    plan = planned(model, make_job, evaluation=evaluation)[0]
+    assert plan.tasks == (*full, "samples-before", "samples-after")
+
+
+def test_samples_are_left_out_where_the_whole_model_has_no_room(make_job: MakeJob) -> None:
+    job = load_job(make_job(Path("/m"), evaluation={"path": "/e", "prompts": ["a"]}))
+    needed = whole_model_bytes(LOAD)
+    assert samples_left_out(job, LOAD, needed) == samples_left_out(job, LOAD, None) == ""
+    words = samples_left_out(job, LOAD, needed - 1)
+    assert words.startswith("evaluation.prompts: left out: the dense model takes")
+    assert samples_tasks(job, words) == ()
 
 
 @pytest.mark.parametrize(

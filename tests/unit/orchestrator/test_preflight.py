@@ -18,6 +18,7 @@ from benchmarks.random_model import byte_tokenizer
 from rayprune.orchestrator.cli import main
 from rayprune.orchestrator.execution.run_folder import PLAN_FILE
 from rayprune.orchestrator.stages.evaluation import doubts
+from rayprune.orchestrator.stages.subject import Judged
 from rayprune.specs.errors import ModelError, RaypruneError, SpecError
 from rayprune.specs.loader import load_job
 from tests.conftest import edit_json, write_job
@@ -270,7 +271,7 @@ def test_a_plan_for_another_cluster_needs_no_packages_here(wrong: Wrong) -> None
 
 
 def test_a_recovery_that_made_it_worse_is_said() -> None:
-    losses = {"before": {"perplexity": 9.0}, "after": {"perplexity": 11.0}}
-    assert doubts(None) == doubts(losses) == doubts(losses | {"recovered": losses["before"]}) == []
-    (warning,) = doubts(losses | {"recovered": {"perplexity": 4e239}})
+    judged = {"before": Judged({"perplexity": 9.0}, {}), "after": Judged({"perplexity": 11.0}, {})}
+    assert doubts(None) == doubts(judged) == doubts(judged | {"recovered": judged["before"]}) == []
+    (warning,) = doubts(judged | {"recovered": Judged({"perplexity": 4e239}, {})})
     assert warning.startswith("recovery made the model worse: perplexity 11 before it, 4e+239")

@@ -63,7 +63,7 @@ EVENTS: list[dict[str, Any]] = [
             [
                 "step-finished",
                 "layer=0",
-                "KV groups 3/4 error 0.123, FFN channels 20/48 error 0.500",
+                "keeps 3 of 4 KV groups, 20 of 48 FFN channels; error 0.123, 0.500",
                 "memory 1.00 GiB",
             ],
         ),

@@ -553,7 +553,10 @@ def test_overrides_reach_into_a_section_that_is_written_as_a_name(load: Load) ->
         ("budget.sparsity=1.5", "budget.sparsity: must be less than 1 (got 1.5)"),
         ("budget={sparsty: 1}", 'budget.sparsty: unknown field; did you mean "sparsity"?'),
         ("bugdet.sparsity=1", 'bugdet: unknown field; did you mean "budget"?'),
-        ("evaluation.window=4", "evaluation.path: is required; add it"),
+        (
+            "evaluation.window=4",
+            "evaluation: give either path, or texts by name: texts: {NAME: {path: FILE}}",
+        ),
         ("model.path.x=1", "'x' cannot be set inside \"m\", which is no section; correct the name"),
         (
             "budget.sparsity",

@@ -315,16 +315,17 @@ def test_shared_text_is_found_at_any_offset(
         SpecError,
         match=r"evaluation\.path: /e\.txt: \d+% of its tokens stand in the windows for calibration",
     ):
-        check_apart(calibration.reshape(samples, length), windows_NT, "/e.txt")
+        check_apart(calibration.reshape(samples, length), windows_NT, "evaluation.path", "/e.txt")
     short = text[:4096].reshape(-1, 16)
     assert shared_fraction(calibration.reshape(samples, length), short) > 0.01
     with pytest.raises(SpecError, match="of its tokens stand in the windows"):
-        check_apart(calibration.reshape(samples, length), short, "/e.txt")
+        check_apart(calibration.reshape(samples, length), short, "evaluation.path", "/e.txt")
     short = other[:2048].reshape(-1, 16)
     assert shared_fraction(other[2048:].reshape(-1, 16), short) is None
-    [warning] = check_apart(other[2048:].reshape(-1, 16), short, "/e.txt")
+    [warning] = check_apart(other[2048:].reshape(-1, 16), short, "evaluation.path", "/e.txt")
     assert "/e.txt: whether" in warning
     assert "cannot be told with windows of 16 tokens" in warning
     apart = other[: 4096 // window * window].reshape(-1, window)
     assert shared_fraction(calibration.reshape(samples, length), apart) == 0
-    assert check_apart(calibration.reshape(samples, length), apart, "/e.txt") == []
+    calibration_ST = calibration.reshape(samples, length)
+    assert check_apart(calibration_ST, apart, "evaluation.path", "/e.txt") == []

@@ -38,6 +38,7 @@ ODD_EVENTS = [
     {"peak_memory_bytes": {"driver": "much"}},
     {"peak_memory_bytes": {"driver": -1}},
     {"peak_memory_bytes": {"driver": 1.5}},
+    {"busy_seconds": {"worker-0": -1.0}},
 ]
 ODD_STEPS = [
     {"step": -1},

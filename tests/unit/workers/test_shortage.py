@@ -70,7 +70,7 @@ def test_evaluation_without_memory_is_a_resource_error(
     monkeypatch: pytest.MonkeyPatch, make_model: MakeModel, make_job: MakeJob, tmp_path: Path
 ) -> None:
     """The command ends with 4 and no traceback."""
-    monkeypatch.setattr("rayprune.workers.steps.judging.window_losses", lambda *_: torch_takes())
+    monkeypatch.setattr("rayprune.workers.steps.judging.compared", lambda *_: torch_takes())
     held_out = tmp_path / "held_out.txt"
     held_out.write_text("Nothing of this stands in the other text. " * 40)
     evaluation = {"path": str(held_out), "window": 16, "max_windows": 2}
