@@ -71,10 +71,11 @@ def test_what_a_family_does_not_allow_is_given_up_with_the_reason(tmp_path: Path
     assert "  drift: 0.0 # set it to 0: it is not done with mixtures of experts" in text
 
 
-def test_a_machine_that_is_too_small_is_refused(tmp_path: Path) -> None:
-    model = planned_checkpoint(config_folder(tmp_path / "model", "llama"))
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_a_machine_that_is_too_small_is_refused(family: str, tmp_path: Path) -> None:
+    model = planned_checkpoint(config_folder(tmp_path / "model", family))
     with pytest.raises(ResourceError, match=r"memory\.worker: a worker needs at least"):
-        propose("m", model, Host(2, 2**20), "fast")
+        propose("m", model, Host(2, 2**20), "best")
     with pytest.raises(SpecError, match=r"budget\.sparsity"):
         propose("m", model, HOSTS["no GPU"], "fast", sparsity=1.5)
 
