@@ -169,6 +169,7 @@ ROOMS = {
         "workers.store",
     },
     "orchestrator.publish": {"orchestrator.execution", "orchestrator.reporting", "specs"},
+    "orchestrator.tracking": {"orchestrator.execution", "orchestrator.reporting", "specs"},
     "orchestrator.commands": {
         "orchestrator.entry",
         "orchestrator.execution",
@@ -176,6 +177,7 @@ ROOMS = {
         "orchestrator.points",
         "orchestrator.publish",
         "orchestrator.reporting",
+        "orchestrator.tracking",
         "specs",
         "workers.engines",
         "workers.machine",
