@@ -134,4 +134,5 @@ def taken(proposal: Proposal, file: Path) -> Iterator[str]:
     for warning in (*plan.fallbacks, *plan.warnings):
         yield f"warning: {warning}"
     if proposal.text_is_missing:
-        yield f"first put a text of what the model will read into {proposal.job.calibration.path}"
+        text = file.parent / proposal.settings["calibration.path"].value
+        yield f"first put a text of the kind that the model will read into {text}"
