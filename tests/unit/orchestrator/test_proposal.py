@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from rayprune.orchestrator.cli import main
+from rayprune.orchestrator.planning import preflight
 from rayprune.orchestrator.planning.preflight import first_plan
 from rayprune.orchestrator.planning.proposal import propose
-from rayprune.orchestrator.reporting.job_file import job_text
+from rayprune.orchestrator.reporting.job_file import job_text, taken
 from rayprune.specs.errors import ResourceError, SpecError
 from rayprune.specs.loader import load_job
 from rayprune.specs.recipe import RECIPES, RecipeName
@@ -62,6 +63,20 @@ def test_a_job_that_fits(family: str, host: str, aim: RecipeName, tmp_path: Path
     assert plan.needs.worker_memory_bytes <= job.memory.worker
     whole = job.memory.worker * (1 if HOSTS[host].gpus else job.parallel.workers)
     assert whole <= (79 * GIB if HOSTS[host].gpus else HOSTS[host].memory_bytes)
+
+
+def test_packages_that_a_run_will_miss_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = planned_checkpoint(config_folder(tmp_path / "model", "llama"))
+    monkeypatch.setattr(preflight, "find_spec", lambda name: None)
+    told = {
+        aim: "\n".join(taken(propose("m", model, HOSTS["no GPU"], aim), Path("job.yaml")))
+        for aim in RECIPES
+    }
+    assert "rayprune[train]" in told["best"]
+    assert "rayprune[gguf]" in told["serving"]
+    assert "before a run" not in told["fast"]
 
 
 def test_what_a_family_does_not_allow_is_given_up_with_the_reason(tmp_path: Path) -> None:
