@@ -1,4 +1,4 @@
-"""Commands about finished runs: report, verify, compare, push."""
+"""Commands about finished runs: report, verify, compare, push, track."""
 
 import argparse
 import json
@@ -26,6 +26,11 @@ def add(commands: Any) -> None:
     compare.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders")
     compare.add_argument("--html", type=Path, metavar="FILE", help="write a page as well")
     compare.set_defaults(command=_compare)
+    track = _run_command(commands, "track", _track, "copy a run's numbers to a tracker")
+    track.add_argument("--to", choices=["tensorboard", "mlflow"], required=True, help="tracker")
+    track.add_argument(
+        "--at", metavar="PLACE", help="folder for TensorBoard, or tracking URI of MLflow"
+    )
     push = _run_command(commands, "push", _push, "send a run's model to the Hugging Face Hub")
     push.add_argument("repo", metavar="OWNER/NAME", help="repository on the Hub")
     push.add_argument("--public", action="store_true", help="make it public; default: private")
@@ -79,6 +84,12 @@ def _compare(options: argparse.Namespace) -> None:
     print_parts(comparison(runs))
     if options.html:
         write_text(options.html, comparison_page("Runs side by side", f"{len(runs)} runs.", runs))
+
+
+def _track(options: argparse.Namespace) -> None:
+    from rayprune.orchestrator.tracking import track
+
+    print(f"{track(options.run, options.to, options.at)} numbers are in {options.to}")
 
 
 def _push(options: argparse.Namespace) -> None:

@@ -102,7 +102,8 @@ def changed(
         without = {f: each for f, each in new.items() if f != field}
         if _job(case, kept | without) == _job(case, kept | new):
             new = without
-    return kept | new if new and _job(case, kept | new) else None
+    found = _job(case, kept | new)
+    return None if found in (None, _job(case, settings)) else kept | new
 
 
 def _job(case: Case, settings: Settings) -> JobSpec | None:

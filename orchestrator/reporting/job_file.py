@@ -9,10 +9,12 @@ from typing import Any
 import yaml
 
 from rayprune.orchestrator.planning.case import Setting
+from rayprune.orchestrator.planning.preflight import check_packages
 from rayprune.orchestrator.planning.proposal import Proposal
 from rayprune.orchestrator.planning.worker_memory import gib
 from rayprune.orchestrator.reporting.plan_view import duration
 from rayprune.specs.core_yaml import CoreDumper
+from rayprune.specs.errors import ResourceError
 from rayprune.specs.job import JobSpec
 from rayprune.specs.recipe import recipe
 from rayprune.specs.schema import SCHEMA_FILE
@@ -133,5 +135,10 @@ def taken(proposal: Proposal, file: Path) -> Iterator[str]:
     yield f"writes at most {plan.output_bytes / 2**20:,.0f} MiB"
     for warning in (*plan.fallbacks, *plan.warnings):
         yield f"warning: {warning}"
+    try:
+        check_packages(proposal.job)
+    except ResourceError as error:
+        yield f"before a run: {error}"
     if proposal.text_is_missing:
-        yield f"first put a text of what the model will read into {proposal.job.calibration.path}"
+        text = file.parent / proposal.settings["calibration.path"].value
+        yield f"first put a text of the kind that the model will read into {text}"

@@ -180,6 +180,7 @@ ROOMS = {
         "workers.store",
     },
     "orchestrator.publish": {"orchestrator.execution", "orchestrator.reporting", "specs"},
+    "orchestrator.tracking": {"orchestrator.execution", "orchestrator.reporting", "specs"},
     "orchestrator.commands": {
         "orchestrator.entry",
         "orchestrator.benched",
@@ -188,6 +189,7 @@ ROOMS = {
         "orchestrator.points",
         "orchestrator.publish",
         "orchestrator.reporting",
+        "orchestrator.tracking",
         "specs",
         "workers.engines",
         "workers.machine",

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from rayprune.orchestrator.cli import main
+from rayprune.orchestrator.planning import preflight
 from rayprune.orchestrator.planning.preflight import first_plan
 from rayprune.orchestrator.planning.proposal import propose
-from rayprune.orchestrator.reporting.job_file import job_text
+from rayprune.orchestrator.reporting.job_file import job_text, taken
 from rayprune.specs.errors import ResourceError, SpecError
 from rayprune.specs.loader import load_job
 from rayprune.specs.recipe import RECIPES, RecipeName
@@ -64,6 +65,20 @@ def test_a_job_that_fits(family: str, host: str, aim: RecipeName, tmp_path: Path
     assert whole <= (79 * GIB if HOSTS[host].gpus else HOSTS[host].memory_bytes)
 
 
+def test_packages_that_a_run_will_miss_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = planned_checkpoint(config_folder(tmp_path / "model", "llama"))
+    monkeypatch.setattr(preflight, "find_spec", lambda name: None)
+    told = {
+        aim: "\n".join(taken(propose("m", model, HOSTS["no GPU"], aim), Path("job.yaml")))
+        for aim in RECIPES
+    }
+    assert "rayprune[train]" in told["best"]
+    assert "rayprune[gguf]" in told["serving"]
+    assert "before a run" not in told["fast"]
+
+
 def test_what_a_family_does_not_allow_is_given_up_with_the_reason(tmp_path: Path) -> None:
     model = planned_checkpoint(config_folder(tmp_path / "model", "mixtral"))
     text = job_text(propose("m", model, HOSTS["no GPU"], "balanced"), tmp_path / "job.yaml")
@@ -71,10 +86,11 @@ def test_what_a_family_does_not_allow_is_given_up_with_the_reason(tmp_path: Path
     assert "  drift: 0.0 # set it to 0: it is not done with mixtures of experts" in text
 
 
-def test_a_machine_that_is_too_small_is_refused(tmp_path: Path) -> None:
-    model = planned_checkpoint(config_folder(tmp_path / "model", "llama"))
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_a_machine_that_is_too_small_is_refused(family: str, tmp_path: Path) -> None:
+    model = planned_checkpoint(config_folder(tmp_path / "model", family))
     with pytest.raises(ResourceError, match=r"memory\.worker: a worker needs at least"):
-        propose("m", model, Host(2, 2**20), "fast")
+        propose("m", model, Host(2, 2**20), "best")
     with pytest.raises(SpecError, match=r"budget\.sparsity"):
         propose("m", model, HOSTS["no GPU"], "fast", sparsity=1.5)
 

@@ -160,8 +160,8 @@ def test_byte_order_mark_and_json_are_accepted(load: Load) -> None:
         (
             "<<: {budget: {}}\n",
             (
-                "job.yaml:3: <<: unknown field; known fields: schema_version, model, calibration,"
-                " budget, "
+                "job.yaml:3: <<: unknown field; known fields: schema_version, recipe, model,"
+                " calibration, budget, "
             ),
         ),
     ],

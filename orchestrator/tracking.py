@@ -1,0 +1,120 @@
+"""A finished run for trackers of experiments. Its files are the truth; a tracker gets a copy of
+their numbers, the same however often it is sent.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rayprune.orchestrator.execution.run_folder import JOB_FILE, REPORT_FILE
+from rayprune.orchestrator.reporting.report import Report, read_report
+from rayprune.orchestrator.reporting.tables import titled
+from rayprune.specs.errors import ResourceError
+from rayprune.specs.loader import read_job
+from rayprune.specs.origins import origins
+
+TRACKERS = {"tensorboard": "tensorboardX", "mlflow": "mlflow"}
+"""The package that writes for each."""
+_OF_A_SIZE = ("before", "after", "ratio")
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """A number of a run; `step` counts what it is one of: layers, or steps of a training."""
+
+    name: str
+    value: float
+    step: int = 0
+
+
+def scalars(report: Report) -> Iterator[Scalar]:
+    """All numbers of a report that a tracker can draw."""
+    for name in ("parameters", "decoder_parameters", "bytes_on_disk", "perplexity"):
+        if size := getattr(report, name):
+            yield from (Scalar(f"{name}/{when}", getattr(size, when)) for when in _OF_A_SIZE)
+    for model, close in report.closeness.items():
+        yield Scalar(f"divergence/{model}", close.divergence)
+        yield Scalar(f"agreement/{model}", close.agreement)
+    for stage, seconds in report.seconds.items():
+        yield Scalar(f"seconds/{stage}", seconds)
+    for layer in report.layers:
+        for group, found in layer.together.items():
+            title = titled(group).replace(" ", "_")
+            yield Scalar(f"layers/{title}_kept", found.kept, layer.layer)
+            yield Scalar(f"layers/{title}_held_out_error", found.held_out_error, layer.layer)
+    for task, training in report.training.items():
+        for term, values in training.curves.items():
+            for step, value in zip(training.steps, values, strict=True):
+                yield Scalar(f"{task}/{term}", value, step)
+
+
+def settings(run: Path) -> dict[str, str]:
+    """The options of a run's job, by key path."""
+    found = origins(*read_job(run / JOB_FILE))
+    return {each.field: json.dumps(each.value, ensure_ascii=False) for each in found}
+
+
+def track(run: Path, tracker: str, place: str | None) -> int:
+    """Send a finished run to a tracker; how many numbers went there.
+
+    Args:
+        run: the run folder.
+        tracker: a name of `TRACKERS`.
+        place: a folder for TensorBoard, by default `tensorboard` in the run folder; a tracking URI
+            for MLflow, by default what MLflow takes by itself.
+
+    Raises:
+        SpecError: the run is not finished.
+        ResourceError: the tracker's package is not installed.
+    """
+    report = read_report(run)
+    numbers, options = list(scalars(report)), settings(run)
+    try:
+        if tracker == "tensorboard":
+            _to_tensorboard(numbers, options, Path(place) if place else run / "tensorboard")
+        else:
+            _to_mlflow(run, numbers, options, place)
+    except ModuleNotFoundError as error:
+        raise ResourceError(
+            f"the package {TRACKERS[tracker]} is missing ({error}); install rayprune with its"
+            f" extra: pip install 'rayprune[{tracker}]'"
+        ) from None
+    return len(numbers)
+
+
+def _to_tensorboard(numbers: list[Scalar], options: dict[str, str], folder: Path) -> None:
+    from tensorboardX import SummaryWriter
+
+    for old in folder.glob("events.out.tfevents.*"):  # of an earlier copy
+        old.unlink()
+    with SummaryWriter(str(folder)) as writer:
+        rows = "\n".join(f"| {name} | {value} |" for name, value in options.items())
+        writer.add_text("job", f"| option | value |\n|---|---|\n{rows}")
+        for number in numbers:
+            writer.add_scalar(number.name, number.value, number.step)
+
+
+def _to_mlflow(run: Path, numbers: list[Scalar], options: dict[str, str], uri: str | None) -> None:
+    import mlflow
+    from mlflow.entities import Metric, Param, RunTag
+
+    client: Any = mlflow.MlflowClient(tracking_uri=uri)
+    found = client.get_experiment_by_name("rayprune")
+    experiment = found.experiment_id if found else client.create_experiment("rayprune")
+    key = hashlib.sha256((run / REPORT_FILE).read_bytes()).hexdigest()
+    if client.search_runs([experiment], f"tags.rayprune = '{key}'"):
+        return  # it is there already
+    sent = client.create_run(experiment, run_name=run.absolute().name)
+    params = [Param(name, value) for name, value in options.items()]
+    metrics = [Metric(each.name, each.value, 0, each.step) for each in numbers]
+    for start in range(0, max(len(params), len(metrics)), 100):
+        client.log_batch(
+            sent.info.run_id,
+            metrics=metrics[start : start + 100],
+            params=params[start : start + 100],
+        )
+    client.log_batch(sent.info.run_id, tags=[RunTag("rayprune", key)])
+    client.set_terminated(sent.info.run_id)
