@@ -13,6 +13,7 @@ from rayprune.workers.steps.deciding import Deciding
 from rayprune.workers.steps.judging import Judging
 from rayprune.workers.steps.measuring import Measuring
 from rayprune.workers.steps.probing import Probing
+from rayprune.workers.steps.sparsifying import Sparsifying
 from rayprune.workers.steps.step import Receipt, Step, steps_of
 from rayprune.workers.steps.streaming import Streaming
 from rayprune.workers.steps.sweeping import Sweeping
@@ -20,7 +21,18 @@ from rayprune.workers.steps.texts import Texts
 from rayprune.workers.steps.writing import Writing
 from rayprune.workers.workbench import Workbench
 
-ROOMS = (Texts, Checking, Measuring, Probing, Sweeping, Streaming, Writing, Converting, Judging)
+ROOMS = (
+    Texts,
+    Checking,
+    Measuring,
+    Probing,
+    Sweeping,
+    Streaming,
+    Sparsifying,
+    Writing,
+    Converting,
+    Judging,
+)
 STEPS = {name: method for room in ROOMS for name, method in steps_of(room).items()}
 """Every step, by name."""
 SHORTAGE_ADVICE = "lower parallel.micro_batch, raise parallel.workers or set memory.worker"
@@ -46,12 +58,13 @@ class Worker:
         probing = Probing(bench, deciding)
         streaming = Streaming(bench, deciding, writing, before=[probing])
         sweeping = Sweeping(bench, deciding, before=[probing, streaming])
-        judging = Judging(bench, before=[probing, streaming, sweeping])
+        sparsifying = Sparsifying(bench, deciding, writing)
+        judging = Judging(bench, before=[probing, streaming, sweeping, sparsifying])
         rooms = [Texts(bench), Checking(bench), Measuring(bench), probing, sweeping, streaming]
         self._bench = bench
         self._steps = {
             name: getattr(room, name)
-            for room in (*rooms, writing, Converting(bench), judging)
+            for room in (*rooms, sparsifying, writing, Converting(bench), judging)
             for name in steps_of(type(room))
         }
 
