@@ -149,11 +149,7 @@ class Steps:
         return self._submit("decide_site", layer, site, *parts)
 
     def write_sparse_layer(
-        self,
-        layer: int,
-        task: Task,
-        groups: Mapping[str, Receipt],
-        *decided: Handle[SparseSite],
+        self, layer: int, task: Task, groups: Mapping[str, Receipt], *decided: Handle[SparseSite]
     ) -> Call[None]:
         """`Sparsifying.write_sparse_layer`."""
         return self._submit("write_sparse_layer", layer, task, groups, *decided)

@@ -172,6 +172,8 @@ def correction_flops(load: Workload, group: Group) -> int:
     K) D.
     """
     energies, size = load.num_candidates + 3, group.width**2 * load.hidden
+    if load.masks:  # of the output, twice; of what was made, twice; of the mask alone
+        return solving_flops(load, group) + 5 * group.width * group.parameters
     if in_rows(load, group):
         width = group.width + load.columns(group)
         size = 2 * factorised_rows(load, group) * width * load.hidden
@@ -180,8 +182,12 @@ def correction_flops(load: Workload, group: Group) -> int:
 
 def solving_flops(load: Workload, group: Group) -> int:
     """A factor and a solution for every candidate, as if none were left out, and for the result:
-    K^3/3 + 2 K^2 D, on rows 6 M^3 + 3 M^2 D and one QR.
+    K^3/3 + 2 K^2 D, on rows 6 M^3 + 3 M^2 D and one QR. Of zeros with `obs` two fits: 2 F^3/3 + F^2
+    D, D all outputs of a site.
     """
+    if load.masks:
+        fits = 2 * (load.masks.score == "obs")
+        return fits * (2 * group.width**3 // 3 + group.width * group.parameters)
     kept, fits, rows = load.columns(group), load.num_candidates + 1, factorised_rows(load, group)
     if not in_rows(load, group):
         return load.blocks(group) * fits * (kept**3 // 3 + 2 * kept**2 * load.hidden)

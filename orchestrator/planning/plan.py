@@ -27,7 +27,7 @@ from rayprune.orchestrator.planning.mixtures import kept_experts
 from rayprune.orchestrator.planning.shapes import Shape, open_shapes, planned_shape
 from rayprune.orchestrator.planning.targets import check_targets
 from rayprune.orchestrator.planning.timing import Stage, stages
-from rayprune.orchestrator.planning.workload import Workload, in_rows, tokens_per_neuron
+from rayprune.orchestrator.planning.workload import Workload, in_rows, tokens_per_neuron, zeros
 from rayprune.specs.allocation import CurvesAllocation, SearchAllocation
 from rayprune.specs.errors import ModelError, SpecError
 from rayprune.specs.job import FEW_TOKENS, JobSpec
@@ -123,6 +123,8 @@ class Plan:
     calibration_tokens: int
     tokens_per_neuron: float
     corrects_drift: bool
+    zeros: int = 0
+    """Weights that become zero in matrices that keep their size."""
     steps: tuple[PlannedStep, ...] = ()
     """The passes, where they are several; the rest of the plan is then of all of them."""
     fallbacks: tuple[str, ...] = ()
@@ -269,6 +271,7 @@ def make_plan(
         calibration_tokens=load.tokens,
         tokens_per_neuron=tokens_per_neuron(load),
         corrects_drift=load.corrects_drift,
+        zeros=zeros(load),
         fallbacks=fallbacks(model, shapes, job.export.tensor_parallel),
     )
 
@@ -293,7 +296,7 @@ def _with_layers(
     # with drift or a training it may have no other placement
     if machine is None or load.placement == "layers" or load.corrects_drift or job.method.trainings:
         return None
-    if load.experts is not None:
+    if load.experts is not None or load.masks is not None:
         return None
     other = replace(load, placement="layers", propagation="dense")
     if (memory := fitting(other, _memory_limit(job, machine)[0])) is None:

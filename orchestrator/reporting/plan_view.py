@@ -103,6 +103,10 @@ def _shapes(plan: "Plan") -> Iterator[Part]:
     if plan.shapes[0].latency_ms:
         rows.append([LATENCY, *(f"{shape.latency_ms:.2f}" for shape in plan.shapes)])
     yield Table(title, ["", *(str(number + 1) for number in range(len(plan.shapes)))], rows)
+    if plan.zeros:
+        part = plan.zeros / plan.model.decoder_parameters
+        yield f"zeros in matrices that keep their size: {plan.zeros:,}, {part:.1%} of the decoder"
+        return
     for name, reason in plan.model.stays.items():
         yield f"all {plan.model.titles[name]} stay: {reason}"
 

@@ -13,9 +13,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from rayprune.orchestrator.execution.executor import Executor
 from rayprune.orchestrator.execution.failures import WorkerFailure
-from rayprune.orchestrator.execution.steps import Call, Collected, Decided, Steps
+from rayprune.orchestrator.execution.steps import Call, Decided, Steps
 from rayprune.orchestrator.stages.context import Context
 from rayprune.orchestrator.stages.reduce import reduced
 from rayprune.orchestrator.stages.sparsify import sparsify_layers
@@ -28,7 +27,6 @@ from rayprune.workers.store.shards import even_parts
 
 if TYPE_CHECKING:
     from rayprune.workers.network.slicing import Cut
-    from rayprune.workers.passes.sweep import Parts
 
 
 def prune_layers(context: Context, subject: Subject) -> list[Manifest]:

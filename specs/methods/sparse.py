@@ -28,7 +28,7 @@ class SparseOptions(MethodOptions):
     the norm of what they read; `obs`, SparseGPT's solution: those whose loss costs least once the
     others make up for it, which they then do.
     """
-    sites: Literal["all"] | Annotated[tuple[Site, ...], Field(min_length=1)] = "all"
+    sites: Literal["all"] | Annotated[list[Site], Field(min_length=1)] = "all"
     """The matrices that get zeros, by what they read: `qkv`; `o`, the attention's output; `up`,
     and gate beside it; `down`.
     """

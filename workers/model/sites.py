@@ -25,9 +25,9 @@ class Site:
     ends_block: bool
     """Whether a block's output is what it computes."""
     input: Group
-    """What it reads, as a group: its units are the numbers of a token."""
-    outputs: int
-    """Outputs of all its matrices."""
+    """What it reads, as a group: its units are the numbers of a token, and the parameters of each
+    are its matrices' weights for it, one for every output.
+    """
 
 
 def sites_of(model: Model) -> dict[str, Site]:
@@ -56,14 +56,23 @@ def _sites(model: Model, group: Group) -> Iterator[Site]:
     first, last = NAMES[group.kind]
     transposed, consumer = group.consumer.transposed, group.consumer.weight
     module = next(iter(producers)).removesuffix(".weight")
-    reads = _input(group, first, Consumer(module, 1, transposed), model.hidden)
-    yield Site(first, tuple(producers), transposed, False, reads, sum(producers.values()))
-    reads = _input(group, last, replace(group.consumer, columns=1), group.width)
-    yield Site(last, (consumer,), transposed, True, reads, model.hidden)
-
-
-def _input(group: Group, name: str, consumer: Consumer, width: int) -> Group:
-    return replace(group, name=name, num_units=width, axes=(), consumer=consumer, cached=0)
+    alike = replace(group, axes=(), cached=0)
+    reads = replace(
+        alike,
+        name=first,
+        num_units=model.hidden,
+        consumer=Consumer(module, 1, transposed),
+        unit_parameters=sum(producers.values()),
+    )
+    yield Site(first, tuple(producers), transposed, False, reads)
+    reads = replace(
+        alike,
+        name=last,
+        num_units=group.width,
+        consumer=replace(group.consumer, columns=1),
+        unit_parameters=model.hidden,
+    )
+    yield Site(last, (consumer,), transposed, True, reads)
 
 
 def check_widths(model: Model, masks: Masks) -> None:

@@ -233,9 +233,7 @@ def compute_block(
     del batch.inputs[name]
 
 
-def with_weights(
-    layer: nn.Module, weights: Mapping[str, Tensor], dtype: torch.dtype
-) -> nn.Module:
+def with_weights(layer: nn.Module, weights: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Module:
     """A layer with other matrices, by their names in it, for passes in a type; the rest is that of
     the first one, not copied.
     """

@@ -27,7 +27,9 @@ def zeros_of(weight: Tensor, transposed: bool) -> Zeros:
     return Zeros(int((weight == 0).sum()), weight.numel(), transposed)
 
 
-def check_zeros(weight: Tensor, told: Zeros, group: int | None, sparsity: float, where: str) -> None:
+def check_zeros(
+    weight: Tensor, told: Zeros, group: int | None, sparsity: float, where: str
+) -> None:
     """Check that a matrix has the zeros that are told of it, and of every so many neighbouring
     inputs of an output at least that part.
 

@@ -201,7 +201,7 @@ def eliminate_(weight_FD: Tensor, root: Callable[[slice], Tensor], masks: Masks)
             if j % at_once == 0:
                 some = slice(j, j + at_once)
                 costs = (block_BD[some] / torch.diagonal(root_BF)[some, None]).square()
-                by_group = costs.T if masks.group else costs.view(1, -1)
+                by_group = costs.T if masks.group else costs.reshape(1, -1)
                 gone = _smallest(by_group, int(masks.sparsity * by_group.shape[1]))
                 gone_BD[some] = gone.T if masks.group else gone.view(-1, outputs)
             errors_BD[j] = block_BD[j].mul(gone_BD[j]).div_(root_BF[j, j])

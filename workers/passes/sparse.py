@@ -97,7 +97,7 @@ class SparseSweep(Sweep):
     def _apply(
         self, module: nn.Module, layer: int, batch: MicroBatch, cuts: Mapping[str, Any]
     ) -> None:
-        """Compute the blocks whose last site is decided; what a decided site has read is dropped."""
+        """Compute the blocks whose last site is decided; what decided ones have read is dropped."""
         for name in cuts:
             site = self._sites[name]
             if site.ends_block and site.input.block.module not in batch.outputs:
