@@ -1,10 +1,11 @@
 """Zeros in the demo model's matrices: patterns and scores, on the same text and token counts.
 
-    python -m benchmarks.sparsity TEXT [--rows '2:4*' ...] [--windows 52] [--work FOLDER] [--no-run]
+    python -m benchmarks.sparsity TEXT [--rows '2:4*' ...] [--samples 64] [--windows 52]
+    [--work FOLDER]
 
-Calibrates on the first 64 x 512 tokens of TEXT and evaluates on its last fifth and on a second
-domain, as `benchmarks.quality` does. Rows that are in FOLDER already are not run again, and a run
-that was stopped goes on.
+Calibrates on the first windows of TEXT (64 x 512 tokens) and evaluates on its last fifth and on a
+second domain, as `benchmarks.quality` does. Rows that are in FOLDER already are not run again, and
+a run that was stopped goes on; the result has all rows that are there.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import fnmatch
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,37 +37,52 @@ ROWS = {
 """The options of the method, by the row's name; half of the weights are zero in all of them."""
 
 
-def measure(
-    name: str,
-    text: Path,
-    texts: dict[str, Path],
-    dense: Mapping[str, float],
-    windows: int,
-    work: Path,
-) -> dict[str, Any]:
-    """One row: ratios to the dense model's perplexity, the sites' mean errors, seconds, memory."""
-    folder = work / name.replace(" ", "-").replace(",", "").replace(":", "-")
-    file = folder.with_suffix(".json")
-    if not file.exists():
-        settings = [
-            f"method={json.dumps({'name': 'sparse'} | ROWS[name])}",
-            f"calibration.path={text}",
-            "evaluation=null",
-            "parallel.workers=1",
-            "cluster.executor=in-process",
-        ]
-        report = run(settings, folder)
-        found = perplexity(model_folder(folder), texts, "cpu", windows)
-        result = {
-            "ratios": {domain: found[domain] / dense[domain] for domain in dense},
-            "errors": {site: _mean_errors(report, site) for site in SITES},
-            "seconds": report["seconds"]["total"] - report["seconds"]["export"],
-            "bytes": max(report["peak_memory_bytes"].values()),
-        }
-        file.write_text(json.dumps(result))
-        shutil.rmtree(folder)
-    done: dict[str, Any] = json.loads(file.read_text())
-    return done
+@dataclass(frozen=True)
+class Setting:
+    """What all rows have in common."""
+
+    text: Path
+    """That of the calibration."""
+    samples: int
+    """Its windows."""
+    texts: dict[str, Path]
+    """Those of the evaluation, by domain."""
+    windows: int
+    """Of each of them."""
+    work: Path
+
+    def file(self, name: str) -> Path:
+        """Where a row's result lies."""
+        return self.work / f"{name.replace(' ', '-').replace(',', '').replace(':', '-')}.json"
+
+    def perplexity(self, model: Path) -> dict[str, float]:
+        """By domain."""
+        return perplexity(model, self.texts, "cpu", self.windows)
+
+
+def measure(name: str, setting: Setting, dense: Mapping[str, float]) -> None:
+    """Write one row's file: ratios to the dense model's perplexity, the sites' mean errors,
+    seconds, memory.
+    """
+    folder = setting.file(name).with_suffix("")
+    settings = [
+        f"method={json.dumps({'name': 'sparse'} | ROWS[name])}",
+        f"calibration.path={setting.text}",
+        f"calibration.samples={setting.samples}",
+        "evaluation=null",
+        "parallel.workers=1",
+        "cluster.executor=in-process",
+    ]
+    report = run(settings, folder)
+    found = setting.perplexity(model_folder(folder))
+    result = {
+        "ratios": {domain: found[domain] / dense[domain] for domain in dense},
+        "errors": {site: _mean_errors(report, site) for site in SITES},
+        "seconds": report["seconds"]["total"] - report["seconds"]["export"],
+        "bytes": max(report["peak_memory_bytes"].values()),
+    }
+    setting.file(name).write_text(json.dumps(result))
+    shutil.rmtree(folder)
 
 
 def _mean_errors(report: dict[str, Any], site: str) -> list[float] | None:
@@ -80,8 +97,13 @@ def _mean_errors(report: dict[str, Any], site: str) -> list[float] | None:
     return [sum(alone) / len(found), sum(made) / len(found), less]
 
 
-def page(results: Mapping[str, dict[str, Any]], dense: Mapping[str, float], windows: int) -> str:
-    """The results as Markdown."""
+def page(setting: Setting, dense: Mapping[str, float]) -> str:
+    """The rows that are there, as Markdown."""
+    results = {
+        name: json.loads(setting.file(name).read_text())
+        for name in ROWS
+        if setting.file(name).exists()
+    }
     first = [
         [
             name,
@@ -95,7 +117,8 @@ def page(results: Mapping[str, dict[str, Any]], dense: Mapping[str, float], wind
     notes = ", ".join(f"{domain} {value:.3f}" for domain, value in dense.items())
     return "\n\n".join(
         [
-            f"Dense perplexity of {windows} windows of 1024 tokens: {notes}. One thread.",
+            f"Calibrated on {setting.samples} x 512 tokens, one thread. Dense perplexity of"
+            f" {setting.windows} windows of 1024 tokens: {notes}.",
             table(["", *(f"ratio, {domain}" for domain in dense), "seconds", "GiB"], first),
             "Held-out error of a site, mean over the layers: of the mask alone, then with the"
             " correction, and in how many layers that is less.",
@@ -118,14 +141,10 @@ def main() -> None:
     )
     parser.add_argument("text", type=Path, help="UTF-8 text, for instance WikiText-2")
     parser.add_argument("--rows", nargs="+", default=["*"], help="patterns of the rows to run")
-    parser.add_argument(
-        "--windows", type=int, default=52, help="windows of each text that are evaluated"
-    )
+    parser.add_argument("--samples", type=int, default=64, help="calibration windows of 512 tokens")
+    parser.add_argument("--windows", type=int, default=52, help="evaluation windows of each text")
     parser.add_argument(
         "--work", type=Path, default=Path("runs/sparsity"), help="where results lie"
-    )
-    parser.add_argument(
-        "--no-run", action="store_true", help="record the rows that are in FOLDER, run none"
     )
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -135,16 +154,16 @@ def main() -> None:
     first = work / "calibration.txt"
     first.write_text(content[: int(len(content) * (1 - HELD_OUT_FRACTION))], encoding="utf-8")
     texts = {"same domain": held_out(options.text, work), "help topics": second_domain(work)}
+    setting = Setting(first, options.samples, texts, options.windows, work)
     known = work / "dense.json"
     if not known.exists():
-        known.write_text(json.dumps(perplexity(MODEL, texts, "cpu", options.windows)))
+        known.write_text(json.dumps(setting.perplexity(MODEL)))
     dense = json.loads(known.read_text())
-    names = [name for name in ROWS if any(fnmatch.fnmatch(name, each) for each in options.rows)]
-    if options.no_run:
-        done = {path.stem for path in work.glob("*.json")}
-        names = [n for n in names if n.replace(" ", "-").replace(",", "").replace(":", "-") in done]
-    results = {n: measure(n, first, texts, dense, options.windows, work) for n in names}
-    record("sparsity", page(results, dense, options.windows))
+    for name in ROWS:
+        chosen = any(fnmatch.fnmatch(name, pattern) for pattern in options.rows)
+        if chosen and not setting.file(name).exists():
+            measure(name, setting, dense)
+    record("sparsity", page(setting, dense))
 
 
 if __name__ == "__main__":
