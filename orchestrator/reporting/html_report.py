@@ -43,7 +43,7 @@ def html_report(report: Report) -> str:
     method = report.method
     title = (
         f"{text(report.dense.name) + ', ' if report.dense else ''}{text(method['name'])}:"
-        f" {1 - report.decoder_parameters.ratio:.1%} of the decoder parameters removed"
+        f" {report.done}"
     )
     facts = [", ".join(f"{text(titled(group))} {kept}" for group, kept in report.kept.items())]
     facts += [
@@ -243,6 +243,7 @@ def _layers(layers: Sequence[LayerReport]) -> str:
     for layer in layers:
         for group, info in layer.together.items():
             errors = (f"{error(info):.4f}" for error in SERIES.values())
+            alone = [] if info.mask_error is None else [f"{info.mask_error:.4f}"]
             rows.append(
                 (
                     layer.layer,
@@ -250,15 +251,14 @@ def _layers(layers: Sequence[LayerReport]) -> str:
                     f"{info.kept:,} / {info.of:,}",
                     f"{info.damping:g}",
                     *errors,
+                    *alone,
                 )
             )
         rows += [] if layer.groups else [(layer.layer, "not pruned", *[""] * 4)]
-    return html_table(
-        "Layers",
-        "wide",
-        ["Layer", "Group", "Kept / of", "Damping", "Training error", "Held-out error"],
-        rows,
-    )
+    columns = ["Layer", "Group", "Kept / of", "Damping", "Training error", "Held-out error"]
+    are_zeros = any(len(row) > len(columns) for row in rows)
+    columns += ["Of the mask alone"] if are_zeros else []
+    return html_table("Layers", "wide", columns, rows)
 
 
 def _have_experts(report: Report) -> bool:

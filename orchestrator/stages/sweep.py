@@ -14,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rayprune.orchestrator.execution.failures import WorkerFailure
-from rayprune.orchestrator.execution.steps import Call, Decided, Steps
+from rayprune.orchestrator.execution.steps import Call, Collected, Decided, Steps
 from rayprune.orchestrator.stages.context import Context
 from rayprune.orchestrator.stages.reduce import reduced
 from rayprune.orchestrator.stages.sparsify import sparsify_layers
