@@ -238,7 +238,7 @@ def with_weights(layer: nn.Module, weights: Mapping[str, Tensor], dtype: torch.d
     the first one, not copied.
     """
     shared = {id(tensor): tensor for tensor in chain(layer.parameters(), layer.buffers())}
-    other = deepcopy(layer, shared)  # type: ignore[arg-type]
+    other = deepcopy(layer, shared)
     for name, weight in weights.items():
         module, _, leaf = name.rpartition(".")
         put_weight(other.get_submodule(module), leaf, weight.to(_device(layer)), dtype)
