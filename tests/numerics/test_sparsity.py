@@ -99,8 +99,11 @@ def test_without_correlation_it_is_wandas_choice_and_changes_nothing() -> None:
     torch.testing.assert_close(found_DF, weight_DF.masked_fill(gone_DF, 0.0))
 
 
-def test_what_goes_by_magnitude_and_by_wanda() -> None:
+@pytest.mark.parametrize("turned", [False, True])
+def test_what_goes_by_magnitude_and_by_wanda(turned: bool) -> None:
+    """A matrix that lies transposed, as GPT-2's do, is no other matrix."""
     weight_DF = torch.tensor([[1.0, -2.0, 3.0, -4.0], [8.0, 5.0, 5.0, 5.0]])
+    weight_DF = weight_DF.T.contiguous().T if turned else weight_DF
     norms_F, ones_F = torch.tensor([8.0, 1.0, 1.0, 1.0], dtype=WIDE), torch.ones(4, dtype=WIDE)
 
     def gone(importance_F: Tensor, **options: Any) -> list[list[int]]:

@@ -173,13 +173,13 @@ def smallest_gone(weight_DF: Tensor, importance_F: Tensor, masks: Masks) -> Tens
     """
     device = importance_F.device
     if masks.group is None and masks.score == "magnitude":
-        scores_1C = weight_DF.to(device).abs().view(1, -1)
-        return _smallest(scores_1C, int(masks.sparsity * weight_DF.numel())).view_as(weight_DF)
+        scores_1C = weight_DF.to(device).abs().reshape(1, -1)
+        return _smallest(scores_1C, int(masks.sparsity * weight_DF.numel())).view(weight_DF.shape)
     gone_DF = torch.empty(weight_DF.shape, dtype=torch.bool, device=device)
     columns = masks.group or weight_DF.shape[1]
     for rows, weight_BF in wide_blocks(weight_DF, device):
-        scores_RC = weight_BF.abs_().mul_(importance_F).view(-1, columns)
-        gone_DF[rows] = _smallest(scores_RC, int(masks.sparsity * columns)).view_as(weight_BF)
+        scores_RC = weight_BF.abs_().mul_(importance_F).reshape(-1, columns)
+        gone_DF[rows] = _smallest(scores_RC, int(masks.sparsity * columns)).view(weight_BF.shape)
     return gone_DF
 
 
@@ -214,4 +214,5 @@ def eliminate_(weight_FD: Tensor, root: Callable[[slice], Tensor], masks: Masks)
 def _smallest(scores_RC: Tensor, count: int) -> Tensor:
     """The `count` smallest of every row, bool; of equals the first."""
     order_RC = torch.argsort(scores_RC, dim=1, stable=True)[:, :count]
-    return torch.zeros_like(scores_RC, dtype=torch.bool).scatter_(1, order_RC, True)
+    gone_RC = torch.zeros(scores_RC.shape, dtype=torch.bool, device=scores_RC.device)
+    return gone_RC.scatter_(1, order_RC, True)
