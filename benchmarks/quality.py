@@ -58,12 +58,14 @@ class Case:
         return replace(self, name=self.name.removesuffix(RECOVERED))
 
 
-def perplexity(model: Path, texts: dict[str, Path], device: str) -> dict[str, float]:
+def perplexity(
+    model: Path, texts: dict[str, Path], device: str, windows: int = 52
+) -> dict[str, float]:
     """By text: 1024-token windows, the first 52 (a fifth of WikiText-2's validation text)."""
     found = {}
     for name, text in texts.items():
         windows_NT = evaluation_windows(
-            EvaluationSpec(path=str(text), max_windows=52), load_tokenizer(model)
+            EvaluationSpec(path=str(text), max_windows=windows), load_tokenizer(model)
         )
         losses = window_losses(
             model,

@@ -546,6 +546,25 @@ class JobSpec(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _masks_fit(self) -> Self:
+        if self.method.masks is None:
+            return self
+        unread = {
+            "budget": (self.budget != BudgetSpec(), "it removes no units"),
+            "correction": (self.correction != CorrectionSpec(), "method.damping is its own"),
+            "recover": (self.recover is not None, "a training would fill the zeros"),
+            "export.pad": (self.export.pad, "it removes no units"),
+            "parallel.placement: layers": (
+                self.parallel.placement == "layers",
+                "zeros are made layer after layer",
+            ),
+        }
+        for option, (given, reason) in unread.items():
+            if given:
+                raise ValueError(f"method {self.method.name}: {reason}; leave out {option}")
+        return self
+
     @property
     def steps(self) -> InSteps | None:
         """The passes over the model, where they are several."""

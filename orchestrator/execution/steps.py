@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from rayprune.workers.network.slicing import Cut
     from rayprune.workers.passes.divergence import Kept
+    from rayprune.workers.passes.sparse import SparseSite
     from rayprune.workers.passes.stream import Saved, Wanted
     from rayprune.workers.passes.sweep import Parts, Routes
     from rayprune.workers.steps.measuring import SquaresArrays
@@ -158,6 +159,22 @@ class Steps:
     def reduce(self, *parts: Handle[Parts]) -> Call[Parts]:
         """`Sweeping.reduce`."""
         return self._submit("reduce", *parts)
+
+    def collect_site(
+        self, layer: int, site: str, owned: tuple[int, int], *before: Handle[SparseSite]
+    ) -> Call[Parts]:
+        """`Sparsifying.collect_site`."""
+        return self._submit("collect_site", layer, site, owned, *before)
+
+    def decide_site(self, layer: int, site: str, *parts: Handle[Parts]) -> Call[SparseSite]:
+        """`Sparsifying.decide_site`."""
+        return self._submit("decide_site", layer, site, *parts)
+
+    def write_sparse_layer(
+        self, layer: int, task: Task, groups: Mapping[str, Receipt], *decided: Handle[SparseSite]
+    ) -> Call[None]:
+        """`Sparsifying.write_sparse_layer`."""
+        return self._submit("write_sparse_layer", layer, task, groups, *decided)
 
     def flow(
         self,

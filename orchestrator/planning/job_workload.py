@@ -16,6 +16,7 @@ from rayprune.workers.model.checkpoint import Checkpoint
 from rayprune.workers.model.config import DTYPES
 from rayprune.workers.model.description import Model
 from rayprune.workers.model.folder import PLANNED_BYTES
+from rayprune.workers.model.sites import sites_of
 from rayprune.workers.store.layout import RECOVER_TASK, REGULARISE_TASK, UPDATES_TASK
 from rayprune.workers.store.training_stage import saved_states
 
@@ -32,6 +33,10 @@ def workload_of(
     """
     model, calibration, evaluation = checkpoint.model, job.calibration, job.evaluation
     outer = sum(info.num_parameters for info in checkpoint.outer_tensors.values())
+    if masks := job.method.masks:
+        found = sites_of(model)
+        sites = tuple(found[name].input for name in masks.sites)
+        kinds = tuple(replace(kind, sites=sites) for kind in kinds)
     return Workload(
         kinds=kinds,
         kept=_least_cut(model, job) if job.budget.per_layer else _most_kept(model, shapes),
@@ -70,13 +75,14 @@ def workload_of(
         ranking=job.method.selector,
         selects=not job.method.selects_first,
         exact=job.method.needs_rows,
+        masks=masks,
         causal=model.causal,
         # each other model beside the dense one; of an encoder, losses and embeddings of both
         evaluations=(
             2 + 2 * (job.recover is not None) if model.causal else 4 if model.predicts_masked else 2
         ),
         drift=job.correction.drift > 0,
-        probes=job.budget.kv_groups == "auto" and not job.budget.per_layer,
+        probes=job.budget.kv_groups == "auto" and not job.budget.per_layer and masks is None,
         in_process=job.cluster.executor == "in-process",
         survey_levels=_survey_levels(job),
         candidates=_candidates(job, checkpoint.num_layers),

@@ -95,7 +95,7 @@ def _remedies(load: Workload, limit_bytes: int) -> str:
     if samples := _fewer_samples(load, limit_bytes):
         found.append(f"lower calibration.samples to {samples}")
     in_layers = replace(load, placement="layers", propagation="dense")
-    may_be = load.propagation == "pruned" and load.experts is None
+    may_be = load.propagation == "pruned" and load.experts is None and load.masks is None
     if may_be and fitting(in_layers, limit_bytes):
         found.append("set parallel.placement: layers")
     return ", or ".join(found)

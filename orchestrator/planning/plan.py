@@ -30,7 +30,7 @@ from rayprune.orchestrator.planning.shapes import Shape, open_shapes, planned_sh
 from rayprune.orchestrator.planning.speeds import PredictedSpeed, predicted_speeds
 from rayprune.orchestrator.planning.targets import check_targets
 from rayprune.orchestrator.planning.timing import Stage, stages
-from rayprune.orchestrator.planning.workload import Workload, in_rows, tokens_per_neuron
+from rayprune.orchestrator.planning.workload import Workload, in_rows, tokens_per_neuron, zeros
 from rayprune.specs.allocation import CurvesAllocation, SearchAllocation
 from rayprune.specs.errors import ModelError, SpecError
 from rayprune.specs.job import FEW_TOKENS, JobSpec
@@ -128,6 +128,8 @@ class Plan:
     calibration_tokens: int
     tokens_per_neuron: float
     corrects_drift: bool
+    zeros: int = 0
+    """Weights that become zero in matrices that keep their size."""
     steps: tuple[PlannedStep, ...] = ()
     """The passes, where they are several; the rest of the plan is then of all of them."""
     speeds: tuple[PredictedSpeed, ...] = ()
@@ -286,6 +288,7 @@ def make_plan(
         tokens_per_neuron=tokens_per_neuron(load),
         corrects_drift=load.corrects_drift,
         speeds=predicted_speeds(job, checkpoint, shapes),
+        zeros=zeros(load),
         fallbacks=fallbacks(model, shapes, job.export.tensor_parallel),
         notes=(left_out,) if left_out else (),
     )
@@ -311,7 +314,7 @@ def _with_layers(
     # with drift or a training it may have no other placement
     if machine is None or load.placement == "layers" or load.corrects_drift or job.method.trainings:
         return None
-    if load.experts is not None:
+    if load.experts is not None or load.masks is not None:
         return None
     other = replace(load, placement="layers", propagation="dense")
     if (memory := fitting(other, _memory_limit(job, machine)[0])) is None:

@@ -124,9 +124,13 @@ def _metadata(report: Report, dense: Dense, recovered: bool) -> ModelCardData:
 def _body(report: Report, dense: Dense, recovered: bool) -> Iterator[str]:
     name, method = text(dense.name), report.method["name"]
     yield f"# {name}-pruned\n"
+    part = report.zeros / report.decoder_parameters.before
     yield (
-        f"{name} without {1 - report.decoder_parameters.ratio:.1%} of the parameters of its layers,"
-        f" removed by rayprune {report.rayprune_version} (`method: {method}`)"
+        f"{name} with {part:.1%} of the parameters of its layers set to zero (`sparsity.json`) by"
+        f" rayprune {report.rayprune_version} (`method: {method}`).\n"
+        if report.zeros
+        else f"{name} without {1 - report.decoder_parameters.ratio:.1%} of the parameters of its"
+        f" layers, removed by rayprune {report.rayprune_version} (`method: {method}`)"
         f"{' and trained afterwards' if recovered else ''}.\n"
     )
     yield "| | before | after |\n| --- | --: | --: |"

@@ -20,7 +20,7 @@ from rayprune.orchestrator.reporting.page import (
     section,
     wide_table,
 )
-from rayprune.orchestrator.reporting.report import Report, layer_table, step_table
+from rayprune.orchestrator.reporting.report import Report, layer_table, site_table, step_table
 from rayprune.orchestrator.reporting.speeds import protocol, speed_table
 from rayprune.orchestrator.reporting.tables import html_table, text, titled
 from rayprune.orchestrator.reporting.verdict import verdict
@@ -42,7 +42,7 @@ tokenizer = AutoTokenizer.from_pretrained("{folder}")"""
 def html_report(report: Report, job: str) -> str:
     """The whole page; `job` is the job's file. Everything in it that is text is escaped."""
     name = report.dense.name if report.dense else report.method["name"]
-    title = f"{text(name)}, {1 - report.decoder_parameters.ratio:.1%} of its decoder removed"
+    title = f"{text(name)}, {report.done}"
     sections = (section_of(report) for section_of in SECTIONS)
     return page(title, [_head(report, title), *filter(None, sections), _reproduce(report, job)])
 
@@ -153,7 +153,11 @@ def _layers(report: Report) -> str:
     drawn = (_group(number, name, report.layers) for number, name in enumerate(groups))
     table = layer_table(report)
     rows = wide_table("Layers", table.columns, table.rows)
-    return section("What was removed", note(told), drawings(drawn), folded("Every layer", rows))
+    zeros = site_table(report)
+    sites = wide_table("Zeros", zeros.columns, zeros.rows) if report.zeros else ""
+    return section(
+        "What was removed", note(told), sites, drawings(drawn), folded("Every layer", rows)
+    )
 
 
 def _group(number: int, group: str, layers: Sequence[LayerReport]) -> str:

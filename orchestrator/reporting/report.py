@@ -5,6 +5,7 @@ from what is here.
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
@@ -17,6 +18,7 @@ from rayprune.orchestrator.reporting.facts import (
     Embeddings,
     Evaluation,
     Facts,
+    GroupReport,
     LayerReport,
     Models,
     OnText,
@@ -126,6 +128,21 @@ class Report(Facts):
         return taken / dense if dense and taken else None
 
     @property
+    def zeros(self) -> int:
+        """Weights that have become zero in matrices that keep their size."""
+        sparse = (g for layer in self.layers for g in layer.groups.values() if g.mask_error)
+        return sum(group.of - group.kept for group in sparse)
+
+    @property
+    def done(self) -> str:
+        """How much of the decoder is gone, in words."""
+        if self.zeros:
+            return (
+                f"{self.zeros / self.decoder_parameters.before:.1%} of the decoder parameters zero"
+            )
+        return f"{1 - self.decoder_parameters.ratio:.1%} of the decoder parameters removed"
+
+    @property
     def model(self) -> Path:
         """Folder of the model to take: the recovered one if there is one, else the pruned one."""
         return self.recovered_model or self.pruned_model
@@ -209,6 +226,9 @@ def summary(report: Report) -> Iterator[Part]:
             " dropped as loops"
         )
     yield from speed_parts(report.speeds)
+    if report.zeros:
+        yield f"{report.zeros:,} weights are zero: {report.done}"
+        yield site_table(report)
     if report.steps:
         yield step_table(report)
     if report.allocation:
@@ -329,6 +349,23 @@ def _step_row(step: StepReport) -> list[str]:
         "closed" if step.exceeded else "passed",
         f"{step.seconds:.1f}",
     ]
+
+
+def site_table(report: Report) -> Table:
+    """What the zeros of every site cost, the mean over the layers."""
+    by_site: dict[str, list[GroupReport]] = {}
+    for layer in report.layers:
+        for name, group in layer.groups.items():
+            by_site.setdefault(name, []).append(group)
+    rows = [
+        [
+            name,
+            f"{fmean(group.mask_error or 0.0 for group in groups):.4f}",
+            f"{fmean(group.held_out_error for group in groups):.4f}",
+        ]
+        for name, groups in by_site.items()
+    ]
+    return Table("zeros", ["site", "held-out error, mask alone", "corrected"], rows)
 
 
 def _millions(count: int) -> str:

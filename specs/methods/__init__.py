@@ -1,7 +1,7 @@
 """The pruning methods of a job: one class of options per method, told apart by `name`.
 
-A method that ranks units is found by its file in `ranking/`; methods that train before they cut, or
-cut in steps, are listed here.
+A method that ranks units is found by its file in `ranking/`; methods that train before they cut,
+cut in steps, or cut no units, are listed here.
 """
 
 from collections.abc import Mapping
@@ -11,6 +11,7 @@ from rayprune.specs.methods.dress import DressOptions
 from rayprune.specs.methods.options import MethodOptions
 from rayprune.specs.methods.progressive import ProgressiveOptions
 from rayprune.specs.methods.ranking import RANKINGS
+from rayprune.specs.methods.sparse import SparseOptions
 from rayprune.specs.methods.trsp import TrspOptions
 from rayprune.specs.section import one_of
 
@@ -18,6 +19,7 @@ METHODS: Mapping[str, type[MethodOptions]] = RANKINGS | {
     "dress": DressOptions,
     "trsp": TrspOptions,
     "progressive": ProgressiveOptions,
+    "sparse": SparseOptions,
 }
 """The options of every method, by its name."""
 

@@ -28,6 +28,7 @@ NAMES = {
     "VerificationError",
     "__version__",
     "load_job",
+    "load_sparse",
     "plan",
     "read_report",
     "run",

@@ -114,6 +114,9 @@ KINDS: dict[str, Kind] = {
         "gate|step-01/export",
         {"num_hidden_layers": 1},
     ),
+    "sparse": Kind(
+        {"method": {"name": "sparse"}, "budget": {"sparsity": None, "round_to": "auto"}}, "sparsity"
+    ),
     "recovered": Kind({"budget": {"kv_groups": 1}, "recover": TRAINING}, "recover", evaluated=True),
     "recovered, adapters": Kind(
         {
