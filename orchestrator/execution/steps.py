@@ -231,6 +231,16 @@ class Steps:
         """`Judging.divergences`."""
         return self._submit("divergences", candidates, owned)
 
+    def without_layers(
+        self, candidates: Sequence[Sequence[int]], owned: tuple[int, int]
+    ) -> Call[None]:
+        """`Judging.without_layers`."""
+        return self._submit("without_layers", candidates, owned)
+
+    def influences(self, owned: tuple[int, int]) -> Call[None]:
+        """`Judging.influences`."""
+        return self._submit("influences", owned)
+
     def evaluate(self, model_path: str, owned: tuple[int, int]) -> Call[None]:
         """`Judging.evaluate`."""
         return self._submit("evaluate", model_path, owned)

@@ -263,6 +263,10 @@ class Report(_Facts):
     """The least that stay in a layer, of groups where layers differ."""
     allocation: dict[str, Any] | None = None
     """How layers that differ got their sizes."""
+    dropped: dict[str, Any] | None = None
+    """Whole layers that have gone before anything else: their numbers, and what was measured to
+    choose them; no such key where none has.
+    """
     parameters: Change[int]
     decoder_parameters: Change[int]
     bytes_on_disk: Change[int]
@@ -333,12 +337,14 @@ class Report(_Facts):
 
     @model_serializer(mode="wrap")
     def _without_absent(self, fields: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """What only encoders have is no key of other reports, rather than a null."""
-        of_encoders = ("masked_lm_loss", "embeddings")
+        """What only encoders or dropped layers have is no key of other reports, rather than a
+        null.
+        """
+        of_some = ("masked_lm_loss", "embeddings", "dropped")
         return {
             name: value
             for name, value in fields(self).items()
-            if name not in of_encoders or value is not None
+            if name not in of_some or value is not None
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -384,6 +390,8 @@ def summary(report: Report) -> Iterator[Part]:
     yield from _measured(report)
     if report.steps:
         yield step_table(report)
+    if report.dropped:
+        yield dropped_words(report.dropped)
     if report.allocation:
         shown = {
             key.replace("_", " "): value
@@ -402,6 +410,17 @@ def summary(report: Report) -> Iterator[Part]:
     yield f"model: {report.model}{other}, report: {report.page}"
     for target, folder in report.models.exports.items():
         yield f"{target}: {report.run / folder}"
+
+
+def dropped_words(dropped: Mapping[str, Any]) -> str:
+    """Which whole layers have gone, and by what they were chosen."""
+    words = "layers left out: " + ", ".join(map(str, dropped["layers"]))
+    if found := dropped.get("influence"):
+        least = ", ".join(f"{found[layer]:.4f}" for layer in dropped["layers"])
+        return f"{words}, by block influence ({least})"
+    if found := dropped.get("divergence"):
+        return f"{words}, by divergence ({found[-1]:.4f} without all of them)"
+    return words
 
 
 def _changes(report: Report) -> Iterator[list[str]]:

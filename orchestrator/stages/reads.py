@@ -63,6 +63,7 @@ READS: Mapping[str, tuple[str, ...]] = {
     "statistics": _STATISTICS,
     "survey": _CUT,
     SENSITIVITY_TASK: _SENSITIVITY,
+    "dropped": (*_ACTIVATIONS, "drop_windows"),
     "generation": (*_ACTIVATIONS, "divergence_windows", *_ALLOCATION),
     SHAPE_TASK: _SHAPE,
     "selection": (*_SELECTION, "method.mask", "method.seed"),
@@ -91,6 +92,7 @@ KEPT_IN_STORE = {
     "statistics",
     "survey",
     SENSITIVITY_TASK,
+    "dropped",
     "generation",
     SHAPE_TASK,
     "selection",
@@ -151,10 +153,11 @@ def _known(job: JobSpec) -> dict[str, Any]:
     if evaluation:
         known["evaluation"] |= {"text": _reading(evaluation), "stride": evaluation.effective_stride}
     elsewhere: Any = {"latency_table", "probe_samples", "probe_layers", "experts", "expert_score"}
+    elsewhere |= {"drop_layers", "drop_score", "drop_samples"}
     known["bounds"] = job.budget.model_dump(
         mode="json", exclude=dict.fromkeys(elsewhere, True) | {"allocation": {"generations"}}
     )
-    for name in ("windows_read", "gradient_windows", "divergence_windows"):
+    for name in ("windows_read", "gradient_windows", "divergence_windows", "drop_windows"):
         known[name] = getattr(job, name)
     return known
 

@@ -131,6 +131,20 @@ class Checkpoint:
         digest = hashlib.sha256(json.dumps(config.raw, sort_keys=True).encode()).hexdigest()
         return Checkpoint(self.path, model, config, _planned(model, config), digest, False)
 
+    def planned_layers(self, there: Sequence[int]) -> "Checkpoint":
+        """The model of these layers alone, before there is a folder of it."""
+        units = [self.model.units] * len(there)
+        config = Config(self.written(there, units, "transformers", "auto").config, self.config.file)
+        model = family_of(config).describe(config)
+        inside = {
+            model.prefix(number) + name: info
+            for number, layer in enumerate(there)
+            for name, info in self.layer_tensors(layer).items()
+        }
+        outer = {n: info for n, info in self.tensors.items() if not n.startswith(self._inside)}
+        digest = hashlib.sha256(json.dumps(config.raw, sort_keys=True).encode()).hexdigest()
+        return Checkpoint(self.path, model, config, outer | inside, digest, has_weights=False)
+
     def check_targets(
         self,
         targets: Sequence[str],
