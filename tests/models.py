@@ -29,6 +29,14 @@ torch.set_num_threads(1)
 WINDOW = {"sliding_window": 8}
 OF_FAMILY: dict[str, dict[str, Any]] = {
     "cohere2": WINDOW,
+    "deberta_v2": {  # as DeBERTa V3, but for what it shares
+        "norm_rel_ebd": "layer_norm",
+        "pos_att_type": ["p2c", "c2p"],
+        "position_biased_input": False,
+        "position_buckets": 8,
+        "relative_attention": True,
+        "type_vocab_size": 0,
+    },
     "electra": {"embedding_size": 24},
     "exaone4": WINDOW,
     "falcon": {"new_decoder_architecture": True},
@@ -57,7 +65,7 @@ WORKED_OUT: dict[str, dict[str, Callable[[dict[str, Any]], Any]]] = {
 }
 """Keys that must fit others."""
 
-HYPHENED = {"xlm_roberta": "xlm-roberta"}
+HYPHENED = {"deberta_v2": "deberta-v2", "xlm_roberta": "xlm-roberta"}
 """Model types whose names are not those of files."""
 
 _MODELS = tempfile.TemporaryDirectory(prefix="models-")

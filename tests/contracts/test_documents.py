@@ -8,6 +8,7 @@ from pydantic import BaseModel
 
 from rayprune.specs.explain import models
 from rayprune.specs.job import JobSpec
+from tests.contracts import families_page
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")])
@@ -37,3 +38,10 @@ def test_links_lead_somewhere(document: Path) -> None:
         if "://" not in target and not (document.parent / target).exists()
     ]
     assert not missing
+
+
+def test_the_tables_of_families_are_those_of_their_files() -> None:
+    """`python -m tests.contracts.families_page` writes both."""
+    assert families_page.PAGE.read_text(encoding="utf-8") == families_page.page()
+    text = families_page.README.read_text(encoding="utf-8")
+    assert families_page.with_table(text, families_page.readme()) == text

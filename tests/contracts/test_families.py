@@ -124,7 +124,8 @@ def dense(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @torch.inference_mode()
 def logits_of(network: Any) -> Tensor:
     """Of the stock forward pass."""
-    logits: Tensor = network(input_ids=WINDOWS_BT, use_cache=False).logits
+    plainly = {"use_cache": False} if network.can_generate() else {}
+    logits: Tensor = network(input_ids=WINDOWS_BT, **plainly).logits
     return logits
 
 

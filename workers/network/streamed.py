@@ -238,7 +238,7 @@ class StreamedModel:
         backbone = self._model.get_submodule(self._described.backbone)
         first = recorders[0].register_forward_pre_hook(lambda _, args: caught.append(args[0]))
         with hooked([first]):
-            backbone(input_ids=tokens_BT.to(self.device), use_cache=False)
+            backbone(input_ids=tokens_BT.to(self.device), **self._plainly)
         recorded = [r.arguments for r in recorders if r.arguments is not None]
         arguments = reuse.arguments if reuse else recorded
         return MicroBatch(self._store(caught[0]), arguments, store=self._store)
@@ -257,8 +257,13 @@ class StreamedModel:
     def _behind_layers(self, network: Any, tokens_BT: Tensor, hidden_BTD: Tensor) -> Tensor:
         returns = self._described.layer_returns
         self._put([_Recorder(self._layers[0], returns, hidden_BTD.to(self.device))])
-        output: Tensor = network(input_ids=tokens_BT.to(self.device), use_cache=False)[0]
+        output: Tensor = network(input_ids=tokens_BT.to(self.device), **self._plainly)[0]
         return output
+
+    @property
+    def _plainly(self) -> dict[str, bool]:
+        """No cache is to be filled; not all classes of encoders know of one."""
+        return {"use_cache": False} if self._described.causal else {}
 
 
 def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
