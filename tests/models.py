@@ -44,6 +44,7 @@ OF_FAMILY: dict[str, dict[str, Any]] = {
     "gpt_neo": {"window_size": 8},
     "gptj": {"rotary_dim": 4},
     "ministral": WINDOW,
+    "modernbert": {"local_attention": 16},
     "olmo3": WINDOW,
     "granite": {  # by default all are 1, and nothing that overlooks one would show
         "attention_multiplier": 0.2,

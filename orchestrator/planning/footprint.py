@@ -34,10 +34,13 @@ class Footprint:
 
 
 def footprint(
-    checkpoint: Checkpoint, layers: Sequence[Mapping[str, int]], job: JobSpec
+    checkpoint: Checkpoint,
+    layers: Sequence[Mapping[str, int]],
+    job: JobSpec,
+    there: Sequence[int] | None = None,
 ) -> Footprint:
-    """The footprint of the model that keeps so many units per group in each of its layers; all of
-    them, or none, are allowed.
+    """The footprint of the model that keeps so many units per group in each of its layers, or of
+    those that are still `there`; all of them, or none, are allowed.
     """
     table, model = job.budget.latency_table, checkpoint.model
     uniform = len(layers) > 0 and all(kept == layers[0] for kept in layers)
@@ -54,9 +57,14 @@ def footprint(
         0,
         outside_ms,
     )
-    alike = [tuple(kept.items()) for kept in layers]
-    each = {items: layer_footprint(checkpoint, dict(items), job, form) for items in set(alike)}
-    return footprint_sum([around, *(each[items] for items in alike)])
+    first = {id(layer): numbers.start for layer, numbers in reversed(model.alike)}
+    numbers = range(len(layers)) if there is None else there
+    alike = [
+        (tuple(kept.items()), first[id(model.layers[number])])
+        for number, kept in zip(numbers, layers, strict=True)
+    ]
+    each = {key: layer_footprint(checkpoint, dict(key[0]), job, form, key[1]) for key in set(alike)}
+    return footprint_sum([around, *(each[key] for key in alike)])
 
 
 def footprint_sum(parts: Iterable[Footprint]) -> Footprint:
@@ -65,19 +73,23 @@ def footprint_sum(parts: Iterable[Footprint]) -> Footprint:
 
 
 def layer_footprint(
-    checkpoint: Checkpoint, kept: Mapping[str, int], job: JobSpec, form: Form = AS_IT_IS
+    checkpoint: Checkpoint,
+    kept: Mapping[str, int],
+    job: JobSpec,
+    form: Form = AS_IT_IS,
+    layer: int = 0,
 ) -> Footprint:
-    """The footprint of one layer that keeps so many units per group, written in a form; one that
-    keeps nothing is left out.
+    """The footprint of one layer, like this one of the model, that keeps so many units per group,
+    written in a form; one that keeps nothing is left out.
     """
     if not any(kept.values()):
         return Footprint(0, 0, 0, 0, 0)
-    export, table, dense = job.export, job.budget.latency_table, checkpoint.model.layers[0]
-    infos = checkpoint.layer_tensors(0)
+    export, table, dense = job.export, job.budget.latency_table, checkpoint.model.layers[layer]
+    infos = checkpoint.layer_tensors(layer)
     cut = dense.cut_shapes(kept)
-    layer = _sizes(form.layer_shapes(cut), infos, export)
-    parameters = sum(math.prod(shape) for shape, _ in layer.values())
-    matrices = sum(math.prod(shape) for shape, _ in layer.values() if len(shape) == 2)
+    sizes = _sizes(form.layer_shapes(cut), infos, export)
+    parameters = sum(math.prod(shape) for shape, _ in sizes.values())
+    matrices = sum(math.prod(shape) for shape, _ in sizes.values() if len(shape) == 2)
     matrices -= sum(_idle(group, cut) for group in dense.groups if group.count > 1)
     cached = sum(
         kept[group.name] * group.cached * _element_bytes(infos[group.axes[0].tensor], export)
@@ -85,7 +97,7 @@ def layer_footprint(
         if group.cached
     )
     milliseconds = load_latency(table).layer(kept) if table else 0.0
-    return Footprint(parameters, parameters, _num_bytes(layer), 2 * matrices, cached, milliseconds)
+    return Footprint(parameters, parameters, _num_bytes(sizes), 2 * matrices, cached, milliseconds)
 
 
 def _idle(group: Group, shapes: Shapes) -> int:

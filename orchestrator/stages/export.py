@@ -87,7 +87,8 @@ def _assemble_and_check(
     written, linked = _assemble(context, subject, parts)
     job, model, source = context.job, task.folder, subject.model.checkpoint
     layers = subject.plan.written_layers(job.export.pad)
-    parameters = footprint(source, layers, job).parameters
+    there = subject.plan.shape.remaining(source.num_layers)
+    parameters = footprint(source, layers, job, there).parameters
     if written.model_type != source.model.model_type:
         context.executor.wait([context.executor.on(0).write_tokenizer()])
     context.executor.wait([context.executor.on(0).check_export(parameters)])

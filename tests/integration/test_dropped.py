@@ -107,13 +107,13 @@ def test_layers_go_by_block_influence_or_one_after_the_other_by_divergence(
     assert not (tmp_path / "divergence/tasks/layers").exists()
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen3_moe", "bert"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3_moe"])
 def test_what_goes_after_layers_goes_as_from_the_model_without_them(
     model_type: str, make_model: MakeModel, make_job: MakeJob, tmp_path: Path
 ) -> None:
     """One job gives the bytes of two: layers first, then widths by what is left of the budget."""
     model = make_model(model_type, num_hidden_layers=LAYERS)
-    heads = {} if model_type == "bert" else {"kv_groups": 2}
+    heads = {"kv_groups": 2}
     evaluated = {"path": str(load_job(make_job(model)).calibration.path), "window": 16}
     job = make_job(
         model,

@@ -21,6 +21,7 @@ from rayprune.workers.model.fit import check_tensors, described, prefixed
 from rayprune.workers.model.folder import FP8, TensorInfo, has_shards, read_config, read_headers
 from rayprune.workers.model.form import Form
 from rayprune.workers.model.ggml import Ggml, ggml_of
+from rayprune.workers.model.recognise import check_known
 from rayprune.workers.model.rewrite import Written, form_of, written
 from rayprune.workers.model.sized_layers import MODULE
 from rayprune.workers.model.targets import check_target
@@ -197,6 +198,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         ModelError: no such folder, no safetensors, a damaged or misplaced shard, an unsupported
             model, or a layer whose tensors do not fit the config.
     """
+    check_known(path)
     config = read_config(path)
     if config.quantised:
         raise config.quantised_error()
@@ -222,6 +224,7 @@ def planned_checkpoint(path: Path) -> Checkpoint:
         ModelError: no such folder, an unknown model type or quantisation, a missing size, or what
             `open_checkpoint` refuses.
     """
+    check_known(path)
     config = read_config(path)
     if has_shards(path) and not config.quantised and family_of(config).not_pruned is None:
         return open_checkpoint(path)

@@ -184,7 +184,7 @@ def test_missing_head_keys_have_their_defaults() -> None:
     [
         (
             {"model_type": "mamba"},
-            "model_type 'mamba' is not supported; supported are bert, bloom, cohere",
+            "model_type 'mamba' is not supported; supported are bert, bloom, camembert",
         ),
         ({"model_type": None}, "model_type 'None' is not supported"),
         ({"model_type": "decoder"}, "model_type 'decoder' is not supported"),

@@ -74,7 +74,7 @@ FAMILY = _Deberta(
     layer_returns=2,
     backbone="deberta",
     heads_stay="its attention counts heads outside its matrices, so all heads have to stay; FFN"
-    " neurons (`budget`) and whole layers (budget.drop_layers) can go",
+    " neurons can go, and whole layers (budget.drop_layers)",
     check=_refused,
     varies=_variant,
 )

@@ -144,6 +144,8 @@ class Decoder(Family):
     values_of_layer: Callable[[Config, int], dict[str, object]] = lambda config, layer: {}
     sized_alike: str | None = None
     """Why layers must keep the same numbers of units."""
+    first_stays: str | None = None
+    """Why the first layer has to stay."""
     check: Callable[[Config], str | None] = lambda config: None
     """Why a config of this type is not supported."""
     varies: Callable[[Config], Mapping[str, Any]] = lambda config: {}
@@ -201,9 +203,6 @@ class Decoder(Family):
         check_values(config)
         check_layer_types(config, self.count_layers(config))
         count = self.count_layers(config)
-        layers = (self._layer(config),) * count
-        if config.layers_differ:
-            layers = tuple(self._layer(self.of_layer(config, layer)) for layer in range(count))
         hidden, vocabulary = self.hidden(config), config.integer(self.keys.vocabulary)
         tied = config.flag("tie_word_embeddings", self.tied)
         if self.pads:
@@ -211,7 +210,7 @@ class Decoder(Family):
         return Model(
             model_type=config.model_type,
             auto_class="AutoModelForCausalLM",
-            layers=layers,
+            layers=self._layers(config),
             layers_at=self.layers_at,
             layer_returns=self.layer_returns,
             backbone=self.backbone,
@@ -228,10 +227,18 @@ class Decoder(Family):
             module_names=self.module_names,
             recomputed=self.recomputed,
             sized_alike=self.sized_alike,
+            first_stays=self.first_stays,
             layers_differ=config.layers_differ,
             code=self.code(config) if config.layers_differ else None,
             caches=self._caches(config, count),
         )
+
+    def _layers(self, config: Config) -> tuple[Layer, ...]:
+        """Every layer; alike ones are one object."""
+        count = self.count_layers(config)
+        if config.layers_differ:
+            return tuple(self._layer(self.of_layer(config, layer)) for layer in range(count))
+        return (self._layer(config),) * count
 
     def check_class(self, config: Config) -> None:
         """Refuse a config that names a class which is not pruned.
