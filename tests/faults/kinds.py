@@ -90,13 +90,16 @@ KINDS: dict[str, Kind] = {
         {"num_hidden_layers": 4},
     ),
     "whole layers": Kind(
-        {"budget": {"drop_layers": 1, "drop_score": "divergence", "drop_samples": 4}},
-        "dropped",
-        {"num_hidden_layers": 3},
-    ),
-    "whole layers, widths": Kind(
-        {"budget": {"drop_layers": 1, "drop_samples": 4, "kv_groups": 1, "sparsity": 0.6}},
-        "tasks/layers",
+        {
+            "budget": {
+                "drop_layers": 1,
+                "drop_score": "divergence",
+                "drop_samples": 4,
+                "kv_groups": 1,
+                "sparsity": 0.6,
+            }
+        },
+        "dropped|layers/plan",
         {"num_hidden_layers": 3},
     ),
     "progressive": Kind(
