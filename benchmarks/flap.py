@@ -84,7 +84,8 @@ def _flap_model(folder: Path, config: Any, dtype: Any, length: int) -> Any:
     from safetensors.torch import load_file
     from torch import nn
 
-    code = _module(folder / "models" / "hf_llama" / "modeling_llama.py", {})
+    size = {"self.head_dim = 128": f"self.head_dim = {config.head_dim}"}
+    code = _module(folder / "models" / "hf_llama" / "modeling_llama.py", size)
     weights = {n: t for file in MODEL.glob("*.safetensors") for n, t in load_file(file).items()}
     groups = config.num_attention_heads // config.num_key_value_heads
     config.max_position_embeddings = length

@@ -133,6 +133,24 @@ class Steps:
         """`Sweeping.decide`."""
         return self._submit("decide", layer, group, num_kept, *parts)
 
+    def begin_share(
+        self, layer: int, group: str, num_kept: int, part: tuple[int, int], *parts: Handle[Parts]
+    ) -> Call[None]:
+        """`Sweeping.begin_share`."""
+        return self._submit("begin_share", layer, group, num_kept, part, *parts)
+
+    def try_damping(self, damping: float) -> Call[None]:
+        """`Sweeping.try_damping`."""
+        return self._submit("try_damping", damping)
+
+    def end_share(self, damping: float) -> Call[Cut]:
+        """`Sweeping.end_share`."""
+        return self._submit("end_share", damping)
+
+    def join(self, summary: Receipt, *cuts: Handle[Cut]) -> Call[Cut]:
+        """`Sweeping.join`."""
+        return self._submit("join", summary, *cuts)
+
     def reduce(self, *parts: Handle[Parts]) -> Call[Parts]:
         """`Sweeping.reduce`."""
         return self._submit("reduce", *parts)

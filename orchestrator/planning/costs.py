@@ -168,14 +168,16 @@ def selection_flops(load: Workload, group: Group) -> int:
 
 
 def correction_flops(load: Workload, group: Group) -> int:
-    """`solving_flops`, and an energy for every candidate and three besides: F^2 D, on rows 2 n (F +
-    K) D.
+    """`solving_flops`, and energies: K^2 D for every candidate, twice (F^2 + P^2) D; on rows 2 n
+    (F + K) D for every candidate and three besides.
     """
-    energies, size = load.num_candidates + 3, group.width**2 * load.hidden
+    kept, candidates = load.columns(group), load.num_candidates
+    pruned = group.width - kept
+    energies = (candidates * kept**2 + 2 * (group.width**2 + pruned**2)) * load.hidden
     if in_rows(load, group):
-        width = group.width + load.columns(group)
-        size = 2 * factorised_rows(load, group) * width * load.hidden
-    return solving_flops(load, group) + load.blocks(group) * energies * size
+        size = 2 * factorised_rows(load, group) * (group.width + kept) * load.hidden
+        energies = (candidates + 3) * size
+    return solving_flops(load, group) + load.blocks(group) * energies
 
 
 def solving_flops(load: Workload, group: Group) -> int:

@@ -92,7 +92,8 @@ def decision_bytes(load: Workload, group: Group) -> Decision:
 def _correction_bytes(load: Workload, group: Group) -> list[Decision]:
     """Moments of a correction.
 
-    Gram: targets D K 8 with the pruned part P K 8, then with the factor K^2 8 (twice on a GPU).
+    Gram: targets D K 8, of the fit and of the judge, with the pruned part P K 8, then with the
+    factor K^2 8 (twice on a GPU).
     Rows: Z_K and its QR, 3 n K 8; then the targets D M 8 with Q (n K 8), and Z_P (n P 8) or the
     damped factor, 6 M^2 8. Besides, blocks of rows.
     """
@@ -101,9 +102,8 @@ def _correction_bytes(load: Workload, group: Group) -> list[Decision]:
     blocks = BLOCKS * 8 * at_once * group.width
     if not in_rows(load, group):
         factor = kept**2 * (2 if load.on_gpu else 1)
-        return [
-            Decision(8 * (load.hidden * kept + max((group.width - kept) * kept, factor)), blocks)
-        ]
+        targets = 2 * load.hidden * kept
+        return [Decision(8 * (targets + max((group.width - kept) * kept, factor)), blocks)]
     small = min(rows, kept)
     pruned = Decision(
         8 * (load.hidden * small + rows * (group.width - kept)),

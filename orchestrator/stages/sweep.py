@@ -20,6 +20,7 @@ from rayprune.orchestrator.stages.context import Context
 from rayprune.orchestrator.stages.stream import layer_work, stream_layers
 from rayprune.orchestrator.stages.subject import Subject
 from rayprune.specs.errors import RaypruneError
+from rayprune.workers.numerics.damping import Rest, Trial, best_trial
 from rayprune.workers.store.files import MANIFEST_NAME, Manifest, Task, fingerprint, read_manifest
 from rayprune.workers.store.layout import layer_task, selection_task
 from rayprune.workers.store.shards import even_parts
@@ -105,6 +106,13 @@ class _PrunedPath:
         described = subject.model.checkpoint.model
         self._experts = described.experts and described.experts.name
         self._members_of = {group.name: list(group.members) for group in described.groups}
+        self._units = {
+            member.name: member.num_units
+            for members in self._members_of.values()
+            for member in members
+            if member.expert is None
+        }
+        """Units of each group but those of single experts, which one worker decides."""
 
     def run(self) -> list[Manifest]:
         """Prune every layer that is not finished; the manifests of all of them."""
@@ -232,7 +240,41 @@ class _PrunedPath:
         ]
         executor.wait(collected)
         parts = _reduced(executor, collected)
-        return executor.on(worker).decide(layer, name, num_kept, *parts)
+        if len(shards) < 2 or name not in self._units:
+            return executor.on(worker).decide(layer, name, num_kept, *parts)
+        return self._decide_together(layer, worker, name, num_kept, parts)
+
+    def _decide_together(
+        self, layer: int, worker: int, name: str, num_kept: int, parts: Sequence[Collected]
+    ) -> Call["Cut"]:
+        """A decision by all workers, each of which corrects some outputs; the damping is chosen
+        here, by what they have found.
+        """
+        executor = self._context.executor
+        workers = [executor.on(place) for place, _ in self._shards]
+        begun = executor.wait(
+            [
+                each.begin_share(layer, name, num_kept, (index, len(workers)), *parts)
+                for index, each in enumerate(workers)
+            ]
+        )
+
+        def trial(damping: float) -> Trial:
+            found = executor.wait([each.try_damping(damping) for each in workers])
+            return Trial.joined(Trial(**receipt["trial"]) for receipt in found)
+
+        best = best_trial(self._context.job.correction, trial)
+        rest = Rest.joined(Rest(**receipt["rest"]) for receipt in begun)
+        summary = {
+            "kept": num_kept,
+            "of": self._units[name],
+            "damping": best.damping,
+            "training_error": rest.training_error(best),
+            "held_out_error": rest.held_out_error(best),
+        }
+        rows = [each.end_share(best.damping) for each in workers]
+        executor.wait(rows)
+        return executor.on(worker).join(summary, *(call.payload for call in rows))
 
     def _route(
         self, layer: int, worker: int, num_kept: int, cuts: Sequence[Decided]

@@ -130,6 +130,7 @@ ROOMS = {
         "specs",
         "workers.machine",
         "workers.model",
+        "workers.numerics",
         "workers.store",
         "workers.texts",
     },

@@ -58,6 +58,12 @@ class Calm:
             shutil.rmtree(folder, ignore_errors=True)
         return out
 
+    def take(self, kept: Path) -> None:
+        """Put a copied run folder, and the store beside it, in the place of a fresh one."""
+        self.fresh()
+        for folder in kept.iterdir():
+            folder.rename(self.run.with_name(folder.name))
+
     def copied(self) -> Path:
         """A copy of the finished run."""
         out = self.fresh()

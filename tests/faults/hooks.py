@@ -8,9 +8,11 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,20 +76,22 @@ class Watch:
     """Calls `act` with every operation inside some folders, before it happens."""
 
     def __init__(self, root: Path, act: "Act") -> None:
-        self._root, self._act, self._busy = str(root.absolute()), act, False
+        self._root, self._act = str(root.absolute()), act
+        self._turn, self._busy = threading.Lock(), threading.local()
         sys.addaudithook(self._hear)
 
     def _hear(self, event: str, args: Sequence[object]) -> None:
-        if self._busy or not (event == "open" or event.startswith("os.")):
+        if vars(self._busy) or not (event == "open" or event.startswith("os.")):
             return
-        self._busy = True
+        self._busy.here = True
         try:
             found = _operation(event, args)
             if found and found[1].startswith(self._root):
                 source = _absolute(args[0], args[2]) if event == "os.rename" else found[1]
-                self._act.meet(Operation(found[0], self._name(found[1])), Path(source))
+                with self._turn:  # threads wait for one another
+                    self._act.meet(Operation(found[0], self._name(found[1])), Path(source))
         finally:
-            self._busy = False
+            del self._busy.here
 
     def _name(self, path: str) -> str:
         """Relative to the root; `store/...` in the store beside it."""
@@ -154,14 +158,53 @@ class DieAt(_At):
     torn: bool = False
 
     def reached(self, operation: Operation, path: Path) -> None:
-        if self.torn and operation.name == "append":
-            with path.open("ab") as handle:
-                handle.write(TORN)
-        elif (
-            self.torn and path.is_file() and path.stat().st_nlink == 1
-        ):  # else it was never written
-            os.truncate(path, path.stat().st_size // 2)
+        if self.torn:
+            tear(operation, path)
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def tear(operation: Operation, path: Path) -> None:
+    """Leave half of what is about to be appended or renamed."""
+    if operation.name == "append":
+        with path.open("ab") as handle:
+            handle.write(TORN)
+    elif path.is_file() and path.stat().st_nlink == 1:  # else it was never written
+        os.truncate(path, path.stat().st_size // 2)
+
+
+@dataclass
+class KeepAt(Act):
+    """Copies `root`, and the store beside it, as a process would leave them that died at an
+    operation, for every place in `places`: its number, and whether it is torn. A copy has the name
+    that `kept` says.
+    """
+
+    root: Path
+    places: Collection[tuple[int, bool]]
+
+    def __call__(self) -> None:
+        self._number = 0
+        Watch(self.root, self)
+
+    def meet(self, operation: Operation, path: Path) -> None:
+        for torn in (False, True):
+            if (self._number, torn) in self.places:
+                self._keep(kept(self.root, self._number, torn), operation, path, torn)
+        self._number += 1
+
+    def _keep(self, copy: Path, operation: Operation, path: Path, torn: bool) -> None:
+        ours = (folder for folder in self.root.parent.glob(f"{self.root.name}*") if folder.is_dir())
+        for folder in ours:
+            beside = folder.name.removeprefix(self.root.name)
+            target = copy / f"{self.root.name}{beside}"
+            shutil.copytree(folder, target, symlinks=True)
+            if torn and path.is_relative_to(folder):
+                tear(operation, target / path.relative_to(folder))
+
+
+def kept(root: Path, number: int, torn: bool) -> Path:
+    """Where `KeepAt` copies what is there at an operation."""
+    return root.parent / "kept" / f"{number}{'-torn' if torn else ''}"
 
 
 @dataclass
@@ -262,8 +305,6 @@ class NoRoom:
     free: int
 
     def __call__(self) -> None:
-        import shutil
-
         told = shutil.disk_usage
         shutil.disk_usage = lambda path: told(path)._replace(free=self.free)
 

@@ -41,10 +41,10 @@ def workers_alive() -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("settings", "counts"),
+    ("settings", "counts", "changes"),
     [
-        ({}, [3]),
-        ({"method": {"name": "stat", "factorization": "qr"}}, [2]),
+        ({}, [3], {"hidden_size": 1040}),  # three blocks of outputs
+        ({"method": {"name": "stat", "factorization": "qr"}}, [2], {}),
         (
             {
                 "calibration": {
@@ -55,6 +55,7 @@ def workers_alive() -> list[int]:
                 }
             },
             [3],
+            {},
         ),
     ],
     ids=["gram", "qr", "few-tokens"],
@@ -62,14 +63,14 @@ def workers_alive() -> list[int]:
 def test_same_bytes_from_every_executor(
     settings: dict[str, Any],
     counts: list[int],
+    changes: dict[str, Any],
     make_model: MakeModel,
     make_job: MakeJob,
     tmp_path: Path,
 ) -> None:
     calibration = {"samples": 22, "shards": 5, "held_out_shards": 2}
-    job = make_job(
-        make_model(), **({"budget": {"kv_groups": 1}, "calibration": calibration} | settings)
-    )
+    sections = {"budget": {"kv_groups": 1}, "calibration": calibration} | settings
+    job = make_job(make_model(**changes), **sections)
     run_job(load_job(job), tmp_path / "in-process", quiet)
     expected = folder_bytes(tmp_path / "in-process" / "model")
     for workers in counts:

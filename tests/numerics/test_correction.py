@@ -12,7 +12,9 @@ from torch import Tensor
 
 from rayprune.specs.errors import ModelError
 from rayprune.specs.job import CorrectionSpec
-from rayprune.workers.numerics.correction import Correction, _Fit, _Trial, correct
+from rayprune.workers.numerics import linalg
+from rayprune.workers.numerics.correction import Correction, JudgedFit, correct, refitted
+from rayprune.workers.numerics.damping import Rest, Trial, best_trial
 from rayprune.workers.numerics.statistics import (
     GramStatistic,
     Moments,
@@ -24,6 +26,7 @@ from tests.helpers import SCRATCH, correlated
 
 ROUTES = ["gram", "qr"]
 TRAINING = 150
+PARTS = slice(None, TRAINING), slice(TRAINING, None)
 
 
 def data(
@@ -166,14 +169,14 @@ def test_candidates_are_tried_from_the_largest_until_the_error_rises(
     z_TF, weight_DF = data(tokens=60, width=20)
     kept_K = pivots(route, z_TF[:24], weight_DF, 14)
     tried: list[float] = []
-    trial = _Fit.trial
+    trial = JudgedFit.trial
 
-    def recorded(fit: _Fit, damping: float, judge: Statistic) -> _Trial:
-        found = trial(fit, damping, judge)
+    def recorded(fit: JudgedFit, damping: float) -> Trial:
+        found = trial(fit, damping)
         tried.append(found.error)
         return found
 
-    monkeypatch.setattr(_Fit, "trial", recorded)
+    monkeypatch.setattr(JudgedFit, "trial", recorded)
     candidates = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 3e-1, 3.0, 100.0)
     result = corrected(
         route, z_TF, weight_DF, kept_K, "held-out", training=24, candidates=candidates
@@ -340,6 +343,41 @@ def test_with_drift_the_kept_columns_make_up_for_it_too(num_kept: int, damping: 
             z_TF[rows][:, kept_K] @ fitted_DK.T - output_TD - drift_TD[rows]
         ).norm() / output_TD.norm()
         assert error == pytest.approx(float(misfit), rel=1e-4)
+
+
+@pytest.mark.parametrize("route", [*ROUTES, "drift"])
+def test_parts_of_the_outputs_make_the_whole(route: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What workers find each for some outputs is bit for bit what one finds for all."""
+    monkeypatch.setitem(linalg.BLOCK_ROWS, "cpu", 2)
+    z_TF, weight_DF = data()
+
+    def fits() -> list[Statistic]:
+        if route == "drift":
+            drift_TD = 0.3 * z_TF @ data(seed=5)[1].T
+            return [with_drift(z_TF[part], drift_TD[part]) for part in PARTS]
+        return [statistic(route, z_TF[part]) for part in PARTS]
+
+    kept_K, shares = torch.arange(3, 15), (slice(0, 4), slice(4, 6))
+    found = [
+        JudgedFit.of(*(each.of_outputs(rows) for each in fits()), weight_DF[rows], kept_K)
+        for rows in shares
+    ]
+    whole = correct(*fits(), weight_DF, kept_K, CorrectionSpec(), torch.float64)
+    best = best_trial(
+        CorrectionSpec(), lambda damping: Trial.joined(fit.trial(damping) for fit in found)
+    )
+    rest = Rest.joined(fit.rest() for fit in found)
+    weights = [
+        refitted(*(each.of_outputs(rows) for each in fits()), weight_DF[rows], kept_K,
+                 best.damping, torch.float64)
+        for rows in shares
+    ]  # fmt: skip
+    assert torch.equal(torch.cat(weights), whole.weight_DK)
+    assert (best.damping, rest.training_error(best), rest.held_out_error(best)) == (
+        whole.damping,
+        whole.training_error,
+        whole.held_out_error,
+    )
 
 
 def test_a_candidate_that_rounding_makes_singular_is_passed_over() -> None:

@@ -4,20 +4,21 @@ uncorrected weight.
 W_K' = (S_KK + gI)^-1 (S_K: W + g W_K) = W_K + (S_KK + gI)^-1 S_KP W_P, with S = Z'Z. For g = 0 this
 is STAT's interpolative fold, Numerical Pruning's compensation and the OBS refit alike. Where the
 statistics know the drift E of the residual stream, the output is also to make up for it: + (S_KK +
-gI)^-1 Z_K'E. Letters: F width, D hidden, K kept columns, M size of a solver's targets, B block of
-output rows.
+gI)^-1 Z_K'E. Letters: F width, D hidden, K kept columns, P pruned ones, M size of a solver's
+targets, B block of output rows.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from rayprune.specs.errors import ModelError
 from rayprune.specs.job import CorrectionSpec
+from rayprune.workers.numerics.damping import Blocks, Rest, Trial, best_trial
 from rayprune.workers.numerics.linalg import wide_blocks
-from rayprune.workers.numerics.statistics import Refit, Statistic
+from rayprune.workers.numerics.statistics import Judge, Refit, Statistic
 
 NOT_CORRECTED = 1e6
 """A damping that leaves the weight all but as it was."""
@@ -51,21 +52,28 @@ def correct(
     a file: it is read in blocks of rows. `kept_K` ascending column indices, on the statistics'
     device. The result has `dtype` and lies beside `weight_DF`. Both statistics are consumed.
     Numerics: fp64. The damping is a multiple of the mean column energy; ties go to the larger one.
-    Cost: with a Gram matrix K^3/3 + 2 K^2 D + F^2 D flops for every candidate that is tried, and
-    about twice that for the rest.
+    Cost: with a Gram matrix K^3/3 + 3 K^2 D flops for every candidate that is tried, and for the
+    rest about that and 2 F^2 D + 2 P^2 D.
     """
     if len(kept_K) == 0:
         return Correction(weight_DF[:, :0].to(dtype), 0.0, 1.0, 1.0)
-    fit = _Fit.of(training, weight_DF, kept_K)
-    best = fit.best(held_out, options)
-    training_error = _relative(
-        best.training_error + fit.refit.remainder(weight_DF),
-        _output_energy(training, weight_DF, kept_K.device),
-    )
-    held_out_error = _relative(best.error, _output_energy(held_out, weight_DF, kept_K.device))
+    fit = JudgedFit.of(training, held_out, weight_DF, kept_K)
+    best, rest = best_trial(options, fit.trial), fit.rest()
     del fit  # its memory
-    weight_DK = _Fit.of(training.merge(held_out), weight_DF, kept_K).weight(best.damping, dtype)
-    return Correction(weight_DK, best.damping, training_error, held_out_error)
+    weight_DK = refitted(training, held_out, weight_DF, kept_K, best.damping, dtype)
+    return Correction(weight_DK, best.damping, rest.training_error(best), rest.held_out_error(best))
+
+
+def refitted(
+    training: Statistic,
+    held_out: Statistic,
+    weight_DF: Tensor,
+    kept_K: Tensor,
+    damping: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The corrected weight (D, K) from the tokens of both statistics, which are consumed."""
+    return corrected(training.merge(held_out), weight_DF, kept_K, damping, dtype)
 
 
 def error_curve(
@@ -80,11 +88,11 @@ def error_curve(
 
     Shapes as for `correct`; neither statistic is consumed.
     """
-    energy = _output_energy(held_out, weight_DF, kept_sets[0].device)
-    middle = _Fit.of(training, weight_DF, kept_sets[len(kept_sets) // 2])
-    damping = middle.best(held_out, options).damping
-    fits = (_Fit.of(training, weight_DF, kept_K) for kept_K in kept_sets)
-    return damping, [_relative(fit.trial(damping, held_out).error, energy) ** 2 for fit in fits]
+    middle = JudgedFit.of(training, held_out, weight_DF, kept_sets[len(kept_sets) // 2])
+    damping = best_trial(options, middle.trial).damping
+    del middle
+    fits = (JudgedFit.of(training, held_out, weight_DF, kept_K) for kept_K in kept_sets)
+    return damping, [fit.rest().held_out_error(fit.trial(damping)) ** 2 for fit in fits]
 
 
 def corrected(
@@ -95,14 +103,44 @@ def corrected(
 
 
 @dataclass(frozen=True)
-class _Trial:
-    """A damping, its squared error on the held-out tokens, and that on the tokens of the fit, less
-    the remainder.
+class JudgedFit:
+    """Corrections of one weight, or of some of its rows, from training tokens, and what held-out
+    tokens say of them. Neither statistic is consumed.
     """
 
-    damping: float
-    error: float
-    training_error: float
+    fit: "_Fit"
+    held_out: Statistic
+    judge: Judge
+
+    @classmethod
+    def of(
+        cls, training: Statistic, held_out: Statistic, weight_DF: Tensor, kept_K: Tensor
+    ) -> Self:
+        """Of kept columns, at least one."""
+        judge = held_out.judge(weight_DF, kept_K)
+        return cls(_Fit.of(training, weight_DF, kept_K), held_out, judge)
+
+    def trial(self, damping: float) -> Trial:
+        """A damping, judged.
+
+        Raises:
+            ModelError: it is too small to solve with.
+        """
+        held_out, training = [], []
+        for rows, weight_BF, change_BK in self.fit.changes(damping):
+            training.append(self.fit.misfit(rows, change_BK, damping))
+            held_out.append(self.judge.misfit(rows, weight_BF, change_BK))
+        return Trial(damping, tuple(held_out), tuple(training))
+
+    def rest(self) -> Rest:
+        """What no damping changes."""
+        weight_DF, device = self.fit.weight_DF, self.fit.kept_K.device
+        return Rest(
+            self.judge.remainders(weight_DF),
+            self.fit.refit.remainders(weight_DF),
+            _output_energies(self.held_out, weight_DF, device),
+            _output_energies(self.fit.statistic, weight_DF, device),
+        )
 
 
 @dataclass(frozen=True)
@@ -118,7 +156,7 @@ class _Fit:
     targets_DM: Tensor
 
     @classmethod
-    def of(cls, statistic: Statistic, weight_DF: Tensor, kept_K: Tensor) -> "_Fit":
+    def of(cls, statistic: Statistic, weight_DF: Tensor, kept_K: Tensor) -> Self:
         refit = statistic.refit(kept_K)
         return cls(statistic, refit, weight_DF, kept_K, refit.targets(weight_DF))
 
@@ -126,62 +164,27 @@ class _Fit:
         # without any energy every ridge gives no change, but none would be singular
         return damping * (self.statistic.mean_energy or 1.0)
 
-    def _changes(self, damping: float) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    def changes(self, damping: float) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Per block its rows, the weight in fp64, and the change of its kept columns."""
         solve = self.refit.solver(self._ridge(damping))
         for rows, weight_BF in wide_blocks(self.weight_DF, self.kept_K.device):
             yield rows, weight_BF, solve(self.targets_DM[rows])
 
-    def best(self, held_out: Statistic, options: CorrectionSpec) -> _Trial:
-        """The trial with the least error, of candidates from the largest down until the error
-        rises: with less damping a fit to the training tokens alone only goes on.
-
-        The larger one of equals; candidates that are too small to solve with are passed over.
-
-        Raises:
-            ModelError: so are all.
-        """
-        candidates = options.candidates if options.damping == "held-out" else (options.damping,)
-        best: _Trial | None = None
-        for damping in sorted(candidates, reverse=True):
-            try:
-                trial = self.trial(damping, held_out)
-            except ModelError:
-                if best is None:
-                    raise
-                break  # with less damping it is more singular still
-            if best is not None and trial.error > best.error:
-                break
-            if best is None or trial.error < best.error:
-                best = trial
-        assert best is not None, "there is at least one candidate"
-        return best
-
-    def trial(self, damping: float, judge: Statistic) -> _Trial:
-        """A damping, judged by other tokens: |Z_K W_K' - Z W' - E|^2."""
-        error = training_error = 0.0
-        for rows, weight_BF, change_BK in self._changes(damping):
-            training_error += self.refit.misfit(
-                change_BK, self.targets_DM[rows], self._ridge(damping)
-            )
-            error += judge.misfit(weight_BF.neg_().index_copy_(1, self.kept_K, change_BK), rows)
-        return _Trial(damping, error, training_error)
+    def misfit(self, rows: slice, change_BK: Tensor, damping: float) -> float:
+        """What is left on the tokens of the fit, less its share of the remainder."""
+        return self.refit.misfit(change_BK, self.targets_DM[rows], self._ridge(damping))
 
     def weight(self, damping: float, dtype: torch.dtype) -> Tensor:
         """W_K', rounded to `dtype`."""
         result_DK = torch.empty(
             len(self.weight_DF), len(self.kept_K), dtype=dtype, device=self.weight_DF.device
         )
-        for rows, weight_BF, change_BK in self._changes(damping):
+        for rows, weight_BF, change_BK in self.changes(damping):
             result_DK[rows] = (
                 weight_BF[:, self.kept_K].add_(change_BK).to(self.weight_DF.device, dtype)
             )
         return result_DK
 
 
-def _output_energy(statistic: Statistic, weight_DF: Tensor, device: torch.device) -> float:
-    return sum(statistic.energy(weight_BF) for _, weight_BF in wide_blocks(weight_DF, device))
-
-
-def _relative(error: float, energy: float) -> float:
-    return (max(0.0, error) / energy) ** 0.5 if energy > 0 else 0.0
+def _output_energies(statistic: Statistic, weight_DF: Tensor, device: torch.device) -> Blocks:
+    return tuple(statistic.energy(weight_BF) for _, weight_BF in wide_blocks(weight_DF, device))

@@ -7,6 +7,7 @@ Nothing falls back silently. Large matrices are worked on in place or in blocks 
 they may lie in files.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from functools import cache
 from importlib import import_module
@@ -34,8 +35,9 @@ def kernels() -> ModuleType | None:
 
 
 def row_slices(count: int, device: torch.device) -> Iterator[slice]:
-    """`count` rows in blocks of `BLOCK_ROWS`."""
-    size = BLOCK_ROWS[device.type]
+    """`count` rows in blocks of `BLOCK_ROWS` at most, all alike but for the last."""
+    most = BLOCK_ROWS[device.type]
+    size = math.ceil(count / math.ceil(count / most)) if count else most
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
 
@@ -114,6 +116,20 @@ def gram_energy(gram_FF: Tensor, rows_BF: Tensor) -> float:
         own, below = rows_BF[:, block], rows_BF[:, block.stop :]
         total += (own @ gram_FF[block, block]).mul_(own).sum() + 2 * (
             below @ gram_FF[block.stop :, block]
+        ).mul_(own).sum()
+    return max(0.0, float(total))
+
+
+def gram_energy_of(gram_FF: Tensor, columns_K: Tensor, rows_BK: Tensor) -> float:
+    """`gram_energy` of rows that are zero but in some columns, which ascend. Cost: B K^2 flops."""
+    total = torch.zeros((), dtype=WIDE, device=rows_BK.device)
+    for block in row_slices(len(columns_K), rows_BK.device):
+        below_K, own = columns_K[block.start :], rows_BK[:, block]
+        out = torch.empty(len(below_K), own.shape[1], dtype=WIDE, device=rows_BK.device)
+        some = gather_(out, gram_FF, below_K, columns_K[block])
+        size = own.shape[1]
+        total += (own @ some[:size]).mul_(own).sum() + 2 * (
+            rows_BK[:, block.stop :] @ some[size:]
         ).mul_(own).sum()
     return max(0.0, float(total))
 

@@ -10,8 +10,15 @@ from torch import Tensor
 from rayprune.specs.job import FEW_TOKENS, CorrectionSpec
 from rayprune.workers.model.description import Group
 from rayprune.workers.network.slicing import Cut
-from rayprune.workers.numerics.correction import NOT_CORRECTED, Correction, correct
-from rayprune.workers.numerics.linalg import column_norms, unit_rows
+from rayprune.workers.numerics.correction import (
+    NOT_CORRECTED,
+    Correction,
+    JudgedFit,
+    correct,
+    refitted,
+)
+from rayprune.workers.numerics.damping import Rest, Trial
+from rayprune.workers.numerics.linalg import column_norms, row_slices, unit_rows
 from rayprune.workers.numerics.methods import select
 from rayprune.workers.numerics.statistics import RoutingStatistic, Statistic, best_experts, restored
 from rayprune.workers.passes.stream import Fits
@@ -19,7 +26,7 @@ from rayprune.workers.passes.sweep import Parts, Routes, check_computed_on
 from rayprune.workers.steps.step import Receipt
 from rayprune.workers.store.files import read_manifest
 from rayprune.workers.store.layout import GRADIENTS_FILE, GRADIENTS_TASK, selection_task
-from rayprune.workers.store.shards import Node, merge_siblings
+from rayprune.workers.store.shards import Node, even_parts, merge_siblings
 from rayprune.workers.workbench import Workbench
 
 
@@ -131,6 +138,30 @@ class Deciding:
         correction = correct(*fits, weight_DF, columns_K, options, dtype)
         return Cut(name, units, correction.weight_DK), correction
 
+    @torch.inference_mode()
+    def share(
+        self,
+        layer: int,
+        name: str,
+        num_kept: int,
+        fits: Fits,
+        units: Tensor | None,
+        part: tuple[int, int],
+    ) -> "Share":
+        """The first of `cut` for some outputs alone: of `part[1]` parts of their blocks the one
+        with the number `part[0]`.
+        """
+        group, (index, count) = self._bench.groups[name], part
+        weight_DF = self._bench.consumer_weight(layer, group)
+        units = self.select(layer, name, num_kept, fits[0]) if units is None else units
+        blocks = list(row_slices(len(weight_DF), self._bench.device))
+        mine = [blocks[number] for number in even_parts(len(blocks), count)[index]]
+        rows = slice(mine[0].start, mine[-1].stop) if mine else slice(0)
+        training, held_out = (fit.of_outputs(rows) for fit in fits)
+        columns_K = unit_rows(units, group.columns).to(self._bench.device)
+        dtype = self._bench.disk_dtype(weight_DF)
+        return Share(name, units, (training, held_out), weight_DF[rows], columns_K, dtype)
+
     def _damped_for(self, group: Group, fits: Fits) -> CorrectionSpec:
         """How a group is corrected. Of an expert that has seen few tokens held-out ones may also
         say that it is not, which they do where there are none.
@@ -155,6 +186,47 @@ class Deciding:
         with safe_open(folder / GRADIENTS_FILE, framework="pt") as handle:
             row_1F: Tensor = handle.get_slice(name)[layer : layer + 1]
         return row_1F.to(self._bench.device)
+
+
+class Share:
+    """Some of the outputs of a group's correction, while a damping is looked for."""
+
+    def __init__(
+        self,
+        group: str,
+        units: Tensor,
+        fits: Fits,
+        weight_BF: Tensor,
+        columns_K: Tensor,
+        dtype: torch.dtype,
+    ) -> None:
+        self._group, self._units, self._dtype = group, units, dtype
+        self._fits, self._weight_BF, self._columns_K = fits, weight_BF, columns_K
+        # a worker without outputs has nothing to fit
+        self._fit = JudgedFit.of(*fits, weight_BF, columns_K) if len(weight_BF) else None
+
+    @torch.inference_mode()
+    def rest(self) -> Rest:
+        """What no damping changes."""
+        return self._fit.rest() if self._fit else Rest((), (), (), ())
+
+    @torch.inference_mode()
+    def trial(self, damping: float) -> Trial:
+        """A damping, judged by these outputs.
+
+        Raises:
+            ModelError: it is too small to solve with.
+        """
+        return self._fit.trial(damping) if self._fit else Trial(damping, (), ())
+
+    @torch.inference_mode()
+    def cut(self, damping: float) -> Cut:
+        """These rows of the corrected weight; the statistics are used up."""
+        if self._fit is None:
+            return Cut(self._group, self._units, torch.empty(0, len(self._columns_K)))
+        self._fit = None  # its memory
+        weight_BK = refitted(*self._fits, self._weight_BF, self._columns_K, damping, self._dtype)
+        return Cut(self._group, self._units, weight_BK)
 
 
 def _plain_cut(

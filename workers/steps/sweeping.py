@@ -1,14 +1,16 @@
 """Steps of the pruned path: statistics of a group, and the decision made from them."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 
 import torch
 
 from rayprune.workers.network.slicing import Cut
 from rayprune.workers.numerics.correction import Correction
+from rayprune.workers.passes.stream import Fits
 from rayprune.workers.passes.sweep import Parts, Routes, Sweep
-from rayprune.workers.steps.deciding import Deciding
+from rayprune.workers.steps.deciding import Deciding, Share
 from rayprune.workers.steps.step import Cached, Droppable, Receipt, drop_all, step
 from rayprune.workers.store.shards import roots
 from rayprune.workers.workbench import Workbench
@@ -20,11 +22,13 @@ class Sweeping:
     def __init__(self, bench: Workbench, deciding: Deciding, before: Sequence[Droppable]) -> None:
         self._bench, self._deciding, self._before = bench, deciding, before
         self._sweep = Cached(self._new_sweep)
+        self._share: Share | None = None
         self._job = bench.job
 
     def drop(self) -> None:
         """Forget hidden states, inputs and statistics of the pruned path."""
         self._sweep.drop()
+        self._share = None
 
     def _new_sweep(self) -> Sweep:
         drift = self._job.correction.drift
@@ -89,17 +93,54 @@ class Sweeping:
             return {"group": self._deciding.summary(group, 0, correction)}, Cut(
                 group, torch.arange(0), nothing
             )
-        trees = roots(self._job.calibration.shards, self._job.calibration.held_out_shards)
-        fits = self._deciding.merged(trees, parts)
-        is_cut = num_kept < self._bench.groups[group].num_units
-        units = (
-            self._deciding.selected(layer, group) if is_cut and self._job.selects_first else None
-        )
+        fits, units = self._fits(parts), self._selected(layer, group, num_kept)
         tokens = fits[0].num_tokens + fits[1].num_tokens  # they are used up
         cut, correction = self._deciding.cut(layer, group, num_kept, fits, units)
         summary = self._deciding.summary(group, num_kept, correction)
         routed = self._bench.groups[group].expert is not None
         return {"group": summary | ({"tokens": tokens} if routed else {})}, cut
+
+    def _fits(self, parts: Sequence[Parts]) -> Fits:
+        trees = roots(self._job.calibration.shards, self._job.calibration.held_out_shards)
+        return self._deciding.merged(trees, parts)
+
+    def _selected(self, layer: int, group: str, num_kept: int) -> torch.Tensor | None:
+        """Units that a selection pass has chosen, if there was one."""
+        is_cut = num_kept < self._bench.groups[group].num_units
+        chosen = is_cut and self._job.selects_first
+        return self._deciding.selected(layer, group) if chosen else None
+
+    @step
+    def begin_share(
+        self, layer: int, group: str, num_kept: int, part: tuple[int, int], *parts: Parts
+    ) -> tuple[Receipt, None]:
+        """Begin a decision that workers share by the outputs of the weight that is corrected: its
+        number among so many parts says which are this worker's.
+        """
+        self._share = None  # its memory
+        fits, units = self._fits(parts), self._selected(layer, group, num_kept)
+        self._share = self._deciding.share(layer, group, num_kept, fits, units, part)
+        return {"rest": asdict(self._share.rest())}, None
+
+    @step
+    def try_damping(self, damping: float) -> tuple[Receipt, None]:
+        """What this worker's outputs say of a damping."""
+        assert self._share is not None, "no decision is shared"
+        return {"trial": asdict(self._share.trial(damping))}, None
+
+    @step
+    def end_share(self, damping: float) -> tuple[Receipt, Cut]:
+        """This worker's rows of the corrected weight. The statistics are used up."""
+        assert self._share is not None, "no decision is shared"
+        share, self._share = self._share, None
+        return {}, share.cut(damping)
+
+    @step
+    def join(self, summary: Receipt, *cuts: Cut) -> tuple[Receipt, Cut]:
+        """The cut of all outputs; `summary` is its decision as reports have it."""
+        weights = [cut.weight_DK for cut in cuts if len(cut.weight_DK)]
+        whole = Cut(cuts[0].group, cuts[0].units, torch.cat(weights))
+        return {"group": summary}, whole
 
     @step
     def reduce(self, *parts: Parts) -> tuple[Receipt, Parts]:

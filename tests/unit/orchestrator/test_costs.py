@@ -31,7 +31,9 @@ def test_arithmetic() -> None:
     assert forward_flops(LOAD, DENSE) == 128 * (2 * 300 + 16 * 12)
     assert statistics_flops(LOAD, NEURONS) == 128 * 100
     assert selection_flops(LOAD, NEURONS) == 1000 // 3
-    assert correction_flops(LOAD, NEURONS) == 6 * (343 // 3 + 2 * 49 * 4) + 8 * 100 * 4
+    assert correction_flops(LOAD, NEURONS) == 6 * (343 // 3 + 2 * 49 * 4) + (
+        5 * 49 * 4 + 2 * 100 * 4 + 2 * 9 * 4
+    )
     (cost,) = layer_costs(LOAD, MemoryPlan(keep_inputs=False))
     assert cost.forward_flops == 2 * forward_flops(LOAD, DENSE)
 

@@ -14,7 +14,7 @@ from tests.unit.orchestrator.workloads import EXACT, EXPERTS, FEW, GPU, LOAD, MI
 
 def test_a_decision_on_a_gpu() -> None:
     assert decision_bytes(GPU, NEURONS) == Decision(
-        max(800, 8 * (4 * 7 + 2 * 7 * 7)), 3 * 8 * 4 * 10
+        max(800, 8 * (2 * 4 * 7 + 2 * 7 * 7)), 3 * 8 * 4 * 10
     )
 
 

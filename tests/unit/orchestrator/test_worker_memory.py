@@ -34,7 +34,7 @@ def test_memory_of_a_dense_layer_on_a_cpu() -> None:
     }
     assert table["decide"] == standing | beside | {
         "statistics": 2 * 800,
-        "decision": 8 * (4 * 7 + 7 * 7) + 3 * 8 * 4 * 10 + 4 * 7 * 2,
+        "decision": 8 * (2 * 4 * 7 + 7 * 7) + 3 * 8 * 4 * 10 + 4 * 7 * 2,
     }
     assert table["write"] == standing | {"output": 2 * (300 - 3 * 12) * 2}
     assert table["write outer"] == {"runtime": RUNTIME_BYTES, "output": 800 * 2}

@@ -8,13 +8,14 @@ A statistic is additive: `update` per micro-batch, `merge` up the fixed tree
 from rayprune.workers.machine.scratch import Scratch
 from rayprune.workers.numerics.statistics.gram import GramStatistic
 from rayprune.workers.numerics.statistics.moments import Drift, Moments
-from rayprune.workers.numerics.statistics.protocol import Refit, State, Statistic, complement
+from rayprune.workers.numerics.statistics.protocol import Judge, Refit, State, Statistic, complement
 from rayprune.workers.numerics.statistics.routing import RoutingStatistic, best_experts
 from rayprune.workers.numerics.statistics.rows import RowsStatistic
 
 __all__ = [
     "Drift",
     "GramStatistic",
+    "Judge",
     "Moments",
     "Refit",
     "RoutingStatistic",

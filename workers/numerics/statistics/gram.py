@@ -3,7 +3,7 @@
 Letters: T tokens, F width, D hidden, K kept columns, P pruned columns, B block of output rows.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -12,9 +12,16 @@ from torch import Tensor
 from rayprune.workers.machine.scratch import Scratch
 from rayprune.workers.numerics import linalg, pivoting
 from rayprune.workers.numerics.codec import from_array, to_array
+from rayprune.workers.numerics.damping import Blocks
 from rayprune.workers.numerics.linalg import WIDE, Solver
 from rayprune.workers.numerics.statistics.moments import Drift, Moments
-from rayprune.workers.numerics.statistics.protocol import Refit, State, Travelling, complement
+from rayprune.workers.numerics.statistics.protocol import (
+    Judge,
+    Refit,
+    State,
+    Travelling,
+    complement,
+)
 
 
 @dataclass
@@ -119,13 +126,14 @@ class GramStatistic(Travelling):
         """tr(M G M'). Cost: B F^2 flops."""
         return linalg.gram_energy(self.gram_FF, rows_BF)
 
-    def misfit(self, change_BF: Tensor, outputs: slice) -> float:
-        """tr(M G M') - 2 tr(M Z'E) + |E|^2."""
-        energy = self.energy(change_BF)
-        if self.drift is None:
-            return energy
-        shared = float((change_BF * self.drift.cross_FD[:, outputs].T).sum())
-        return max(0.0, energy - 2 * shared + float(self.drift.energy_D[outputs].sum()))
+    def of_outputs(self, rows: slice) -> Self:
+        """With the drift of these alone."""
+        return replace(self, drift=self.drift and self.drift.of_outputs(rows))
+
+    def judge(self, weight_DF: Tensor, kept_K: Tensor) -> Judge:
+        """By what is lost with the pruned columns, computed once."""
+        refit = _GramRefit(self, kept_K)
+        return _GramJudge(refit, refit.targets(weight_DF))
 
 
 @dataclass(frozen=True)
@@ -157,13 +165,38 @@ class _GramRefit:
         """
         return -float((change_BK * target_BM).sum()) - ridge * float(change_BK.square().sum())
 
-    def remainder(self, weight_DF: Tensor) -> float:
-        """|b|^2 of all outputs. Cost: D F^2 flops."""
-        return sum(
-            self.statistic.misfit(weight_BF.neg_().index_fill_(1, self.kept_K, 0.0), rows)
-            for rows, weight_BF in linalg.wide_blocks(weight_DF, self.statistic.scratch.device)
-        )
+    def remainders(self, weight_DF: Tensor) -> Blocks:
+        """|b|^2 = |Z_P W_P' + E|^2. Cost: D P^2 flops."""
+        gram_FF, drift, found = self.statistic.gram_FF, self.statistic.drift, []
+        pruned_P = complement(self.kept_K, len(gram_FF))
+        for rows, weight_BF in linalg.wide_blocks(weight_DF, gram_FF.device):
+            weight_BP = weight_BF[:, pruned_P]
+            energy = linalg.gram_energy_of(gram_FF, pruned_P, weight_BP)
+            if drift is not None:
+                cross_PB = drift.cross_FD[:, rows].index_select(0, pruned_P)
+                energy += 2 * float((weight_BP * cross_PB.T).sum())
+                energy += float(drift.energy_D[rows].sum())
+            found.append(max(0.0, energy))
+        return tuple(found)
 
     def _gathered(self, rows: Tensor) -> Tensor:
         out = self.statistic.scratch.empty(len(rows), len(self.kept_K), dtype=WIDE)
         return linalg.gather_(out, self.statistic.gram_FF, rows, self.kept_K)
+
+
+@dataclass(frozen=True)
+class _GramJudge:
+    """|Z_K C' - b|^2 - |b|^2 = tr(C G_KK C') - 2 <C, b'Z_K>. Accurate to about 1e-16 |b|^2."""
+
+    refit: _GramRefit
+    targets_DK: Tensor
+
+    def misfit(self, rows: slice, weight_BF: Tensor, change_BK: Tensor) -> float:
+        """Cost: B K^2 flops."""
+        gram_FF, kept_K = self.refit.statistic.gram_FF, self.refit.kept_K
+        shared = float((change_BK * self.targets_DK[rows]).sum())
+        return linalg.gram_energy_of(gram_FF, kept_K, change_BK) - 2 * shared
+
+    def remainders(self, weight_DF: Tensor) -> Blocks:
+        """|b|^2."""
+        return self.refit.remainders(weight_DF)

@@ -92,6 +92,10 @@ class Drift:
         self.cross_FD += other.cross_FD
         self.energy_D += other.energy_D
 
+    def of_outputs(self, rows: slice) -> "Drift":
+        """That of some outputs."""
+        return Drift(self.cross_FD[:, rows], self.energy_D[rows])
+
     def state(self) -> State:
         """As arrays."""
         return {"cross": to_array(self.cross_FD), "drift_energy": to_array(self.energy_D)}

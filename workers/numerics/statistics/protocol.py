@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rayprune.workers.machine.scratch import Scratch
+from rayprune.workers.numerics.damping import Blocks
 from rayprune.workers.numerics.linalg import Solver
 
 State = dict[str, np.ndarray]
@@ -46,8 +47,22 @@ class Refit(Protocol):
         """
         ...
 
-    def remainder(self, weight_DF: Tensor) -> float:
-        """What the misfits of all outputs leave out, since it does not depend on the ridge."""
+    def remainders(self, weight_DF: Tensor) -> Blocks:
+        """What misfits leave out, by blocks of outputs, since it does not depend on the ridge."""
+        ...
+
+
+class Judge(Protocol):
+    """What some tokens say of changes that were found on others."""
+
+    def misfit(self, rows: slice, weight_BF: Tensor, change_BK: Tensor) -> float:
+        """|Z_K C' - Z_P W_P' - E|^2 for some outputs, their weight and the change C of its kept
+        columns, less their share of the remainder, fp64.
+        """
+        ...
+
+    def remainders(self, weight_DF: Tensor) -> Blocks:
+        """What misfits leave out, by blocks of outputs, since it does not depend on the change."""
         ...
 
 
@@ -150,10 +165,12 @@ class Statistic(Protocol):
         """
         ...
 
-    def misfit(self, change_BF: Tensor, outputs: slice) -> float:
-        """|Z M' - E|^2 for a change M of some outputs' weights and their drift E, fp64; without
-        drift, the energy.
-        """
+    def of_outputs(self, rows: slice) -> Self:
+        """The same, for some outputs alone; their memory is shared."""
+        ...
+
+    def judge(self, weight_DF: Tensor, kept_K: Tensor) -> "Judge":
+        """What tells how well changes of these kept columns serve on these tokens."""
         ...
 
 

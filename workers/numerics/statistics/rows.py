@@ -16,9 +16,16 @@ from rayprune.specs.errors import ModelError
 from rayprune.workers.machine.scratch import Scratch
 from rayprune.workers.numerics import linalg, pivoting
 from rayprune.workers.numerics.codec import from_array, to_array
+from rayprune.workers.numerics.damping import Blocks
 from rayprune.workers.numerics.linalg import WIDE, Solver
 from rayprune.workers.numerics.statistics.moments import Moments
-from rayprune.workers.numerics.statistics.protocol import Refit, State, Travelling, complement
+from rayprune.workers.numerics.statistics.protocol import (
+    Judge,
+    Refit,
+    State,
+    Travelling,
+    complement,
+)
 
 
 @dataclass
@@ -164,9 +171,27 @@ class RowsStatistic(Travelling):
             for _, z_BF in linalg.wide_blocks(part, rows_BF.device)
         )
 
-    def misfit(self, change_BF: Tensor, outputs: slice) -> float:
-        """The energy: there is no drift."""
-        return self.energy(change_BF)
+    def of_outputs(self, rows: slice) -> Self:
+        """Itself."""
+        return self
+
+    def judge(self, weight_DF: Tensor, kept_K: Tensor) -> Judge:
+        """By the energy of the whole change: there is no drift."""
+        return _RowsJudge(self, kept_K)
+
+
+@dataclass(frozen=True)
+class _RowsJudge:
+    statistic: RowsStatistic
+    kept_K: Tensor
+
+    def misfit(self, rows: slice, weight_BF: Tensor, change_BK: Tensor) -> float:
+        """Cost: 2 B N F flops."""
+        return self.statistic.energy(weight_BF.neg().index_copy_(1, self.kept_K, change_BK))
+
+    def remainders(self, weight_DF: Tensor) -> Blocks:
+        """None."""
+        return ()
 
 
 class _RowsRefit:
@@ -229,13 +254,13 @@ class _RowsRefit:
         )
         return float((output_BM - target_BM).square().sum())
 
-    def remainder(self, weight_DF: Tensor) -> float:
-        """|b - b Q Q'|^2 of all outputs: what lies outside the kept columns' span. Cost: that of
-        the targets, and 2 D N K; nothing where rows are few.
+    def remainders(self, weight_DF: Tensor) -> Blocks:
+        """|b - b Q Q'|^2: what lies outside the kept columns' span. Cost: that of the targets, and
+        2 D N K; nothing where rows are few.
         """
         if self._is_short:
-            return 0.0
-        return sum(
+            return ()
+        return tuple(
             float((target_BN - target_BN @ self._q @ self._q.T).square().sum())
             for _, target_BN in self._lost(weight_DF)
         )
