@@ -16,6 +16,7 @@ from rayprune.orchestrator.planning.together import (
     stages_together,
     traffic_together,
 )
+from rayprune.orchestrator.planning.worker_memory import total
 from rayprune.specs.errors import SpecError
 from rayprune.specs.job import BudgetSpec, CorrectionSpec, ExportSpec, JobSpec
 from rayprune.specs.machine import MachineProfile
@@ -186,11 +187,18 @@ def _inserted(tasks: tuple[str, ...], choices: tuple[str, ...]) -> tuple[str, ..
 def _layers_plan(plan: Plan) -> Plan:
     """A plan by which no layer is looked into, only measured and written."""
     stages = tuple(stage for stage in plan.stages if stage.name in _STAGES)
-    steps = {name: kinds for name, kinds in plan.needs.memory_by_step.items() if name in _STEPS}
+    held = {
+        name: dict(plan.needs.memory_by_step[name])
+        for name in _STEPS
+        if name in plan.needs.memory_by_step
+    }
+    for kind in ("hidden states", "inputs"):  # a layer that is only written meets none
+        held.get("write", {}).pop(kind, None)
+    most = max(map(total, held.values()), default=plan.needs.worker_memory_bytes)
     return replace(
         plan,
         stages=stages,
         seconds=seconds_together([stage.seconds for stage in stages]),
         seconds_with_layers=None,
-        needs=replace(plan.needs, memory_by_step=steps),
+        needs=replace(plan.needs, memory_by_step=held, worker_memory_bytes=most),
     )
