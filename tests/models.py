@@ -14,6 +14,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForTextEncoding,
     PreTrainedTokenizerFast,
 )
 
@@ -53,6 +54,11 @@ OF_FAMILY: dict[str, dict[str, Any]] = {
         "residual_multiplier": 0.5,
     },
     "gpt2": {"n_positions": 256},
+    "t5": {
+        "architectures": ["T5EncoderModel"],
+        "feed_forward_proj": "gated-gelu",
+        "relative_attention_num_buckets": 8,
+    },
 }
 """Keys that only one family has, or that show what it does."""
 WORKED_OUT: dict[str, dict[str, Callable[[dict[str, Any]], Any]]] = {
@@ -97,9 +103,9 @@ def raw_config(model_type: str, **changes: Any) -> dict[str, Any]:
 
 
 def auto_class(model_type: str) -> Any:
-    """What builds a model of a family that predicts tokens."""
-    if isinstance(family_named(model_type), Encoder):
-        return AutoModelForMaskedLM
+    """What builds a model of a family that predicts tokens, if there is such a class."""
+    if isinstance(family := family_named(model_type), Encoder):
+        return AutoModelForMaskedLM if family.predicts else AutoModelForTextEncoding
     return AutoModelForCausalLM
 
 
