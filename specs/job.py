@@ -181,6 +181,7 @@ class CalibrationSpec(TextSpec):
 
 
 DEFAULT_SPARSITY = 0.2
+LayerNumber = Annotated[int, Field(ge=0)]
 _TARGETS = (
     "sparsity",
     "parameters",
@@ -230,7 +231,7 @@ class BudgetSpec(Section):
 
     sparsity: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     """Fraction of the decoder-layer parameters removed, at least; null: 0.2, or no such target
-    where another one is given.
+    where another one, or `drop_layers`, is given.
     """
     parameters: Annotated[int, Field(ge=1)] | None = None
     """Parameters of the whole model, at most."""
@@ -272,6 +273,20 @@ class BudgetSpec(Section):
     """Which experts stay: those that add most to the tokens they get (`reap`), or get most tokens
     (`frequency`).
     """
+    drop_layers: (
+        Annotated[int, Field(ge=1)] | Annotated[list[LayerNumber], Field(min_length=1)] | None
+    ) = None
+    """Whole layers that go, without training: their numbers, from 0, or how many, the least useful
+    by `drop_score`. What they hold counts first, heads and widths give what a target is short of;
+    without a target nothing else goes. null: none.
+    """
+    drop_score: Literal["influence", "divergence"] = "influence"
+    """Which layers go: those that turn the hidden states least (`influence`, ShortGPT's Block
+    Influence), or one after the other that without which the outputs lie nearest to the dense
+    model's (`divergence`).
+    """
+    drop_samples: int = Field(default=8, ge=1, le=4096)
+    """Calibration windows on which that is measured; at most all."""
     probe_samples: int = Field(default=4, ge=2, le=4096)
     """Calibration windows used to predict output errors when `kv_groups` is `auto`."""
     probe_layers: int = Field(default=5, ge=1, le=4096)
@@ -293,6 +308,29 @@ class BudgetSpec(Section):
         return self
 
     @model_validator(mode="after")
+    def _layers_are_dropped(self) -> Self:
+        drop, measured = self.drop_layers, ("influence", 8)
+        if not isinstance(drop, int) and (self.drop_score, self.drop_samples) != measured:
+            raise ValueError(
+                "drop_score and drop_samples need drop_layers: how many go; leave them out, or"
+                " give a number"
+            )
+        if isinstance(drop, list) and len(set(drop)) < len(drop):
+            raise ValueError(f"drop_layers names a layer twice: {drop}")
+        narrower = self.kv_groups != "auto" or self.experts is not None or self.per_layer
+        if drop is not None and narrower and not self.has_target:
+            raise ValueError(
+                "drop_layers without a target removes layers and nothing else; leave out kv_groups,"
+                " experts and per_layer, or give a target, as sparsity"
+            )
+        return self
+
+    @property
+    def has_target(self) -> bool:
+        """Whether there is anything that the pruned model has to meet."""
+        return any(getattr(self, name) is not None for name in _TARGETS)
+
+    @model_validator(mode="after")
     def _layers_may_differ(self) -> Self:
         if self.per_layer == (self.allocation.name == "uniform"):
             change = (
@@ -309,7 +347,8 @@ class BudgetSpec(Section):
     @model_validator(mode="before")
     @classmethod
     def _depend_on_others(cls, options: object) -> object:
-        if isinstance(options, Mapping) and all(options.get(name) is None for name in _TARGETS):
+        known = (*_TARGETS, "drop_layers")
+        if isinstance(options, Mapping) and all(options.get(name) is None for name in known):
             options = {**options, "sparsity": DEFAULT_SPARSITY}
         if isinstance(options, Mapping) and options.get("per_layer") is True:
             options = {"allocation": "curves", **options}
@@ -493,6 +532,11 @@ class JobSpec(Section):
             raise ValueError(
                 f"method {self.method.name} removes whole layers; leave out budget.kv_groups"
             )
+        if self.budget.drop_layers is not None and (self.method.removes_layers or self.steps):
+            raise ValueError(
+                f"budget.drop_layers: method {self.method.name} has a way of its own; leave it out,"
+                " or drop the layers in a run before, without a target"
+            )
         if self.method.trainings and (self.budget.per_layer or self.parallel.placement == "layers"):
             raise ValueError(
                 f"method {self.method.name} leaves out budget.per_layer and parallel.placement: it"
@@ -606,6 +650,12 @@ class JobSpec(Section):
             return 0
         num_texts = len(calibration.texts) + (calibration.own is not None)
         return min(max(allocation.samples, num_texts), calibration.samples)
+
+    @property
+    def drop_windows(self) -> int:
+        """Calibration windows on which is measured which layers go; 0: none."""
+        measured = isinstance(self.budget.drop_layers, int)
+        return min(self.budget.drop_samples, self.calibration.samples) if measured else 0
 
     @property
     def gradient_windows(self) -> int:

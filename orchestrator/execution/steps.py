@@ -270,6 +270,16 @@ class Steps:
         """`Judging.divergences`."""
         return self._submit("divergences", candidates, owned)
 
+    def without_layers(
+        self, candidates: Sequence[Sequence[int]], owned: tuple[int, int]
+    ) -> Call[None]:
+        """`Judging.without_layers`."""
+        return self._submit("without_layers", candidates, owned)
+
+    def influences(self, owned: tuple[int, int]) -> Call[None]:
+        """`Judging.influences`."""
+        return self._submit("influences", owned)
+
     def compare(
         self,
         original: str,

@@ -85,10 +85,10 @@ def workload_of(
         probes=job.budget.kv_groups == "auto" and not job.budget.per_layer and masks is None,
         in_process=job.cluster.executor == "in-process",
         survey_levels=_survey_levels(job),
-        candidates=_candidates(job, checkpoint.num_layers),
+        candidates=_candidates(job, model.num_layers) + _without_layers(job, model.num_layers),
         trainings=_trainings(job),
         gradient_windows=job.gradient_windows,
-        candidate_windows=job.divergence_windows,
+        candidate_windows=job.divergence_windows or job.drop_windows,
         own_text=own_text_load(job, checkpoint, _element_bytes(job, checkpoint, on_gpu)),
         experts=kept_experts(job, checkpoint) or None,
         converts=any(target.startswith("gguf") for target in job.converted),
@@ -157,6 +157,18 @@ def _candidates(job: JobSpec, num_layers: int) -> int:
         case CurvesAllocation():
             return 2 * num_layers
     return 0
+
+
+def _without_layers(job: JobSpec, num_layers: int) -> int:
+    """Models without a layer more that are measured until all layers to be dropped are chosen; for
+    their influence one pass is enough.
+    """
+    asked = job.budget.drop_layers
+    if not isinstance(asked, int):
+        return 0
+    if job.budget.drop_score == "influence":
+        return 1
+    return sum(num_layers - gone for gone in range(asked))
 
 
 def _least_cut(model: Model, job: JobSpec) -> dict[str, int]:

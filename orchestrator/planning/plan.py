@@ -104,6 +104,19 @@ class PlannedStep:
 
 
 @dataclass(frozen=True)
+class Dropped:
+    """Whole layers that go before anything else is cut."""
+
+    count: int
+    layers: tuple[int, ...]
+    """Their numbers, where they are known."""
+    score: str | None
+    """What they are chosen by in the run; None: the job names them."""
+    decoder_parameters: int
+    """What they hold."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a job will do, printable before anything is computed."""
 
@@ -134,6 +147,8 @@ class Plan:
     """The passes, where they are several; the rest of the plan is then of all of them."""
     speeds: tuple[PredictedSpeed, ...] = ()
     """By `budget.latency_table`, of the shapes."""
+    dropped: Dropped | None = None
+    """Whole layers that go before; the shapes are then of the layers that stay."""
     fallbacks: tuple[str, ...] = ()
     """What engines do with widths that they do not take as they are."""
     notes: tuple[str, ...] = ()
@@ -153,7 +168,8 @@ class Plan:
     @property
     def warnings(self) -> tuple[str, ...]:
         """What will harm the result, with numbers."""
-        if self.tokens_per_neuron >= FEW_TOKENS:
+        corrects = self.corrects_drift or any(s.kept != self.model.units for s in self.shapes)
+        if self.tokens_per_neuron >= FEW_TOKENS or not corrects:
             return self.notes
         given, each = self.calibration_tokens, self.tokens_per_neuron
         return (
@@ -226,12 +242,14 @@ def make_plan(
     machine: MachineProfile | None = None,
     device: str | None = None,
     gate_windows: int = 0,
+    given: tuple[Shape, ...] = (),
 ) -> Plan:
     """Plan one pass from its model's config and headers; times and GPU memory need a machine
     profile.
 
     `device` is where the workers compute (`cpu` or `cuda`), once that is known; `gate_windows` are
-    those on which what comes of the pass is compared with the original.
+    those on which what comes of the pass is compared with the original; `given` are the shapes
+    where the budget does not decide about them.
 
     Raises:
         SpecError: the budget cannot be met, no loader accepts the result, or the profile is of
@@ -252,7 +270,9 @@ def make_plan(
         check_part(job)
     kinds = layer_kinds(checkpoint)
     planned = model.not_pruned is not None
-    shapes = (planned_shape(job, checkpoint, kinds),) if planned else open_shapes(job, checkpoint)
+    shapes = given or (
+        (planned_shape(job, checkpoint, kinds),) if planned else open_shapes(job, checkpoint)
+    )
     if job.budget.per_layer:
         shapes = shapes[:1]  # what is removed from the mean layer
     if not planned:

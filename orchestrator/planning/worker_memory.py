@@ -306,11 +306,9 @@ def _divergence(load: Workload, choice: MemoryPlan) -> Kinds:
     models' scores, and two temporaries.
     """
     window = load.sequence_length
-    windows = (
-        1
-        if choice.spill_hidden
-        else 2 * (CANDIDATES_AT_ONCE + 1) * math.ceil(load.candidate_windows / load.workers)
-    )
+    models = min(load.candidates, CANDIDATES_AT_ONCE) + 1
+    own = math.ceil(load.candidate_windows / load.workers)
+    windows = 1 if choice.spill_hidden else 2 * models * own
     scores = load.vocabulary * (load.element_bytes + 4 * 4)
     return {
         "runtime": RUNTIME_BYTES,

@@ -57,6 +57,10 @@ class Report(Facts):
     """The least that stay in a layer, of groups where layers differ."""
     allocation: dict[str, Any] | None = None
     """How layers that differ got their sizes."""
+    dropped: dict[str, Any] | None = None
+    """Whole layers that have gone before anything else: their numbers, and what was measured to
+    choose them; no such key where none has.
+    """
     parameters: Change[int]
     decoder_parameters: Change[int]
     bytes_on_disk: Change[int]
@@ -172,7 +176,7 @@ class Report(Facts):
         """What only some jobs have, or was not measured, is no key of other reports, rather than a
         null.
         """
-        may_lack = ("masked_lm_loss", "embeddings", "own_text", "speeds")
+        may_lack = ("masked_lm_loss", "embeddings", "own_text", "speeds", "dropped")
         return {
             name: value
             for name, value in fields(self).items()
@@ -231,6 +235,8 @@ def summary(report: Report) -> Iterator[Part]:
         yield site_table(report)
     if report.steps:
         yield step_table(report)
+    if report.dropped:
+        yield dropped_words(report.dropped)
     if report.allocation:
         shown = {
             key.replace("_", " "): value
@@ -253,6 +259,17 @@ def summary(report: Report) -> Iterator[Part]:
     yield f"model: {report.model}{other}, report: {report.page}"
     for target, folder in report.models.exports.items():
         yield f"{target}: {report.run / folder}"
+
+
+def dropped_words(dropped: Mapping[str, Any]) -> str:
+    """Which whole layers have gone, and by what they were chosen."""
+    words = "layers left out: " + ", ".join(map(str, dropped["layers"]))
+    if found := dropped.get("influence"):
+        least = ", ".join(f"{found[layer]:.4f}" for layer in dropped["layers"])
+        return f"{words}, by block influence ({least})"
+    if found := dropped.get("divergence"):
+        return f"{words}, by divergence ({found[-1]:.4f} without all of them)"
+    return words
 
 
 def _changes(report: Report) -> Iterator[list[str]]:
