@@ -248,7 +248,7 @@ def _timeline(report: Report) -> str:
             for s in report.timeline
         ]
     told = "A worker's bar is filled for the part of the stage in which it computed."
-    if left := len(workers) - MOST_ROWS > 0:
+    if (left := len(workers) - MOST_ROWS) > 0:
         told += f" {left} further workers are not drawn."
     return timeline_drawing("timeline", "Time line", rows) + note(told)
 
