@@ -27,8 +27,8 @@ BILLIONS = {
     "deepseek-v3": 671.03,
 }
 ACTIVE_BILLIONS = {"mixtral-8x22b": 39.15, "deepseek-v3": 37.55}
-BOTH_PLACEMENTS = [name for name in BILLIONS if name != "mixtral-8x22b"]
-"""Mixtures of experts are pruned with `shards` alone; those that are only planned take either."""
+BOTH_PLACEMENTS = [name for name in BILLIONS if name not in ACTIVE_BILLIONS]
+"""Mixtures of experts are pruned with `shards` alone."""
 COMMAND = """
 import sys
 from rayprune.orchestrator.cli import main
