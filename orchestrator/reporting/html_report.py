@@ -26,6 +26,7 @@ from rayprune.orchestrator.reporting.report import (
     Report,
     Training,
     closeness_lines,
+    own_text_lines,
     step_table,
 )
 from rayprune.orchestrator.reporting.tables import html_table, text, titled
@@ -114,7 +115,8 @@ def _figures(report: Report) -> str:
             f" {used.stride:,} · {counts}"
         )
     notes = "".join(
-        f"<p>{text(line)}.</p>" for line in (note.rstrip("."), *closeness_lines(report))
+        f"<p>{text(line)}.</p>"
+        for line in (note.rstrip("."), *closeness_lines(report), *own_text_lines(report))
     )
     warnings = "".join(
         f"<p><strong>Warning:</strong> {text(warning)}</p>" for warning in report.warnings
