@@ -67,7 +67,10 @@ def _given(context: Context, checkpoint: Checkpoint) -> dict[str, object]:
     model, calibration = source.identify(context, checkpoint), context.job.calibration
     assert calibration.own is not None
     names = (*TOKENIZER_FILES, *CHAT_TEMPLATES, "generation_config.json")
-    given = {"model": model.identity, "tokenizer": file_digests(side_files(checkpoint.path, names))}
+    given: dict[str, object] = {
+        "model": model.identity,
+        "tokenizer": file_digests(side_files(checkpoint.path, names)),
+    }
     if calibration.own.prompts != "calibration":
         return given
     text = {"holds": digest_of(Path(calibration.path)), "format": calibration.format}
