@@ -66,6 +66,9 @@ def plan_job(
             continue
         if not plans:  # the dense model is judged beside the last one
             spec = spec.model_copy(update={"evaluation": job.evaluation})
+        else:  # its own text is written once
+            own = {"calibration": spec.calibration.model_copy(update={"own": None})}
+            spec = spec.model_copy(update=own)
         try:
             plan = make_plan(spec, model, machine, device, steps.gate.samples)
         except (SpecError, ResourceError) as error:

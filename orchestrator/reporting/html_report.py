@@ -20,7 +20,13 @@ from rayprune.orchestrator.reporting.page import (
     section,
     wide_table,
 )
-from rayprune.orchestrator.reporting.report import Report, layer_table, site_table, step_table
+from rayprune.orchestrator.reporting.report import (
+    Report,
+    layer_table,
+    own_text_lines,
+    site_table,
+    step_table,
+)
 from rayprune.orchestrator.reporting.speeds import protocol, speed_table
 from rayprune.orchestrator.reporting.tables import html_table, text, titled
 from rayprune.orchestrator.reporting.verdict import verdict
@@ -57,6 +63,7 @@ def _head(report: Report, title: str) -> str:
     lines = [
         f"Kept in every layer: {', '.join(facts)}.",
         f"Method {report.method['name']}{': ' if options else ''}{' · '.join(options)}.",
+        *(f"{line}.".capitalize() for line in own_text_lines(report)),
     ]
     when = ""
     if report.finished is not None:

@@ -224,11 +224,7 @@ def summary(report: Report) -> Iterator[Part]:
     """What a run has achieved and cost, and where its results are."""
     yield Table("result", ["", "before", "after", "after / before"], list(_changes(report)))
     yield from _measured(report)
-    if own := report.own_text:
-        yield (
-            f"own text: {own.tokens:,} tokens in {own.documents:,} documents, {own.dropped:,} more"
-            " dropped as loops"
-        )
+    yield from own_text_lines(report)
     yield from speed_parts(report.speeds)
     if report.zeros:
         yield f"{report.zeros:,} weights are zero: {report.done}"
@@ -305,6 +301,15 @@ def _measured(report: Report) -> Iterator[Part]:
         yield (
             f"{what} of {used.files}: window {used.window}, stride {used.stride},"
             f" {used.windows} windows, {used.scored_tokens} scored tokens"
+        )
+
+
+def own_text_lines(report: Report) -> Iterator[str]:
+    """What the model has written itself to be calibrated on."""
+    if own := report.own_text:
+        yield (
+            f"own text: {own.tokens:,} tokens in {own.documents:,} documents, {own.dropped:,} more"
+            " dropped as loops"
         )
 
 

@@ -2,6 +2,7 @@
 tested here with no further edit.
 """
 
+import json
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
