@@ -72,14 +72,15 @@ class SparseSweep(Sweep):
         warn: Callable[[str], object],
     ) -> None:
         """`decided` are the sites that get zeros."""
-        reads = [site.input for site in sites.values()]
+        reads = {site.input.name: site.input for site in sites.values()}
+        every = [reads] * model.checkpoint.num_layers
         super().__init__(
-            model, reads, statistic, shards, scope, checkpoint_layers, keep_inputs, 0.0, warn
+            model, every, statistic, shards, scope, checkpoint_layers, keep_inputs, 0.0, warn
         )
         self._sites, self._decided = sites, decided
         self._sparse: tuple[int, tuple[str, ...], nn.Module] | None = None
 
-    def _on_device(self, cuts: Mapping[str, Any]) -> dict[str, Any]:
+    def _on_device(self, layer: int, cuts: Mapping[str, Any]) -> dict[str, Any]:
         return dict(cuts)  # `_layer` puts them in place
 
     def _layer(self, index: int, cuts: Mapping[str, Any]) -> nn.Module:
@@ -101,7 +102,7 @@ class SparseSweep(Sweep):
         for name in cuts:
             site = self._sites[name]
             if site.ends_block and site.input.block.module not in batch.outputs:
-                layers.compute_block(module, layer, batch, self._groups, name)
+                layers.compute_block(module, layer, batch, self._groups[layer], name)
             batch.inputs.pop(name, None)
 
     def _finished_cuts(self, layer: int) -> dict[str, Any]:
