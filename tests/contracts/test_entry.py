@@ -27,6 +27,7 @@ NAMES = {
     "SpecError",
     "VerificationError",
     "__version__",
+    "generate",
     "load_job",
     "load_sparse",
     "plan",
