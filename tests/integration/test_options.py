@@ -135,6 +135,7 @@ CHANGES: dict[str, list[str]] = {
     "adapters": ["recover.lora.rank=3", "recover.lora.alpha=8"],
     "refit": ["correction.drift=1.0", "budget.sparsity=0.3", "calibration.samples=12"],
     "curves": [
+        "budget.allocation.objective=max",
         "budget.allocation.samples=3",
         "budget.allocation.levels=6",
         "budget.allocation.least=0.9",
