@@ -19,7 +19,8 @@ from rayprune.orchestrator.planning.plan import Plan
 from rayprune.orchestrator.planning.steps import plan_job
 from rayprune.orchestrator.planning.targets import check_tokenizer
 from rayprune.specs.errors import ResourceError, SpecError
-from rayprune.specs.job import EvaluationSpec, JobSpec, TextSpec
+from rayprune.specs.job import EvaluationSpec, JobSpec
+from rayprune.specs.texts import TextSpec
 from rayprune.workers.model.checkpoint import Checkpoint, open_checkpoint
 from rayprune.workers.store.files import read_manifest
 from rayprune.workers.store.layout import task_folder
@@ -30,6 +31,7 @@ from rayprune.workers.texts.limits import (
     check_other_text,
     check_positions,
     embedding_rows,
+    kept_out,
     no_window,
     too_few_samples,
     windows_behind,
@@ -91,13 +93,10 @@ def check_inputs(job: JobSpec, checkpoint: Checkpoint) -> list[str]:
     warnings = check_positions(checkpoint, spec.sequence_length, "calibration.sequence_length")
     read = windows_of_texts(spec.model_copy(update={"samples": job.windows_read}))
     for text, count, gate in _wanted(job, read):
-        needed = (count + gate) * (spec.sequence_length - special)
-        ids, facts = _looked_at(checkpoint, text, encode, needed)
-        if _is_less(facts, needed):
-            raise too_few_samples(
-                text, count + gate, spec.sequence_length - special, len(ids), gate
-            )
-        warnings += _said(ids[:needed], facts, text, needed)
+        size = spec.sequence_length - special
+        warnings += _windows(checkpoint, text, encode, count + gate, size, gate=gate)
+    trained = _recovery(job, checkpoint, encode)
+    warnings += trained.warnings
     if evaluation:
         warnings += check_positions(checkpoint, evaluation.window, "evaluation.window")
         needed = _evaluated(evaluation)
@@ -105,8 +104,59 @@ def check_inputs(job: JobSpec, checkpoint: Checkpoint) -> list[str]:
         if _is_less(facts, evaluation.window - special):
             raise no_window(evaluation, len(ids))
         warnings += _said(ids[:needed], facts, evaluation, evaluation.window)
-        check_other_text([text for text, _ in read], evaluation)
+        check_other_text([*trained.texts, *(text for text, _ in read)], evaluation)
     return warnings
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """The texts that a recovery alone is trained on, and warnings about them."""
+
+    texts: Sequence[TextSpec] = ()
+    warnings: Sequence[str] = ()
+
+
+def _recovery(job: JobSpec, checkpoint: Checkpoint, encode: Encode | None) -> _Trained:
+    if job.recover is None:
+        return _Trained()
+    spec, option, top = job.recovery_text, job.recovery_option, job.recover.teacher_top
+    if job.recover.held_out:
+        kept_out(spec, option, job.recover.held_out.windows)
+    if top and top > checkpoint.model.vocabulary:
+        raise SpecError(
+            f"recover.teacher_top: {top}, but the model has {checkpoint.model.vocabulary} tokens;"
+            " lower it"
+        )
+    if job.recover.text is None:
+        return _Trained()
+    length = spec.sequence_length
+    warnings = check_positions(checkpoint, length, f"{option}.sequence_length")
+    read = windows_of_texts(spec, option)
+    for text, count in read:
+        warnings += _windows(checkpoint, text, encode, count, length, option)
+    return _Trained([text for text, _ in read], warnings)
+
+
+def _windows(
+    checkpoint: Checkpoint,
+    text: TextSpec,
+    encode: Encode | None,
+    count: int,
+    size: int,
+    option: str = "calibration",
+    gate: int = 0,
+) -> list[str]:
+    """Check that a text of an option has so many windows, `gate` of them those of a gate; warnings.
+
+    Raises:
+        SpecError: the text will not do, or is too short.
+        ModelError: the model has no embedding for a token.
+    """
+    needed = count * size
+    ids, facts = _looked_at(checkpoint, text, encode, needed)
+    if _is_less(facts, needed):
+        raise too_few_samples(text, count, size, len(ids), gate, option)
+    return _said(ids[:needed], facts, text, needed)
 
 
 def _wanted(

@@ -126,8 +126,10 @@ def _together(job: JobSpec, steps: InSteps, plans: dict[int, Plan]) -> Plan:
         shapes=last.shapes,
         tasks=(
             CALIBRATION_TASK,
+            *recovery_text(job),
             GATE_TOKENS_TASK,
             SOURCE_TASK,
+            *teacher_tasks(job),
             *map(gate_task, plans),
             EXPORT_TASK,
             *map(converted_task, job.converted),

@@ -39,10 +39,11 @@ def prune(
     context.record(plan)
     context.executor.use_model(context.job, checkpoint.path, context.scope.name)
     digests = texts.text_digests(context)
-    tokens, evaluated, warnings = texts.tokenize(context, checkpoint, digests)
-    plan = context.record(noting(context, plan, warnings))
+    original = teacher.checkpoint if teacher else checkpoint
+    tokens = texts.tokenize(context, checkpoint, digests, original)
+    plan = context.record(noting(context, plan, tokens.warnings))
     dense = source.identify(context, checkpoint)
-    subject = Subject(plan, dense, tokens, tuple(digests))
+    subject = Subject(plan, dense, tokens.calibration, tuple(digests), tokens.recovery)
     subject = replace(subject, gradients=gradients.measure_gradients(context, subject))
     shape = probe.choose_shape(context, subject)
     subject = replace(subject, plan=context.record(plan.chosen(shape)))
@@ -55,7 +56,7 @@ def prune(
     # it only serves what is not finished
     shutil.rmtree(context.scope.cache, ignore_errors=True)
     models = {"before": dense, "after": pruned} | ({"recovered": recovered} if recovered else {})
-    losses = evaluation.evaluate(context, models, evaluated)
+    losses = evaluation.evaluate(context, models, tokens.evaluation)
     final = noting(context, trained.plan, [*few, *evaluation.doubts(losses)])
     allocation = _allocation(context)
     return Pruned(final, dense, pruned, recovered, _groups(layers), losses, allocation)

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from rayprune.orchestrator.execution.run_folder import HOW_COMPUTED
-from rayprune.specs.job import JobSpec, TextSpec
+from rayprune.specs.job import JobSpec
+from rayprune.specs.texts import TextSpec, WindowsSpec
 from rayprune.specs.training import HOW_TRAINED
 from rayprune.workers.store.layout import (
     CALIBRATION_TASK,
@@ -21,10 +22,12 @@ from rayprune.workers.store.layout import (
     GRADIENTS_TASK,
     OUTER_TASK,
     RECOVER_TASK,
+    RECOVERY_TOKENS_TASK,
     REGULARISE_TASK,
     SENSITIVITY_TASK,
     SHAPE_TASK,
     SOURCE_TASK,
+    TEACHER_TASK,
     UPDATES_TASK,
     converted_task,
 )
@@ -53,7 +56,7 @@ _SENSITIVITY = (*_ACTIVATIONS, "divergence_windows")
 _SHAPE = (*_CUT, *_ALLOCATION, "budget.probe_samples", "budget.probe_layers")
 _LAYER = (*_CUT, "parallel.propagation", "export.form", "export.pad")
 _EXPORT = ("export.dtype", "export.form", "export.pad")
-_RECOVER = (*_TRAINING, "recover")
+_RECOVER = ("parallel.device", "parallel.threads_per_worker", "recover")
 
 READS: Mapping[str, tuple[str, ...]] = {
     SOURCE_TASK: (),
@@ -75,6 +78,8 @@ READS: Mapping[str, tuple[str, ...]] = {
     OUTER_TASK: ("export.dtype",),
     EXPORT_TASK: _EXPORT,
     **dict.fromkeys(CONVERTED_TASKS, ()),
+    RECOVERY_TOKENS_TASK: ("recovery",),
+    TEACHER_TASK: (*_ACTIVATIONS, "recover.teacher_top"),
     RECOVER_TASK: _RECOVER,
     GATE_TOKENS_TASK: (*_TEXT, "calibration.samples", "windows_read", "method.gate.samples"),
     # what all tasks of its pass read
@@ -86,6 +91,8 @@ READS: Mapping[str, tuple[str, ...]] = {
 """By kind of task; a section's name stands for all of it."""
 KEPT_IN_STORE = {
     CALIBRATION_TASK,
+    RECOVERY_TOKENS_TASK,
+    TEACHER_TASK,
     EVALUATION_TASK,
     GRADIENTS_TASK,
     "statistics",
@@ -106,6 +113,7 @@ WITHOUT_ACTIVATIONS = {
     SOURCE_TASK,
     CALIBRATION_TASK,
     EVALUATION_TASK,
+    RECOVERY_TOKENS_TASK,
     GATE_TOKENS_TASK,
     OUTER_TASK,
     EXPORT_TASK,
@@ -137,7 +145,7 @@ def _known(job: JobSpec) -> dict[str, Any]:
     """
     left_out: Any = {
         "evaluation": {"path", "format", "field"},
-        "recover": HOW_TRAINED,
+        "recover": HOW_TRAINED | {"text", "samples"},  # they are in its tokens
         "method": {"training": HOW_TRAINED, "gates": HOW_TRAINED},
     }
     known: dict[str, Any] = job.model_dump(mode="json", exclude=left_out)
@@ -147,7 +155,14 @@ def _known(job: JobSpec) -> dict[str, Any]:
     selector = job.method.selector
     known["method"]["selector"] = selector.model_dump(mode="json", exclude={"training", "gates"})
     calibration, evaluation = job.calibration, job.evaluation
-    known["calibration"]["texts"] = [_reading(text) for text in (calibration, *calibration.mix)]
+    known["calibration"]["texts"] = _readings(calibration)
+    if job.recover:
+        text = job.recovery_text
+        known["recovery"] = {
+            "texts": _readings(text),
+            "samples": text.samples,
+            "sequence_length": text.sequence_length,
+        }
     if evaluation:
         known["evaluation"] |= {"text": _reading(evaluation), "stride": evaluation.effective_stride}
     elsewhere: Any = {"latency_table", "probe_samples", "probe_layers", "experts", "expert_score"}
@@ -157,6 +172,10 @@ def _known(job: JobSpec) -> dict[str, Any]:
     for name in ("windows_read", "gradient_windows", "divergence_windows"):
         known[name] = getattr(job, name)
     return known
+
+
+def _readings(spec: WindowsSpec) -> list[dict[str, object]]:
+    return [_reading(text) for text in (spec, *spec.mix)]
 
 
 def _reading(text: TextSpec) -> dict[str, object]:

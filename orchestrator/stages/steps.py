@@ -59,14 +59,15 @@ def prune_in_steps(context: Context, plan: Plan, checkpoint: Checkpoint) -> Prun
     context.record(plan)
     context.executor.use_model(context.job, checkpoint.path, context.scope.name)
     digests = texts.text_digests(context)
-    tokens, evaluated, warnings = texts.tokenize(context, checkpoint, digests)
+    tokens = texts.tokenize(context, checkpoint, digests, checkpoint)
     measured_on, more = texts.tokenize_gate(context, checkpoint, digests)
-    plan = context.record(noting(context, plan, [*warnings, *more]))
+    plan = context.record(noting(context, plan, [*tokens.warnings, *more]))
     original = source.identify(context, checkpoint)
     given = {
         "original": original.identity,
         "beside the weights": file_digests(side_files(checkpoint.path, COPIED)),
-        "calibration-tokens": tokens.digest,
+        "calibration-tokens": tokens.calibration.digest,
+        **({"recovery-tokens": tokens.recovery.digest} if tokens.recovery else {}),
         "gate-tokens": measured_on.digest,
         "texts": digests,
     }
@@ -78,7 +79,7 @@ def prune_in_steps(context: Context, plan: Plan, checkpoint: Checkpoint) -> Prun
     formats.write_formats(context, pruned)
     context.executor.memory_on = lambda _: plan.memory
     context.executor.use_model(context.job, checkpoint.path, context.scope.name)
-    losses = evaluation.evaluate(context, {"before": original, "after": pruned}, evaluated)
+    losses = evaluation.evaluate(context, {"before": original, "after": pruned}, tokens.evaluation)
     record: Any = passes.records[last.number].info
     done = [gate_task(number) for number in passes.records]
     others = [task for task in plan.tasks if not task.endswith(f"/{GATE_TASK}")]

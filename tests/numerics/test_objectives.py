@@ -10,8 +10,8 @@ from torch import Tensor
 from rayprune.workers.model.checkpoint import open_checkpoint
 from rayprune.workers.model.description import Model
 from rayprune.workers.network.streamed import whole_model
+from rayprune.workers.training.distillation import Distillation
 from rayprune.workers.training.objectives import (
-    Distillation,
     GroupPenalty,
     LayerGates,
     Norm,

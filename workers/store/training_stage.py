@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rayprune.specs.job import CalibrationSpec
+from rayprune.specs.texts import WindowsSpec
 from rayprune.specs.training import LoraSpec, Norm, TrainingSpec
 from rayprune.workers.store.files import write_text
 from rayprune.workers.store.layout import STARTED_FILE
@@ -63,6 +63,17 @@ class Recovery:
     teacher: str | None = None
     hidden: float = 0.0
     lora: LoraSpec | None = None
+    taught: str | None = None
+    """Folder of what the teacher has said of every window, so that it need not be there."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Windows that are not trained on, and when they are looked at."""
+
+    numbers: Sequence[int]
+    every: int
+    patience: int | None
 
 
 Aim = Penalty | Gates | Updates | Shrink | Recovery
@@ -77,14 +88,16 @@ class Finetune:
     """Folder of the model to begin with."""
     folder: str
     """The task's folder: log, checkpoints, and in the end the trained model."""
-    text: CalibrationSpec
+    text: WindowsSpec | str
+    """What is trained on, or the file of its windows, where it was tokenised before."""
     options: TrainingSpec
     aim: Aim
     threads: int = 1
+    held_out: HeldOut | None = None
 
 
 def total_steps(options: TrainingSpec, num_windows: int) -> int:
-    """Steps of a training."""
+    """Steps of a training on so many windows."""
     return max(1, math.ceil(num_windows * options.epochs / options.batch))
 
 

@@ -5,7 +5,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 from rayprune.specs.errors import ModelError, RaypruneError, SpecError
-from rayprune.specs.job import CalibrationSpec, EvaluationSpec, TextSpec
+from rayprune.specs.job import EvaluationSpec
+from rayprune.specs.texts import TextSpec, WindowsSpec
 from rayprune.workers.model.checkpoint import Checkpoint
 from rayprune.workers.texts.reading import TextFacts
 
@@ -13,8 +14,8 @@ MUCH_OF_ONE, ALL_OF_ONE = 0.5, 0.98
 """Parts of a text that may be one and the same token: with more, a warning, an error."""
 
 
-def windows_of_texts(spec: CalibrationSpec) -> list[tuple[TextSpec, int]]:
-    """The calibration texts, with how many windows are taken from each.
+def windows_of_texts(spec: WindowsSpec, option: str = "calibration") -> list[tuple[TextSpec, int]]:
+    """The texts, with how many windows are taken from each; `option` is where the job has them.
 
     Raises:
         SpecError: a text's weight is too small for a single window.
@@ -25,13 +26,46 @@ def windows_of_texts(spec: CalibrationSpec) -> list[tuple[TextSpec, int]]:
         if count == 0:
             raise SpecError(
                 f"{text.path}: its weight gives it none of the {spec.samples} samples; raise the"
-                " weight or calibration.samples"
+                f" weight or {option}.samples"
             )
     return list(zip(texts, counts, strict=True))
 
 
+def in_turn(counts: Sequence[int]) -> list[tuple[int, int]]:
+    """The order of the windows of several texts, of which there are so many: of each its text and
+    its place there, in turn as the texts' shares demand.
+    """
+    turns = sorted(
+        ((place + 0.5) / count, number, place)
+        for number, count in enumerate(counts)
+        for place in range(count)
+    )
+    return [(number, place) for _, number, place in turns]
+
+
+def kept_out(spec: WindowsSpec, option: str, windows: int) -> list[int]:
+    """Numbers of the last so many windows of each text, ascending.
+
+    Raises:
+        SpecError: nothing would be left of a text.
+    """
+    read = windows_of_texts(spec, option)
+    for text, count in read:
+        if count <= windows:
+            raise SpecError(
+                f"{text.path}: recover.held_out keeps {windows} windows of each text out, but the"
+                f" training reads {count} of this one; lower recover.held_out.windows, or raise"
+                f" {option}.samples"
+            )
+    return [
+        number
+        for number, (text, place) in enumerate(in_turn([count for _, count in read]))
+        if place >= read[text][1] - windows
+    ]
+
+
 def windows_behind(
-    spec: CalibrationSpec, read: Sequence[int], samples: int
+    spec: WindowsSpec, read: Sequence[int], samples: int
 ) -> list[tuple[TextSpec, int, int]]:
     """The calibration texts, with how many of the first windows of each any of these numbers of
     samples takes, and how many of `samples` are taken behind them.
@@ -57,17 +91,22 @@ def shares(total: int, weights: Sequence[float]) -> list[int]:
 
 
 def too_few_samples(
-    spec: TextSpec, samples: int, length: int, found: int, gate: int = 0
+    spec: TextSpec,
+    samples: int,
+    length: int,
+    found: int,
+    gate: int = 0,
+    option: str = "calibration",
 ) -> SpecError:
-    """The error of a text that has fewer tokens than so many windows need, `gate` of them those of
-    a gate.
+    """The error of a text of an option that has fewer tokens than so many windows need, `gate` of
+    them those of a gate.
     """
     among = f", {gate} of them of the gate," if gate else ""
-    lower = ["calibration.samples", *(["method.gate.samples"] if gate else [])]
+    lower = [f"{option}.samples", *(["method.gate.samples"] if gate else [])]
     return SpecError(
         f"{spec.path}: too short: {samples} samples of {length} tokens{among} need"
         f" {samples * length} tokens, the text has {found}; give a longer text,"
-        f" or lower {', '.join(lower)} or calibration.sequence_length"
+        f" or lower {', '.join(lower)} or {option}.sequence_length"
     )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from rayprune.specs.errors import ModelError, SpecError
-from rayprune.specs.job import TextSpec
+from rayprune.specs.texts import TextSpec
 from rayprune.workers.calibration import load_tokenizer, tokenize
 from rayprune.workers.machine.device import device_of
 from rayprune.workers.model.checkpoint import open_checkpoint
