@@ -373,6 +373,24 @@ class JobSpec(Section):
         return self
 
     @model_validator(mode="after")
+    def _nothing_is_removed(self) -> Self:
+        if not self.method.removes_nothing:
+            return self
+        if self.recover is None:
+            raise ValueError(
+                f"method {self.method.name} removes nothing, and without a section recover nothing"
+                " is trained: add recover, or choose a method"
+            )
+        given = {
+            "budget": self.budget != BudgetSpec(),
+            "correction": self.correction != CorrectionSpec(),
+            "parallel.placement": self.parallel.placement != "shards",
+        }
+        if names := [name for name, is_given in given.items() if is_given]:
+            raise ValueError(f"method {self.method.name} removes nothing; leave out {names[0]}")
+        return self
+
+    @model_validator(mode="after")
     def _steps_fit(self) -> Self:
         if (steps := self.steps) is None:
             return self

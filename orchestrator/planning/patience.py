@@ -24,9 +24,6 @@ def step_limit(job: JobSpec, plan: Plan) -> float:
         return float(job.parallel.step_seconds)
     text_bytes = sum(map(_size, _texts(job)))
     tokens = text_bytes if job.evaluation else 0  # a token has a byte at least
-    for training in job.method.trainings:  # forward and backward, the forward pass twice
-        windows = training.epochs * (training.samples or job.calibration.samples)
-        tokens += int(4 * windows * job.calibration.sequence_length)
     flops = sum(stage.flops for stage in plan.stages) + 2 * plan.model.active_parameters * tokens
     return (
         LEAST_SECONDS
@@ -37,7 +34,10 @@ def step_limit(job: JobSpec, plan: Plan) -> float:
 
 
 def _texts(job: JobSpec) -> Iterator[Path]:
-    for text in (job.calibration, *job.calibration.mix, *filter(None, [job.evaluation])):
+    trained = job.recover.text if job.recover else None
+    windows = [job.calibration, *([trained] if trained else [])]
+    texts = [text for spec in windows for text in (spec, *spec.mix)]
+    for text in (*texts, *filter(None, [job.evaluation])):
         path = Path(text.path)
         yield from path.rglob("*") if path.is_dir() else [path]
 

@@ -146,7 +146,8 @@ class Plan:
     @property
     def warnings(self) -> tuple[str, ...]:
         """What will harm the result, with numbers."""
-        if self.tokens_per_neuron >= FEW_TOKENS:
+        stays = all(not shape.layers and shape.kept == self.model.units for shape in self.shapes)
+        if stays or self.tokens_per_neuron >= FEW_TOKENS:
             return self.notes
         given, each = self.calibration_tokens, self.tokens_per_neuron
         return (

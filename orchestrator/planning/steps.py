@@ -8,7 +8,13 @@ from rayprune.orchestrator.planning.causal import check_encoder
 from rayprune.orchestrator.planning.costs import Traffic
 from rayprune.orchestrator.planning.disk import DiskNeed, still_needed
 from rayprune.orchestrator.planning.memory_choice import MemoryNeeds
-from rayprune.orchestrator.planning.plan import Plan, PlannedStep, make_plan
+from rayprune.orchestrator.planning.plan import (
+    Plan,
+    PlannedStep,
+    make_plan,
+    recovery_text,
+    teacher_tasks,
+)
 from rayprune.orchestrator.planning.timing import Stage
 from rayprune.orchestrator.planning.worker_memory import total
 from rayprune.specs.allocation import UniformAllocation

@@ -4,9 +4,10 @@ It says what the model's values depend on and what was measured of them, and not
 when it was made: the same job gives the same card.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
@@ -30,7 +31,7 @@ tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 """
 LIMITS = """## Limits
 
-What stays was chosen, and corrected, on {samples:,} windows of {length:,} tokens of {texts}.
+{history}
 On text of other kinds it loses more: measure it on yours. What the dense model cannot do, or should
 not be used for, holds for this one too.
 """
@@ -97,12 +98,11 @@ def _metadata(report: Report, dense: Dense, recovered: bool) -> ModelCardData:
 
 def _body(report: Report, dense: Dense, recovered: bool) -> Iterator[str]:
     name, method = text(dense.name), report.method["name"]
+    by = f"by rayprune {report.rayprune_version} (`method: {method}`)"
+    lost = f"without {1 - report.decoder_parameters.ratio:.1%} of the parameters of its layers"
+    how = f"{lost}, removed {by}" if report.is_pruned else f"as it is, written {by}"
     yield f"# {name}-pruned\n"
-    yield (
-        f"{name} without {1 - report.decoder_parameters.ratio:.1%} of the parameters of its layers,"
-        f" removed by rayprune {report.rayprune_version} (`method: {method}`)"
-        f"{' and trained afterwards' if recovered else ''}.\n"
-    )
+    yield f"{name} {how}{' and trained afterwards' if recovered else ''}.\n"
     yield "| | before | after |\n| --- | --: | --: |"
     sizes = {
         "parameters": report.parameters,
@@ -117,13 +117,19 @@ def _body(report: Report, dense: Dense, recovered: bool) -> Iterator[str]:
     yield from _quality(report, recovered)
     code = ", trust_remote_code=True" if report.models.own_class else ""
     yield LOADING.format(auto_class=report.models.auto_class, code=code)
-    used = report.calibration
+    history = []
+    if report.is_pruned:
+        history.append(f"What stays was chosen, and corrected, on {_windows(report.calibration)}.")
+    if recovered and report.recovery:
+        history.append(f"It was trained on {_windows(report.recovery)}.")
+    yield LIMITS.format(history="\n".join(history))
+
+
+def _windows(used: Mapping[str, Any]) -> str:
+    """A section of windows in words."""
     texts = [used["path"], *(part["path"] for part in used["mix"])]
-    yield LIMITS.format(
-        samples=used["samples"],
-        length=used["sequence_length"],
-        texts=", ".join(_cell(_file(path)) for path in texts),
-    )
+    names = ", ".join(_cell(_file(path)) for path in texts)
+    return f"{used['samples']:,} windows of {used['sequence_length']:,} tokens of {names}"
 
 
 def _quality(report: Report, recovered: bool) -> Iterator[str]:

@@ -95,6 +95,7 @@ def _gather(context: Context, done: Pruned) -> Report:
         **_measured(losses),
         evaluation=_evaluation(context, losses),
         calibration=job.calibration.model_dump(mode="json"),
+        recovery=job.recovery_text.model_dump(mode="json") if job.recover else None,
         warnings=plan.warnings,
         seconds=seconds | {"total": sum(seconds.values())},
         step_seconds=_step_seconds(events),

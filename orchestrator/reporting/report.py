@@ -277,6 +277,8 @@ class Report(_Facts):
     evaluation: Evaluation | None
     calibration: dict[str, Any]
     """The job's section `calibration`, defaults included."""
+    recovery: dict[str, Any] | None = None
+    """What was trained on after the cut: a text with its windows, as in `calibration`."""
     warnings: tuple[str, ...]
     seconds: dict[str, float]
     """By stage, over all attempts, and `total`."""
@@ -293,6 +295,11 @@ class Report(_Facts):
     """
     records: Records | None = None
     """Null before the report is written, and in reports of the first versions."""
+
+    @property
+    def is_pruned(self) -> bool:
+        """Whether anything was removed."""
+        return self.decoder_parameters.after < self.decoder_parameters.before
 
     @property
     def kept(self) -> dict[str, str]:

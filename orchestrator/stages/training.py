@@ -57,6 +57,7 @@ from rayprune.workers.store.training_stage import (
     forget_another,
     forget_states,
     read_log,
+    settled,
 )
 from rayprune.workers.texts.limits import kept_out
 
@@ -211,7 +212,7 @@ def recover(context: Context, subject: Subject, pruned: ModelAt) -> ModelAt | No
         str(pruned.path),
         str(task.folder),
         str(task_folder(context.scope.run, RECOVERY_TOKENS_TASK) / TOKENS_FILE),
-        spec,
+        settled(spec, subject.model.checkpoint.parameters),
         Recovery(teacher, spec.hidden, spec.lora, taught),
         context.job.parallel.threads_per_worker,
         held_out,
