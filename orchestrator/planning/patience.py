@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rayprune.orchestrator.planning.plan import Plan
 from rayprune.specs.job import JobSpec
+from rayprune.workers.store.layout import RECOVER_TASK
 
 LEAST_SECONDS = 600.0
 SLOWEST = {"cpu": 4e9, "cuda": 4e11}
@@ -24,7 +25,9 @@ def step_limit(job: JobSpec, plan: Plan) -> float:
         return float(job.parallel.step_seconds)
     text_bytes = sum(map(_size, _texts(job)))
     tokens = text_bytes if job.evaluation else 0  # a token has a byte at least
-    flops = sum(stage.flops for stage in plan.stages) + 2 * plan.model.active_parameters * tokens
+    # a recovery is no step: ranks of a gang train
+    stages = [stage for stage in plan.stages if stage.name != RECOVER_TASK]
+    flops = sum(stage.flops for stage in stages) + 2 * plan.model.active_parameters * tokens
     return (
         LEAST_SECONDS
         + flops / plan.workers / SLOWEST[plan.device]

@@ -43,6 +43,8 @@ class TrainingLoad:
     """Whether activations inside the layers are kept."""
     pass_bytes: int
     """Bytes of a number in the passes, and of a weight that is not trained."""
+    sequence_length: int
+    """Tokens of a window."""
     teacher: bool = False
     """Whether the dense model is there too."""
     lora_rank: int = 0
@@ -53,8 +55,6 @@ class TrainingLoad:
     """What it belongs to."""
     saved_states: int = 0
     """Saved states that lie on disk at the same time."""
-    sequence_length: int = 0
-    """Tokens of a window."""
     steps: int = 0
     trained_windows: int = 0
     """Windows that are passed forward and backward in all steps together."""

@@ -18,10 +18,11 @@ from rayprune.orchestrator.run import run_job
 from rayprune.specs.errors import SpecError
 from rayprune.specs.job import JobSpec
 from rayprune.specs.loader import load_job
+from rayprune.specs.training import LoraSpec, RecoverSpec
 from rayprune.workers.passes import teaching
 from rayprune.workers.store.files import read_manifest
 from rayprune.workers.store.layout import task_folder
-from rayprune.workers.store.training_stage import read_log
+from rayprune.workers.store.training_stage import read_log, settled
 from rayprune.workers.training.loop import Training
 from tests.conftest import MakeJob, MakeModel, folder_bytes
 from tests.helpers import quiet
@@ -165,7 +166,7 @@ def test_the_control_is_the_dense_model_trained_likewise(
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"method": {"name": "none"}, "budget": None}, "nothing is trained: add recover"),
+        ({"method": {"name": "none"}}, "nothing is trained: add recover"),
         ({"method": {"name": "none"}, "recover": {}}, "method none removes nothing; leave out bu"),
         ({"recover": {"loss": "lm", "teacher_top": 4}}, "teacher_top with loss: lm"),
         ({"recover": {"hidden": 1.0, "teacher_top": 4}}, "hidden beside teacher_top"),
@@ -179,6 +180,14 @@ def test_what_cannot_be_recovered_is_refused(
 ) -> None:
     with pytest.raises(SpecError, match=message):
         check_job(load_job(make_job(make_model(), **sections)))
+
+
+def test_rates_fall_with_the_root_of_the_size() -> None:
+    adapters, whole = RecoverSpec(lora=LoraSpec()), RecoverSpec()
+    rates = [settled(adapters, size).learning_rate for size in (10**6, 135 * 10**6, 540 * 10**6)]
+    assert rates == [2e-3, 2e-3, 1e-3]
+    assert settled(whole, 540 * 10**6).learning_rate == pytest.approx(1.5e-4)
+    assert settled(RecoverSpec(learning_rate=0.5), 10**12).learning_rate == 0.5
 
 
 def test_a_model_is_not_judged_by_its_recovery_text(job: JobSpec, tmp_path: Path) -> None:
