@@ -72,7 +72,7 @@ def test_another_text_makes_nothing_of_the_pruning_anew(job: JobSpec, tmp_path: 
     teacher = read_manifest(task_folder(run, "teacher"))
     assert teacher is not None
     assert len(teacher.files) == 20
-    sizes = {record.size for record in teacher.files.values()}
+    sizes = {record.bytes for record in teacher.files.values()}
     assert max(sizes) < 8 * TOP * LENGTH + 1000
     log = read_log(task_folder(run, "recover"))
     assert len(log) == 2 * 16 // 4
@@ -114,6 +114,7 @@ def interrupted(whole: Callable[..., Any], calls: int) -> Callable[..., Any]:
     return dies
 
 
+@pytest.mark.slow
 def test_a_recovery_that_was_cut_off_ends_with_the_same_bytes(
     job: JobSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,6 +138,7 @@ def test_a_recovery_that_was_cut_off_ends_with_the_same_bytes(
     assert results[0]["held_out"] == results[1]["held_out"]
 
 
+@pytest.mark.slow
 def test_the_control_is_the_dense_model_trained_likewise(
     job: JobSpec, make_job: MakeJob, text_file: Path, tmp_path: Path
 ) -> None:
