@@ -414,14 +414,16 @@ def _training(load: Workload, training: TrainingLoad) -> Kinds:
         if ranks > 1
         else 0
     )
+    # log p, log q, p, their difference and the product; from files, gradients of two terms
+    compared = 6 if training.teacher else 4 if training.taught_windows else 0
     head_gradients = 0 if adapters else 2 * 4 * load.vocabulary * load.hidden
     return {
         "runtime": RUNTIME_BYTES,
         "weights": held // ranks + gathered + 4 * adapters * (1 + training.keeps_best),
         "optimizer": 12 * trained + head_gradients,
         "hidden states": 4 * layers * tokens * load.hidden,
-        "activations": (_inside(load, tokens) * (layers if training.keeps_activations else 1)),
-        "scores": tokens * load.vocabulary * (14 + training.pass_bytes + 10 * training.teacher),
+        "activations": _inside(load, tokens) * (layers if training.keeps_activations else 1),
+        "scores": tokens * load.vocabulary * (14 + training.pass_bytes + compared),
     }
 
 

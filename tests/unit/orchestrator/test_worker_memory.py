@@ -183,7 +183,7 @@ def test_a_training_is_spread_over_the_ranks() -> None:
         replace(load, trainings=(replace(training, teacher=True),)), MemoryPlan()
     )["train"]
     assert taught["weights"] == (4 + 2) * parameters // 2 + 2 * (2 * 300 + 800)
-    assert taught["scores"] == 26 * tokens * load.vocabulary
+    assert taught["scores"] == 22 * tokens * load.vocabulary
     alone = memory_by_step(replace(load, workers=1), MemoryPlan())["train"]
     assert (alone["weights"], alone["optimizer"]) == (
         4 * parameters,
