@@ -278,7 +278,9 @@ class Report(_Facts):
     calibration: dict[str, Any]
     """The job's section `calibration`, defaults included."""
     recovery: dict[str, Any] | None = None
-    """What was trained on after the cut: a text with its windows, as in `calibration`."""
+    """What was trained on after the cut, in the form of `calibration`; without a recovery there is no
+    such key.
+    """
     warnings: tuple[str, ...]
     seconds: dict[str, float]
     """By stage, over all attempts, and `total`."""
@@ -341,11 +343,11 @@ class Report(_Facts):
     @model_serializer(mode="wrap")
     def _without_absent(self, fields: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """What only encoders have is no key of other reports, rather than a null."""
-        of_encoders = ("masked_lm_loss", "embeddings")
+        of_some = ("masked_lm_loss", "embeddings", "recovery")
         return {
             name: value
             for name, value in fields(self).items()
-            if name not in of_encoders or value is not None
+            if name not in of_some or value is not None
         }
 
     def to_dict(self) -> dict[str, Any]:
