@@ -86,6 +86,8 @@ def open_shapes(job: JobSpec, checkpoint: Checkpoint) -> tuple[Shape, ...]:
         SpecError: none meets the budget and loads.
     """
     dense = checkpoint.model.units
+    if job.method.removes_nothing:
+        return (Shape(dense, **asdict(_uniform(job, checkpoint, dense))),)
     if not exceeded(
         _uniform(job, checkpoint, dense), limits(job.budget, checkpoint.decoder_parameters)
     ):

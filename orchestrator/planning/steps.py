@@ -9,7 +9,13 @@ from rayprune.orchestrator.planning.costs import Traffic
 from rayprune.orchestrator.planning.disk import DiskNeed, still_needed
 from rayprune.orchestrator.planning.memory_choice import MemoryNeeds
 from rayprune.orchestrator.planning.own_text import own_tasks
-from rayprune.orchestrator.planning.plan import Plan, PlannedStep, make_plan
+from rayprune.orchestrator.planning.plan import (
+    Plan,
+    PlannedStep,
+    make_plan,
+    recovery_text,
+    teacher_tasks,
+)
 from rayprune.orchestrator.planning.timing import Stage
 from rayprune.orchestrator.planning.worker_memory import total
 from rayprune.specs.allocation import UniformAllocation
@@ -130,8 +136,10 @@ def _together(job: JobSpec, steps: InSteps, plans: dict[int, Plan]) -> Plan:
         tasks=(
             *own_tasks(job),
             CALIBRATION_TASK,
+            *recovery_text(job),
             GATE_TOKENS_TASK,
             SOURCE_TASK,
+            *teacher_tasks(job),
             *map(gate_task, plans),
             EXPORT_TASK,
             *map(converted_task, job.converted),

@@ -1,13 +1,14 @@
 """The pruning methods of a job: one class of options per method, told apart by `name`.
 
-A method that ranks units is found by its file in `ranking/`; methods that train before they cut, or
-cut in steps, are listed here.
+A method that ranks units is found by its file in `ranking/`; those that train before they cut, cut
+in steps, or cut nothing are listed here.
 """
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, TypeAlias
 
 from rayprune.specs.methods.dress import DressOptions
+from rayprune.specs.methods.none import NoneOptions
 from rayprune.specs.methods.options import MethodOptions
 from rayprune.specs.methods.progressive import ProgressiveOptions
 from rayprune.specs.methods.ranking import RANKINGS
@@ -18,6 +19,7 @@ METHODS: Mapping[str, type[MethodOptions]] = RANKINGS | {
     "dress": DressOptions,
     "trsp": TrspOptions,
     "progressive": ProgressiveOptions,
+    "none": NoneOptions,
 }
 """The options of every method, by its name."""
 
