@@ -5,14 +5,14 @@ counts: quality, size, time, memory.
     [--device cuda] [--work FOLDER] [--no-run]
 
 Calibrates on the first windows of TEXT (64 x 512 tokens unless a row says otherwise) and evaluates
-on its last fifth and on a second domain, CPython's help topics, in 1024-token windows. Rows that
-are in FOLDER already are not run again. Needs `pip install -e '.[bench]'`.
+on its last fifth, on CPython's help topics and on Python source, in 1024-token windows: ratio of
+perplexities, KL divergence from the dense model, agreement on the likeliest token. Rows that are
+in FOLDER already are not run again. Needs `pip install -e '.[bench]'`.
 """
 
 import argparse
 import fnmatch
 import json
-import math
 import subprocess
 import sys
 import tempfile
@@ -26,12 +26,12 @@ import torch
 
 from benchmarks.baselines import BASELINES, MODEL
 from benchmarks.demo_model import HELD_OUT_FRACTION, HERE, held_out, run
-from benchmarks.quality_rows import ALL, GIVEN_WINDOWS, OTHERS, OWN, OWN_WINDOWS, ROWS
+from benchmarks.quality_rows import ALL, GIVEN, GIVEN_WINDOWS, OTHERS, OWN, OWN_WINDOWS, ROWS
 from benchmarks.results import RESULTS, record, table
-from rayprune.specs.job import CalibrationSpec, EvaluationSpec
-from rayprune.workers.calibration import calibration_windows, evaluation_windows, load_tokenizer
+from benchmarks.yardstick import cells, columns, help_topics, measured, source_code
+from rayprune.specs.job import CalibrationSpec
+from rayprune.workers.calibration import calibration_windows, load_tokenizer
 from rayprune.workers.model.checkpoint import open_checkpoint
-from rayprune.workers.passes.evaluate import window_losses
 from rayprune.workers.store.layout import model_folder, recovered_folder
 
 RECOVERED = ", recovered"
@@ -56,30 +56,6 @@ class Case:
     def unrecovered(self) -> "Case":
         """The row of the model as it was cut."""
         return replace(self, name=self.name.removesuffix(RECOVERED))
-
-
-def perplexity(
-    model: Path, texts: dict[str, Path], device: str, windows: int = 52
-) -> dict[str, float]:
-    """By text: 1024-token windows, the first 52 (a fifth of WikiText-2's validation text)."""
-    found = {}
-    for name, text in texts.items():
-        windows_NT = evaluation_windows(
-            EvaluationSpec(path=str(text), max_windows=windows), load_tokenizer(model)
-        )
-        losses = window_losses(
-            model,
-            windows_NT,
-            0,
-            windows_NT.shape[1],
-            torch.float32,
-            torch.device(device),
-            lambda tensor: tensor,
-        )
-        found[name] = math.exp(
-            math.fsum(loss for loss, _ in losses) / sum(count for _, count in losses)
-        )
-    return found
 
 
 def baseline(case: Case, folder: Path) -> dict[str, Any]:
@@ -110,7 +86,8 @@ def pruned(case: Case, folder: Path) -> dict[str, Any]:
         "cluster.executor=in-process",
     ]
     own = [
-        setting.replace(OWN, str(case.work / "own.jsonl")) for setting in ROWS[case.name].settings
+        setting.replace(OWN, str(case.work / "own.jsonl")).replace(GIVEN, str(case.text))
+        for setting in ROWS[case.name].settings
     ]
     report = run([*settings, "parallel.workers=1", f"parallel.device={case.device}", *own], folder)
     taken, peaks = report["seconds"], report["peak_memory_bytes"]
@@ -147,20 +124,19 @@ def measure(case: Case, texts: dict[str, Path]) -> None:
 
 
 def _note(case: Case, model: Path, texts: dict[str, Path], facts: dict[str, Any]) -> None:
-    size, found = open_checkpoint(model).decoder_parameters, perplexity(model, texts, case.device)
-    result = {
-        "name": case.name,
-        "sparsity": case.sparsity,
-        "decoder_parameters": size,
-        "perplexity": found,
-    } | facts
+    size, found = (
+        open_checkpoint(model).decoder_parameters,
+        measured(model, MODEL, texts, case.device),
+    )
+    result = (
+        {"name": case.name, "sparsity": case.sparsity, "decoder_parameters": size} | found | facts
+    )
     case.file.write_text(json.dumps(result))
     print(json.dumps(result), flush=True)
 
 
 def line(result: dict[str, Any], dense: dict[str, float], decoder_parameters: int) -> list[str]:
     """One result as a row of the table."""
-    ratios = [f"{result['perplexity'][name] / dense[name]:.4f}" for name in dense]
     first = next(iter(dense))
     removed = 1 - result["decoder_parameters"] / decoder_parameters
     memory = f"{result['peak_memory_bytes'] / 2**30:.2f}"
@@ -168,7 +144,7 @@ def line(result: dict[str, Any], dense: dict[str, float], decoder_parameters: in
         result["name"],
         f"{removed:.2%}",
         f"{result['perplexity'][first]:.2f}",
-        *ratios,
+        *cells(result, dense),
         f"{result['seconds']:.0f}",
         memory,
     ]
@@ -232,15 +208,6 @@ def own_text(text: Path, file: Path) -> None:
     file.with_suffix(".part").replace(file)
 
 
-def second_domain(folder: Path) -> Path:
-    """English text that every CPython brings."""
-    from pydoc_data.topics import topics
-
-    file = folder / "topics.txt"
-    file.write_text("\n\n".join(topics[key] for key in sorted(topics)), encoding="utf-8")
-    return file
-
-
 def main() -> None:
     """Run what is missing, print and record everything."""
     parser = argparse.ArgumentParser(
@@ -271,7 +238,11 @@ def main() -> None:
     content = options.text.read_text(encoding="utf-8")
     first = work / "calibration.txt"
     first.write_text(content[: int(len(content) * (1 - HELD_OUT_FRACTION))], encoding="utf-8")
-    texts = {"same domain": held_out(options.text, work), "help topics": second_domain(work)}
+    texts = {
+        "same domain": held_out(options.text, work),
+        "help topics": help_topics(work),
+        "Python source": source_code(work),
+    }
     rows = {name: row.sparsities for name, row in ROWS.items()} | dict.fromkeys(OTHERS, ALL)
     names = [
         name for name in rows if any(fnmatch.fnmatch(name, pattern) for pattern in options.rows)
@@ -284,7 +255,7 @@ def main() -> None:
     ]
     known = work / "dense.json"
     if not known.exists():
-        known.write_text(json.dumps(perplexity(MODEL, texts, options.device)))
+        known.write_text(json.dumps(measured(MODEL, MODEL, texts, options.device)["perplexity"]))
     dense = json.loads(known.read_text())
     if not options.no_run:
         by_others = {case.unrecovered for case in cases if case.unrecovered != case}
@@ -301,17 +272,10 @@ def main() -> None:
             list(pool.map(lambda case: measure(case, texts), missing))
     results = [json.loads(case.file.read_text()) for case in cases if case.file.exists()]
     parameters = open_checkpoint(MODEL).decoder_parameters
-    columns = [
-        "",
-        "decoder removed",
-        "perplexity",
-        *(f"ratio, {name}" for name in dense),
-        "seconds",
-        "GiB",
-    ]
+    heads = ["", "decoder removed", "perplexity", *columns(list(dense)), "seconds", "GiB"]
     tables = [
         f"## {sparsity:.0%} of the decoder\n\n"
-        + table(columns, [line(r, dense, parameters) for r in results if r["sparsity"] == sparsity])
+        + table(heads, [line(r, dense, parameters) for r in results if r["sparsity"] == sparsity])
         for sparsity in dict.fromkeys(result["sparsity"] for result in results)
     ]
     notes = ", ".join(f"{name} {value:.3f}" for name, value in dense.items())

@@ -31,6 +31,8 @@ OWN = "OWN_TEXT"
 """Stands for the file of what the model has written itself: `rayprune generate`, going on from the
 calibration text.
 """
+GIVEN = "GIVEN_TEXT"
+"""Stands for the file of the calibration text."""
 GIVEN_WINDOWS = 63
 OWN_WINDOWS = 3 * GIVEN_WINDOWS
 
@@ -75,7 +77,7 @@ TRSP = (
     f"method.gates={training(24, batch=1, micro_batch=1, learning_rate=0.05)}",
     f"method.training={TRAINING}",
 )
-RECOVER = (f"recover={TRAINING}",)
+RECOVER = (f"recover={training(TRAINED_WINDOWS, loss='lm')}",)
 FAST = {"micro_batch": 4, "activation_checkpointing": False}
 """On a GPU, where it is operations that take time, not memory."""
 THOUSAND = training(ALL_WINDOWS, 1000, **FAST)
@@ -93,7 +95,7 @@ PAPERS_TRSP = (*GATED, *LONG, f"method.gates={PAPERS_GATES}", f"method.training=
 PAPERS_DRESS, OF_STAT, BY_THOUSAND = (
     (*RANDOM, f"method.training={THOUSAND}"),
     ("method.mask=stat",),
-    (f"recover={THOUSAND}",),
+    (f"recover={training(ALL_WINDOWS, 1000, **FAST, loss='lm')}",),
 )
 
 _PAPERS = {
@@ -110,10 +112,70 @@ _PAPERS = {
     "dress, mask of stat, 1000 windows, recovered": (*PAPERS_DRESS, *OF_STAT, *BY_THOUSAND),
     "trsp, 128 x 2048 tokens, recovered": (
         *PAPERS_TRSP,
-        f"recover={training(LONG_WINDOWS, 250, **FAST)}",
+        f"recover={training(LONG_WINDOWS, 250, **FAST, loss='lm')}",
     ),
 }
 """Training with as many windows as the papers; a GPU's work."""
+
+SHORT = 128
+"""Tokens of the windows that are distilled on."""
+
+
+def distilled(steps: int, **options: object) -> str:
+    """Recovery of adapters from the dense model, on the calibration text and the model's own, half
+    and half, in so many steps of 8 short windows; the best state on windows held out.
+    """
+    windows = 2 * GIVEN_WINDOWS * 512 // SHORT
+    recover = {
+        "text": {
+            "path": GIVEN,
+            "mix": [{"path": OWN}],
+            "samples": windows,
+            "sequence_length": SHORT,
+        },
+        "epochs": 8 * steps / (windows - 16),
+        "batch": 8,
+        "micro_batch": 4,
+        "lora": {},
+        "held_out": {"windows": 8, "every": 8},
+        "checkpoint_steps": 1000,
+    }
+    return f"recover={json.dumps(recover | options)}"
+
+
+DISTILLED = (distilled(48),)
+TAUGHT = (distilled(48, teacher_top=64),)
+LONGER = (distilled(384, teacher_top=64),)
+_DISTILLED = {
+    "stat by gradients, drift, own text, distilled": (
+        *ALIKE,
+        *DRIFT,
+        *GRADIENTS,
+        *OWN_TEXT,
+        *DISTILLED,
+    ),
+    "stat by gradients, drift, curves, own text, distilled": (
+        *PER_LAYER,
+        *DRIFT,
+        *GRADIENTS,
+        *OWN_TEXT,
+        *DISTILLED,
+    ),
+    "stat by gradients, drift, curves, own text, distilled in 384 steps from 64 tokens": (
+        *PER_LAYER,
+        *DRIFT,
+        *GRADIENTS,
+        *OWN_TEXT,
+        *LONGER,
+    ),
+}
+"""Recovered by distillation."""
+_CONTROLS = {
+    "nothing removed, distilled": DISTILLED,
+    "nothing removed, distilled from 64 tokens": TAUGHT,
+    "nothing removed, next-token loss": RECOVER,
+}
+"""The dense model trained likewise."""
 
 _ABLATIONS = {
     "obs, drift": (*ALIKE, *DRIFT, "method=obs"),
@@ -182,6 +244,11 @@ ROWS = {
     ),
     **{name: Row(settings, (0.2,)) for name, settings in _ABLATIONS.items()},
     **{name: Row(settings, (0.2, 0.3)) for name, settings in _PAPERS.items()},
+    **{name: Row(settings, (0.2, 0.3)) for name, settings in _DISTILLED.items()},
+    **{
+        name: Row(("method=none", "budget={}", *settings), (0.2,))
+        for name, settings in _CONTROLS.items()
+    },
     "stat, recovered": Row((*ALIKE, *RECOVER), (0.3,)),
     "numerical, threshold (Numerical Pruning), recovered": Row(
         (*THRESHOLD, "method=numerical", *RECOVER), (0.3,)

@@ -7,7 +7,6 @@ A field's docstring is its documentation in the JSON schema.
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -20,6 +19,14 @@ from rayprune.specs.methods.ranking.stat import StatOptions
 from rayprune.specs.own_text import OwnTextSpec
 from rayprune.specs.recipe import RecipeName
 from rayprune.specs.section import Section
+from rayprune.specs.texts import (
+    LocalPath,
+    MixedTextSpec,
+    PathMarker,
+    TextFormat,
+    TextSpec,
+    WindowsSpec,
+)
 from rayprune.specs.training import HOW_TRAINED, RecoverSpec
 
 _UNITS = {
@@ -56,19 +63,6 @@ def parse_bytes(value: object) -> object:
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
-@dataclass(frozen=True)
-class PathMarker:
-    """Marks a field that holds a path, so that the loader can resolve it against the job file's
-    folder.
-    """
-
-    or_name: bool = False
-    """Whether OWNER/NAME, where there is no such folder, is left as it is: a name on the Hugging
-    Face Hub.
-    """
-
-
-LocalPath = Annotated[str, Field(min_length=1), PathMarker()]
 ModelPath = Annotated[str, Field(min_length=1), PathMarker(or_name=True)]
 ByteSize = Annotated[
     int, BeforeValidator(parse_bytes, json_schema_input_type=int | str), Field(ge=1)
@@ -104,47 +98,11 @@ class ModelSpec(Section):
         return self
 
 
-TextFormat = Literal["auto", "text", "jsonl", "json", "csv", "tsv", "parquet", "arrow", "npy"]
-
-
-class TextSpec(Section):
-    """A text, tokenised once as a whole and cut into windows."""
-
-    path: LocalPath
-    """File of plain text, JSON, a table or token ids, compressed or not, or a folder of such
-    files.
-    """
-    format: TextFormat = "auto"
-    """How a file is read; `auto`: as its content says, and its name where the content may be
-    several things.
-    """
-    field: Annotated[str, Field(min_length=1)] | None = None
-    """The key or column that holds a document (a text, a chat or token ids), `a.b` for a key inside
-    another; null: `text`, `content`, `messages`, `conversations`, `input_ids`, or the only one that
-    holds text.
-    """
-
-
-class MixedTextSpec(TextSpec):
-    """A further calibration text."""
-
-    weight: float = Field(default=1.0, gt=0.0, le=1e6)
-    """Windows taken from it, for each one taken from the first text."""
-
-
-class CalibrationSpec(TextSpec):
+class CalibrationSpec(WindowsSpec):
     """The text whose activations decide what is kept."""
 
-    mix: tuple[MixedTextSpec, ...] = Field(default=(), max_length=64)
-    """Further texts: windows of all of them alternate, in proportion to their weights; the first
-    text's is 1.
-    """
     own: OwnTextSpec | None = None
     """Text that the model writes itself, as the last text of the mix; null: none."""
-    samples: int = Field(default=128, ge=2, le=1_000_000)
-    """Number of windows, taken from the start of each text."""
-    sequence_length: int = Field(default=2048, ge=8, le=1_048_576)
-    """Length of one window, in tokens."""
     shards: int = Field(default=8, ge=2, le=4096)
     """Number of logical shards the windows are split into, in order; at most one worker per shard.
     Part of the result.
@@ -166,9 +124,9 @@ class CalibrationSpec(TextSpec):
         return self
 
     @property
-    def texts(self) -> tuple[TextSpec, ...]:
-        """The texts that are there before the run."""
-        return (self, *self.mix)
+    def weights(self) -> tuple[float, ...]:
+        """Those of the texts, and last the one of the model's own, as long as it is not written."""
+        return (*super().weights, *([self.own.weight] if self.own else []))
 
     def with_own(self, path: str) -> "CalibrationSpec":
         """The same where the model's own text lies in a file: one more of the mix, whose documents
@@ -568,6 +526,24 @@ class JobSpec(Section):
         return self
 
     @model_validator(mode="after")
+    def _nothing_is_removed(self) -> Self:
+        if not self.method.removes_nothing:
+            return self
+        if self.recover is None:
+            raise ValueError(
+                f"method {self.method.name} removes nothing, and without a section recover nothing"
+                " is trained: add recover, or choose a method"
+            )
+        given = {
+            "budget": self.budget != BudgetSpec(),
+            "correction": self.correction != CorrectionSpec(),
+            "parallel.placement": self.parallel.placement != "shards",
+        }
+        if names := [name for name, is_given in given.items() if is_given]:
+            raise ValueError(f"method {self.method.name} removes nothing; leave out {names[0]}")
+        return self
+
+    @model_validator(mode="after")
     def _steps_fit(self) -> Self:
         if (steps := self.steps) is None:
             return self
@@ -641,6 +617,23 @@ class JobSpec(Section):
         return max(self.calibration.samples, *(training.samples or 0 for training in trainings), 0)
 
     @property
+    def recovery_text(self) -> WindowsSpec:
+        """What a recovery is trained on, as many windows as it takes.
+
+        Raises:
+            ValueError: the job has none.
+        """
+        if self.recover is None:
+            raise ValueError("the job has no section recover")
+        samples = self.recover.samples or self.calibration.samples
+        return self.recover.text or self.calibration.model_copy(update={"samples": samples})
+
+    @property
+    def recovery_option(self) -> str:
+        """Where the job says what a recovery is trained on."""
+        return "recover.text" if self.recover and self.recover.text else "calibration"
+
+    @property
     def divergence_windows(self) -> int:
         """Calibration windows on which divergences are measured for an allocation, at least one of
         every text; 0: none.
@@ -648,8 +641,7 @@ class JobSpec(Section):
         allocation, calibration = self.budget.allocation, self.calibration
         if not isinstance(allocation, CurvesAllocation):
             return 0
-        num_texts = len(calibration.texts) + (calibration.own is not None)
-        return min(max(allocation.samples, num_texts), calibration.samples)
+        return min(max(allocation.samples, len(calibration.weights)), calibration.samples)
 
     @property
     def drop_windows(self) -> int:

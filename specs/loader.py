@@ -19,10 +19,11 @@ from pydantic import BaseModel, BeforeValidator, ValidationError
 from rayprune.specs.core_yaml import MAX_DEPTH, CoreDumper
 from rayprune.specs.errors import SpecError
 from rayprune.specs.explain import KeyPath, explain, holds_names, models, parts
-from rayprune.specs.job import HUB_NAME, JobSpec, PathMarker
+from rayprune.specs.job import HUB_NAME, JobSpec
 from rayprune.specs.located import Located, shown
 from rayprune.specs.recipe import given_by, recipe_of, with_recipe
 from rayprune.specs.section import named
+from rayprune.specs.texts import PathMarker
 from rayprune.specs.yaml_file import UNUSABLE, Builder, parse_value, parse_yaml, read_text
 
 ANY_NAME = "*"

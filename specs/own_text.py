@@ -6,6 +6,9 @@ from pydantic import Field
 
 from rayprune.specs.section import Section
 
+OWN_TEXT = "the model's own text"
+"""What stands for its path before it is written."""
+
 
 class OwnTextSpec(Section):
     """Documents that the model samples before anything else, one more text of the mix."""

@@ -1,10 +1,11 @@
 """How weights are trained: the options that every training stage has."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rayprune.specs.section import Section
+from rayprune.specs.texts import WindowsSpec
 
 Norm = Literal["l1", "l2"]
 HOW_TRAINED = {"micro_batch", "activation_checkpointing", "checkpoint_steps"}
@@ -59,15 +60,65 @@ class LoraSpec(Section):
     """An adapter's product counts alpha / rank times."""
 
 
-class RecoverSpec(TrainingSpec):
-    """Training of the pruned model, on the calibration text."""
+class HeldOutSpec(Section):
+    """Windows that are kept out of a training, on which the loss is measured in its course; the
+    state in which it was least is the result.
+    """
 
+    windows: int = Field(default=2, ge=1, le=100_000)
+    """Windows of each text that are kept out, its last ones."""
+    every: int = Field(default=10, ge=1)
+    """Steps from one measurement to the next; the first is before the training, the last behind
+    it.
+    """
+    patience: Annotated[int, Field(ge=1)] | None = None
+    """Measurements in a row without a better one after which the training ends; null: it goes on to
+    its last step.
+    """
+
+
+class RecoverSpec(TrainingSpec):
+    """Training of the pruned model towards the dense one."""
+
+    learning_rate: Annotated[float, Field(gt=0.0, le=10.0)] | Literal["auto"] = "auto"  # type: ignore[assignment]
+    """Largest rate of AdamW; `auto`: by the size of the dense model, 2e-3 for adapters and 3e-4 for
+    all weights up to 135M parameters, falling with the root of the size beyond.
+    """
+    text: WindowsSpec | None = None
+    """What is trained on; null: `calibration`'s text."""
     lora: LoraSpec | None = None
     """Train adapters alone, beside weights that are held in `dtype`; null: train all weights."""
-
-    loss: Literal["lm", "distillation"] = "lm"
-    """`lm`: next-token prediction; `distillation`: the dense model's next-token distribution is the
-    goal.
+    loss: Literal["distillation", "lm"] = "distillation"
+    """`distillation`: the dense model's next-token distribution is the goal (KL divergence); `lm`:
+    next-token prediction.
     """
     hidden: float = Field(default=0.0, ge=0.0)
     """`distillation`: weight of the squared relative distance between the last hidden states."""
+    teacher_top: Annotated[int, Field(ge=1, le=65536)] | None = None
+    """`distillation`: of the dense model's distribution so many likeliest tokens count one by one,
+    all others together. They are computed once, layer by layer, and kept in files, so that the
+    dense model is not there in the training; null: it is, and all tokens count.
+    """
+    held_out: HeldOutSpec | None = None
+    """Windows that the training is measured on; null: its last step is the result."""
+
+    @model_validator(mode="after")
+    def _options_fit(self) -> Self:
+        if self.text and self.samples is not None:
+            raise ValueError(
+                "samples beside text: text.samples says how many windows are trained on; leave"
+                " samples out"
+            )
+        if self.loss == "lm":
+            given = {"hidden": self.hidden > 0, "teacher_top": self.teacher_top is not None}
+            if names := [name for name, is_given in given.items() if is_given]:
+                raise ValueError(
+                    f"{names[0]} with loss: lm: only a distillation has a teacher; leave it out, or"
+                    " set loss: distillation"
+                )
+        if self.hidden and self.teacher_top is not None:
+            raise ValueError(
+                "hidden beside teacher_top: the dense model's hidden states are not kept; leave one"
+                " of them out"
+            )
+        return self

@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rayprune.specs.errors import ModelError, SpecError
-from rayprune.specs.job import CalibrationSpec, EvaluationSpec, TextSpec
+from rayprune.specs.job import EvaluationSpec
+from rayprune.specs.texts import TextSpec, WindowsSpec
 from rayprune.workers.stock import stock_config
 from rayprune.workers.texts.limits import (
     no_window,
@@ -130,7 +131,7 @@ def masked(windows_NT: Tensor, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     return windows_NT.masked_fill(chosen, tokenizer.mask_token_id)
 
 
-def calibration_windows(spec: CalibrationSpec, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+def calibration_windows(spec: WindowsSpec, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """The first windows of every text, in turn as their shares demand, shape (samples,
     sequence_length), int64.
 
@@ -141,22 +142,26 @@ def calibration_windows(spec: CalibrationSpec, tokenizer: PreTrainedTokenizerBas
 
 
 def read_calibration(
-    spec: CalibrationSpec, tokenizer: PreTrainedTokenizerBase, frame: Frame | None = None
+    spec: WindowsSpec,
+    tokenizer: PreTrainedTokenizerBase,
+    frame: Frame | None = None,
+    option: str = "calibration",
 ) -> tuple[Tensor, list[ReadText]]:
     """The windows of `calibration_windows`, and those of each text; an encoder's in their frame.
+    `option` is where the job has the texts.
 
     Raises:
         SpecError: a text is too short, or its weight too small for a single window.
     """
-    wanted = windows_of_texts(spec)
+    wanted = windows_of_texts(spec, option)
     length = spec.sequence_length
-    read = [_first_windows(text, tokenizer, n, length, frame) for text, n in wanted]
-    order = order_of_windows(spec)
+    read = [_first_windows(text, tokenizer, n, length, frame, option=option) for text, n in wanted]
+    order = order_of_windows(spec, option)
     return torch.stack([read[number].windows_NT[place] for number, place in order]), read
 
 
 def read_behind(
-    spec: CalibrationSpec, read: Sequence[int], samples: int, tokenizer: PreTrainedTokenizerBase
+    spec: WindowsSpec, read: Sequence[int], samples: int, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Tensor, list[ReadText]]:
     """So many windows (S, T) of all texts together, each text's behind those that any of the
     numbers of samples in `read` takes of it; and those of each text.
@@ -178,13 +183,14 @@ def _first_windows(
     sequence_length: int,
     frame: Frame | None,
     gate: int = 0,
+    option: str = "calibration",
 ) -> ReadText:
-    """The first windows of one text, `gate` of them those of a gate."""
+    """The first windows of one text of an option, `gate` of them those of a gate."""
     tokens, facts = _tokens(spec, tokenizer, samples * sequence_length, special=frame is None)
     frame = _framing(frame, facts)
     inside = sequence_length - _size(frame)
     if len(tokens) < samples * inside:
-        raise too_few_samples(spec, samples, inside, len(tokens), gate)
+        raise too_few_samples(spec, samples, inside, len(tokens), gate, option)
     windows_NT = tokens[: samples * inside].reshape(samples, inside)
     return ReadText(spec.path, frame.around(windows_NT) if frame else windows_NT, facts)
 

@@ -16,8 +16,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from rayprune.specs.errors import SpecError
-from rayprune.specs.job import TextSpec
 from rayprune.specs.own_text import OwnTextSpec
+from rayprune.specs.texts import TextSpec
 from rayprune.workers.calibration import load_tokenizer, tokenize
 from rayprune.workers.model.checkpoint import Checkpoint
 from rayprune.workers.network.load_check import loaded

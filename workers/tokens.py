@@ -20,7 +20,7 @@ from rayprune.workers.calibration import (
     read_evaluation,
 )
 from rayprune.workers.model.checkpoint import Checkpoint, planned_checkpoint
-from rayprune.workers.texts.checks import check_apart, check_known, check_varied
+from rayprune.workers.texts.checks import check_apart, check_gate_apart, check_known, check_varied
 from rayprune.workers.texts.limits import check_positions, embedding_rows
 
 
@@ -83,6 +83,20 @@ class JobTexts:
         warnings = self._checked(read, spec.sequence_length, "calibration.sequence_length")
         return Tokens(windows_ST, texts, warnings)
 
+    def recovery(self) -> Tokens:
+        """The windows that a recovery is trained and measured on.
+
+        Raises:
+            SpecError: a text is too short, or says nothing, or a gate looks at it.
+            ModelError: the model has no embedding for a token.
+        """
+        spec, option = self.job.recovery_text, self.job.recovery_option
+        windows_ST, texts = read_calibration(spec, self.tokenizer, option=option)
+        warnings = self._checked(texts, spec.sequence_length, f"{option}.sequence_length")
+        if self.job.steps and self._trains_on_other_text:
+            check_gate_apart(windows_ST, self.gate().windows_ST, spec.path)
+        return Tokens(windows_ST, texts, warnings)
+
     def evaluation(self, calibration_ST: Tensor) -> Tokens:
         """The evaluation windows of a job that has some, text after text.
 
@@ -101,8 +115,10 @@ class JobTexts:
         read_ST = self.all_read(calibration_ST)
         if self.job.steps:
             read_ST = torch.cat([read_ST, self.gate().windows_ST])
+        others = [read_ST, *([self.recovery().windows_ST] if self._trains_on_other_text else [])]
         for name, text in texts.items():
-            warnings += check_apart(read_ST, text.windows_NT, spec.option(name), text.path)
+            for other_ST in others:
+                warnings += check_apart(other_ST, text.windows_NT, spec.option(name), text.path)
         windows_NT, masked_NT = torch.cat([text.windows_NT for text in read]), None
         if self.checkpoint.model.predicts_masked:
             masked_NT = torch.cat([masked(text.windows_NT, self.tokenizer) for text in read])
@@ -113,6 +129,10 @@ class JobTexts:
         `given`, unless a training takes more (S, T).
         """
         return self._all_read()[0] if self._reads_more else given_ST
+
+    @property
+    def _trains_on_other_text(self) -> bool:
+        return self.job.recover is not None and self.job.recover.text is not None
 
     @property
     def _reads_more(self) -> bool:
@@ -144,6 +164,8 @@ def check_tokens(job: JobSpec) -> list[str]:
     found = calibration.warnings
     if job.steps:
         found = found + texts.gate().warnings
+    if job.recover:
+        found = found + texts.recovery().warnings
     if job.evaluation:
         found = found + texts.evaluation(calibration.windows_ST).warnings
-    return found
+    return list(dict.fromkeys(found))

@@ -296,6 +296,10 @@ class Steps:
         """`Judging.go_on`."""
         return self._submit("go_on", model_path)
 
+    def teach(self, model_path: str, tokens: str, task: Task, owned: tuple[int, int]) -> Call[None]:
+        """`Judging.teach`."""
+        return self._submit("teach", model_path, tokens, task, owned)
+
     def embed(self, model_path: str, owned: tuple[int, int]) -> Call[None]:
         """`Judging.embed`."""
         return self._submit("embed", model_path, owned)

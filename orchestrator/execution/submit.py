@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 from rayprune.specs.errors import INTERRUPTED, ResourceError, SpecError
 from rayprune.specs.job import JobSpec
 from rayprune.specs.loader import dump_job
+from rayprune.specs.texts import WindowsSpec
 
 POLL_SECONDS = 1.0
 ANSWER_SECONDS = 20.0
@@ -59,11 +60,14 @@ def _folders(out: Path, store: Path | None) -> dict[str, Path]:
 
 
 def _paths(job: JobSpec) -> dict[str, Path]:
-    paths = {"calibration.path": job.calibration.path}
+    windows: dict[str, WindowsSpec] = {"calibration": job.calibration}
+    windows |= {"recover.text": job.recover.text} if job.recover and job.recover.text else {}
+    paths = {f"{option}.path": spec.path for option, spec in windows.items()}
     paths |= {} if job.model.on_hub else {"model.path": job.model.path}
     paths |= {
-        f"calibration.mix.{number}.path": text.path
-        for number, text in enumerate(job.calibration.mix)
+        f"{option}.mix.{number}.path": text.path
+        for option, spec in windows.items()
+        for number, text in enumerate(spec.mix)
     }
     paths |= {"budget.latency_table": job.budget.latency_table} if job.budget.latency_table else {}
     if evaluation := job.evaluation:

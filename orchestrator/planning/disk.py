@@ -1,13 +1,14 @@
 """Bytes that a run leaves in its folder, task by task, and those that lie there only meanwhile."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from rayprune.orchestrator.planning.workload import TrainingLoad, Workload
-from rayprune.workers.store.layout import EXPORT_TASK, RECOVER_TASK
+from rayprune.workers.store.layout import EXPORT_TASK, RECOVER_TASK, TEACHER_TASK
 
 STATE_BYTES = 12
-"""A trained parameter in a saved state: itself and its two moments, in fp32."""
+"""A trained parameter in a saved state: itself and its two moments, in fp32; where windows are held
+out, the best one too."""
 
 
 @dataclass(frozen=True)
@@ -26,15 +27,18 @@ def disk_needs(load: Workload) -> tuple[DiskNeed, ...]:
     model = load.outer_parameters + sum(kind.num_layers * kind.parameters for kind in load.kinds)
     first = [training for training in load.trainings if training.task != RECOVER_TASK]
     recoveries = [training for training in load.trainings if training.task == RECOVER_TASK]
-    pruned = load.output_bytes // load.written_element_bytes
     return (
         *(DiskNeed(each.task, load.bytes_on_disk, _states(load, each, model)) for each in first),
         DiskNeed(EXPORT_TASK, load.output_bytes),
-        *(
-            DiskNeed(each.task, load.output_bytes, _states(load, each, pruned))
-            for each in recoveries
-        ),
+        *(need for each in recoveries for need in _recovery(load, each)),
     )
+
+
+def _recovery(load: Workload, training: TrainingLoad) -> Iterator[DiskNeed]:
+    if training.taught_windows:
+        yield DiskNeed(TEACHER_TASK, training.taught_bytes)
+    states = _states(load, training, load.pruned_parameters)
+    yield DiskNeed(training.task, load.output_bytes, states)
 
 
 def _states(load: Workload, training: TrainingLoad, parameters: int) -> int:
@@ -45,7 +49,7 @@ def _states(load: Workload, training: TrainingLoad, parameters: int) -> int:
         parameters = training.lora_rank * sum(
             kind.num_layers * kind.matrix_sides for kind in load.kinds
         )
-    return training.saved_states * STATE_BYTES * parameters
+    return training.saved_states * (STATE_BYTES + 4 * training.keeps_best) * parameters
 
 
 def still_needed(needs: Sequence[DiskNeed], finished: Collection[str]) -> int:

@@ -10,15 +10,17 @@ from rayprune.orchestrator.planning.shapes import Shape
 from rayprune.orchestrator.planning.workload import TrainingLoad, Workload
 from rayprune.specs.allocation import CurvesAllocation, SearchAllocation, ThresholdAllocation
 from rayprune.specs.job import JobSpec
-from rayprune.specs.methods.options import DriveOut
-from rayprune.specs.training import TrainingSpec
+from rayprune.specs.methods.options import DriveOut, TakeOver
+from rayprune.specs.texts import WindowsSpec
+from rayprune.specs.training import RecoverSpec, TrainingSpec
 from rayprune.workers.model.checkpoint import Checkpoint
 from rayprune.workers.model.config import DTYPES
 from rayprune.workers.model.description import Model
 from rayprune.workers.model.folder import PLANNED_BYTES
 from rayprune.workers.model.sites import sites_of
 from rayprune.workers.store.layout import RECOVER_TASK, REGULARISE_TASK, UPDATES_TASK
-from rayprune.workers.store.training_stage import saved_states
+from rayprune.workers.store.training_stage import saved_states, total_steps
+from rayprune.workers.texts.limits import kept_out
 
 
 def workload_of(
@@ -86,7 +88,7 @@ def workload_of(
         in_process=job.cluster.executor == "in-process",
         survey_levels=_survey_levels(job),
         candidates=_candidates(job, model.num_layers) + _without_layers(job, model.num_layers),
-        trainings=_trainings(job),
+        trainings=_trainings(job, shapes[0], model.num_layers),
         gradient_windows=job.gradient_windows,
         candidate_windows=job.divergence_windows or job.drop_windows,
         own_text=own_text_load(job, checkpoint, _element_bytes(job, checkpoint, on_gpu)),
@@ -97,36 +99,57 @@ def workload_of(
     )
 
 
-def _trainings(job: JobSpec) -> tuple[TrainingLoad, ...]:
-    """The trainings of a job; a training of gates takes less than the one of all weights."""
-    loads = []
+def _trainings(job: JobSpec, shape: Shape, num_layers: int) -> tuple[TrainingLoad, ...]:
+    """The trainings of a job; those of gates, one for each layer that goes, count with the one of
+    all weights, which takes more memory.
+    """
+    loads, windows = [], job.calibration.samples
     if first := job.method.before_cut:
+        load = _training(first.training, first.training.samples or windows, job.calibration)
+        if isinstance(first, TakeOver):
+            gates = _training(first.gates, first.gates.samples or windows, job.calibration)
+            gone = num_layers - len(shape.remaining(num_layers))
+            load = replace(
+                load, trained_windows=load.trained_windows + gone * gates.trained_windows
+            )
         loads.append(
             replace(
-                _training(job, first.training),
+                load,
                 each_layer=job.method.trains_layers_alone,
                 task=REGULARISE_TASK if isinstance(first, DriveOut) else UPDATES_TASK,
             )
         )
-    if recover := job.recover:
-        rank = recover.lora.rank if recover.lora else 0
-        loads.append(
-            replace(
-                _training(job, recover),
-                teacher=recover.loss == "distillation",
-                lora_rank=rank,
-                task=RECOVER_TASK,
-            )
-        )
+    if job.recover:
+        loads.append(_recovery(job, job.recover))
     return tuple(loads)
 
 
-def _training(job: JobSpec, options: TrainingSpec) -> TrainingLoad:
+def _recovery(job: JobSpec, recover: RecoverSpec) -> TrainingLoad:
+    text, held_out, top = job.recovery_text, recover.held_out, recover.teacher_top or 0
+    looked_at = len(kept_out(job))
+    load = _training(recover, text.samples - looked_at, text)
+    return replace(
+        load,
+        teacher=recover.loss == "distillation" and not top,
+        lora_rank=recover.lora.rank if recover.lora else 0,
+        task=RECOVER_TASK,
+        measured_windows=looked_at * (2 + load.steps // held_out.every) if held_out else 0,
+        keeps_best=held_out is not None,
+        taught_windows=text.samples if top else 0,
+        teacher_top=top,
+    )
+
+
+def _training(options: TrainingSpec, num_windows: int, text: WindowsSpec) -> TrainingLoad:
+    steps = total_steps(options, num_windows)
     return TrainingLoad(
         options.micro_batch,
         not options.activation_checkpointing,
         4 if options.dtype == "float32" else 2,
-        saved_states=saved_states(options, options.samples or job.calibration.samples),
+        saved_states=saved_states(options, num_windows),
+        sequence_length=text.sequence_length,
+        steps=steps,
+        trained_windows=steps * options.batch,
     )
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rayprune.orchestrator.planning.plan import Plan
 from rayprune.specs.job import JobSpec
+from rayprune.workers.store.layout import RECOVER_TASK
 
 LEAST_SECONDS = 600.0
 SLOWEST = {"cpu": 4e9, "cuda": 4e11}
@@ -24,10 +25,9 @@ def step_limit(job: JobSpec, plan: Plan) -> float:
         return float(job.parallel.step_seconds)
     text_bytes = sum(map(_size, _texts(job)))
     tokens = text_bytes if job.evaluation else 0  # a token has a byte at least
-    for training in job.method.trainings:  # forward and backward, the forward pass twice
-        windows = training.epochs * (training.samples or job.calibration.samples)
-        tokens += int(4 * windows * job.calibration.sequence_length)
-    flops = sum(stage.flops for stage in plan.stages) + 2 * plan.model.active_parameters * tokens
+    # a recovery is no step: ranks of a gang train
+    stages = [stage for stage in plan.stages if stage.name != RECOVER_TASK]
+    flops = sum(stage.flops for stage in stages) + 2 * plan.model.active_parameters * tokens
     return (
         LEAST_SECONDS
         + flops / plan.workers / SLOWEST[plan.device]
@@ -37,8 +37,10 @@ def step_limit(job: JobSpec, plan: Plan) -> float:
 
 
 def _texts(job: JobSpec) -> Iterator[Path]:
+    trained = job.recover.text if job.recover else None
+    windows = [job.calibration, *([trained] if trained else [])]
     evaluated = job.evaluation.by_name.values() if job.evaluation else ()
-    for text in (job.calibration, *job.calibration.mix, *evaluated):
+    for text in (*(text for spec in windows for text in spec.texts), *evaluated):
         path = Path(text.path)
         yield from path.rglob("*") if path.is_dir() else [path]
 

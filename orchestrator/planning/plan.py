@@ -46,10 +46,12 @@ from rayprune.workers.store.layout import (
     GRADIENTS_TASK,
     OUTER_TASK,
     RECOVER_TASK,
+    RECOVERY_TOKENS_TASK,
     REGULARISE_TASK,
     SENSITIVITY_TASK,
     SHAPE_TASK,
     SOURCE_TASK,
+    TEACHER_TASK,
     UPDATES_TASK,
     converted_task,
     gates_task,
@@ -168,7 +170,8 @@ class Plan:
     @property
     def warnings(self) -> tuple[str, ...]:
         """What will harm the result, with numbers."""
-        corrects = self.corrects_drift or any(s.kept != self.model.units for s in self.shapes)
+        stays = all(not shape.layers and shape.kept == self.model.units for shape in self.shapes)
+        corrects = self.corrects_drift or not stays
         if self.tokens_per_neuron >= FEW_TOKENS or not corrects:
             return self.notes
         given, each = self.calibration_tokens, self.tokens_per_neuron
@@ -420,14 +423,16 @@ def _tasks(job: JobSpec, model: Model, shape: Shape, num_shapes: int) -> tuple[s
     # of an encoder that predicts nothing, embeddings are compared alone
     before = ("evaluate-before",) if model.causal or model.predicts_masked else ()
     evaluation = (EVALUATION_TASK, *before, "evaluate-after") if job.evaluation else ()
-    recovery = (
-        (RECOVER_TASK, *(("evaluate-recovered",) if job.evaluation else ())) if job.recover else ()
-    )
+    recovery: tuple[str, ...] = ()
+    if job.recover:
+        evaluated = ("evaluate-recovered",) if job.evaluation else ()
+        recovery = (*teacher_tasks(job), RECOVER_TASK, *evaluated)
     gradients = (GRADIENTS_TASK,) if job.gradient_windows else ()
     formats = map(converted_task, job.converted)
     return (
         *own_tasks(job),
         CALIBRATION_TASK,
+        *recovery_text(job),
         SOURCE_TASK,
         *gradients,
         *spread,
@@ -439,6 +444,16 @@ def _tasks(job: JobSpec, model: Model, shape: Shape, num_shapes: int) -> tuple[s
         *recovery,
         *formats,
     )
+
+
+def recovery_text(job: JobSpec) -> tuple[str, ...]:
+    """The task that tokenises what a recovery is trained on, if there is one."""
+    return (RECOVERY_TOKENS_TASK,) if job.recover else ()
+
+
+def teacher_tasks(job: JobSpec) -> tuple[str, ...]:
+    """The task that asks the dense model before a recovery, if there is one."""
+    return (TEACHER_TASK,) if job.recover and job.recover.teacher_top else ()
 
 
 def _device(job: JobSpec, machine: MachineProfile | None) -> str:

@@ -5,6 +5,7 @@
 import os
 import shutil
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import requires
@@ -18,22 +19,25 @@ from rayprune.orchestrator.planning.plan import Plan
 from rayprune.orchestrator.planning.steps import plan_job
 from rayprune.orchestrator.planning.targets import check_tokenizer
 from rayprune.specs.errors import ResourceError, SpecError
-from rayprune.specs.job import EvaluationSpec, JobSpec, TextSpec
+from rayprune.specs.job import EvaluationSpec, JobSpec
+from rayprune.specs.own_text import OWN_TEXT
+from rayprune.specs.texts import TextSpec
 from rayprune.workers.model.checkpoint import Checkpoint, open_checkpoint
 from rayprune.workers.store.files import read_manifest
 from rayprune.workers.store.layout import task_folder
 from rayprune.workers.store.side_files import COPIED, side_files
 from rayprune.workers.texts.limits import (
-    OWN_TEXT,
     check_counts,
     check_ids,
     check_other_text,
     check_positions,
     embedding_rows,
+    kept_out,
     no_window,
     own_tokens,
     texts_read,
     too_few_samples,
+    windows_of_texts,
 )
 from rayprune.workers.texts.own import PROMPT
 from rayprune.workers.texts.reading import (
@@ -104,15 +108,12 @@ def check_inputs(job: JobSpec, checkpoint: Checkpoint) -> list[str]:
                 "calibration.own.prompts: chat, but the model has no chat template; put its"
                 " chat_template.jinja into the model folder, or set it to calibration or none"
             )
+    size = spec.sequence_length - special
     # the model's own text is yet to be written
     for text, count, gate in [read for read in texts_read(job) if read[0].path != OWN_TEXT]:
-        needed = (count + gate) * (spec.sequence_length - special)
-        ids, facts = _looked_at(checkpoint, text, encode, needed)
-        if _is_less(facts, needed):
-            raise too_few_samples(
-                text, count + gate, spec.sequence_length - special, len(ids), gate
-            )
-        warnings += _said(ids[:needed], facts, text, needed)
+        warnings += _windows(checkpoint, text, encode, count + gate, size, gate=gate)
+    trained = _recovery(job, checkpoint, encode)
+    warnings += trained.warnings
     if evaluation:
         warnings += check_positions(checkpoint, evaluation.window, "evaluation.window")
         needed = _evaluated(evaluation)
@@ -121,8 +122,57 @@ def check_inputs(job: JobSpec, checkpoint: Checkpoint) -> list[str]:
             if _is_less(facts, evaluation.window - special):
                 raise no_window(text, evaluation.window, len(ids))
             warnings += _said(ids[:needed], facts, text, evaluation.window)
-            check_other_text(spec.texts, text, evaluation.option(name))
+            check_other_text([*spec.texts, *trained.texts], text, evaluation.option(name))
     return warnings
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """The texts that a recovery alone is trained on, and warnings about them."""
+
+    texts: Sequence[TextSpec] = ()
+    warnings: Sequence[str] = ()
+
+
+def _recovery(job: JobSpec, checkpoint: Checkpoint, encode: Encode | None) -> _Trained:
+    if job.recover is None:
+        return _Trained()
+    kept_out(job)
+    top = job.recover.teacher_top
+    if top and top > checkpoint.model.vocabulary:
+        raise SpecError(
+            f"recover.teacher_top: {top}, but the model has {checkpoint.model.vocabulary} tokens;"
+            " lower it"
+        )
+    if (spec := job.recover.text) is None:
+        return _Trained()
+    option, length = job.recovery_option, spec.sequence_length
+    warnings = check_positions(checkpoint, length, f"{option}.sequence_length")
+    for text, count in windows_of_texts(spec, option):
+        warnings += _windows(checkpoint, text, encode, count, length, option)
+    return _Trained(spec.texts, warnings)
+
+
+def _windows(
+    checkpoint: Checkpoint,
+    text: TextSpec,
+    encode: Encode | None,
+    count: int,
+    size: int,
+    option: str = "calibration",
+    gate: int = 0,
+) -> list[str]:
+    """Check that a text of an option has so many windows, `gate` of them those of a gate; warnings.
+
+    Raises:
+        SpecError: the text will not do, or is too short.
+        ModelError: the model has no embedding for a token.
+    """
+    needed = count * size
+    ids, facts = _looked_at(checkpoint, text, encode, needed)
+    if _is_less(facts, needed):
+        raise too_few_samples(text, count, size, len(ids), gate, option)
+    return _said(ids[:needed], facts, text, needed)
 
 
 def _evaluated(spec: EvaluationSpec) -> int:

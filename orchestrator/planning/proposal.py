@@ -16,8 +16,9 @@ from rayprune.orchestrator.planning.case import Case, Setting, Settings, changed
 from rayprune.orchestrator.planning.plan import Plan
 from rayprune.orchestrator.planning.sizing import SHARDS, fitting
 from rayprune.specs.errors import ModelError, SpecError
-from rayprune.specs.job import DEFAULT_SPARSITY, FEW_TOKENS, JobSpec, TextSpec
+from rayprune.specs.job import DEFAULT_SPARSITY, FEW_TOKENS, JobSpec
 from rayprune.specs.recipe import RecipeName
+from rayprune.specs.texts import TextSpec
 from rayprune.workers.machine.host import Host
 from rayprune.workers.model.checkpoint import Checkpoint
 from rayprune.workers.texts.reading import check_text
@@ -34,6 +35,7 @@ GIVEN_UP: tuple[Mapping[str, Any], ...] = (
     {"method.scale": "weights"},
     {"parallel.placement": "shards"},
     {"recover": None},
+    {"calibration.own": None},
     {"export.target": ["vllm"]},
     {"export.target": ["transformers"]},
     {"budget.round_to": "auto"},
@@ -137,11 +139,14 @@ def _enough_text(case: Case, settings: Settings, text: Path | None) -> Settings:
         " corrections overfit, more is better for long"
     )
     length, there = usual, _tokens(case, text) if text else None
-    if there is not None and there < wanted * usual.value:
-        while length.value > SHORTEST and there < LEAST_WINDOWS["cpu"] * length.value:
+    # windows for each one of the text: the model's own come beside them
+    each_gives = sum(case.job(settings).calibration.weights)
+    if there is not None and each_gives * there < wanted * usual.value:
+        while length.value > SHORTEST and each_gives * there < LEAST_WINDOWS["cpu"] * length.value:
             length = Setting(length.value // 2, "tokens of a window: the text is short")
-        why = f"windows: all that the text has; {wanted * usual.value:,} tokens would be enough"
-        wanted = max(2, there // length.value)
+        enough = math.ceil(wanted * usual.value / each_gives)
+        why = f"windows: all that the text has; {enough:,} tokens would be enough"
+        wanted = max(2, int(there // length.value * each_gives))
     settings = settings | {
         "calibration.samples": Setting(wanted, why),
         "calibration.sequence_length": length,

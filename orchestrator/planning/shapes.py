@@ -89,6 +89,7 @@ def open_shapes(job: JobSpec, checkpoint: Checkpoint) -> tuple[Shape, ...]:
     dense = checkpoint.model.units
     if job.method.masks:
         check_widths(checkpoint.model, job.method.masks)
+    if job.method.masks or job.method.removes_nothing:
         return (Shape(dense, **asdict(_uniform(job, checkpoint, dense))),)
     if not exceeded(
         _uniform(job, checkpoint, dense), limits(job.budget, checkpoint.decoder_parameters)

@@ -14,7 +14,11 @@ SHARE = {"cpu": 0.6, "cuda": 0.9}
 """Of a machine's memory, or of a GPU's, that workers get: the rest is for the system, the driver
 and Ray's object store, or for what torch takes beside tensors.
 """
-SMALLER: tuple[Mapping[str, Any], ...] = ({"parallel.micro_batch": 1}, {"recover": None})
+SMALLER: tuple[Mapping[str, Any], ...] = (
+    {"parallel.micro_batch": 1},
+    {"recover": None},
+    {"calibration.own": None},
+)
 """What is tried in turn where nothing fits the memory."""
 
 

@@ -7,7 +7,13 @@ from rayprune.orchestrator.planning.causal import check_encoder
 from rayprune.orchestrator.planning.disk import DiskNeed, still_needed
 from rayprune.orchestrator.planning.dropped import plan_dropping
 from rayprune.orchestrator.planning.own_text import own_tasks
-from rayprune.orchestrator.planning.plan import Plan, PlannedStep, make_plan
+from rayprune.orchestrator.planning.plan import (
+    Plan,
+    PlannedStep,
+    make_plan,
+    recovery_text,
+    teacher_tasks,
+)
 from rayprune.orchestrator.planning.together import (
     needs_together,
     relative_sparsity,
@@ -128,8 +134,10 @@ def _together(job: JobSpec, steps: InSteps, plans: dict[int, Plan]) -> Plan:
         tasks=(
             *own_tasks(job),
             CALIBRATION_TASK,
+            *recovery_text(job),
             GATE_TOKENS_TASK,
             SOURCE_TASK,
+            *teacher_tasks(job),
             *map(gate_task, plans),
             EXPORT_TASK,
             *map(converted_task, job.converted),

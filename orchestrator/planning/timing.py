@@ -3,7 +3,7 @@ network time.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -16,6 +16,13 @@ from rayprune.orchestrator.planning.costs import (
     spilled_statistics_bytes,
 )
 from rayprune.orchestrator.planning.messages import message_path_bytes
+from rayprune.orchestrator.planning.training_time import (
+    named,
+    teacher_flops,
+    teacher_seconds,
+    training_flops,
+    training_seconds,
+)
 from rayprune.orchestrator.planning.workload import (
     CANDIDATES_AT_ONCE,
     GRADIENT_WINDOWS_AT_ONCE,
@@ -26,6 +33,7 @@ from rayprune.orchestrator.planning.workload import (
 from rayprune.specs.machine import MachineProfile
 from rayprune.specs.memory import MemoryPlan
 from rayprune.workers.machine.blocks import EVALUATED_AT_ONCE, PANEL, PRODUCT_TOKENS
+from rayprune.workers.store.layout import TEACHER_TASK
 
 GRAM_RATE = 0.55
 """Of the rate of the forward passes: that of products for a Gram matrix on tensor cores, counted as
@@ -74,6 +82,7 @@ def stages(load: Workload, choice: MemoryPlan, machine: MachineProfile | None) -
             *_gradients_stage(load, None),
             *_divergence_stage(load, None),
             *_gate_stage(load, None),
+            *_training_stages(load, None),
         )
     phases = [_bounds(phase, choice, machine) for phase in load.phases().values()]
     timed = [
@@ -87,6 +96,7 @@ def stages(load: Workload, choice: MemoryPlan, machine: MachineProfile | None) -
         *_gradients_stage(load, machine),
         *_divergence_stage(load, machine),
         *_gate_stage(load, machine),
+        *_training_stages(load, machine),
         *_evaluation_stage(load, machine),
     )
 
@@ -295,6 +305,18 @@ def _gate_stage(load: Workload, machine: MachineProfile | None) -> tuple[Stage, 
         "disk": (load.bytes_on_disk + load.output_bytes) / machine.disk_bandwidth,
     }
     return (_timed("gate", flops, [bounds]),)
+
+
+def _training_stages(load: Workload, machine: MachineProfile | None) -> Iterator[Stage]:
+    """Trainings, and what a teacher is asked for them."""
+    for name, training in named(load):
+        asks = name == TEACHER_TASK
+        flops = (teacher_flops if asks else training_flops)(load, training)
+        if machine is None:
+            yield Stage(name, flops)
+            continue
+        seconds = (teacher_seconds if asks else training_seconds)(load, training, machine)
+        yield _timed(name, flops, [seconds])
 
 
 def _evaluation_stage(load: Workload, machine: MachineProfile) -> tuple[Stage, ...]:

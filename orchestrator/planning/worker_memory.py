@@ -25,6 +25,7 @@ from rayprune.orchestrator.planning.workload import (
 from rayprune.specs.memory import MemoryPlan
 from rayprune.workers.machine.blocks import CONVERTED_BYTES, EVALUATED_AT_ONCE
 from rayprune.workers.model.description import PROBED_EXPERTS, Group
+from rayprune.workers.store.layout import RECOVER_TASK
 
 Kinds = dict[str, int]
 """Bytes by kind."""
@@ -75,6 +76,8 @@ def memory_by_step(load: Workload, choice: MemoryPlan) -> dict[str, Kinds]:
     if load.gradient_windows:
         table["gradients"] = _gradients(load, choice)
     for training in load.trainings:
+        if training.taught_windows:
+            table["teach"] = _teaching(load, choice, training)
         if training.each_layer:
             table["train layer"] = _layer_training(load, choice, training)
         else:
@@ -372,15 +375,32 @@ def _gradients(load: Workload, choice: MemoryPlan) -> Kinds:
             * load.element_bytes
         ),
         "squares": (windows + 1) * 8 * numbers,
-        "activations": max(scores, 2 * _inside(load, 1)),
+        "activations": max(scores, 2 * _inside(load, load.sequence_length)),
     }
 
 
-def _inside(load: Workload, windows: int) -> int:
+def _inside(load: Workload, tokens: int) -> int:
     """Activations inside one layer: about 7 D + 3 F numbers for a token, as many in fp32 as in bf16
     (measured).
     """
-    return 6 * windows * load.sequence_length * (7 * load.hidden + 3 * load.active_width)
+    return 6 * tokens * (7 * load.hidden + 3 * load.active_width)
+
+
+def _teaching(load: Workload, choice: MemoryPlan, training: TrainingLoad) -> Kinds:
+    """The dense model layer by layer, hidden states of the windows that go together; the scores of
+    one, in fp32 too, their logarithms, and the likeliest.
+    """
+    window = training.sequence_length
+    together = min(EVALUATED_AT_ONCE, math.ceil(training.taught_windows / load.workers))
+    scores = load.vocabulary * (load.element_bytes + 8) + 12 * training.teacher_top
+    return {
+        "runtime": RUNTIME_BYTES,
+        "weights": _weights_bytes(replace(load, placement="shards"), 1),
+        "hidden states": (
+            (1 if choice.spill_hidden else together) * window * load.hidden * load.element_bytes
+        ),
+        "activations": max(window * scores, _inside_forward(load, window)),
+    }
 
 
 def _layer_training(load: Workload, choice: MemoryPlan, training: TrainingLoad) -> Kinds:
@@ -398,7 +418,7 @@ def _layer_training(load: Workload, choice: MemoryPlan, training: TrainingLoad) 
             + (4 + copied) * load.layer_parameters
         ),
         "optimizer": 12 * load.layer_parameters + (4 + copied) * load.hidden * load.active_width,
-        "activations": _inside(load, training.windows),
+        "activations": _inside(load, training.windows * training.sequence_length),
     }
 
 
@@ -410,33 +430,33 @@ def _training(load: Workload, training: TrainingLoad) -> Kinds:
     teacher's. Activations: what every layer was given, and inside one layer, or in all; the scores,
     their logarithms and gradients, and the teacher's.
     """
-    tokens, layers = training.windows * load.sequence_length, load.num_layers
+    tokens, layers = training.windows * training.sequence_length, load.num_layers
     ranks = load.workers
-    parameters = load.outer_parameters + sum(
-        kind.num_layers * kind.parameters for kind in load.kinds
-    )
+    dense = load.outer_parameters + sum(kind.num_layers * kind.parameters for kind in load.kinds)
+    parameters = load.pruned_parameters if training.task == RECOVER_TASK else dense
     adapters = training.lora_rank * sum(kind.num_layers * kind.matrix_sides for kind in load.kinds)
     held, trained = (
         (training.pass_bytes * parameters, adapters)
         if adapters
         else (4 * parameters, parameters // ranks)
     )
-    held += training.pass_bytes * parameters * training.teacher
+    held += training.pass_bytes * dense * training.teacher
+    held += 0 if adapters else 4 * parameters * training.keeps_best
     gathered = (
         training.pass_bytes * (2 * load.layer_parameters + load.outer_parameters)
         if ranks > 1
         else 0
     )
+    # log p, log q, p, their difference and the product; from files, gradients of two terms
+    compared = 6 if training.teacher else 4 if training.taught_windows else 0
     head_gradients = 0 if adapters else 2 * 4 * load.vocabulary * load.hidden
     return {
         "runtime": RUNTIME_BYTES,
-        "weights": held // ranks + gathered + 4 * adapters,
+        "weights": held // ranks + gathered + 4 * adapters * (1 + training.keeps_best),
         "optimizer": 12 * trained + head_gradients,
         "hidden states": 4 * layers * tokens * load.hidden,
-        "activations": (
-            _inside(load, training.windows) * (layers if training.keeps_activations else 1)
-        ),
-        "scores": tokens * load.vocabulary * (14 + training.pass_bytes + 10 * training.teacher),
+        "activations": _inside(load, tokens) * (layers if training.keeps_activations else 1),
+        "scores": tokens * load.vocabulary * (14 + training.pass_bytes + compared),
     }
 
 

@@ -36,7 +36,7 @@ Propagation = Literal["pruned", "dense", "refit"]
 
 @dataclass(frozen=True)
 class TrainingLoad:
-    """A training, as far as memory goes."""
+    """A training, as far as memory and time go."""
 
     windows: int
     """Windows that a rank computes together."""
@@ -44,6 +44,8 @@ class TrainingLoad:
     """Whether activations inside the layers are kept."""
     pass_bytes: int
     """Bytes of a number in the passes, and of a weight that is not trained."""
+    sequence_length: int
+    """Tokens of a window."""
     teacher: bool = False
     """Whether the dense model is there too."""
     lora_rank: int = 0
@@ -54,6 +56,22 @@ class TrainingLoad:
     """What it belongs to."""
     saved_states: int = 0
     """Saved states that lie on disk at the same time."""
+    steps: int = 0
+    trained_windows: int = 0
+    """Windows that are passed forward and backward in all steps together."""
+    measured_windows: int = 0
+    """Windows that are passed forward, in all measurements together."""
+    keeps_best: bool = False
+    """Whether the best weights so far are kept beside those that change."""
+    taught_windows: int = 0
+    """Windows of which a teacher is asked before."""
+    teacher_top: int = 0
+    """Likeliest tokens that are kept of what it says."""
+
+    @property
+    def taught_bytes(self) -> int:
+        """What is kept of it: a token's number and a logarithm, of 4 bytes each."""
+        return 8 * self.teacher_top * self.sequence_length * self.taught_windows
 
 
 @dataclass(frozen=True)
@@ -204,6 +222,11 @@ class Workload:
     def written_layer_bytes(self, kind: LayerKind) -> int:
         """A layer's kept parameters as they are on disk."""
         return self.kept_parameters(kind) * self.written_element_bytes
+
+    @property
+    def pruned_parameters(self) -> int:
+        """Parameters of the whole pruned model."""
+        return self.output_bytes // self.written_element_bytes
 
     @property
     def active_parameters(self) -> int:

@@ -5,9 +5,10 @@ when it was made: the same job gives the same card. Speeds, which `rayprune benc
 they were measured.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
@@ -15,6 +16,7 @@ from rayprune.orchestrator.reporting.facts import Dense
 from rayprune.orchestrator.reporting.report import Report
 from rayprune.orchestrator.reporting.speeds import protocol, speed_rows
 from rayprune.orchestrator.reporting.tables import text, titled
+from rayprune.specs.own_text import OWN_TEXT
 
 TASKS = {
     "AutoModelForCausalLM": "text-generation",
@@ -35,7 +37,7 @@ tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 """
 LIMITS = """## Limits
 
-What stays was chosen, and corrected, on {samples:,} windows of {length:,} tokens of {texts}.
+{history}
 On text of other kinds it loses more: measure it on yours. What the dense model cannot do, or should
 not be used for, holds for this one too.
 """
@@ -123,16 +125,14 @@ def _metadata(report: Report, dense: Dense, recovered: bool) -> ModelCardData:
 
 def _body(report: Report, dense: Dense, recovered: bool) -> Iterator[str]:
     name, method = text(dense.name), report.method["name"]
+    by = f"by rayprune {report.rayprune_version} (`method: {method}`)"
+    lost = f"without {1 - report.decoder_parameters.ratio:.1%} of the parameters of its layers"
+    how = f"{lost}, removed {by}" if report.is_pruned else f"as it is, written {by}"
     yield f"# {name}-pruned\n"
-    part = report.zeros / report.decoder_parameters.before
-    yield (
-        f"{name} with {part:.1%} of the parameters of its layers set to zero (`sparsity.json`) by"
-        f" rayprune {report.rayprune_version} (`method: {method}`).\n"
-        if report.zeros
-        else f"{name} without {1 - report.decoder_parameters.ratio:.1%} of the parameters of its"
-        f" layers, removed by rayprune {report.rayprune_version} (`method: {method}`)"
-        f"{' and trained afterwards' if recovered else ''}.\n"
-    )
+    if report.zeros:
+        part = report.zeros / report.decoder_parameters.before
+        how = f"with {part:.1%} of the parameters of its layers set to zero (`sparsity.json`) {by}"
+    yield f"{name} {how}{' and trained afterwards' if recovered else ''}.\n"
     yield "| | before | after |\n| --- | --: | --: |"
     sizes = {
         "parameters": report.parameters,
@@ -150,13 +150,19 @@ def _body(report: Report, dense: Dense, recovered: bool) -> Iterator[str]:
         yield f"{protocol(report.speeds)}.\n"
     code = ", trust_remote_code=True" if report.models.own_class else ""
     yield LOADING.format(auto_class=report.models.auto_class, code=code)
-    used = report.calibration
-    texts = [used["path"], *(part["path"] for part in used["mix"])]
-    yield LIMITS.format(
-        samples=used["samples"],
-        length=used["sequence_length"],
-        texts=", ".join(_cell(_file(path)) for path in texts),
-    )
+    history = []
+    if report.is_pruned:
+        history.append(f"What stays was chosen, and corrected, on {_windows(report.calibration)}.")
+    if recovered and report.recovery:
+        history.append(f"It was trained on {_windows(report.recovery)}.")
+    yield LIMITS.format(history="\n".join(history))
+
+
+def _windows(used: Mapping[str, Any]) -> str:
+    """A section of windows in words."""
+    texts = [_file(part["path"]) for part in (used, *used["mix"])]
+    names = ", ".join(map(_cell, [*texts, *([OWN_TEXT] if used.get("own") else [])]))
+    return f"{used['samples']:,} windows of {used['sequence_length']:,} tokens of {names}"
 
 
 def _quality(report: Report, recovered: bool) -> Iterator[str]:

@@ -115,6 +115,7 @@ def _gather(context: Context, done: Pruned) -> Report:
         speeds=_speeds(context, after.identity),
         calibration=job.calibration.model_dump(mode="json"),
         own_text=_own_text(context),
+        recovery=job.recovery_text.model_dump(mode="json") if job.recover else None,
         warnings=plan.warnings,
         seconds=seconds | {"total": sum(seconds.values())},
         step_seconds=_step_seconds(events),

@@ -7,6 +7,7 @@ from rayprune.orchestrator.planning.disk import still_needed
 from rayprune.orchestrator.planning.worker_memory import Kinds, gib, total
 from rayprune.orchestrator.reporting.progress import print_parts
 from rayprune.orchestrator.reporting.tables import Part, Table
+from rayprune.workers.store.layout import TEACHER_TASK
 
 if TYPE_CHECKING:  # a plan shows itself with what is here
     from rayprune.orchestrator.planning.plan import Plan
@@ -263,6 +264,9 @@ def _totals(plan: "Plan") -> Iterator[Part]:
     if traffic.spilled_bytes:
         yield f"files instead of memory: {gib(traffic.spilled_bytes)} written and read"
     yield f"output: at most {_mib(plan.output_bytes)}"
+    for need in plan.disk:
+        if need.task == TEACHER_TASK:
+            yield f"kept of what the teacher says: {_mib(need.stays_bytes)}"
     yield (
         f"calibration: {plan.calibration_tokens:,} tokens, {plan.tokens_per_neuron:.1f} per FFN"
         " channel"

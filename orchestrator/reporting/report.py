@@ -85,6 +85,10 @@ class Report(Facts):
     """The job's section `calibration`, defaults included."""
     own_text: OwnText | None = None
     """Where the model has written some; else there is no such key."""
+    recovery: dict[str, Any] | None = None
+    """What was trained on after the cut, in the form of `calibration`; else there is no such
+    key.
+    """
     warnings: tuple[str, ...]
     seconds: dict[str, float]
     """By stage, over all attempts, and `total`."""
@@ -103,6 +107,11 @@ class Report(Facts):
     """
     records: Records | None = None
     """Null before the report is written, and in reports of the first versions."""
+
+    @property
+    def is_pruned(self) -> bool:
+        """Whether anything was removed."""
+        return self.decoder_parameters.after < self.decoder_parameters.before
 
     @property
     def kept(self) -> dict[str, str]:
@@ -176,7 +185,7 @@ class Report(Facts):
         """What only some jobs have, or was not measured, is no key of other reports, rather than a
         null.
         """
-        may_lack = ("masked_lm_loss", "embeddings", "own_text", "speeds", "dropped")
+        may_lack = ("masked_lm_loss", "embeddings", "own_text", "recovery", "speeds", "dropped")
         return {
             name: value
             for name, value in fields(self).items()

@@ -38,12 +38,12 @@ def prune(
     Raises:
         RaypruneError: as its subclasses say; finished tasks are kept.
     """
-    context, subject, evaluated = begin(context, plan, checkpoint)
+    context, subject, evaluated = begin(context, plan, checkpoint, original)
     return cut(context, subject, evaluated, original or subject.model)
 
 
 def begin(
-    context: Context, plan: Plan, checkpoint: Checkpoint
+    context: Context, plan: Plan, checkpoint: Checkpoint, original: ModelAt | None = None
 ) -> tuple[Context, Subject, Manifest | None]:
     """The context with all texts, the model and its texts as tokens, and the tokens of the
     evaluation, if there is one.
@@ -52,10 +52,12 @@ def begin(
     context.executor.use_model(context.job, checkpoint.path, context.scope.name)
     context = own_text.with_own_text(context, checkpoint)
     digests = texts.text_digests(context)
-    tokens, evaluated, warnings = texts.tokenize(context, checkpoint, digests)
-    plan = context.record(noting(context, plan, warnings))
+    first = original.checkpoint if original else checkpoint
+    tokens = texts.tokenize(context, checkpoint, digests, first)
+    plan = context.record(noting(context, plan, tokens.warnings))
     dense = source.identify(context, checkpoint)
-    return context, Subject(plan, dense, tokens, tuple(digests)), evaluated
+    subject = Subject(plan, dense, tokens.calibration, tuple(digests), tokens.recovery)
+    return context, subject, tokens.evaluation
 
 
 def cut(

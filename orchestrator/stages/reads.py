@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from rayprune.orchestrator.execution.run_folder import HOW_COMPUTED
-from rayprune.specs.job import JobSpec, TextSpec
+from rayprune.specs.job import JobSpec
+from rayprune.specs.texts import TextSpec, WindowsSpec
 from rayprune.specs.training import HOW_TRAINED
 from rayprune.workers.store.layout import (
     CALIBRATION_TASK,
@@ -22,10 +23,12 @@ from rayprune.workers.store.layout import (
     OUTER_TASK,
     OWN_TEXT_TASK,
     RECOVER_TASK,
+    RECOVERY_TOKENS_TASK,
     REGULARISE_TASK,
     SENSITIVITY_TASK,
     SHAPE_TASK,
     SOURCE_TASK,
+    TEACHER_TASK,
     UPDATES_TASK,
     converted_task,
     samples_task,
@@ -58,7 +61,7 @@ _SENSITIVITY = (*_ACTIVATIONS, "divergence_windows")
 _SHAPE = (*_CUT, *_ALLOCATION, "budget.probe_samples", "budget.probe_layers")
 _LAYER = (*_CUT, "parallel.propagation", "export.form", "export.pad")
 _EXPORT = ("export.dtype", "export.form", "export.pad")
-_RECOVER = (*_TRAINING, "recover")
+_RECOVER = ("parallel.device", "parallel.threads_per_worker", "recover")
 
 READS: Mapping[str, tuple[str, ...]] = {
     SOURCE_TASK: (),
@@ -83,6 +86,8 @@ READS: Mapping[str, tuple[str, ...]] = {
     OUTER_TASK: ("export.dtype",),
     EXPORT_TASK: _EXPORT,
     **dict.fromkeys(CONVERTED_TASKS, ()),
+    RECOVERY_TOKENS_TASK: ("recovery",),
+    TEACHER_TASK: (*_ACTIVATIONS, "recover.teacher_top"),
     RECOVER_TASK: _RECOVER,
     GATE_TOKENS_TASK: (*_TEXT, "calibration.samples", "windows_read", "method.gate.samples"),
     # what all tasks of its pass read
@@ -97,6 +102,8 @@ KEPT_IN_STORE = {
     "own",
     OWN_TEXT_TASK,
     CALIBRATION_TASK,
+    RECOVERY_TOKENS_TASK,
+    TEACHER_TASK,
     EVALUATION_TASK,
     GRADIENTS_TASK,
     "statistics",
@@ -120,6 +127,7 @@ WITHOUT_ACTIVATIONS = {
     OWN_TEXT_TASK,
     CALIBRATION_TASK,
     EVALUATION_TASK,
+    RECOVERY_TOKENS_TASK,
     GATE_TOKENS_TASK,
     OUTER_TASK,
     EXPORT_TASK,
@@ -151,7 +159,7 @@ def _known(job: JobSpec) -> dict[str, Any]:
     """
     left_out: Any = {
         "evaluation": {"path", "format", "field", "texts", "prompts", "prompt_tokens"},
-        "recover": HOW_TRAINED,
+        "recover": HOW_TRAINED | {"text", "samples"},  # they are in its tokens
         "method": {"training": HOW_TRAINED, "gates": HOW_TRAINED},
     }
     known: dict[str, Any] = job.model_dump(mode="json", exclude=left_out)
@@ -161,7 +169,14 @@ def _known(job: JobSpec) -> dict[str, Any]:
     selector = job.method.selector
     known["method"]["selector"] = selector.model_dump(mode="json", exclude={"training", "gates"})
     calibration, evaluation = job.calibration, job.evaluation
-    known["calibration"]["texts"] = [_reading(text) for text in calibration.texts]
+    known["calibration"]["texts"] = _readings(calibration)
+    if job.recover:
+        text = job.recovery_text
+        known["recovery"] = {
+            "texts": _readings(text),
+            "samples": text.samples,
+            "sequence_length": text.sequence_length,
+        }
     if evaluation:
         texts = {name: _reading(text) for name, text in evaluation.by_name.items()}
         one = evaluation.texts is None
@@ -194,6 +209,10 @@ def _by_text(job: JobSpec, count: int) -> list[int]:
         text for _, text in spread_windows(job.calibration, min(count, job.calibration.samples))
     ]
     return [texts.count(number) for number in range(len(job.calibration.texts))]
+
+
+def _readings(spec: WindowsSpec) -> list[dict[str, object]]:
+    return [_reading(text) for text in spec.texts]
 
 
 def _reading(text: TextSpec) -> dict[str, object]:

@@ -60,14 +60,15 @@ def prune_in_steps(context: Context, plan: Plan, checkpoint: Checkpoint) -> Prun
     context.executor.use_model(context.job, checkpoint.path, context.scope.name)
     context = own_text.with_own_text(context, checkpoint)
     digests = texts.text_digests(context)
-    tokens, evaluated, warnings = texts.tokenize(context, checkpoint, digests)
+    tokens = texts.tokenize(context, checkpoint, digests, checkpoint)
     measured_on, more = texts.tokenize_gate(context, checkpoint, digests)
-    plan = context.record(noting(context, plan, [*warnings, *more]))
+    plan = context.record(noting(context, plan, [*tokens.warnings, *more]))
     original = source.identify(context, checkpoint)
     given = {
         "original": original.identity,
         "beside the weights": file_digests(side_files(checkpoint.path, COPIED)),
-        "calibration-tokens": tokens.digest,
+        "calibration-tokens": tokens.calibration.digest,
+        **({"recovery-tokens": tokens.recovery.digest} if tokens.recovery else {}),
         "gate-tokens": measured_on.digest,
         "texts": digests,
     }
@@ -80,8 +81,8 @@ def prune_in_steps(context: Context, plan: Plan, checkpoint: Checkpoint) -> Prun
     context.executor.memory_on = lambda _: plan.memory
     context.executor.use_model(context.job, checkpoint.path, context.scope.name)
     models = {"before": original, "after": pruned}
-    judged = evaluation.evaluate(context, models, evaluated)
-    written = samples.write_samples(context, plan, models, evaluated)
+    judged = evaluation.evaluate(context, models, tokens.evaluation)
+    written = samples.write_samples(context, plan, models, tokens.evaluation)
     record: Any = passes.records[last.number].info
     done = [gate_task(number) for number in passes.records]
     others = [task for task in plan.tasks if not task.endswith(f"/{GATE_TASK}")]

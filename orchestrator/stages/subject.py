@@ -59,6 +59,8 @@ class Subject:
     """The calibration text."""
     texts: tuple[str, ...]
     """Digests of the files it was read from."""
+    recovery_tokens: Manifest | None = None
+    """The text that a recovery is trained on."""
     gradients: Manifest | None = None
     """The gradients that activations are scaled by, where the method asks for them."""
     selections: tuple[Manifest, ...] | None = None

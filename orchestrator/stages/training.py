@@ -6,7 +6,7 @@ in the Hugging Face format, and what follows works on that folder.
 
 import random
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
@@ -17,9 +17,10 @@ from rayprune.orchestrator.execution.run_folder import forget_report
 from rayprune.orchestrator.execution.steps import Steps
 from rayprune.orchestrator.planning.shapes import uneven_shape
 from rayprune.orchestrator.stages import sweep
-from rayprune.orchestrator.stages.context import Context
+from rayprune.orchestrator.stages.context import Context, nothing_before
 from rayprune.orchestrator.stages.stream import layer_work, stream_layers
 from rayprune.orchestrator.stages.subject import ModelAt, Subject, digests, file_digests, made_model
+from rayprune.orchestrator.stages.teaching import ask_teacher
 from rayprune.specs.methods.options import DriveOut, TakeOver
 from rayprune.specs.training import TrainingSpec
 from rayprune.workers.model.folder import INDEX_NAME, index_of, read_json
@@ -29,20 +30,25 @@ from rayprune.workers.store.layout import (
     LAYER_FILE,
     OUTER_FILE,
     RECOVER_TASK,
+    RECOVERY_TOKENS_TASK,
     REGULARISE_TASK,
     RESIDUAL_STREAM,
     RESULT_FILE,
+    TEACHER_TASK,
+    TOKENS_FILE,
     TRAINED_FOLDER,
     UPDATES_TASK,
     gates_task,
     regularised_task,
     selection_task,
+    task_folder,
 )
 from rayprune.workers.store.side_files import COPIED, TOKENIZER_FILES, side_files
 from rayprune.workers.store.training_stage import (
     Aim,
     Finetune,
     Gates,
+    HeldOut,
     Penalty,
     Recovery,
     Removed,
@@ -51,7 +57,9 @@ from rayprune.workers.store.training_stage import (
     forget_another,
     forget_states,
     read_log,
+    settled,
 )
+from rayprune.workers.texts.limits import kept_out
 
 REPORT_SECONDS = 5.0
 
@@ -88,7 +96,7 @@ def _regularise(context: Context, subject: Subject, stage: DriveOut) -> tuple[Su
     if stage.each_layer:
         return subject, _regularise_layers(context, subject, removed)
     aim = Penalty(removed, stage.strength, stage.norm)
-    return subject, _trained(context, subject, REGULARISE_TASK, stage.training, aim)
+    return subject, _trained_first(context, subject, REGULARISE_TASK, stage.training, aim)
 
 
 def _regularise_layers(context: Context, subject: Subject, removed: Sequence[Removed]) -> Manifest:
@@ -153,7 +161,7 @@ def _shrink_layers(context: Context, subject: Subject, stage: TakeOver) -> tuple
     gates, removed = [1.0] * num_layers, list[int]()
     for number in range(gone):
         aim = Gates(tuple(gates), tuple(removed), stage.gate_strength)
-        chosen = _trained(context, subject, gates_task(number), stage.gates, aim)
+        chosen = _trained_first(context, subject, gates_task(number), stage.gates, aim)
         found: Any = chosen.info["result"]
         gates = found["gates"]
         removed.append(
@@ -175,32 +183,48 @@ def _shrink_layers(context: Context, subject: Subject, stage: TakeOver) -> tuple
         if stage.transfer == "penalty"
         else Shrink(tuple(removed), stage.strength)
     )
-    return subject, _trained(context, subject, UPDATES_TASK, stage.training, transfer)
+    return subject, _trained_first(context, subject, UPDATES_TASK, stage.training, transfer)
 
 
 def recover(context: Context, subject: Subject, pruned: ModelAt) -> ModelAt | None:
     """Train the pruned model, if the job says so, with the `subject` as its teacher; what comes of
     it lies in the task's folder.
     """
-    spec = context.job.recover
-    if spec is None:
+    spec, tokens = context.job.recover, subject.recovery_tokens
+    if spec is None or tokens is None:
         return None
-    teacher = str(subject.model.path) if spec.loss == "distillation" else None
-    aim = Recovery(teacher, spec.hidden, spec.lora)
-    taught = {"teacher": subject.model.identity} if teacher else {}
-    done = _trained(context, replace(subject, model=pruned), RECOVER_TASK, spec, aim, **taught)
-    return made_model(context.scope.folder(RECOVER_TASK) / TRAINED_FOLDER, done)
-
-
-def _trained(
-    context: Context, subject: Subject, name: str, options: TrainingSpec, aim: Aim, **inputs: object
-) -> Manifest:
-    """Train the subject's model, once."""
-    model, job = subject.model.path, context.job
-    about = asdict(aim) if not isinstance(aim, Recovery) else {}  # its options are those it reads
-    inputs |= {"model": subject.model.identity, "texts": subject.texts, "aim": about}
-    inputs["tokenizer"] = file_digests(side_files(model, TOKENIZER_FILES))
+    depends: dict[str, object] = {"model": pruned.identity, "recovery-tokens": tokens.digest}
+    teacher = taught = None
+    if spec.teacher_top:
+        depends["teacher"] = ask_teacher(context, subject.model, tokens).digest
+        taught = str(task_folder(context.scope.run, TEACHER_TASK))
+    elif spec.loss == "distillation":
+        depends["teacher"] = subject.model.identity
+        teacher = str(subject.model.path)
     # its type is one of the options that it reads
+    task = context.task(RECOVER_TASK, depends, computed_on=context.executor.device_kind)
+    held_out = None
+    if looked_at := spec.held_out:
+        held_out = HeldOut(kept_out(context.job), looked_at.every, looked_at.patience)
+    stage = Finetune(
+        str(pruned.path),
+        str(task.folder),
+        str(task_folder(context.scope.run, RECOVERY_TOKENS_TASK) / TOKENS_FILE),
+        settled(spec, subject.model.checkpoint.parameters),
+        Recovery(teacher, spec.hidden, spec.lora, taught),
+        context.job.parallel.threads_per_worker,
+        held_out,
+    )
+    return made_model(task.folder / TRAINED_FOLDER, _trained(context, task, stage))
+
+
+def _trained_first(
+    context: Context, subject: Subject, name: str, options: TrainingSpec, aim: Aim
+) -> Manifest:
+    """Train the subject's model before it is cut, once."""
+    model, job = subject.model.path, context.job
+    inputs = {"model": subject.model.identity, "texts": subject.texts, "aim": asdict(aim)}
+    inputs["tokenizer"] = file_digests(side_files(model, TOKENIZER_FILES))
     task = context.task(name, inputs, computed_on=context.executor.device_kind)
     threads = job.parallel.threads_per_worker
     stage = Finetune(str(model), str(task.folder), job.calibration, options, aim, threads)
@@ -209,6 +233,15 @@ def _trained(
         if job.windows_read > job.calibration.samples:
             # before what another training has left is removed
             context.executor.wait([context.executor.on(0).check_text()])
+
+    return _trained(context, task, stage, check_text)
+
+
+def _trained(
+    context: Context, task: Task, stage: Finetune, check_text: Callable[[], None] = nothing_before
+) -> Manifest:
+    """Train, once."""
+    name = task.name
 
     def work() -> None:
         check_text()

@@ -199,6 +199,11 @@ class MethodOptions(Section):
         return isinstance(self.before_cut, DriveOut)
 
     @property
+    def removes_nothing(self) -> bool:
+        """Whether the model stays as it is, and is only trained and judged."""
+        return False
+
+    @property
     def removes_layers(self) -> bool:
         """Whether whole layers go, and nothing else."""
         return isinstance(self.before_cut, TakeOver)

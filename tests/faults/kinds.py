@@ -130,13 +130,18 @@ KINDS: dict[str, Kind] = {
     "sparse": Kind(
         {"method": {"name": "sparse"}, "budget": {"sparsity": None, "round_to": "auto"}}, "sparsity"
     ),
-    "recovered": Kind({"budget": {"kv_groups": 1}, "recover": TRAINING}, "recover", evaluated=True),
+    "recovered": Kind(
+        {"budget": {"kv_groups": 1}, "recover": TRAINING | {"loss": "lm"}},
+        "recover",
+        evaluated=True,
+    ),
     "recovered, adapters": Kind(
         {
             "budget": {"kv_groups": 1},
-            "recover": TRAINING | {"loss": "distillation", "lora": {"rank": 4}},
+            "recover": TRAINING
+            | {"lora": {"rank": 4}, "teacher_top": 4, "held_out": {"windows": 1, "every": 2}},
         },
-        "^$",
+        "teacher",
     ),
 }
 

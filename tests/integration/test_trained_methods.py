@@ -226,10 +226,10 @@ def test_recovery_may_be_added_and_changed_afterwards(
     job, pruned = make_job(make_model()), tmp_path / "run" / "model"
     run_job(load_job(job), tmp_path / "run", quiet)
     before = folder_bytes(pruned)
-    losses = []
+    losses, options = [], "loss: lm, batch: 4, checkpoint_steps: 2"
     for rate in (1e-3, 1e-5):
         run_job(
-            load_job(job, [f"recover={{batch: 4, checkpoint_steps: 2, learning_rate: {rate}}}"]),
+            load_job(job, [f"recover={{{options}, learning_rate: {rate}}}"]),
             tmp_path / "run",
             quiet,
         )

@@ -25,8 +25,9 @@ from rayprune.workers.model.checkpoint import open_checkpoint
 from rayprune.workers.store.layout import RESULT_FILE, TRAINED_FOLDER
 from rayprune.workers.store.training_stage import Aim, Finetune, Penalty, Recovery, Shrink, read_log
 from rayprune.workers.training.adapters import adapted, add_adapters, merged
-from rayprune.workers.training.loop import ALONE, windows_of
+from rayprune.workers.training.loop import ALONE
 from rayprune.workers.training.rank import finetune
+from rayprune.workers.training.schedule import windows_of
 from rayprune.workers.training.states import saved_steps
 from tests.conftest import MakeModel
 from tests.models import build_model

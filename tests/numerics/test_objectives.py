@@ -10,8 +10,8 @@ from torch import Tensor
 from rayprune.workers.model.checkpoint import open_checkpoint
 from rayprune.workers.model.description import Model
 from rayprune.workers.network.streamed import whole_model
+from rayprune.workers.training.distillation import Distillation, TopDistillation
 from rayprune.workers.training.objectives import (
-    Distillation,
     GroupPenalty,
     LayerGates,
     Norm,
@@ -255,6 +255,35 @@ def test_distillation_is_zero_for_the_teacher_itself_and_else_the_divergence(
     torch.testing.assert_close(parts["divergence"].double(), expected, rtol=1e-5, atol=1e-6)
     assert parts["hidden"] > 0
     assert Objective(model).losses(student, TOKENS)["lm"] > 0
+
+
+@pytest.mark.parametrize("top", [5, None])  # and all tokens
+def test_a_teacher_that_has_spoken_before_is_compared_in_its_likeliest_tokens_and_the_rest(
+    top: int | None, make_model: MakeModel
+) -> None:
+    teacher, student = double(folder := make_model()), double(make_model(name="other", seed=1))
+    model = described(folder)
+    p, q = (
+        torch.log_softmax(network(TOKENS, use_cache=False).logits, -1).exp()
+        for network in (teacher, student)
+    )
+    found = p.log().topk(top or p.shape[-1])
+    objective = TopDistillation(
+        model, lambda number: (found.indices[number], found.values[number].float())
+    )
+    objective.before_batch([1, 0])
+    loss = objective.losses(student, TOKENS[[1, 0]])["divergence"]
+    kept_p, kept_q = (both.gather(-1, found.indices) for both in (p, q))
+    parts_p, parts_q = (torch.cat([k, 1 - k.sum(-1, keepdim=True)], -1) for k in (kept_p, kept_q))
+    compared = parts_p > 1e-9  # where all are kept the rest is rounding
+    expected = (parts_p * (parts_p.log() - parts_q.log()))[compared].sum() / TOKENS.numel()
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+    whole = Distillation(model, teacher, model, 0.0).losses(student, TOKENS)["divergence"]
+    assert float(loss) == pytest.approx(float(whole), rel=1e-5) if top is None else loss < whole
+    if top is None:
+        weight = student.model.layers[0].mlp.up_proj.weight
+        gradients = [torch.autograd.grad(value, weight)[0] for value in (loss, whole)]
+        torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-7)
 
 
 def test_a_layer_that_has_faded_is_a_layer_removed(make_model: MakeModel) -> None:

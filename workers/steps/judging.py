@@ -22,7 +22,9 @@ from rayprune.workers.passes.divergence import Kept, divergences
 from rayprune.workers.passes.encoding import cosines, embeddings, masked_losses
 from rayprune.workers.passes.influence import influences
 from rayprune.workers.passes.survey import stored_cut
+from rayprune.workers.passes.teaching import teach
 from rayprune.workers.steps.step import Droppable, Receipt, drop_all, step
+from rayprune.workers.store.files import Task
 from rayprune.workers.store.layout import EVALUATION_TASK, MASKED, TOKENS, TOKENS_FILE
 from rayprune.workers.workbench import Workbench
 
@@ -148,6 +150,22 @@ class Judging:
         prompts = [tokenizer(prompt)["input_ids"] for prompt in spec.prompts]
         found = greedy(loaded(folder, dtype).to(device), prompts, spec.prompt_tokens)
         return {"texts": [tokenizer.decode(ids, skip_special_tokens=True) for ids in found]}, None
+
+    @step
+    def teach(
+        self, model_path: str, tokens: str, task: Task, owned: tuple[int, int]
+    ) -> tuple[Receipt, None]:
+        """Write down what the model of a folder says of some of the windows that a task has written
+        in the folder `tokens`: the next token's likeliest.
+        """
+        assert self._job.recover is not None
+        assert self._job.recover.teacher_top is not None
+        drop_all(self._before)
+        windows_NT = load_file(Path(tokens) / TOKENS_FILE)[TOKENS][slice(*owned)].clone()
+        model = partial(StreamedModel, open_checkpoint(Path(model_path)), *self._how)
+        top = self._job.recover.teacher_top
+        teach(model, windows_NT, owned[0], top, task.folder, task.fingerprint)
+        return {}, None
 
     @property
     def _how(self) -> tuple[torch.dtype, torch.device, Store]:

@@ -6,6 +6,7 @@ from rayprune.workers.store.layout import (
     CALIBRATION_TASK,
     GATE_TOKENS_TASK,
     MASKED,
+    RECOVERY_TOKENS_TASK,
     TOKENS,
     TOKENS_FILE,
 )
@@ -22,7 +23,7 @@ class Texts:
     @step
     def tokenize(self, task: Task) -> tuple[Receipt, None]:
         """Tokenise the calibration or (afterwards) the evaluation text, or what a gate is measured
-        on, once; every worker reads the resulting file.
+        or a recovery trained on, once; every worker reads the resulting file.
         """
         self._bench.prepare()
         texts = self._texts()
@@ -30,6 +31,8 @@ class Texts:
             tokens = texts.calibration()
         elif task.name == GATE_TOKENS_TASK:
             tokens = texts.gate()
+        elif task.name == RECOVERY_TOKENS_TASK:
+            tokens = texts.recovery()
         else:
             tokens = texts.evaluation(self._bench.tokens(CALIBRATION_TASK))
         found = {

@@ -26,6 +26,7 @@ SOURCE = "source"
 RESIDUAL_STREAM = "residual stream"
 """Beside the names of groups: what a layer is given and gives on the dense path."""
 GATE_TOKENS_TASK, GATE_TASK = "gate-tokens", "gate"
+RECOVERY_TOKENS_TASK, TEACHER_TASK = "recovery-tokens", "teacher"
 SURVEY_FILE, SENSITIVITY_TASK = "cuts.safetensors", "sensitivity"
 STATISTICS_FILE = "statistics.safetensors"
 GRADIENTS_TASK, GRADIENTS_FILE = "gradients", "gradients.safetensors"
@@ -144,6 +145,11 @@ def boundary_file(folder: Path, number: int) -> Path:
     has ended.
     """
     return folder / f"{number:05d}.safetensors"
+
+
+def taught_file(folder: Path, number: int) -> Path:
+    """What the dense model has said of a window, in the task's folder."""
+    return folder / f"window-{number:06d}.safetensors"
 
 
 def model_folder(run_folder: Path) -> Path:

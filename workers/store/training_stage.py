@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rayprune.specs.job import CalibrationSpec
-from rayprune.specs.training import LoraSpec, Norm, TrainingSpec
+from rayprune.specs.texts import WindowsSpec
+from rayprune.specs.training import LoraSpec, Norm, RecoverSpec, TrainingSpec
 from rayprune.workers.store.files import write_text
 from rayprune.workers.store.layout import STARTED_FILE
 from rayprune.workers.store.logs import TrainingLine, read_lines
@@ -63,6 +63,17 @@ class Recovery:
     teacher: str | None = None
     hidden: float = 0.0
     lora: LoraSpec | None = None
+    taught: str | None = None
+    """Folder of what the teacher has said of every window, so that it need not be there."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Windows that are not trained on, and when they are looked at."""
+
+    numbers: Sequence[int]
+    every: int
+    patience: int | None
 
 
 Aim = Penalty | Gates | Updates | Shrink | Recovery
@@ -77,14 +88,34 @@ class Finetune:
     """Folder of the model to begin with."""
     folder: str
     """The task's folder: log, checkpoints, and in the end the trained model."""
-    text: CalibrationSpec
+    text: WindowsSpec | str
+    """What is trained on, or the file of its windows, where it was tokenised before."""
     options: TrainingSpec
     aim: Aim
     threads: int = 1
+    held_out: HeldOut | None = None
+
+
+RATE, ADAPTERS_RATE, RATED_PARAMETERS = 3e-4, 2e-3, 135e6
+"""Learning rates of a recovery, of all weights and of adapters, of a model of so many parameters:
+what served SmolLM2-135M (docs/training.md). Beyond they fall with the root of the size, which meets
+what is common at 7B; below they stay.
+"""
+
+
+def settled(options: RecoverSpec, parameters: int) -> RecoverSpec:
+    """A recovery's options with a rate that is a number, for a dense model of so many
+    parameters.
+    """
+    if options.learning_rate != "auto":
+        return options
+    rate = ADAPTERS_RATE if options.lora else RATE
+    rate *= min(1.0, math.sqrt(RATED_PARAMETERS / parameters))
+    return options.model_copy(update={"learning_rate": rate})
 
 
 def total_steps(options: TrainingSpec, num_windows: int) -> int:
-    """Steps of a training."""
+    """Steps of a training on so many windows."""
     return max(1, math.ceil(num_windows * options.epochs / options.batch))
 
 

@@ -67,6 +67,21 @@ def check_apart(calibration_ST: Tensor, evaluation_NT: Tensor, option: str, path
     return []
 
 
+def check_gate_apart(trained_ST: Tensor, gate_NT: Tensor, path: str) -> None:
+    """Refuse to let a gate judge by text that was trained on.
+
+    Raises:
+        SpecError: more than `SHARED_FRACTION` of its tokens lie in runs that this text has too.
+    """
+    fraction = shared_fraction(trained_ST, gate_NT) or 0.0
+    if fraction > SHARED_FRACTION:
+        raise SpecError(
+            f"recover.text: {path}: {fraction:.0%} of the tokens that method.gate looks at, behind"
+            " the calibration's, stand in it too, so the gate would flatter the pruned model; train"
+            " on other text, or leave recover.text out"
+        )
+
+
 def shared_fraction(calibration_ST: Tensor, evaluation_NT: Tensor) -> float | None:
     """The fraction of evaluation tokens in runs of `SHARED_RUN` tokens (at most half a window) that
     calibration windows hold too; None where windows are too short to tell.

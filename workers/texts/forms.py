@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from rayprune.specs.errors import SpecError
-from rayprune.specs.job import TextFormat
+from rayprune.specs.texts import TextFormat
 from rayprune.workers.texts.files import HEAD, TextFile
 
 Form = Literal["text", "jsonl", "json", "csv", "tsv", "parquet", "arrow", "npy"]

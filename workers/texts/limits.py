@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from rayprune.specs.errors import ModelError, RaypruneError, SpecError
-from rayprune.specs.job import CalibrationSpec, JobSpec, TextSpec
+from rayprune.specs.job import JobSpec
+from rayprune.specs.own_text import OWN_TEXT
+from rayprune.specs.texts import TextSpec, WindowsSpec
 from rayprune.workers.model.checkpoint import Checkpoint
 from rayprune.workers.texts.reading import TextFacts
 
@@ -14,37 +16,36 @@ MUCH_OF_ONE, ALL_OF_ONE = 0.5, 0.98
 """Parts of a text that may be one and the same token: with more, a warning, an error."""
 
 
-def windows_of_texts(spec: CalibrationSpec) -> list[tuple[TextSpec, int]]:
-    """The calibration texts, with how many windows are taken from each.
+def windows_of_texts(spec: WindowsSpec, option: str = "calibration") -> list[tuple[TextSpec, int]]:
+    """The texts that are there, with how many windows are taken from each; `option` is where the
+    job has them.
 
     Raises:
         SpecError: a text's weight is too small for a single window.
     """
-    texts: list[TextSpec] = [spec, *spec.mix]
-    counts = shares(spec.samples, [1.0, *(text.weight for text in spec.mix)])
-    for text, count in zip(texts, counts, strict=True):
+    counts = _by_text(spec, spec.samples)
+    for text, count in zip(spec.texts, counts, strict=True):
         if count == 0:
             raise SpecError(
                 f"{text.path}: its weight gives it none of the {spec.samples} samples; raise the"
-                " weight or calibration.samples"
+                f" weight or {option}.samples"
             )
-    return list(zip(texts, counts, strict=True))
+    return list(zip(spec.texts, counts, strict=True))
 
 
 def windows_behind(
-    spec: CalibrationSpec, read: Sequence[int], samples: int
+    spec: WindowsSpec, read: Sequence[int], samples: int
 ) -> list[tuple[TextSpec, int, int]]:
-    """The calibration texts, with how many of the first windows of each any of these numbers of
-    samples takes, and how many of `samples` are taken behind them.
+    """The calibration texts that are there, with how many of the first windows of each any of these
+    numbers of samples takes, and how many of `samples` are taken behind them.
     """
-    texts = [spec, *spec.mix]
-    weights = [1.0, *(text.weight for text in spec.mix)]
-    first = map(max, zip(*(shares(total, weights) for total in read), strict=True))
-    return list(zip(texts, first, shares(samples, weights), strict=True))
+    first = map(max, zip(*(_by_text(spec, total) for total in read), strict=True))
+    return list(zip(spec.texts, first, _by_text(spec, samples), strict=True))
 
 
-OWN_TEXT = "the model's own text"
-"""What stands for its path before it is written."""
+def _by_text(spec: WindowsSpec, samples: int) -> list[int]:
+    """How many of so many windows are of each text that is there."""
+    return shares(samples, spec.weights)[: len(spec.texts)]
 
 
 def texts_read(job: JobSpec) -> list[tuple[TextSpec, int, int]]:
@@ -59,6 +60,32 @@ def texts_read(job: JobSpec) -> list[tuple[TextSpec, int, int]]:
     if job.steps is None:
         return [(text, count, 0) for text, count in read]
     return windows_behind(spec, (spec.samples, job.windows_read), job.steps.gate.samples)
+
+
+def kept_out(job: JobSpec) -> list[int]:
+    """Numbers of the windows that a recovery is measured on, not trained: of each text the last
+    ones, ascending; the model's own text among them.
+
+    Raises:
+        SpecError: nothing would be left of a text.
+    """
+    if job.recover is None or job.recover.held_out is None:
+        return []
+    whole = job.model_copy(update={"calibration": job.calibration.with_own(OWN_TEXT)})
+    spec, option, windows = whole.recovery_text, job.recovery_option, job.recover.held_out.windows
+    read = windows_of_texts(spec, option)
+    for text, count in read:
+        if count <= windows:
+            raise SpecError(
+                f"{text.path}: recover.held_out keeps {windows} windows of each text out, but the"
+                f" training reads {count} of this one; lower recover.held_out.windows, or raise"
+                f" {option}.samples"
+            )
+    return [
+        number
+        for number, (text, place) in enumerate(order_of_windows(spec, option))
+        if place >= read[text][1] - windows
+    ]
 
 
 def own_tokens(job: JobSpec) -> int:
@@ -82,23 +109,22 @@ def own_tokens(job: JobSpec) -> int:
     return own.tokens
 
 
-def order_of_windows(spec: CalibrationSpec) -> list[tuple[int, int]]:
-    """Of every calibration window its text, and its place in it: texts alternate as their weights
-    demand.
+def order_of_windows(spec: WindowsSpec, option: str = "calibration") -> list[tuple[int, int]]:
+    """Of every window its text, and its place in it: texts alternate as their weights demand.
 
     Raises:
         SpecError: a text's weight is too small for a single window.
     """
     turns = sorted(
         ((place + 0.5) / count, number, place)
-        for number, (_, count) in enumerate(windows_of_texts(spec))
+        for number, (_, count) in enumerate(windows_of_texts(spec, option))
         for place in range(count)
     )
     return [(number, place) for _, number, place in turns]
 
 
 @lru_cache(maxsize=8)
-def spread_windows(spec: CalibrationSpec, count: int) -> tuple[tuple[int, int], ...]:
+def spread_windows(spec: WindowsSpec, count: int) -> tuple[tuple[int, int], ...]:
     """The places among all calibration windows of `count` of them, and the text that each is of:
     evenly spread over every text, in proportion to its windows, and where there are enough at least
     one of each. (Evenly over all windows would be of one text alone where texts alternate.)
@@ -136,17 +162,22 @@ def shares(total: int, weights: Sequence[float]) -> list[int]:
 
 
 def too_few_samples(
-    spec: TextSpec, samples: int, length: int, found: int, gate: int = 0
+    spec: TextSpec,
+    samples: int,
+    length: int,
+    found: int,
+    gate: int = 0,
+    option: str = "calibration",
 ) -> SpecError:
-    """The error of a text that has fewer tokens than so many windows need, `gate` of them those of
-    a gate.
+    """The error of a text of an option that has fewer tokens than so many windows need, `gate` of
+    them those of a gate.
     """
     among = f", {gate} of them of the gate," if gate else ""
-    lower = ["calibration.samples", *(["method.gate.samples"] if gate else [])]
+    lower = [f"{option}.samples", *(["method.gate.samples"] if gate else [])]
     return SpecError(
         f"{spec.path}: too short: {samples} samples of {length} tokens{among} need"
         f" {samples * length} tokens, the text has {found}; give a longer text,"
-        f" or lower {', '.join(lower)} or calibration.sequence_length"
+        f" or lower {', '.join(lower)} or {option}.sequence_length"
     )
 
 

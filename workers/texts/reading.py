@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rayprune.specs.errors import SpecError
-from rayprune.specs.job import TextSpec
+from rayprune.specs.texts import TextSpec
 from rayprune.workers.texts.chats import chat_ids, plain_messages
 from rayprune.workers.texts.fields import Chat, Document, TokenIds, document_of
 from rayprune.workers.texts.files import explained, inspect, text_files

@@ -12,7 +12,6 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -29,9 +28,11 @@ from rayprune.specs.training import LoraSpec, TrainingSpec
 from rayprune.workers.model.checkpoint import Checkpoint
 from rayprune.workers.network.streamed import layers_of, whole_model
 from rayprune.workers.store.files import write_text
-from rayprune.workers.store.training_stage import LOG_FILE, read_log, total_steps
+from rayprune.workers.store.training_stage import LOG_FILE, HeldOut, read_log, total_steps
 from rayprune.workers.training.adapters import add_adapters
+from rayprune.workers.training.held_out import Best
 from rayprune.workers.training.objectives import Objective, local_part
+from rayprune.workers.training.schedule import rate, windows_of
 from rayprune.workers.training.states import (
     open_state,
     remove_state,
@@ -98,33 +99,6 @@ def load_for_training(
     return trained
 
 
-def windows_of(step: int, options: TrainingSpec, num_windows: int) -> list[int]:
-    """Numbers of the windows of one step: epoch after epoch, each in an order of its own."""
-    first, numbers = step * options.batch, []
-    for position in range(first, first + options.batch):
-        epoch, place = divmod(position, num_windows)
-        numbers.append(_order(options.seed, epoch, num_windows)[place])
-    return numbers
-
-
-@lru_cache(maxsize=2)  # a step reaches into two epochs at most, unless they are shorter than it
-def _order(seed: int, epoch: int, num_windows: int) -> list[int]:
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    order: list[int] = torch.randperm(num_windows, generator=generator).tolist()
-    return order
-
-
-def rate(step: int, steps: int, options: TrainingSpec) -> float:
-    """The learning rate of a step, as a part of the largest."""
-    warmup = math.ceil(options.warmup * steps)
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    done = (step - warmup) / max(1, steps - warmup)
-    return {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[
-        options.schedule
-    ]
-
-
 class Training:
     """A model, its objective and optimizer, and where their state is saved."""
 
@@ -136,6 +110,7 @@ class Training:
         options: TrainingSpec,
         folder: Path,
         ranks: Ranks = ALONE,
+        held_out: HeldOut | None = None,
     ) -> None:
         self.model, self.objective, self.options, self.folder, self.ranks = (
             model,
@@ -154,7 +129,11 @@ class Training:
         self._optimizer = torch.optim.AdamW(
             self.parameters, lr=options.learning_rate, weight_decay=options.weight_decay, fused=True
         )
-        self.steps = total_steps(options, len(windows_ST))
+        self.best = Best(held_out, self._trained) if held_out else None
+        """The state that is the result, where windows are held out; else it is the last one."""
+        kept_out = held_out.numbers if held_out else ()
+        self._used = [number for number in range(len(windows_ST)) if number not in kept_out]
+        self.steps = total_steps(options, len(self._used))
         self._rates = [rate(step, self.steps, options) for step in range(self.steps)]
         self._done = [*accumulate(self._rates, initial=0.0)]
 
@@ -165,39 +144,65 @@ class Training:
             ModelError: the loss or its gradient is not finite.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        start = self._resume()
+        if (start := self._resume()) == 0:
+            self._measure(0)
         for step in range(start, self.steps):
+            if self.best and self.best.ended:
+                break
             begin = time.perf_counter()
-            numbers = windows_of(step, self.options, len(self._windows_ST))
+            chosen = windows_of(step, self.options, len(self._used))
+            numbers = [self._used[number] for number in chosen]
             facts = self._step(step, numbers)
             for name, what in (("loss", "the loss"), ("gradient_norm", "the gradient's norm")):
-                if not math.isfinite(facts[name]):
-                    raise ModelError(
-                        f"step {step}: {what} is {facts[name]}; lower learning_rate"
-                        + ("" if self.options.dtype == "float32" else ", or set dtype: float32")
-                    )
-            tokens = len(numbers) * self._windows_ST.shape[1]
-            self._log(
-                {
-                    "step": step,
-                    "of": self.steps,
-                    **facts,
-                    "tokens_per_second": tokens / (time.perf_counter() - begin),
-                }
-            )
+                self._check_finite(step, what, facts[name])
+            speed = len(numbers) * self._windows_ST.shape[1] / (time.perf_counter() - begin)
+            facts |= self._measure(step + 1)
+            self._log({"step": step, "of": self.steps, **facts, "tokens_per_second": speed})
             if (step + 1) % self.options.checkpoint_steps == 0 and step + 1 < self.steps:
                 self._save(step + 1)
+        if self.best:
+            self.best.put_back()
+
+    def _check_finite(self, step: int, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise ModelError(
+                f"step {step}: {what} is {value}; lower learning_rate"
+                + ("" if self.options.dtype == "float32" else ", or set dtype: float32")
+            )
+
+    @torch.no_grad()
+    def _measure(self, done: int) -> dict[str, float]:
+        """The newest loss on the windows that are held out, measured behind so many steps if that
+        is due; nothing where none are.
+        """
+        if self.best is None:
+            return {}
+        if self.best.is_due(done, self.steps):
+            self.model.eval()
+            parts = [
+                sum(map(float, self._losses(numbers).values())) * weight
+                for numbers, weight in self._micro_batches(self.best.options.numbers)
+            ]
+            self.model.train()
+            value = float(self.ranks.summed(torch.tensor(math.fsum(parts), dtype=torch.float64)))
+            self._check_finite(done, "the loss on windows that are held out", value)
+            self.best.note(value)
+        return {"held_out": self.best.measured[-1]}
+
+    def _losses(self, numbers: Sequence[int]) -> dict[str, Tensor]:
+        """Terms of the loss on some windows."""
+        narrow = self.options.dtype == "bfloat16"
+        batch_BT = self._windows_ST[list(numbers)].to(self.ranks.device)
+        self.objective.before_batch(numbers)
+        # a pass uses a weight once
+        with torch.autocast(self.ranks.device.type, torch.bfloat16, narrow, cache_enabled=False):
+            return self.objective.losses(self.model, batch_BT)
 
     def _step(self, step: int, numbers: Sequence[int]) -> dict[str, float]:
         self.objective.before_step(self._done[step] / self._done[-1])
         sums: dict[str, float] = {}
-        narrow = self.options.dtype == "bfloat16"
-        for batch_BT, weight in self._micro_batches(numbers):
-            # a pass uses a weight once
-            with torch.autocast(
-                self.ranks.device.type, torch.bfloat16, narrow, cache_enabled=False
-            ):
-                parts = self.objective.losses(self.model, batch_BT)
+        for some, weight in self._micro_batches(numbers):
+            parts = self._losses(some)
             loss = sum(parts.values()) * weight
             # gradients are averaged over the ranks
             (loss * self.ranks.world).backward()  # type: ignore[union-attr]
@@ -230,16 +235,15 @@ class Training:
             if not isinstance(parameter, DTensor) and parameter.grad is not None:
                 self.ranks.summed(parameter.grad).div_(self.ranks.world)
 
-    def _micro_batches(self, numbers: Sequence[int]) -> Iterator[tuple[Tensor, float]]:
-        """This rank's windows and their weight in the mean; every rank gets as many batches, at the
-        end maybe some of no weight.
+    def _micro_batches(self, numbers: Sequence[int]) -> Iterator[tuple[Sequence[int], float]]:
+        """This rank's windows by their numbers, and their weight in the mean; every rank gets as
+        many batches, at the end maybe some of no weight.
         """
         mine = numbers[self.ranks.rank :: self.ranks.world]
         size = self.options.micro_batch
         for first in range(0, math.ceil(len(numbers) / self.ranks.world), size):
             some = mine[first : first + size]
-            batch_BT = self._windows_ST[some or numbers[:1]].to(self.ranks.device)
-            yield batch_BT, len(some) / len(numbers)
+            yield some or numbers[:1], len(some) / len(numbers)
 
     def _log(self, facts: dict[str, Any]) -> None:
         if self.ranks.rank == 0:
@@ -249,7 +253,8 @@ class Training:
     def _save(self, step: int) -> None:
         """Save all state; what was saved before is removed only when every rank is done."""
         where = self.folder, step, self.ranks.rank, self.ranks.world
-        save_state(*where, self._trained, self._optimizer)
+        beside = self.best.state() if self.best else {}
+        save_state(*where, self._trained, self._optimizer, beside)
         self._agreed(True)
         if self.ranks.rank == 0:
             for old in saved_steps(self.folder)[:-1]:
@@ -261,6 +266,8 @@ class Training:
             state = open_state(self.folder, step, self._trained)
             if self._agreed(state is not None) and state is not None:
                 take_over(state, self._trained, self._optimizer)
+                if self.best:
+                    self.best.take_over(state)
                 self._cut_log(step)
                 return step
             self.warnings.append(

@@ -1,5 +1,5 @@
 """What a training minimises beside the language-model loss: penalties on what is to go, gates on
-layers, a teacher.
+layers.
 
 Letters: B windows, T tokens, D hidden, V vocabulary, U units of a coupled group, L layers.
 """
@@ -41,6 +41,9 @@ class Objective:
     def losses(self, model: nn.Module, batch_BT: Tensor) -> dict[str, Tensor]:
         """The terms of the loss on some windows, means over their tokens, by name."""
         return {"lm": model(input_ids=batch_BT, labels=batch_BT, use_cache=False).loss}
+
+    def before_batch(self, numbers: Sequence[int]) -> None:
+        """Be told which windows the next losses are asked of."""
 
     def before_step(self, done: float) -> None:
         """What changes in the course of a training: `done` is the part of the sum of all learning
@@ -358,43 +361,3 @@ class UpdateShrink(Objective):
     def after_step(self, share: float, summed: Sum) -> dict[str, float]:
         """The scale."""
         return {"scale": self._watched[0].scale}
-
-
-class Distillation(Objective):
-    """Recovery from a teacher, the dense model: KL of the next-token distributions, and how far the
-    last hidden states lie apart.
-    """
-
-    def __init__(
-        self, described: Model, teacher: nn.Module, teaching: Model, hidden: float
-    ) -> None:
-        """`teaching` describes the teacher; `hidden` weighs the squared relative distance of the
-        last hidden states.
-        """
-        super().__init__(described)
-        self._teaching = teaching
-        self._teacher: Any = teacher.eval().requires_grad_(False)
-        self._hidden = hidden
-
-    def losses(self, model: Any, batch_BT: Tensor) -> dict[str, Tensor]:
-        """KL(teacher, student), mean over tokens, and the distance."""
-        states: list[Tensor] = []
-        norms = [
-            network.get_submodule(described.last_norm)
-            for network, described in ((self._teacher, self._teaching), (model, self.described))
-        ]
-        handles = [
-            norm.register_forward_hook(lambda _, args, out: states.append(out)) for norm in norms
-        ]
-        with torch.no_grad():
-            log_p = torch.log_softmax(
-                self._teacher(input_ids=batch_BT, use_cache=False).logits.float(), -1
-            )
-        log_q = torch.log_softmax(model(input_ids=batch_BT, use_cache=False).logits.float(), -1)
-        for handle in handles:
-            handle.remove()
-        parts = {"divergence": (log_p.exp() * (log_p - log_q)).sum(-1).mean()}
-        if self._hidden:
-            goal, found = (state.float() for state in states)
-            parts["hidden"] = self._hidden * (found - goal).square().sum() / goal.square().sum()
-        return parts

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -14,8 +15,9 @@ from rayprune.workers.machine.shortage import explained_shortage
 from rayprune.workers.model.checkpoint import Checkpoint, open_checkpoint
 from rayprune.workers.network.reading import read_tensors
 from rayprune.workers.network.written import trained
+from rayprune.workers.passes.teaching import taught
 from rayprune.workers.store.files import write_json, write_tensors
-from rayprune.workers.store.layout import RESULT_FILE, TRAINED_FOLDER
+from rayprune.workers.store.layout import RESULT_FILE, TOKENS, TRAINED_FOLDER
 from rayprune.workers.store.training_stage import (
     Finetune,
     Gates,
@@ -25,9 +27,9 @@ from rayprune.workers.store.training_stage import (
     Updates,
 )
 from rayprune.workers.training.adapters import adapted, merged
+from rayprune.workers.training.distillation import Distillation, TopDistillation
 from rayprune.workers.training.loop import Ranks, Training, load_for_training, state_bytes
 from rayprune.workers.training.objectives import (
-    Distillation,
     GroupPenalty,
     LayerGates,
     Objective,
@@ -48,16 +50,13 @@ def finetune(stage: Finetune, ranks: Ranks) -> None:
     """
     torch.set_num_threads(stage.threads)
     peak, folder, checkpoint = PeakMemory(), Path(stage.folder), open_checkpoint(Path(stage.model))
-    text = (
-        stage.text
-        if stage.options.samples is None
-        else stage.text.model_copy(update={"samples": stage.options.samples})
-    )
-    windows_ST = calibration_windows(text, load_tokenizer(checkpoint.path))
+    windows_ST = _windows(stage, checkpoint)
     lora = stage.aim.lora if isinstance(stage.aim, Recovery) else None
     model = load_for_training(checkpoint, stage.options, ranks, lora=lora)
     objective = _objective(stage, checkpoint, ranks)
-    training = Training(model, objective, windows_ST, stage.options, folder, ranks)
+    training = Training(
+        model, objective, windows_ST, stage.options, folder, ranks, held_out=stage.held_out
+    )
     training.run()
     result: dict[str, Any] = {
         "steps": training.steps,
@@ -65,6 +64,8 @@ def finetune(stage: Finetune, ranks: Ranks) -> None:
         "state_bytes": state_bytes(training),
         "peak_memory_bytes": peak_memory_bytes(peak, ranks.device),
     }
+    if training.best:
+        result["held_out"] = training.best.measured
     if isinstance(objective, LayerGates):
         result["gates"] = objective.values(model)
     objective.release(model)
@@ -84,6 +85,15 @@ def train_rank(stage: Finetune, rank: int, world: int, device: str) -> None:
         finetune(stage, Ranks(rank, world, device_of(device)))
 
 
+def _windows(stage: Finetune, checkpoint: Checkpoint) -> Tensor:
+    """All windows of a stage (S, T)."""
+    if isinstance(stage.text, str):
+        return load_file(stage.text)[TOKENS]
+    samples = stage.options.samples or stage.text.samples
+    text = stage.text.model_copy(update={"samples": samples})
+    return calibration_windows(text, load_tokenizer(checkpoint.path))
+
+
 def _objective(stage: Finetune, checkpoint: Checkpoint, ranks: Ranks) -> Objective:
     described = checkpoint.model
     match stage.aim:
@@ -95,6 +105,8 @@ def _objective(stage: Finetune, checkpoint: Checkpoint, ranks: Ranks) -> Objecti
             return UpdatePenalty(described, gone, strength, norm)
         case Shrink(gone, strength):
             return UpdateShrink(described, gone, strength)
+        case Recovery(taught=str(said)):
+            return TopDistillation(described, taught(Path(said)).of)
         case Recovery(teacher, hidden) if teacher:
             dense = open_checkpoint(Path(teacher))
             network = load_for_training(dense, stage.options, ranks, frozen=True)

@@ -9,6 +9,7 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -41,14 +42,19 @@ def save_state(
     world: int,
     trained: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
+    beside: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> None:
-    """Save what this rank holds before a step; what every rank holds whole is saved by the first
-    one.
+    """Save what this rank holds before a step, and what lies `beside` it; what every rank holds
+    whole is saved by the first one.
     """
-    tensors = {
-        f"{kind}/{name}": local_part(tensor)
+    everything = {
+        f"{kind}/{name}": tensor
         for name, parameter in trained.items()
         for kind, tensor in _parts(parameter, optimizer).items()
+    } | dict(beside)
+    tensors = {
+        name: local_part(tensor)
+        for name, tensor in everything.items()
         if rank == 0 or isinstance(tensor, DTensor)
     }
     write_sealed(_folder(folder, step) / _name(rank, world), tensors, _belongs(folder))
@@ -72,7 +78,7 @@ def take_over(
     for name, parameter in trained.items():
         parts = _fresh(parameter)
         for kind, tensor in parts.items():
-            _fill(tensor, _saved(files, kind, name))
+            fill(tensor, saved(files, f"{kind}/{name}"))
         optimizer.state[parameter] = {k: tensor for k, tensor in parts.items() if k != _WEIGHT}
 
 
@@ -118,17 +124,16 @@ def _fresh(parameter: nn.Parameter) -> dict[str, Tensor]:
     return {_WEIGHT: parameter.data, _STEP: step, **moments}
 
 
-def _saved(files: Files, kind: str, name: str) -> list[Tensor]:
+def saved(files: Files, key: str) -> list[Tensor]:
     """What the ranks have saved of a tensor, in the order of its rows."""
-    key = f"{kind}/{name}"
     return [tensors[key] for tensors in files if key in tensors]
 
 
 def _fits(files: Files, name: str, parameter: nn.Parameter) -> bool:
     """Whether the saved rows make up a whole parameter and its moments."""
-    shape, steps = parameter.shape, _saved(files, _STEP, name)
+    shape, steps = parameter.shape, saved(files, f"{_STEP}/{name}")
     return [step.dim() for step in steps] == [0] and all(
-        _shape_of(_saved(files, kind, name)) == shape for kind in (_WEIGHT, *_MOMENTS)
+        _shape_of(saved(files, f"{kind}/{name}")) == shape for kind in (_WEIGHT, *_MOMENTS)
     )
 
 
@@ -141,7 +146,7 @@ def _shape_of(parts: Sequence[Tensor]) -> torch.Size | None:
     return torch.Size([sum(len(part) for part in parts), *parts[0].shape[1:]])
 
 
-def _fill(tensor: Tensor, parts: Sequence[Tensor]) -> None:
+def fill(tensor: Tensor, parts: Sequence[Tensor]) -> None:
     """Copy the saved rows that this rank holds."""
     held, first, begin = local_part(tensor), first_row(tensor), 0
     if held.dim() == 0:

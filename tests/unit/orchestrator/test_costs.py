@@ -88,7 +88,13 @@ def test_files_instead_of_memory_are_written_and_read() -> None:
     assert (
         spilled_bytes(replace(LOAD, gradient_windows=3), MemoryPlan()) == 2 * 6 * (3 * 16) * 4 * 4
     )
-    alone = TrainingLoad(windows=1, keeps_activations=False, pass_bytes=4, each_layer=True)
+    alone = TrainingLoad(
+        windows=1,
+        keeps_activations=False,
+        pass_bytes=4,
+        sequence_length=LOAD.sequence_length,
+        each_layer=True,
+    )
     assert spilled_bytes(replace(LOAD, trainings=(alone,)), MemoryPlan()) == 2 * 2 * 6 * 128 * 4 * 4
 
 

@@ -15,14 +15,14 @@ from rayprune.specs.errors import ResourceError
 from rayprune.specs.loader import load_job
 from rayprune.specs.training import TrainingSpec
 from rayprune.workers.model.checkpoint import open_checkpoint
-from rayprune.workers.store.layout import EXPORT_TASK, RECOVER_TASK, REGULARISE_TASK
+from rayprune.workers.store.layout import EXPORT_TASK, RECOVER_TASK, REGULARISE_TASK, TEACHER_TASK
 from rayprune.workers.store.training_stage import saved_states
 from tests.conftest import MakeJob, MakeModel
 from tests.unit.orchestrator.workloads import LOAD
 
 PARAMETERS = 800 + 6 * 300
-FIRST = TrainingLoad(1, False, 4, task=REGULARISE_TASK, saved_states=2)
-RECOVERY = TrainingLoad(1, False, 4, task=RECOVER_TASK, saved_states=1)
+FIRST = TrainingLoad(1, False, 4, 16, task=REGULARISE_TASK, saved_states=2)
+RECOVERY = TrainingLoad(1, False, 4, 16, task=RECOVER_TASK, saved_states=1)
 
 
 def test_without_trainings_it_is_the_pruned_model() -> None:
@@ -40,6 +40,10 @@ def test_trainings_leave_models_and_have_states_meanwhile() -> None:
     adapters = replace(RECOVERY, lora_rank=3)
     (_, lora) = disk_needs(replace(LOAD, kinds=kinds, trainings=(adapters,)))
     assert lora.meanwhile_bytes == 12 * 3 * 6 * 50
+    taught = replace(RECOVERY, taught_windows=5, teacher_top=64, keeps_best=True)
+    (_, teacher, best) = disk_needs(replace(LOAD, trainings=(taught,)))
+    assert teacher == DiskNeed(TEACHER_TASK, 5 * 16 * 64 * 8)
+    assert best.meanwhile_bytes == 16 * LOAD.output_bytes // 2
 
 
 def test_what_is_finished_is_there_already() -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from rayprune.orchestrator.cli import main
-from rayprune.orchestrator.execution.submit import entrypoint, submission_id
+from rayprune.orchestrator.execution.submit import entrypoint, refuse_lost_paths, submission_id
+from rayprune.specs.errors import SpecError
 from rayprune.specs.loader import load_job
 from tests.conftest import MakeJob, MakeModel
 from tests.helpers import some
@@ -94,6 +95,16 @@ def test_the_command_carries_what_run_understands(job: Path) -> None:
     assert command.splitlines()[0] == (
         "exec rayprune run /dev/stdin --out /run --redo stale --store '/a store' <<'END_OF_JOB'"
     )
+
+
+def test_paths_that_a_ray_job_would_lose_are_those_of_all_texts(
+    job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = Path.cwd() / "lost.txt"
+    spec = load_job(job, [f"recover={{text: {{path: {job}, mix: [{{path: {lost}}}]}}}}"])
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", '{"runtime_env": {"working_dir": "x"}}')
+    with pytest.raises(SpecError, match=r"recover\.text\.mix\.0\.path .*: lies in the Ray job"):
+        refuse_lost_paths(spec, Path("/runs/one"), None)
 
 
 def test_a_relative_store(job: Path, capsys: pytest.CaptureFixture[str]) -> None:

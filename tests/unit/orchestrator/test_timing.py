@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 
 from rayprune.orchestrator.planning.memory_choice import choose_memory
-from rayprune.orchestrator.planning.timing import STAGES, stages
-from rayprune.orchestrator.planning.workload import Workload
+from rayprune.orchestrator.planning.timing import STAGES, WORK, stages
+from rayprune.orchestrator.planning.workload import TrainingLoad, Workload
 from rayprune.specs.machine import PROFILES
 from rayprune.specs.memory import MemoryPlan
+from rayprune.workers.store.layout import RECOVER_TASK, REGULARISE_TASK, TEACHER_TASK
 from tests.unit.orchestrator.workloads import BIG, LOAD, REFIT
 
 
@@ -75,3 +76,26 @@ def test_decisions_run_at_the_same_time_where_workers_own_layers() -> None:
         seconds(replace(BIG, workers=6, placement="layers", propagation="dense")),
     )
     assert shards["selection"] == pytest.approx(6 * layers["selection"])  # type: ignore[operator]
+
+
+def test_a_training_counts_all_its_passes_and_those_of_its_teacher() -> None:
+    head, dense = LOAD.vocabulary * LOAD.hidden, 6 * 300
+    first = TrainingLoad(1, False, 4, 16, task=REGULARISE_TASK, steps=3, trained_windows=12)
+    (stage,) = stages(replace(LOAD, trainings=(first,)), MemoryPlan(), None)[len(WORK) :]
+    assert (stage.name, stage.flops) == (REGULARISE_TASK, 2 * 16 * 12 * 4 * (dense + head))
+    pruned = LOAD.output_bytes // LOAD.written_element_bytes - LOAD.outer_parameters
+    recovery = replace(
+        first,
+        keeps_activations=True,
+        lora_rank=2,
+        teacher=True,
+        task=RECOVER_TASK,
+        measured_windows=5,
+    )
+    (stage,) = stages(replace(LOAD, trainings=(recovery,)), MemoryPlan(), None)[len(WORK) :]
+    passes = 12 * (2 * (pruned + head) + dense + head) + 5 * (pruned + head + dense + head)
+    assert stage.flops == 2 * 16 * passes
+    asked = replace(recovery, teacher=False, taught_windows=7, teacher_top=4)
+    teacher, stage = stages(replace(LOAD, trainings=(asked,)), MemoryPlan(), None)[len(WORK) :]
+    assert (teacher.name, teacher.flops) == (TEACHER_TASK, 2 * 16 * 7 * (dense + head))
+    assert stage.flops == 2 * 16 * (12 * 2 + 5) * (pruned + head)

@@ -164,7 +164,9 @@ def test_gradients_take_a_layer_and_one_window() -> None:
 
 
 def test_a_training_is_spread_over_the_ranks() -> None:
-    training = TrainingLoad(windows=2, keeps_activations=False, pass_bytes=2)
+    training = TrainingLoad(
+        windows=2, keeps_activations=False, pass_bytes=2, sequence_length=LOAD.sequence_length
+    )
     load = replace(LOAD, trainings=(training,), workers=2)
     parameters = 800 + 6 * 300
     table = memory_by_step(load, MemoryPlan())["train"]
@@ -181,7 +183,7 @@ def test_a_training_is_spread_over_the_ranks() -> None:
         replace(load, trainings=(replace(training, teacher=True),)), MemoryPlan()
     )["train"]
     assert taught["weights"] == (4 + 2) * parameters // 2 + 2 * (2 * 300 + 800)
-    assert taught["scores"] == 26 * tokens * load.vocabulary
+    assert taught["scores"] == 22 * tokens * load.vocabulary
     alone = memory_by_step(replace(load, workers=1), MemoryPlan())["train"]
     assert (alone["weights"], alone["optimizer"]) == (
         4 * parameters,
@@ -191,7 +193,13 @@ def test_a_training_is_spread_over_the_ranks() -> None:
 
 def test_adapters_are_whole_on_every_rank_beside_narrow_weights() -> None:
     kinds = tuple(replace(kind, matrix_sides=50) for kind in LOAD.kinds)
-    training = TrainingLoad(windows=1, keeps_activations=False, pass_bytes=2, lora_rank=3)
+    training = TrainingLoad(
+        windows=1,
+        keeps_activations=False,
+        pass_bytes=2,
+        sequence_length=LOAD.sequence_length,
+        lora_rank=3,
+    )
     table = memory_by_step(
         replace(LOAD, kinds=kinds, trainings=(training,), workers=2), MemoryPlan()
     )["train"]
@@ -201,7 +209,13 @@ def test_adapters_are_whole_on_every_rank_beside_narrow_weights() -> None:
 
 
 def test_a_layer_trained_alone_takes_the_state_of_one_layer() -> None:
-    training = TrainingLoad(windows=1, keeps_activations=False, pass_bytes=4, each_layer=True)
+    training = TrainingLoad(
+        windows=1,
+        keeps_activations=False,
+        pass_bytes=4,
+        sequence_length=LOAD.sequence_length,
+        each_layer=True,
+    )
     table = memory_by_step(replace(LOAD, trainings=(training,), workers=2), MemoryPlan())
     assert "train" not in table
     assert table["train layer"]["weights"] == CONVERTED_BYTES + 4 * 300

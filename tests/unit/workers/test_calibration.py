@@ -9,7 +9,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rayprune.specs.errors import ModelError, SpecError
-from rayprune.specs.job import CalibrationSpec, EvaluationSpec, TextSpec
+from rayprune.specs.job import CalibrationSpec, EvaluationSpec
+from rayprune.specs.texts import TextSpec
 from rayprune.workers.calibration import (
     calibration_windows,
     evaluation_windows,

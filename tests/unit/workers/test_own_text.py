@@ -10,12 +10,13 @@ from transformers import AutoModelForCausalLM
 
 from rayprune.orchestrator.planning.own_text import batches_of
 from rayprune.specs.errors import ModelError, SpecError
-from rayprune.specs.job import CalibrationSpec, MixedTextSpec
+from rayprune.specs.job import CalibrationSpec
 from rayprune.specs.loader import load_job
 from rayprune.specs.own_text import OwnTextSpec
+from rayprune.specs.texts import MixedTextSpec
 from rayprune.workers.network.sampling import WIDTH, drawn, sampled
 from rayprune.workers.store.shards import even_parts
-from rayprune.workers.texts.limits import order_of_windows, own_tokens, spread_windows
+from rayprune.workers.texts.limits import kept_out, order_of_windows, own_tokens, spread_windows
 from rayprune.workers.texts.own import LOOP, PROMPT, PROMPT_EVERY, pieces, repeated
 from tests.conftest import MakeModel
 
@@ -139,6 +140,15 @@ def test_as_many_tokens_are_written_as_are_read() -> None:
         own_tokens(job({"tokens": 500}))
     with pytest.raises(SpecError, match="its weight gives it none"):
         own_tokens(job({"weight": 1e-6}))
+
+
+def test_a_recovery_is_measured_on_the_last_windows_of_the_model_s_own_text_too() -> None:
+    assert kept_out(job({}, recover={})) == []
+    assert kept_out(job({}, recover={"held_out": {"windows": 1}})) == [14, 15]
+    more = job({"weight": 3}, recover={"samples": 8, "held_out": {"windows": 1}})  # 2 and 6
+    assert kept_out(more) == [5, 7]
+    with pytest.raises(SpecError, match=r"keeps 8 windows .* reads 8 .*raise calibration\.samples"):
+        kept_out(job({}, recover={"held_out": {"windows": 8}}))
 
 
 def test_nothing_of_a_model_s_own_settings_cuts_the_distribution(make_model: MakeModel) -> None:

@@ -23,7 +23,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from rayprune.specs.errors import SpecError
-from rayprune.specs.job import TextSpec
+from rayprune.specs.texts import TextSpec
 from rayprune.workers.calibration import load_tokenizer, tokenize
 from rayprune.workers.texts import files, reading, records
 from rayprune.workers.texts.reading import check_text, read_tokens
