@@ -278,9 +278,7 @@ class Report(_Facts):
     calibration: dict[str, Any]
     """The job's section `calibration`, defaults included."""
     recovery: dict[str, Any] | None = None
-    """What was trained on after the cut, in the form of `calibration`; without a recovery there is no
-    such key.
-    """
+    """What was trained on after the cut, in the form of `calibration`; else there is no such key."""
     warnings: tuple[str, ...]
     seconds: dict[str, float]
     """By stage, over all attempts, and `total`."""
@@ -342,7 +340,7 @@ class Report(_Facts):
 
     @model_serializer(mode="wrap")
     def _without_absent(self, fields: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """What only encoders have is no key of other reports, rather than a null."""
+        """What only some jobs have is no key of other reports, rather than a null."""
         of_some = ("masked_lm_loss", "embeddings", "recovery")
         return {
             name: value
