@@ -278,7 +278,7 @@ class Report(_Facts):
     calibration: dict[str, Any]
     """The job's section `calibration`, defaults included."""
     recovery: dict[str, Any] | None = None
-    """What was trained on after the cut, in the form of `calibration`; else there is no such key."""
+    """What was trained on after the cut, as in `calibration`; else there is no such key."""
     warnings: tuple[str, ...]
     seconds: dict[str, float]
     """By stage, over all attempts, and `total`."""
