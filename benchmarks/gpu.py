@@ -10,6 +10,7 @@ The parts, by name:
                  seconds by layer and step, floors that the hardware sets, peak memory
     sweep-32     the same with 32 layers; about 30 GB of disk
     kernels      the building blocks of such a layer's decision, alone: seconds, errors
+    sparse       products with its matrices, dense, 2:4 as semi-structured tensors, and in blocks
 
 Each part runs in a process of its own and writes one result, as it goes: benchmarks/results (or
 --results DIR)/gpu-..._cuda_DATE.md. It is started if the time that is left is what it is expected
@@ -105,6 +106,14 @@ def run_kernels(options: argparse.Namespace) -> Outcome:
     return kernels(options)
 
 
+def run_sparse(options: argparse.Namespace) -> Outcome:
+    """Products with sparse matrices."""
+    from benchmarks.sparse_products import products
+
+    options.tokens = [1, 16, options.micro_batch * options.sequence_length]
+    return products(options)
+
+
 def parts(layers: Sequence[int]) -> list[Part]:
     """All parts, in order of importance."""
     sweeps = [
@@ -116,7 +125,12 @@ def parts(layers: Sequence[int]) -> list[Part]:
         )
         for number in layers
     ]
-    return [Part("tests", 120.0, run_tests), *sweeps, Part("kernels", 45.0, run_kernels)]
+    return [
+        Part("tests", 120.0, run_tests),
+        *sweeps,
+        Part("kernels", 45.0, run_kernels),
+        Part("sparse", 45.0, run_sparse),
+    ]
 
 
 def _report(work: Work, options: argparse.Namespace, to: "Connection[Outcome, object]") -> None:

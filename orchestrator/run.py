@@ -20,6 +20,7 @@ from rayprune.orchestrator.reporting.gather import write_report
 from rayprune.orchestrator.reporting.report import Report
 from rayprune.orchestrator.stages import own_text, start
 from rayprune.orchestrator.stages.context import Context
+from rayprune.orchestrator.stages.dropping import prune_without_layers
 from rayprune.orchestrator.stages.prune import prune
 from rayprune.orchestrator.stages.steps import prune_in_steps
 from rayprune.specs.job import JobSpec
@@ -60,7 +61,8 @@ def run_job(
         for warning in plan.warnings:
             context.emit("warning", text=warning)
         start.start(context, checkpoint.path)
-        passes = prune_in_steps if job.steps else prune
+        drops = job.budget.drop_layers is not None
+        passes = prune_in_steps if job.steps else prune_without_layers if drops else prune
         done = passes(context, plan_on(executor.device_kind, plans, job, checkpoint), checkpoint)
         context.emit("run-finished", step_seconds=executor.step_seconds)
         return write_report(context, done)

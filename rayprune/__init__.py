@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from rayprune.specs.job import JobSpec as JobSpec
     from rayprune.specs.loader import load_job as load_job
     from rayprune.specs.machine import MachineProfile as MachineProfile
+    from rayprune.workers.network.zeros import load_sparse as load_sparse
 else:
     _HOMES = {
         "rayprune.orchestrator.entry": ("Progress", "generate", "plan", "run", "validate"),
@@ -45,6 +46,7 @@ else:
         "rayprune.specs.job": ("JobSpec",),
         "rayprune.specs.loader": ("load_job",),
         "rayprune.specs.machine": ("MachineProfile",),
+        "rayprune.workers.network.zeros": ("load_sparse",),
     }
     _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
     __all__ = ["__version__", *_HOME_OF]

@@ -139,6 +139,7 @@ class CalibrationSpec(WindowsSpec):
 
 
 DEFAULT_SPARSITY = 0.2
+LayerNumber = Annotated[int, Field(ge=0)]
 _TARGETS = (
     "sparsity",
     "parameters",
@@ -188,7 +189,7 @@ class BudgetSpec(Section):
 
     sparsity: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     """Fraction of the decoder-layer parameters removed, at least; null: 0.2, or no such target
-    where another one is given.
+    where another one, or `drop_layers`, is given.
     """
     parameters: Annotated[int, Field(ge=1)] | None = None
     """Parameters of the whole model, at most."""
@@ -230,6 +231,20 @@ class BudgetSpec(Section):
     """Which experts stay: those that add most to the tokens they get (`reap`), or get most tokens
     (`frequency`).
     """
+    drop_layers: (
+        Annotated[int, Field(ge=1)] | Annotated[list[LayerNumber], Field(min_length=1)] | None
+    ) = None
+    """Whole layers that go, without training: their numbers, from 0, or how many, the least useful
+    by `drop_score`. What they hold counts first, heads and widths give what a target is short of;
+    without a target nothing else goes. null: none.
+    """
+    drop_score: Literal["influence", "divergence"] = "influence"
+    """Which layers go: those that turn the hidden states least (`influence`, ShortGPT's Block
+    Influence), or one after the other that without which the outputs lie nearest to the dense
+    model's (`divergence`).
+    """
+    drop_samples: int = Field(default=8, ge=1, le=4096)
+    """Calibration windows on which that is measured; at most all."""
     probe_samples: int = Field(default=4, ge=2, le=4096)
     """Calibration windows used to predict output errors when `kv_groups` is `auto`."""
     probe_layers: int = Field(default=5, ge=1, le=4096)
@@ -251,6 +266,29 @@ class BudgetSpec(Section):
         return self
 
     @model_validator(mode="after")
+    def _layers_are_dropped(self) -> Self:
+        drop, measured = self.drop_layers, ("influence", 8)
+        if not isinstance(drop, int) and (self.drop_score, self.drop_samples) != measured:
+            raise ValueError(
+                "drop_score and drop_samples need drop_layers: how many go; leave them out, or"
+                " give a number"
+            )
+        if isinstance(drop, list) and len(set(drop)) < len(drop):
+            raise ValueError(f"drop_layers names a layer twice: {drop}")
+        narrower = self.kv_groups != "auto" or self.experts is not None or self.per_layer
+        if drop is not None and narrower and not self.has_target:
+            raise ValueError(
+                "drop_layers without a target removes layers and nothing else; leave out kv_groups,"
+                " experts and per_layer, or give a target, as sparsity"
+            )
+        return self
+
+    @property
+    def has_target(self) -> bool:
+        """Whether there is anything that the pruned model has to meet."""
+        return any(getattr(self, name) is not None for name in _TARGETS)
+
+    @model_validator(mode="after")
     def _layers_may_differ(self) -> Self:
         if self.per_layer == (self.allocation.name == "uniform"):
             change = (
@@ -267,7 +305,8 @@ class BudgetSpec(Section):
     @model_validator(mode="before")
     @classmethod
     def _depend_on_others(cls, options: object) -> object:
-        if isinstance(options, Mapping) and all(options.get(name) is None for name in _TARGETS):
+        known = (*_TARGETS, "drop_layers")
+        if isinstance(options, Mapping) and all(options.get(name) is None for name in known):
             options = {**options, "sparsity": DEFAULT_SPARSITY}
         if isinstance(options, Mapping) and options.get("per_layer") is True:
             options = {"allocation": "curves", **options}
@@ -451,6 +490,11 @@ class JobSpec(Section):
             raise ValueError(
                 f"method {self.method.name} removes whole layers; leave out budget.kv_groups"
             )
+        if self.budget.drop_layers is not None and (self.method.removes_layers or self.steps):
+            raise ValueError(
+                f"budget.drop_layers: method {self.method.name} has a way of its own; leave it out,"
+                " or drop the layers in a run before, without a target"
+            )
         if self.method.trainings and (self.budget.per_layer or self.parallel.placement == "layers"):
             raise ValueError(
                 f"method {self.method.name} leaves out budget.per_layer and parallel.placement: it"
@@ -522,6 +566,25 @@ class JobSpec(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _masks_fit(self) -> Self:
+        if self.method.masks is None:
+            return self
+        unread = {
+            "budget": (self.budget != BudgetSpec(), "it removes no units"),
+            "correction": (self.correction != CorrectionSpec(), "method.damping is its own"),
+            "recover": (self.recover is not None, "a training would fill the zeros"),
+            "export.pad": (self.export.pad, "it removes no units"),
+            "parallel.placement: layers": (
+                self.parallel.placement == "layers",
+                "zeros are made layer after layer",
+            ),
+        }
+        for option, (given, reason) in unread.items():
+            if given:
+                raise ValueError(f"method {self.method.name}: {reason}; leave out {option}")
+        return self
+
     @property
     def steps(self) -> InSteps | None:
         """The passes over the model, where they are several."""
@@ -579,6 +642,12 @@ class JobSpec(Section):
         if not isinstance(allocation, CurvesAllocation):
             return 0
         return min(max(allocation.samples, len(calibration.weights)), calibration.samples)
+
+    @property
+    def drop_windows(self) -> int:
+        """Calibration windows on which is measured which layers go; 0: none."""
+        measured = isinstance(self.budget.drop_layers, int)
+        return min(self.budget.drop_samples, self.calibration.samples) if measured else 0
 
     @property
     def gradient_windows(self) -> int:

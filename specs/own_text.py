@@ -26,7 +26,7 @@ class OwnTextSpec(Section):
     """Tokens of a document, prompt not counted."""
     temperature: float = Field(default=1.0, gt=0.0, le=100.0)
     """Of the sampling, from all tokens; 1: the model's own distribution."""
-    batch: int = Field(default=16, ge=1, le=65_536)
+    batch: int = Field(default=32, ge=1, le=65_536)
     """Documents that a worker writes together, a task of its own. Part of the result."""
     seed: int = Field(default=0, ge=0)
     """Of the samples; every document has random numbers of its own."""

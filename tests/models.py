@@ -15,6 +15,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForTextEncoding,
     PreTrainedTokenizerFast,
 )
 
@@ -44,6 +45,14 @@ OF_FAMILY: dict[str, dict[str, Any]] = {
     | {"first_k_dense_replace": 1},
     "deepseek_v3": LATENT
     | {"n_routed_experts": 8, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1},
+    "deberta_v2": {  # as DeBERTa V3, but for what it shares
+        "norm_rel_ebd": "layer_norm",
+        "pos_att_type": ["p2c", "c2p"],
+        "position_biased_input": False,
+        "position_buckets": 8,
+        "relative_attention": True,
+        "type_vocab_size": 0,
+    },
     "electra": {"embedding_size": 24},
     "exaone4": WINDOW,
     "falcon": {"new_decoder_architecture": True},
@@ -52,6 +61,7 @@ OF_FAMILY: dict[str, dict[str, Any]] = {
     "gpt_neo": {"window_size": 8},
     "gptj": {"rotary_dim": 4},
     "ministral": WINDOW,
+    "modernbert": {"local_attention": 16},
     "olmo3": WINDOW,
     "qwen2_moe": {"decoder_sparse_step": 2},
     "granite": {  # by default all are 1, and nothing that overlooks one would show
@@ -61,6 +71,11 @@ OF_FAMILY: dict[str, dict[str, Any]] = {
         "residual_multiplier": 0.5,
     },
     "gpt2": {"n_positions": 256},
+    "t5": {
+        "architectures": ["T5EncoderModel"],
+        "feed_forward_proj": "gated-gelu",
+        "relative_attention_num_buckets": 8,
+    },
 }
 """Keys that only one family has, or that show what it does."""
 WORKED_OUT: dict[str, dict[str, Callable[[dict[str, Any]], Any]]] = {
@@ -132,7 +147,7 @@ def _beside(model_type: str, text: dict[str, Any]) -> dict[str, Any]:
     return {"vision_config": TOWER | {"model_type": kind}} | tokens | more
 
 
-HYPHENED = {"xlm_roberta": "xlm-roberta"}
+HYPHENED = {"deberta_v2": "deberta-v2", "xlm_roberta": "xlm-roberta"}
 """Model types whose names are not those of files."""
 
 _MODELS = tempfile.TemporaryDirectory(prefix="models-")
@@ -168,10 +183,9 @@ def raw_config(model_type: str, **changes: Any) -> dict[str, Any]:
 
 
 def auto_class(model_type: str) -> Any:
-    """What builds a model of a family that predicts tokens."""
-    family = family_named(model_type)
-    if isinstance(family, Encoder):
-        return AutoModelForMaskedLM
+    """What builds a model of a family that predicts tokens, if there is such a class."""
+    if isinstance(family := family_named(model_type), Encoder):
+        return AutoModelForMaskedLM if family.predicts else AutoModelForTextEncoding
     if isinstance(family, Backbone):
         return getattr(transformers, family.architecture)
     return AutoModelForCausalLM

@@ -14,6 +14,7 @@ from rayprune.workers.steps.deciding import Deciding
 from rayprune.workers.steps.judging import Judging
 from rayprune.workers.steps.measuring import Measuring
 from rayprune.workers.steps.probing import Probing
+from rayprune.workers.steps.sparsifying import Sparsifying
 from rayprune.workers.steps.step import Receipt, Step, steps_of
 from rayprune.workers.steps.streaming import Streaming
 from rayprune.workers.steps.sweeping import Sweeping
@@ -29,6 +30,7 @@ ROOMS = (
     Probing,
     Sweeping,
     Streaming,
+    Sparsifying,
     Writing,
     Converting,
     Judging,
@@ -58,12 +60,22 @@ class Worker:
         probing = Probing(bench, deciding)
         streaming = Streaming(bench, deciding, writing, before=[probing])
         sweeping = Sweeping(bench, deciding, before=[probing, streaming])
-        judging = Judging(bench, before=[probing, streaming, sweeping])
+        sparsifying = Sparsifying(bench, deciding, writing)
+        judging = Judging(bench, before=[probing, streaming, sweeping, sparsifying])
         rooms = [Authoring(bench), Texts(bench), Checking(bench), Measuring(bench)]
         self._bench = bench
         self._steps = {
             name: getattr(room, name)
-            for room in (*rooms, probing, sweeping, streaming, writing, Converting(bench), judging)
+            for room in (
+                *rooms,
+                probing,
+                sweeping,
+                streaming,
+                sparsifying,
+                writing,
+                Converting(bench),
+                judging,
+            )
             for name in steps_of(type(room))
         }
 

@@ -67,7 +67,7 @@ def _generate_command(commands: Any) -> None:
     generate.add_argument("--tokens", type=int, default=65536, help="tokens in all, at least")
     generate.add_argument("--length", type=int, default=512, help="tokens of a document")
     generate.add_argument(
-        "--batch", type=int, default=16, help="documents that are written together"
+        "--batch", type=int, default=32, help="documents that are written together"
     )
     generate.add_argument("--temperature", type=float, default=1.0, help="of the samples")
     generate.add_argument("--seed", type=int, default=0, help="of the samples")

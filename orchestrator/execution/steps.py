@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from rayprune.workers.network.slicing import Cut
     from rayprune.workers.passes.divergence import Kept
+    from rayprune.workers.passes.sparse import SparseSite
     from rayprune.workers.passes.stream import Saved, Wanted
     from rayprune.workers.passes.sweep import Parts, Routes
     from rayprune.workers.steps.measuring import SquaresArrays
@@ -159,6 +160,22 @@ class Steps:
         """`Sweeping.reduce`."""
         return self._submit("reduce", *parts)
 
+    def collect_site(
+        self, layer: int, site: str, owned: tuple[int, int], *before: Handle[SparseSite]
+    ) -> Call[Parts]:
+        """`Sparsifying.collect_site`."""
+        return self._submit("collect_site", layer, site, owned, *before)
+
+    def decide_site(self, layer: int, site: str, *parts: Handle[Parts]) -> Call[SparseSite]:
+        """`Sparsifying.decide_site`."""
+        return self._submit("decide_site", layer, site, *parts)
+
+    def write_sparse_layer(
+        self, layer: int, task: Task, groups: Mapping[str, Receipt], *decided: Handle[SparseSite]
+    ) -> Call[None]:
+        """`Sparsifying.write_sparse_layer`."""
+        return self._submit("write_sparse_layer", layer, task, groups, *decided)
+
     def flow(
         self,
         chunk: tuple[int, int],
@@ -252,6 +269,16 @@ class Steps:
     ) -> Call[None]:
         """`Judging.divergences`."""
         return self._submit("divergences", candidates, owned)
+
+    def without_layers(
+        self, candidates: Sequence[Sequence[int]], owned: tuple[int, int]
+    ) -> Call[None]:
+        """`Judging.without_layers`."""
+        return self._submit("without_layers", candidates, owned)
+
+    def influences(self, owned: tuple[int, int]) -> Call[None]:
+        """`Judging.influences`."""
+        return self._submit("influences", owned)
 
     def compare(
         self,

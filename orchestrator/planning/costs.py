@@ -171,6 +171,8 @@ def correction_flops(load: Workload, group: Group) -> int:
     """`solving_flops`, and energies: K^2 D for every candidate, twice (F^2 + P^2) D; on rows 2 n
     (F + K) D for every candidate and three besides.
     """
+    if load.masks:  # of the output, twice; of what was made, twice; of the mask alone
+        return solving_flops(load, group) + 5 * group.width * group.parameters
     kept, candidates = load.columns(group), load.num_candidates
     pruned = group.width - kept
     energies = (candidates * kept**2 + 2 * (group.width**2 + pruned**2)) * load.hidden
@@ -182,8 +184,12 @@ def correction_flops(load: Workload, group: Group) -> int:
 
 def solving_flops(load: Workload, group: Group) -> int:
     """A factor and a solution for every candidate, as if none were left out, and for the result:
-    K^3/3 + 2 K^2 D, on rows 6 M^3 + 3 M^2 D and one QR.
+    K^3/3 + 2 K^2 D, on rows 6 M^3 + 3 M^2 D and one QR. Of zeros with `obs` two fits: 2 F^3/3 + F^2
+    D, D all outputs of a site.
     """
+    if load.masks:
+        fits = 2 * (load.masks.score == "obs")
+        return fits * (2 * group.width**3 // 3 + group.width * group.parameters)
     kept, fits, rows = load.columns(group), load.num_candidates + 1, factorised_rows(load, group)
     if not in_rows(load, group):
         return load.blocks(group) * fits * (kept**3 // 3 + 2 * kept**2 * load.hidden)

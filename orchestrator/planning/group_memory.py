@@ -15,6 +15,7 @@ from rayprune.orchestrator.planning.workload import (
     in_rows,
     ranked_group,
 )
+from rayprune.specs.methods.options import Masks
 from rayprune.workers.machine.blocks import BLOCK_ROWS
 from rayprune.workers.model.description import Group
 
@@ -76,6 +77,8 @@ def decision_bytes(load: Workload, group: Group) -> Decision:
     """The larger of selecting and correcting; the corrected weight D K w lies beside the original,
     on the host.
     """
+    if load.masks:
+        return _zeros_bytes(load, load.masks, group)
     ranking = Decision(load.ranking.ranking_bytes(ranked_group(load, group)), 0)
     moments = ([ranking] if load.selects else []) + (
         _correction_bytes(load, group) if load.corrects else []
@@ -114,6 +117,25 @@ def _correction_bytes(load: Workload, group: Group) -> list[Decision]:
         pruned,
         Decision(8 * load.hidden * small, 8 * (rows * kept + 7 * small**2) + blocks),
     ]
+
+
+def _zeros_bytes(load: Workload, masks: Masks, site: Group) -> Decision:
+    """Zeros in the matrices of a site, of D outputs together: which weights go, D F; scores and
+    their order, 32 for every weight that is looked at together; blocks of rows; the result, D F w.
+
+    With `obs` all weights in fp64, D F 8, and the factor, F^2 8 (three of them on a GPU while it is
+    inverted), and where rows are kept the Gram matrix.
+    """
+    outputs, width = site.unit_parameters, site.width
+    at_once = min(BLOCK_ROWS["cuda" if load.on_gpu else "cpu"], outputs)
+    whole = masks.group is None and masks.score == "magnitude"
+    scored = 32 * width * (outputs if whole else at_once)
+    result = 0 if load.on_gpu else site.parameters * load.written_element_bytes
+    plain = site.parameters + scored + BLOCKS * 8 * at_once * width + result
+    if masks.score != "obs":
+        return Decision(0, plain)
+    factors = (3 if load.on_gpu else 1) + in_rows(load, site)
+    return Decision(8 * (site.parameters + factors * width**2), plain)
 
 
 def factorisation_bytes(load: Workload, group: Group) -> int:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from rayprune.specs.errors import SpecError
 from rayprune.workers.model.checkpoint import Checkpoint, planned_checkpoint
-from rayprune.workers.model.recognise import check_known
 
 TARGETS = ("transformers", "vllm")
 
@@ -59,7 +58,6 @@ def inspect(folder: Path) -> Inspection:
         ModelError: it is no model folder, or of a type that is not known; the error says what could
             be recognised of its layers.
     """
-    check_known(folder)
     checkpoint = planned_checkpoint(folder)
     return Inspection(checkpoint, tuple(_groups(checkpoint)), tuple(_writings(checkpoint)))
 

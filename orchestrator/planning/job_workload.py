@@ -17,6 +17,7 @@ from rayprune.workers.model.checkpoint import Checkpoint
 from rayprune.workers.model.config import DTYPES
 from rayprune.workers.model.description import Model
 from rayprune.workers.model.folder import PLANNED_BYTES
+from rayprune.workers.model.sites import sites_of
 from rayprune.workers.store.layout import RECOVER_TASK, REGULARISE_TASK, UPDATES_TASK
 from rayprune.workers.store.training_stage import saved_states, total_steps
 from rayprune.workers.texts.limits import kept_out
@@ -34,6 +35,10 @@ def workload_of(
     """
     model, calibration, evaluation = checkpoint.model, job.calibration, job.evaluation
     outer = sum(info.num_parameters for info in checkpoint.outer_tensors.values())
+    if masks := job.method.masks:
+        found = sites_of(model)
+        sites = tuple(found[name].input for name in masks.sites)
+        kinds = tuple(replace(kind, sites=sites) for kind in kinds)
     return Workload(
         kinds=kinds,
         kept=_least_cut(model, job) if job.budget.per_layer else _most_kept(model, shapes),
@@ -72,19 +77,20 @@ def workload_of(
         ranking=job.method.selector,
         selects=not job.method.selects_first,
         exact=job.method.needs_rows,
+        masks=masks,
         causal=model.causal,
         # each other model beside the dense one; of an encoder, losses and embeddings of both
         evaluations=(
             2 + 2 * (job.recover is not None) if model.causal else 4 if model.predicts_masked else 2
         ),
         drift=job.correction.drift > 0,
-        probes=job.budget.kv_groups == "auto" and not job.budget.per_layer,
+        probes=job.budget.kv_groups == "auto" and not job.budget.per_layer and masks is None,
         in_process=job.cluster.executor == "in-process",
         survey_levels=_survey_levels(job),
-        candidates=_candidates(job, checkpoint.num_layers),
-        trainings=_trainings(job, shapes[0], checkpoint.num_layers),
+        candidates=_candidates(job, model.num_layers) + _without_layers(job, model.num_layers),
+        trainings=_trainings(job, shapes[0], model.num_layers),
         gradient_windows=job.gradient_windows,
-        candidate_windows=job.divergence_windows,
+        candidate_windows=job.divergence_windows or job.drop_windows,
         own_text=own_text_load(job, checkpoint, _element_bytes(job, checkpoint, on_gpu)),
         experts=kept_experts(job, checkpoint) or None,
         converts=any(target.startswith("gguf") for target in job.converted),
@@ -174,6 +180,18 @@ def _candidates(job: JobSpec, num_layers: int) -> int:
         case CurvesAllocation():
             return 2 * num_layers
     return 0
+
+
+def _without_layers(job: JobSpec, num_layers: int) -> int:
+    """Models without a layer more that are measured until all layers to be dropped are chosen; for
+    their influence one pass is enough.
+    """
+    asked = job.budget.drop_layers
+    if not isinstance(asked, int):
+        return 0
+    if job.budget.drop_score == "influence":
+        return 1
+    return sum(num_layers - gone for gone in range(asked))
 
 
 def _least_cut(model: Model, job: JobSpec) -> dict[str, int]:

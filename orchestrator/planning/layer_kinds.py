@@ -19,6 +19,8 @@ class LayerKind:
     """Numbers a token's query meets per token it looks at: scores and values, over all heads."""
     matrix_sides: int = 0
     """Rows and columns of all its matrices: what low-rank adapters take for each rank."""
+    sites: tuple[Group, ...] = ()
+    """What the matrices read that get zeros."""
 
     @property
     def active_parameters(self) -> int:

@@ -92,10 +92,15 @@ def _remedies(load: Workload, limit_bytes: int) -> str:
         found.append(f"{grown} to {workers}")
     if load.micro_batch > 1 and fitting(replace(load, micro_batch=1), limit_bytes):
         found.append("lower parallel.micro_batch to 1")
+    if load.own_text and fitting(replace(load, own_text=None), limit_bytes):
+        found.append(
+            "leave calibration.own out: text that `rayprune generate` has written elsewhere may"
+            " stand in calibration.mix"
+        )
     if samples := _fewer_samples(load, limit_bytes):
         found.append(f"lower calibration.samples to {samples}")
     in_layers = replace(load, placement="layers", propagation="dense")
-    may_be = load.propagation == "pruned" and load.experts is None
+    may_be = load.propagation == "pruned" and load.experts is None and load.masks is None
     if may_be and fitting(in_layers, limit_bytes):
         found.append("set parallel.placement: layers")
     return ", or ".join(found)

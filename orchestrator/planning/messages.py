@@ -37,6 +37,8 @@ def _group_messages(load: Workload, group: Group) -> tuple[float, float]:
 
 
 def _cut_bytes(load: Workload, group: Group) -> int:
+    if load.masks:
+        return group.parameters * load.written_element_bytes
     return load.hidden * load.columns(group) * load.written_element_bytes
 
 

@@ -30,7 +30,7 @@ from rayprune.orchestrator.planning.shapes import Shape, open_shapes, planned_sh
 from rayprune.orchestrator.planning.speeds import PredictedSpeed, predicted_speeds
 from rayprune.orchestrator.planning.targets import check_targets
 from rayprune.orchestrator.planning.timing import Stage, stages
-from rayprune.orchestrator.planning.workload import Workload, in_rows, tokens_per_neuron
+from rayprune.orchestrator.planning.workload import Workload, in_rows, tokens_per_neuron, zeros
 from rayprune.specs.allocation import CurvesAllocation, SearchAllocation
 from rayprune.specs.errors import ModelError, SpecError
 from rayprune.specs.job import FEW_TOKENS, JobSpec
@@ -106,6 +106,19 @@ class PlannedStep:
 
 
 @dataclass(frozen=True)
+class Dropped:
+    """Whole layers that go before anything else is cut."""
+
+    count: int
+    layers: tuple[int, ...]
+    """Their numbers, where they are known."""
+    score: str | None
+    """What they are chosen by in the run; None: the job names them."""
+    decoder_parameters: int
+    """What they hold."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a job will do, printable before anything is computed."""
 
@@ -130,10 +143,14 @@ class Plan:
     calibration_tokens: int
     tokens_per_neuron: float
     corrects_drift: bool
+    zeros: int = 0
+    """Weights that become zero in matrices that keep their size."""
     steps: tuple[PlannedStep, ...] = ()
     """The passes, where they are several; the rest of the plan is then of all of them."""
     speeds: tuple[PredictedSpeed, ...] = ()
     """By `budget.latency_table`, of the shapes."""
+    dropped: Dropped | None = None
+    """Whole layers that go before; the shapes are then of the layers that stay."""
     fallbacks: tuple[str, ...] = ()
     """What engines do with widths that they do not take as they are."""
     notes: tuple[str, ...] = ()
@@ -154,7 +171,8 @@ class Plan:
     def warnings(self) -> tuple[str, ...]:
         """What will harm the result, with numbers."""
         stays = all(not shape.layers and shape.kept == self.model.units for shape in self.shapes)
-        if stays or self.tokens_per_neuron >= FEW_TOKENS:
+        corrects = self.corrects_drift or not stays
+        if self.tokens_per_neuron >= FEW_TOKENS or not corrects:
             return self.notes
         given, each = self.calibration_tokens, self.tokens_per_neuron
         return (
@@ -227,12 +245,14 @@ def make_plan(
     machine: MachineProfile | None = None,
     device: str | None = None,
     gate_windows: int = 0,
+    given: tuple[Shape, ...] = (),
 ) -> Plan:
     """Plan one pass from its model's config and headers; times and GPU memory need a machine
     profile.
 
     `device` is where the workers compute (`cpu` or `cuda`), once that is known; `gate_windows` are
-    those on which what comes of the pass is compared with the original.
+    those on which what comes of the pass is compared with the original; `given` are the shapes
+    where the budget does not decide about them.
 
     Raises:
         SpecError: the budget cannot be met, no loader accepts the result, or the profile is of
@@ -253,7 +273,9 @@ def make_plan(
         check_part(job)
     kinds = layer_kinds(checkpoint)
     planned = model.not_pruned is not None
-    shapes = (planned_shape(job, checkpoint, kinds),) if planned else open_shapes(job, checkpoint)
+    shapes = given or (
+        (planned_shape(job, checkpoint, kinds),) if planned else open_shapes(job, checkpoint)
+    )
     if job.budget.per_layer:
         shapes = shapes[:1]  # what is removed from the mean layer
     if not planned:
@@ -289,6 +311,7 @@ def make_plan(
         tokens_per_neuron=tokens_per_neuron(load),
         corrects_drift=load.corrects_drift,
         speeds=predicted_speeds(job, checkpoint, shapes),
+        zeros=zeros(load),
         fallbacks=fallbacks(model, shapes, job.export.tensor_parallel),
         notes=(left_out,) if left_out else (),
     )
@@ -314,7 +337,7 @@ def _with_layers(
     # with drift or a training it may have no other placement
     if machine is None or load.placement == "layers" or load.corrects_drift or job.method.trainings:
         return None
-    if load.experts is not None:
+    if load.experts is not None or load.masks is not None:
         return None
     other = replace(load, placement="layers", propagation="dense")
     if (memory := fitting(other, _memory_limit(job, machine)[0])) is None:

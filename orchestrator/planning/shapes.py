@@ -19,6 +19,7 @@ from rayprune.specs.job import JobSpec
 from rayprune.specs.methods.options import TakeOver
 from rayprune.workers.model.checkpoint import Checkpoint
 from rayprune.workers.model.description import Model
+from rayprune.workers.model.sites import check_widths
 
 MAX_OPEN_SHAPES = 4
 
@@ -86,7 +87,9 @@ def open_shapes(job: JobSpec, checkpoint: Checkpoint) -> tuple[Shape, ...]:
         SpecError: none meets the budget and loads.
     """
     dense = checkpoint.model.units
-    if job.method.removes_nothing:
+    if job.method.masks:
+        check_widths(checkpoint.model, job.method.masks)
+    if job.method.masks or job.method.removes_nothing:
         return (Shape(dense, **asdict(_uniform(job, checkpoint, dense))),)
     if not exceeded(
         _uniform(job, checkpoint, dense), limits(job.budget, checkpoint.decoder_parameters)

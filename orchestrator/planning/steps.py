@@ -1,13 +1,11 @@
 """Several passes over a model, planned: the job of each, and what all of them take together."""
 
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import astuple, replace
+from collections.abc import Iterator
+from dataclasses import replace
 
 from rayprune.orchestrator.planning.causal import check_encoder
-from rayprune.orchestrator.planning.costs import Traffic
 from rayprune.orchestrator.planning.disk import DiskNeed, still_needed
-from rayprune.orchestrator.planning.memory_choice import MemoryNeeds
+from rayprune.orchestrator.planning.dropped import plan_dropping
 from rayprune.orchestrator.planning.own_text import own_tasks
 from rayprune.orchestrator.planning.plan import (
     Plan,
@@ -16,8 +14,13 @@ from rayprune.orchestrator.planning.plan import (
     recovery_text,
     teacher_tasks,
 )
-from rayprune.orchestrator.planning.timing import Stage
-from rayprune.orchestrator.planning.worker_memory import total
+from rayprune.orchestrator.planning.together import (
+    needs_together,
+    relative_sparsity,
+    seconds_together,
+    stages_together,
+    traffic_together,
+)
 from rayprune.specs.allocation import UniformAllocation
 from rayprune.specs.errors import ResourceError, SpecError
 from rayprune.specs.job import JobSpec
@@ -43,11 +46,13 @@ def plan_job(
     device: str | None = None,
 ) -> Plan:
     """Plan a job as `make_plan` does; of several passes, each over what the one before leaves with
-    most KV groups.
+    most KV groups; of whole layers that go before the rest.
 
     Raises:
         RaypruneError: as `make_plan` says.
     """
+    if job.budget.drop_layers is not None:
+        return plan_dropping(job, checkpoint, machine, device)
     if (steps := job.steps) is None:
         return make_plan(job, checkpoint, machine, device)
     if not checkpoint.model.causal:
@@ -67,6 +72,9 @@ def plan_job(
             continue
         if not plans:  # the dense model is judged beside the last one
             spec = spec.model_copy(update={"evaluation": job.evaluation})
+        else:  # its own text is written once
+            own = {"calibration": spec.calibration.model_copy(update={"own": None})}
+            spec = spec.model_copy(update=own)
         try:
             plan = make_plan(spec, model, machine, device, steps.gate.samples)
         except (SpecError, ResourceError) as error:
@@ -100,16 +108,6 @@ def step_job(job: JobSpec, number: int, original: int, current: int) -> JobSpec 
             "evaluation": None,
         }
     )
-
-
-def relative_sparsity(sparsity: float, original: int, current: int) -> float:
-    """The fraction of `current` parameters whose removal leaves at most the part `1 - sparsity` of
-    the `original` ones; not above 0 where no more are left.
-
-    Half a parameter is let go of, so that no rounding decides about one that is whole.
-    """
-    most = math.floor((1 - sparsity) * original + 1e-6)
-    return 1 - (most + 0.5) / current
 
 
 def step_words(steps: InSteps, number: int) -> str:
@@ -146,11 +144,11 @@ def _together(job: JobSpec, steps: InSteps, plans: dict[int, Plan]) -> Plan:
             *evaluated,
             *(task for task in first.tasks if task.startswith(samples_task(""))),
         ),
-        needs=_needs([plan.needs for plan in plans.values()]),
-        stages=tuple(_stages(list(plans.values()))),
-        seconds=_sum([plan.seconds for plan in plans.values()]),
+        needs=needs_together([plan.needs for plan in plans.values()]),
+        stages=tuple(stages_together(list(plans.values()))),
+        seconds=seconds_together([plan.seconds for plan in plans.values()]),
         seconds_with_layers=None,
-        traffic=Traffic(*map(sum, zip(*(astuple(p.traffic) for p in plans.values()), strict=True))),
+        traffic=traffic_together(list(plans.values())),
         output_bytes=last.output_bytes,
         disk=tuple(_disk(plans, steps.keeps)),
         steps=tuple(
@@ -165,38 +163,6 @@ def _together(job: JobSpec, steps: InSteps, plans: dict[int, Plan]) -> Plan:
             for number, plan in plans.items()
         ),
     )
-
-
-def _needs(needs: Sequence[MemoryNeeds]) -> MemoryNeeds:
-    """The most that any pass needs."""
-    by_step: dict[str, dict[str, int]] = {}
-    for need in needs:
-        for name, kinds in need.memory_by_step.items():
-            by_step[name] = max(by_step.get(name, {}), kinds, key=total)
-    fewest = [need.fewest_workers for need in needs]
-    keeping = [need.fewest_workers_keeping_all for need in needs]
-    return MemoryNeeds(
-        memory_limit_bytes=needs[0].memory_limit_bytes,
-        memory_by_step=by_step,
-        worker_memory_bytes=max(need.worker_memory_bytes for need in needs),
-        host_memory_bytes=max(need.host_memory_bytes for need in needs),
-        fewest_workers=None if None in fewest else max(n for n in fewest if n),
-        fewest_workers_keeping_all=None if None in keeping else max(n for n in keeping if n),
-    )
-
-
-def _stages(plans: Sequence[Plan]) -> Iterator[Stage]:
-    """The stages of all passes, by name; each is bound by what bounds the longest of its own."""
-    for name in dict.fromkeys(stage.name for plan in plans for stage in plan.stages):
-        own = [stage for plan in plans for stage in plan.stages if stage.name == name]
-        longest = max(own, key=lambda stage: stage.seconds or 0.0)
-        seconds = _sum([stage.seconds for stage in own])
-        yield Stage(name, sum(stage.flops for stage in own), seconds, longest.bound_by)
-
-
-def _sum(seconds: Sequence[float | None]) -> float | None:
-    known = [each for each in seconds if each is not None]
-    return sum(known) if known else None
 
 
 def _disk(plans: dict[int, Plan], keeps: bool) -> Iterator[DiskNeed]:

@@ -88,7 +88,7 @@ def stages(load: Workload, choice: MemoryPlan, machine: MachineProfile | None) -
     timed = [
         _timed(name, flops.get(name, 0), [bounds[name] for bounds in phases]) for name in STAGES
     ]
-    if load.placement == "shards":
+    if load.placement == "shards" and load.masks is None:
         timed[-1] = _beside(timed[:-1], timed[-1], load.num_layers)
     return (
         *timed,

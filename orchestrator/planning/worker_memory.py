@@ -123,17 +123,25 @@ def _steps(load: Workload, choice: MemoryPlan) -> dict[str, list[Kinds]]:
 
 
 def _cuts_bytes(load: Workload, group: Group) -> Kinds:
-    """Corrected weights of the experts that are decided; from another process they come in fp32."""
+    """Corrected weights of the experts that are decided, and sparse matrices of all sites; from
+    another process they come in fp32.
+    """
+    number = load.written_element_bytes if load.in_process else 4
+    if load.masks:
+        return {"cuts": number * max(_sparse_weights(kind) for kind in load.kinds)}
     if group.count == 1 or not load.corrects or load.placement == "layers":
         return {}
     each = load.hidden * load.columns(group)
-    number = load.written_element_bytes if load.in_process else 4
     return {"cuts": load.blocks(group) * each * number}
+
+
+def _sparse_weights(kind: LayerKind) -> int:
+    return sum(site.parameters for site in kind.sites)
 
 
 def _written_beside(load: Workload) -> Kinds:
     """The layer below, which is written meanwhile."""
-    if load.on_gpu or not load.writes or load.placement != "shards":
+    if load.on_gpu or not load.writes or load.placement != "shards" or load.masks:
         return {}
     return {"output": max(load.written_layer_bytes(kind) for kind in load.kinds)}
 
@@ -301,11 +309,9 @@ def _divergence(load: Workload, choice: MemoryPlan) -> Kinds:
     models' scores, and two temporaries.
     """
     window = load.sequence_length
-    windows = (
-        1
-        if choice.spill_hidden
-        else 2 * (CANDIDATES_AT_ONCE + 1) * math.ceil(load.candidate_windows / load.workers)
-    )
+    models = min(load.candidates, CANDIDATES_AT_ONCE) + 1
+    own = math.ceil(load.candidate_windows / load.workers)
+    windows = 1 if choice.spill_hidden else 2 * models * own
     scores = load.vocabulary * (load.element_bytes + 4 * 4)
     return {
         "runtime": RUNTIME_BYTES,

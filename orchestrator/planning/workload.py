@@ -13,7 +13,7 @@ from typing import Literal
 from rayprune.orchestrator.planning.layer_kinds import LayerKind
 from rayprune.orchestrator.planning.own_text import OwnTextLoad
 from rayprune.specs.memory import MemoryPlan
-from rayprune.specs.methods.options import MethodOptions, RankedGroup
+from rayprune.specs.methods.options import Masks, MethodOptions, RankedGroup
 from rayprune.workers.machine.blocks import EVALUATED_AT_ONCE
 from rayprune.workers.model.description import Group
 from rayprune.workers.store.layout import REGULARISE_TASK
@@ -105,6 +105,8 @@ class Workload:
     """Whether rows or their R factor are kept instead of a Gram matrix, however many tokens there
     are (`MethodOptions.needs_rows`).
     """
+    masks: Masks | None = None
+    """The zeros that are made inside matrices; None: units go."""
     most_evaluated: int | None = None
     """Evaluation windows at most; None: as many as the text has, which is not known."""
     probes: bool = False
@@ -195,8 +197,10 @@ class Workload:
 
     def decided(self, kind: LayerKind) -> list[Group]:
         """Groups of a layer that have statistics: those that lose units, with drift to make up for
-        all of them.
+        all of them; where zeros are made the sites that get some.
         """
+        if self.masks:
+            return list(kind.sites)
         return list(kind.groups) if self.corrects_drift else self.pruned(kind)
 
     def columns(self, group: Group) -> int:
@@ -305,6 +309,14 @@ def tokens_per_neuron(load: Workload) -> float:
     """Calibration tokens that reach a block, per channel of it; of FFN and experts, the least."""
     groups = [group for kind in load.kinds for group in kind.groups if group.kind == "ffn"]
     return min(block_tokens(load, group) / group.num_units for group in groups)
+
+
+def zeros(load: Workload) -> int:
+    """Weights that become zero in matrices that keep their size, but for roundings of the part."""
+    if load.masks is None:
+        return 0
+    weights = sum(kind.num_layers * site.parameters for kind in load.kinds for site in kind.sites)
+    return int(load.masks.sparsity * weights)
 
 
 def num_chunks(load: Workload, choice: MemoryPlan) -> int:

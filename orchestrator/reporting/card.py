@@ -129,6 +129,9 @@ def _body(report: Report, dense: Dense, recovered: bool) -> Iterator[str]:
     lost = f"without {1 - report.decoder_parameters.ratio:.1%} of the parameters of its layers"
     how = f"{lost}, removed {by}" if report.is_pruned else f"as it is, written {by}"
     yield f"# {name}-pruned\n"
+    if report.zeros:
+        part = report.zeros / report.decoder_parameters.before
+        how = f"with {part:.1%} of the parameters of its layers set to zero (`sparsity.json`) {by}"
     yield f"{name} {how}{' and trained afterwards' if recovered else ''}.\n"
     yield "| | before | after |\n| --- | --: | --: |"
     sizes = {

@@ -71,6 +71,8 @@ def layers_drawing(
     stays, of = zip(*(kept.get(number, (whole, whole)) for number in numbers), strict=True)
 
     def paint(upper: "Axes", lower: "Axes") -> None:
+        from matplotlib.ticker import MaxNLocator
+
         upper.bar(numbers, of, width=0.85, color=COLOURS["line"])
         upper.bar(numbers, stays, width=0.85, color=COLOURS["held-out"])
         upper.set_title(f"{title}: kept")
@@ -84,7 +86,7 @@ def layers_drawing(
         lower.set_xlabel("layer")
         for axes in (upper, lower):
             axes.set_xlim(-0.8, num_layers - 0.2)
-            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
     fewest, most = min(stays), max(stays)
     amounts = f"{fewest:,}" if fewest == most else f"{fewest:,} to {most:,}"
@@ -185,7 +187,7 @@ def _drawn(
         simplefilter("ignore")  # about letters that matplotlib's font has not: the page's has them
         figure = Figure(figsize=(WIDTH / 72, height / 72), layout="constrained")
         grid = figure.add_gridspec(len(rows), height_ratios=rows)
-        paint(*(figure.add_subplot(part) for part in grid))
+        paint(*(figure.add_subplot(grid[row, 0]) for row in range(len(rows))))
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(written, format="svg", transparent=True, metadata=nothing)
     head = f'<title id="{name}-title">{text(title)}</title>'

@@ -167,6 +167,8 @@ class GroupReport(Facts):
     """|pruned - original| / |original| of the group's output, on the shards that were fitted."""
     held_out_error: float
     """The same on the shards that were held out."""
+    mask_error: float | None = None
+    """Of a site of matrices that got zeros: the same if no weight that stays had been corrected."""
     tokens: int | None = None
     """Of an expert: the calibration tokens that were routed to it."""
     units: tuple[int, ...] | None = None

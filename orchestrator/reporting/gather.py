@@ -104,6 +104,7 @@ def _gather(context: Context, done: Pruned) -> Report:
         shape=plan.shape.kept,
         narrowest=plan.shape.narrowest,
         allocation=done.allocation,
+        dropped=done.dropped and dict(done.dropped),
         parameters=Change(before=before.parameters, after=after.parameters),
         decoder_parameters=Change(before=before.decoder_parameters, after=after.decoder_parameters),
         bytes_on_disk=Change(before=before.bytes_on_disk, after=after.bytes_on_disk),

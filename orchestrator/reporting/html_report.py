@@ -20,7 +20,13 @@ from rayprune.orchestrator.reporting.page import (
     section,
     wide_table,
 )
-from rayprune.orchestrator.reporting.report import Report, layer_table, step_table
+from rayprune.orchestrator.reporting.report import (
+    Report,
+    layer_table,
+    own_text_lines,
+    site_table,
+    step_table,
+)
 from rayprune.orchestrator.reporting.speeds import protocol, speed_table
 from rayprune.orchestrator.reporting.tables import html_table, text, titled
 from rayprune.orchestrator.reporting.verdict import verdict
@@ -42,7 +48,7 @@ tokenizer = AutoTokenizer.from_pretrained("{folder}")"""
 def html_report(report: Report, job: str) -> str:
     """The whole page; `job` is the job's file. Everything in it that is text is escaped."""
     name = report.dense.name if report.dense else report.method["name"]
-    title = f"{text(name)}, {1 - report.decoder_parameters.ratio:.1%} of its decoder removed"
+    title = f"{text(name)}, {report.done}"
     sections = (section_of(report) for section_of in SECTIONS)
     return page(title, [_head(report, title), *filter(None, sections), _reproduce(report, job)])
 
@@ -57,6 +63,7 @@ def _head(report: Report, title: str) -> str:
     lines = [
         f"Kept in every layer: {', '.join(facts)}.",
         f"Method {report.method['name']}{': ' if options else ''}{' · '.join(options)}.",
+        *(f"{line}.".capitalize() for line in own_text_lines(report)),
     ]
     when = ""
     if report.finished is not None:
@@ -153,7 +160,11 @@ def _layers(report: Report) -> str:
     drawn = (_group(number, name, report.layers) for number, name in enumerate(groups))
     table = layer_table(report)
     rows = wide_table("Layers", table.columns, table.rows)
-    return section("What was removed", note(told), drawings(drawn), folded("Every layer", rows))
+    zeros = site_table(report)
+    sites = wide_table("Zeros", zeros.columns, zeros.rows) if report.zeros else ""
+    return section(
+        "What was removed", note(told), sites, drawings(drawn), folded("Every layer", rows)
+    )
 
 
 def _group(number: int, group: str, layers: Sequence[LayerReport]) -> str:
@@ -244,7 +255,7 @@ def _timeline(report: Report) -> str:
             for s in report.timeline
         ]
     told = "A worker's bar is filled for the part of the stage in which it computed."
-    if left := len(workers) - MOST_ROWS > 0:
+    if (left := len(workers) - MOST_ROWS) > 0:
         told += f" {left} further workers are not drawn."
     return timeline_drawing("timeline", "Time line", rows) + note(told)
 

@@ -27,7 +27,8 @@ dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(10rem, 1fr));
   margin: 1.25rem 0 .75rem; }
 dl div { padding: .7rem .9rem; border: 1px solid var(--line); border-radius: 6px;
   background: var(--card); }
-dd { margin: 0; } .large { font-size: 1.6rem; font-weight: 600; line-height: 1.3; }
+dd { margin: 0; }
+.large { font-size: 1.35rem; font-weight: 600; line-height: 1.4; white-space: nowrap; }
 .exact { font-size: .8rem; }
 .drawings { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(22rem, 100%), 1fr));
   gap: 1rem; margin: .75rem 0; }

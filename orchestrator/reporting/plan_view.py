@@ -44,6 +44,7 @@ def plan_parts(plan: "Plan") -> Iterator[Part]:
     """A plan: the model, its shapes, memory by step, work and time by stage, totals."""
     yield from _model(plan)
     yield from _steps(plan)
+    yield from _dropped(plan)
     yield from _shapes(plan)
     yield from _memory(plan)
     yield from _layers(plan)
@@ -70,6 +71,17 @@ def _model(plan: "Plan") -> Iterator[Part]:
         f" parameters{active}, {model.decoder_parameters:,} of them in the decoder,"
         f" {_mib(model.bytes_on_disk)} on disk"
     )
+
+
+def _dropped(plan: "Plan") -> Iterator[Part]:
+    """Whole layers that go before anything else."""
+    if (dropped := plan.dropped) is None:
+        return
+    which = "layers " + ", ".join(map(str, dropped.layers))
+    if dropped.score:
+        which = f"{dropped.count} layers, which the run chooses by {dropped.score},"
+    share = dropped.decoder_parameters / plan.model.decoder_parameters
+    yield f"{which} go whole: {dropped.decoder_parameters:,} parameters, {share:.2%} of the decoder"
 
 
 def _shapes(plan: "Plan") -> Iterator[Part]:
@@ -110,6 +122,10 @@ def _shapes(plan: "Plan") -> Iterator[Part]:
         each = (f"{value:,.1f} ({value / speed.dense:.2f} of dense)" for value in speed.shapes)
         rows.append([f"tokens/s, {speed.what}", *each])
     yield Table(title, ["", *(str(number + 1) for number in range(len(plan.shapes)))], rows)
+    if plan.zeros:
+        part = plan.zeros / plan.model.decoder_parameters
+        yield f"zeros in matrices that keep their size: {plan.zeros:,}, {part:.1%} of the decoder"
+        return
     for name, reason in plan.model.stays.items():
         yield f"all {plan.model.titles[name]} stay: {reason}"
 

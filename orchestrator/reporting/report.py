@@ -5,6 +5,7 @@ from what is here.
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
@@ -17,6 +18,7 @@ from rayprune.orchestrator.reporting.facts import (
     Embeddings,
     Evaluation,
     Facts,
+    GroupReport,
     LayerReport,
     Models,
     OnText,
@@ -55,6 +57,10 @@ class Report(Facts):
     """The least that stay in a layer, of groups where layers differ."""
     allocation: dict[str, Any] | None = None
     """How layers that differ got their sizes."""
+    dropped: dict[str, Any] | None = None
+    """Whole layers that have gone before anything else: their numbers, and what was measured to
+    choose them; no such key where none has.
+    """
     parameters: Change[int]
     decoder_parameters: Change[int]
     bytes_on_disk: Change[int]
@@ -135,6 +141,21 @@ class Report(Facts):
         return taken / dense if dense and taken else None
 
     @property
+    def zeros(self) -> int:
+        """Weights that have become zero in matrices that keep their size."""
+        sparse = (g for layer in self.layers for g in layer.groups.values() if g.mask_error)
+        return sum(group.of - group.kept for group in sparse)
+
+    @property
+    def done(self) -> str:
+        """How much of the decoder is gone, in words."""
+        if self.zeros:
+            return (
+                f"{self.zeros / self.decoder_parameters.before:.1%} of the decoder parameters zero"
+            )
+        return f"{1 - self.decoder_parameters.ratio:.1%} of the decoder parameters removed"
+
+    @property
     def model(self) -> Path:
         """Folder of the model to take: the recovered one if there is one, else the pruned one."""
         return self.recovered_model or self.pruned_model
@@ -164,7 +185,7 @@ class Report(Facts):
         """What only some jobs have, or was not measured, is no key of other reports, rather than a
         null.
         """
-        may_lack = ("masked_lm_loss", "embeddings", "own_text", "recovery", "speeds")
+        may_lack = ("masked_lm_loss", "embeddings", "own_text", "recovery", "speeds", "dropped")
         return {
             name: value
             for name, value in fields(self).items()
@@ -212,14 +233,15 @@ def summary(report: Report) -> Iterator[Part]:
     """What a run has achieved and cost, and where its results are."""
     yield Table("result", ["", "before", "after", "after / before"], list(_changes(report)))
     yield from _measured(report)
-    if own := report.own_text:
-        yield (
-            f"own text: {own.tokens:,} tokens in {own.documents:,} documents, {own.dropped:,} more"
-            " dropped as loops"
-        )
+    yield from own_text_lines(report)
     yield from speed_parts(report.speeds)
+    if report.zeros:
+        yield f"{report.zeros:,} weights are zero: {report.done}"
+        yield site_table(report)
     if report.steps:
         yield step_table(report)
+    if report.dropped:
+        yield dropped_words(report.dropped)
     if report.allocation:
         shown = {
             key.replace("_", " "): value
@@ -242,6 +264,17 @@ def summary(report: Report) -> Iterator[Part]:
     yield f"model: {report.model}{other}, report: {report.page}"
     for target, folder in report.models.exports.items():
         yield f"{target}: {report.run / folder}"
+
+
+def dropped_words(dropped: Mapping[str, Any]) -> str:
+    """Which whole layers have gone, and by what they were chosen."""
+    words = "layers left out: " + ", ".join(map(str, dropped["layers"]))
+    if found := dropped.get("influence"):
+        least = ", ".join(f"{found[layer]:.4f}" for layer in dropped["layers"])
+        return f"{words}, by block influence ({least})"
+    if found := dropped.get("divergence"):
+        return f"{words}, by divergence ({found[-1]:.4f} without all of them)"
+    return words
 
 
 def _changes(report: Report) -> Iterator[list[str]]:
@@ -277,6 +310,15 @@ def _measured(report: Report) -> Iterator[Part]:
         yield (
             f"{what} of {used.files}: window {used.window}, stride {used.stride},"
             f" {used.windows} windows, {used.scored_tokens} scored tokens"
+        )
+
+
+def own_text_lines(report: Report) -> Iterator[str]:
+    """What the model has written itself to be calibrated on."""
+    if own := report.own_text:
+        yield (
+            f"own text: {own.tokens:,} tokens in {own.documents:,} documents, {own.dropped:,} more"
+            " dropped as loops"
         )
 
 
@@ -338,6 +380,23 @@ def _step_row(step: StepReport) -> list[str]:
         "closed" if step.exceeded else "passed",
         f"{step.seconds:.1f}",
     ]
+
+
+def site_table(report: Report) -> Table:
+    """What the zeros of every site cost, the mean over the layers."""
+    by_site: dict[str, list[GroupReport]] = {}
+    for layer in report.layers:
+        for name, group in layer.groups.items():
+            by_site.setdefault(name, []).append(group)
+    rows = [
+        [
+            name,
+            f"{fmean(group.mask_error or 0.0 for group in groups):.4f}",
+            f"{fmean(group.held_out_error for group in groups):.4f}",
+        ]
+        for name, groups in by_site.items()
+    ]
+    return Table("zeros", ["site", "held-out error, mask alone", "corrected"], rows)
 
 
 def _millions(count: int) -> str:

@@ -13,7 +13,10 @@ def verdict(report: Report) -> str:
 def _sentences(report: Report) -> Iterator[str]:
     name = report.dense.name if report.dense else "The model"
     decoder, whole = (1 - size.ratio for size in (report.decoder_parameters, report.parameters))
-    yield f"{name} is {whole:.1%} smaller: {decoder:.1%} of its decoder parameters are gone."
+    if report.zeros:
+        yield f"{name} keeps its size: {report.done}."
+    else:
+        yield f"{name} is {whole:.1%} smaller: {decoder:.1%} of its decoder parameters are gone."
     if close := report.closeness.get(report.taken):
         agreed = f"{close.agreement:.1%} of tokens"
         yield f"It expects the same next token as the dense model for {agreed}."

@@ -8,6 +8,7 @@ before the task is finished.
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from rayprune.orchestrator.planning.footprint import footprint
 from rayprune.orchestrator.stages.context import Context
@@ -17,6 +18,7 @@ from rayprune.workers.model.folder import INDEX_NAME, index_of, read_json
 from rayprune.workers.model.form import AS_IT_IS
 from rayprune.workers.model.older import TOKENIZER_CONFIG, tokenizer_readable_by_both
 from rayprune.workers.model.rewrite import Written
+from rayprune.workers.model.sparsity import SPARSITY_FILE, sparsity_document
 from rayprune.workers.store.files import (
     FileRecord,
     Manifest,
@@ -117,6 +119,9 @@ def _assemble(
     for file in side_files(source.path, COPIED):
         _copy(file, model / file.relative_to(source.path))
     written = _write_config(context, subject, there)
+    if masks := context.job.method.masks:
+        told: Any = [(part.info["groups"], part.info["zeros"]) for part in parts[1:]]
+        write_json(model / SPARSITY_FILE, sparsity_document(masks, told))
     write_json(model / INDEX_NAME, index_of(model, names))
     return written, dict(zip(names, (record for _, record in finished), strict=True))
 

@@ -25,8 +25,8 @@ from rayprune.workers.store.side_files import CHAT_TEMPLATES, TOKENIZER_FILES, s
 from rayprune.workers.texts.limits import own_tokens
 
 STAGE = "own text"
-FEWEST_KEPT = 0.1
-"""Of all tokens that are written so many have to be none of loops, after the first round."""
+FEWEST_KEPT, FEWEST_DOCUMENTS = 0.1, 8
+"""This part of all documents has to be none of loops, once so many are written."""
 
 
 def with_own_text(context: Context, checkpoint: Checkpoint) -> Context:
@@ -67,12 +67,14 @@ def _given(context: Context, checkpoint: Checkpoint) -> dict[str, object]:
     model, calibration = source.identify(context, checkpoint), context.job.calibration
     assert calibration.own is not None
     names = (*TOKENIZER_FILES, *CHAT_TEMPLATES, "generation_config.json")
-    prompts = calibration.own.prompts == "calibration"
-    return {
+    given: dict[str, object] = {
         "model": model.identity,
         "tokenizer": file_digests(side_files(checkpoint.path, names)),
-        "prompts": digest_of(Path(calibration.path)) if prompts else "",
     }
+    if calibration.own.prompts != "calibration":
+        return given
+    text = {"holds": digest_of(Path(calibration.path)), "format": calibration.format}
+    return given | {"prompts": text | {"field": calibration.field}}
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ class _Writing:
         """Write so many tokens, of which some may be dropped.
 
         Raises:
-            ModelError: nearly all are, in this round too.
+            ModelError: nearly all are.
         """
         batches = []
         for number, lengths in enumerate(batches_of(self.own, tokens), len(self.done)):
@@ -116,10 +118,11 @@ class _Writing:
             task = self._context.task(own_task(number), self._given | documents)
             batches.append(_Batch(task, self._documents, tuple(lengths)))
             self._documents += len(lengths)
-        at_once, before = self._context.executor.num_workers, self.kept
+        at_once = self._context.executor.num_workers
         for start in range(0, len(batches), at_once):
             self._wave(batches[start : start + at_once])
-        if self.kept - before < FEWEST_KEPT * tokens:
+        kept = self.total("documents")
+        if self._documents >= FEWEST_DOCUMENTS and kept < FEWEST_KEPT * self._documents:
             raise ModelError(
                 f"{self._context.executor.job.model.path}: writes little but loops: of"
                 f" {self._documents} documents {self.total('dropped')} repeat themselves; raise"

@@ -30,40 +30,70 @@ from rayprune.workers.store.layout import SHAPE_TASK
 
 
 def prune(
-    context: Context, plan: Plan, checkpoint: Checkpoint, teacher: ModelAt | None = None
+    context: Context, plan: Plan, checkpoint: Checkpoint, original: ModelAt | None = None
 ) -> Pruned:
-    """One pass over a model, in the context's scope: what came of it. A recovery that learns from a
-    model learns from the `teacher`, or else from the model that is pruned.
+    """One pass over a model, in the context's scope: what came of it. The result is compared with
+    the `original`, and a recovery learns from it, if not from the model that is pruned.
 
     Raises:
         RaypruneError: as its subclasses say; finished tasks are kept.
+    """
+    context, subject, evaluated = begin(context, plan, checkpoint, original)
+    return cut(context, subject, evaluated, original or subject.model)
+
+
+def begin(
+    context: Context, plan: Plan, checkpoint: Checkpoint, original: ModelAt | None = None
+) -> tuple[Context, Subject, Manifest | None]:
+    """The context with all texts, the model and its texts as tokens, and the tokens of the
+    evaluation, if there is one.
     """
     context.record(plan)
     context.executor.use_model(context.job, checkpoint.path, context.scope.name)
     context = own_text.with_own_text(context, checkpoint)
     digests = texts.text_digests(context)
-    original = teacher.checkpoint if teacher else checkpoint
-    tokens = texts.tokenize(context, checkpoint, digests, original)
+    first = original.checkpoint if original else checkpoint
+    tokens = texts.tokenize(context, checkpoint, digests, first)
     plan = context.record(noting(context, plan, tokens.warnings))
     dense = source.identify(context, checkpoint)
     subject = Subject(plan, dense, tokens.calibration, tuple(digests), tokens.recovery)
+    return context, subject, tokens.evaluation
+
+
+def cut(
+    context: Context, subject: Subject, evaluated: Manifest | None, original: ModelAt
+) -> Pruned:
+    """Choose a shape, train if the method does, and prune layer by layer."""
+    plan = subject.plan
     subject = replace(subject, gradients=gradients.measure_gradients(context, subject))
     shape = probe.choose_shape(context, subject)
     subject = replace(subject, plan=context.record(plan.chosen(shape)))
     trained = training.train_first(context, subject)
     layers = sweep.prune_layers(context, trained)
-    few = routed.few_tokens(layers, checkpoint.model)
-    pruned = export.export_model(context, trained, layers)
-    recovered = training.recover(context, replace(subject, model=teacher or dense), pruned)
+    return end(context, trained, layers, evaluated, original)
+
+
+def end(
+    context: Context,
+    subject: Subject,
+    layers: Sequence[Manifest],
+    evaluated: Manifest | None,
+    original: ModelAt,
+) -> Pruned:
+    """From layers that are finished to a model that is exported, recovered and judged."""
+    few = routed.few_tokens(layers, subject.model.checkpoint.model)
+    pruned = export.export_model(context, subject, layers)
+    recovered = training.recover(context, replace(subject, model=original), pruned)
     formats.write_formats(context, recovered or pruned)
     # it only serves what is not finished
     shutil.rmtree(context.scope.cache, ignore_errors=True)
-    models = {"before": dense, "after": pruned} | ({"recovered": recovered} if recovered else {})
-    judged = evaluation.evaluate(context, models, tokens.evaluation)
-    written = samples.write_samples(context, trained.plan, models, tokens.evaluation)
-    final = noting(context, trained.plan, [*few, *evaluation.doubts(judged)])
+    models = {"before": original, "after": pruned}
+    models |= {"recovered": recovered} if recovered else {}
+    judged = evaluation.evaluate(context, models, evaluated)
+    written = samples.write_samples(context, subject.plan, models, evaluated)
+    final = noting(context, subject.plan, [*few, *evaluation.doubts(judged)])
     allocation = _allocation(context)
-    return Pruned(final, dense, pruned, recovered, _groups(layers), judged, written, allocation)
+    return Pruned(final, original, pruned, recovered, _groups(layers), judged, written, allocation)
 
 
 def noting(context: Context, plan: Plan, warnings: Sequence[str]) -> Plan:

@@ -73,6 +73,7 @@ READS: Mapping[str, tuple[str, ...]] = {
     "statistics": _STATISTICS,
     "survey": _CUT,
     SENSITIVITY_TASK: _SENSITIVITY,
+    "dropped": (*_ACTIVATIONS, "drop_windows"),
     "generation": (*_ACTIVATIONS, "divergence_windows", *_ALLOCATION),
     SHAPE_TASK: _SHAPE,
     "selection": (*_SELECTION, "method.mask", "method.seed"),
@@ -108,6 +109,7 @@ KEPT_IN_STORE = {
     "statistics",
     "survey",
     SENSITIVITY_TASK,
+    "dropped",
     "generation",
     SHAPE_TASK,
     "selection",
@@ -184,10 +186,11 @@ def _known(job: JobSpec) -> dict[str, Any]:
     elsewhere: Any = {"latency_table", "probe_samples", "probe_layers", "experts", "expert_score"}
     # what jobs of earlier versions could not ask for
     elsewhere |= {n for n in ("tokens_per_second", "memory") if getattr(job.budget, n) is None}
+    elsewhere |= {"drop_layers", "drop_score", "drop_samples"}
     known["bounds"] = job.budget.model_dump(
         mode="json", exclude=dict.fromkeys(elsewhere, True) | {"allocation": {"generations"}}
     )
-    for name in ("windows_read", "gradient_windows", "divergence_windows"):
+    for name in ("windows_read", "gradient_windows", "divergence_windows", "drop_windows"):
         known[name] = getattr(job, name)
     if len(calibration.texts) > 1:
         known |= {name: _by_text(job, known[name]) for name in _SPREAD}

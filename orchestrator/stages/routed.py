@@ -10,19 +10,19 @@ from rayprune.workers.store.files import Manifest
 
 def few_tokens(layers: Sequence[Manifest], model: Model) -> list[str]:
     """A warning if some experts have seen too few tokens to be corrected safely."""
-    widths = {name: member.num_units for name, member in model.members.items()}
+    experts = {n: member for n, member in model.members.items() if member.expert is not None}
     per_channel: dict[tuple[int, str], float] = {}
     for number, layer in enumerate(layers):
         groups: Any = layer.info["groups"]
         for name, facts in groups.items():
-            if model.members[name].expert is not None:
-                per_channel[number, name] = facts["tokens"] / widths[name]
+            if name in experts:
+                per_channel[number, name] = facts["tokens"] / experts[name].num_units
     few = {place: each for place, each in per_channel.items() if each < FEW_TOKENS}
     if not few:
         return []
     (number, name), least = min(few.items(), key=lambda item: item[1])
     return [
         f"{len(few)} of {len(per_channel)} experts saw fewer than {FEW_TOKENS} tokens per channel"
-        f" (layer {number}, expert {model.members[name].expert}: {least:.1f}): they are corrected"
+        f" (layer {number}, expert {experts[name].expert}: {least:.1f}): they are corrected"
         " only as far as held-out tokens bear it out; take more calibration tokens"
     ]

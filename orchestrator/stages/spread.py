@@ -63,7 +63,8 @@ class Budget:
         """Size of one layer."""
         key = tuple(sorted(kept.items()))
         if key not in self._sizes:
-            self._sizes[key] = layer_footprint(self.checkpoint, kept, self.job)
+            last = self.checkpoint.num_layers - 1  # where the first one is smaller, that is safe
+            self._sizes[key] = layer_footprint(self.checkpoint, kept, self.job, layer=last)
         return self._sizes[key]
 
     def size(self, spread: Spread) -> Footprint:

@@ -128,6 +128,8 @@ class Pruned:
     """What every model goes on with after the job's prompts, by the model's name."""
     allocation: Mapping[str, Any] | None = None
     """How layers that differ got their sizes: what was predicted, measured and tried."""
+    dropped: Mapping[str, Any] | None = None
+    """Whole layers that have gone before, and what was measured to choose them."""
     steps: tuple[Measured, ...] = ()
     """The passes, where they are several; all but perhaps the last have passed the gate."""
 

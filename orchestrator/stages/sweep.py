@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from rayprune.orchestrator.execution.executor import Executor
 from rayprune.orchestrator.execution.failures import WorkerFailure
 from rayprune.orchestrator.execution.steps import Call, Collected, Decided, Steps
 from rayprune.orchestrator.stages.context import Context
+from rayprune.orchestrator.stages.reduce import reduced
+from rayprune.orchestrator.stages.sparsify import sparsify_layers
 from rayprune.orchestrator.stages.stream import layer_work, stream_layers
 from rayprune.orchestrator.stages.subject import Subject
 from rayprune.specs.errors import RaypruneError
@@ -27,7 +28,6 @@ from rayprune.workers.store.shards import even_parts
 
 if TYPE_CHECKING:
     from rayprune.workers.network.slicing import Cut
-    from rayprune.workers.passes.sweep import Parts
 
 
 def prune_layers(context: Context, subject: Subject) -> list[Manifest]:
@@ -36,6 +36,8 @@ def prune_layers(context: Context, subject: Subject) -> list[Manifest]:
     Raises:
         RaypruneError: from the first layer that fails; the finished ones stay.
     """
+    if context.job.method.masks:
+        return sparsify_layers(context, subject)
     if context.job.parallel.effective_propagation == "dense":
         return _dense_path(context, subject)
     if context.job.selects_first and subject.selections is None:
@@ -239,7 +241,7 @@ class _PrunedPath:
             executor.on(place).collect(layer, name, owned, *cuts) for place, owned in shards
         ]
         executor.wait(collected)
-        parts = _reduced(executor, collected)
+        parts = reduced(executor, collected)
         if len(shards) < 2 or name not in self._units:
             return executor.on(worker).decide(layer, name, num_kept, *parts)
         return self._decide_together(layer, worker, name, num_kept, parts)
@@ -327,21 +329,3 @@ def _depends(context: Context, subject: Subject, layer: int, below: str) -> dict
     if context.job.correction.drift:
         depends["dense"] = model.up_to(layer)
     return depends
-
-
-def _reduced(executor: Executor, calls: Sequence["Call[Parts]"]) -> list[Collected]:
-    """The statistics of all workers, merged in pairs from worker to worker until two payloads are
-    left.
-    """
-    while len(calls) > 2:
-        pairs = [calls[start : start + 2] for start in range(0, len(calls), 2)]
-        calls = [
-            (
-                executor.on(p[0].worker).reduce(*(call.payload for call in p))
-                if len(p) == 2
-                else p[0]
-            )
-            for p in pairs
-        ]
-        executor.wait(calls)
-    return [call.payload for call in calls]

@@ -1,7 +1,7 @@
 """The pruning methods of a job: one class of options per method, told apart by `name`.
 
 A method that ranks units is found by its file in `ranking/`; those that train before they cut, cut
-in steps, or cut nothing are listed here.
+in steps, cut no units, or nothing at all are listed here.
 """
 
 from collections.abc import Mapping
@@ -12,6 +12,7 @@ from rayprune.specs.methods.none import NoneOptions
 from rayprune.specs.methods.options import MethodOptions
 from rayprune.specs.methods.progressive import ProgressiveOptions
 from rayprune.specs.methods.ranking import RANKINGS
+from rayprune.specs.methods.sparse import SparseOptions
 from rayprune.specs.methods.trsp import TrspOptions
 from rayprune.specs.section import one_of
 
@@ -19,6 +20,7 @@ METHODS: Mapping[str, type[MethodOptions]] = RANKINGS | {
     "dress": DressOptions,
     "trsp": TrspOptions,
     "progressive": ProgressiveOptions,
+    "sparse": SparseOptions,
     "none": NoneOptions,
 }
 """The options of every method, by its name."""

@@ -15,6 +15,9 @@ from rayprune.specs.section import Section
 from rayprune.specs.training import Norm, TrainingSpec
 
 Damping = Annotated[float, Field(gt=0.0, le=1e6)]
+Site = Literal["qkv", "o", "up", "down"]
+SITES: tuple[Site, ...] = ("qkv", "o", "up", "down")
+"""The matrices of a layer, together where they read the same, in the order in which they do."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,24 @@ class InSteps:
     """Whether the models of all of them stay."""
 
 
+@dataclass(frozen=True)
+class Masks:
+    """Weights that become zero where no unit goes."""
+
+    pattern: str
+    """Its name in a job."""
+    score: Literal["magnitude", "wanda", "obs"]
+    """Which weights go; with `obs` the others are corrected."""
+    sites: tuple[Site, ...]
+    """The matrices that get zeros, in the order in which a layer computes them."""
+    group: int | None
+    """Zeros are counted in so many neighbouring weights of an output; None: in a whole matrix."""
+    sparsity: float
+    """Fraction of those that become zero."""
+    damping: float
+    """Ridge of the correction, as a multiple of the mean diagonal; 0: there is none."""
+
+
 class MethodOptions(Section):
     """Base of every method's options."""
 
@@ -159,6 +180,13 @@ class MethodOptions(Section):
     @property
     def before_cut(self) -> DriveOut | TakeOver | None:
         """What is trained before the cut."""
+        return None
+
+    @property
+    def masks(self) -> Masks | None:
+        """The zeros that it makes inside matrices, instead of removing units; None: it removes
+        units.
+        """
         return None
 
     def in_steps(self, sparsity: float) -> InSteps | None:

@@ -116,7 +116,7 @@ def test_rayjob_has_what_kuberay_requires(rayjob: dict[str, Any]) -> None:
 
 def test_rayjob_runs_the_pinned_ray(rayjob: dict[str, Any]) -> None:
     assert rayjob["spec"]["rayClusterSpec"]["rayVersion"] == f"{ray_version()}.0"
-    assert f"FROM rayproject/ray:{ray_version()}.0-" in (ROOT / "docs" / "clusters.md").read_text()
+    assert f"FROM rayproject/ray:{ray_version()}.0-" in (ROOT / "Dockerfile").read_text()
 
 
 def test_rayjob_asks_for_a_token(rayjob: dict[str, Any]) -> None:

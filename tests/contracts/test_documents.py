@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from rayprune.specs.explain import models
 from rayprune.specs.job import JobSpec
 from rayprune.specs.recipe import RECIPES
+from tests.contracts import families_page
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")])
@@ -56,3 +57,10 @@ def test_the_site_has_every_page() -> None:
 def test_every_recipe_is_documented() -> None:
     document = (ROOT / "docs" / "recipes.md").read_text()
     assert [name for name in RECIPES if f"| `{name}` |" not in document] == []
+
+
+def test_the_tables_of_families_are_those_of_their_files() -> None:
+    """`python -m tests.contracts.families_page` writes both."""
+    assert families_page.PAGE.read_text(encoding="utf-8") == families_page.page()
+    text = families_page.README.read_text(encoding="utf-8")
+    assert families_page.with_table(text, families_page.readme()) == text

@@ -101,6 +101,19 @@ KINDS: dict[str, Kind] = {
         "gates|updates",
         {"num_hidden_layers": 4},
     ),
+    "whole layers": Kind(
+        {
+            "budget": {
+                "drop_layers": 1,
+                "drop_score": "divergence",
+                "drop_samples": 4,
+                "kv_groups": 1,
+                "sparsity": 0.6,
+            }
+        },
+        "dropped|layers/plan",
+        {"num_hidden_layers": 3},
+    ),
     "progressive": Kind(
         {
             "method": {
@@ -113,6 +126,9 @@ KINDS: dict[str, Kind] = {
         },
         "gate|step-01/export",
         {"num_hidden_layers": 1},
+    ),
+    "sparse": Kind(
+        {"method": {"name": "sparse"}, "budget": {"sparsity": None, "round_to": "auto"}}, "sparsity"
     ),
     "recovered": Kind(
         {"budget": {"kv_groups": 1}, "recover": TRAINING | {"loss": "lm"}},

@@ -32,9 +32,9 @@ def rows(page: str) -> list[list[str]]:
 
 def test_sweeps_and_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "in_a_process", here)
-    assert measure(tmp_path, "--layers 2 5 --only kernels,sweep-5,sweep-2") == 0
+    assert measure(tmp_path, "--layers 2 5 --only sparse,kernels,sweep-5,sweep-2") == 0
     files = sorted((tmp_path / "results").iterdir())
-    kernels, two, five = (file.read_text() for file in files)
+    kernels, two, five, sparse = (file.read_text() for file in files)
     for page, names in (
         (two, ["0", "1"]),
         (five, ["0", "1", "2", "median of 2 more", "slowest of them"]),
@@ -49,6 +49,7 @@ def test_sweeps_and_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert "Under way" not in page
     assert kernels.count("two runs agree in all bits") == 2
     assert "128 of the first 128 pivots" in kernels
+    assert len(rows(sparse)) == 2 + 3 * 3, "three matrices and numbers of tokens"
     assert not list(tmp_path.glob("run-*"))
 
 
@@ -75,12 +76,13 @@ def test_a_part_starts_only_if_the_time_is_enough(
 
     monkeypatch.setattr(gpu, "in_a_process", pretend)
     assert measure(tmp_path, "--minutes 10 --layers 4 20 19") == 0
-    assert capsys.readouterr().out.splitlines()[-5:] == [
+    assert capsys.readouterr().out.splitlines()[-6:] == [
         "tests: done (100 s)",
         "sweep-4: done (100 s)",
         "sweep-20: left out: too little time",
         "sweep-19: left out: too little time",
         "kernels: done (100 s)",
+        "sparse: done (100 s)",
     ]
     now[0] = 0.0
     assert measure(tmp_path, "--minutes 10 --layers 4 18 --only sweep-4,sweep-18") == 0

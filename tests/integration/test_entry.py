@@ -193,7 +193,7 @@ def test_on_ray_in_a_thread(make_model: MakeModel, make_job: MakeJob, tmp_path: 
     assert "run-finished" in done.stdout
 
 
-@pytest.mark.parametrize("document", some(["README.md", "docs/python.md"], "README.md"))
+@pytest.mark.parametrize("document", ["docs/python.md"])
 def test_the_code_of_the_documents_runs(
     document: str,
     sections: dict[str, Any],

@@ -14,7 +14,7 @@ from rayprune.specs.loader import load_job
 from rayprune.workers import own_text
 from rayprune.workers.calibration import load_tokenizer
 from rayprune.workers.store.layout import OWN_FILE, OWN_TEXT_TASK, own_task, task_folder
-from tests.conftest import MakeJob, MakeModel, folder_bytes
+from tests.conftest import MakeJob, MakeModel, edit_json, folder_bytes
 from tests.helpers import quiet
 
 OWN = {"length": 24, "batch": 4}
@@ -172,3 +172,16 @@ def test_what_cannot_be_is_said(make_model: MakeModel, tmp_path: Path, capsys: C
     ):
         assert main(["generate", *words]) == code
         assert said in capsys.readouterr().err
+
+
+def test_a_worker_that_cannot_hold_the_model_is_told_where_else_text_comes_from(
+    make_model: MakeModel, make_job: MakeJob, capsys: Capture
+) -> None:
+    model = make_model()  # planned on paper, with more layers
+    (model / "model.safetensors").unlink()
+    edit_json(model / "config.json", num_hidden_layers=2000)
+    job = make_job(model, **SECTIONS, memory={"worker": "420MiB"})
+    assert main(["plan", str(job)]) == 4
+    said = capsys.readouterr().err
+    assert "step own text" in said
+    assert "`rayprune generate` has written elsewhere may stand in calibration.mix" in said

@@ -273,7 +273,7 @@ def test_of_several_texts_each_is_measured_by_itself(
 ) -> None:
     """And the worst of them is what counts, if it is asked for."""
     other = tmp_path / "other.txt"
-    other.write_text("0123456789 " * 400)
+    other.write_text("One, two, three: 0123456789. " * 200)
     calibration = {"mix": [{"path": str(other), "weight": 3}]}
     allocation = SEARCH["allocation"] | {"generations": 1, "objective": "max"}
     budget = SEARCH | {"allocation": allocation, "kv_groups": 2}

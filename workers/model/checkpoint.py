@@ -21,6 +21,7 @@ from rayprune.workers.model.fit import beside_in_files, check_tensors, described
 from rayprune.workers.model.folder import FP8, TensorInfo, has_shards, read_config, read_headers
 from rayprune.workers.model.form import Form
 from rayprune.workers.model.ggml import Ggml, ggml_of
+from rayprune.workers.model.recognise import check_known
 from rayprune.workers.model.rewrite import Written, form_of, written
 from rayprune.workers.model.sized_layers import MODULE
 from rayprune.workers.model.targets import check_target
@@ -133,6 +134,20 @@ class Checkpoint:
         digest = hashlib.sha256(json.dumps(config.raw, sort_keys=True).encode()).hexdigest()
         return Checkpoint(self.path, model, config, _planned(model, config), digest, False)
 
+    def planned_layers(self, there: Sequence[int]) -> "Checkpoint":
+        """The model of these layers alone, before there is a folder of it."""
+        units = [self.model.units] * len(there)
+        config = Config(self.written(there, units, "transformers", "auto").config, self.config.file)
+        model = family_of(config).describe(config)
+        inside = {
+            model.prefix(number) + name: info
+            for number, layer in enumerate(there)
+            for name, info in self.layer_tensors(layer).items()
+        }
+        outer = {n: info for n, info in self.tensors.items() if not n.startswith(self._inside)}
+        digest = hashlib.sha256(json.dumps(config.raw, sort_keys=True).encode()).hexdigest()
+        return Checkpoint(self.path, model, config, outer | inside, digest, has_weights=False)
+
     def check_targets(
         self,
         targets: Sequence[str],
@@ -185,6 +200,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         ModelError: no such folder, no safetensors, a damaged or misplaced shard, an unsupported
             model, or a layer whose tensors do not fit the config.
     """
+    check_known(path)
     config = read_config(path)
     if config.quantised:
         raise config.quantised_error()
@@ -207,6 +223,7 @@ def planned_checkpoint(path: Path) -> Checkpoint:
         ModelError: no such folder, an unknown model type or quantisation, a missing size, or what
             `open_checkpoint` refuses.
     """
+    check_known(path)
     config = read_config(path)
     if has_shards(path) and not config.quantised:
         return open_checkpoint(path)

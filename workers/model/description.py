@@ -286,6 +286,10 @@ class Model:
     """Why it can be planned, not pruned; None: it can be pruned."""
     sized_alike: str | None = None
     """Why its layers must keep the same numbers of units; None: they need not."""
+    first_stays: str | None = None
+    """Why the first layer has to stay; None: it need not."""
+    hands_on: bool = False
+    """Whether the first layer returns, behind the hidden states, what the others are given."""
     layers_differ: bool = False
     """Whether it was pruned to layers of different sizes."""
     caches: tuple[str, ...] = ()

@@ -5,7 +5,9 @@ Letters: B windows of a micro-batch, T tokens, D hidden, F width of a consumer's
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from rayprune.workers.model.description import Block, Group
 from rayprune.workers.network.experts import Experts, Routing
+from rayprune.workers.network.mapped import put_weight
 from rayprune.workers.network.slicing import Cut
 from rayprune.workers.network.streamed import MicroBatch, hooked, output_of, returned
 from rayprune.workers.numerics.linalg import unit_rows
@@ -27,6 +30,9 @@ class _CaughtInput(Exception):  # noqa: N818
 
 
 class _Catch(nn.Module):
+    weight = None
+    """T5 asks for its type."""
+
     def forward(self, *values: Tensor) -> Tensor:
         """End the pass with the values that arrived."""
         raise _CaughtInput(values)
@@ -216,6 +222,30 @@ def apply_cut(
     output_TD = nn.functional.linear(kept_TK, cut.weight_DK, bias)
     batch.outputs[group.block.module] = batch.store(output_TD.unflatten(0, z_BTF.shape[:2]))
     del batch.inputs[name]
+
+
+@torch.inference_mode()
+def compute_block(
+    layer: nn.Module, index: int, batch: MicroBatch, groups: Mapping[str, Group], name: str
+) -> None:
+    """Set the output of a group's block to what its consumer makes of its input, which is
+    dropped.
+    """
+    output_BTD = project(layer, groups[name], consumer_input(layer, index, batch, groups, name))
+    batch.outputs[groups[name].block.module] = batch.store(output_BTD)
+    del batch.inputs[name]
+
+
+def with_weights(layer: nn.Module, weights: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Module:
+    """A layer with other matrices, by their names in it, for passes in a type; the rest is that of
+    the first one, not copied.
+    """
+    shared = {id(tensor): tensor for tensor in chain(layer.parameters(), layer.buffers())}
+    other = deepcopy(layer, shared)
+    for name, weight in weights.items():
+        module, _, leaf = name.rpartition(".")
+        put_weight(other.get_submodule(module), leaf, weight.to(_device(layer)), dtype)
+    return other
 
 
 @torch.inference_mode()

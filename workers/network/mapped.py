@@ -78,3 +78,11 @@ def placed(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Mo
         if id(parameter) not in mapped:
             parameter.data = parameter.data.to(device, dtype)
     return module.to(device)
+
+
+def put_weight(module: nn.Module, leaf: str, weight: Tensor, dtype: torch.dtype) -> None:
+    """Give a module another weight of that name, for passes in a type: a mapped module converts it
+    itself.
+    """
+    own = weight if isinstance(module, _MappedLinear) else weight.to(dtype)
+    setattr(module, leaf, nn.Parameter(own, requires_grad=False))

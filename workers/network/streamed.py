@@ -56,16 +56,37 @@ class MicroBatch:
     store: Store = lambda tensor: tensor
 
 
-class _Recorder(nn.Module):
-    """Stands for a layer: notes its arguments and passes the hidden states on, or gives others; in
-    a tuple of so many, if the layer returns one.
+class _HandsOn:
+    """What a model's first layer returns behind its hidden states: computed by that, once, and
+    given on by all behind it.
     """
 
-    def __init__(self, wrapped: nn.Module, returns: int, others: Tensor | None = None) -> None:
+    def __init__(self, first: nn.Module) -> None:
+        self._first, self._found = first, tuple[Any, ...]()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """What was found, given what a layer is given."""
+        self._found = self._found or self._first(*args, **kwargs)[1:]
+        return self._found
+
+
+class _Recorder(nn.Module):
+    """Stands for a layer: notes its arguments and passes the hidden states on, or gives others; in
+    a tuple of so many, if the layer returns one. What stands behind them there is nothing, or what
+    the first layer hands on (`hands_on`).
+    """
+
+    def __init__(
+        self,
+        wrapped: nn.Module,
+        returns: int,
+        others: Tensor | None = None,
+        hands_on: "_HandsOn | None" = None,
+    ) -> None:
         super().__init__()
         # not a submodule: only its plain attributes are looked up
         self.__dict__["wrapped"] = wrapped
-        self.returns, self.others = returns, others
+        self.returns, self.others, self.hands_on = returns, others, hands_on
         self.arguments: LayerArguments | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -74,6 +95,8 @@ class _Recorder(nn.Module):
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Note the arguments."""
         self.arguments = (args, kwargs)
+        if self.hands_on is not None:
+            return (hidden, *self.hands_on(hidden, *args, **kwargs))
         return returned(hidden if self.others is None else self.others, self.returns)
 
 
@@ -226,13 +249,17 @@ class StreamedModel:
         """Embeddings of some windows, with the arguments of every layer: recorded, or those of
         `reuse`, a batch of the same shape.
         """
-        recorders = [_Recorder(layer, self._described.layer_returns) for layer in self._layers]
+        returns = self._described.layer_returns
+        hands_on = None
+        if self._described.hands_on and reuse is None:
+            hands_on = _HandsOn(self.load_layer(0, prefetch=False))
+        recorders = [_Recorder(layer, returns, hands_on=hands_on) for layer in self._layers]
         self._put(recorders[:1] if reuse else recorders)
         caught: list[Tensor] = []
         backbone = self._model.get_submodule(self._described.backbone)
         first = recorders[0].register_forward_pre_hook(lambda _, args: caught.append(args[0]))
         with hooked([first]):
-            backbone(input_ids=tokens_BT.to(self.device), use_cache=False)
+            backbone(input_ids=tokens_BT.to(self.device), **self._plainly)
         recorded = [r.arguments for r in recorders if r.arguments is not None]
         arguments = reuse.arguments if reuse else recorded
         return MicroBatch(self._store(caught[0]), arguments, store=self._store)
@@ -251,8 +278,13 @@ class StreamedModel:
     def _behind_layers(self, network: Any, tokens_BT: Tensor, hidden_BTD: Tensor) -> Tensor:
         returns = self._described.layer_returns
         self._put([_Recorder(self._layers[0], returns, hidden_BTD.to(self.device))])
-        output: Tensor = network(input_ids=tokens_BT.to(self.device), use_cache=False)[0]
+        output: Tensor = network(input_ids=tokens_BT.to(self.device), **self._plainly)[0]
         return output
+
+    @property
+    def _plainly(self) -> dict[str, bool]:
+        """No cache is to be filled; not all classes of encoders know of one."""
+        return {"use_cache": False} if self._described.causal else {}
 
 
 def empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:

@@ -16,10 +16,11 @@ from rayprune.workers.network.slicing import Cut
 from rayprune.workers.network.streamed import MicroBatch, StreamedModel
 from rayprune.workers.passes.sweep import embed_all
 
-Kept = Mapping[str, int]
-"""Units that stay, by group; a group that is left out stays whole."""
+Kept = Mapping[str, int] | None
+"""Units that stay, by group; a group that is left out stays whole. None: the layer is left out."""
 Choice = tuple[tuple[str, int], ...]
 """The groups of a layer that lose units, and how many stay."""
+_LEFT_OUT: Choice = (("the layer", 0),)
 
 
 @torch.inference_mode()
@@ -51,7 +52,8 @@ def divergences(
         prefixes = sorted(
             {tuple(candidate[: index + 1]) for candidate in choices} | {((),) * (index + 1)}
         )
-        for name, count in {item for prefix in prefixes for item in prefix[-1]}:
+        chosen = {prefix[-1] for prefix in prefixes} - {_LEFT_OUT}
+        for name, count in {item for choice in chosen for item in choice}:
             cuts[name, count] = cut(index, name, count)
         states = {
             prefix: [
@@ -75,6 +77,8 @@ def divergences(
 
 
 def _choice(groups: Mapping[str, Group], kept: Kept) -> Choice:
+    if kept is None:
+        return _LEFT_OUT
     return tuple(
         (name, kept[name])
         for name, group in groups.items()
@@ -92,6 +96,8 @@ def _behind(
 ) -> MicroBatch:
     """A copy of a micro-batch, behind a layer of which so many units stay."""
     result = MicroBatch(batch.hidden_BTD, batch.arguments, store=batch.store)
+    if choice == _LEFT_OUT:
+        return result
     for item in choice:
         layers.apply_cut(module, index, result, groups, item[0], cuts[item])
     layers.finish_layer(module, index, result, groups)

@@ -12,6 +12,7 @@ from rayprune.workers.model.folder import TensorInfo
 from rayprune.workers.network.load_check import check_loads
 from rayprune.workers.network.reading import digest_of, read_tensors
 from rayprune.workers.network.written import narrowed
+from rayprune.workers.network.zeros import check_folder_zeros
 from rayprune.workers.steps.step import Receipt, step
 from rayprune.workers.store.files import FileRecord, at_once
 from rayprune.workers.store.storage import check_same_files
@@ -86,6 +87,8 @@ class Checking:
 
     @step
     def check_export(self, expected_parameters: int) -> tuple[Receipt, None]:
-        """The load gate on the exported folder."""
+        """The load gate on the exported folder, and a look at its zeros, if it should have some."""
         check_loads(self._bench.scope.model, expected_parameters)
+        if self._bench.job.method.masks:
+            check_folder_zeros(self._bench.scope.model)
         return {}, None

@@ -15,10 +15,12 @@ from rayprune.workers.machine.device import check_room
 from rayprune.workers.model.checkpoint import open_checkpoint
 from rayprune.workers.network.greedy import greedy
 from rayprune.workers.network.load_check import loaded
+from rayprune.workers.network.slicing import Cut
 from rayprune.workers.network.streamed import Store, StreamedModel
 from rayprune.workers.passes.comparison import Texts, compared
 from rayprune.workers.passes.divergence import Kept, divergences
 from rayprune.workers.passes.encoding import cosines, embeddings, masked_losses
+from rayprune.workers.passes.influence import influences
 from rayprune.workers.passes.survey import stored_cut
 from rayprune.workers.passes.teaching import teach
 from rayprune.workers.steps.step import Droppable, Receipt, drop_all, step
@@ -52,6 +54,35 @@ class Judging:
                 partial(stored_cut, self._bench.scope),
             )
         }, None
+
+    @step
+    def without_layers(
+        self, candidates: Sequence[Sequence[int]], owned: tuple[int, int]
+    ) -> tuple[Receipt, None]:
+        """For every candidate, the layers that it leaves out, its divergence from the dense model,
+        on each of some of the calibration windows.
+        """
+        drop_all(self._before)
+        windows = self._bench.spread_windows(self._job.drop_windows, range(*owned))
+        model, groups = self._bench.model, self._bench.groups
+        numbers = range(model.checkpoint.num_layers)
+        kept: list[list[Kept]] = [
+            [None if n in gone else {} for n in numbers] for gone in candidates
+        ]
+
+        def cut(layer: int, name: str, count: int) -> Cut:
+            raise AssertionError("no layer loses a part")
+
+        return {"sums": divergences(model, groups, windows, kept, cut)}, None
+
+    @step
+    def influences(self, owned: tuple[int, int]) -> tuple[Receipt, None]:
+        """How much every layer of the dense model turns the hidden states, on each of some of the
+        calibration windows.
+        """
+        drop_all(self._before)
+        windows = self._bench.spread_windows(self._job.drop_windows, range(*owned))
+        return {"sums": influences(self._bench.model, windows)}, None
 
     @step
     def embed(self, model_path: str, owned: tuple[int, int]) -> tuple[Receipt, None]:

@@ -84,6 +84,16 @@ class Writing:
         infos, files = bench.checkpoint.layer_tensors(layer), {LAYER_FILE: named} if named else {}
         return partial(self._write, task, infos, files, info)
 
+    def whole_layer(
+        self, task: Task, layer: int, tensors: Mapping[str, Tensor], info: Mapping[str, object]
+    ) -> None:
+        """Write a layer of which no unit goes, by its tensors' names in the files, and then its
+        manifest.
+        """
+        infos = self._bench.checkpoint.layer_tensors(layer)
+        about = {**info, "computed_on": self._bench.model.computed_on}
+        self._write(task, infos, {LAYER_FILE: tensors}, about)
+
     def _consumers(
         self, layer: int, form: Form, prefix: str, experts: Sequence[int] | None
     ) -> dict[str, object]:

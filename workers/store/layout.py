@@ -72,6 +72,11 @@ def generation_task(number: int) -> str:
     return f"generation-{number:04d}"
 
 
+def dropped_task(number: int) -> str:
+    """Task id of a measurement by which whole layers are chosen."""
+    return f"dropped-{number:04d}"
+
+
 def converted_task(target: str) -> str:
     """Task id of the finished model in the form of a target."""
     return f"{CONVERTED}{target}"
@@ -119,6 +124,10 @@ class Scope:
     def about(self) -> Path:
         """Where the plan of this pass lies."""
         return self.run / TASKS / self.name if self.name else self.run
+
+
+WHOLE_LAYERS = "layers"
+"""Name of the scope in which whole layers are left out, where more is pruned after it."""
 
 
 def step_name(number: int) -> str:

@@ -3,6 +3,7 @@
 import os
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 
 from rayprune.specs.errors import ModelError, RaypruneError, SpecError
 from rayprune.specs.job import JobSpec
@@ -122,7 +123,8 @@ def order_of_windows(spec: WindowsSpec, option: str = "calibration") -> list[tup
     return [(number, place) for _, number, place in turns]
 
 
-def spread_windows(spec: WindowsSpec, count: int) -> list[tuple[int, int]]:
+@lru_cache(maxsize=8)
+def spread_windows(spec: WindowsSpec, count: int) -> tuple[tuple[int, int], ...]:
     """The places among all calibration windows of `count` of them, and the text that each is of:
     evenly spread over every text, in proportion to its windows, and where there are enough at least
     one of each. (Evenly over all windows would be of one text alone where texts alternate.)
@@ -142,7 +144,7 @@ def spread_windows(spec: WindowsSpec, count: int) -> list[tuple[int, int]]:
         for text, (own, number_of) in enumerate(zip(places, counts, strict=True))
         for number in range(number_of)
     ]
-    return sorted(picked)
+    return tuple(sorted(picked))
 
 
 def shares(total: int, weights: Sequence[float]) -> list[int]:

@@ -136,7 +136,7 @@ def test_the_content_is_there_in_order() -> None:
     samples = [{"prompt": "A <b>", "texts": {"before": "dense words", "after": "pruned words"}}]
     page = Page(page_of(make_report() | two_texts() | finished | {"samples": samples}))
     words = [
-        "SmolLM2, 20.3% of its decoder removed",
+        "SmolLM2, 20.3% of the decoder parameters removed",
         "SmolLM2 is 16.0% smaller: 20.3% of its decoder parameters are gone.",
         "the same next token as the dense model for 62.5% of tokens",
         "1.250 times the dense one's on wiki, 2.500 times on topics",

@@ -1,6 +1,7 @@
 """What is said of a model folder from its headers alone."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from rayprune.orchestrator.cli import main
 from rayprune.orchestrator.planning.inspection import inspect
 from rayprune.orchestrator.reporting.inspection_view import spans
 from rayprune.specs.errors import ModelError
+from rayprune.workers.model.checkpoint import planned_checkpoint
 from tests.conftest import edit_json
 from tests.models import build_model
 
@@ -46,6 +48,8 @@ def test_an_unknown_type_gets_what_could_be_recognised(tmp_path: Path) -> None:
     edit_json(folder / "config.json", model_type="brand_new")
     with pytest.raises(ModelError) as error:
         inspect(folder)
+    with pytest.raises(ModelError, match=re.escape(str(error.value))):
+        planned_checkpoint(folder)  # as `plan` and `run` say it
     for words in ("3 layers at model.layers", "mlp.down_proj.weight", "llama", "adding-a-family"):
         assert words in str(error.value)
     config = json.loads((folder / "config.json").read_text())

@@ -317,8 +317,8 @@ def test_missing_file_and_folder_are_refused(tmp_path: Path) -> None:
             "method:\n  name: stta",
             (
                 'job.yaml:4: method.name: must be one of "composite", "flap", "numerical", "obs",'
-                ' "stat", "wanda", "dress", "trsp", "progressive", "none" (got "stta"); did'
-                ' you mean "stat"?'
+                ' "stat", "wanda", "dress", "trsp", "progressive", "sparse", "none" (got "stta");'
+                ' did you mean "stat"?'
             ),
         ),
         (

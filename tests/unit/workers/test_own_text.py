@@ -167,9 +167,9 @@ def texts(samples: int, *weights: float) -> CalibrationSpec:
 def test_windows_are_spread_over_every_text() -> None:
     """Of one text as evenly as ever; of texts that alternate not of the first alone."""
     one = spread_windows(texts(10), 4)
-    assert one == [(part.start, 0) for part in even_parts(10, 4)]
-    assert spread_windows(texts(8, 1.0), 4) == [(0, 0), (1, 1), (4, 0), (5, 1)]
-    assert spread_windows(texts(8, 1.0), 8) == [(place, place % 2) for place in range(8)]
+    assert one == tuple((part.start, 0) for part in even_parts(10, 4))
+    assert spread_windows(texts(8, 1.0), 4) == ((0, 0), (1, 1), (4, 0), (5, 1))
+    assert spread_windows(texts(8, 1.0), 8) == tuple((place, place % 2) for place in range(8))
     found = spread_windows(texts(32, 7.0, 7.0), 3)  # of 2, 15 and 15 windows
     assert sorted(text for _, text in found) == [0, 1, 2]
     order = order_of_windows(texts(32, 7.0, 7.0))

@@ -44,7 +44,7 @@ FAMILY = Decoder(
     tied=True,
     heads_stay="its positions (ALiBi) follow the number of heads, so all heads have to stay",
     width_stays="its class makes every FFN four times as wide as hidden_size, so all channels have"
-    " to stay; whole layers can be removed: method: trsp",
+    " to stay; whole layers can go: budget.drop_layers",
     pads=False,
     sized_alike="BLOOM's layers cannot be built with sizes of their own yet",
     check=_refused,

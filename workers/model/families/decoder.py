@@ -144,6 +144,10 @@ class Decoder(Family):
     values_of_layer: Callable[[Config, int], dict[str, object]] = lambda config, layer: {}
     sized_alike: str | None = None
     """Why layers must keep the same numbers of units."""
+    first_stays: str | None = None
+    """Why the first layer has to stay."""
+    hands_on: bool = False
+    """Whether the first layer returns what the others are given."""
     check: Callable[[Config], str | None] = lambda config: None
     """Why a config of this type is not supported."""
     varies: Callable[[Config], Mapping[str, Any]] = lambda config: {}
@@ -225,6 +229,8 @@ class Decoder(Family):
             module_names=self.module_names,
             recomputed=self.recomputed,
             sized_alike=self.sized_alike,
+            first_stays=self.first_stays,
+            hands_on=self.hands_on,
             layers_differ=config.layers_differ,
             code=self.code(config) if config.layers_differ else None,
             caches=self._caches(config, count),

@@ -216,7 +216,8 @@ class Encoder(Decoder):
         group = super()._group(name, config, shapes, units, columns)
         if group.kind == "ffn":
             return replace(group, some_stay=True)
-        return replace(group, title="heads", cached=0, stock=HEADS_STAY, some_stay=True)
+        stock = None if self.heads_stay else HEADS_STAY
+        return replace(group, title="heads", cached=0, stock=stock, some_stay=True)
 
 
 _OWN = f"{UNITS} of one layer"

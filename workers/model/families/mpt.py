@@ -26,7 +26,7 @@ FAMILY = Decoder(
     tied=True,
     heads_stay="its positions (ALiBi) follow the number of heads, so all heads have to stay",
     width_stays="its class makes every FFN four times as wide as d_model, so all channels have to"
-    " stay; whole layers can be removed: method: trsp",
+    " stay; whole layers can go: budget.drop_layers",
     pads=False,
     sized_alike="MPT's layers cannot be built with sizes of their own yet",
 )

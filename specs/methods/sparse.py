@@ -1,0 +1,61 @@
+"""Options of masks: zeros inside the matrices, no unit goes."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from rayprune.specs.methods.options import SITES, Damping, Masks, MethodOptions, Site
+
+HALF = 0.5
+DEFAULT_DAMPING = 1e-2
+"""SparseGPT's."""
+
+
+class SparseOptions(MethodOptions):
+    """Masks: weights become zero where they are cheapest, and with `obs` those that stay are
+    corrected (SparseGPT, arXiv 2301.00774). Nothing else of the model changes.
+    """
+
+    name: Literal["sparse"] = "sparse"
+    pattern: Literal["2:4", "4:8", "unstructured"] = "2:4"
+    """Where zeros lie. `2:4`, `4:8`: at least two of every four (four of every eight) weights of
+    an output that read neighbouring inputs; `unstructured`: anywhere.
+    """
+    sparsity: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """`unstructured`: fraction of every matrix that becomes zero; null: 0.5."""
+    score: Literal["magnitude", "wanda", "obs"] = "obs"
+    """Which weights go. `magnitude`: the smallest; `wanda` (arXiv 2306.11695): the smallest times
+    the norm of what they read; `obs`, SparseGPT's solution: those whose loss costs least once the
+    others make up for it, which they then do.
+    """
+    sites: Literal["all"] | Annotated[list[Site], Field(min_length=1)] = "all"
+    """The matrices that get zeros, by what they read: `qkv`; `o`, the attention's output; `up`,
+    and gate beside it; `down`.
+    """
+    damping: Damping | None = None
+    """`obs`: ridge added to the Gram matrix, as a multiple of its mean diagonal; null: 0.01."""
+
+    @model_validator(mode="after")
+    def _options_fit(self) -> Self:
+        if self.sparsity is not None and self.pattern != "unstructured":
+            raise ValueError(
+                f"sparsity: pattern {self.pattern} says it; leave it out, or set pattern:"
+                " unstructured"
+            )
+        if self.damping is not None and self.score != "obs":
+            raise ValueError(f"damping: score {self.score} corrects nothing; leave it out")
+        return self
+
+    @property
+    def masks(self) -> Masks:
+        """What becomes zero, and how it is chosen."""
+        group = None if self.pattern == "unstructured" else int(self.pattern.partition(":")[2])
+        chosen = SITES if self.sites == "all" else self.sites
+        return Masks(
+            pattern=self.pattern,
+            score=self.score,
+            sites=tuple(site for site in SITES if site in chosen),
+            group=group,
+            sparsity=HALF if group else self.sparsity or HALF,
+            damping=(self.damping or DEFAULT_DAMPING) if self.score == "obs" else 0.0,
+        )
