@@ -1,5 +1,5 @@
-"""Files of tensors that are checked by themselves: hidden states, states of trainings, what a teacher
-has said.
+"""Files of tensors that are checked by themselves: hidden states, states of trainings, what a
+teacher has said.
 
 Each holds a digest of its content and of its own name, so that what is read is known to be what was
 written there.
