@@ -4,6 +4,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -88,8 +89,10 @@ WORKED_OUT: dict[str, dict[str, Callable[[dict[str, Any]], Any]]] = {
         name: {"num_key_value_heads": lambda given: given["num_attention_heads"]}
         for name in ("deepseek_v2", "deepseek_v3")
     },
-    "olmoe": {"head_dim": lambda given: given["hidden_size"] // given["num_attention_heads"]},
-    "helium": {"head_dim": lambda given: given["hidden_size"] // given["num_attention_heads"]},
+    **{
+        name: {"head_dim": lambda given: given["hidden_size"] // given["num_attention_heads"]}
+        for name in ("helium", "olmoe", "qwen2_5_vl")
+    },
 }
 """Keys that must fit others."""
 
@@ -191,6 +194,13 @@ def auto_class(model_type: str) -> Any:
     return AutoModelForCausalLM
 
 
+def stock_model(raw: dict[str, Any], **options: Any) -> Any:
+    """The model that transformers builds from a config."""
+    stock = auto_class(raw["model_type"])
+    build = stock._from_config if "text_config" in raw else stock.from_config
+    return build(AutoConfig.for_model(**deepcopy(raw)), **options)
+
+
 def build_model(
     folder: Path,
     model_type: str = "llama",
@@ -211,10 +221,7 @@ def build_model(
 
 def _build(folder: Path, raw: dict[str, Any], seed: int, dtype: torch.dtype) -> None:
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(**raw)
-    stock = auto_class(raw["model_type"])
-    build = stock._from_config if "text_config" in raw else stock.from_config
-    model = build(config, dtype=dtype)
+    model = stock_model(raw, dtype=dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(

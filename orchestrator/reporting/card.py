@@ -160,8 +160,8 @@ def _body(report: Report, dense: Dense, recovered: bool) -> Iterator[str]:
 
 def _windows(used: Mapping[str, Any]) -> str:
     """A section of windows in words."""
-    texts = [_cell(_file(part["path"])) for part in (used, *used["mix"])]
-    names = ", ".join([*texts, *([OWN_TEXT] if used.get("own") else [])])
+    texts = [_file(part["path"]) for part in (used, *used["mix"])]
+    names = ", ".join([*map(_cell, texts), *([OWN_TEXT] if used.get("own") else [])])
     return f"{used['samples']:,} windows of {used['sequence_length']:,} tokens of {names}"
 
 

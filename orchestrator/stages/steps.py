@@ -39,6 +39,8 @@ from rayprune.workers.store.layout import (
     GATE_TASK,
     GATE_TOKENS_TASK,
     RECOVER_TASK,
+    RECOVERY_TOKENS_TASK,
+    TEACHER_TASK,
     TRAINED_FOLDER,
     Scope,
     gate_task,
@@ -214,6 +216,8 @@ class _Passes:
         model = self._before(number)
         executor = context.executor
         plan = plan_job(context.job, model.checkpoint, device=executor.device_kind)
+        own = [task for task in plan.tasks if task not in (RECOVERY_TOKENS_TASK, TEACHER_TASK)]
+        plan = replace(plan, tasks=tuple(own))  # those are of all passes
         executor.memory_on = lambda _: plan.memory
         return prune(replace(context, watched=[]), plan, model.checkpoint, self._original)
 

@@ -404,7 +404,9 @@ def test_one_room_touches_the_inside_of_transformers() -> None:
             for alias in node.names
         }
         known = {"AutoConfig", "AutoTokenizer", "PreTrainedTokenizerBase"}
-        assert names <= known
+        # the demo's model is read from a GGUF file, which nothing else does
+        whole = {"AutoModelForCausalLM"} if name == "rayprune.workers.tools.demo" else set()
+        assert names <= known | whole, name
 
 
 def test_no_cycles() -> None:

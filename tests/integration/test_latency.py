@@ -151,7 +151,7 @@ def test_a_narrower_block_never_counts_as_slower(
     assert latency.rising(measured, 24, 6.0) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gptj", "falcon", "gemma3_text"])
+@pytest.mark.parametrize("family", ["gpt2", "gptj", "falcon", "gemma3_text", "gemma3"])
 def test_every_kind_of_model_is_timed_with_its_cache(family: str, make_model: MakeModel) -> None:
     checkpoint = open_checkpoint(make_model(family))
     stacks = Stacks(checkpoint, torch.float32, torch.device("cpu"))

@@ -53,7 +53,8 @@ def written(
     if (inside := family.inside(config)) is None:
         return _written(family, config, there, layers, target, dtype)
     text = _written(*inside, there, layers, target, dtype)
-    return Written(family.joined(config, text.config, dtype))
+    whole = family.joined(config, text.config, dtype)
+    return Written({key: value for key, value in whole.items() if key not in _NOT_WRITTEN})
 
 
 def _written(

@@ -15,7 +15,7 @@ from rayprune.workers.model.checkpoint import Checkpoint
 from rayprune.workers.network.caches import cache_of
 from rayprune.workers.network.experts import changed_config
 from rayprune.workers.network.layers import Constant
-from rayprune.workers.network.streamed import empty_layers, empty_model, layers_of
+from rayprune.workers.network.streamed import config_of_layers, empty_layers, empty_model, layers_of
 
 ALIGNED = 64
 """Every weight begins at a multiple of so many numbers."""
@@ -35,7 +35,7 @@ class Stacks:
         self._described, self._sizes = checkpoint.model, checkpoint.layer_sizes
         self._dtype, self._device = dtype, device
         self._network = empty_model(checkpoint, dtype).eval().requires_grad_(False)
-        self._config = self._network.config
+        self._config = config_of_layers(self._network, self._described)
         self._layer = type(layers_of(self._network, self._described)[0])
         self._numbers = torch.empty(0, dtype=dtype, device=device)
         outer = self.network([])

@@ -236,7 +236,8 @@ class StreamedModel:
         group = self._described.experts
         assert group is not None, "it has no experts"
         kept = self._described.units | {group.name: len(units)}
-        sizes = changed_config(self._model.config, self.checkpoint.layer_sizes(kept))
+        stock = config_of_layers(self._model, self._described)
+        sizes = changed_config(stock, self.checkpoint.layer_sizes(kept))
         # of this thread alone: another may be reading the next layer
         with torch.device("meta"):
             fewer: nn.Module = type(self._layers[index])(sizes, index)
@@ -314,6 +315,13 @@ def empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
         if module._buffers and not module._parameters:
             network._init_weights(module)
     return network
+
+
+def config_of_layers(network: Any, model: Model) -> Any:
+    """The stock config that the class of a layer is given: of a text model inside a larger one its
+    own.
+    """
+    return network.get_submodule(model.backbone).config
 
 
 def empty_layers(kind: type[nn.Module], sizes: Any, count: int) -> list[nn.Module]:

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig
 
 from benchmarks.random_model import SIZES
 from rayprune.specs.errors import ModelError, SpecError
@@ -18,7 +17,7 @@ from rayprune.workers.model.rewrite import written
 from rayprune.workers.network.streamed import layers_of
 from tests.conftest import MakeModel, edit_json
 from tests.helpers import families, mixtures
-from tests.models import auto_class, raw_config
+from tests.models import raw_config, stock_model
 
 BIASED = {"attention_bias": True, "mlp_bias": True}
 OLD = {"new_decoder_architecture": False, "multi_query": False, "num_key_value_heads": 4}
@@ -87,7 +86,7 @@ def groups_of(raw: Mapping[str, object], layer: int = 0) -> dict[str, Group]:
 def built(raw: dict[str, Any]) -> Any:
     """The model that transformers builds, without memory for it."""
     with torch.device("meta"):
-        return auto_class(raw["model_type"]).from_config(AutoConfig.for_model(**raw))
+        return stock_model(raw)
 
 
 def count(shapes: Mapping[str, Shape]) -> int:
@@ -107,7 +106,11 @@ def test_shapes_are_those_of_transformers(model_type: str, changes: dict[str, An
     model, network = described(raw), built(raw)
     # of a matrix that is both, torch names the one that was made first
     names = {model.head: model.embedding} if model.tied else {}
-    expected = {names.get(n, n): tuple(p.shape) for n, p in network.named_parameters()}
+    expected = {
+        names.get(name, name): tuple(parameter.shape)
+        for name, parameter in network.named_parameters()
+        if not name.startswith(model.beside)
+    }
     inside = {
         f"{model.prefix(number)}{name}": shape
         for number, layer in enumerate(model.layers)

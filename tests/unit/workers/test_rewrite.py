@@ -10,6 +10,7 @@ from rayprune.specs.errors import SpecError
 from rayprune.workers.model.config import Config
 from rayprune.workers.model.description import Shape
 from rayprune.workers.model.families import family_named, family_of, prunable
+from rayprune.workers.model.families.backbone import Backbone
 from rayprune.workers.model.families.encoder import Encoder
 from rayprune.workers.model.families.mixture import Mixture
 from rayprune.workers.model.rewrite import form_of, of_layers, written
@@ -53,28 +54,40 @@ def added_tensors(original: dict[str, Any], kept: dict[str, int], target: str) -
     return form_of(Config(original), kept, target).layer_shapes(shapes).keys() - shapes.keys()
 
 
+def written_out(given: dict[str, Any]) -> dict[str, Any]:
+    """A config without what no folder of ours says."""
+    return {key: value for key, value in given.items() if key not in ("auto_map", "_name_or_path")}
+
+
 @pytest.mark.parametrize("model_type", prunable())
 @pytest.mark.parametrize("target", ["transformers", "vllm"])
 def test_unpruned_heads_change_no_model_type(model_type: str, target: str) -> None:
     # that an encoder is of is known by its class
     own = isinstance(family_named(model_type), Encoder)
     classes = {} if own else {"architectures": ["Something"]}
-    original = raw_config(model_type, **UNKNOWN, **classes)
+    family = family_named(model_type)
+    whole = dict[str, Any]()
+    if isinstance(family, Backbone):
+        # what is said of the text model in a config of its own, and of the whole in another
+        whole = UNKNOWN | {"architectures": [family.architecture]}
+    original = raw_config(model_type, **UNKNOWN, **classes) | whole
     config = Config(original)
-    groups = family_of(config).describe(config).layers[0].groups
-    kept = {group.name: group.num_units for group in groups} | {"neurons": 24}
-    if groups[-1].fixed:
-        with pytest.raises(SpecError, match=groups[-1].fixed):
+    model = family_of(config).describe(config)
+    kept = model.units | {"neurons": 24}
+    for group in model.groups:
+        if group.times:
+            kept[group.name] = group.times[1] * kept[group.times[0]]
+    neurons = next(group for group in model.groups if group.name == "neurons")
+    if neurons.fixed:
+        with pytest.raises(SpecError, match=neurons.fixed):
             patched_config(original, kept, target, "auto")
         return
     patched = patched_config(original, kept, target, "auto")
-    family = family_named(model_type)
     width = family.experts.width if isinstance(family, Mixture) else "intermediate_size"
-    narrower = raw_config(model_type, **UNKNOWN, **classes, **{width: 24})
-    expected = {
-        key: value for key, value in narrower.items() if key not in ("auto_map", "_name_or_path")
-    }
-    assert patched == expected
+    narrower = raw_config(model_type, **UNKNOWN, **classes, **{width: 24}) | whole
+    if isinstance(family, Backbone):
+        narrower["text_config"] = written_out(narrower["text_config"])
+    assert patched == written_out(narrower)
     assert not added_tensors(original, kept, target)
     assert "auto_map" in original
 
