@@ -1,4 +1,5 @@
-"""Files of tensors that no manifest records: hidden states, states of trainings.
+"""Files of tensors that are checked by themselves: hidden states, states of trainings, what a
+teacher has said.
 
 Each holds a digest of its content and of its own name, so that what is read is known to be what was
 written there.
@@ -22,7 +23,7 @@ def write_sealed(path: Path, tensors: Mapping[str, Tensor], belongs: str = "") -
     own name and its folder's.
     """
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_tensors(path, held, {_SEAL: _digest(path, held, belongs)})
+    write_tensors(path, held, (_SEAL, _digest(path, held, belongs)))
 
 
 def read_sealed(path: Path, belongs: str = "") -> dict[str, Tensor] | None:

@@ -169,18 +169,17 @@ def link_file(source: Path, path: Path) -> None:
 
 
 def write_tensors(
-    path: Path, tensors: "Mapping[str, Tensor]", about: Mapping[str, str] = MappingProxyType({})
+    path: Path, tensors: "Mapping[str, Tensor]", word: tuple[str, str] = ("format", "pt")
 ) -> None:
-    """Write a safetensors file atomically, with bytes that depend on the tensors (and on `about`,
-    words for its header) alone, readable as the umask allows.
+    """Write a safetensors file atomically, with bytes that depend on the tensors (and on a word of
+    its header, by name: several would lie in any order) alone, readable as the umask allows.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     def _save(temporary: Path) -> None:
         try:
-            words = {"format": "pt", **about}
-            save_file(dict(sorted(tensors.items())), temporary, metadata=words)
+            save_file(dict(sorted(tensors.items())), temporary, metadata=dict([word]))
         except SafetensorError as error:  # its writer tells only in words what the machine refused
             if (found := re.search(r"os error (\d+)", str(error))) is None:
                 raise
