@@ -6,9 +6,12 @@ and description are for those who cannot see it: tables have the values.
 """
 
 import math
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from io import StringIO
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 from warnings import catch_warnings, simplefilter
 
@@ -168,6 +171,20 @@ def _line(axes: "Axes", xs: Sequence[float], ys: Sequence[float], series: str) -
     )
 
 
+@cache
+def _import_matplotlib() -> None:
+    """Import it without what it would read of, and write into, the user's home."""
+    asked = os.environ.get("MPLCONFIGDIR")
+    with TemporaryDirectory() as folder:
+        os.environ["MPLCONFIGDIR"] = folder
+        try:
+            import matplotlib.font_manager  # noqa: F401
+        finally:
+            del os.environ["MPLCONFIGDIR"]
+            if asked is not None:
+                os.environ["MPLCONFIGDIR"] = asked
+
+
 def _drawn(
     name: str,
     title: str,
@@ -179,6 +196,7 @@ def _drawn(
     """A drawing as a part of the page, where `name` is its own: panels of these heights, one below
     the other, that `paint` is given.
     """
+    _import_matplotlib()
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
