@@ -139,10 +139,9 @@ def _demo(options: argparse.Namespace) -> None:
 
     for line in prepare(options.out):
         print(line, flush=True)
-    options.job, options.overrides = prepare_job(options.out), []
-    options.out, options.redo, options.store = options.out / "run", None, None
-    print(f"rayprune run {options.job} --out {options.out}", flush=True)
-    _run(options)
+    job, out = prepare_job(options.out), options.out / "run"
+    print(f"rayprune run {job} --out {out}", flush=True)
+    _show_result(rayprune.run(rayprune.load_job(job), out, progress=True))
 
 
 def _init(options: argparse.Namespace) -> None:
@@ -165,9 +164,6 @@ def _load(options: argparse.Namespace) -> JobSpec:
 
 def _run(options: argparse.Namespace) -> None:
     """Run a job and show what came of it."""
-    from rayprune.orchestrator.reporting.progress import print_parts
-    from rayprune.orchestrator.reporting.report import summary
-
     report = rayprune.run(
         _load(options),
         options.out,
@@ -178,7 +174,14 @@ def _run(options: argparse.Namespace) -> None:
     if options.json:
         _print_json(Event("report", report.to_dict()))
     else:
-        print_parts(summary(report))
+        _show_result(report)
+
+
+def _show_result(report: "rayprune.Report") -> None:
+    from rayprune.orchestrator.reporting.progress import print_parts
+    from rayprune.orchestrator.reporting.report import summary
+
+    print_parts(summary(report))
 
 
 def _print_json(event: Event) -> None:
