@@ -202,11 +202,7 @@ def inverse_(gram_FF: Tensor) -> Tensor:
     else:
         factor, info = lapack.dpotrf(gram_FF.numpy().T, lower=0, overwrite_a=1, clean=0)
         _, info = (factor, info) if info else lapack.dpotri(factor, lower=0, overwrite_c=1)
-    if int(info):
-        raise ModelError(
-            f"the Gram matrix of {len(gram_FF)} columns is singular: raise the method's damping, or"
-            " take more calibration tokens"
-        )
+    _check_regular(info, len(gram_FF))
     return mirror_(gram_FF)
 
 
@@ -233,12 +229,17 @@ def inverse_root(gram_FF: Tensor, ridge: float, scratch: Scratch) -> Callable[[s
     else:
         factor, info = lapack.dpotrf(turned_FF.numpy().T, lower=0, overwrite_a=1, clean=0)
         _, info = (factor, info) if info else lapack.dtrtri(factor, lower=0, overwrite_c=1)
+    _check_regular(info, size)
+    return lambda rows: turned_FF[size - rows.stop : size - rows.start].flip((0, 1))
+
+
+def _check_regular(info: Tensor | int, columns: int) -> None:
+    """Refuse a Gram matrix that a factorisation has found singular."""
     if int(info):
         raise ModelError(
-            f"the Gram matrix of {size} columns is singular: raise the method's damping, or take"
+            f"the Gram matrix of {columns} columns is singular: raise the method's damping, or take"
             " more calibration tokens"
         )
-    return lambda rows: turned_FF[size - rows.stop : size - rows.start].flip((0, 1))
 
 
 def least_squares_solver(rows_MM: Tensor, ridge: float) -> Solver:
