@@ -43,6 +43,13 @@ def run(settings: list[str], out: Path) -> dict[str, Any]:
     return report
 
 
+def first_part(text: Path, folder: Path) -> Path:
+    """A text without its last fifth, in a file of its own."""
+    content, part = text.read_text(encoding="utf-8"), folder / "calibration.txt"
+    part.write_text(content[: int(len(content) * (1 - HELD_OUT_FRACTION))], encoding="utf-8")
+    return part
+
+
 def held_out(text: Path, folder: Path) -> Path:
     """The last fifth of a text, in a file of its own."""
     content, part = text.read_text(encoding="utf-8"), folder / "held_out.txt"

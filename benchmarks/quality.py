@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from benchmarks.baselines import BASELINES, MODEL
-from benchmarks.demo_model import HELD_OUT_FRACTION, HERE, held_out, run
+from benchmarks.demo_model import HERE, first_part, held_out, run
 from benchmarks.quality_rows import ALL, GIVEN, GIVEN_WINDOWS, OTHERS, OWN, OWN_WINDOWS, ROWS
 from benchmarks.results import RESULTS, record, table
 from benchmarks.yardstick import cells, columns, help_topics, measured, source_code
@@ -235,9 +235,7 @@ def main() -> None:
     torch.set_num_threads(1)
     work = options.work.absolute()
     work.mkdir(parents=True, exist_ok=True)
-    content = options.text.read_text(encoding="utf-8")
-    first = work / "calibration.txt"
-    first.write_text(content[: int(len(content) * (1 - HELD_OUT_FRACTION))], encoding="utf-8")
+    first = first_part(options.text, work)
     texts = {
         "same domain": held_out(options.text, work),
         "help topics": help_topics(work),

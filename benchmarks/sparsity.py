@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 from benchmarks.baselines import MODEL
-from benchmarks.demo_model import HELD_OUT_FRACTION, held_out, run
-from benchmarks.quality import perplexity, second_domain
+from benchmarks.demo_model import first_part, held_out, run
 from benchmarks.results import record, table
+from benchmarks.yardstick import cells, columns, help_topics, measured
 from rayprune.specs.methods.options import SITES
 from rayprune.workers.store.layout import model_folder
 
@@ -55,15 +55,13 @@ class Setting:
         """Where a row's result lies."""
         return self.work / f"{name.replace(' ', '-').replace(',', '').replace(':', '-')}.json"
 
-    def perplexity(self, model: Path) -> dict[str, float]:
-        """By domain."""
-        return perplexity(model, self.texts, "cpu", self.windows)
+    def measured(self, model: Path) -> dict[str, dict[str, float]]:
+        """By measure and domain."""
+        return measured(model, MODEL, self.texts, "cpu", self.windows)
 
 
-def measure(name: str, setting: Setting, dense: Mapping[str, float]) -> None:
-    """Write one row's file: ratios to the dense model's perplexity, the sites' mean errors,
-    seconds, memory.
-    """
+def measure(name: str, setting: Setting) -> None:
+    """Write one row's file: what the yardstick says, the sites' mean errors, seconds, memory."""
     folder = setting.file(name).with_suffix("")
     settings = [
         f"method={json.dumps({'name': 'sparse'} | ROWS[name])}",
@@ -74,9 +72,8 @@ def measure(name: str, setting: Setting, dense: Mapping[str, float]) -> None:
         "cluster.executor=in-process",
     ]
     report = run(settings, folder)
-    found = setting.perplexity(model_folder(folder))
     result = {
-        "ratios": {domain: found[domain] / dense[domain] for domain in dense},
+        **setting.measured(model_folder(folder)),
         "errors": {site: _mean_errors(report, site) for site in SITES},
         "seconds": report["seconds"]["total"] - report["seconds"]["export"],
         "bytes": max(report["peak_memory_bytes"].values()),
@@ -107,7 +104,7 @@ def page(setting: Setting, dense: Mapping[str, float]) -> str:
     first = [
         [
             name,
-            *(f"{ratio:.3f}" for ratio in result["ratios"].values()),
+            *cells(result, dict(dense)),
             f"{result['seconds']:.0f}",
             f"{result['bytes'] / 2**30:.2f}",
         ]
@@ -119,7 +116,7 @@ def page(setting: Setting, dense: Mapping[str, float]) -> str:
         [
             f"Calibrated on {setting.samples} x 512 tokens, one thread. Dense perplexity of"
             f" {setting.windows} windows of 1024 tokens: {notes}.",
-            table(["", *(f"ratio, {domain}" for domain in dense), "seconds", "GiB"], first),
+            table(["", *columns(list(dense)), "seconds", "GiB"], first),
             "Held-out error of a site, mean over the layers: of the mask alone, then with the"
             " correction, and in how many layers that is less.",
             table(["", *SITES], second),
@@ -150,19 +147,17 @@ def main() -> None:
     torch.set_num_threads(1)
     work = options.work.absolute()
     work.mkdir(parents=True, exist_ok=True)
-    content = options.text.read_text(encoding="utf-8")
-    first = work / "calibration.txt"
-    first.write_text(content[: int(len(content) * (1 - HELD_OUT_FRACTION))], encoding="utf-8")
-    texts = {"same domain": held_out(options.text, work), "help topics": second_domain(work)}
+    first = first_part(options.text, work)
+    texts = {"same domain": held_out(options.text, work), "help topics": help_topics(work)}
     setting = Setting(first, options.samples, texts, options.windows, work)
     known = work / "dense.json"
     if not known.exists():
-        known.write_text(json.dumps(setting.perplexity(MODEL)))
+        known.write_text(json.dumps(setting.measured(MODEL)["perplexity"]))
     dense = json.loads(known.read_text())
     for name in ROWS:
         chosen = any(fnmatch.fnmatch(name, pattern) for pattern in options.rows)
         if chosen and not setting.file(name).exists():
-            measure(name, setting, dense)
+            measure(name, setting)
     record("sparsity", page(setting, dense))
 
 

@@ -16,7 +16,7 @@ from rayprune.specs.job import EvaluationSpec
 from rayprune.workers.calibration import evaluation_windows, load_tokenizer
 from rayprune.workers.model.checkpoint import open_checkpoint
 from rayprune.workers.network.streamed import StreamedModel
-from rayprune.workers.passes.comparison import compared
+from rayprune.workers.passes.comparison import Texts, compared
 
 MOST_WINDOWS = 52
 """Of 1024 tokens: a fifth of WikiText-2's validation text."""
@@ -44,18 +44,19 @@ def source_code(folder: Path) -> Path:
 
 
 def measured(
-    model: Path, dense: Path, texts: dict[str, Path], device: str
+    model: Path, dense: Path, texts: dict[str, Path], device: str, most: int = MOST_WINDOWS
 ) -> dict[str, dict[str, float]]:
-    """By measure and text: 1024-token windows, the first 52; KL(dense || model) in nats a token."""
+    """By measure and text: the first 1024-token windows; KL(dense || model) in nats a token."""
     found: dict[str, dict[str, float]] = {measure: {} for measure in MEASURES}
     where = torch.device(device)
     networks = [
         StreamedModel(open_checkpoint(path), torch.float32, where) for path in (dense, model)
     ]
     for name, text in texts.items():
-        spec = EvaluationSpec(path=str(text), max_windows=MOST_WINDOWS)
+        spec = EvaluationSpec(path=str(text), max_windows=most)
         windows_NT = evaluation_windows(spec, load_tokenizer(dense))
-        windows = compared(*networks, windows_NT, 0, windows_NT.shape[1])
+        whole = Texts(windows_NT, stride=windows_NT.shape[1])
+        windows = compared(*networks, whole, range(len(windows_NT)))
         scored = sum(window.tokens for window in windows)
         found["perplexity"][name] = math.exp(math.fsum(w.loss for w in windows) / scored)
         found["divergence"][name] = math.fsum(w.divergence for w in windows) / scored

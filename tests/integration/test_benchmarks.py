@@ -5,12 +5,15 @@ import shutil
 import time
 from argparse import Namespace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu, gpu_sweep, random_model
+import benchmarks
+from benchmarks import gpu, gpu_sweep, random_model, yardstick
 from benchmarks.random_model import SHAPES, write_model
+from tests.conftest import MakeModel
 
 
 def here(work: gpu.Work, options: Namespace, seconds: float) -> gpu.Outcome:
@@ -115,3 +118,18 @@ def test_layers_depend_on_seed_and_number_alone(
     contents = [[(folder / file).read_bytes() for file in files] for folder in (few, many, other)]
     assert contents[0] == contents[1]
     assert len({*contents[0], *contents[2]}) == 6
+
+
+@pytest.mark.parametrize("file", sorted(Path(benchmarks.__path__[0]).glob("*.py")), ids=str)
+def test_every_benchmark_finds_what_it_calls(file: Path) -> None:
+    """Names that others have are imported at the top, so that a benchmark that lost one is seen."""
+    if file.stem != "gpu_kernels":  # needs Triton
+        import_module(f"benchmarks.{file.stem}")
+
+
+def test_the_yardstick_is_zero_at_the_dense_model(make_model: MakeModel, text_file: Path) -> None:
+    model = make_model()
+    found = yardstick.measured(model, model, {"text": text_file}, "cpu", most=1)
+    assert found["divergence"] == {"text": 0.0}
+    assert found["agreement"] == {"text": 1.0}
+    assert found["perplexity"]["text"] > 1.0
