@@ -5,7 +5,7 @@ processes of their own, alternating.
     python -m benchmarks.flap FLAP TEXT [--samples 16] [--sequence-length 512] [--rounds 3]
 
 FLAP's pruning function, statistics and layers run as they are, but for what they take for granted:
-heads of 128, a GPU, 2,048 samples of a data set from the Hub. The demo model's KV groups are given
+heads of 128, a GPU, float16, 2,048 samples of a data set from the Hub. The demo model's KV groups are given
 to it as heads of their own (it knows none), so its model computes the same. Its time is that of
 `prune_flap` alone; ours is that of the probe and the sweep, correction and files included, and
 beside it that of the whole run.
@@ -53,6 +53,7 @@ def flap(folder: Path, text: Path, options: argparse.Namespace, dtype: str) -> d
         "512.0 / 3": f"{4 * size}.0 / 3",
         ".cuda()": "",
         "(2048, model.seqlen": f"({options.samples}, model.seqlen",
+        "torch.half": f"torch.{dtype}",
     }
     names = {"BiasGPT": wrapper.BiasGPT, "WrappedGPT": wrapper.WrappedGPT}
     loaders = [(window_T[None],) for window_T in windows_ST], None
