@@ -145,7 +145,7 @@ def distilled(steps: int, **options: object) -> str:
 
 DISTILLED = (distilled(48),)
 TAUGHT = (distilled(48, teacher_top=64),)
-LONGER = (distilled(384, teacher_top=64),)
+LONGER = (distilled(192, teacher_top=64),)
 _DISTILLED = {
     "stat by gradients, drift, own text, distilled": (
         *ALIKE,
@@ -161,7 +161,7 @@ _DISTILLED = {
         *OWN_TEXT,
         *DISTILLED,
     ),
-    "stat by gradients, drift, curves, own text, distilled in 384 steps from 64 tokens": (
+    "stat by gradients, drift, curves, own text, distilled in 192 steps from 64 tokens": (
         *PER_LAYER,
         *DRIFT,
         *GRADIENTS,
