@@ -2,7 +2,7 @@
 counts: quality, size, time, memory.
 
     python -m benchmarks.quality TEXT [--sparsity 0.2 0.3 0.4] [--rows 'stat*' ...] [--jobs 2]
-    [--device cuda] [--work FOLDER] [--no-run]
+    [--device cuda] [--windows 52] [--work FOLDER] [--no-run]
 
 Calibrates on the first windows of TEXT (64 x 512 tokens unless a row says otherwise) and evaluates
 on its last fifth, on CPython's help topics and on Python source, in 1024-token windows: ratio of
@@ -28,7 +28,7 @@ from benchmarks.baselines import BASELINES, MODEL
 from benchmarks.demo_model import HERE, first_part, held_out, run
 from benchmarks.quality_rows import ALL, GIVEN, GIVEN_WINDOWS, OTHERS, OWN, OWN_WINDOWS, ROWS
 from benchmarks.results import RESULTS, record, table
-from benchmarks.yardstick import cells, columns, help_topics, measured, source_code
+from benchmarks.yardstick import MOST_WINDOWS, cells, columns, help_topics, measured, source_code
 from rayprune.specs.job import CalibrationSpec
 from rayprune.workers.calibration import calibration_windows, load_tokenizer
 from rayprune.workers.model.checkpoint import open_checkpoint
@@ -47,6 +47,8 @@ class Case:
     text: Path
     work: Path
     device: str
+    windows: int
+    """Of each text that it is evaluated on, at most."""
 
     @property
     def file(self) -> Path:
@@ -126,7 +128,7 @@ def measure(case: Case, texts: dict[str, Path]) -> None:
 def _note(case: Case, model: Path, texts: dict[str, Path], facts: dict[str, Any]) -> None:
     size, found = (
         open_checkpoint(model).decoder_parameters,
-        measured(model, MODEL, texts, case.device),
+        measured(model, MODEL, texts, case.device, case.windows),
     )
     result = (
         {"name": case.name, "sparsity": case.sparsity, "decoder_parameters": size} | found | facts
@@ -226,6 +228,9 @@ def main() -> None:
         help="where models are pruned and evaluated; others' tools: CPU",
     )
     parser.add_argument(
+        "--windows", type=int, default=MOST_WINDOWS, help="evaluation windows of each text"
+    )
+    parser.add_argument(
         "--no-run", action="store_true", help="record the rows that are in FOLDER, run none"
     )
     parser.add_argument(
@@ -246,14 +251,15 @@ def main() -> None:
         name for name in rows if any(fnmatch.fnmatch(name, pattern) for pattern in options.rows)
     ]
     cases = [
-        Case(name, sparsity, first, work, options.device)
+        Case(name, sparsity, first, work, options.device, options.windows)
         for sparsity in options.sparsity
         for name in names
         if sparsity in rows[name]
     ]
     known = work / "dense.json"
     if not known.exists():
-        known.write_text(json.dumps(measured(MODEL, MODEL, texts, options.device)["perplexity"]))
+        found = measured(MODEL, MODEL, texts, options.device, options.windows)
+        known.write_text(json.dumps(found["perplexity"]))
     dense = json.loads(known.read_text())
     if not options.no_run:
         by_others = {case.unrecovered for case in cases if case.unrecovered != case}
@@ -277,7 +283,10 @@ def main() -> None:
         for sparsity in dict.fromkeys(result["sparsity"] for result in results)
     ]
     notes = ", ".join(f"{name} {value:.3f}" for name, value in dense.items())
-    head = f"Dense perplexity: {notes}. One thread each, {options.jobs} rows at a time."
+    head = (
+        f"Dense perplexity of at most {options.windows} windows of 1024 tokens: {notes}. One thread"
+        f" each, {options.jobs} rows at a time."
+    )
     file = record("quality", "\n\n".join([head, *tables]), options.device)
     plot(results, dense["same domain"], "same domain", RESULTS / f"{file.stem}.svg")
     if not options.no_run and len(results) < len(cases):
