@@ -5,10 +5,10 @@ processes of their own, alternating.
     python -m benchmarks.flap FLAP TEXT [--samples 16] [--sequence-length 512] [--rounds 3]
 
 FLAP's pruning function, statistics and layers run as they are, but for what they take for granted:
-heads of 128, a GPU, float16, 2,048 samples of a data set from the Hub. The demo model's KV groups are given
-to it as heads of their own (it knows none), so its model computes the same. Its time is that of
-`prune_flap` alone; ours is that of the probe and the sweep, correction and files included, and
-beside it that of the whole run.
+heads of 128, a GPU, float16, 2,048 samples of a data set from the Hub. The demo model's KV groups
+are given to it as heads of their own (it knows none), so its model computes the same. Its time is
+that of `prune_flap` alone; ours is that of the probe and the sweep, correction and files included,
+and beside it that of the whole run.
 """
 
 import argparse
