@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from rayprune.specs.errors import SpecError
+from rayprune.specs.explain import models
 from rayprune.specs.job import JobSpec
 from rayprune.specs.latency import load_latency
 from rayprune.specs.loader import differing_fields, dump_job, load_job
@@ -382,6 +383,30 @@ def test_missing_file_and_folder_are_refused(tmp_path: Path) -> None:
 def test_invalid_field_is_explained(refuse: Refuse, text: str, message: str) -> None:
     (line,) = refuse(text)
     assert line.startswith(message)
+
+
+def _fields(section: Any, before: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for name, field in section.model_fields.items():
+        yield (*before, name)
+        for inner in models(field.annotation) if len(before) < 3 else ():
+            yield from _fields(inner, (*before, name))
+
+
+def test_every_field_says_what_it_must_be() -> None:
+    told = []
+    for path in dict.fromkeys(_fields(JobSpec)):
+        for value in ({}, [], [{}], {"a": 1}, {"": {"path": "x"}}, "x", "", -1, 1.5, True, None):
+            job: dict[str, Any] = {"model": {"path": "m"}, "calibration": {"path": "c.txt"}}
+            section = job
+            for name in path[:-1]:
+                section = section.setdefault(name, {})
+            section[path[-1]] = value
+            try:
+                load_job(job)
+            except SpecError as refused:
+                told += str(refused).splitlines()
+    assert len(told) > 1000
+    assert [line for line in told if "must be valid (" in line] == []
 
 
 def test_missing_fields_name_the_nearest_line(refuse: Refuse) -> None:
