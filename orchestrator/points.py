@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rayprune.orchestrator.entry import Progress, run, validate
+from rayprune.orchestrator.execution.run_folder import REPORT_FILE
 from rayprune.orchestrator.reporting.comparison import (
     Compared,
     on_frontier,
@@ -18,6 +19,7 @@ from rayprune.orchestrator.reporting.comparison import (
 )
 from rayprune.orchestrator.reporting.comparison_page import comparison_page
 from rayprune.orchestrator.reporting.tables import Part
+from rayprune.orchestrator.run import connected_once
 from rayprune.specs.errors import RaypruneError, SpecError
 from rayprune.specs.grid import grid, varied
 from rayprune.specs.job import JobSpec
@@ -87,11 +89,13 @@ def sweep(
     if not within > 0:
         raise SpecError(f"--within {within:g}: must be larger than 0, such as 1.2")
     finished: list[Compared] = []
-    for number, point in enumerate(points, 1):
-        told(f"point {number} of {len(points)}: {point.name}")
-        report = run(point.job, point.out, progress, store=out / STORE)
-        finished.append(Compared(point.name, report))
-        _write(finished, len(points), out, within)
+    left = [point.job for point in points if not (point.out / REPORT_FILE).exists()]
+    with connected_once(left):
+        for number, point in enumerate(points, 1):
+            told(f"point {number} of {len(points)}: {point.name}")
+            report = run(point.job, point.out, progress, store=out / STORE)
+            finished.append(Compared(point.name, report))
+            _write(finished, len(points), out, within)
     return finished
 
 

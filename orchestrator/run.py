@@ -3,8 +3,8 @@
 import os
 import secrets
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -121,18 +121,32 @@ def make_executor(job: JobSpec, run_folder: Path, memory_on: MemoryOn) -> Execut
     """The executor a job asks for; Ray is imported only when it is used."""
     if job.cluster.executor == "in-process":
         return InProcessExecutor(job, run_folder, memory_on)
-    if job.cluster.address == "local":
-        _secure_local_ray()
+    _secure_local_ray(job)
     from rayprune.orchestrator.execution.ray_executor import RayExecutor
 
     return RayExecutor(job, run_folder, memory_on)
 
 
-def _secure_local_ray() -> None:
+def connected_once(jobs: Sequence[JobSpec]) -> AbstractContextManager[None]:
+    """Over several runs Ray begins once, where all of them use the same one.
+
+    Raises:
+        SpecError, ResourceError: Ray does not begin.
+    """
+    clusters = [job.cluster for job in jobs if job.cluster.executor == "ray"]
+    if len(clusters) < max(2, len(jobs)) or any(each != clusters[0] for each in clusters):
+        return nullcontext()
+    _secure_local_ray(jobs[0])
+    from rayprune.orchestrator.execution.ray_executor import connected
+
+    return connected(*jobs)
+
+
+def _secure_local_ray(job: JobSpec) -> None:
     """Give a private Ray a token of its own; it is read when Ray is imported, and left alone it
     would go to the home folder.
     """
-    if "ray" not in sys.modules:
+    if job.cluster.address == "local" and "ray" not in sys.modules:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

@@ -8,7 +8,8 @@ The driver retries.
 import os
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,24 @@ def _cannot_begin(error: ray_errors.RayActorError) -> ResourceError:
     )
 
 
+@contextmanager
+def connected(*jobs: JobSpec) -> Iterator[None]:
+    """Ray, for as long as several jobs of one `cluster` need it; one that is there stays.
+
+    Raises:
+        SpecError, ResourceError: as `begin` says.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    needed = (job.parallel.workers * job.parallel.threads_per_worker for job in jobs)
+    begin(jobs[0].cluster, max(os.cpu_count() or 1, *needed))
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
 class RayExecutor(Executor):
     """One actor per worker, on a private Ray of this machine or on a cluster."""
 
@@ -92,7 +111,7 @@ class RayExecutor(Executor):
         super().__init__(job, run_folder, memory_on)
         self._actors: list[Any] = []
         self._device, self._memory = "cpu", MemoryPlan()
-        self._connected_here = False
+        self._connection = ExitStack()
         self._hung = set[int]()
 
     def start(self, notify: Notify = unheard) -> None:
@@ -103,20 +122,13 @@ class RayExecutor(Executor):
         """
         if self._actors:
             return
-        self._connect()
+        self._connection.enter_context(connected(self.job))
         num_gpus = ray.cluster_resources().get("GPU", 0)
         self._device = chosen_device(self.job.parallel.device, num_gpus, self.num_workers)
         self._memory = self.memory_on(self._device)
         self._actors = [self._new_actor() for _ in range(self.num_workers)]
         self._await_nodes(notify)
         self._ready(self._actors)
-
-    def _connect(self) -> None:
-        if ray.is_initialized():
-            return
-        slots = max(os.cpu_count() or 1, self.num_workers * self.job.parallel.threads_per_worker)
-        begin(self.job.cluster, slots)
-        self._connected_here = True
 
     def _need(self) -> dict[str, float]:
         cpus = {"CPU": float(self.num_workers * self.job.parallel.threads_per_worker)}
@@ -264,6 +276,4 @@ class RayExecutor(Executor):
     def close(self) -> None:
         """Stop the actors, and Ray if it was started here."""
         self.drop_workers()
-        if self._connected_here:
-            ray.shutdown()
-            self._connected_here = False
+        self._connection.close()

@@ -66,7 +66,14 @@ def _forms(
 ) -> list[tuple[str, Path]]:
     folders = {target: task_folder(run, converted_task(target)) for target in targets}
     if engine.name != "llama.cpp":
-        return [(engine.name, folders.get(engine.name, model))]
+        folder = folders.get(engine.name, model)
+        if folder == model and engine.name != "transformers" and any(model.glob("*.py")):
+            raise SpecError(
+                f"{model}: its layers differ in size, and {engine.name} does not run the class that"
+                " lies beside them; run the job again with export.pad, or for vLLM with"
+                " export.target: [vllm]; finished tasks are kept"
+            )
+        return [(engine.name, folder)]
     files = [(t, file) for t, folder in folders.items() for file in folder.glob("*.gguf")]
     if not files:
         raise SpecError(
@@ -129,7 +136,8 @@ def described(name: str, found: Agreement) -> str:
         if found.ties
         else ""
     )
+    form = "the folder" if found.target == name else found.target
     return (
-        f"{found.target} in {name} ({ENGINES[name].version}): {found.compared} tokens of"
+        f"{form} in {name} ({ENGINES[name].version}): {found.compared} tokens of"
         f" {found.texts} texts as transformers in float32{ties}"
     )
