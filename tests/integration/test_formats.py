@@ -16,7 +16,7 @@ from rayprune.orchestrator.planning.plan import make_plan
 from rayprune.orchestrator.run import run_job
 from rayprune.specs.errors import SpecError, VerificationError
 from rayprune.specs.loader import load_job
-from rayprune.workers.engines.agreement import TIE, compare
+from rayprune.workers.engines.agreement import TIE, compare, compare_run
 from rayprune.workers.engines.engine import ENGINES, Engine
 from rayprune.workers.formats.gguf_file import write_gguf
 from rayprune.workers.model.checkpoint import open_checkpoint
@@ -173,6 +173,9 @@ def test_layers_of_different_sizes_for_vllm_are_the_same_weights(
     assert len(weights) == 4
     for file in weights:
         assert file.samefile(model / file.name)
+    for engine in ("ctranslate2", "vllm"):
+        with pytest.raises(SpecError, match=rf"{engine} does not run the class .* export\.pad"):
+            list(compare_run(engine, tmp_path / "run", model, targets=()))
 
 
 @pytest.mark.parametrize(
