@@ -58,9 +58,19 @@ OF_FAMILY: dict[str, dict[str, Any]] = {
     "exaone4": WINDOW,
     "falcon": {"new_decoder_architecture": True},
     "gemma3_text": WINDOW,
+    "gemma4_text": WINDOW
+    | {"hidden_size_per_layer_input": 0, "attention_k_eq_v": True}
+    | {"global_head_dim": 32, "num_global_key_value_heads": 2},
     "glm4_moe": {"n_routed_experts": 4, "first_k_dense_replace": 2, "n_shared_experts": 2},
     "gpt_neo": {"window_size": 8},
     "gptj": {"rotary_dim": 4},
+    "llama4_text": {
+        "attention_chunk_size": 8,
+        "floor_scale": 4,
+        "interleave_moe_layer_step": 2,
+        "intermediate_size_mlp": 192,
+        "num_experts_per_tok": 1,
+    },
     "ministral": WINDOW,
     "modernbert": {"local_attention": 16},
     "olmo3": WINDOW,
@@ -164,7 +174,7 @@ def raw_config(model_type: str, **changes: Any) -> dict[str, Any]:
     special = OF_FAMILY.get(model_type, {})
     given = SIZES | special | changes
     given |= {key: value(given) for key, value in WORKED_OUT.get(model_type, {}).items()}
-    family = family_named(model_type)
+    family, width = family_named(model_type), given["intermediate_size"]
     if isinstance(family, Backbone):
         text = given | {"model_type": family.text_type}
         beside = _beside(model_type, text)
@@ -174,10 +184,10 @@ def raw_config(model_type: str, **changes: Any) -> dict[str, Any]:
         given = {own.get(key, key): value for key, value in given.items()}
     if isinstance(family, Mixture):
         experts = family.experts
-        own = {experts.count[-1]: 4, experts.active: 2, experts.width: given["intermediate_size"]}
+        own = {experts.count[-1]: 4, experts.active: 2, experts.width: width}
         if family.shared and family.shared.key:
-            own[family.shared.key] = given["intermediate_size"]
-        given |= {key: value for key, value in own.items() if key not in changes | special}
+            own[family.shared.key] = width
+        given = own | given
     if isinstance(family, Encoder):
         named = family.architecture.replace("Model", "ForMaskedLM")
         given = {"architectures": [named]} | given

@@ -105,6 +105,9 @@ class Group:
     """Units lie in so many parts, one behind the other, that have to lose alike."""
     fewest: int = 1
     """Units that have to stay."""
+    weighs_input: bool = False
+    """Of experts, one for each token: whether the router's weight multiplies what an expert is
+    given, not what it returns."""
     multiple: int = 1
     """As many units stay as a multiple of this, unless all do."""
     times: tuple[str, int] | None = None

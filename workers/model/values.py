@@ -117,6 +117,20 @@ def check_layer_types(config: Config, count: int) -> None:
         raise config.wrong("layer_types", f"a list of {', '.join(_LAYER_TYPES)}", unknown[0])
 
 
+def rotates(config: Config, layer: int, count: int) -> int:
+    """1 if a layer has rotary positions, else 0: from a list, or by default all but every fourth.
+
+    Raises:
+        ModelError: the list has not an entry for each layer.
+    """
+    given = config.raw.get("no_rope_layers")
+    if given is None:
+        return int((layer + 1) % config.integer("no_rope_layer_interval", 4) != 0)
+    if not isinstance(given, list) or len(given) < count or any(n not in (0, 1) for n in given):
+        raise config.wrong("no_rope_layers", f"a list with 1 or 0 for each of {count} layers")
+    return int(given[layer])
+
+
 def check_padding(config: Config, vocabulary: int) -> None:
     """Check the padding token of a class that keeps a row of its embeddings for it.
 

@@ -58,10 +58,18 @@ class Gate:
         return result
 
 
+Inner = Callable[[Tensor, Tensor], Tensor]
+"""What makes of gate and up (n, F) the input of down."""
+
+
+def _gated_by(activation: Callable[[Tensor], Tensor]) -> Inner:
+    return lambda gate_nF, up_nF: up_nF * activation(gate_nF)
+
+
 class Expert(nn.Module):
     """One expert: a gated FFN."""
 
-    def __init__(self, hidden: int, width: int, bias: bool, gate: Gate) -> None:
+    def __init__(self, hidden: int, width: int, bias: bool, gate: Inner) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(hidden, width, bias)
         self.up_proj = nn.Linear(hidden, width, bias)
@@ -115,6 +123,23 @@ class Experts(nn.ModuleList):
         return (z_nF * weights_n[:, None]).to(z_nF.dtype)
 
 
+class WeighedInput(nn.Module):
+    """A stock block whose router's weight multiplies what a token's one expert is given."""
+
+    def __init__(self, stock: Any, experts: Experts) -> None:
+        super().__init__()
+        self.router, self.experts = stock.router, experts
+        self.shared_expert = stock.shared_expert
+
+    def forward(self, hidden_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """The output (B * T, D), and the router's logits."""
+        hidden_TD = hidden_BTD.flatten(0, -2)
+        weights_TE, logits_TE = self.router(hidden_TD)
+        weights_T1, experts_T1 = weights_TE.max(1, keepdim=True)  # the others' are 0
+        output_TD = self.experts(hidden_TD * weights_T1, experts_T1, torch.ones_like(weights_T1))
+        return self.shared_expert(hidden_TD) + output_TD, logits_TE
+
+
 def with_own_experts(
     layer: nn.Module, group: Group | None, numbers: Sequence[int] | None = None
 ) -> nn.Module:
@@ -124,13 +149,20 @@ def with_own_experts(
     if group is None:
         return layer
     stock: Any = layer.get_submodule(group.block.module)
-    shape = stock.down_proj.shape
-    hidden, width = (shape[2], shape[1]) if stock.is_transposed else (shape[1], shape[2])
-    gate = Gate(stock)
+    count, *shape = stock.down_proj.shape
+    # the stock experts of blocks that weigh the input say nothing of their layout
+    transposed = group.weighs_input or stock.is_transposed
+    width, hidden = shape if transposed else reversed(shape)
+    biased = not group.weighs_input and stock.has_bias
+    gate = _gated_by(stock.act_fn) if group.weighs_input else Gate(stock)
     with torch.device("meta"):
-        experts = [Expert(hidden, width, stock.has_bias, gate) for _ in range(shape[0])]
-    own = Experts(experts, range(shape[0]) if numbers is None else numbers)
-    layer.set_submodule(group.block.module, own.requires_grad_(False))
+        experts = [Expert(hidden, width, biased, gate) for _ in range(count)]
+    own = Experts(experts, range(count) if numbers is None else numbers).requires_grad_(False)
+    if group.weighs_input:
+        block = group.block.module.rpartition(".")[0]
+        layer.set_submodule(block, WeighedInput(layer.get_submodule(block), own))
+    else:
+        layer.set_submodule(group.block.module, own)
     return layer
 
 

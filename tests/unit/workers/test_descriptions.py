@@ -221,6 +221,12 @@ def test_unusable_configs_are_refused(changes: dict[str, object], message: str) 
         ("falcon", {"parallel_attn": False}, "without parallel_attn is not supported"),
         ("bloom", {"slow_but_exact": True, "pretraining_tp": 2}, "set slow_but_exact: false"),
         ("gemma3_text", {"use_bidirectional_attention": True}, "is not supported"),
+        ("llama4_text", {"num_experts_per_tok": 2}, "num_experts_per_tok above 1 is not supported"),
+        ("llama4_text", {"moe_layers": "all"}, "moe_layers must be a list of layers"),
+        *(
+            (name, {"no_rope_layers": [1, 0]}, "no_rope_layers must be a list with 1 or 0 for each")
+            for name in ("llama4_text", "smollm3")
+        ),
         ("gpt_neo", {"attention_layers": ["global"]}, "says 1 layers, num_layers 3"),
         ("granite", {"residual_multiplier": "x"}, "residual_multiplier must be a number"),
         ("granite", {"residual_multiplier": float("nan")}, "residual_multiplier must be a number"),

@@ -116,6 +116,10 @@ def test_head_sizes_are_written_out() -> None:
         ("gemma3_text", {"sliding_window_pattern": 2}),
         ("cohere2", {"sliding_window_pattern": 3}),
         ("exaone4", {"sliding_window_pattern": 2}),
+        ("llama4_text", {}),
+        ("llama4_text", {"no_rope_layers": [], "interleave_moe_layer_step": 2}),
+        ("llama4_text", {"no_rope_layers": [1, 0, 0, 1, 1, 0, 1], "moe_layers": [2, 4, 5]}),
+        ("llama4_text", {"attention_chunk_size": None, "no_rope_layer_interval": 3}),
         ("gpt_neo", {"attention_types": [[["global", "local"], 3]], "num_layers": 6}),
         ("gpt_neo", {"attention_types": [[["local"], 2], [["global"], 4]], "num_layers": 6}),
     ],
@@ -132,6 +136,8 @@ def test_layers_that_stay_keep_their_kind(model_type: str, changes: dict[str, An
     for key in ("layer_types", "no_rope_layers", "attention_layers"):
         expected = getattr(dense, key, None)
         assert getattr(pruned, key, None) == (expected and [expected[layer] for layer in stay])
+    if experts := getattr(dense, "moe_layers", None):
+        assert pruned.moe_layers == [stay.index(layer) for layer in experts if layer in stay]
 
 
 LLAMA = {

@@ -50,6 +50,8 @@ class Experts:
     """Tensors with a row for each expert: matrices, and vectors."""
     biased: bool = False
     """Whether their matrices have biases."""
+    weighs_input: bool = False
+    """Whether the router's weight multiplies what an expert is given, not what it returns."""
     parts: "Callable[[Config], Parts]" = lambda config: Parts()
     places: Callable[[int], Places] = lambda count: {}
     """Where so many experts lie in the files, if not by the names of their modules."""
@@ -256,6 +258,7 @@ class Mixture(Decoder):
             unit_parameters=rows + inside,
             parts=parts.count,
             fewest=least,
+            weighs_input=self.experts.weighs_input,
         )
 
     def layer_sizes(self, config: Config, kept: Mapping[str, int]) -> dict[str, object]:

@@ -2,12 +2,11 @@
 
 from rayprune.workers.model.config import Config
 from rayprune.workers.model.families.decoder import Decoder, biased_by
+from rayprune.workers.model.values import rotates
 
 
 def _skips_positions(config: Config, layer: int) -> dict[str, object]:
-    given = config.raw.get("no_rope_layers")
-    every = config.integer("no_rope_layer_interval", 4)
-    rope = given[layer] if isinstance(given, list) else int((layer + 1) % every != 0)
+    rope = rotates(config, layer, config.integer("num_hidden_layers"))
     slides = config.flag("use_sliding_window") and config.optional("sliding_window") and not rope
     kind = "sliding_attention" if slides else "full_attention"
     return {"no_rope_layers": rope, "layer_types": kind}
