@@ -79,7 +79,7 @@ def _prepare_model(model: Path) -> str:
         _gguf(Path(scratch)) as gguf,
     ):
         converted = Path(scratch) / model.name
-        _convert(gguf, converted)
+        convert(gguf, converted)
         if model.exists():  # left over, incomplete
             shutil.rmtree(model)
         converted.rename(model)
@@ -114,7 +114,7 @@ def _gguf(scratch: Path) -> Iterator[Path]:
         yield Path(archive.extract(name, scratch))
 
 
-def _convert(gguf: Path, target: Path) -> None:
+def convert(gguf: Path, target: Path) -> None:
     """Write the GGUF model and its tokenizer as a float32 safetensors folder."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}  # read when transformers is imported
     import torch
