@@ -39,6 +39,12 @@ LATENT = {
     "v_head_dim": 10,
 }
 """Sizes of latent attention."""
+GEMMA4 = WINDOW | {
+    "hidden_size_per_layer_input": 0,
+    "attention_k_eq_v": True,
+    "global_head_dim": 32,
+    "num_global_key_value_heads": 2,
+}
 OF_FAMILY: dict[str, dict[str, Any]] = {
     "cohere2": WINDOW,
     "deepseek_v2": LATENT
@@ -58,9 +64,8 @@ OF_FAMILY: dict[str, dict[str, Any]] = {
     "exaone4": WINDOW,
     "falcon": {"new_decoder_architecture": True},
     "gemma3_text": WINDOW,
-    "gemma4_text": WINDOW
-    | {"hidden_size_per_layer_input": 0, "attention_k_eq_v": True}
-    | {"global_head_dim": 32, "num_global_key_value_heads": 2},
+    "gemma4": GEMMA4,
+    "gemma4_text": GEMMA4,
     "glm4_moe": {"n_routed_experts": 4, "first_k_dense_replace": 2, "n_shared_experts": 2},
     "gpt_neo": {"window_size": 8},
     "gptj": {"rotary_dim": 4},
@@ -136,6 +141,7 @@ VQ = {
     "temporal_downsample_factor": 2,
 }
 VQ_TOKENS = {"<image>": 1, "<|extra_200|>": 2}
+GEMMA4_TOKENS = {"image_token_id": 1, "video_token_id": 2, "audio_token_id": 0}
 QWEN_TOKENS = {"image_token_id": 1, "video_token_id": 2, "vision_start_token_id": 0}
 
 
@@ -152,6 +158,8 @@ def _beside(model_type: str, text: dict[str, Any]) -> dict[str, Any]:
         return {
             "vision_config": QWEN_TOWER | {"out_hidden_size": text["hidden_size"]}
         } | QWEN_TOKENS
+    if model_type == "gemma4":
+        return {"vision_config": TOWER | {"head_dim": 8, "num_key_value_heads": 2}} | GEMMA4_TOKENS
     if model_type == "emu3":
         return {"vq_config": VQ, "vocabulary_map": VQ_TOKENS}
     kind = {"gemma3": "siglip_vision_model", "mistral3": "pixtral"}[model_type]

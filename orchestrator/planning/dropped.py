@@ -41,16 +41,19 @@ def droppable(job: JobSpec, checkpoint: Checkpoint) -> list[int]:
             f"budget.drop_layers: a model that is only planned ({reason}) keeps its layers; leave"
             " it out"
         )
-    first = checkpoint.model.first_stays
-    may_go = list(range(1 if first else 0, count))
+    stay = {0: checkpoint.model.first_stays, count - 1: checkpoint.model.last_stays}
+    reasons = {layer: reason for layer, reason in stay.items() if reason}
+    may_go = [layer for layer in range(count) if layer not in reasons]
     gone = asked if isinstance(asked, int) else len(asked or ())
     if gone >= count or gone > len(may_go):
         most = min(count - 1, len(may_go))
-        why = f"; the first stays: {first}" if first else ""
+        why = "".join(f"; layer {layer} stays: {reason}" for layer, reason in reasons.items())
         raise SpecError(f"budget.drop_layers: {gone} of {count} layers; at most {most} can go{why}")
     if isinstance(asked, list) and (wrong := [layer for layer in asked if layer not in may_go]):
-        if wrong[0] == 0:
-            raise SpecError(f"budget.drop_layers: layer 0 has to stay: {first}; take another one")
+        if reason := reasons.get(wrong[0]):
+            raise SpecError(
+                f"budget.drop_layers: layer {wrong[0]} has to stay: {reason}; take another one"
+            )
         raise SpecError(
             f"budget.drop_layers: there is no layer {wrong[0]}; the model has {count}, counted from"
             " 0"

@@ -73,6 +73,7 @@ def _row(name: str) -> Row:
     checkpoint = Checkpoint(Path(), model, config, {}, "", has_weights=False)
     attention = next(group for group in model.groups if group.kind == "attention")
     given = [group for group in model.groups if group.fixed or group.stock]
+    stay = {"first": model.first_stays, "last": model.last_stays}
     return Row(
         model_type=config.model_type,
         file=file,
@@ -80,13 +81,13 @@ def _row(name: str) -> Row:
         heads=_heads(checkpoint, attention),
         ffn=ALL_STAY if groups["neurons"].fixed else "any width",
         experts="yes" if model.experts else "-",
-        layers="yes" + (", but the first" if model.first_stays else ""),
+        layers=", but the ".join(["yes", *(which for which, reason in stay.items() if reason)]),
         sizes=_sizes(model, attention),
         older="no" if why_not_by_4(config.raw) else "yes",
         vllm="also of different sizes" if config.model_type in deci_lm.TYPES else "not tried",
         gguf="`export.target`" if config.model_type in ggml.TYPES else "not written here",
         reasons=tuple(f"{g.title}: {g.fixed or g.stock}" for g in given)
-        + ((f"first layer: {model.first_stays}",) if model.first_stays else ()),
+        + tuple(f"{which} layer: {reason}" for which, reason in stay.items() if reason),
     )
 
 
@@ -152,9 +153,9 @@ bit for bit; whatever a cell says can go is cut, exported, loaded again by the c
 logits of the dense model with the same units masked; decoders generate the same with and without a
 cache; STAT at 0% is the identity; what stays is refused by name.
 
-**Not tested**: published weights, but for SmolLM2's (`llama`) and MiniLM's (`bert`); any type in
-vLLM (the forms follow its source); llama.cpp, but for `llama`; transformers 4.57, but for once by
-hand ([engines](engines.md#transformers)).
+**Not tested**: published weights, but for SmolLM2's (`llama`), MiniLM's (`bert`) and Gemma 3
+270M's (`gemma3_text`); any type in vLLM (the forms follow its source); llama.cpp, but for `llama`;
+transformers 4.57, but for once by hand ([engines](engines.md#transformers)).
 
 - **heads**: KV groups with their query heads, of encoders heads: which numbers may stay. `as`
   another type: the same computation under another name. `per_layer` alone: with

@@ -489,7 +489,7 @@ def test_padded_layers_are_the_dense_ones_with_their_units_masked(
         return
     heads = dense.groups["heads"]
     fewer = {"heads": heads.num_units if heads.fixed else heads.num_units // 2}
-    counts = [fewer | {"neurons": n} for n in (50, 17, 64, 33)]
+    counts = [dense.checkpoint.model.units | fewer | {"neurons": n} for n in (50, 17, 64, 33)]
     counts[1] |= {} if heads.fixed else {"heads": 1}
     spread(monkeypatch, counts)
     job = make_job(

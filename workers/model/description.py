@@ -291,6 +291,8 @@ class Model:
     """Why its layers must keep the same numbers of units; None: they need not."""
     first_stays: str | None = None
     """Why the first layer has to stay; None: it need not."""
+    last_stays: str | None = None
+    """Why the last layer has to stay; None: it need not."""
     hands_on: bool = False
     """Whether the first layer returns, behind the hidden states, what the others are given."""
     layers_differ: bool = False

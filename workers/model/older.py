@@ -11,7 +11,7 @@ Raw = dict[str, object]
 THETA, FRACTION = ("rope_theta", "partial_rotary_factor")
 _OWN_KEYS = {"gpt_neox": {THETA: "rotary_emb_base", FRACTION: "rotary_pct"}}
 """What a type calls them in 4, where that is something else."""
-_UNKNOWN = ("ministral3",)
+_UNKNOWN = ("gemma4_text", "ministral3")
 """Types that 4.57 has not."""
 TOKENIZER_CONFIG = "tokenizer_config.json"
 _CLASSES = {"TokenizersBackend": "PreTrainedTokenizerFast"}

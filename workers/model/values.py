@@ -126,7 +126,7 @@ def rotates(config: Config, layer: int, count: int) -> int:
     given = config.raw.get("no_rope_layers")
     if given is None:
         return int((layer + 1) % config.integer("no_rope_layer_interval", 4) != 0)
-    if not isinstance(given, list) or len(given) < count or any(n not in (0, 1) for n in given):
+    if not isinstance(given, list) or len(given) != count or any(n not in (0, 1) for n in given):
         raise config.wrong("no_rope_layers", f"a list with 1 or 0 for each of {count} layers")
     return int(given[layer])
 

@@ -93,10 +93,16 @@ def count(shapes: Mapping[str, Shape]) -> int:
     return sum(map(prod, shapes.values()))
 
 
+def stored_shapes(module: Any) -> dict[str, Shape]:
+    """Shapes of its parameters and of the buffers that are saved."""
+    saved = {name: buffer for name, buffer in module.named_buffers() if name in module.state_dict()}
+    tensors = dict(module.named_parameters()) | saved
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
 def shapes_of_layer(raw: dict[str, Any]) -> dict[str, Shape]:
     """Shapes of the second layer of a model that transformers builds."""
-    parameters = layers_of(built(raw), described(raw))[1].named_parameters()
-    return {name: tuple(parameter.shape) for name, parameter in parameters}
+    return stored_shapes(layers_of(built(raw), described(raw))[1])
 
 
 @pytest.mark.parametrize(("model_type", "changes"), CASES)
@@ -107,8 +113,8 @@ def test_shapes_are_those_of_transformers(model_type: str, changes: dict[str, An
     # of a matrix that is both, torch names the one that was made first
     names = {model.head: model.embedding} if model.tied else {}
     expected = {
-        names.get(name, name): tuple(parameter.shape)
-        for name, parameter in network.named_parameters()
+        names.get(name, name): shape
+        for name, shape in stored_shapes(network).items()
         if not name.startswith(model.beside)
     }
     inside = {
@@ -223,6 +229,12 @@ def test_unusable_configs_are_refused(changes: dict[str, object], message: str) 
         ("gemma3_text", {"use_bidirectional_attention": True}, "is not supported"),
         ("llama4_text", {"num_experts_per_tok": 2}, "num_experts_per_tok above 1 is not supported"),
         ("llama4_text", {"moe_layers": "all"}, "moe_layers must be a list of layers"),
+        ("gemma4_text", {"hidden_size_per_layer_input": 8}, "depends on the tokens"),
+        ("gemma4_text", {"num_kv_shared_layers": 1}, "layers read keys and values of others"),
+        ("gemma4_text", {"per_layer_config": {"0": {"head_dim": 4}}}, "with full attention"),
+        ("gemma4_text", {"layer_types": []}, "layer_types must be a list with an entry for each"),
+        ("gemma4_text", {"enable_moe_block": True}, "enable_moe_block is not supported"),
+        ("gemma4_text", {"use_bidirectional_attention": "all"}, "those of a decoder"),
         *(
             (name, {"no_rope_layers": [1, 0]}, "no_rope_layers must be a list with 1 or 0 for each")
             for name in ("llama4_text", "smollm3")

@@ -118,7 +118,7 @@ def test_head_sizes_are_written_out() -> None:
         ("exaone4", {"sliding_window_pattern": 2}),
         ("llama4_text", {}),
         ("llama4_text", {"no_rope_layers": [], "interleave_moe_layer_step": 2}),
-        ("llama4_text", {"no_rope_layers": [1, 0, 0, 1, 1, 0, 1], "moe_layers": [2, 4, 5]}),
+        ("llama4_text", {"no_rope_layers": [1, 0, 0, 1, 1, 0], "moe_layers": [2, 4, 5]}),
         ("llama4_text", {"attention_chunk_size": None, "no_rope_layer_interval": 3}),
         ("gpt_neo", {"attention_types": [[["global", "local"], 3]], "num_layers": 6}),
         ("gpt_neo", {"attention_types": [[["local"], 2], [["global"], 4]], "num_layers": 6}),
@@ -212,6 +212,15 @@ def test_pruned_heads(
             3,
             "transformers",
             "gemma2 cannot be written with 6 heads.*hidden_size to be a multiple of the heads",
+        ),
+        (
+            config(
+                "phi3",
+                rope_scaling={"type": "longrope", "short_factor": [1, 1], "long_factor": [2, 2]},
+            ),
+            2,
+            "transformers",
+            "phi3 with longrope cannot be written with 4 heads.*factors for hidden_size / heads",
         ),
         (
             config("qwen2", use_sliding_window=True),

@@ -146,6 +146,8 @@ class Decoder(Family):
     """Why layers must keep the same numbers of units."""
     first_stays: str | None = None
     """Why the first layer has to stay."""
+    last_stays: str | None = None
+    """Why the last layer has to stay."""
     hands_on: bool = False
     """Whether the first layer returns what the others are given."""
     check: Callable[[Config], str | None] = lambda config: None
@@ -230,6 +232,7 @@ class Decoder(Family):
             recomputed=self.recomputed,
             sized_alike=self.sized_alike,
             first_stays=self.first_stays,
+            last_stays=self.last_stays,
             hands_on=self.hands_on,
             layers_differ=config.layers_differ,
             code=self.code(config) if config.layers_differ else None,
