@@ -17,6 +17,7 @@ import transformers
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from rayprune.orchestrator.planning.dropped import droppable
 from rayprune.orchestrator.planning.footprint import footprint
 from rayprune.orchestrator.planning.plan import make_plan
 from rayprune.orchestrator.planning.shapes import Shape, uneven_shape
@@ -526,11 +527,16 @@ def test_fewer_heads_than_stock_classes_hold_come_with_a_class(
 def test_whole_layers_out_is_the_dense_model_without_them(
     dense: Dense, make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    count = dense.checkpoint.num_layers
-    out = 1 if dense.checkpoint.model.first_stays else 0
+    count, model = dense.checkpoint.num_layers, dense.checkpoint.model
+    for layer, reason in {0: model.first_stays, count - 1: model.last_stays}.items():
+        if reason:
+            job = make_job(dense.folder, budget={"drop_layers": [layer], "sparsity": None})
+            with pytest.raises(SpecError, match=f"layer {layer} has to stay: {reason}"):
+                droppable(load_job(job), dense.checkpoint)
+    out = 1 if model.first_stays else 0
     job = make_job(dense.folder, calibration=SMALL, budget={"drop_layers": [out], "sparsity": None})
     network = pruned(dense, [{}] * count, job, tmp_path / "run", monkeypatch)
-    assert len(layers_of(network, dense.checkpoint.model)) == count - 1
+    assert len(layers_of(network, model)) == count - 1
     streamed = dense.streamed()
     batch = streamed.embed(WINDOWS_BT)
     for index in (layer for layer in range(count) if layer != out):
