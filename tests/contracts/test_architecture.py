@@ -169,7 +169,9 @@ ROOMS = {
     },
     "orchestrator.points": {
         "orchestrator.entry",
+        "orchestrator.execution",
         "orchestrator.reporting",
+        "orchestrator.run",
         "specs",
         "workers.store",
     },
