@@ -238,7 +238,7 @@ def checkpoint_bytes(load: Workload, choice: MemoryPlan) -> int:
 
 def spilled_bytes(load: Workload, choice: MemoryPlan) -> int:
     """What goes through files instead of memory, over all workers, written and read."""
-    alone = any(training.each_layer for training in load.trainings)
+    alone = sum(each.streamed_windows * each.sequence_length for each in load.trainings)
     phases = sum(
         spilled_statistics_bytes(phase, choice) + spilled_hidden_bytes(phase, choice)
         for phase in load.phases().values()
@@ -246,7 +246,7 @@ def spilled_bytes(load: Workload, choice: MemoryPlan) -> int:
     return (
         phases
         + gradient_states_bytes(load)
-        + alone * 4 * load.num_layers * load.tokens * load.hidden * load.element_bytes
+        + alone * 4 * load.num_layers * load.hidden * load.element_bytes
     )
 
 

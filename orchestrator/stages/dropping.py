@@ -47,9 +47,9 @@ def prune_without_layers(context: Context, plan: Plan, checkpoint: Checkpoint) -
     inner = make_plan(rest, model.checkpoint, device=executor.device_kind)
     executor.memory_on = lambda _: inner.memory
     executor.use_model(rest, model.path, context.scope.name)
-    widths = replace(subject, plan=inner, model=model)
-    done = cut(replace(context, job=rest), widths, evaluated, original)
     there = left.remaining(checkpoint.num_layers)
+    widths = replace(subject, plan=inner, model=model, numbers=there)
+    done = cut(replace(context, job=rest), widths, evaluated, original)
     shape = whole(done.plan.shape, there, checkpoint.num_layers)
     layers: list[Any] = [{} for _ in range(checkpoint.num_layers)]
     for number, layer in enumerate(there):
