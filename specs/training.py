@@ -1,6 +1,6 @@
 """How weights are trained: the options that every training stage has."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -115,11 +115,12 @@ class RecoverSpec(TrainingSpec):
                 " samples out"
             )
         if self.scope == "layer":
-            whole: dict[str, Any] = {"loss": "distillation", "hidden": 0.0, "teacher_top": None}
-            if names := [name for name, default in whole.items() if getattr(self, name) != default]:
+            unread = ("loss", "hidden", "teacher_top", "activation_checkpointing")
+            defaults = {name: type(self).model_fields[name].default for name in unread}
+            if names := [name for name in unread if getattr(self, name) != defaults[name]]:
                 raise ValueError(
-                    f"{names[0]} with scope: layer: a layer alone is trained towards the dense"
-                    " layer's output, not its predictions; leave it out, or set scope: model"
+                    f"{names[0]} with scope: layer: it means nothing to a layer that is trained"
+                    " alone, towards the dense layer's output; leave it out, or set scope: model"
                 )
         if self.loss == "lm":
             given = {"hidden": self.hidden > 0, "teacher_top": self.teacher_top is not None}
