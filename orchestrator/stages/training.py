@@ -260,8 +260,6 @@ def _recover_layers(
         )
         for layer in range(len(numbers))
     ]
-    if any(context.finished(each.task) is None for each in work):
-        forget_report(context.folder.path)
     layers = stream_layers(context, given, RECOVER_TASK, work)
     done = _together(context, pruned, RECOVER_TASK, layers, own=True)
     return made_model(context.scope.folder(RECOVER_TASK) / TRAINED_FOLDER, done)
