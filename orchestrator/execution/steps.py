@@ -208,9 +208,11 @@ class Steps:
         """`Streaming.regularise`."""
         return self._submit("regularise", layer, task, removed)
 
-    def recover(self, layer: int, task: Task, parameters: int) -> Call[None]:
+    def recover(
+        self, layer: int, task: Task, parameters: int, kept_out: Sequence[int]
+    ) -> Call[None]:
         """`Streaming.recover`."""
-        return self._submit("recover", layer, task, parameters)
+        return self._submit("recover", layer, task, parameters, kept_out)
 
     def settle(
         self,

@@ -247,6 +247,7 @@ def _recover_layers(
     context.executor.use_model(context.job, pruned.path, context.scope.name)
     given = replace(subject, model=pruned, tokens=tokens, goal=goal)
     teacher = {"teacher": dense.identity, "bounds": list(goal.bounds)}
+    arguments = dense.checkpoint.parameters, kept_out(context.job)
     work = [
         layer_work(
             context,
@@ -254,7 +255,7 @@ def _recover_layers(
             layer,
             recovered_task(layer),
             Steps.recover,
-            (dense.checkpoint.parameters,),
+            arguments,
             [RESIDUAL_STREAM],
             **teacher,
         )

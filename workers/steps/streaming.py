@@ -43,7 +43,6 @@ from rayprune.workers.store.training_stage import (
     read_log,
     settled,
 )
-from rayprune.workers.texts.limits import kept_out
 from rayprune.workers.workbench import Workbench
 
 
@@ -169,15 +168,17 @@ class Streaming:
         return self._train(layer, task, Alone(stage.training, penalty))
 
     @step
-    def recover(self, layer: int, task: Task, parameters: int) -> tuple[Receipt, None]:
+    def recover(
+        self, layer: int, task: Task, parameters: int, kept_out: Sequence[int]
+    ) -> tuple[Receipt, None]:
         """Train a layer of the pruned model alone, from the hidden states this worker has, towards
-        what it is to give; write it as it was on disk. The dense model has so many `parameters`.
+        what it is to give; write it as it was on disk. The dense model has so many `parameters`,
+        and these windows are measured on, not trained.
         """
         spec, held_out = self._job.recover, None
         assert spec is not None
         if spec.held_out:
-            every, patience = spec.held_out.every, spec.held_out.patience
-            held_out = HeldOut(kept_out(self._job), every, patience)
+            held_out = HeldOut(kept_out, spec.held_out.every, spec.held_out.patience)
         alone = Alone(settled(spec, parameters), lora=spec.lora, held_out=held_out)
         return self._train(layer, task, alone)
 
