@@ -8,8 +8,8 @@ per layer grow?
     0.4 --models /data/models --runs /data/runs
 
 Random weights (`benchmarks.random_model`), 4 x 512 calibration tokens, 20%, two Ray workers of 5
-GiB and one thread each. `dress` trains every layer alone, one window at a time. A run that was
-interrupted goes on.
+GiB and one thread each. `dress` trains every layer alone, one window at a time, and so does
+`--recover` behind the cut. A run that was interrupted goes on.
 """
 
 import argparse
@@ -28,14 +28,8 @@ from rayprune.orchestrator.execution.run_folder import read_events
 from rayprune.specs.job import parse_bytes
 
 HERE = Path(__file__).parent
-METHODS = {
-    "stat": "stat",
-    "dress": {
-        "name": "dress",
-        "scope": "layer",
-        "training": {"batch": 2, "epochs": 2, "dtype": "bfloat16"},
-    },
-}
+TRAINING = {"batch": 2, "epochs": 2, "dtype": "bfloat16"}
+METHODS = {"stat": "stat", "dress": {"name": "dress", "scope": "layer", "training": TRAINING}}
 
 
 def job(model: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -52,6 +46,7 @@ def job(model: Path, options: argparse.Namespace) -> dict[str, Any]:
         "parallel": {"workers": 2, "placement": options.placement, "micro_batch": 1},
         "memory": {"worker": options.budget},
         "method": METHODS[options.method],
+        "recover": {"scope": "layer", **TRAINING} if options.recover else None,
     }
 
 
@@ -116,15 +111,17 @@ def main() -> None:
         "--kv-groups", type=int, help="KV groups that stay; default: found by the probe"
     )
     parser.add_argument("--experts", type=int, help="experts that stay; default: all")
+    parser.add_argument("--recover", action="store_true", help="train every layer alone behind it")
     parser.add_argument("--sparsity", type=float, default=0.2)
     options = parser.parse_args()
     if "model_type" in SHAPES[options.shape]:  # a mixture of experts
         options.placement = options.placement or "shards"
     options.placement = options.placement or ("layers" if options.method == "stat" else "shards")
+    kind = options.method + ("-recovered" if options.recover else "")
     name = f"{options.shape}-{options.layers or SHAPES[options.shape]['num_hidden_layers']}-layers"
     model, run = (
         options.models.absolute() / name,
-        options.runs.absolute() / f"{name}-{options.placement}-{options.method}",
+        options.runs.absolute() / f"{name}-{options.placement}-{kind}",
     )
     if not (model / "config.json").exists():
         write_model(options.shape, model, options.layers)
@@ -136,9 +133,8 @@ def main() -> None:
             [sys.executable, "-m", "rayprune.orchestrator.cli", *words], check=True, cwd=HERE.parent
         )
     report, plan = (json.loads((run / file).read_text()) for file in ("report.json", "plan.json"))
-    method = "" if options.method == "stat" else f"-{options.method}"
     record(
-        f"memory-{name}-{options.placement}{method}",
+        f"memory-{name}-{options.placement}" + ("" if kind == "stat" else f"-{kind}"),
         page(report, plan, layer_seconds(read_events(run)), options.budget),
     )
 

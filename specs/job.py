@@ -593,7 +593,7 @@ class JobSpec(Section):
     @property
     def trains_on_ranks(self) -> bool:
         """Whether a gang of ranks trains the whole model, before the cut or after it."""
-        return self.recover is not None or (
+        return (self.recover is not None and self.recover.scope == "model") or (
             len(self.method.trainings) > 0 and not self.method.trains_layers_alone
         )
 

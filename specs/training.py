@@ -86,6 +86,11 @@ class RecoverSpec(TrainingSpec):
     """
     text: WindowsSpec | None = None
     """What is trained on; null: `calibration`'s text."""
+    scope: Literal["model", "layer"] = "model"
+    """`model`: all layers are trained together, on ranks that hold the model; `layer`: every layer
+    alone, towards what the dense model's makes of the same input, many at a time, in the memory of
+    one layer.
+    """
     lora: LoraSpec | None = None
     """Train adapters alone, beside weights that are held in `dtype`; null: train all weights."""
     loss: Literal["distillation", "lm"] = "distillation"
@@ -109,6 +114,14 @@ class RecoverSpec(TrainingSpec):
                 "samples beside text: text.samples says how many windows are trained on; leave"
                 " samples out"
             )
+        if self.scope == "layer":
+            unread = ("loss", "hidden", "teacher_top", "activation_checkpointing")
+            defaults = {name: type(self).model_fields[name].default for name in unread}
+            if names := [name for name in unread if getattr(self, name) != defaults[name]]:
+                raise ValueError(
+                    f"{names[0]} with scope: layer: it means nothing to a layer that is trained"
+                    " alone, towards the dense layer's output; leave it out, or set scope: model"
+                )
         if self.loss == "lm":
             given = {"hidden": self.hidden > 0, "teacher_top": self.teacher_top is not None}
             if names := [name for name, is_given in given.items() if is_given]:

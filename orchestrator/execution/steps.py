@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rayprune.workers.passes.sweep import Parts, Routes
     from rayprune.workers.steps.measuring import SquaresArrays
     from rayprune.workers.store.files import FileRecord, Task
-    from rayprune.workers.store.training_stage import Removed
+    from rayprune.workers.store.training_stage import Goal, Removed
 
 T_co = TypeVar("T_co", covariant=True)
 Receipt = dict[str, Any]
@@ -183,9 +183,10 @@ class Steps:
         wanted: Wanted,
         saved: Saved,
         before: Handle[np.ndarray | None] | None,
+        goal: Goal | None = None,
     ) -> Call[np.ndarray | None]:
         """`Streaming.flow`."""
-        return self._submit("flow", chunk, number, wanted, saved, before)
+        return self._submit("flow", chunk, number, wanted, saved, before, goal)
 
     def remove_damaged(self, folder: str, owned: tuple[int, int]) -> Call[None]:
         """`Streaming.remove_damaged`."""
@@ -206,6 +207,12 @@ class Steps:
     def regularise(self, layer: int, task: Task, removed: Removed) -> Call[None]:
         """`Streaming.regularise`."""
         return self._submit("regularise", layer, task, removed)
+
+    def recover(
+        self, layer: int, task: Task, parameters: int, kept_out: Sequence[int]
+    ) -> Call[None]:
+        """`Streaming.recover`."""
+        return self._submit("recover", layer, task, parameters, kept_out)
 
     def settle(
         self,

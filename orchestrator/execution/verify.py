@@ -27,6 +27,8 @@ from rayprune.workers.store.layout import (
 )
 from rayprune.workers.store.plain import check_plain
 
+ALONE = ("regularised", "recovered")
+"""What tasks are called whose layers are no part of the exported model."""
 AGAIN = "run the job again to rebuild it"
 
 
@@ -108,7 +110,7 @@ def _check_parts(run: Path, found: Mapping[str, Manifest]) -> None:
 def _parts(found: Mapping[str, Manifest], scope: str) -> Iterator[tuple[str, FileRecord]]:
     """The files of layers and of what is outside them."""
     for name, manifest in found.items():
-        if name.rpartition("/")[0] == scope and not manifest.task.startswith("regularised"):
+        if name.rpartition("/")[0] == scope and not manifest.task.startswith(ALONE):
             for file in (LAYER_FILE, OUTER_FILE):
                 if file in manifest.files:
                     yield name, manifest.files[file]

@@ -20,6 +20,7 @@ from rayprune.orchestrator.planning.workload import (
 )
 from rayprune.specs.memory import MemoryPlan
 from rayprune.workers.model.description import Group
+from rayprune.workers.store.layout import RECOVER_TASK
 
 
 @dataclass(frozen=True)
@@ -225,7 +226,7 @@ def traffic(load: Workload, choice: MemoryPlan) -> Traffic:
 
 def checkpoint_bytes(load: Workload, choice: MemoryPlan) -> int:
     """Hidden states written to disk in a sweep: every `memory.checkpoint_layers` layers, or behind
-    every wave but the last.
+    every wave but the last; there also where layers are recovered alone.
     """
     times = 0
     for phase in load.phases().values():
@@ -233,12 +234,15 @@ def checkpoint_bytes(load: Workload, choice: MemoryPlan) -> int:
             times += num_waves(phase, choice) - 1
         elif phase.checkpoint_layers:
             times += (phase.num_layers - 1) // phase.checkpoint_layers
-    return times * load.tokens * load.hidden * load.element_bytes
+    alone = [each for each in load.trainings if each.each_layer and each.task == RECOVER_TASK]
+    tokens = sum(each.streamed_windows * each.sequence_length for each in alone)
+    written = times * load.tokens + (num_waves(load, choice) - 1) * tokens
+    return written * load.hidden * load.element_bytes
 
 
 def spilled_bytes(load: Workload, choice: MemoryPlan) -> int:
     """What goes through files instead of memory, over all workers, written and read."""
-    alone = any(training.each_layer for training in load.trainings)
+    alone = sum(each.streamed_windows * each.sequence_length for each in load.trainings)
     phases = sum(
         spilled_statistics_bytes(phase, choice) + spilled_hidden_bytes(phase, choice)
         for phase in load.phases().values()
@@ -246,7 +250,7 @@ def spilled_bytes(load: Workload, choice: MemoryPlan) -> int:
     return (
         phases
         + gradient_states_bytes(load)
-        + alone * 4 * load.num_layers * load.tokens * load.hidden * load.element_bytes
+        + alone * 4 * load.num_layers * load.hidden * load.element_bytes
     )
 
 

@@ -43,12 +43,12 @@ def _recovery(load: Workload, training: TrainingLoad) -> Iterator[DiskNeed]:
 
 def _states(load: Workload, training: TrainingLoad, parameters: int) -> int:
     """Saved states of weights and optimizer: the last one goes when the next one is whole."""
-    if training.each_layer:
-        parameters = load.workers * load.layer_parameters
+    sides = [kind.matrix_sides for kind in load.kinds for _ in range(kind.num_layers)]
     if training.lora_rank:
-        parameters = training.lora_rank * sum(
-            kind.num_layers * kind.matrix_sides for kind in load.kinds
-        )
+        parameters = training.lora_rank * sum(sides)
+    if training.each_layer:
+        adapters = training.lora_rank * max(sides)
+        parameters = load.workers * (adapters or load.layer_parameters)
     return training.saved_states * (STATE_BYTES + 4 * training.keeps_best) * parameters
 
 

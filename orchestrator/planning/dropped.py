@@ -22,10 +22,18 @@ from rayprune.specs.job import BudgetSpec, CorrectionSpec, ExportSpec, JobSpec
 from rayprune.specs.machine import MachineProfile
 from rayprune.specs.methods.ranking.stat import StatOptions
 from rayprune.workers.model.checkpoint import Checkpoint
-from rayprune.workers.store.layout import EXPORT_TASK, SOURCE_TASK, WHOLE_LAYERS, dropped_task
+from rayprune.workers.store.layout import (
+    EXPORT_TASK,
+    RECOVER_TASK,
+    SOURCE_TASK,
+    TEACHER_TASK,
+    WHOLE_LAYERS,
+    dropped_task,
+)
 
-_STAGES = ("divergence", "write", "evaluate")
-_STEPS = ("divergence", "write", "write outer", "evaluate", "train", "convert")
+_STAGES = ("divergence", "write", TEACHER_TASK, RECOVER_TASK, "evaluate")
+_TRAINING = ("teach", "train", "train layer")
+_STEPS = ("divergence", "write", "write outer", "evaluate", *_TRAINING, "convert")
 """What is done where nothing but layers goes."""
 
 

@@ -116,6 +116,7 @@ def _trainings(job: JobSpec, shape: Shape, num_layers: int) -> tuple[TrainingLoa
             replace(
                 load,
                 each_layer=job.method.trains_layers_alone,
+                streamed_windows=windows if job.method.trains_layers_alone else 0,
                 task=REGULARISE_TASK if isinstance(first, DriveOut) else UPDATES_TASK,
             )
         )
@@ -131,6 +132,8 @@ def _recovery(job: JobSpec, recover: RecoverSpec) -> TrainingLoad:
     return replace(
         load,
         teacher=recover.loss == "distillation" and not top,
+        each_layer=recover.scope == "layer",
+        streamed_windows=text.samples if recover.scope == "layer" else 0,
         lora_rank=recover.lora.rank if recover.lora else 0,
         task=RECOVER_TASK,
         measured_windows=looked_at * (2 + load.steps // held_out.every) if held_out else 0,

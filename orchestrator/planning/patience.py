@@ -25,8 +25,9 @@ def step_limit(job: JobSpec, plan: Plan) -> float:
         return float(job.parallel.step_seconds)
     text_bytes = sum(map(_size, _texts(job)))
     tokens = text_bytes if job.evaluation else 0  # a token has a byte at least
-    # a recovery is no step: ranks of a gang train
-    stages = [stage for stage in plan.stages if stage.name != RECOVER_TASK]
+    # a recovery of the whole model is no step: ranks of a gang train
+    on_ranks = job.recover is not None and job.recover.scope == "model"
+    stages = [stage for stage in plan.stages if not (on_ranks and stage.name == RECOVER_TASK)]
     flops = sum(stage.flops for stage in stages) + 2 * plan.model.active_parameters * tokens
     return (
         LEAST_SECONDS

@@ -57,6 +57,7 @@ from rayprune.workers.store.layout import (
     gates_task,
     generation_task,
     layer_task,
+    recovered_task,
     regularised_task,
     selection_task,
     survey_task,
@@ -426,7 +427,9 @@ def _tasks(job: JobSpec, model: Model, shape: Shape, num_shapes: int) -> tuple[s
     recovery: tuple[str, ...] = ()
     if job.recover:
         evaluated = ("evaluate-recovered",) if job.evaluation else ()
-        recovery = (*teacher_tasks(job), RECOVER_TASK, *evaluated)
+        alone = job.recover.scope == "layer"
+        each = map(recovered_task, range(len(shape.remaining(num_layers)))) if alone else ()
+        recovery = (*teacher_tasks(job), *each, RECOVER_TASK, *evaluated)
     gradients = (GRADIENTS_TASK,) if job.gradient_windows else ()
     formats = map(converted_task, job.converted)
     return (

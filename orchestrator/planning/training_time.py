@@ -17,15 +17,17 @@ Seconds = dict[str, float]
 def training_flops(load: Workload, training: TrainingLoad) -> int:
     """Arithmetic of a training: 2 operations for a parameter and a token in every pass. Forward,
     backward through activations and (unless adapters alone are trained) weights, what is computed
-    again; a teacher that is there, forward; the windows that are measured on, forward.
+    again; a teacher that is there, forward; the windows that are measured on, forward. Where layers
+    are recovered alone, teacher and model once forward in all windows.
     """
     passes = 2 if training.lora_rank else 3
     passes += not training.keeps_activations
     own, dense = _passed(load, training.task == RECOVER_TASK), _passed(load, pruned=False)
-    taught = training.teacher * dense
+    taught = training.teacher * (not training.each_layer) * dense
+    streamed = training.teacher * training.streamed_windows * (own + dense)
     trained = training.trained_windows * (passes * own + taught)
     looked_at = training.measured_windows * (own + taught)
-    return 2 * training.sequence_length * (trained + looked_at)
+    return 2 * training.sequence_length * (streamed + trained + looked_at)
 
 
 def training_seconds(load: Workload, training: TrainingLoad, machine: MachineProfile) -> Seconds:

@@ -79,9 +79,10 @@ def memory_by_step(load: Workload, choice: MemoryPlan) -> dict[str, Kinds]:
         if training.taught_windows:
             table["teach"] = _teaching(load, choice, training)
         if training.each_layer:
-            table["train layer"] = _layer_training(load, choice, training)
+            name, needed = "train layer", _layer_training(load, choice, training)
         else:
-            table["train"] = max(table.get("train", {}), _training(load, training), key=total)
+            name, needed = "train", _training(load, training)
+        table[name] = max(table.get(name, {}), needed, key=total)
     if load.gate_windows:
         table["gate"] = _gate(load, choice)
     return table | ({"evaluate": _evaluation(load, choice)} if load.evaluation_tokens else {})
@@ -404,20 +405,27 @@ def _teaching(load: Workload, choice: MemoryPlan, training: TrainingLoad) -> Kin
 
 
 def _layer_training(load: Workload, choice: MemoryPlan, training: TrainingLoad) -> Kinds:
-    """One layer of its own beside the dense model's on their way; what it was given and should give
-    lies in files.
+    """One layer of its own beside those on their way, and behind a cut the dense model's; what it
+    was given and should give lies in files.
 
     Passes in bf16 work on a copy of its weights, and a matrix's gradient is there as computed and
-    in fp32 before it is added.
+    in fp32 before it is added. Beside adapters the weights lie in the type of the passes.
     """
+    recovers, chunk = training.task == RECOVER_TASK, choice.layers_per_chunk
+    parameters = max(map(load.kept_parameters, load.kinds)) if recovers else load.layer_parameters
+    adapters = training.lora_rank * max(kind.matrix_sides for kind in load.kinds)
     copied = 2 if training.pass_bytes == 2 else 0
+    trained = adapters or parameters
+    held = training.pass_bytes * parameters + 4 * adapters if adapters else (4 + copied) * trained
+    gradients = 0 if adapters else (4 + copied) * load.hidden * load.active_width
     return {
         "runtime": RUNTIME_BYTES,
         "weights": (
-            _weights_bytes(replace(load, placement="layers"), choice.layers_per_chunk)
-            + (4 + copied) * load.layer_parameters
+            _weights_bytes(replace(load, placement="layers"), chunk) * (1 + recovers)
+            + held
+            + 4 * trained * training.keeps_best
         ),
-        "optimizer": 12 * load.layer_parameters + (4 + copied) * load.hidden * load.active_width,
+        "optimizer": 12 * trained + gradients,
         "activations": _inside(load, training.windows * training.sequence_length),
     }
 

@@ -52,6 +52,8 @@ class TrainingLoad:
     """Rank of the adapters that alone are trained; 0: all weights are."""
     each_layer: bool = False
     """Whether a worker trains one layer at a time, on its own."""
+    streamed_windows: int = 0
+    """Windows that pass the layers before, where each is trained on its own."""
     task: str = REGULARISE_TASK
     """What it belongs to."""
     saved_states: int = 0

@@ -64,6 +64,7 @@ TRAININGS = {
     "gates": "gates-*",
     "updates": "updates",
     "recover": "recover",
+    "recovered layers": "recovered-*",
 }
 """The folders of every kind of training, by name."""
 SHOWN_STEPS = 400

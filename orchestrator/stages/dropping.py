@@ -20,7 +20,14 @@ from rayprune.orchestrator.stages.prune import begin, cut, end, noting
 from rayprune.orchestrator.stages.subject import ModelAt, Pruned, Subject
 from rayprune.workers.model.checkpoint import Checkpoint
 from rayprune.workers.store.files import Manifest, Task, commit
-from rayprune.workers.store.layout import WHOLE_LAYERS, Scope, dropped_task, layer_task
+from rayprune.workers.store.layout import (
+    EXPORT_TASK,
+    OUTER_TASK,
+    WHOLE_LAYERS,
+    Scope,
+    dropped_task,
+    layer_task,
+)
 
 
 def prune_without_layers(context: Context, plan: Plan, checkpoint: Checkpoint) -> Pruned:
@@ -47,9 +54,9 @@ def prune_without_layers(context: Context, plan: Plan, checkpoint: Checkpoint) -
     inner = make_plan(rest, model.checkpoint, device=executor.device_kind)
     executor.memory_on = lambda _: inner.memory
     executor.use_model(rest, model.path, context.scope.name)
-    widths = replace(subject, plan=inner, model=model)
-    done = cut(replace(context, job=rest), widths, evaluated, original)
     there = left.remaining(checkpoint.num_layers)
+    widths = replace(subject, plan=inner, model=model, numbers=there)
+    done = cut(replace(context, job=rest), widths, evaluated, original)
     shape = whole(done.plan.shape, there, checkpoint.num_layers)
     layers: list[Any] = [{} for _ in range(checkpoint.num_layers)]
     for number, layer in enumerate(there):
@@ -129,6 +136,9 @@ def _shorter_model(context: Context, subject: Subject) -> ModelAt:
         device=context.executor.device_kind,
         given=(subject.plan.shape,),
     )
+    # texts and source are those of the whole run
+    made = {*map(layer_task, range(subject.model.checkpoint.num_layers)), OUTER_TASK, EXPORT_TASK}
+    alone = replace(alone, tasks=tuple(task for task in alone.tasks if task in made))
     subject = replace(subject, plan=context.record(alone))
     return export_model(context, subject, _write(context, subject))
 

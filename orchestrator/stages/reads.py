@@ -78,6 +78,7 @@ READS: Mapping[str, tuple[str, ...]] = {
     SHAPE_TASK: _SHAPE,
     "selection": (*_SELECTION, "method.mask", "method.seed"),
     "regularised": (*_STATISTICS, "method"),
+    "recovered": (*_ACTIVATIONS, "parallel.micro_batch", "recover"),
     REGULARISE_TASK: (*_TRAINING, "method"),
     "gates": (*_TRAINING, "method"),
     UPDATES_TASK: (*_TRAINING, "method"),

@@ -1,5 +1,5 @@
-"""`placement: layers`: chunks of consecutive layers on all workers at once, micro-batches flowing
-from chunk to chunk.
+"""`placement: layers`, and layers that are trained alone: chunks of consecutive layers on all
+workers at once, micro-batches flowing from chunk to chunk.
 
 A wave is one chunk per worker. Within a wave hidden states go from worker to worker, at most
 MICRO_BATCHES_AT_ONCE micro-batches ahead of the slowest; where a wave ends they are written to
@@ -77,7 +77,7 @@ def layer_work(
 def stream_layers(
     context: Context, subject: Subject, stage: str, work: Sequence[LayerWork]
 ) -> list[Manifest]:
-    """Do the work on every layer from activations of the dense model.
+    """Do the work on every layer from activations of the model as it is.
 
     Raises:
         RaypruneError: from the first layer that fails; the finished ones stay.
@@ -189,20 +189,18 @@ def _unfinished(context: Context, work: Sequence[LayerWork], layers: Sequence[in
     return [layer for layer in layers if context.finished(work[layer].task) is None]
 
 
-def _num_batches(context: Context) -> int:
-    calibration = context.job.calibration
-    return num_micro_batches(
-        calibration.samples,
-        calibration.shards,
-        context.job.parallel.micro_batch,
-        calibration.shards,
-    )
+def _num_batches(context: Context, subject: Subject) -> int:
+    calibration, size = context.job.calibration, context.job.parallel.micro_batch
+    if subject.goal:
+        return num_micro_batches(context.job.recovery_text.samples, 1, size, 1)
+    return num_micro_batches(calibration.samples, calibration.shards, size, calibration.shards)
 
 
 def _before(context: Context, subject: Subject, layer: int) -> Path:
     """The folder of hidden states before a layer; its name holds what they depend on."""
     made = context.task(BOUNDARY, subject.up_to(layer - 1)).fingerprint
-    return context.scope.cache / f"dense-{layer:04d}-{made[:16]}"
+    path = "pruned" if subject.goal else "dense"
+    return context.scope.cache / f"{path}-{layer:04d}-{made[:16]}"
 
 
 def _first_layer(context: Context, subject: Subject, missing: int) -> int:
@@ -215,7 +213,7 @@ def _first_layer(context: Context, subject: Subject, missing: int) -> int:
 
 
 def _is_at_hand(context: Context, subject: Subject, layer: int) -> bool:
-    folder, count = _before(context, subject, layer), _num_batches(context)
+    folder, count = _before(context, subject, layer), _num_batches(context, subject)
     if not all(boundary_file(folder, number).exists() for number in range(count)):
         return False
 
@@ -261,7 +259,7 @@ def _flow(context: Context, subject: Subject, wave: Wave, wanted: dict[int, Sequ
     """Send all micro-batches through the wave: at each step every chunk works on the one its
     predecessor has just left.
     """
-    executor, count = context.executor, _num_batches(context)
+    executor, count = context.executor, _num_batches(context, subject)
     entering = _before(context, subject, wave[0].start)
     leaving = _before(context, subject, wave[-1].stop)
     handed: list[States | None] = [None] * len(wave)
@@ -278,7 +276,7 @@ def _flow(context: Context, subject: Subject, wave: Wave, wanted: dict[int, Sequ
                 saved = entering, (leaving if last else None)
                 calls.append(
                     executor.on(place).flow(
-                        (chunk.start, chunk.stop), number, wanted, saved, before
+                        (chunk.start, chunk.stop), number, wanted, saved, before, subject.goal
                     )
                 )
                 handed[place] = calls[-1].payload

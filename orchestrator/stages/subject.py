@@ -8,6 +8,7 @@ from typing import Any
 from rayprune.orchestrator.planning.plan import Plan
 from rayprune.workers.model.checkpoint import Checkpoint, open_checkpoint
 from rayprune.workers.store.files import Manifest, fingerprint, record_of
+from rayprune.workers.store.training_stage import Goal
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Subject:
     plan: Plan
     model: ModelAt
     tokens: Manifest
-    """The calibration text."""
+    """The text that goes through the model: that of the calibration."""
     texts: tuple[str, ...]
     """Digests of the files it was read from."""
     recovery_tokens: Manifest | None = None
@@ -65,10 +66,14 @@ class Subject:
     """The gradients that activations are scaled by, where the method asks for them."""
     selections: tuple[Manifest, ...] | None = None
     """The units that stay, where they were chosen before a training."""
+    numbers: Sequence[int] | None = None
+    """The numbers that the model's layers have in the original; None: the same."""
+    goal: Goal | None = None
+    """What the layers are to give, where they are trained alone after the cut."""
 
     def up_to(self, layer: int) -> dict[str, str]:
-        """What activations of the dense model within a layer depend on."""
-        return {"calibration-tokens": self.tokens.digest, "model": self.model.up_to(layer)}
+        """What activations of the model within a layer depend on."""
+        return {self.tokens.task: self.tokens.digest, "model": self.model.up_to(layer)}
 
     def all_of_it(self) -> dict[str, str]:
         """What anything that runs through the whole dense model depends on."""

@@ -39,6 +39,7 @@ from rayprune.workers.store.layout import (
     TRAINED_FOLDER,
     UPDATES_TASK,
     gates_task,
+    recovered_task,
     regularised_task,
     selection_task,
     task_folder,
@@ -48,6 +49,7 @@ from rayprune.workers.store.training_stage import (
     Aim,
     Finetune,
     Gates,
+    Goal,
     HeldOut,
     Penalty,
     Recovery,
@@ -114,24 +116,33 @@ def _regularise_layers(context: Context, subject: Subject, removed: Sequence[Rem
         for layer, gone in enumerate(removed)
     ]
     layers = stream_layers(context, subject, REGULARISE_TASK, work)
-    source, model = subject.model.path, subject.model
+    return _together(context, subject.model, REGULARISE_TASK, layers, own=False)
+
+
+def _together(
+    context: Context, model: ModelAt, name: str, layers: Sequence[Manifest], own: bool
+) -> Manifest:
+    """A model of layers that were trained alone; code is copied if this run has written it
+    (`own`).
+    """
     inputs = {
         "headers": model.checkpoint.identity,
         "outer": model.outer_digest,
-        "beside the weights": file_digests(side_files(source, COPIED)),
+        "beside the weights": file_digests(side_files(model.path, COPIED)),
         **digests(layers),
     }
     # the type is that of the layers' tasks; the name is also a training's
-    task = context.task(REGULARISE_TASK, inputs, computed_on=context.executor.device_kind)
+    task = context.task(name, inputs, computed_on=context.executor.device_kind)
 
     def put_together() -> None:
+        forget_another(task.folder, task.fingerprint)
         trained = task.folder / TRAINED_FOLDER
         context.executor.wait([context.executor.on(0).copy_outer(str(trained / OUTER_FILE))])
         for layer in layers:
             link_file(
                 context.scope.folder(layer.task) / LAYER_FILE, trained / f"{layer.task}.safetensors"
             )
-        _complete(source, trained, own=False)
+        _complete(model.path, trained, own)
         commit(task, _files_in(trained), {"result": {}})
 
     return context.once(task, put_together)
@@ -193,6 +204,8 @@ def recover(context: Context, subject: Subject, pruned: ModelAt) -> ModelAt | No
     spec, tokens = context.job.recover, subject.recovery_tokens
     if spec is None or tokens is None:
         return None
+    if spec.scope == "layer":
+        return _recover_layers(context, subject, pruned, tokens)
     depends: dict[str, object] = {"model": pruned.identity, "recovery-tokens": tokens.digest}
     teacher = taught = None
     if spec.teacher_top:
@@ -216,6 +229,41 @@ def recover(context: Context, subject: Subject, pruned: ModelAt) -> ModelAt | No
         held_out,
     )
     return made_model(task.folder / TRAINED_FOLDER, _trained(context, task, stage))
+
+
+def _recover_layers(
+    context: Context, subject: Subject, pruned: ModelAt, tokens: Manifest
+) -> ModelAt:
+    """Train every layer of the pruned model alone, each where its hidden states arrive; then put
+    the layers together.
+    """
+    dense, kept = subject.model, subject.plan.shape.remaining(subject.plan.model.num_layers)
+    numbers = [layer if subject.numbers is None else subject.numbers[layer] for layer in kept]
+    goal = Goal(
+        str(dense.path),
+        str(task_folder(context.scope.run, RECOVERY_TOKENS_TASK) / TOKENS_FILE),
+        (0, *numbers[1:], dense.checkpoint.num_layers),
+    )
+    context.executor.use_model(context.job, pruned.path, context.scope.name)
+    given = replace(subject, model=pruned, tokens=tokens, goal=goal)
+    teacher = {"teacher": dense.identity, "bounds": list(goal.bounds)}
+    arguments = dense.checkpoint.parameters, kept_out(context.job)
+    work = [
+        layer_work(
+            context,
+            given,
+            layer,
+            recovered_task(layer),
+            Steps.recover,
+            arguments,
+            [RESIDUAL_STREAM],
+            **teacher,
+        )
+        for layer in range(len(numbers))
+    ]
+    layers = stream_layers(context, given, RECOVER_TASK, work)
+    done = _together(context, pruned, RECOVER_TASK, layers, own=True)
+    return made_model(context.scope.folder(RECOVER_TASK) / TRAINED_FOLDER, done)
 
 
 def _trained_first(

@@ -126,21 +126,30 @@ def test_an_encoder_is_the_same_on_many_workers(
     assert reports[0].masked_lm_loss == reports[1].masked_lm_loss is not None
 
 
+ALONE = {"batch": 4, "learning_rate": 3e-3, "checkpoint_steps": 2}
+
+
+@pytest.mark.parametrize(
+    ("stage", "sections"),
+    [
+        (
+            "regularise",
+            {"method": {"name": "dress", "scope": "layer", "mask": "stat", "training": ALONE}},
+        ),
+        ("recover", {"recover": {"scope": "layer", **ALONE}}),
+    ],
+)
 def test_layers_trained_alone_are_the_same_on_many_workers_and_after_a_killed_one(
-    make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+    stage: str, sections: dict[str, Any], make_model: MakeModel, make_job: MakeJob, tmp_path: Path
 ) -> None:
-    training = {"epochs": 4, "batch": 4, "learning_rate": 3e-3, "checkpoint_steps": 3}
-    method = {"name": "dress", "scope": "layer", "mask": "stat", "training": training}
-    job = make_job(make_model(num_hidden_layers=6), budget={"kv_groups": 1}, method=method)
+    job = make_job(make_model(num_hidden_layers=4), budget={"kv_groups": 1}, **sections)
     run_job(load_job(job), tmp_path / "in-process", quiet)
     events: list[dict[str, Any]] = []
 
-    def kill_after_layer_2(event: dict[str, Any]) -> None:
+    def kill_after_layer_1(event: dict[str, Any]) -> None:
         events.append(event)
         ended = (
-            event["event"] == "step-finished"
-            and event["stage"] == "regularise"
-            and event["layer"] == 2
+            event["event"] == "step-finished" and event["stage"] == stage and event["layer"] == 1
         )
         if ended and not any(e["event"] == "worker-failed" for e in events):
             os.kill(workers_alive()[0], signal.SIGKILL)
@@ -148,12 +157,13 @@ def test_layers_trained_alone_are_the_same_on_many_workers_and_after_a_killed_on
     run_job(
         load_job(job, ["cluster.executor=ray", "parallel.workers=2"]),
         tmp_path / "ray",
-        kill_after_layer_2,
+        kill_after_layer_1,
     )
     assert any(e["event"] == "worker-failed" for e in events)
-    assert folder_bytes(tmp_path / "ray" / "model") == folder_bytes(
-        tmp_path / "in-process" / "model"
-    )
+    for folder in ("model", f"tasks/{stage}/model"):
+        assert folder_bytes(tmp_path / "ray" / folder) == folder_bytes(
+            tmp_path / "in-process" / folder
+        )
 
 
 def test_killed_worker_is_replaced(

@@ -173,6 +173,13 @@ def test_the_control_is_the_dense_model_trained_likewise(
         ({"method": {"name": "none"}, "recover": {}}, "method none removes nothing; leave out bu"),
         ({"recover": {"loss": "lm", "teacher_top": 4}}, "teacher_top with loss: lm"),
         ({"recover": {"hidden": 1.0, "teacher_top": 4}}, "hidden beside teacher_top"),
+        ({"recover": {"scope": "layer", "loss": "lm"}}, "loss with scope: layer"),
+        ({"recover": {"scope": "layer", "hidden": 1.0}}, "hidden with scope: layer"),
+        ({"recover": {"scope": "layer", "teacher_top": 4}}, "teacher_top with scope: layer"),
+        (
+            {"recover": {"scope": "layer", "activation_checkpointing": False}},
+            "activation_checkpointing with scope: layer",
+        ),
         ({"recover": {"samples": 4, "text": {"path": "x.txt"}}}, "samples beside text"),
         ({"recover": {"held_out": {"windows": 16}}}, "reads 16 of this one; lower recover.held_"),
         ({"recover": {"teacher_top": 5000}}, "teacher_top: 5000, but the model has"),

@@ -21,7 +21,6 @@ from rayprune.orchestrator.execution.failures import Failure, WorkerFailure
 from rayprune.specs.errors import ModelError
 from rayprune.specs.job import CalibrationSpec
 from rayprune.specs.training import LoraSpec, TrainingSpec
-from rayprune.workers.model.checkpoint import open_checkpoint
 from rayprune.workers.store.layout import RESULT_FILE, TRAINED_FOLDER
 from rayprune.workers.store.training_stage import Aim, Finetune, Penalty, Recovery, Shrink, read_log
 from rayprune.workers.training.adapters import adapted, add_adapters, merged
@@ -152,7 +151,7 @@ def test_a_merged_adapter_computes_what_the_adapter_does(make_model: MakeModel) 
     folder = make_model()
     model: Any = AutoModelForCausalLM.from_pretrained(folder)
     tokens = torch.tensor([[3, 77, 15, 200, 9, 31, 8, 120]])
-    add_adapters(model, open_checkpoint(folder).model, LoraSpec(rank=4), 0)
+    add_adapters(model, model.model.layers, LoraSpec(rank=4), 0)
     torch.manual_seed(0)
     for module in adapted(model).values():
         torch.nn.init.normal_(module.lora_B["default"].weight, std=0.2)  # type: ignore[index]

@@ -218,15 +218,15 @@ class StreamedModel:
             ) from None
         return layer
 
-    def trainable_layer(self, index: int) -> nn.Module:
-        """A copy of a layer in float32, to be changed.
+    def trainable_layer(self, index: int, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """A copy of a layer in a type, to be changed.
 
         Raises:
             ModelError: a tensor is missing, superfluous or not finite.
         """
         layer = self._filled_layer(index)
         for parameter in layer.parameters():
-            parameter.data = parameter.data.to(self.device, torch.float32, copy=True)
+            parameter.data = parameter.data.to(self.device, dtype, copy=True)
         return layer.to(self.device).requires_grad_(True).train()
 
     def with_experts(self, index: int, layer: nn.Module, units: Sequence[int]) -> nn.Module:

@@ -1,5 +1,5 @@
-"""Calibration micro-batches on their way through a chunk of consecutive layers, on the dense path
-(`placement: layers`).
+"""Micro-batches on their way through a chunk of consecutive layers: of calibration text on the
+dense path (`placement: layers`), or of a recovery's through the pruned model.
 
 Every layer's statistics grow at the same time, one micro-batch after the other in the order of the
 calibration text: sums have the same bits wherever a chunk begins or ends. Hidden states come from
@@ -31,7 +31,36 @@ Wanted = Mapping[int, Collection[str]]
 Saved = tuple[Path, Path | None]
 """Folders of hidden states before a chunk, and at the end of a wave behind it."""
 Passed = tuple[Tensor, Tensor]
-"""The hidden states (T, D) of a window before and behind a layer."""
+"""The hidden states (T, D) of a window before a layer, and those it gives or is to give."""
+
+
+class DenseLayers:
+    """What layers of the dense model make of hidden states that layers of a pruned one are given
+    (`Goal`).
+    """
+
+    def __init__(self, model: StreamedModel, bounds: Sequence[int]) -> None:
+        self._model, self._bounds = model, bounds
+        self._modules: dict[int, nn.Module] = {}
+        self._arguments: dict[torch.Size, MicroBatch] = {}
+
+    def begin(self, chunk: range) -> None:
+        """Load those that belong to a chunk of the pruned model."""
+        self._modules = {}  # freed before the new ones are read
+        numbers = range(self._bounds[chunk.start], self._bounds[chunk.stop])
+        self._modules = {
+            number: self._model.load_layer(number, prefetch=number + 1 < numbers.stop)
+            for number in numbers
+        }
+
+    def output(self, layer: int, tokens_BT: Tensor, given_BTD: Tensor) -> Tensor:
+        """What a layer of the pruned model is to give (B, T, D)."""
+        if tokens_BT.shape not in self._arguments:
+            self._arguments[tokens_BT.shape] = self._model.embed(tokens_BT)
+        batch = MicroBatch(given_BTD, self._arguments[tokens_BT.shape].arguments)
+        for number in range(self._bounds[layer], self._bounds[layer + 1]):
+            layers.dense_pass(self._modules[number], number, batch, {})
+        return batch.hidden_BTD
 
 
 class Stream:
@@ -45,10 +74,13 @@ class Stream:
         batches: Sequence[Tensor],
         num_training: int,
         keep: Store,
+        goal: DenseLayers | None = None,
     ) -> None:
         """`empty(group)` makes a statistic; the first `num_training` micro-batches are for
-        training; `keep` puts away hidden states.
+        training; `keep` puts away hidden states. Layers are to give what `goal` says, or what they
+        give.
         """
+        self._goal = goal
         self._keep, self._passed = keep, dict[int, list[Passed]]()
         self._model, self._empty, self._batches, self._num_training = (
             model,
@@ -82,7 +114,12 @@ class Stream:
                 index, number, layers.dense_pass(self._modules[index], index, batch, watched)
             )
             if RESIDUAL_STREAM in wanted.get(index, ()):
-                kept = self._keep(given_BTD), self._keep(batch.hidden_BTD)
+                wanted_BTD = (
+                    self._goal.output(index, self._batches[number], given_BTD)
+                    if self._goal
+                    else batch.hidden_BTD
+                )
+                kept = self._keep(given_BTD), self._keep(wanted_BTD)
                 self._passed.setdefault(index, []).extend(zip(*kept, strict=True))
         if saved[1] is None:
             return to_array(batch.hidden_BTD)
@@ -95,6 +132,8 @@ class Stream:
         self._modules = {
             index: self._model.load_layer(index, prefetch=index + 1 < chunk.stop) for index in chunk
         }
+        if self._goal:
+            self._goal.begin(chunk)
         self._passed = {}
         self._fits = {
             (layer, name): self._empty_fits(name)
@@ -142,7 +181,7 @@ class Stream:
         return training.finished(), held_out.finished()
 
     def passed(self, layer: int) -> list[Passed]:
-        """What the layer was given and has given, window by window, handed over."""
+        """What the layer was given, and has given or is to give, window by window, handed over."""
         return self._passed.pop(layer)
 
 

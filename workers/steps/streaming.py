@@ -1,5 +1,5 @@
-"""Steps of the dense path: micro-batches through a chunk of layers, then work on each layer where
-its statistics are.
+"""Steps of the way of many layers at once: micro-batches through a chunk of layers, then work on
+each layer where its statistics, or what it is given, are.
 """
 
 from collections.abc import Mapping, Sequence
@@ -7,21 +7,42 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from safetensors.torch import load_file
 from torch import Tensor
 
 from rayprune.specs.methods.options import DriveOut
+from rayprune.workers.model.checkpoint import open_checkpoint
+from rayprune.workers.network.reading import read_tensors
+from rayprune.workers.network.streamed import StreamedModel
 from rayprune.workers.network.written import trained
 from rayprune.workers.numerics.methods import scores
 from rayprune.workers.passes.kept import read_fits, write_fits
 from rayprune.workers.passes.sealed import read_sealed
-from rayprune.workers.passes.stream import Fits, Saved, Stream, Wanted
+from rayprune.workers.passes.stream import DenseLayers, Fits, Saved, Stream, Wanted
 from rayprune.workers.passes.survey import curve, tensors_of
+from rayprune.workers.passes.sweep import micro_batches
 from rayprune.workers.steps.deciding import Deciding
 from rayprune.workers.steps.step import Cached, Droppable, Receipt, drop_all, step
 from rayprune.workers.steps.writing import Writing
 from rayprune.workers.store.files import Task, commit, write_tensors
-from rayprune.workers.store.layout import LAYER_FILE, STATISTICS_FILE, SURVEY_FILE, boundary_file
-from rayprune.workers.store.training_stage import Removed, forget_another, forget_states, read_log
+from rayprune.workers.store.layout import (
+    LAYER_FILE,
+    STATISTICS_FILE,
+    SURVEY_FILE,
+    TOKENS,
+    boundary_file,
+)
+from rayprune.workers.store.training_stage import (
+    Alone,
+    Goal,
+    HeldOut,
+    Penalty,
+    Removed,
+    forget_another,
+    forget_states,
+    read_log,
+    settled,
+)
 from rayprune.workers.workbench import Workbench
 
 
@@ -34,6 +55,7 @@ class Streaming:
         self._bench, self._deciding, self._writing = bench, deciding, writing
         self._before, self._stream = before, Cached(self._new_stream)
         self._loaded: dict[tuple[int, str], Fits] = {}
+        self._goal: Goal | None = None
         self._job = bench.job
 
     def drop(self) -> None:
@@ -42,15 +64,24 @@ class Streaming:
         self._loaded.clear()
 
     def _new_stream(self) -> Stream:
-        shards, held_out = self._bench.shards(), self._job.calibration.held_out_shards
-        batches = [batch for shard in shards for batch in shard]
+        bench, keep, goal = self._bench, self._bench.spill(True).store, None
+        if self._goal:
+            windows_ST = load_file(self._goal.tokens)[TOKENS].clone()
+            shards = [micro_batches(windows_ST, self._job.parallel.micro_batch)]
+            dense = StreamedModel(
+                open_checkpoint(Path(self._goal.model)), bench.dtype, bench.device
+            )
+            goal = DenseLayers(dense, self._goal.bounds)
+        else:
+            shards = bench.shards()
         return Stream(
-            self._bench.model,
-            list(self._bench.groups.values()),
-            partial(self._bench.statistic, self._job.calibration.samples),
-            batches,
-            sum(len(shard) for shard in shards[:-held_out]),
-            self._bench.spill(True).store,
+            bench.model,
+            list(bench.groups.values()),
+            partial(bench.statistic, self._job.calibration.samples),
+            [batch for shard in shards for batch in shard],
+            sum(len(shard) for shard in shards[: -self._job.calibration.held_out_shards]),
+            keep,
+            goal,
         )
 
     @step
@@ -61,9 +92,15 @@ class Streaming:
         wanted: Wanted,
         saved: Saved,
         before: np.ndarray | None,
+        goal: Goal | None = None,
     ) -> tuple[Receipt, np.ndarray | None]:
-        """Take a micro-batch through a chunk of layers on the dense path; see `Stream.flow`."""
+        """Take a micro-batch of the calibration text, or of that of a `goal`, through a chunk of
+        layers; see `Stream.flow`.
+        """
         drop_all(self._before)
+        if goal != self._goal:
+            self._stream.drop()
+            self._goal = goal
         return {}, self._stream.value.flow(range(*chunk), number, wanted, saved, before)
 
     @step
@@ -125,18 +162,43 @@ class Streaming:
         """Train a layer alone, from the hidden states this worker has, with a penalty on what will
         go; write it as it was on disk.
         """
+        stage = self._job.method.before_cut
+        assert isinstance(stage, DriveOut)
+        penalty = Penalty([removed], stage.strength, stage.norm)
+        return self._train(layer, task, Alone(stage.training, penalty))
+
+    @step
+    def recover(
+        self, layer: int, task: Task, parameters: int, kept_out: Sequence[int]
+    ) -> tuple[Receipt, None]:
+        """Train a layer of the pruned model alone, from the hidden states this worker has, towards
+        what it is to give; write it as it was on disk. The dense model has so many `parameters`,
+        and these windows are measured on, not trained.
+        """
+        spec, held_out = self._job.recover, None
+        assert spec is not None
+        if spec.held_out:
+            held_out = HeldOut(kept_out, spec.held_out.every, spec.held_out.patience)
+        alone = Alone(settled(spec, parameters), lora=spec.lora, held_out=held_out)
+        return self._train(layer, task, alone)
+
+    def _train(self, layer: int, task: Task, alone: Alone) -> tuple[Receipt, None]:
         # torch's training machinery takes a second to import
+        from rayprune.workers.training.adapters import with_adapters
         from rayprune.workers.training.layer import train_layer
 
-        stage, folder = self._job.method.before_cut, task.folder
-        assert isinstance(stage, DriveOut)
+        folder, checkpoint = task.folder, self._bench.checkpoint
         forget_another(folder, task.fingerprint)
         passed = self._stream.value.passed(layer)
         warn = self._bench.warnings.append
-        module = train_layer(self._bench.model, layer, passed, removed, stage, folder, warn)
-        checkpoint = self._bench.checkpoint
+        module = train_layer(self._bench.model, layer, passed, alone, folder, warn)
         infos, prefix = checkpoint.layer_tensors(layer), checkpoint.model.prefix(layer)
-        tensors = trained(module.state_dict(), {key: info.dtype for key, info in infos.items()})
+        found = (
+            with_adapters(read_tensors(checkpoint, infos, prefix), module)
+            if alone.lora
+            else module.state_dict()
+        )
+        tensors = trained(found, {key: info.dtype for key, info in infos.items()})
         write_tensors(
             folder / LAYER_FILE, {prefix + key: tensor for key, tensor in tensors.items()}
         )

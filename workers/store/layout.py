@@ -24,7 +24,7 @@ RESULT_FILE, STARTED_FILE, TRAINED_FOLDER = "result.json", "started", "model"
 SOURCE = "source"
 """In what a manifest tells of weights: digest of the values that they were cut from."""
 RESIDUAL_STREAM = "residual stream"
-"""Beside the names of groups: what a layer is given and gives on the dense path."""
+"""Beside the names of groups: what a layer is given, and gives or is to give."""
 GATE_TOKENS_TASK, GATE_TASK = "gate-tokens", "gate"
 RECOVERY_TOKENS_TASK, TEACHER_TASK = "recovery-tokens", "teacher"
 SURVEY_FILE, SENSITIVITY_TASK = "cuts.safetensors", "sensitivity"
@@ -60,6 +60,11 @@ def statistics_task(layer: int) -> str:
 def regularised_task(layer: int) -> str:
     """Task id of a layer that was trained alone, before the cut."""
     return f"regularised-{layer:04d}"
+
+
+def recovered_task(layer: int) -> str:
+    """Task id of a layer that was trained alone, after the cut."""
+    return f"recovered-{layer:04d}"
 
 
 def gates_task(number: int) -> str:

@@ -68,12 +68,39 @@ class Recovery:
 
 
 @dataclass(frozen=True)
+class Goal:
+    """What every layer of a pruned model is to give: what layers of the dense model make of the
+    same input.
+    """
+
+    model: str
+    """Folder of the dense model."""
+    tokens: str
+    """File of the windows."""
+    bounds: Sequence[int]
+    """The dense layers `bounds[n]` to `bounds[n + 1]` are those whose work layer n is to do: itself
+    before the cut, and whole layers that are gone behind it (of the first also before it).
+    """
+
+
+@dataclass(frozen=True)
 class HeldOut:
     """Windows that are not trained on, and when they are looked at."""
 
     numbers: Sequence[int]
     every: int
     patience: int | None
+
+
+@dataclass(frozen=True)
+class Alone:
+    """The training of a layer by itself."""
+
+    options: TrainingSpec
+    penalty: Penalty | None = None
+    """On the units of this one layer that will go."""
+    lora: LoraSpec | None = None
+    held_out: HeldOut | None = None
 
 
 Aim = Penalty | Gates | Updates | Shrink | Recovery

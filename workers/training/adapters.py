@@ -3,6 +3,7 @@
 A (rank, in) begins at random, B (out, rank) at zero: an adapter changes nothing at first.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,14 +11,14 @@ from torch import Tensor, nn
 
 from rayprune.specs.errors import ModelError, ResourceError
 from rayprune.specs.training import LoraSpec
-from rayprune.workers.model.description import Model
-from rayprune.workers.network.streamed import layers_of
 
 _NAME = "default"
 
 
-def add_adapters(model: Any, described: Model, options: LoraSpec, seed: int) -> set[nn.Parameter]:
-    """Freeze a model and put adapters on all linear maps of its layers; their parameters.
+def add_adapters(
+    network: nn.Module, layers: nn.Module, options: LoraSpec, seed: int
+) -> set[nn.Parameter]:
+    """Freeze a network and put adapters on all linear maps of its layers; their parameters.
 
     Raises:
         ResourceError: peft is not installed.
@@ -29,20 +30,19 @@ def add_adapters(model: Any, described: Model, options: LoraSpec, seed: int) -> 
         raise ResourceError(
             f"recover.lora needs peft ({error}); install rayprune with its extra 'train'"
         ) from None
+    inside = set(layers.modules())
     maps = [
-        f"{described.layers_at}.{name}"
-        for name, module in layers_of(model, described).named_modules()
-        if isinstance(module, nn.Linear)
+        name
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Linear) and module in inside
     ]
     if not maps:
-        raise ModelError(
-            f"recover.lora: the layers of a {described.model_type} have no linear maps"
-        )
+        raise ModelError("recover.lora: the layers of this model have no linear maps")
     torch.manual_seed(seed)
     inject_adapter_in_model(
-        LoraConfig(r=options.rank, lora_alpha=options.alpha, target_modules=maps), model, _NAME
+        LoraConfig(r=options.rank, lora_alpha=options.alpha, target_modules=maps), network, _NAME
     )
-    return {parameter for parameter in model.parameters() if parameter.requires_grad}
+    return {parameter for parameter in network.parameters() if parameter.requires_grad}
 
 
 def adapted(model: nn.Module) -> dict[str, nn.Module]:
@@ -53,6 +53,15 @@ def adapted(model: nn.Module) -> dict[str, nn.Module]:
         f"{name}.weight": module
         for name, module in model.named_modules()
         if hasattr(module, "lora_A")
+    }
+
+
+def with_adapters(tensors: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+    """Tensors as they are on disk, named as in the network; its adapters merged into theirs."""
+    adapters = adapted(network)
+    return {
+        name: merged(tensor, adapters[name]) if name in adapters else tensor
+        for name, tensor in tensors.items()
     }
 
 

@@ -1,5 +1,5 @@
-"""DReSS with `scope: layer`: a layer trained alone towards its own output in the dense model, with
-a penalty on what will go.
+"""`scope: layer`: a layer trained alone towards what it is to give for its input. DReSS: its own
+output in the dense model, with a penalty on what will go. A recovery: the dense layer's output.
 
 No gradient crosses a layer, so all layers can be trained at the same time, each in the memory of
 one. Letters: S windows, B windows of a micro-batch, T tokens, D hidden.
@@ -12,14 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from rayprune.specs.methods.options import DriveOut
-from rayprune.specs.training import Norm
 from rayprune.workers.model.description import Model
 from rayprune.workers.network.streamed import LayerArguments, StreamedModel, output_of
 from rayprune.workers.passes.stream import Passed
-from rayprune.workers.store.training_stage import Removed
+from rayprune.workers.store.training_stage import Alone, Penalty
+from rayprune.workers.training.adapters import add_adapters
 from rayprune.workers.training.loop import Ranks, Training
 from rayprune.workers.training.objectives import GroupPenalty
+
+NOTHING_GOES = Penalty([{}], 0.0, "l2")
 
 
 class LayerTransfer(GroupPenalty):
@@ -27,7 +28,7 @@ class LayerTransfer(GroupPenalty):
 
     sum_t |f(x_t) - y_t|^2 / |y_t|^2 over sum_t |y_t - x_t|^2 / |y_t|^2, with y_t the dense layer's
     output for x_t: the next layer's norm sees each token relative to its length. 0 is the dense
-    layer, 1 a layer that does nothing.
+    layer, 1 a layer that does nothing. Without a penalty nothing will go.
     """
 
     def __init__(
@@ -35,14 +36,12 @@ class LayerTransfer(GroupPenalty):
         passed: Sequence[Passed],
         arguments: Callable[[int], LayerArguments],
         described: Model,
-        removed: Removed,
-        strength: float,
-        norm: Norm,
+        penalty: Penalty,
     ) -> None:
         """`passed`: x and y of every window; `arguments(B)`: what a layer gets besides hidden
         states for so many windows.
         """
-        super().__init__(described, [removed], strength, norm)
+        super().__init__(described, penalty.removed, penalty.strength, penalty.norm)
         self._passed, self._arguments = passed, arguments
         self._update = sum(
             float(_lengths(y_TD - x_TD, y_TD).mean()) for x_TD, y_TD in passed
@@ -87,18 +86,18 @@ def train_layer(
     model: StreamedModel,
     index: int,
     passed: Sequence[Passed],
-    removed: Removed,
-    stage: DriveOut,
+    alone: Alone,
     folder: Path,
     warn: Callable[[str], object],
 ) -> nn.Module:
-    """Train one layer of the dense model in float32, from its last saved state in `folder` if there
-    is one; the layer. `warn` tells the user something.
+    """Train one layer in float32, or adapters beside its weights in the type of the passes, from
+    its last saved state in `folder` if there is one; the layer. `warn` tells the user something.
 
     Raises:
         ModelError: the loss or its gradient is not finite.
     """
-    passed = passed[: stage.training.samples]
+    options = alone.options
+    passed = passed[: options.samples]
     known: dict[int, LayerArguments] = {}
 
     def arguments(num_windows: int) -> LayerArguments:
@@ -109,12 +108,18 @@ def train_layer(
             )
         return known[num_windows]
 
-    layer = model.trainable_layer(index)
-    described = model.checkpoint.model
-    objective = LayerTransfer(passed, arguments, described, removed, stage.strength, stage.norm)
+    held = getattr(torch, options.dtype) if alone.lora else torch.float32
+    layer = model.trainable_layer(index, held)
+    if alone.lora:
+        for parameter in add_adapters(layer, layer, alone.lora, options.seed):
+            parameter.data = parameter.data.to(model.device, torch.float32)
+    penalty = alone.penalty or NOTHING_GOES
+    objective = LayerTransfer(passed, arguments, model.checkpoint.model, penalty)
     numbers_ST = torch.arange(len(passed))[:, None].expand(-1, len(passed[0][0]))
     ranks = Ranks(0, 1, model.device)
-    training = Training(layer, objective, numbers_ST, stage.training, folder, ranks)
+    training = Training(
+        layer, objective, numbers_ST, options, folder, ranks, held_out=alone.held_out
+    )
     training.run()
     for text in training.warnings:
         warn(text)

@@ -76,7 +76,8 @@ def load_for_training(
     before the next one, so that no rank ever holds more than one whole layer beside its shards.
     """
     model, dtype = whole_model(checkpoint), getattr(torch, options.dtype)
-    added = add_adapters(model, checkpoint.model, lora, options.seed) if lora else set()
+    layers = layers_of(model, checkpoint.model)
+    added = add_adapters(model, layers, lora, options.seed) if lora else set()
     if options.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     sharding: dict[str, Any] = {}
@@ -86,7 +87,7 @@ def load_for_training(
             "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
             "ignored_params": added,
         }
-    for part in (*layers_of(model, checkpoint.model), model):
+    for part in (*layers, model):
         for parameter in part.parameters():
             if not isinstance(parameter, DTensor):
                 held = dtype if (frozen or lora) and parameter not in added else torch.float32

@@ -201,7 +201,11 @@ class GroupPenalty(Objective):
         )
 
     def after_step(self, share: float, summed: Sum) -> dict[str, float]:
-        """The proximal map; what is left of the units before it, times strength."""
+        """The proximal map; what is left of the units before it, times strength. Nothing where none
+        will go.
+        """
+        if not self._going:
+            return {}
         left = first = 0.0
         for going in self._going:
             sizes_U = self._sizes(going, summed)

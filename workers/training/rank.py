@@ -26,7 +26,7 @@ from rayprune.workers.store.training_stage import (
     Shrink,
     Updates,
 )
-from rayprune.workers.training.adapters import adapted, merged
+from rayprune.workers.training.adapters import adapted, with_adapters
 from rayprune.workers.training.distillation import Distillation, TopDistillation
 from rayprune.workers.training.loop import Ranks, Training, load_for_training, state_bytes
 from rayprune.workers.training.objectives import (
@@ -128,15 +128,8 @@ def _write_model(model: nn.Module, checkpoint: Checkpoint, folder: Path, ranks: 
         return  # they are whole on every rank: there is nothing to gather
     for part, (prefix, infos) in parts.items():
         if adapters:
-            tensors = {
-                prefix + name: tensor
-                for name, tensor in read_tensors(checkpoint, infos, prefix).items()
-            }
-            tensors |= {
-                name: merged(tensors[name], module)
-                for name, module in adapters.items()
-                if name in tensors
-            }
+            stored = read_tensors(checkpoint, infos, prefix)
+            tensors = with_adapters({prefix + name: stored[name] for name in stored}, model)
         else:
             full = [prefix + name for name in infos]
             tensors = {name: _whole(parameters[modules.get(name, name)]) for name in full}

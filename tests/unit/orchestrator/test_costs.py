@@ -14,6 +14,7 @@ from rayprune.orchestrator.planning.costs import (
 from rayprune.orchestrator.planning.workload import TrainingLoad, Workload
 from rayprune.specs.memory import MemoryPlan
 from rayprune.specs.methods.ranking import RANKINGS
+from rayprune.workers.store.layout import RECOVER_TASK
 from tests.unit.orchestrator.workloads import (
     DENSE,
     EXACT,
@@ -94,8 +95,12 @@ def test_files_instead_of_memory_are_written_and_read() -> None:
         pass_bytes=4,
         sequence_length=LOAD.sequence_length,
         each_layer=True,
+        streamed_windows=8,
     )
     assert spilled_bytes(replace(LOAD, trainings=(alone,)), MemoryPlan()) == 2 * 2 * 6 * 128 * 4 * 4
+    recovered = replace(LAYERS, trainings=(replace(alone, task=RECOVER_TASK, streamed_windows=5),))
+    between = 2 * (128 + 5 * LOAD.sequence_length) * 4 * 4
+    assert checkpoint_bytes(recovered, MemoryPlan(layers_per_chunk=1)) == between
 
 
 def test_ranking_costs_what_the_method_does() -> None:

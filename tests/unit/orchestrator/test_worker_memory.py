@@ -15,6 +15,7 @@ from rayprune.orchestrator.planning.worker_memory import (
 from rayprune.orchestrator.planning.workload import MICRO_BATCHES_AT_ONCE, TrainingLoad
 from rayprune.specs.memory import MemoryPlan
 from rayprune.workers.machine.blocks import CONVERTED_BYTES
+from rayprune.workers.store.layout import RECOVER_TASK
 from tests.unit.orchestrator.workloads import BIG, GPU, LAYERS, LOAD, MIXTURE, REFIT
 
 
@@ -229,6 +230,32 @@ def test_a_layer_trained_alone_takes_the_state_of_one_layer() -> None:
     )
     on_gpu = memory_by_step(replace(GPU, trainings=(training,)), MemoryPlan(layers_per_chunk=2))
     assert on_gpu["train layer"]["weights"] == (800 + 2 * 300) * 2 + 4 * 300
+
+
+def test_a_layer_recovered_alone_has_the_dense_one_beside_it() -> None:
+    training = TrainingLoad(
+        windows=1,
+        keeps_activations=False,
+        pass_bytes=2,
+        sequence_length=LOAD.sequence_length,
+        teacher=True,
+        each_layer=True,
+        task=RECOVER_TASK,
+        keeps_best=True,
+    )
+    kinds = tuple(replace(kind, matrix_sides=50) for kind in LOAD.kinds)
+    load = replace(LOAD, kinds=kinds)
+    kept = max(map(load.kept_parameters, kinds))
+    assert kept < 300
+    tables = [
+        memory_by_step(replace(load, trainings=(replace(training, lora_rank=rank),)), MemoryPlan())
+        for rank in (0, 3)
+    ]
+    whole, adapters = (table["train layer"] for table in tables)
+    assert whole["weights"] == 2 * CONVERTED_BYTES + (4 + 2 + 4) * kept
+    assert whole["optimizer"] == 12 * kept + 6 * 4 * 10
+    assert adapters["weights"] == 2 * CONVERTED_BYTES + 2 * kept + (4 + 4) * 3 * 50
+    assert adapters["optimizer"] == 12 * 3 * 50
 
 
 @pytest.mark.parametrize(
