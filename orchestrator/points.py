@@ -16,6 +16,7 @@ from rayprune.orchestrator.reporting.comparison import (
     recommended,
     results,
     rule,
+    score_tables,
 )
 from rayprune.orchestrator.reporting.comparison_page import comparison_page
 from rayprune.orchestrator.reporting.tables import Part
@@ -102,6 +103,7 @@ def sweep(
 def summary(runs: Sequence[Compared], out: Path, within: float) -> Iterator[Part]:
     """What came of a sweep."""
     yield results(runs)
+    yield from score_tables(runs)
     yield _recommendation(runs, within)
     yield f"sweep: {out / SWEEP_FILE}, {out / SWEEP_PAGE}"
 

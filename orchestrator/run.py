@@ -18,7 +18,7 @@ from rayprune.orchestrator.planning.preflight import Checked, check_job
 from rayprune.orchestrator.planning.steps import plan_job
 from rayprune.orchestrator.reporting.gather import write_report
 from rayprune.orchestrator.reporting.report import Report
-from rayprune.orchestrator.stages import own_text, start
+from rayprune.orchestrator.stages import lm_tasks, own_text, start
 from rayprune.orchestrator.stages.context import Context
 from rayprune.orchestrator.stages.dropping import prune_without_layers
 from rayprune.orchestrator.stages.prune import prune
@@ -61,6 +61,7 @@ def run_job(
         for warning in plan.warnings:
             context.emit("warning", text=warning)
         start.start(context, checkpoint.path)
+        lm_tasks.open_tasks(context)
         drops = job.budget.drop_layers is not None
         passes = prune_in_steps if job.steps else prune_without_layers if drops else prune
         done = passes(context, plan_on(executor.device_kind, plans, job, checkpoint), checkpoint)

@@ -427,6 +427,16 @@ class EvaluationSpec(Section):
     """
     prompt_tokens: int = Field(default=48, ge=1, le=4096)
     """Tokens that they go on with, at most."""
+    tasks: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Tasks of lm-eval by their names, or groups of them, that every model is asked."""
+    tasks_folder: LocalPath | None = None
+    """Folder with tasks of your own, as YAML and data; its names go before lm-eval's."""
+    tasks_limit: int | None = Field(default=None, ge=1)
+    """Only the first so many documents of each task; null: all."""
+    tasks_batch: int = Field(default=1, ge=1, le=1024)
+    """Questions that a model is asked at once."""
+    few_shot: int | None = Field(default=None, ge=0, le=1024)
+    """Examples before each question; null: as many as the task says."""
 
     @property
     def by_name(self) -> dict[str, TextSpec]:
@@ -451,6 +461,14 @@ class EvaluationSpec(Section):
             raise ValueError("give either path, or texts by name: texts: {NAME: {path: FILE}}")
         if self.texts and (self.format, self.field) != ("auto", None):
             raise ValueError("with texts, format and field belong to each of them: move them there")
+        return self
+
+    @model_validator(mode="after")
+    def _tasks_for_their_options(self) -> Self:
+        given = {"tasks_folder", "tasks_limit", "tasks_batch", "few_shot"} & self.model_fields_set
+        idle = sorted(name for name in given if getattr(self, name) not in (None, 1))
+        if idle and not self.tasks:
+            raise ValueError(f"{idle[0]}: there are no tasks; give tasks: [NAME], or leave it out")
         return self
 
     @model_validator(mode="after")

@@ -303,6 +303,14 @@ class Steps:
         """`Judging.go_on`."""
         return self._submit("go_on", model_path)
 
+    def open_lm_tasks(self) -> Call[None]:
+        """`Judging.open_lm_tasks`."""
+        return self._submit("open_lm_tasks")
+
+    def ask_lm_tasks(self, model_path: str) -> Call[None]:
+        """`Judging.ask_lm_tasks`."""
+        return self._submit("ask_lm_tasks", model_path)
+
     def teach(self, model_path: str, tokens: str, task: Task, owned: tuple[int, int]) -> Call[None]:
         """`Judging.teach`."""
         return self._submit("teach", model_path, tokens, task, owned)

@@ -46,6 +46,10 @@ def check_encoder(job: JobSpec) -> None:
             job.evaluation is not None and len(job.evaluation.prompts) > 0,
             "an encoder writes no text; leave it out",
         ),
+        "evaluation.tasks": (
+            job.evaluation is not None and len(job.evaluation.tasks) > 0,
+            "lm-eval asks for probabilities of texts, which an encoder has not; leave it out",
+        ),
     }
     for option, (asked, reason) in reasons.items():
         if asked:

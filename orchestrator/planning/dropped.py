@@ -33,7 +33,8 @@ from rayprune.workers.store.layout import (
 
 _STAGES = ("divergence", "write", TEACHER_TASK, RECOVER_TASK, "evaluate")
 _TRAINING = ("teach", "train", "train layer")
-_STEPS = ("divergence", "write", "write outer", "evaluate", *_TRAINING, "convert")
+_EVALUATION = ("evaluate", "whole model")
+_STEPS = ("divergence", "write", "write outer", *_EVALUATION, *_TRAINING, "convert")
 """What is done where nothing but layers goes."""
 
 

@@ -25,7 +25,7 @@ from rayprune.orchestrator.planning.memory_choice import (
 )
 from rayprune.orchestrator.planning.mixtures import kept_experts
 from rayprune.orchestrator.planning.own_text import own_tasks
-from rayprune.orchestrator.planning.samples import samples_left_out, samples_tasks
+from rayprune.orchestrator.planning.samples import lm_tasks_tasks, samples_left_out, samples_tasks
 from rayprune.orchestrator.planning.shapes import Shape, open_shapes, planned_shape
 from rayprune.orchestrator.planning.speeds import PredictedSpeed, predicted_speeds
 from rayprune.orchestrator.planning.targets import check_targets
@@ -286,14 +286,14 @@ def make_plan(
     _check_drift(model, load)
     limit, limit_name = _memory_limit(job, machine)
     left_out = samples_left_out(job, load, limit)
-    samples = samples_tasks(job, left_out)
-    load = replace(load, whole_models=len(samples))
+    whole = (*samples_tasks(job, left_out), *lm_tasks_tasks(job, load, limit))
+    load = replace(load, whole_models=bool(whole))
     memory = choose_memory(load, limit, limit_name)
     timed = stages(load, memory, machine)
     return Plan(
         model=_planned_model(job, checkpoint, load),
         shapes=shapes,
-        tasks=(*_tasks(job, model, shapes[0], len(shapes)), *samples),
+        tasks=(*_tasks(job, model, shapes[0], len(shapes)), *whole),
         workers=load.workers,
         placement=load.placement,
         propagation=load.propagation,

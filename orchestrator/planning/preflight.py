@@ -231,9 +231,10 @@ def first_plan(job: JobSpec, checkpoint: Checkpoint) -> Plan:
 
 
 def check_packages(job: JobSpec) -> None:
-    """Miss what a training needs now, not after hours of other work.
+    """Miss what a training, a form or a task of lm-eval needs now, not after hours of other work.
 
     Raises:
+        SpecError: there is no such task.
         ResourceError: a package is not installed.
     """
     needed: list[str] = []
@@ -246,6 +247,15 @@ def check_packages(job: JobSpec) -> None:
             "the package gguf is missing, which export.target: gguf writes with; install rayprune"
             " with its extra: pip install 'rayprune[gguf]'"
         )
+    if job.evaluation and job.evaluation.tasks:
+        if not find_spec("lm_eval"):
+            raise ResourceError(
+                "the package lm_eval is missing, which evaluation.tasks asks; install rayprune with"
+                " its extra: pip install 'rayprune[eval]'"
+            )
+        from rayprune.workers.lm_tasks import check_tasks  # an extra
+
+        check_tasks(job.evaluation)
     if missing := [name for name in needed if find_spec(name) is None]:
         raise ResourceError(
             f"packages for training are missing ({', '.join(missing)}); install rayprune with its"

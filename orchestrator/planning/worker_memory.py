@@ -70,7 +70,7 @@ def memory_by_step(load: Workload, choice: MemoryPlan) -> dict[str, Kinds]:
         table["own text"] = _own_text(load, load.own_text)
     if load.whole_models:
         whole = whole_model_bytes(load)
-        table["samples"] = {"runtime": RUNTIME_BYTES, "weights": whole - RUNTIME_BYTES}
+        table["whole model"] = {"runtime": RUNTIME_BYTES, "weights": whole - RUNTIME_BYTES}
     if load.candidates:
         table["divergence"] = _divergence(load, choice)
     if load.gradient_windows:

@@ -141,8 +141,8 @@ class Workload:
     """What the model writes itself."""
     experts: int | None = None
     """Experts of a layer that stay; None: there are none, or none that can be removed."""
-    whole_models: int = 0
-    """Models that are loaded as a whole, to go on with prompts."""
+    whole_models: bool = False
+    """Whether models are loaded as a whole, to go on with prompts or to be asked tasks."""
     converts: bool = False
     """Whether a file in GGUF is written."""
     placement: Placement = "shards"

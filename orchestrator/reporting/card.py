@@ -12,7 +12,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from rayprune.orchestrator.reporting.facts import Dense
+from rayprune.orchestrator.reporting.facts import Dense, Score
 from rayprune.orchestrator.reporting.report import Report
 from rayprune.orchestrator.reporting.speeds import protocol, speed_rows
 from rayprune.orchestrator.reporting.tables import text, titled
@@ -110,6 +110,18 @@ def _metadata(report: Report, dense: Dense, recovered: bool) -> ModelCardData:
         )
         for measure in _measures(report, recovered)
     ]
+    model = "recovered" if recovered else "after"
+    results += [
+        EvalResult(
+            task_type=task or "other",
+            dataset_type=score.task,
+            dataset_name=score.task,
+            metric_type=score.metric,
+            metric_name=_asked(report, score),
+            metric_value=round(score.values[model], 4),
+        )
+        for score in report.scores
+    ]
     data = ModelCardData(
         base_model=dense.hub_id,
         library_name="transformers",
@@ -170,10 +182,15 @@ def _quality(report: Report, recovered: bool) -> Iterator[str]:
     for measure in measures:
         words, where = measure.name.replace("_", " "), _cell(measure.text)
         yield f"| {words} on {where} | {measure.before:.4f} | {measure.after:.4f} |"
+    for score in report.scores:
+        after = score.words("recovered" if recovered else "after")
+        yield f"| {_cell(f'{score.metric} of {score.task}')} | {score.words('before')} | {after} |"
     for measure in measures:
         if measure.name == PERPLEXITY:
             where = f" on {_cell(measure.text)}" if len(report.texts) > 1 else ""
             yield f"\nRatio of the perplexities{where} {measure.after / measure.before:.4f}."
+    for words in dict.fromkeys(_asked(report, score) for score in report.scores):
+        yield f"\nTasks: {words}; ± standard error."
     yield f"\n{_protocol(report)}.\n" if measures else "\nIts quality was not measured.\n"
 
 
@@ -182,6 +199,18 @@ def _protocol(report: Report) -> str:
     assert used is not None, "what was measured comes with its protocol"
     scored = f", {used.scored_tokens:,} scored tokens" if used.scored_tokens else ""
     return f"{used.windows:,} windows of {used.window:,} tokens, stride {used.stride:,}{scored}"
+
+
+def _asked(report: Report, score: Score) -> str:
+    """How a task of lm-eval was asked."""
+    used = report.evaluation
+    assert used is not None, "what was measured comes with its protocol"
+    parts = [f"lm-eval {used.lm_eval}, task version {score.version}"]
+    if score.few_shot is not None:
+        parts.append(f"{score.few_shot} shots")
+    if score.documents is not None:
+        parts.append(f"{score.documents:,} documents")
+    return ", ".join(parts)
 
 
 def _file(path: str) -> str:

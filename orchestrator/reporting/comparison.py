@@ -82,6 +82,27 @@ def results(runs: Sequence[Compared]) -> Table:
     return Table("results", [*columns, *(f"on {text}" for text in texts), "", "seconds"], rows)
 
 
+def score_tables(runs: Sequence[Compared]) -> Iterator[Table]:
+    """What the models to take achieve in tasks of lm-eval, a column for each run, and the first
+    run's dense model."""
+    names = dict.fromkeys(score.name for run in runs for score in run.report.scores)
+    if not names:
+        return
+    found = [{score.name: score for score in run.report.scores} for run in runs]
+    rows = [
+        [
+            name,
+            next(scores[name].words("before") for scores in found if name in scores),
+            *(
+                scores[name].words(run.report.taken) if name in scores else ""
+                for run, scores in zip(runs, found, strict=True)
+            ),
+        ]
+        for name in names
+    ]
+    yield Table("tasks of lm-eval", ["task", "dense", *(run.name for run in runs)], rows)
+
+
 def _texts(runs: Sequence[Compared]) -> list[str]:
     """The texts that were measured, where a run has several."""
     found = dict.fromkeys(text for run in runs for text in run.report.texts)
@@ -123,11 +144,26 @@ def protocols(runs: Sequence[Compared]) -> Iterator[str]:
         for run in runs
         if (each := run.report.evaluation)
     }
+    asked = {run.name: _asked(run.report) for run in runs if run.report.scores}
+    if len(set(asked.values())) > 1:
+        yield "warning: tasks of lm-eval were asked in different ways, and cannot be compared"
+        yield from (f"{name}: {words}" for name, words in asked.items())
     if len(set(used.values())) > 1:
         yield "warning: perplexities were measured in different ways, and cannot be compared"
         yield from (f"{name}: {words}" for name, words in used.items())
     else:
         yield from set(used.values())
+
+
+def _asked(report: Report) -> str:
+    """How the tasks of lm-eval were asked, in words."""
+    each = (
+        f"{score.task} (version {score.version}, {score.few_shot} shots,"
+        f" {score.documents} documents)"
+        for score in report.scores
+    )
+    version = report.evaluation.lm_eval if report.evaluation else None
+    return f"lm-eval {version}: {', '.join(dict.fromkeys(each))}"
 
 
 def layers(runs: Sequence[Compared]) -> Iterator[Table]:
@@ -152,3 +188,4 @@ def comparison(runs: Sequence[Compared]) -> Iterator[Part]:
     yield from layers(runs)
     yield from protocols(runs)
     yield results(runs)
+    yield from score_tables(runs)

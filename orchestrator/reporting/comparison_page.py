@@ -10,6 +10,7 @@ from rayprune.orchestrator.reporting.comparison import (
     on_frontier,
     protocols,
     results,
+    score_tables,
 )
 from rayprune.orchestrator.reporting.page import page, wide_table
 from rayprune.orchestrator.reporting.tables import Table, text
@@ -25,6 +26,7 @@ def _body(title: str, lead: str, runs: Sequence[Compared]) -> Iterator[str]:
     if measured := [run for run in runs if run.perplexity is not None]:
         yield f"<h2>Size and quality</h2>{_scatter(measured)}"
     yield _table(results(runs))
+    yield from map(_table, score_tables(runs))
     yield from (f"<p>{text(words)}</p>" for words in protocols(runs))
     yield "<h2>Jobs</h2>"
     yield from (f"<p>{text(words)}</p>" for words in job_differences(runs))

@@ -101,6 +101,38 @@ class Sample(Facts):
     """By model: `before`, `after`, `recovered`."""
 
 
+class Score(Facts):
+    """What the models achieve in a task of lm-eval, by one metric; what is not known is no key."""
+
+    task: str
+    metric: str
+    values: dict[str, float]
+    """By model: `before`, `after`, `recovered`."""
+    stderr: dict[str, float]
+    """Standard errors likewise, of metrics for which lm-eval has them."""
+    higher_is_better: bool | None = None
+    documents: int | None = None
+    """How many were asked; of a group each of its tasks tells."""
+    few_shot: int | None = None
+    """Examples before each question."""
+    version: str
+    """Of the task."""
+
+    @property
+    def name(self) -> str:
+        """The task and the metric."""
+        return f"{self.task} {self.metric}"
+
+    def words(self, model: str) -> str:
+        """The value of a model, with its standard error."""
+        error = f" ± {self.stderr[model]:.4f}" if model in self.stderr else ""
+        return f"{self.values[model]:.4f}{error}" if model in self.values else ""
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, fields: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in fields(self).items() if value is not None}
+
+
 class Models(Facts):
     """Folders of models, relative to the run folder."""
 
@@ -147,6 +179,10 @@ class Evaluation(Facts):
     windows: int
     scored_tokens: int = 0
     """Tokens that were predicted."""
+    lm_eval: str | None = None
+    """Its version, where models were asked its tasks."""
+    tasks_batch: int = 1
+    """Questions of it that a model is asked at once."""
 
     @property
     def files(self) -> str:

@@ -32,6 +32,7 @@ from rayprune.orchestrator.reporting.facts import (
     OnText,
     OwnText,
     Sample,
+    Score,
     Span,
     StepReport,
     Training,
@@ -46,6 +47,7 @@ from rayprune.workers.store.layout import (
     CARD_FILE,
     EVALUATION_TASK,
     EXPORT_TASK,
+    LM_TASKS_TASK,
     OWN_TEXT_TASK,
     RECOVER_TASK,
     TRAINED_FOLDER,
@@ -112,7 +114,8 @@ def _gather(context: Context, done: Pruned) -> Report:
         **_measured(judged),
         texts=_on_texts(judged),
         samples=_samples(context, done),
-        evaluation=_evaluation(context, judged),
+        scores=_scores(done),
+        evaluation=_evaluation(context, done),
         speeds=_speeds(context, after.identity),
         calibration=job.calibration.model_dump(mode="json"),
         own_text=_own_text(context),
@@ -284,20 +287,37 @@ def _samples(context: Context, done: Pruned) -> tuple[Sample, ...]:
     )
 
 
-def _evaluation(context: Context, judged: Found) -> Evaluation | None:
+def _scores(done: Pruned) -> tuple[Score, ...]:
+    """A line for each task and metric, with the values of all models."""
+    by_metric: dict[tuple[str, str], dict[str, Any]] = {}
+    for model, scores in done.scores.items():
+        for score in scores:
+            told = {name: v for name, v in score.items() if name not in ("value", "stderr")}
+            line = by_metric.setdefault(
+                (score["task"], score["metric"]), told | {"values": {}, "stderr": {}}
+            )
+            line["values"][model] = score["value"]
+            if score["stderr"] is not None:
+                line["stderr"][model] = score["stderr"]
+    return tuple(map(Score.model_validate, by_metric.values()))
+
+
+def _evaluation(context: Context, done: Pruned) -> Evaluation | None:
     """The protocol behind what was measured: numbers from different protocols cannot be
     compared.
     """
-    if context.job.evaluation is None or not judged:
+    if context.job.evaluation is None or not done.judged:
         return None
-    found = judged["after"].result
+    found = done.judged["after"].result
     counts = {key: found[key] for key in ("windows", "scored_tokens") if key in found}
     tokens = read_manifest(context.scope.folder(EVALUATION_TASK))
     inputs: Any = tokens.made_from["inputs"] if tokens else {}
+    asked = read_manifest(context.scope.folder(LM_TASKS_TASK)) if done.scores else None
     return Evaluation.model_validate(
         context.job.evaluation.model_dump(mode="json")
         | {"stride": context.job.evaluation.effective_stride}
         | {"tokenizer": fingerprint(inputs.get("tokenizer"))}
+        | ({"lm_eval": asked.info["lm_eval"]} if asked else {})
         | counts
     )
 

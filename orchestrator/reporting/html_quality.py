@@ -4,11 +4,8 @@ from collections.abc import Sequence
 
 from rayprune.orchestrator.reporting.facts import Slice
 from rayprune.orchestrator.reporting.page import drawings, folded, note, section, wide_table
-from rayprune.orchestrator.reporting.report import Report
+from rayprune.orchestrator.reporting.report import MODELS, Report, score_table
 from rayprune.orchestrator.reporting.tables import text
-
-MODELS = {"before": "dense", "after": "pruned", "recovered": "recovered"}
-"""What people call the models."""
 
 
 def quality(report: Report) -> str:
@@ -28,7 +25,7 @@ def quality(report: Report) -> str:
     rows = [_row(report, name, model) for name, found in report.texts.items() for model in found]
     columns = ["Text", "Model", "Tokens", *(title for title, _, _ in _columns(report))]
     table = wide_table("Quality on each text", columns, rows) if rows else ""
-    return section("Quality", table, note(told), _slices(report))
+    return section("Quality", table, note(told), _slices(report), _scores(report))
 
 
 Column = tuple[str, str, str]
@@ -78,6 +75,16 @@ def _slices(report: Report) -> str:
     )
     table = wide_table("Quality by kind of token", columns, rows)
     return folded("By place in the window, and of rare tokens", table + note(told))
+
+
+def _scores(report: Report) -> str:
+    """What the models achieve in tasks of lm-eval."""
+    if not report.scores or report.evaluation is None:
+        return ""
+    table = score_table(report)
+    asked = report.evaluation
+    told = f"Asked by lm-eval {asked.lm_eval}, {asked.tasks_batch} at once; ± standard error."
+    return f"<h3>Tasks</h3>{wide_table(table.title, table.columns, table.rows)}{note(told)}"
 
 
 def _closeness(of: Slice) -> tuple[str, str]:

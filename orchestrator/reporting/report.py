@@ -26,6 +26,7 @@ from rayprune.orchestrator.reporting.facts import (
     Perplexity,
     Records,
     Sample,
+    Score,
     Span,
     StepReport,
     Training,
@@ -33,6 +34,9 @@ from rayprune.orchestrator.reporting.facts import (
 from rayprune.orchestrator.reporting.speeds import Speeds, speed_parts
 from rayprune.orchestrator.reporting.tables import Part, Table, html_parts, titled
 from rayprune.specs.errors import SpecError
+
+MODELS = {"before": "dense", "after": "pruned", "recovered": "recovered"}
+"""What people call the models."""
 
 
 class Report(Facts):
@@ -78,6 +82,8 @@ class Report(Facts):
     """
     samples: tuple[Sample, ...] = ()
     """What the models write, by the likeliest token, where the job has prompts."""
+    scores: tuple[Score, ...] = ()
+    """What the models achieve in tasks of lm-eval, where the job has some."""
     evaluation: Evaluation | None
     speeds: Speeds | None = None
     """Where `rayprune bench --run` has measured them; else there is no such key."""
@@ -300,6 +306,8 @@ def _measured(report: Report) -> Iterator[Part]:
     yield from closeness_lines(report)
     if len(report.texts) > 1:
         yield text_table(report)
+    if report.scores:
+        yield score_table(report)
     if alike := report.embeddings:
         yield (
             f"embeddings: cosine with the dense model's {alike.cosine:.4f} on average, at least"
@@ -350,6 +358,23 @@ def text_table(report: Report) -> Table:
     filled = [place for place in range(6) if any(row[place] for row in rows)]
     shown = [[row[place] for place in filled] for row in rows]
     return Table("on each text", [columns[place] for place in filled], shown)
+
+
+def score_table(report: Report) -> Table:
+    """What the models achieve in tasks of lm-eval."""
+    models = [name for name in MODELS if name in report.scores[0].values]
+    rows = [
+        [
+            score.name,
+            *map(score.words, models),
+            "" if score.documents is None else f"{score.documents:,}",
+            "" if score.few_shot is None else str(score.few_shot),
+            score.version,
+        ]
+        for score in report.scores
+    ]
+    names = (MODELS[name] for name in models)
+    return Table("tasks of lm-eval", ["task", *names, "documents", "shots", "version"], rows)
 
 
 STEP_COLUMNS = (

@@ -13,6 +13,7 @@ from rayprune.orchestrator.stages import (
     export,
     formats,
     gradients,
+    lm_tasks,
     own_text,
     probe,
     routed,
@@ -91,9 +92,12 @@ def end(
     models |= {"recovered": recovered} if recovered else {}
     judged = evaluation.evaluate(context, models, evaluated)
     written = samples.write_samples(context, subject.plan, models, evaluated)
+    scores = lm_tasks.ask_models(context, models)
     final = noting(context, subject.plan, [*few, *evaluation.doubts(judged)])
     allocation = _allocation(context)
-    return Pruned(final, original, pruned, recovered, _groups(layers), judged, written, allocation)
+    return Pruned(
+        final, original, pruned, recovered, _groups(layers), judged, written, scores, allocation
+    )
 
 
 def noting(context: Context, plan: Plan, warnings: Sequence[str]) -> Plan:

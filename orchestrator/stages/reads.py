@@ -20,6 +20,7 @@ from rayprune.workers.store.layout import (
     GATE_TASK,
     GATE_TOKENS_TASK,
     GRADIENTS_TASK,
+    LM_TASKS_TASK,
     OUTER_TASK,
     OWN_TEXT_TASK,
     RECOVER_TASK,
@@ -31,12 +32,15 @@ from rayprune.workers.store.layout import (
     TEACHER_TASK,
     UPDATES_TASK,
     converted_task,
+    lm_tasks_task,
     samples_task,
 )
 from rayprune.workers.texts.limits import spread_windows
 
 CONVERTED_TASKS = tuple(map(converted_task, ("vllm", "gguf", "gguf-q8_0")))
 SAMPLES_TASKS = tuple(map(samples_task, ("before", "after", "recovered")))
+ASKED_TASKS = tuple(map(lm_tasks_task, ("before", "after", "recovered")))
+_ASKED = {"tasks", "tasks_limit", "tasks_batch", "few_shot"}
 BOUNDARY = "boundary"
 """Hidden states that a wave of the dense path leaves behind: no task, but they depend on things as
 one does.
@@ -97,6 +101,8 @@ READS: Mapping[str, tuple[str, ...]] = {
     "evaluate-after": (*_ACTIVATIONS, "evaluation.stride"),
     "evaluate-recovered": (*_ACTIVATIONS, "evaluation.stride"),
     **dict.fromkeys(SAMPLES_TASKS, (*_ACTIVATIONS, "samples")),
+    LM_TASKS_TASK: ("asked.tasks",),
+    **dict.fromkeys(ASKED_TASKS, (*_ACTIVATIONS, "asked")),
 }
 """By kind of task; a section's name stands for all of it."""
 KEPT_IN_STORE = {
@@ -119,6 +125,8 @@ KEPT_IN_STORE = {
     "evaluate-before",
     "evaluate-after",
     *SAMPLES_TASKS,
+    LM_TASKS_TASK,
+    *ASKED_TASKS,
 }
 """Kinds of tasks that a store keeps. Not `source`, since a folder's files tell it apart in that
 folder alone; not trainings, whose folders hold more than their results; not the exported model.
@@ -133,6 +141,7 @@ WITHOUT_ACTIVATIONS = {
     OUTER_TASK,
     EXPORT_TASK,
     *CONVERTED_TASKS,
+    LM_TASKS_TASK,
 }
 """Tasks whose result does not depend on how workers compute."""
 
@@ -159,7 +168,8 @@ def _known(job: JobSpec) -> dict[str, Any]:
     result is left out.
     """
     left_out: Any = {
-        "evaluation": {"path", "format", "field", "texts", "prompts", "prompt_tokens"},
+        "evaluation": {"path", "format", "field", "texts", "prompts", "prompt_tokens"}
+        | {"tasks_folder", *_ASKED},
         "recover": HOW_TRAINED | {"text", "samples"},  # they are in its tokens
         "method": {"training": HOW_TRAINED, "gates": HOW_TRAINED},
     }
@@ -184,6 +194,7 @@ def _known(job: JobSpec) -> dict[str, Any]:
         known["evaluation"] |= {"text": next(iter(texts.values()))} if one else {"texts": texts}
         known["evaluation"]["stride"] = evaluation.effective_stride
         known["samples"] = evaluation.model_dump(mode="json", include={"prompts", "prompt_tokens"})
+        known["asked"] = evaluation.model_dump(mode="json", include=_ASKED)
     elsewhere: Any = {"latency_table", "probe_samples", "probe_layers", "experts", "expert_score"}
     # what jobs of earlier versions could not ask for
     elsewhere |= {n for n in ("tokens_per_second", "memory") if getattr(job.budget, n) is None}

@@ -16,7 +16,15 @@ from typing import Any
 from rayprune.orchestrator.planning.plan import Plan
 from rayprune.orchestrator.planning.shapes import Shape
 from rayprune.orchestrator.planning.steps import nothing_to_remove, plan_job, step_job, step_words
-from rayprune.orchestrator.stages import evaluation, formats, own_text, samples, source, texts
+from rayprune.orchestrator.stages import (
+    evaluation,
+    formats,
+    lm_tasks,
+    own_text,
+    samples,
+    source,
+    texts,
+)
 from rayprune.orchestrator.stages.context import Context
 from rayprune.orchestrator.stages.prune import noting, prune
 from rayprune.orchestrator.stages.subject import Measured, ModelAt, Pruned, file_digests, made_model
@@ -85,6 +93,7 @@ def prune_in_steps(context: Context, plan: Plan, checkpoint: Checkpoint) -> Prun
     models = {"before": original, "after": pruned}
     judged = evaluation.evaluate(context, models, tokens.evaluation)
     written = samples.write_samples(context, plan, models, tokens.evaluation)
+    scores = lm_tasks.ask_models(context, models)
     record: Any = passes.records[last.number].info
     done = [gate_task(number) for number in passes.records]
     others = [task for task in plan.tasks if not task.endswith(f"/{GATE_TASK}")]
@@ -97,6 +106,7 @@ def prune_in_steps(context: Context, plan: Plan, checkpoint: Checkpoint) -> Prun
         layers=record["layers"],
         judged=judged,
         samples=written,
+        scores=scores,
         allocation=record["allocation"],
         steps=tuple(passes.measured),
     )

@@ -131,6 +131,8 @@ class Pruned:
     """What was measured of every model, by name, where there is a text for it."""
     samples: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """What every model goes on with after the job's prompts, by the model's name."""
+    scores: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    """What every model achieves in the job's tasks of lm-eval, by the model's name."""
     allocation: Mapping[str, Any] | None = None
     """How layers that differ got their sizes: what was predicted, measured and tried."""
     dropped: Mapping[str, Any] | None = None

@@ -52,6 +52,7 @@ ROOMS = {
         "workers.network",
         "workers.texts",
     },
+    "workers.lm_tasks": {"specs"},
     "workers.tokens": {"specs", "workers.calibration", "workers.model", "workers.texts"},
     "workers.network": {
         "specs",
@@ -101,6 +102,7 @@ ROOMS = {
         "specs",
         "workers.calibration",
         "workers.formats",
+        "workers.lm_tasks",
         "workers.machine",
         "workers.model",
         "workers.network",
@@ -116,6 +118,7 @@ ROOMS = {
     "orchestrator.planning": {
         "orchestrator.reporting",  # a plan in a notebook
         "specs",
+        "workers.lm_tasks",
         "workers.machine",
         "workers.model",
         "workers.store",

@@ -45,8 +45,9 @@ def processor() -> str:
 
 
 @cache
-def check_room(model: Path, needed_bytes: int, device: torch.device) -> None:
-    """Check that a whole model fits into the memory that is free where it is computed on.
+def check_room(model: Path, needed_bytes: int, device: torch.device, option: str) -> None:
+    """Check that a whole model, which an option asks for, fits into the memory that is free where
+    it is computed on.
 
     Raises:
         ResourceError: it does not.
@@ -55,8 +56,8 @@ def check_room(model: Path, needed_bytes: int, device: torch.device) -> None:
     free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
     if needed_bytes > free:
         raise ResourceError(
-            f"evaluation.prompts: {model} takes {needed_bytes / 2**30:.2f} GiB as a whole,"
-            f" {free / 2**30:.2f} are free on the {device.type}; leave prompts out"
+            f"{option}: {model} takes {needed_bytes / 2**30:.2f} GiB as a whole,"
+            f" {free / 2**30:.2f} are free on the {device.type}; leave it out"
         )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -142,14 +143,50 @@ class Judging:
             ResourceError: it does not fit into the memory that is free.
         """
         assert self._job.evaluation is not None
-        drop_all(self._before)
-        folder, spec = Path(model_path), self._job.evaluation
-        checkpoint, dtype, device = open_checkpoint(folder), self._bench.dtype, self._bench.device
-        check_room(folder, checkpoint.parameters * dtype.itemsize, device)
-        tokenizer = load_tokenizer(folder)
+        spec, tokenizer = self._job.evaluation, load_tokenizer(Path(model_path))
         prompts = [tokenizer(prompt)["input_ids"] for prompt in spec.prompts]
-        found = greedy(loaded(folder, dtype).to(device), prompts, spec.prompt_tokens)
+        found = greedy(self._whole(model_path, "evaluation.prompts"), prompts, spec.prompt_tokens)
         return {"texts": [tokenizer.decode(ids, skip_special_tokens=True) for ids in found]}, None
+
+    @step
+    def open_lm_tasks(self) -> tuple[Receipt, None]:
+        """Load the documents of the job's tasks of lm-eval.
+
+        Raises:
+            SpecError: there is no such task, or its data cannot be loaded.
+        """
+        from rayprune.workers.lm_tasks import VERSION, open_tasks  # an extra
+
+        assert self._job.evaluation is not None
+        return {"lm_eval": VERSION, "tasks": open_tasks(self._job.evaluation)}, None
+
+    @step
+    def ask_lm_tasks(self, model_path: str) -> tuple[Receipt, None]:
+        """What the model of a folder, loaded as a whole, achieves in the job's tasks of lm-eval.
+
+        Raises:
+            ResourceError: it does not fit into the memory that is free.
+            SpecError: a task's code fails.
+            ModelError: the tokenizer has no token to begin with, or a value is no finite number.
+        """
+        from rayprune.workers.lm_tasks import ask  # an extra
+
+        assert self._job.evaluation is not None
+        tokenizer = load_tokenizer(Path(model_path))
+        network = self._whole(model_path, "evaluation.tasks")
+        return {"scores": ask(self._job.evaluation, network, tokenizer)}, None
+
+    def _whole(self, model_path: str, option: str) -> Any:
+        """The model of a folder as a whole, which an option asks for.
+
+        Raises:
+            ResourceError: it does not fit into the memory that is free.
+        """
+        drop_all(self._before)
+        folder, dtype, device = Path(model_path), self._bench.dtype, self._bench.device
+        needed_bytes = open_checkpoint(folder).parameters * dtype.itemsize
+        check_room(folder, needed_bytes, device, option)
+        return loaded(folder, dtype).to(device).eval()
 
     @step
     def teach(

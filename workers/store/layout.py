@@ -27,6 +27,8 @@ RESIDUAL_STREAM = "residual stream"
 """Beside the names of groups: what a layer is given, and gives or is to give."""
 GATE_TOKENS_TASK, GATE_TASK = "gate-tokens", "gate"
 RECOVERY_TOKENS_TASK, TEACHER_TASK = "recovery-tokens", "teacher"
+LM_TASKS_TASK = "lm-eval"
+"""The job's tasks of lm-eval, loaded, and what names of tasks begin with that ask a model."""
 SURVEY_FILE, SENSITIVITY_TASK = "cuts.safetensors", "sensitivity"
 STATISTICS_FILE = "statistics.safetensors"
 GRADIENTS_TASK, GRADIENTS_FILE = "gradients", "gradients.safetensors"
@@ -90,6 +92,11 @@ def converted_task(target: str) -> str:
 def samples_task(model: str) -> str:
     """Task id of what a model goes on with after the job's prompts."""
     return f"samples-{model}"
+
+
+def lm_tasks_task(model: str) -> str:
+    """Task id of what a model achieves in the job's tasks of lm-eval."""
+    return f"{LM_TASKS_TASK}-{model}"
 
 
 def is_model(task: str) -> bool:
