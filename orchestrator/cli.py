@@ -27,7 +27,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     130 interrupted.
     """
     _open_standard_streams()
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        hint = "; give each field a --set of its own" if "=" in unknown[0] else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
         for number in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it

@@ -3,6 +3,7 @@ and what was probably meant.
 """
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias, get_args, get_origin
@@ -153,11 +154,24 @@ def _hint(target: _Target, details: Sequence[ErrorDetails]) -> str:
         and any(CORE_SCHEMA[tag].match(value) for tag in NUMBER_TAGS)
     ):
         return "remove the quotes"
+    if (percent := _as_fraction(value, details)) is not None:
+        return f"as a fraction, {percent:g}% is {percent / 100:g}"
     if "string_type" in types and isinstance(value, (bool, int, float)):
         return "put it in quotes"
     if "model_type" in types and value is None:
         return "add fields to it, or remove it"
     return _suggestion(value, _literals(target.annotation)) if "literal_error" in types else ""
+
+
+def _as_fraction(value: object, details: Sequence[ErrorDetails]) -> float | None:
+    """The percents that are meant where a fraction is wanted; None: there are none."""
+    if isinstance(value, str):
+        percents = re.fullmatch(r"(\d+(\.\d+)?)%", value)
+        wanted = any(detail["type"] == "float_type" for detail in details)
+        return float(percents[1]) if percents and wanted else None
+    bound = details[0].get("ctx", {})
+    below_one = 1 in (bound.get("lt"), bound.get("le"))
+    return value if below_one and isinstance(value, int | float) and 5 <= value <= 100 else None
 
 
 def _literals(annotation: Any) -> list[Any]:

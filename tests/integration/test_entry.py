@@ -161,6 +161,12 @@ def test_nothing_of_a_run_stays_in_memory(
     raise AssertionError(names)
 
 
+def test_several_fields_behind_one_set_are_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["validate", "job.yaml", "--set", "budget.sparsity=0.2", "model.dtype=bfloat16"])
+    assert "model.dtype=bfloat16; give each field a --set of its own" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_the_command_line_in_a_thread(sections: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(sections))

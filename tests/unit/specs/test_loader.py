@@ -576,6 +576,14 @@ def test_overrides_reach_into_a_section_that_is_written_as_a_name(load: Load) ->
     ("override", "message"),
     [
         ("budget.sparsity=1.5", "budget.sparsity: must be less than 1 (got 1.5)"),
+        (
+            "budget.sparsity=20",
+            "budget.sparsity: must be less than 1 (got 20); as a fraction, 20% is 0.2",
+        ),
+        (
+            "budget.sparsity=20%",
+            'budget.sparsity: must be a number (got "20%"); as a fraction, 20% is 0.2',
+        ),
         ("budget={sparsty: 1}", 'budget.sparsty: unknown field; did you mean "sparsity"?'),
         ("bugdet.sparsity=1", 'bugdet: unknown field; did you mean "budget"?'),
         (
