@@ -43,10 +43,17 @@ def open_tasks(spec: EvaluationSpec) -> dict[str, Any]:
     how many there are, and the version. Groups of tasks stand for what is in them.
 
     Raises:
-        SpecError: there is no such task, or its data cannot be loaded.
+        SpecError: there is no such task, its data cannot be loaded, or it takes no examples where
+            the job gives some: lm-eval would leave them out.
     """
     with _at_work(spec):
         found = _tasks(spec).load(list(spec.tasks))["tasks"]
+        without = [name for name, t in sorted(found.items()) if t.get_config("num_fewshot") == 0]
+        if spec.few_shot and without:
+            raise SpecError(
+                f"evaluation.few_shot: {', '.join(without)} is asked without examples, as its own"
+                " file says (num_fewshot: 0); leave few_shot out, or ask it in a job of its own"
+            )
         return {
             name: {"version": str(task.VERSION), "documents": len(task.eval_docs)}
             for name, task in sorted(found.items())

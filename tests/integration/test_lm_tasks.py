@@ -109,9 +109,13 @@ def test_what_is_no_task_is_refused_before_the_run(
         load_job(job, ["evaluation.tasks=[]"])
 
 
-def test_data_that_is_not_there_is_found_before_any_other_work(
+def test_what_a_task_lacks_is_found_before_any_other_work(
     job: Path, tasks: Path, tmp_path: Path
 ) -> None:
+    file = tasks / "which.yaml"
+    file.write_text(file.read_text() + "num_fewshot: 0\n")
+    with pytest.raises(SpecError, match="which_words is asked without examples"):
+        run_job(load_job(job, ["evaluation.few_shot=2"]), tmp_path / "run", quiet)
     (tasks / "rows.jsonl").unlink()
     with pytest.raises(SpecError, match=r"evaluation\.tasks: lm-eval .*rows\.jsonl"):
         run_job(load_job(job), tmp_path / "run", quiet)
