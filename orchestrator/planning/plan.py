@@ -64,9 +64,9 @@ from rayprune.workers.store.layout import (
 )
 
 FLAT_PARTS = ("model", "needs", "traffic")
+"""Parts of a plan whose fields stand side by side with the rest in plan.json."""
 CLEARLY = 0.8
 """Of the time that a plan takes: another way is told of if it takes less."""
-"""Parts of a plan whose fields stand side by side with the rest in plan.json."""
 
 
 @dataclass(frozen=True)
