@@ -8,7 +8,7 @@ from rayprune.specs.section import Section
 
 
 class ParallelSpec(Section):
-    """How the work is spread. The result does not depend on `workers`, `retries` and
+    """How the work is spread. The result does not depend on `workers`, `transport`, `retries` and
     `step_seconds`.
     """
 
@@ -23,6 +23,10 @@ class ParallelSpec(Section):
     """Where activations come from; `pruned`: the pruned layers below; `dense`: the dense model;
     `refit`: selections from the dense model, then corrections on the pruned path; `auto`: `pruned`
     for `shards`, `dense` for `layers`. Part of the result.
+    """
+    transport: Literal["object-store", "collective"] = "object-store"
+    """How statistics of the pruned path go from worker to worker; `object-store`: by Ray's;
+    `collective`: from memory to memory by `torch.distributed`, with NCCL on GPUs and gloo on CPUs.
     """
     threads_per_worker: int = Field(default=1, ge=1, le=1024)
     """CPU threads of one worker. Part of the result: factorisations round differently with other
@@ -45,6 +49,15 @@ class ParallelSpec(Section):
         if self.propagation == "auto":
             return "pruned" if self.placement == "shards" else "dense"
         return self.propagation
+
+    @model_validator(mode="after")
+    def _transport_fits(self) -> Self:
+        if self.transport == "collective" and (self.placement != "shards" or self.workers < 2):
+            raise ValueError(
+                "transport: collective: statistics go between workers with placement: shards and"
+                " two workers or more; leave it out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _propagation_fits(self) -> Self:

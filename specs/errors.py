@@ -24,6 +24,12 @@ class RaypruneError(Exception):
         return "\n".join(printable(line) for line in super().__str__().splitlines())
 
 
+class LostPeerError(Exception):
+    """A worker has not reached another one: a failure of the machinery, which the driver decides
+    about.
+    """
+
+
 class SpecError(RaypruneError):
     """The job file, an override, an input text or the run folder does not fit the job."""
 

@@ -544,6 +544,22 @@ class JobSpec(Section):
         return self
 
     @model_validator(mode="after")
+    def _transport_fits(self) -> Self:
+        if self.parallel.transport != "collective":
+            return self
+        unread = {
+            "cluster.executor: in-process": self.cluster.executor == "in-process",
+            f"method {self.method.name}": self.method.masks is not None
+            or self.method.removes_nothing,
+        }
+        if given := [what for what, is_given in unread.items() if is_given]:
+            raise ValueError(
+                f"parallel.transport: collective: with {given[0]} workers exchange no statistics of"
+                " groups; leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _nothing_is_removed(self) -> Self:
         if not self.method.removes_nothing:
             return self

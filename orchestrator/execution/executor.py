@@ -154,6 +154,14 @@ class Executor(ABC):
         """Stop the workers and what they keep; the next step starts new ones."""
 
     @abstractmethod
+    def join_workers(self) -> None:
+        """See that the workers are one group, by which they send each other tensors.
+
+        Raises:
+            WorkerFailure: they do not find each other.
+        """
+
+    @abstractmethod
     def train(self, stage: Finetune) -> None:
         """Run a training stage on as many ranks as there are workers; the workers give up what they
         hold.
@@ -197,6 +205,9 @@ class InProcessExecutor(Executor):
 
     def _receipts(self, calls: Sequence[Call[Any]]) -> list[Receipt]:
         return [call.receipt for call in calls]
+
+    def join_workers(self) -> None:
+        """There is nobody to join."""
 
     def train(self, stage: Finetune) -> None:
         """Train in this process."""

@@ -9,6 +9,7 @@ class Failure(StrEnum):
     """What was seen."""
 
     PROCESS_LOST = "a worker process, its node or its data was lost"
+    PEER_LOST = "a worker has lost the others of its group"
     HUNG = "a worker has hung: none of its steps has ended in time"
     OUT_OF_MEMORY = "a worker was stopped because its machine ran out of memory"
     UNSCHEDULABLE = "the cluster cannot start the workers"
@@ -24,6 +25,10 @@ class Decision(StrEnum):
 ADVICE = {
     Failure.PROCESS_LOST: (
         "look at the worker's log, then run the same command again: finished tasks are kept"
+    ),
+    Failure.PEER_LOST: (
+        "look at the workers' logs and at the network between their nodes, or set"
+        " parallel.transport: object-store; finished tasks are kept"
     ),
     Failure.HUNG: (
         "where a step may take that long raise parallel.step_seconds, else look at the worker's"
@@ -48,7 +53,7 @@ class WorkerFailure(Exception):  # noqa: N818 - a value for `decide`, not a verd
 
 def decide(failure: Failure, failed_attempts: int, retries: int) -> Decision:
     """Only lost and hung processes are tried again, at most `retries` times."""
-    may_pass = failure in (Failure.PROCESS_LOST, Failure.HUNG)
+    may_pass = failure in (Failure.PROCESS_LOST, Failure.PEER_LOST, Failure.HUNG)
     return Decision.RETRY if may_pass and failed_attempts <= retries else Decision.STOP
 
 

@@ -26,7 +26,7 @@ from rayprune.orchestrator.execution.executor import (
 from rayprune.orchestrator.execution.failures import Failure, WorkerFailure
 from rayprune.orchestrator.execution.ray_start import begin
 from rayprune.orchestrator.execution.steps import Call, Receipt
-from rayprune.specs.errors import ResourceError
+from rayprune.specs.errors import LostPeerError, ResourceError
 from rayprune.specs.job import JobSpec
 from rayprune.specs.memory import MemoryPlan
 from rayprune.workers.store.layout import CACHE
@@ -34,6 +34,7 @@ from rayprune.workers.store.training_stage import Finetune
 
 RECEIPT_SECONDS = 300.0
 PING_SECONDS = 20.0
+LOCALHOST = "127.0.0.1"
 POLL_SECONDS = 5.0
 WAIT_POLL_SECONDS = 1.0
 _LOST = (
@@ -55,6 +56,8 @@ def classify(error: BaseException) -> Failure | None:
     if isinstance(error, ray_errors.RayTaskError):
         # a lost argument is found out inside the step that needs it
         cause = getattr(error, "cause", None)
+        if isinstance(cause, LostPeerError):
+            return Failure.PEER_LOST
         return Failure.PROCESS_LOST if isinstance(cause, _LOST) else None
     if isinstance(error, ray_errors.OutOfMemoryError):
         return Failure.OUT_OF_MEMORY
@@ -113,6 +116,7 @@ class RayExecutor(Executor):
         self._device, self._memory = "cpu", MemoryPlan()
         self._connection = ExitStack()
         self._hung = set[int]()
+        self._joined = False
 
     def start(self, notify: Notify = unheard) -> None:
         """Connect and start one actor per worker; waits for their nodes as long as the job allows.
@@ -223,6 +227,20 @@ class RayExecutor(Executor):
             Failure.HUNG, f"{workers} ({steps}): nothing for {self.step_limit:.0f} s"
         )
 
+    def join_workers(self) -> None:
+        """Have them join at an address of the first one's node, unless they have."""
+        if self._joined:
+            return
+        self.start()
+        host = LOCALHOST
+        if self.job.cluster.address != "local":
+            ask = self._actors[0].__ray_call__
+            host = ray.get(ask.remote(lambda _: ray.util.get_node_ip_address()))
+        (opened,) = self.wait([self.on(0).open_group(host)])
+        workers = range(self.num_workers)
+        self.wait([self.on(n).join_group(opened["address"], n, self.num_workers) for n in workers])
+        self._joined = True
+
     def train(self, stage: Finetune) -> None:
         """A gang of Ray Train in place of the actors, which start anew with their next step."""
         from rayprune.orchestrator.execution.ray_train import train_on_ray
@@ -243,7 +261,7 @@ class RayExecutor(Executor):
         }
         answered, _ = ray.wait([*asked], num_returns=max(1, len(asked)), timeout=PING_SECONDS)
         dead = {asked[ping] for ping in answered if not self._is_alive(ping)}
-        lost, self._hung = sorted(dead | self._hung), set()
+        lost, self._hung, self._joined = sorted(dead | self._hung), set(), False
         for number in lost:
             ray.kill(self._actors[number])
             self._actors[number] = self._new_actor()
@@ -262,6 +280,7 @@ class RayExecutor(Executor):
         """The actors stay: a new one would take seconds to import what it needs. One that is lost
         is noticed at its next step.
         """
+        self._joined = False
         if self._actors:
             self._memory = self.memory_on(self._device)
         for actor in self._actors:
@@ -271,7 +290,7 @@ class RayExecutor(Executor):
         """Stop the actors."""
         for actor in self._actors:
             ray.kill(actor)
-        self._actors = []
+        self._actors, self._joined = [], False
 
     def close(self) -> None:
         """Stop the actors, and Ray if it was started here."""

@@ -122,6 +122,20 @@ class Steps:
         """`Sweeping.collect`."""
         return self._submit("collect", layer, group, owned, *cuts)
 
+    def open_group(self, host: str) -> Call[None]:
+        """`Sweeping.open_group`."""
+        return self._submit("open_group", host)
+
+    def join_group(self, address: tuple[str, int], rank: int, count: int) -> Call[None]:
+        """`Sweeping.join_group`."""
+        return self._submit("join_group", address, rank, count)
+
+    def hold(
+        self, layer: int, group: str, owned: tuple[int, int], *cuts: Handle[Cut]
+    ) -> Call[None]:
+        """`Sweeping.hold`."""
+        return self._submit("hold", layer, group, owned, *cuts)
+
     def route(self, layer: int, owned: tuple[int, int], *cuts: Handle[Cut]) -> Call[Routes]:
         """`Sweeping.route`."""
         return self._submit("route", layer, owned, *cuts)

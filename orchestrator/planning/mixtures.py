@@ -44,6 +44,7 @@ def _check_job(job: JobSpec) -> None:
     """Refuse what is not done with experts."""
     wrong = {
         "parallel.placement: set it to shards": job.parallel.placement != "shards",
+        "parallel.transport: leave it out": job.parallel.transport != "object-store",
         "parallel.propagation: set it to pruned": job.parallel.effective_propagation != "pruned",
         "budget.per_layer: set it to false": job.budget.per_layer,
         "correction.drift: set it to 0": job.correction.drift > 0,

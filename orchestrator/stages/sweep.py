@@ -237,6 +237,10 @@ class _PrunedPath:
     ) -> Call["Cut"]:
         """Statistics of a group from all workers, and a decision by one."""
         executor, shards = self._context.executor, self._shards if num_kept else []
+        if len(shards) > 1 and self._context.job.parallel.transport == "collective":
+            executor.join_workers()
+            executor.wait([executor.on(n).hold(layer, name, own, *cuts) for n, own in shards])
+            return self._decide_together(layer, worker, name, num_kept, parts=())
         collected = [
             executor.on(place).collect(layer, name, owned, *cuts) for place, owned in shards
         ]
@@ -250,7 +254,7 @@ class _PrunedPath:
         self, layer: int, worker: int, name: str, num_kept: int, parts: Sequence[Collected]
     ) -> Call["Cut"]:
         """A decision by all workers, each of which corrects some outputs; the damping is chosen
-        here, by what they have found.
+        here, by what they have found. Without parts the workers hold the statistics.
         """
         executor = self._context.executor
         workers = [executor.on(place) for place, _ in self._shards]

@@ -24,6 +24,7 @@ from tests.helpers import quiet
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 TOKEN = os.environ["RAY_AUTH_TOKEN"].encode()
+TRANSPORTS = ["object-store", "collective"]
 
 
 def workers_alive() -> list[int]:
@@ -41,10 +42,10 @@ def workers_alive() -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("settings", "counts", "changes"),
+    ("settings", "counts", "changes", "transports"),
     [
-        ({}, [3], {"hidden_size": 1040}),  # three blocks of outputs
-        ({"method": {"name": "stat", "factorization": "qr"}}, [2], {}),
+        ({}, [3], {"hidden_size": 1040}, TRANSPORTS),  # three blocks of outputs
+        ({"method": {"name": "stat", "factorization": "qr"}}, [2], {}, ["collective"]),
         (
             {
                 "calibration": {
@@ -56,6 +57,7 @@ def workers_alive() -> list[int]:
             },
             [3],
             {},
+            ["object-store"],
         ),
     ],
     ids=["gram", "qr", "few-tokens"],
@@ -64,6 +66,7 @@ def test_same_bytes_from_every_executor(
     settings: dict[str, Any],
     counts: list[int],
     changes: dict[str, Any],
+    transports: list[str],
     make_model: MakeModel,
     make_job: MakeJob,
     tmp_path: Path,
@@ -74,9 +77,11 @@ def test_same_bytes_from_every_executor(
     run_job(load_job(job), tmp_path / "in-process", quiet)
     expected = folder_bytes(tmp_path / "in-process" / "model")
     for workers in counts:
-        out = tmp_path / f"ray-{workers}"
-        run_job(load_job(job, ["cluster.executor=ray", f"parallel.workers={workers}"]), out, quiet)
-        assert folder_bytes(out / "model") == expected
+        for transport in transports:
+            out = tmp_path / f"{transport}-{workers}"
+            parallel = [f"parallel.workers={workers}", f"parallel.transport={transport}"]
+            run_job(load_job(job, ["cluster.executor=ray", *parallel]), out, quiet)
+            assert folder_bytes(out / "model") == expected
 
 
 def test_gradients_are_the_same_on_many_workers(
@@ -166,8 +171,9 @@ def test_layers_trained_alone_are_the_same_on_many_workers_and_after_a_killed_on
         )
 
 
+@pytest.mark.parametrize("transport", TRANSPORTS)
 def test_killed_worker_is_replaced(
-    make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+    transport: str, make_model: MakeModel, make_job: MakeJob, tmp_path: Path
 ) -> None:
     """SIGKILL in mid-sweep: the driver starts another worker, repeats no finished layer, and the
     bytes are the same.
@@ -190,7 +196,8 @@ def test_killed_worker_is_replaced(
         ):
             os.kill(workers_alive()[0], signal.SIGKILL)
 
-    run_job(load_job(job, ["cluster.executor=ray"]), tmp_path / "killed", kill_after_layer_3)
+    on_ray = ["cluster.executor=ray", f"parallel.transport={transport}"]
+    run_job(load_job(job, on_ray), tmp_path / "killed", kill_after_layer_3)
     assert [event["task"] for event in events if event["event"] == "worker-failed"] == [
         "layer-0004"
     ]

@@ -92,7 +92,7 @@ def test_a_statistic_is_copied_only_where_it_leaves_the_process() -> None:
 
 def gram(z_TF: Tensor, place: Scratch = SCRATCH) -> GramStatistic:
     moments = Moments.empty(WIDTH, place.device).plus(z_TF)
-    return GramStatistic.from_state({"gram": (z_TF.T @ z_TF).numpy()} | moments.state(), place)
+    return GramStatistic(z_TF.T @ z_TF, moments, place)
 
 
 def corrected(

@@ -6,13 +6,16 @@ from functools import partial
 
 import torch
 
+from rayprune.workers.machine.peers import Peers, open_store
 from rayprune.workers.network.slicing import Cut
 from rayprune.workers.numerics.correction import Correction
+from rayprune.workers.numerics.statistics import Statistic
 from rayprune.workers.passes.stream import Fits
 from rayprune.workers.passes.sweep import Parts, Routes, Sweep
 from rayprune.workers.steps.deciding import Deciding, Share
+from rayprune.workers.steps.exchange import summed
 from rayprune.workers.steps.step import Cached, Droppable, Receipt, drop_all, step
-from rayprune.workers.store.shards import roots
+from rayprune.workers.store.shards import Node, roots
 from rayprune.workers.workbench import Workbench
 
 
@@ -23,12 +26,15 @@ class Sweeping:
         self._bench, self._deciding, self._before = bench, deciding, before
         self._sweep = Cached(self._new_sweep)
         self._share: Share | None = None
+        self._held: dict[Node, Statistic] = {}
+        self._store: object = None
+        self._peers: Peers | None = None
         self._job = bench.job
 
     def drop(self) -> None:
         """Forget hidden states, inputs and statistics of the pruned path."""
         self._sweep.drop()
-        self._share = None
+        self._share, self._held = None, {}
 
     def _new_sweep(self) -> Sweep:
         drift = self._job.correction.drift
@@ -52,9 +58,36 @@ class Sweeping:
         """Statistics of a group's consumer input over some calibration shards; `cuts` are this
         layer's earlier ones.
         """
+        return {}, self._collected(layer, group, owned, cuts)
+
+    def _collected(
+        self, layer: int, group: str, owned: tuple[int, int], cuts: Sequence[Cut]
+    ) -> dict[Node, Statistic]:
         drop_all(self._before)
         trees = roots(self._job.calibration.shards, self._job.calibration.held_out_shards)
-        return {}, self._sweep.value.collect(layer, group, owned, _by_group(cuts), trees)
+        return self._sweep.value.collect(layer, group, owned, _by_group(cuts), trees)
+
+    @step
+    def open_group(self, host: str) -> tuple[Receipt, None]:
+        """Open a place where workers find each other, at this address of the machine."""
+        self._store = store = open_store(host)
+        return {"address": [store.host, store.port]}, None
+
+    @step
+    def join_group(self, address: tuple[str, int], rank: int, count: int) -> tuple[Receipt, None]:
+        """Meet the other workers there."""
+        self._peers = None  # its connections
+        self._peers = Peers(address, rank, count, self._bench.device)
+        return {}, None
+
+    @step
+    def hold(
+        self, layer: int, group: str, owned: tuple[int, int], *cuts: Cut
+    ) -> tuple[Receipt, None]:
+        """`collect`, with statistics that stay here until the group sums them."""
+        self._held = {}  # of an attempt that has failed
+        self._held = self._collected(layer, group, owned, cuts)
+        return {}, None
 
     @step
     def route(self, layer: int, owned: tuple[int, int], *cuts: Cut) -> tuple[Receipt, Routes]:
@@ -104,6 +137,17 @@ class Sweeping:
         trees = roots(self._job.calibration.shards, self._job.calibration.held_out_shards)
         return self._deciding.merged(trees, parts)
 
+    def _summed(self) -> Fits:
+        """What all workers hold together."""
+        assert self._peers is not None, "no group was joined"
+        held, self._held = self._held, {}
+        num_shards = self._job.calibration.shards
+        trees = roots(num_shards, self._job.calibration.held_out_shards)
+        training, held_out = (
+            summed(tree, held, num_shards, self._peers, self._bench.scratch) for tree in trees
+        )
+        return training, held_out
+
     def _selected(self, layer: int, group: str, num_kept: int) -> torch.Tensor | None:
         """Units that a selection pass has chosen, if there was one."""
         is_cut = num_kept < self._bench.groups[group].num_units
@@ -115,10 +159,12 @@ class Sweeping:
         self, layer: int, group: str, num_kept: int, part: tuple[int, int], *parts: Parts
     ) -> tuple[Receipt, None]:
         """Begin a decision that workers share by the outputs of the weight that is corrected: its
-        number among so many parts says which are this worker's.
+        number among so many parts says which are this worker's. Without statistics it is by those
+        that the workers hold.
         """
         self._share = None  # its memory
-        fits, units = self._fits(parts), self._selected(layer, group, num_kept)
+        fits = self._fits(parts) if parts else self._summed()
+        units = self._selected(layer, group, num_kept)
         self._share = self._deciding.share(layer, group, num_kept, fits, units, part)
         return {"rest": asdict(self._share.rest())}, None
 

@@ -33,7 +33,7 @@ def owned_nodes(root: Node, owned: range) -> list[Node]:
         return []
     if owned.start <= start and stop <= owned.stop:
         return [root]
-    left, right = _children(root)
+    left, right = halves(root)
     return owned_nodes(left, owned) + owned_nodes(right, owned)
 
 
@@ -43,7 +43,7 @@ def grow_tree(node: Node, leaf: Callable[[int], T], merge: Callable[[T, T], T]) 
     """
     if node[1] - node[0] == 1:
         return leaf(node[0])
-    left, right = _children(node)
+    left, right = halves(node)
     return merge(grow_tree(left, leaf, merge), grow_tree(right, leaf, merge))
 
 
@@ -59,7 +59,7 @@ def merge_siblings(
         return {root: parts[root]}
     if root[1] - root[0] <= 1:
         return {}
-    children = _children(root)
+    children = halves(root)
     merged = {
         node: part
         for child in children
@@ -72,11 +72,23 @@ def merge_siblings(
     )
 
 
+def homes(root: Node, parts: Sequence[range]) -> dict[Node, int]:
+    """Which of the contiguous parts of the shards holds what is merged under `root`, each node
+    behind its children: of a node that no part covers, the one that holds its left child.
+    """
+    if whole := [number for number, part in enumerate(parts) if owned_nodes(root, part) == [root]]:
+        return {root: whole[0]}
+    left, right = halves(root)
+    below = homes(left, parts) | homes(right, parts)
+    return below | {root: below[left]}
+
+
 def roots(num_shards: int, num_held_out: int) -> tuple[Node, Node]:
     """The two trees: training shards, and the last `num_held_out` shards."""
     return (0, num_shards - num_held_out), (num_shards - num_held_out, num_shards)
 
 
-def _children(node: Node) -> Sequence[Node]:
+def halves(node: Node) -> Sequence[Node]:
+    """Both halves of a node's shards; the left one may be larger."""
     middle = (node[0] + node[1] + 1) // 2
     return (node[0], middle), (middle, node[1])

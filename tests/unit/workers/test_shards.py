@@ -8,6 +8,8 @@ from rayprune.workers.store.shards import (
     Node,
     even_parts,
     grow_tree,
+    halves,
+    homes,
     merge_siblings,
     owned_nodes,
     roots,
@@ -48,6 +50,22 @@ def test_the_expression_does_not_depend_on_the_workers(num_shards: int) -> None:
                 assert [shard for node in nodes for shard in range(*node)] == list(owned)
                 parts |= {node: reduced(node, own) for node in nodes}
             assert [reduced(tree, parts) for tree in trees] == expected
+
+
+@pytest.mark.parametrize("num_shards", range(2, 12))
+def test_every_node_is_summed_where_its_left_child_is(num_shards: int) -> None:
+    for workers in range(1, num_shards + 1):
+        parts = even_parts(num_shards, workers)
+        for tree in roots(num_shards, max(1, num_shards // 3)):
+            at = homes(tree, parts)
+            whole = [node for node in at if halves(node)[1] not in at]
+            assert whole == [node for part in parts for node in owned_nodes(tree, part)]
+            assert all(parts[at[node]].start <= node[0] < parts[at[node]].stop for node in at)
+            done: set[Node] = set()
+            for node in at:
+                assert node in whole or done.issuperset(halves(node))
+                done.add(node)
+            assert node == tree
 
 
 def test_the_tree_is_balanced() -> None:

@@ -5,10 +5,19 @@ A statistic is additive: `update` per micro-batch, `merge` up the fixed tree
 (`rayprune.workers.store.shards`).
 """
 
+from collections.abc import Container
+
 from rayprune.workers.machine.scratch import Scratch
 from rayprune.workers.numerics.statistics.gram import GramStatistic
 from rayprune.workers.numerics.statistics.moments import Drift, Moments
-from rayprune.workers.numerics.statistics.protocol import Judge, Refit, State, Statistic, complement
+from rayprune.workers.numerics.statistics.protocol import (
+    Judge,
+    Refit,
+    State,
+    Statistic,
+    Tensors,
+    complement,
+)
 from rayprune.workers.numerics.statistics.routing import RoutingStatistic, best_experts
 from rayprune.workers.numerics.statistics.rows import RowsStatistic
 
@@ -22,8 +31,10 @@ __all__ = [
     "RowsStatistic",
     "State",
     "Statistic",
+    "Tensors",
     "best_experts",
     "complement",
+    "rebuilt",
     "restored",
     "statistic_type",
 ]
@@ -38,5 +49,13 @@ def restored(statistic: Statistic | State, scratch: Scratch) -> Statistic:
     """A statistic as it is, or the one that wrote a state, in `scratch`."""
     if not isinstance(statistic, dict):
         return statistic
-    kind: type[Statistic] = GramStatistic if "gram" in statistic else RowsStatistic
-    return kind.from_state(statistic, scratch)
+    return _kind(statistic).from_state(statistic, scratch)
+
+
+def rebuilt(tensors: Tensors, scratch: Scratch) -> Statistic:
+    """The statistic that gave these tensors, in their memory."""
+    return _kind(tensors).from_tensors(tensors, scratch)
+
+
+def _kind(names: Container[str]) -> type[Statistic]:
+    return GramStatistic if "gram" in names else RowsStatistic

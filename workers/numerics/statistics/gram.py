@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rayprune.workers.machine.scratch import Scratch
 from rayprune.workers.numerics import linalg, pivoting
-from rayprune.workers.numerics.codec import from_array, to_array
+from rayprune.workers.numerics.codec import from_array
 from rayprune.workers.numerics.damping import Blocks
 from rayprune.workers.numerics.linalg import WIDE, Solver
 from rayprune.workers.numerics.statistics.moments import Drift, Moments
@@ -19,6 +19,7 @@ from rayprune.workers.numerics.statistics.protocol import (
     Judge,
     Refit,
     State,
+    Tensors,
     Travelling,
     complement,
 )
@@ -45,6 +46,12 @@ class GramStatistic(Travelling):
             scratch,
             drift,
         )
+
+    @classmethod
+    def from_tensors(cls, tensors: Tensors, scratch: Scratch) -> Self:
+        """Rebuild what `tensors` gave, in the memory of these."""
+        moments, drift = Moments.from_tensors(tensors), Drift.from_tensors(tensors)
+        return cls(tensors["gram"], moments, scratch, drift)
 
     @classmethod
     def from_state(cls, state: State, scratch: Scratch) -> Self:
@@ -78,10 +85,10 @@ class GramStatistic(Travelling):
         linalg.mirror_(self.gram_FF)
         return self
 
-    def state(self) -> State:
+    def tensors(self) -> Tensors:
         """The whole matrix, the moments, and the drift."""
-        drift = self.drift.state() if self.drift else {}
-        return {"gram": to_array(self.finished().gram_FF)} | self.moments.state() | drift
+        drift = self.drift.tensors() if self.drift else {}
+        return {"gram": self.finished().gram_FF} | self.moments.tensors() | drift
 
     @property
     def num_tokens(self) -> int:

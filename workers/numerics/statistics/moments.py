@@ -7,15 +7,14 @@ Letters: T tokens, F width, D hidden.
 from dataclasses import dataclass
 from typing import Self
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from rayprune.workers.machine.scratch import Scratch
 from rayprune.workers.numerics import linalg
-from rayprune.workers.numerics.codec import from_array, to_array
+from rayprune.workers.numerics.codec import from_array
 from rayprune.workers.numerics.linalg import WIDE
-from rayprune.workers.numerics.statistics.protocol import State
+from rayprune.workers.numerics.statistics.protocol import State, Tensors
 
 
 @dataclass(frozen=True)
@@ -33,8 +32,13 @@ class Moments:
         return cls(torch.zeros(width, dtype=WIDE, device=device), 0)
 
     @classmethod
+    def from_tensors(cls, tensors: Tensors) -> Self:
+        """Rebuild what `tensors` gave."""
+        return cls(tensors["sums"], int(tensors["num_tokens"]))
+
+    @classmethod
     def from_state(cls, state: State, device: torch.device) -> Self:
-        """Rebuild what `state` wrote."""
+        """Rebuild what a statistic's state holds of it."""
         return cls(from_array(state["sums"], WIDE).to(device), int(state["num_tokens"]))
 
     def plus(self, z_TF: Tensor) -> "Moments":
@@ -51,9 +55,9 @@ class Moments:
         tokens = max(1, self.num_tokens)
         return (energy_F / tokens - (self.sums_F / tokens).square()).clamp(min=0.0)
 
-    def state(self) -> State:
-        """As arrays."""
-        return {"sums": to_array(self.sums_F), "num_tokens": np.array(self.num_tokens)}
+    def tensors(self) -> Tensors:
+        """As tensors."""
+        return {"sums": self.sums_F, "num_tokens": torch.tensor(self.num_tokens)}
 
 
 @dataclass
@@ -74,8 +78,15 @@ class Drift:
         )
 
     @classmethod
+    def from_tensors(cls, tensors: Tensors) -> Self | None:
+        """Rebuild what `tensors` gave; None where a statistic has none."""
+        return cls(tensors["cross"], tensors["drift_energy"]) if "cross" in tensors else None
+
+    @classmethod
     def from_state(cls, state: State, scratch: Scratch) -> Self | None:
-        """Rebuild what `state` wrote, in memory of its own; None where it wrote nothing."""
+        """Rebuild what a statistic's state holds of it, in memory of its own; None where it holds
+        nothing.
+        """
         if "cross" not in state:
             return None
         cross_FD = from_array(state["cross"], WIDE)
@@ -96,6 +107,6 @@ class Drift:
         """That of some outputs."""
         return Drift(self.cross_FD[:, rows], self.energy_D[rows])
 
-    def state(self) -> State:
-        """As arrays."""
-        return {"cross": to_array(self.cross_FD), "drift_energy": to_array(self.energy_D)}
+    def tensors(self) -> Tensors:
+        """As tensors."""
+        return {"cross": self.cross_FD, "drift_energy": self.energy_D}

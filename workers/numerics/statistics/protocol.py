@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 
 from rayprune.workers.machine.scratch import Scratch
+from rayprune.workers.numerics.codec import to_array
 from rayprune.workers.numerics.damping import Blocks
 from rayprune.workers.numerics.linalg import Solver
 
 State = dict[str, np.ndarray]
 """A statistic as it travels between workers."""
+Tensors = dict[str, Tensor]
+"""The same where it lies."""
 
 
 class Refit(Protocol):
@@ -69,9 +72,13 @@ class Judge(Protocol):
 class Travelling:
     """A statistic that stays as it is in its process, and leaves it as its state."""
 
+    def tensors(self) -> Tensors:
+        """The statistic as tensors, in its own memory."""
+        raise NotImplementedError
+
     def state(self) -> State:
         """The statistic as arrays."""
-        raise NotImplementedError
+        return {name: to_array(tensor) for name, tensor in self.tensors().items()}
 
     def __reduce__(self) -> tuple[Callable[..., State], tuple[State]]:
         return dict, (self.state(),)
@@ -91,6 +98,11 @@ class Statistic(Protocol):
     @classmethod
     def empty(cls, width: int, scratch: Scratch, drift_width: int = 0) -> Self:
         """The statistic of no tokens; with a `drift_width` (D) of tokens whose drift is known."""
+        ...
+
+    @classmethod
+    def from_tensors(cls, tensors: Tensors, scratch: Scratch) -> Self:
+        """Rebuild what `tensors` gave, in the memory of these."""
         ...
 
     @classmethod
@@ -115,6 +127,10 @@ class Statistic(Protocol):
         """This statistic, ready for the questions below: to be called after the last update or
         merge.
         """
+        ...
+
+    def tensors(self) -> Tensors:
+        """The statistic as tensors, in its own memory."""
         ...
 
     def state(self) -> State:

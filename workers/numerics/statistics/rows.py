@@ -15,7 +15,7 @@ from torch import Tensor
 from rayprune.specs.errors import ModelError
 from rayprune.workers.machine.scratch import Scratch
 from rayprune.workers.numerics import linalg, pivoting
-from rayprune.workers.numerics.codec import from_array, to_array
+from rayprune.workers.numerics.codec import from_array
 from rayprune.workers.numerics.damping import Blocks
 from rayprune.workers.numerics.linalg import WIDE, Solver
 from rayprune.workers.numerics.statistics.moments import Moments
@@ -23,6 +23,7 @@ from rayprune.workers.numerics.statistics.protocol import (
     Judge,
     Refit,
     State,
+    Tensors,
     Travelling,
     complement,
 )
@@ -46,6 +47,11 @@ class RowsStatistic(Travelling):
         """The statistic of no tokens; drift is not kept (a plan refuses it where rows are)."""
         assert drift_width == 0, "rows keep no drift"
         return cls([], Moments.empty(width, scratch.device), scratch)
+
+    @classmethod
+    def from_tensors(cls, tensors: Tensors, scratch: Scratch) -> Self:
+        """Rebuild what `tensors` gave, in the memory of these."""
+        return cls([tensors["rows"]], Moments.from_tensors(tensors), scratch)
 
     @classmethod
     def from_state(cls, state: State, scratch: Scratch) -> Self:
@@ -104,13 +110,14 @@ class RowsStatistic(Travelling):
             self.parts = [self._stacked(self.parts[0].dtype)]
         return self
 
+    def tensors(self) -> Tensors:
+        """The rows and the moments."""
+        return {"rows": self._rows} | self.moments.tensors()
+
     def state(self) -> State:
         """The rows, the name of their type, and the moments."""
-        rows_NF = self._rows
-        return {
-            "rows": to_array(rows_NF),
-            "dtype": np.array(str(rows_NF.dtype).removeprefix("torch.")),
-        } | self.moments.state()
+        dtype = str(self._rows.dtype).removeprefix("torch.")
+        return super().state() | {"dtype": np.array(dtype)}
 
     @property
     def num_tokens(self) -> int:

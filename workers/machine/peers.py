@@ -1,0 +1,121 @@
+"""Tensors from worker to worker by `torch.distributed`: gloo on CPUs, NCCL on GPUs.
+
+The group is one of its own and not the process's default, which libraries would take for theirs.
+"""
+
+import json
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+from rayprune.specs.errors import LostPeerError
+from rayprune.workers.machine.scratch import Scratch
+
+PATIENCE = timedelta(seconds=300)
+"""How long a worker waits for the others to come, or for one tensor."""
+HEADER_BYTES = 1024
+Move = Callable[[Tensor], Any]
+"""Begins to send or receive a tensor; what it returns can be waited for."""
+dist: Any = distributed  # its stubs lack most of what is used here
+
+
+def open_store(host: str) -> Any:
+    """Where the workers of a group find each other; it listens on this address of the machine
+    alone, on a free port.
+    """
+    listening = socket.create_server((host, 0))
+    port = listening.getsockname()[1]
+    return dist.TCPStore(
+        host, port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach()
+    )
+
+
+class Peers:
+    """One worker of a group of `count`, the one with the number `rank`.
+
+    Raises:
+        LostPeerError: from every method, where another one is gone or does not answer.
+    """
+
+    def __init__(
+        self, address: tuple[str, int], rank: int, count: int, device: torch.device
+    ) -> None:
+        """Wait for the others, which find each other by the store at `address`."""
+        self.rank, self.count, self._device = rank, count, device
+        with _losing_peers():
+            store = dist.TCPStore(*address, timeout=PATIENCE)
+            self._group = (
+                dist.ProcessGroupNCCL(store, rank, count, PATIENCE)
+                if device.type == "cuda"
+                else _gloo(store, rank, count, _own_address(address))
+            )
+
+    def send(self, tensors: Mapping[str, Tensor], rank: int) -> None:
+        """Send tensors to another one, which receives them."""
+        self._give(tensors, lambda tensor: self._group.send([tensor], rank, 0))
+
+    def receive(self, rank: int, scratch: Scratch) -> dict[str, Tensor]:
+        """The tensors that another one sends, in `scratch`."""
+        return self._take(scratch, lambda tensor: self._group.recv([tensor], rank, 0))
+
+    def spread(self, tensors: Mapping[str, Tensor]) -> None:
+        """Send tensors to all others, which take what is spread."""
+        self._give(tensors, lambda tensor: self._group.broadcast(tensor, self.rank))
+
+    def spread_by(self, rank: int, scratch: Scratch) -> dict[str, Tensor]:
+        """The tensors that another one spreads, in `scratch`."""
+        return self._take(scratch, lambda tensor: self._group.broadcast(tensor, rank))
+
+    def _give(self, tensors: Mapping[str, Tensor], move: Move) -> None:
+        shapes = {name: (_name(each.dtype), *each.shape) for name, each in tensors.items()}
+        text = json.dumps(shapes).encode().ljust(HEADER_BYTES)
+        self._move(torch.frombuffer(bytearray(text), dtype=torch.uint8), move)
+        for tensor in tensors.values():
+            self._move(tensor, move)
+
+    def _take(self, scratch: Scratch, move: Move) -> dict[str, Tensor]:
+        header = self._move(torch.empty(HEADER_BYTES, dtype=torch.uint8), move)
+        shapes = json.loads(bytes(header.tolist()))
+        return {
+            name: self._move(scratch.empty(*shape, dtype=getattr(torch, dtype)), move)
+            for name, (dtype, *shape) in shapes.items()
+        }
+
+    def _move(self, tensor: Tensor, move: Move) -> Tensor:
+        tensor = tensor.to(self._device).contiguous()
+        with _losing_peers():
+            move(tensor).wait()
+        return tensor
+
+
+@contextmanager
+def _losing_peers() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # all that torch has for what gloo and NCCL raise
+        raise LostPeerError(str(error).splitlines()[0]) from None
+
+
+def _gloo(store: Any, rank: int, count: int, host: str) -> Any:
+    """Gloo by itself takes the address that this machine's name has, often one of the machine
+    alone.
+    """
+    options = dist.ProcessGroupGloo._Options()
+    options._timeout = PATIENCE
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
+    return dist.ProcessGroupGloo(store, rank, count, options)
+
+
+def _own_address(other: tuple[str, int]) -> str:
+    """This machine's address on the network that another one is on."""
+    with socket.create_connection(other, PATIENCE.total_seconds()) as connection:
+        return str(connection.getsockname()[0])
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
