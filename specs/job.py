@@ -703,7 +703,7 @@ class JobSpec(Section):
             "memory": True,
             "recipe": True,  # what it gives stands in the other fields
             "recover": True,
-            "parallel": {"workers", "retries", "step_seconds"},
+            "parallel": {"workers", "transport", "retries", "step_seconds"},
         }
         left_out["method"] = {"training": HOW_TRAINED, "gates": HOW_TRAINED}
         document: dict[str, object] = self.model_dump(mode="json", exclude=left_out)

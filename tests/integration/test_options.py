@@ -301,6 +301,7 @@ def test_every_task_says_what_it_reads(make_job: MakeJob, folder: Path) -> None:
     "change",
     [
         "parallel.workers=2",
+        "cluster.executor=ray parallel.workers=2 parallel.transport=collective",
         "parallel.retries=9",
         "parallel.step_seconds=9",
         "memory.checkpoint_layers=1",
@@ -314,7 +315,7 @@ def test_every_task_says_what_it_reads(make_job: MakeJob, folder: Path) -> None:
 def test_no_task_reads_where_and_how_it_is_computed(
     change: str, make_job: MakeJob, folder: Path
 ) -> None:
-    before, after = (job_of("recover", folder, make_job, *words) for words in ((), (change,)))
+    before, after = (job_of("recover", folder, make_job, *words) for words in ((), change.split()))
     for task in READS:
         assert options_read(before, task) == options_read(after, task)
 
