@@ -465,8 +465,7 @@ class EvaluationSpec(Section):
 
     @model_validator(mode="after")
     def _tasks_for_their_options(self) -> Self:
-        given = {"tasks_folder", "tasks_limit", "tasks_batch", "few_shot"} & self.model_fields_set
-        idle = sorted(name for name in given if getattr(self, name) not in (None, 1))
+        idle = self.given("few_shot", "tasks_batch", "tasks_folder", "tasks_limit")
         if idle and not self.tasks:
             raise ValueError(f"{idle[0]}: there are no tasks; give tasks: [NAME], or leave it out")
         return self

@@ -21,6 +21,11 @@ class Section(BaseModel):
         extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
 
+    def given(self, *names: str) -> list[str]:
+        """Those of these fields that are not as they are by default."""
+        fields = type(self).model_fields
+        return [name for name in names if getattr(self, name) != fields[name].default]
+
 
 def named(options: Any) -> Any:
     """A section with a name as its only option may be written as that name alone."""

@@ -116,8 +116,7 @@ class RecoverSpec(TrainingSpec):
             )
         if self.scope == "layer":
             unread = ("loss", "hidden", "teacher_top", "activation_checkpointing")
-            defaults = {name: type(self).model_fields[name].default for name in unread}
-            if names := [name for name in unread if getattr(self, name) != defaults[name]]:
+            if names := self.given(*unread):
                 raise ValueError(
                     f"{names[0]} with scope: layer: it means nothing to a layer that is trained"
                     " alone, towards the dense layer's output; leave it out, or set scope: model"

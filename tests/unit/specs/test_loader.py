@@ -371,6 +371,10 @@ def test_missing_file_and_folder_are_refused(tmp_path: Path) -> None:
         ),
         ("evaluation:\n  path: [a]", 'job.yaml:4: evaluation.path: must be a text (got ["a"])'),
         (
+            "evaluation:\n  path: a\n  few_shot: 1",
+            "job.yaml:3: evaluation: few_shot: there are no tasks; give tasks: [NAME], or leave it",
+        ),
+        (
             "evaluation:\n  path: a\n  stride: 2000",
             "job.yaml:3: evaluation: stride (2000) must not exceed window (1024)",
         ),
