@@ -51,6 +51,15 @@ def partial_bytes(load: Workload, group: Group) -> int:
     )
 
 
+def exchanged_bytes(load: Workload, group: Group) -> int:
+    """While workers sum their statistics: what one has collected, and a Gram matrix that comes;
+    rows are all that there will be.
+    """
+    if in_rows(load, group):
+        return statistics_bytes(load, group)
+    return partial_bytes(load, group) + gram_bytes(load, group)
+
+
 @dataclass(frozen=True)
 class Decision:
     """Memory of one factorisation or decision, in bytes: what can lie in files, and what cannot."""

@@ -94,6 +94,7 @@ def workload_of(
         own_text=own_text_load(job, checkpoint, _element_bytes(job, checkpoint, on_gpu)),
         experts=kept_experts(job, checkpoint) or None,
         converts=any(target.startswith("gguf") for target in job.converted),
+        exchanges=job.parallel.transport == "collective",
         placement=job.parallel.placement,
         propagation=job.parallel.effective_propagation,
     )

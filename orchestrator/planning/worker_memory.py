@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from rayprune.orchestrator.planning.group_memory import (
     decision_bytes,
+    exchanged_bytes,
     partial_bytes,
     r_factor_bytes,
     statistics_bytes,
@@ -112,6 +113,10 @@ def _steps(load: Workload, choice: MemoryPlan) -> dict[str, list[Kinds]]:
                 "decision": _deciding(load, choice, group),
             } | _cuts_bytes(load, group)
             steps["decide"].append(standing | _predicting(load, group) | deciding | beside)
+            if load.exchanges and not choice.spill_statistics:
+                steps["decide"].append(
+                    standing | {"statistics": exchanged_bytes(load, group)} | beside
+                )
         if load.writes and not load.on_gpu:
             cuts = [_cuts_bytes(load, group) for group in load.decided(kind)]
             steps["write"].append(

@@ -145,6 +145,8 @@ class Workload:
     """Whether models are loaded as a whole, to go on with prompts or to be asked tasks."""
     converts: bool = False
     """Whether a file in GGUF is written."""
+    exchanges: bool = False
+    """Whether workers sum statistics among themselves (`parallel.transport: collective`)."""
     placement: Placement = "shards"
     propagation: Propagation = "pruned"
     selects: bool = True

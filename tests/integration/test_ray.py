@@ -5,6 +5,7 @@ process.
 import os
 import signal
 import socket
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +207,32 @@ def test_killed_worker_is_replaced(
         for event in events
         if event["event"] == "step-finished" and event["stage"] == "sweep"
     ] == list(range(6))
+    assert folder_bytes(tmp_path / "killed" / "model") == folder_bytes(tmp_path / "calm" / "model")
+
+
+def test_a_worker_that_is_lost_while_statistics_are_exchanged(
+    make_model: MakeModel, make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One stands still before the exchange, so that the other waits for it, and is then killed."""
+    job = make_job(make_model(), budget={"kv_groups": 1}, parallel={"workers": 2})
+    run_job(load_job(job), tmp_path / "calm", quiet)
+    submit, stopped = RayExecutor._submit, list[int]()
+
+    def stopping(self: RayExecutor, worker: int, step: str, *args: Any) -> Any:
+        if step == "begin_share" and not stopped:
+            stopped.append(workers_alive()[0])
+            os.kill(stopped[0], signal.SIGSTOP)
+            threading.Timer(1.0, os.kill, (stopped[0], signal.SIGKILL)).start()
+        return submit(self, worker, step, *args)
+
+    monkeypatch.setattr(RayExecutor, "_submit", stopping)
+    failed: list[str] = []
+    run_job(
+        load_job(job, ["cluster.executor=ray", "parallel.transport=collective"]),
+        tmp_path / "killed",
+        lambda event: failed.append(event["task"]) if event["event"] == "worker-failed" else None,
+    )
+    assert failed == ["layer-0000"]
     assert folder_bytes(tmp_path / "killed" / "model") == folder_bytes(tmp_path / "calm" / "model")
 
 

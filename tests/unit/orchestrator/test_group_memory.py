@@ -5,6 +5,7 @@ from dataclasses import replace
 from rayprune.orchestrator.planning.group_memory import (
     Decision,
     decision_bytes,
+    exchanged_bytes,
     partial_bytes,
     statistics_bytes,
 )
@@ -25,6 +26,11 @@ def test_rows_stand_for_a_gram_matrix_where_tokens_are_few() -> None:
     assert decision_bytes(FEW, NEURONS) == Decision(
         8 * 4 * 7, 8 * (8 * 7 + 7 * 7 * 7) + blocks + result
     )
+
+
+def test_an_exchange_holds_one_matrix_more_than_a_collection() -> None:
+    assert exchanged_bytes(LOAD, NEURONS) == partial_bytes(LOAD, NEURONS) + 10 * 10 * 8
+    assert exchanged_bytes(FEW, NEURONS) == statistics_bytes(FEW, NEURONS)
 
 
 def test_an_r_factor_stands_for_many_rows() -> None:
