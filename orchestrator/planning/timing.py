@@ -69,8 +69,8 @@ def stages(load: Workload, choice: MemoryPlan, machine: MachineProfile | None) -
     and network time.
 
     Stages of a layer follow one another, but with `shards` a layer is written while the next one is
-    worked on. `shards`: forward passes and statistics are split over the workers, one worker
-    decides while the others wait. `layers`: every worker does all of it for its own layers, after
+    worked on. `shards`: forward passes and statistics are split over the workers; a
+    decision, of which they share the solving alone, counts as one's. `layers`: every worker does all of it for its own layers, after
     the first micro-batch has reached it. `refit` is one after the other.
     """
     costs = layer_costs(load, choice)
