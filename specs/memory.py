@@ -13,5 +13,9 @@ class MemoryPlan:
     """Hidden states lie in files that are mapped, else in memory."""
     spill_statistics: bool = False
     """Statistics and factors lie in files that are mapped, else in memory."""
+    keep_activations: bool = False
+    """A training that leaves it open keeps the activations inside all layers for the backward pass,
+    else computes them again.
+    """
     layers_per_chunk: int = 1
     """`layers` placement: consecutive layers a worker works on at the same time."""

@@ -39,8 +39,10 @@ class TrainingSpec(Section):
     """Type of weights and activations in forward and backward passes; weights that are trained are
     kept in float32.
     """
-    activation_checkpointing: bool = True
-    """Activations inside a layer are computed again in the backward pass instead of kept."""
+    activation_checkpointing: bool | Literal["auto"] = "auto"
+    """Activations inside a layer are computed again in the backward pass instead of kept; `auto`:
+    kept where `memory.worker` is given and they fit.
+    """
     checkpoint_steps: int = Field(default=50, ge=1)
     """Weights and optimizer state are saved every so many steps; a training that was cut off goes
     on from there.

@@ -7,6 +7,7 @@ A step's payload stays where it was made; a handle to it can be given to another
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -34,6 +35,14 @@ def chosen_device(wanted: str, num_gpus: float, num_workers: int) -> str:
     if wanted != "auto":
         return wanted
     return "cuda" if num_gpus >= num_workers else "cpu"
+
+
+def as_planned(stage: Finetune, memory: MemoryPlan) -> Finetune:
+    """A training whose options are settled: what the job leaves open is as the plan says."""
+    if stage.options.activation_checkpointing != "auto":
+        return stage
+    settled = {"activation_checkpointing": not memory.keep_activations}
+    return replace(stage, options=stage.options.model_copy(update=settled))
 
 
 class Executor(ABC):
@@ -212,9 +221,11 @@ class InProcessExecutor(Executor):
     def train(self, stage: Finetune) -> None:
         """Train in this process."""
         self.drop_workers()
+        from rayprune.workers.machine.device import device_of
         from rayprune.workers.training.rank import train_rank
 
-        train_rank(stage, 0, 1, self.job.parallel.device)
+        wanted = self.job.parallel.device
+        train_rank(as_planned(stage, self.memory_on(device_of(wanted).type)), 0, 1, wanted)
 
     def replace_lost(self) -> list[int]:
         """Replace none: the worker lives in this process."""

@@ -20,6 +20,7 @@ from rayprune.orchestrator.execution.executor import (
     Executor,
     MemoryOn,
     Notify,
+    as_planned,
     chosen_device,
     unheard,
 )
@@ -248,7 +249,8 @@ class RayExecutor(Executor):
         self.start()
         self.drop_workers()
         storage = self.run_folder / CACHE / "ray-train"
-        train_on_ray(stage, self.num_workers, self._device == "cuda", storage, self.step_limit)
+        stage, on_gpus = as_planned(stage, self._memory), self._device == "cuda"
+        train_on_ray(stage, self.num_workers, on_gpus, storage, self.step_limit)
 
     def replace_lost(self) -> list[int]:
         """Replace the dead actors and those that hang. All are asked at once; another one that does

@@ -148,7 +148,9 @@ def _training(options: TrainingSpec, num_windows: int, text: WindowsSpec) -> Tra
     steps = total_steps(options, num_windows)
     return TrainingLoad(
         options.micro_batch,
-        not options.activation_checkpointing,
+        None
+        if options.activation_checkpointing == "auto"
+        else not options.activation_checkpointing,
         4 if options.dtype == "float32" else 2,
         saved_states=saved_states(options, num_windows),
         sequence_length=text.sequence_length,

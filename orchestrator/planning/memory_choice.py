@@ -20,8 +20,9 @@ from rayprune.specs.memory import MemoryPlan
 
 
 def choices(load: Workload) -> Iterator[MemoryPlan]:
-    """Ways to use memory, the fastest first; of chunks, the longest first. A GPU does not compute
-    on statistics in files.
+    """Ways to use memory, the fastest first; of chunks, the longest first, each with activations of
+    a training kept first, where the job leaves it open. A GPU does not compute on statistics in
+    files.
     """
     kept = MemoryPlan()
     without_inputs = replace(kept, keep_inputs=False)
@@ -35,20 +36,22 @@ def choices(load: Workload) -> Iterator[MemoryPlan]:
     in_chunks = load.propagation != "pruned" or load.survey_levels
     chunks = range(load.layers_per_worker if in_chunks else 1, 0, -1)
     in_files = () if load.on_gpu else (replace(in_memory[-1], spill_statistics=True),)
+    is_open = any(training.keeps_activations is None for training in load.trainings)
+    keeping = (True, False) if is_open else (False,)
     for choice in (*in_memory, *in_files):
-        yield from (replace(choice, layers_per_chunk=count) for count in chunks)
+        for count in chunks:
+            chunked = replace(choice, layers_per_chunk=count)
+            yield from (replace(chunked, keep_activations=keep) for keep in keeping)
 
 
 def fitting(load: Workload, limit_bytes: int | None) -> MemoryPlan | None:
-    """The first choice whose peak is within the limit; None: there is none."""
-    return next(
-        (
-            choice
-            for choice in choices(load)
-            if limit_bytes is None or peak_bytes(load, choice) <= limit_bytes
-        ),
-        None,
-    )
+    """The first choice whose peak is within the limit; None: there is none. Without a limit the
+    fastest, but that activations of a training, which may be many times the model, are not kept.
+    """
+    if limit_bytes is None:
+        return replace(next(choices(load)), keep_activations=False)
+    fit = (choice for choice in choices(load) if peak_bytes(load, choice) <= limit_bytes)
+    return next(fit, None)
 
 
 def choose_memory(

@@ -69,9 +69,9 @@ def stages(load: Workload, choice: MemoryPlan, machine: MachineProfile | None) -
     and network time.
 
     Stages of a layer follow one another, but with `shards` a layer is written while the next one is
-    worked on. `shards`: forward passes and statistics are split over the workers; a
-    decision, of which they share the solving alone, counts as one's. `layers`: every worker does all of it for its own layers, after
-    the first micro-batch has reached it. `refit` is one after the other.
+    worked on. `shards`: forward passes and statistics are split over the workers; a decision, of
+    which they share the solving alone, counts as one's. `layers`: every worker does all of it for
+    its own layers, after the first micro-batch has reached it. `refit` is one after the other.
     """
     costs = layer_costs(load, choice)
     flops = {name: over_layers(costs, f"{name}_flops") for name in WORK}
@@ -82,7 +82,7 @@ def stages(load: Workload, choice: MemoryPlan, machine: MachineProfile | None) -
             *_gradients_stage(load, None),
             *_divergence_stage(load, None),
             *_gate_stage(load, None),
-            *_training_stages(load, None),
+            *_training_stages(load, choice, None),
         )
     phases = [_bounds(phase, choice, machine) for phase in load.phases().values()]
     timed = [
@@ -96,7 +96,7 @@ def stages(load: Workload, choice: MemoryPlan, machine: MachineProfile | None) -
         *_gradients_stage(load, machine),
         *_divergence_stage(load, machine),
         *_gate_stage(load, machine),
-        *_training_stages(load, machine),
+        *_training_stages(load, choice, machine),
         *_evaluation_stage(load, machine),
     )
 
@@ -307,15 +307,21 @@ def _gate_stage(load: Workload, machine: MachineProfile | None) -> tuple[Stage, 
     return (_timed("gate", flops, [bounds]),)
 
 
-def _training_stages(load: Workload, machine: MachineProfile | None) -> Iterator[Stage]:
+def _training_stages(
+    load: Workload, choice: MemoryPlan, machine: MachineProfile | None
+) -> Iterator[Stage]:
     """Trainings, and what a teacher is asked for them."""
     for name, training in named(load):
         asks = name == TEACHER_TASK
-        flops = (teacher_flops if asks else training_flops)(load, training)
+        flops = teacher_flops(load, training) if asks else training_flops(load, training, choice)
         if machine is None:
             yield Stage(name, flops)
             continue
-        seconds = (teacher_seconds if asks else training_seconds)(load, training, machine)
+        seconds = (
+            teacher_seconds(load, training, machine)
+            if asks
+            else training_seconds(load, training, choice, machine)
+        )
         yield _timed(name, flops, [seconds])
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from rayprune.orchestrator.planning.workload import TrainingLoad, Workload
 from rayprune.specs.machine import MachineProfile
+from rayprune.specs.memory import MemoryPlan
 from rayprune.workers.machine.blocks import EVALUATED_AT_ONCE
 from rayprune.workers.store.layout import RECOVER_TASK, TEACHER_TASK
 
@@ -14,14 +15,14 @@ Seconds = dict[str, float]
 """By what takes them."""
 
 
-def training_flops(load: Workload, training: TrainingLoad) -> int:
+def training_flops(load: Workload, training: TrainingLoad, choice: MemoryPlan) -> int:
     """Arithmetic of a training: 2 operations for a parameter and a token in every pass. Forward,
     backward through activations and (unless adapters alone are trained) weights, what is computed
     again; a teacher that is there, forward; the windows that are measured on, forward. Where layers
     are recovered alone, teacher and model once forward in all windows.
     """
     passes = 2 if training.lora_rank else 3
-    passes += not training.keeps_activations
+    passes += not training.keeps(choice)
     own, dense = _passed(load, training.task == RECOVER_TASK), _passed(load, pruned=False)
     taught = training.teacher * (not training.each_layer) * dense
     streamed = training.teacher * training.streamed_windows * (own + dense)
@@ -30,7 +31,9 @@ def training_flops(load: Workload, training: TrainingLoad) -> int:
     return 2 * training.sequence_length * (streamed + trained + looked_at)
 
 
-def training_seconds(load: Workload, training: TrainingLoad, machine: MachineProfile) -> Seconds:
+def training_seconds(
+    load: Workload, training: TrainingLoad, choice: MemoryPlan, machine: MachineProfile
+) -> Seconds:
     """Seconds of a training: arithmetic; weights, their gradients and moments in memory; layers
     that ranks send each other, for each micro-batch forward and backward.
     """
@@ -39,7 +42,7 @@ def training_seconds(load: Workload, training: TrainingLoad, machine: MachinePro
     weights = _passed(load, training.task == RECOVER_TASK) + load.outer_parameters
     held = 0 if training.lora_rank else 16 * training.steps * weights / ranks
     return {
-        "arithmetic": training_flops(load, training) / ranks / machine.forward_flops,
+        "arithmetic": training_flops(load, training, choice) / ranks / machine.forward_flops,
         "memory": ((held + 3 * batches * training.pass_bytes * weights) / machine.memory_bandwidth),
         "network": (
             2 * batches * training.pass_bytes * weights / machine.network_bandwidth

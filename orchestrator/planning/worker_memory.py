@@ -82,7 +82,7 @@ def memory_by_step(load: Workload, choice: MemoryPlan) -> dict[str, Kinds]:
         if training.each_layer:
             name, needed = "train layer", _layer_training(load, choice, training)
         else:
-            name, needed = "train", _training(load, training)
+            name, needed = "train", _training(load, choice, training)
         table[name] = max(table.get(name, {}), needed, key=total)
     if load.gate_windows:
         table["gate"] = _gate(load, choice)
@@ -435,7 +435,7 @@ def _layer_training(load: Workload, choice: MemoryPlan, training: TrainingLoad) 
     }
 
 
-def _training(load: Workload, training: TrainingLoad) -> Kinds:
+def _training(load: Workload, choice: MemoryPlan, training: TrainingLoad) -> Kinds:
     """One rank: fp32 weights, their gradients and two moments, spread over the ranks; what is
     gathered of the weights.
 
@@ -468,7 +468,7 @@ def _training(load: Workload, training: TrainingLoad) -> Kinds:
         "weights": held // ranks + gathered + 4 * adapters * (1 + training.keeps_best),
         "optimizer": 12 * trained + head_gradients,
         "hidden states": 4 * layers * tokens * load.hidden,
-        "activations": _inside(load, tokens) * (layers if training.keeps_activations else 1),
+        "activations": _inside(load, tokens) * (layers if training.keeps(choice) else 1),
         "scores": tokens * load.vocabulary * (14 + training.pass_bytes + compared),
     }
 

@@ -40,8 +40,8 @@ class TrainingLoad:
 
     windows: int
     """Windows that a rank computes together."""
-    keeps_activations: bool
-    """Whether activations inside the layers are kept."""
+    keeps_activations: bool | None
+    """Whether activations inside the layers are kept; None: as the memory allows."""
     pass_bytes: int
     """Bytes of a number in the passes, and of a weight that is not trained."""
     sequence_length: int
@@ -69,6 +69,13 @@ class TrainingLoad:
     """Windows of which a teacher is asked before."""
     teacher_top: int = 0
     """Likeliest tokens that are kept of what it says."""
+
+    def keeps(self, choice: MemoryPlan) -> bool:
+        """Whether activations inside the layers are kept; of a layer alone they always are."""
+        open_or_told = (
+            choice.keep_activations if self.keeps_activations is None else self.keeps_activations
+        )
+        return self.each_layer or open_or_told
 
     @property
     def taught_bytes(self) -> int:

@@ -196,7 +196,8 @@ def _choice(plan: "Plan") -> str:
     share = (
         [f"consumer inputs {inputs}, hidden states {hidden}"] if plan.propagation != "dense" else []
     )
-    return ", ".join([*chunk, *share, f"statistics {statistics}"])
+    kept = ["activations of trainings kept"] if plan.memory.keep_activations else []
+    return ", ".join([*chunk, *share, f"statistics {statistics}", *kept])
 
 
 def _layers(plan: "Plan") -> Iterator[Part]:

@@ -38,7 +38,8 @@ from rayprune.workers.training.objectives import (
 )
 
 SHORTAGE_ADVICE = (
-    "lower micro_batch of the training, keep activation_checkpointing, or raise parallel.workers"
+    "lower micro_batch of the training, set its activation_checkpointing: true, or raise"
+    " parallel.workers"
 )
 
 

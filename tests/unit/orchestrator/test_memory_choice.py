@@ -9,7 +9,7 @@ import pytest
 from rayprune.orchestrator.planning import memory_choice
 from rayprune.orchestrator.planning.memory_choice import choices, choose_memory, fewest_workers
 from rayprune.orchestrator.planning.worker_memory import RUNTIME_BYTES, gib, peak_bytes
-from rayprune.orchestrator.planning.workload import tokens_per_neuron
+from rayprune.orchestrator.planning.workload import TrainingLoad, tokens_per_neuron
 from rayprune.specs.errors import ResourceError
 from rayprune.specs.job import FEW_TOKENS
 from rayprune.specs.memory import MemoryPlan
@@ -33,6 +33,21 @@ def test_choices_are_taken_in_order() -> None:
     assert choose_memory(chunked, None).layers_per_chunk == 3
     two = peak_bytes(chunked, MemoryPlan(layers_per_chunk=2))
     assert choose_memory(chunked, two) == MemoryPlan(layers_per_chunk=2)
+
+
+def test_activations_of_a_training_are_kept_where_they_are_known_to_fit() -> None:
+    training = TrainingLoad(
+        windows=99, keeps_activations=None, pass_bytes=2, sequence_length=BIG.sequence_length
+    )
+    load = replace(BIG, trainings=(training,))
+    keeping, *_ = choices(load)
+    assert keeping == MemoryPlan(keep_activations=True)
+    needed = peak_bytes(load, keeping)
+    assert choose_memory(load, needed) == keeping
+    assert choose_memory(load, needed - 1) == choose_memory(load, None) == MemoryPlan()
+    told = replace(load, trainings=(replace(training, keeps_activations=True),))
+    assert not any(choice.keep_activations for choice in choices(told))
+    assert peak_bytes(told, MemoryPlan()) == needed
 
 
 def test_refusals_say_need_have_and_what_would_help() -> None:
