@@ -1,13 +1,17 @@
 """How the sweep scales: both placements with 1, 2, ... workers of one thread, and Ray against the
 same work in one process.
 
-    python -m benchmarks.scaling TEXT [--workers 1 2] [--repeats 2] [--set a.b=c ...]
+    python -m benchmarks.scaling TEXT [--placements layers shards] [--workers 1 2] [--repeats 2]
+    [--set a.b=c ...]
 
-The demo model and the demo's job, evaluation left out. The fastest of the repeats counts.
+The demo model and the demo's job, evaluation left out. The fastest of the repeats counts. The row
+"at once" is what the machine allows: as many whole sweeps in processes that know nothing of each
+other, and how much of them is done in the time of one.
 """
 
 import argparse
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +36,16 @@ def sweep_seconds(
     return min(once() for _ in range(options.repeats))
 
 
+def at_once(text: Path, placement: str, count: int, options: argparse.Namespace) -> float:
+    """Seconds of the slowest of so many sweeps in processes of their own."""
+    with ThreadPoolExecutor(count) as pool:
+        sweeps = [
+            pool.submit(sweep_seconds, text, placement, "in-process", 1, options)
+            for _ in range(count)
+        ]
+        return max(sweep.result() for sweep in sweeps)
+
+
 def rows(placement: str, text: Path, options: argparse.Namespace) -> list[list[Any]]:
     """One placement: in process, then on Ray with growing worker counts."""
     alone = sweep_seconds(text, placement, "in-process", 1, options)
@@ -39,8 +53,12 @@ def rows(placement: str, text: Path, options: argparse.Namespace) -> list[list[A
         workers: sweep_seconds(text, placement, "ray", workers, options)
         for workers in options.workers
     }
-    first = seconds[min(seconds)]
-    result = [[placement, "in process", 1, f"{alone:.1f}", "", ""]]
+    first, most = seconds[min(seconds)], max(seconds)
+    together = at_once(text, placement, most, options)
+    result = [
+        [placement, "in process", 1, f"{alone:.1f}", "", ""],
+        [placement, "at once", most, f"{together:.1f}", f"{most * alone / together:.2f}", ""],
+    ]
     return result + [
         [placement, "Ray", w, f"{s:.1f}", f"{first / s:.2f}", f"{s / alone - 1:+.1%}"]
         for w, s in seconds.items()
@@ -53,13 +71,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("text", type=Path, help="UTF-8 text, for instance WikiText-2")
+    parser.add_argument("--placements", choices=PLACEMENTS, nargs="+", default=PLACEMENTS)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="a.b=c")
     options = parser.parse_args()
     found = [
         line
-        for placement in PLACEMENTS
+        for placement in options.placements
         for line in rows(placement, options.text.absolute(), options)
     ]
     columns = [
