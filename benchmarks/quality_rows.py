@@ -6,6 +6,8 @@ import json
 from dataclasses import dataclass
 
 ALL = (0.2, 0.3, 0.4)
+LARGE = (0.4, 0.5)
+"""Where several steps may be worth their time."""
 
 
 @dataclass(frozen=True)
@@ -210,20 +212,20 @@ ROWS = {
     "stat, drift, curves": Row((*PER_LAYER, *DRIFT)),
     "stat by gradients, drift, curves": Row((*PER_LAYER, *DRIFT, *GRADIENTS)),
     "stat by gradients, drift": Row((*ALIKE, *DRIFT, *GRADIENTS)),
-    "stat, drift": Row((*ALIKE, *DRIFT)),
-    "stat": Row(ALIKE),
+    "stat, drift": Row((*ALIKE, *DRIFT), (*ALL, 0.5)),
+    "stat": Row(ALIKE, (*ALL, 0.5)),
     "numerical, threshold (Numerical Pruning)": Row((*THRESHOLD, "method=numerical")),
     "flap, threshold, uncorrected (FLAP without its bias)": Row(
         (*THRESHOLD, *UNCORRECTED, "budget.kv_groups=3", "method=flap")
     ),
     "wanda, uncorrected (Wanda-sp)": Row((*ALIKE, *UNCORRECTED, "method=wanda")),
     "obs": Row((*ALIKE, "method=obs")),
-    "composite": Row((*ALIKE, "method=composite"), (0.4,)),
-    "progressive, 4 linear steps": Row((*STEPS, "method.schedule=linear"), (0.4,)),
-    "progressive, 3 cubic steps": Row((*STEPS, "method.steps=3"), (0.4,)),
-    "progressive, 4 linear steps, drift": Row((*STEPS, "method.schedule=linear", *DRIFT), (0.4,)),
+    "composite": Row((*ALIKE, "method=composite"), LARGE),
+    "progressive, 4 linear steps": Row((*STEPS, "method.schedule=linear"), LARGE),
+    "progressive, 3 cubic steps": Row((*STEPS, "method.steps=3"), LARGE),
+    "progressive, 4 linear steps, drift": Row((*STEPS, "method.schedule=linear", *DRIFT), LARGE),
     "progressive, 4 linear steps, composite": Row(
-        (*STEPS, "method.schedule=linear", "method.inner=composite"), (0.4,)
+        (*STEPS, "method.schedule=linear", "method.inner=composite"), LARGE
     ),
     "dress": Row(DRESS, (0.2, 0.3)),
     "trsp": Row(TRSP, (0.2, 0.3)),
