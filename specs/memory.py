@@ -17,5 +17,7 @@ class MemoryPlan:
     """A training that leaves it open keeps the activations inside all layers for the backward pass,
     else computes them again.
     """
+    free_bytes: int = 0
+    """What is freed stays with the worker, for what it allocates next, up to so many bytes."""
     layers_per_chunk: int = 1
     """`layers` placement: consecutive layers a worker works on at the same time."""

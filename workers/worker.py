@@ -81,7 +81,7 @@ class Worker:
 
     def run(self, name: str, *arguments: Any) -> tuple[Receipt, Any]:
         """Do a step; its receipt, with the seconds it took, the worker's peak memory (bytes, by
-        kind) and its warnings, and its payload. No free memory is kept behind it.
+        kind) and its warnings, and its payload. No more free memory is kept behind it than planned.
 
         Raises:
             ResourceError: memory has run out.
@@ -89,7 +89,7 @@ class Worker:
         start = time.perf_counter()
         with explained_shortage(name, SHORTAGE_ADVICE):
             receipt, payload = self._steps[name](*arguments)
-        give_back_free_memory()
+        give_back_free_memory(self._bench.memory.free_bytes)
         facts = {
             "seconds": time.perf_counter() - start,
             "peak_memory_bytes": self._bench.peak_memory_bytes(),

@@ -39,7 +39,7 @@ def add(commands: Any) -> None:
     bench.add_argument("--tokens", type=int, default=512, help="tokens of the prompt")
     bench.add_argument("--new", type=int, default=32, help="tokens that are written behind it")
     bench.add_argument("--rounds", type=int, default=5, help="measurements of each, in turns")
-    bench.add_argument("--threads", type=int, default=1, help="CPU threads")
+    bench.add_argument("--threads", type=int, help="CPU threads; default: as torch chooses")
     bench.add_argument(
         "--price", type=float, help="of an hour of the machine: adds what a million tokens cost"
     )
@@ -70,14 +70,15 @@ def measured(models: Mapping[str, Path], options: argparse.Namespace) -> Speeds:
     """What models take, by their names."""
     from rayprune.workers.machine.device import device_of
     from rayprune.workers.tools.bench import Conditions, bench
-    from rayprune.workers.tools.timing import versions, where
+    from rayprune.workers.tools.timing import chosen_threads, versions, where
 
     o, device = options, device_of(options.device)
-    wanted = Conditions(o.tokens, o.new, o.rounds, o.threads, o.dtype, device.type)
+    threads = chosen_threads(o.threads)
+    wanted = Conditions(o.tokens, o.new, o.rounds, threads, o.dtype, device.type)
     found = [asdict(speed) for speed in bench(list(models.values()), wanted)]
     return Speeds.model_validate(
         {
-            "machine": where(device, o.threads),
+            "machine": where(device, threads),
             "device": device.type,
             "dtype": o.dtype,
             "versions": versions(),

@@ -18,6 +18,11 @@ from rayprune.specs.errors import ResourceError
 from rayprune.specs.job import FEW_TOKENS
 from rayprune.specs.memory import MemoryPlan
 
+FREE_BYTES = 256 * 2**20
+"""Of freed memory so much at most stays with a worker: more than a step of small models frees, for
+which the system would zero its pages again at each step; a tenth of their time.
+"""
+
 
 def choices(load: Workload) -> Iterator[MemoryPlan]:
     """Ways to use memory, the fastest first; of chunks, the longest first, each with activations of
@@ -57,13 +62,17 @@ def fitting(load: Workload, limit_bytes: int | None) -> MemoryPlan | None:
 def choose_memory(
     load: Workload, limit_bytes: int | None, limit_name: str = "memory.worker"
 ) -> MemoryPlan:
-    """The first choice that fits.
+    """The first choice that fits, with as much of freed memory left to workers as there is room for
+    (a GPU's limit is not that of the worker's process).
 
     Raises:
         ResourceError: none does; it names what is needed, what there is, and what to change.
     """
     if choice := fitting(load, limit_bytes):
-        return choice
+        room = FREE_BYTES
+        if limit_bytes is not None and not load.on_gpu:
+            room = min(room, limit_bytes - peak_bytes(load, choice))
+        return replace(choice, free_bytes=room)
     assert limit_bytes is not None
     grow = (
         "raise memory.worker"

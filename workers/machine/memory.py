@@ -15,7 +15,20 @@ from typing import Self
 
 SAMPLE_SECONDS = 0.02
 _STATUS = Path("/proc/self/status")
-_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
+_libc = ctypes.CDLL(None)
+_trim = getattr(_libc, "malloc_trim", None)  # glibc only
+_info = getattr(_libc, "mallinfo2", None)  # since glibc 2.33
+
+
+class _HeapInfo(ctypes.Structure):
+    """What mallinfo2 tells, in bytes and numbers of blocks (`malloc.h`)."""
+
+    _names = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks")
+    _fields_ = tuple((name, ctypes.c_size_t) for name in (*_names, "fordblks", "keepcost"))
+
+
+if _info is not None:
+    _info.restype = _HeapInfo
 
 
 def private_bytes() -> int:
@@ -28,11 +41,12 @@ def private_bytes() -> int:
     return int(line.split()[1]) * 1024
 
 
-def give_back_free_memory() -> None:
-    """Give free pages of the heap back to the system: beside long-lived tensors glibc's heap keeps
-    holes of hundreds of MiB.
+def give_back_free_memory(above: int = 0) -> None:
+    """Give free pages of the heap back to the system, if they are more than `above` bytes: beside
+    long-lived tensors glibc's heap keeps holes of hundreds of MiB. Each page that is given back is
+    zeroed by the system when it is needed again.
     """
-    if _trim is not None:
+    if _trim is not None and (_info is None or _info().fordblks > above):
         _trim(0)
 
 

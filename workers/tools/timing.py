@@ -46,6 +46,11 @@ def medians(
     return {key: statistics.median(found) for key, found in times.items()}
 
 
+def chosen_threads(wanted: int | None) -> int:
+    """So many CPU threads; None: as many as torch takes."""
+    return torch.get_num_threads() if wanted is None else wanted
+
+
 def where(device: torch.device, threads: int) -> str:
     """The machine as a table names it."""
     if device.type == "cuda":

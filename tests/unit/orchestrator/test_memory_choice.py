@@ -7,7 +7,12 @@ from itertools import pairwise
 import pytest
 
 from rayprune.orchestrator.planning import memory_choice
-from rayprune.orchestrator.planning.memory_choice import choices, choose_memory, fewest_workers
+from rayprune.orchestrator.planning.memory_choice import (
+    FREE_BYTES,
+    choices,
+    choose_memory,
+    fewest_workers,
+)
 from rayprune.orchestrator.planning.worker_memory import RUNTIME_BYTES, gib, peak_bytes
 from rayprune.orchestrator.planning.workload import TrainingLoad, tokens_per_neuron
 from rayprune.specs.errors import ResourceError
@@ -44,10 +49,19 @@ def test_activations_of_a_training_are_kept_where_they_are_known_to_fit() -> Non
     assert keeping == MemoryPlan(keep_activations=True)
     needed = peak_bytes(load, keeping)
     assert choose_memory(load, needed) == keeping
-    assert choose_memory(load, needed - 1) == choose_memory(load, None) == MemoryPlan()
+    assert not choose_memory(load, needed - 1).keep_activations
+    assert not choose_memory(load, None).keep_activations
     told = replace(load, trainings=(replace(training, keeps_activations=True),))
     assert not any(choice.keep_activations for choice in choices(told))
     assert peak_bytes(told, MemoryPlan()) == needed
+
+
+def test_workers_keep_freed_memory_as_far_as_there_is_room() -> None:
+    peak = peak_bytes(BIG, next(choices(BIG)))
+    room = {limit: choose_memory(BIG, limit).free_bytes for limit in (peak, peak + 7, 10 * peak)}
+    assert [*room.values()] == [0, 7, FREE_BYTES]
+    assert choose_memory(BIG, None).free_bytes == FREE_BYTES
+    assert choose_memory(GPU, peak_bytes(GPU, next(choices(GPU)))).free_bytes == FREE_BYTES
 
 
 def test_refusals_say_need_have_and_what_would_help() -> None:
