@@ -64,11 +64,12 @@ def propose_job(
     aim: RecipeName = "fast",
     text: Path | None = None,
     sparsity: float = DEFAULT_SPARSITY,
+    held_out: Path | None = None,
 ) -> Proposal:
     """Propose a job for a model, a folder or OWNER/NAME on the Hub, on a machine.
 
     Raises:
-        SpecError: the text will not do, or the budget cannot be met.
+        SpecError: a text will not do, or the budget cannot be met.
         ModelError: the model is missing, damaged, not known, or cannot be pruned.
         ResourceError: the machine is too small, or the Hub does not answer.
     """
@@ -77,7 +78,8 @@ def propose_job(
         from rayprune.orchestrator.hub.fetch import fetched
 
         place = fetched(model, None, weights=False)
-    return propose(model, planned_checkpoint(place.absolute()), host, aim, text, sparsity)
+    checkpoint = planned_checkpoint(place.absolute())
+    return propose(model, checkpoint, host, aim, text, sparsity, held_out)
 
 
 def validate(

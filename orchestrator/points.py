@@ -13,6 +13,7 @@ from rayprune.orchestrator.execution.run_folder import REPORT_FILE
 from rayprune.orchestrator.reporting.comparison import (
     Compared,
     on_frontier,
+    recommendation,
     recommended,
     results,
     rule,
@@ -90,6 +91,8 @@ def sweep(
     if not within > 0:
         raise SpecError(f"--within {within:g}: must be larger than 0, such as 1.2")
     finished: list[Compared] = []
+    if all(point.job.evaluation is None for point in points):
+        told("no quality is measured, and none recommended: the job has no evaluation")
     left = [point.job for point in points if not (point.out / REPORT_FILE).exists()]
     with connected_once(left):
         for number, point in enumerate(points, 1):
@@ -104,15 +107,8 @@ def summary(runs: Sequence[Compared], out: Path, within: float) -> Iterator[Part
     """What came of a sweep."""
     yield results(runs)
     yield from score_tables(runs)
-    yield _recommendation(runs, within)
+    yield recommendation(runs, within)
     yield f"sweep: {out / SWEEP_FILE}, {out / SWEEP_PAGE}"
-
-
-def _recommendation(runs: Sequence[Compared], within: float) -> str:
-    best = recommended(runs, within)
-    return (
-        f"recommended ({rule(within)}): {f'{best.name}, {best.report.model}' if best else 'none'}"
-    )
 
 
 def _write(runs: Sequence[Compared], of: int, out: Path, within: float) -> None:
@@ -135,5 +131,7 @@ def _write(runs: Sequence[Compared], of: int, out: Path, within: float) -> None:
         ],
     }
     write_json(out / SWEEP_FILE, content)
-    lead = f"{len(runs)} of {of} points. {_recommendation(runs, within)}"
-    write_text(out / SWEEP_PAGE, comparison_page("Sweep", lead, runs))
+    lead = f"{len(runs)} of {of} points. {recommendation(runs, within)}"
+    models = dict.fromkeys(each.report.dense.name for each in runs if each.report.dense)
+    title = f"Sweep of {', '.join(models)}"
+    write_text(out / SWEEP_PAGE, comparison_page(title, lead, runs))

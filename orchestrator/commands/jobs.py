@@ -74,6 +74,9 @@ def _init_command(commands: Any) -> None:
     init = commands.add_parser("init", help="write a job for a model and this machine")
     init.add_argument("model", metavar="MODEL", help="model folder, or OWNER/NAME on the Hub")
     init.add_argument("--text", type=Path, metavar="FILE", help="text to calibrate on")
+    init.add_argument(
+        "--held-out", type=Path, metavar="FILE", help="another text to measure the result on"
+    )
     init.add_argument("--aim", choices=RECIPES, default="fast", help="the recipe; default: fast")
     init.add_argument(
         "--sparsity", type=float, default=DEFAULT_SPARSITY, help="part of the decoder that goes"
@@ -153,7 +156,9 @@ def _init(options: argparse.Namespace) -> None:
 
     if options.out.exists():
         raise SpecError(f"{options.out}: is there already; remove it, or choose another --out")
-    found = propose_job(options.model, this_host(), options.aim, options.text, options.sparsity)
+    found = propose_job(
+        options.model, this_host(), options.aim, options.text, options.sparsity, options.held_out
+    )
     write_text(options.out, job_text(found, options.out))
     print_parts(taken(found, options.out))
 

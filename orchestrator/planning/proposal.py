@@ -28,6 +28,8 @@ NO_TEXT = "calibration.txt"
 LENGTH = {"cpu": 512, "cuda": 2048}
 LEAST_WINDOWS = {"cpu": 2 * SHARDS, "cuda": 128}
 SHORTEST = 64
+WINDOW, WINDOWS = 1024, 16
+"""Of an evaluation: tokens of one, and how many."""
 TOKENS_PER_CHANNEL = 2 * FEW_TOKENS
 GIVEN_UP: tuple[Mapping[str, Any], ...] = (
     {"budget.per_layer": False},
@@ -64,11 +66,12 @@ def propose(
     aim: RecipeName,
     text: Path | None = None,
     sparsity: float = DEFAULT_SPARSITY,
+    held_out: Path | None = None,
 ) -> Proposal:
     """Propose a job; `name` is what it calls the model: a folder, or OWNER/NAME.
 
     Raises:
-        SpecError: the text will not do, or no setting makes the budget possible.
+        SpecError: a text will not do, or no setting makes the budget possible.
         ModelError: the model is not known, or cannot be pruned.
         ResourceError: the machine is too small.
     """
@@ -76,6 +79,8 @@ def propose(
         raise ModelError(f"{name}: it can be planned, not pruned: {why_not}")
     case = Case(checkpoint, host)
     settings = _first(case, name, aim, text, sparsity)
+    if held_out:
+        settings |= _evaluation(case, held_out)
     settings = _allowed(case, settings)
     settings = _enough_text(case, settings, text)
     settings, plan = fitting(case, settings)
@@ -95,6 +100,18 @@ def _first(case: Case, name: str, aim: RecipeName, text: Path | None, sparsity: 
         "calibration.sequence_length": Setting(length, "tokens of a window"),
         "budget.sparsity": Setting(sparsity, "of the decoder-layer parameters, at least"),
         "parallel.device": Setting(case.device),
+    }
+
+
+def _evaluation(case: Case, held_out: Path) -> Settings:
+    """Quality on a text of its own, of an amount that is soon measured."""
+    window, there = min(WINDOW, case.checkpoint.model.positions or WINDOW), _tokens(case, held_out)
+    while window > SHORTEST and there is not None and there < window:
+        window //= 2
+    return {
+        "evaluation.path": Setting(os.fspath(held_out), "of the dense and the pruned model"),
+        "evaluation.window": Setting(window, "tokens"),
+        "evaluation.max_windows": Setting(WINDOWS, "the first ones; null: all"),
     }
 
 

@@ -61,6 +61,15 @@ def rule(within: float) -> str:
     return f"the smallest model of at most {within:g} times the dense model's perplexity"
 
 
+def recommendation(runs: Sequence[Compared], within: float) -> str:
+    """Which one to take, or why none."""
+    if best := recommended(runs, within):
+        return f"Recommended is {best.name}, {rule(within)}: {best.report.model}"
+    if all(run.perplexity is None for run in runs):
+        return "None is recommended: perplexity was not measured; give the job an evaluation."
+    return f"None is recommended, since that is {rule(within)}."
+
+
 def results(runs: Sequence[Compared]) -> Table:
     """Size, quality and time of every run; `*` marks the frontier. Where several texts were
     measured, the perplexity on each is there as a multiple of the dense model's.

@@ -44,13 +44,15 @@ def job_text(proposal: Proposal, file: Path) -> str:
     for name in JobSpec.model_fields:
         if name in sections and name != "recipe":
             lines += ["", *_section(name, sections[name])]
-    return "\n".join(lines) + "\n" + _EVALUATION
+    return "\n".join(lines) + "\n" + ("" if "evaluation" in sections else _EVALUATION)
 
 
 def _from_there(settings: dict[str, Setting], folder: Path) -> dict[str, Setting]:
     """The settings with relative paths from the file's folder in place of the current one."""
     placed = dict(settings)
-    for field in ("model.path", "calibration.path"):
+    for field in ("model.path", "calibration.path", "evaluation.path"):
+        if field not in settings:
+            continue
         value, why = settings[field].value, settings[field].why
         if not os.path.isabs(value) and os.path.exists(value):
             placed[field] = Setting(os.path.relpath(value, folder), why)
@@ -139,6 +141,8 @@ def taken(proposal: Proposal, file: Path) -> Iterator[str]:
         check_packages(proposal.job)
     except ResourceError as error:
         yield f"before a run: {error}"
+    if proposal.job.evaluation is None:
+        yield "measures no quality: --held-out FILE gives a text for that"
     if proposal.text_is_missing:
         text = file.parent / proposal.settings["calibration.path"].value
         yield f"first put a text of the kind that the model will read into {text}"

@@ -39,7 +39,7 @@ def test_points_are_runs_and_share_what_they_can(
     assert found["points"] == 2
     assert [run["name"] for run in found["runs"]] == ["budget.sparsity=0.2", "budget.sparsity=0.4"]
     assert found["recommended"] == "budget.sparsity=0.4"
-    assert "recommended (the smallest model of at most 9 times" in words
+    assert "Recommended is budget.sparsity=0.4, the smallest model of at most 9 times" in words
     single = run_job(load_job(job, ["budget.sparsity=0.4"]), tmp_path / "single", quiet)
     second = out / found["runs"][1]["run"]
     assert folder_bytes(second / "model") == folder_bytes(single.run / "model")

@@ -10,6 +10,7 @@ from rayprune.orchestrator.reporting.comparison import (
     layers,
     on_frontier,
     protocols,
+    recommendation,
     recommended,
     results,
 )
@@ -43,6 +44,12 @@ def test_the_smallest_that_is_good_enough_is_recommended() -> None:
     assert recommended(RUNS, 1.1) == BEST
     assert recommended(RUNS, 2.0) == SMALL
     assert recommended(RUNS, 1.05) is None
+
+
+def test_why_none_is_recommended_is_told() -> None:
+    assert recommendation(RUNS, 1.1).startswith("Recommended is best, the smallest model of at")
+    assert "of at most 1.05 times" in recommendation(RUNS, 1.05)
+    assert "give the job an evaluation" in recommendation([UNMEASURED], 1.1)
 
 
 def test_a_recovered_model_counts_as_it_is_taken() -> None:

@@ -105,10 +105,18 @@ def test_the_command_writes_a_valid_job(
     make_model(intermediate_size=128)
     Path("text.txt").write_text("All that a model reads, and much more than that. " * 60)
     Path("jobs").mkdir()
-    words = ["init", "dense", "--text", "text.txt", "--out", "jobs/job.yaml"]
+    words = ["init", "dense", "--text", "text.txt", "--out"]
+    assert main([*words, "unmeasured.yaml"]) == 0
+    assert "measures no quality: --held-out FILE" in capsys.readouterr().out
+    Path("held_out.txt").write_text("What is only measured on is another text than that. " * 10)
+    words += ["jobs/job.yaml", "--held-out", "held_out.txt"]
     assert main(words) == 0
-    assert "wrote jobs/job.yaml: recipe fast" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "wrote jobs/job.yaml: recipe fast" in told
+    assert "measures no quality" not in told
     text = Path("jobs/job.yaml").read_text()
+    assert "  path: ../held_out.txt # of the dense and the pruned model\n" in text
+    assert "  window: 256 # tokens\n" in text
     assert "  path: ../dense\n" in text
     schema = text.splitlines()[0].partition("$schema=")[2]
     assert json.loads(Path(schema).read_text())["$id"] == "urn:rayprune:job:1"
