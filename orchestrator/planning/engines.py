@@ -30,18 +30,22 @@ def fallbacks(model: Model, shapes: Sequence[Shape], gpus: int) -> tuple[str, ..
     """What each engine will do with widths that it took as they were and does not take as they
     will be, on each of so many GPUs.
     """
-    found = {
-        text: None
-        for shape in shapes
-        for kept in shape.layers or (shape.kept,)
-        for group in model.groups
-        for text in _of_group(group, kept, gpus)
-    }
-    return tuple(found)
+    widths: dict[tuple[str, str, str], dict[str, None]] = {}
+    for shape in shapes:
+        for kept in shape.layers or (shape.kept,):
+            for group in model.groups:
+                for engine, rest, width in _of_group(group, kept, gpus):
+                    widths.setdefault((engine, group.consumer.weight, rest), {})[str(width)] = None
+    return tuple(
+        f"{engine}: {', '.join(found)} inputs of {weight} are no multiple of {rest}"
+        for (engine, weight, rest), found in widths.items()
+    )
 
 
-def _of_group(group: Group, kept: Mapping[str, int], gpus: int) -> Iterator[str]:
-    """The worst fallback of every engine."""
+def _of_group(group: Group, kept: Mapping[str, int], gpus: int) -> Iterator[tuple[str, str, int]]:
+    """The worst fallback of every engine: its name, of what the width is no multiple, and what it
+    does then; and the width.
+    """
     width, told = kept[group.name] * group.columns, set[str]()
     for tile in TILES:
         parts = gpus if tile.engine == "vLLM" else 1
@@ -49,7 +53,4 @@ def _of_group(group: Group, kept: Mapping[str, int], gpus: int) -> Iterator[str]
         if tile.engine not in told and width % tiles and group.width % tiles == 0:
             told.add(tile.engine)
             on = f" on each of {parts} GPUs" if parts > 1 else ""
-            yield (
-                f"{tile.engine}: {width} inputs of {group.consumer.weight} are no multiple of"
-                f" {tile.multiple}{on}: {tile.otherwise}"
-            )
+            yield tile.engine, f"{tile.multiple}{on}: {tile.otherwise}", width

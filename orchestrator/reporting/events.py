@@ -58,6 +58,12 @@ def plain_line(event: Mapping[str, Any]) -> str:
     """The record of an event as one line."""
     if words := _TOLD.get(event["event"]):
         return printable(f"{event['event']} {words(event)}")
+    seconds = event.get("steps")
+    if isinstance(seconds, Mapping):  # by step, of all workers
+        event = {
+            **event,
+            "steps": {k: f"{v:.1f}" for k, v in seconds.items() if v >= LEAST_SECONDS},
+        }
     told = [
         f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={_words(value)}"
         for key, value in event.items()
@@ -66,6 +72,8 @@ def plain_line(event: Mapping[str, Any]) -> str:
     return printable(" ".join([event["event"], *told, *([note] if (note := brief(event)) else [])]))
 
 
+LEAST_SECONDS = 0.05
+"""That a step must have taken to be told of."""
 _NOT_TOLD = ("event", "peak_memory_bytes", "step_seconds", "busy_seconds", "groups", "candidates")
 
 

@@ -72,6 +72,10 @@ EVENTS: list[dict[str, Any]] = [
             ["x memory 1.50 GiB"],
         ),
         ({"event": "x", "peak_memory_bytes": {}}, ["x"]),
+        (
+            {"event": "x", "steps": {"flow": 8.8418, "check_head": 0.0143, "settle": 0.25}},
+            ["x steps=flow 8.8, settle 0.2"],
+        ),
     ],
 )
 def test_plain_lines(event: dict[str, Any], expected: list[str]) -> None:

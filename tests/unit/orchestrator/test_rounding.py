@@ -118,3 +118,11 @@ def test_fallbacks_are_named(name: str, channels: int, gpus: int, said: dict[str
     assert {text.partition(":")[0] for text in found} == said.keys()
     assert all(said[text.partition(":")[0]] in text for text in found)
     assert all("mlp.down_proj.weight" in text for text in found)
+
+
+def test_widths_of_a_matrix_are_named_together() -> None:
+    model = model_of("smollm2-135m")
+    shapes = [Shape({"heads": 3, "neurons": channels}, 1, 1) for channels in (1088, 1280, 1216)]
+    found = fallbacks(model, shapes, 1)
+    assert len(found) == 2
+    assert all("1088, 1216 inputs of mlp.down_proj.weight are no" in text for text in found)
