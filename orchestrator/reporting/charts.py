@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from io import StringIO
+from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 from warnings import catch_warnings, simplefilter
@@ -140,11 +141,14 @@ def frontier_drawing(
     def paint(axes: "Axes") -> None:
         xs, ys = zip(*(points[each] for each in best), strict=True)
         axes.plot(xs, ys, color=COLOURS["held-out"])
+        middle = fmean(x for x, _ in points.values())
         for each, (x, y) in points.items():
             series = "held-out" if each in best else "training"
             face = COLOURS[series] if each in best else COLOURS["page"]
             axes.plot([x], [y], "o", markersize=6, color=COLOURS[series], markerfacecolor=face)
-            axes.annotate(each, (x, y), xytext=(7, 5), textcoords="offset points", fontsize=10)
+            # right of it and below, or left and above: the line rises, and names stay inside
+            at, side = ((7, -12), "left") if x < middle else ((-7, 5), "right")
+            axes.annotate(each, (x, y), xytext=at, textcoords="offset points", ha=side, fontsize=10)
         axes.margins(0.15)
         axes.set_title("perplexity, times the dense model's")
         axes.set_xlabel("percent of the decoder's parameters removed")

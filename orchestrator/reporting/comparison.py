@@ -184,6 +184,8 @@ def layers(runs: Sequence[Compared]) -> Iterator[Table]:
             [str(number), *(f"{found[number]:,}" if number in found else "" for found in kept)]
             for number in sorted({number for found in kept for number in found})
         ]
+        if len({tuple(row[1:]) for row in rows}) == 1:
+            rows = [["all", *rows[0][1:]]]
         yield Table(titled(group), ["layer", *(run.name for run in runs)], rows)
 
 

@@ -23,7 +23,7 @@ from rich.progress import (
 from rich.table import Column, Table
 
 from rayprune.orchestrator.reporting.events import brief, plain_line
-from rayprune.orchestrator.reporting.tables import Part
+from rayprune.orchestrator.reporting.tables import Part, narrowed
 from rayprune.specs.errors import printable
 
 
@@ -123,7 +123,7 @@ class ProgressView:
 def print_parts(parts: Iterable[Part], console: Console | None = None) -> None:
     """Print lines and tables; of a table words are left-aligned, numbers right."""
     console = console or _Output()
-    for part in parts:
+    for part in narrowed(parts, console.width):
         if isinstance(part, str):
             console.print(printable(part), highlight=False, markup=False, soft_wrap=True)
             continue

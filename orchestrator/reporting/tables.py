@@ -19,7 +19,14 @@ class Table:
         """Whether a column is to be read rather than compared."""
         return any(row[column][:1].isalpha() for row in self.rows)
 
+    def of(self, columns: Sequence[int]) -> "Table":
+        """The table with these columns alone."""
+        chosen = [[row[number] for number in columns] for row in (self.columns, *self.rows)]
+        return Table(self.title, chosen[0], chosen[1:])
 
+
+LEAST_WORDS = 12
+"""Characters to which a column of words may shrink."""
 TITLES = {"heads": "KV groups", "neurons": "FFN channels"}
 """What people call the coupled groups that files name so."""
 
@@ -31,6 +38,34 @@ def titled(group: str) -> str:
 
 Part = str | Table
 """A line, or a table."""
+
+
+def narrowed(parts: Iterable[Part], width: int) -> Iterator[Part]:
+    """Parts with several tables in place of one whose numbers so many characters have no room for,
+    each with the first column and some of the others.
+    """
+    for part in parts:
+        if isinstance(part, str):
+            yield part
+            continue
+        needed = [_needed(part, number) for number in range(len(part.columns))]
+        chosen, room = [0], width - needed[0]
+        for number in range(1, len(needed)):
+            if len(chosen) > 1 and room < needed[number]:
+                yield part.of(chosen)
+                chosen, room = [0], width - needed[0]
+            chosen.append(number)
+            room -= needed[number]
+        yield part.of(chosen)
+
+
+def _needed(table: Table, column: int) -> int:
+    """Characters that a column takes with its edge: of numbers the longest, of words, which go on
+    in a next line, a few.
+    """
+    cells = [table.columns[column], *(row[column] for row in table.rows)]
+    longest = max(map(len, cells))
+    return 3 + (min(longest, LEAST_WORDS) if column == 0 or table.holds_words(column) else longest)
 
 
 def text(value: object) -> str:

@@ -76,7 +76,11 @@ def test_layers_stand_side_by_side() -> None:
     heads, neurons = layers([BEST, SMALL])
     assert (heads.title, neurons.title) == ("KV groups", "FFN channels")
     assert neurons.columns == ["layer", "best", "small"]
-    assert neurons.rows[3] == ["3", "1,120", "1,120"]
+    assert neurons.rows == [["all", "1,120", "1,120"]]
+    report = make_report(2)
+    report["layers"][1]["groups"]["neurons"]["kept"] = 640
+    _, neurons = layers([BEST, run("uneven", 700, 1.3, layers=report["layers"])])
+    assert neurons.rows[1] == ["1", "1,120", "640"]
 
 
 @pytest.mark.usefixtures("drawn")

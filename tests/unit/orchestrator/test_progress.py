@@ -10,7 +10,7 @@ from rich.console import Console
 
 from rayprune.orchestrator.reporting.events import Event, plain_line
 from rayprune.orchestrator.reporting.progress import ProgressView, print_parts
-from rayprune.orchestrator.reporting.tables import Table
+from rayprune.orchestrator.reporting.tables import Table, narrowed
 
 GROUPS = {
     "heads": {"kept": 3, "of": 4, "held_out_error": 0.12345},
@@ -194,3 +194,14 @@ def test_an_event_knows_what_it_is_about() -> None:
     assert event.seconds == pytest.approx(1.23456)
     assert event.fields["groups"] == GROUPS
     assert str(event) == plain_line(EVENTS[3])
+
+
+def test_a_table_that_is_too_wide_becomes_several() -> None:
+    columns = ["run", "parameters", "perplexity", "seconds"]
+    table = Table("results", columns, [["budget.sparsity=0.1", "121,243,968", "27.431", "197.0"]])
+    out = io.StringIO()
+    print_parts([table], Console(file=out, width=45))
+    words = out.getvalue()
+    assert words.count("results") == 2
+    assert all(each in words for each in ("parameters", "121,243,968", "27.431", "197.0"))
+    assert list(narrowed([table], 80)) == [table.of(range(4))]
