@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
-from rayprune.orchestrator.execution.run_folder import PAGE_FILE, REPORT_FILE
+from rayprune.orchestrator.execution.run_folder import EVENTS_FILE, PAGE_FILE, REPORT_FILE
 from rayprune.orchestrator.reporting.facts import (
     Change,
     Closeness,
@@ -217,9 +217,12 @@ def read_report(run: str | Path) -> Report:
     try:
         content = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise SpecError(
-            f"{run}: no {REPORT_FILE} here; name the folder of a finished run"
-        ) from None
+        otherwise = (
+            "the run has not ended: `rayprune run` with its job and this folder goes on"
+            if (folder / EVENTS_FILE).exists()
+            else "name the folder of a finished run"
+        )
+        raise SpecError(f"{run}: no {REPORT_FILE} here; {otherwise}") from None
     try:
         return Report.model_validate({**_mapping(content), "run": folder})
     except ValidationError as error:

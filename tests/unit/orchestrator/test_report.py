@@ -40,6 +40,9 @@ def test_another_file_is_no_report(content: object, tmp_path: Path) -> None:
 def test_a_folder_without_a_report(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="name the folder of a finished run"):
         read_report(tmp_path)
+    (tmp_path / "events.jsonl").touch()
+    with pytest.raises(SpecError, match="the run has not ended"):
+        read_report(tmp_path)
 
 
 def test_the_model_to_take() -> None:
