@@ -99,6 +99,21 @@ def test_a_report_tells_what_lm_eval_says(
     assert "which_words acc" in [row[0] for table in tables for row in table.rows]
 
 
+@pytest.mark.parametrize(
+    ("setting", "models"),
+    [
+        ("recover={scope: layer, batch: 4, epochs: 1}", ["before", "after", "recovered"]),
+        ("method={name: progressive, steps: 2, gate: {samples: 3}}", ["before", "after"]),
+        ("budget.drop_layers=[1]", ["before", "after"]),
+    ],
+)
+def test_every_model_of_a_job_is_asked(
+    setting: str, models: list[str], job: Path, tmp_path: Path
+) -> None:
+    report = run_job(load_job(job, [setting, "budget.sparsity=0.4"]), tmp_path / "run", quiet)
+    assert [list(score.values) for score in report.scores] == [models, models]
+
+
 def test_what_is_no_task_is_refused_before_the_run(
     job: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
