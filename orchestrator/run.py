@@ -21,8 +21,10 @@ from rayprune.orchestrator.reporting.report import Report
 from rayprune.orchestrator.stages import lm_tasks, own_text, start
 from rayprune.orchestrator.stages.context import Context
 from rayprune.orchestrator.stages.dropping import prune_without_layers
+from rayprune.orchestrator.stages.masking import prune_and_mask
 from rayprune.orchestrator.stages.prune import prune
 from rayprune.orchestrator.stages.steps import prune_in_steps
+from rayprune.orchestrator.stages.subject import Pruned
 from rayprune.specs.job import JobSpec
 from rayprune.specs.memory import MemoryPlan
 from rayprune.workers.model.checkpoint import Checkpoint, open_checkpoint
@@ -62,11 +64,20 @@ def run_job(
             context.emit("warning", text=warning)
         start.start(context, checkpoint.path)
         lm_tasks.open_tasks(context)
-        drops = job.budget.drop_layers is not None
-        passes = prune_in_steps if job.steps else prune_without_layers if drops else prune
-        done = passes(context, plan_on(executor.device_kind, plans, job, checkpoint), checkpoint)
+        done = _passes(job)(
+            context, plan_on(executor.device_kind, plans, job, checkpoint), checkpoint
+        )
         context.emit("run-finished", step_seconds=executor.step_seconds)
         return write_report(context, done)
+
+
+def _passes(job: JobSpec) -> Callable[[Context, Plan, Checkpoint], Pruned]:
+    """How many passes over the model a job takes, and which."""
+    if job.steps:
+        return prune_in_steps
+    if job.budget.drop_layers is not None:
+        return prune_without_layers
+    return prune_and_mask if job.method.cuts_first else prune
 
 
 def write_own_text(job: JobSpec, out: Path, show: Show) -> Path:

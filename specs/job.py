@@ -177,11 +177,21 @@ class ServedMemorySpec(Section):
     """Memory where the model is served."""
 
     bytes: ByteSize
-    """Of the weights and the KV cache together, at most."""
+    """Of the weights and the KV cache together, at most. A matrix of 16-bit numbers to which
+    `method: sparse` gives 2:4 zeros counts as a GPU holds it: 9/16 of its bytes.
+    """
     batch: int = Field(default=1, ge=1)
     """Sequences in the cache."""
-    context: int = Field(ge=1)
-    """Tokens of each."""
+    context: int = Field(ge=0)
+    """Tokens of each; 0: the weights alone."""
+
+    @model_validator(mode="after")
+    def _batch_of_something(self) -> Self:
+        if self.context == 0 and self.batch > 1:
+            raise ValueError(
+                f"batch: {self.batch} sequences of context 0 hold nothing; leave it out"
+            )
+        return self
 
 
 class BudgetSpec(Section):
@@ -507,7 +517,8 @@ class JobSpec(Section):
             raise ValueError(
                 f"method {self.method.name} removes whole layers; leave out budget.kv_groups"
             )
-        if self.budget.drop_layers is not None and (self.method.removes_layers or self.steps):
+        has_own_way = self.method.removes_layers or self.steps or self.method.cuts_first
+        if self.budget.drop_layers is not None and has_own_way:
             raise ValueError(
                 f"budget.drop_layers: method {self.method.name} has a way of its own; leave it out,"
                 " or drop the layers in a run before, without a target"
@@ -548,8 +559,8 @@ class JobSpec(Section):
             return self
         unread = {
             "cluster.executor: in-process": self.cluster.executor == "in-process",
-            f"method {self.method.name}": self.method.masks is not None
-            or self.method.removes_nothing,
+            f"method {self.method.name}": self.method.removes_nothing
+            or (self.method.masks is not None and self.method.cuts_first is None),
         }
         if given := [what for what, is_given in unread.items() if is_given]:
             raise ValueError(
@@ -603,11 +614,20 @@ class JobSpec(Section):
     def _masks_fit(self) -> Self:
         if self.method.masks is None:
             return self
+        alone, budget = self.method.cuts_first is None, self.budget
         unread = {
-            "budget": (self.budget != BudgetSpec(), "it removes no units"),
-            "correction": (self.correction != CorrectionSpec(), "method.damping is its own"),
+            "budget": (alone and budget != BudgetSpec(), "without method.inner no unit goes"),
+            "budget.per_layer": (budget.per_layer, "layers that differ in size get no zeros"),
+            "budget.latency_table": (
+                budget.latency_table is not None,
+                "its times are those of matrices without zeros",
+            ),
+            "correction": (
+                alone and self.correction != CorrectionSpec(),
+                "method.damping is its own",
+            ),
             "recover": (self.recover is not None, "a training would fill the zeros"),
-            "export.pad": (self.export.pad, "it removes no units"),
+            "export.pad": (self.export.pad, "all layers are alike"),
             "parallel.placement: layers": (
                 self.parallel.placement == "layers",
                 "zeros are made layer after layer",

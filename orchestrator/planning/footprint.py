@@ -13,6 +13,8 @@ from rayprune.workers.model.config import DTYPES
 from rayprune.workers.model.description import Group, Shapes
 from rayprune.workers.model.folder import PLANNED_BYTES, TensorInfo
 from rayprune.workers.model.form import AS_IT_IS, Form
+from rayprune.workers.model.sites import sites_of
+from rayprune.workers.model.sparsity import SEMI_STRUCTURED, bytes_not_held, read_sparsity
 
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
 CHANGES = {
@@ -48,7 +50,9 @@ class Footprint:
     decode_ms: float = 0.0
     """The same of `budget.tokens_per_second.decode`."""
     memory_bytes: int = 0
-    """Weights, and keys and values of `budget.memory`; 0: it is not asked for."""
+    """Weights, without the zeros that a GPU does not hold, and keys and values of `budget.memory`;
+    0: it is not asked for.
+    """
 
 
 def footprint(
@@ -121,7 +125,9 @@ def layer_footprint(
         2 * matrices,
         cached,
         **{name: timed.layer(kept) for name, timed in counted_with(budget).items()},
-        memory_bytes=_served(budget, _num_bytes(sizes), cached),
+        memory_bytes=_served(
+            budget, _num_bytes(sizes) - _not_held(job, checkpoint, cut, infos), cached
+        ),
     )
 
 
@@ -149,6 +155,38 @@ def _served(budget: BudgetSpec, weight_bytes: int, kv_bytes: int) -> int:
     """What a part of the model takes of `budget.memory`."""
     asked = budget.memory
     return weight_bytes + asked.batch * asked.context * kv_bytes if asked else 0
+
+
+def _not_held(
+    job: JobSpec, checkpoint: Checkpoint, shapes: Shapes, infos: Mapping[str, TensorInfo]
+) -> int:
+    """What a GPU saves of a layer's matrices with zeros."""
+    masks = job.method.masks
+    if masks is None or masks.pattern != SEMI_STRUCTURED:
+        return 0
+    sites = sites_of(checkpoint.model)
+    return sum(
+        bytes_not_held(
+            shapes[name], _element_bytes(infos[name], job.export), sites[site].transposed
+        )
+        for site in masks.sites
+        for name in sites[site].weights
+    )
+
+
+def saved_bytes(checkpoint: Checkpoint) -> int:
+    """What a GPU saves of a model with zeros, from its folder.
+
+    Raises:
+        ModelError: the folder says nothing of zeros.
+    """
+    about, infos = read_sparsity(checkpoint.path), checkpoint.tensors
+    if about.pattern != SEMI_STRUCTURED:
+        return 0
+    return sum(
+        bytes_not_held(infos[name].shape, PLANNED_BYTES[infos[name].dtype], zeros.transposed)
+        for name, zeros in about.tensors.items()
+    )
 
 
 def _idle(group: Group, shapes: Shapes) -> int:

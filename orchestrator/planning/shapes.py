@@ -87,13 +87,19 @@ def open_shapes(job: JobSpec, checkpoint: Checkpoint) -> tuple[Shape, ...]:
         SpecError: none meets the budget and loads.
     """
     dense = checkpoint.model.units
-    if job.method.masks:
+    if job.method.masks and job.method.cuts_first is None:
         check_widths(checkpoint.model, job.method.masks)
-    if job.method.masks or job.method.removes_nothing:
+        return (Shape(dense, **asdict(_uniform(job, checkpoint, dense))),)
+    if job.method.removes_nothing:
         return (Shape(dense, **asdict(_uniform(job, checkpoint, dense))),)
     if not exceeded(
         _uniform(job, checkpoint, dense), limits(job.budget, checkpoint.decoder_parameters)
     ):
+        if job.method.cuts_first:
+            raise SpecError(
+                "budget: with its zeros the model meets every target, and no unit would go; ask for"
+                " less, or leave out budget and method.inner"
+            )
         raise SpecError(
             "budget: the model meets every target as it is, nothing would be removed; ask for less,"
             " or set budget.sparsity"

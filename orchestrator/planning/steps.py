@@ -6,6 +6,7 @@ from dataclasses import replace
 from rayprune.orchestrator.planning.causal import check_encoder
 from rayprune.orchestrator.planning.disk import DiskNeed, still_needed
 from rayprune.orchestrator.planning.dropped import plan_dropping
+from rayprune.orchestrator.planning.masked import plan_masked
 from rayprune.orchestrator.planning.own_text import own_tasks
 from rayprune.orchestrator.planning.plan import (
     Plan,
@@ -47,13 +48,15 @@ def plan_job(
     device: str | None = None,
 ) -> Plan:
     """Plan a job as `make_plan` does; of several passes, each over what the one before leaves with
-    most KV groups; of whole layers that go before the rest.
+    most KV groups; of whole layers that go before the rest; of units that go before zeros.
 
     Raises:
         RaypruneError: as `make_plan` says.
     """
     if job.budget.drop_layers is not None:
         return plan_dropping(job, checkpoint, machine, device)
+    if job.method.cuts_first:
+        return plan_masked(job, checkpoint, machine, device)
     if (steps := job.steps) is None:
         return make_plan(job, checkpoint, machine, device)
     if not checkpoint.model.causal:

@@ -136,14 +136,17 @@ def _metadata(report: Report, dense: Dense, recovered: bool) -> ModelCardData:
 
 
 def _body(report: Report, dense: Dense, recovered: bool) -> Iterator[str]:
-    name, method = text(dense.name), report.method["name"]
-    by = f"by rayprune {report.rayprune_version} (`method: {method}`)"
+    name, method, inner = text(dense.name), report.method["name"], report.method.get("inner")
+    used = f"`method: {method}`" + (f", `inner: {inner['name']}`" if inner else "")
+    by = f"by rayprune {report.rayprune_version} ({used})"
     lost = f"without {1 - report.decoder_parameters.ratio:.1%} of the parameters of its layers"
     how = f"{lost}, removed {by}" if report.is_pruned else f"as it is, written {by}"
     yield f"# {name}-pruned\n"
     if report.zeros:
         part = report.zeros / report.decoder_parameters.before
-        how = f"with {part:.1%} of the parameters of its layers set to zero (`sparsity.json`) {by}"
+        others = f"{lost} and with {part:.1%} of them" if report.is_pruned else f"with {part:.1%}"
+        of = "" if report.is_pruned else " of the parameters of its layers"
+        how = f"{others}{of} set to zero (`sparsity.json`) {by}"
     yield f"{name} {how}{' and trained afterwards' if recovered else ''}.\n"
     yield "| | before | after |\n| --- | --: | --: |"
     sizes = {
@@ -151,6 +154,8 @@ def _body(report: Report, dense: Dense, recovered: bool) -> Iterator[str]:
         "of them in the layers": report.decoder_parameters,
         "bytes on disk": report.bytes_on_disk,
     }
+    if report.served_bytes:
+        sizes["bytes where a GPU holds 2:4 matrices without their zeros"] = report.served_bytes
     for title, size in sizes.items():
         yield f"| {title} | {size.before:,} | {size.after:,} |"
     for group, kept in report.kept.items():

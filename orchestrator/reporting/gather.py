@@ -20,6 +20,7 @@ from rayprune.orchestrator.execution.run_folder import (
     seconds_per_stage,
 )
 from rayprune.orchestrator.hub.origin import origin_of
+from rayprune.orchestrator.planning.footprint import saved_bytes
 from rayprune.orchestrator.reporting.card import model_card
 from rayprune.orchestrator.reporting.facts import (
     Change,
@@ -111,6 +112,7 @@ def _gather(context: Context, done: Pruned) -> Report:
         parameters=Change(before=before.parameters, after=after.parameters),
         decoder_parameters=Change(before=before.decoder_parameters, after=after.decoder_parameters),
         bytes_on_disk=Change(before=before.bytes_on_disk, after=after.bytes_on_disk),
+        served_bytes=_served_bytes(done) if job.method.masks else None,
         **_measured(judged),
         texts=_on_texts(judged),
         samples=_samples(context, done),
@@ -132,6 +134,18 @@ def _gather(context: Context, done: Pruned) -> Report:
             for number, groups in enumerate(done.layers)
         ),
     )
+
+
+def _served_bytes(done: Pruned) -> Change[int] | None:
+    """Bytes of all weights where a GPU holds 2:4 matrices without their zeros; None: it holds
+    none so.
+    """
+    before, after = (
+        sum(info.num_bytes for info in model.checkpoint.tensors.values())
+        for model in (done.dense, done.pruned)
+    )
+    saved = saved_bytes(done.pruned.checkpoint)
+    return Change(before=before, after=after - saved) if saved else None
 
 
 def _own_text(context: Context) -> OwnText | None:

@@ -125,7 +125,8 @@ def _shapes(plan: "Plan") -> Iterator[Part]:
     if plan.zeros:
         part = plan.zeros / plan.model.decoder_parameters
         yield f"zeros in matrices that keep their size: {plan.zeros:,}, {part:.1%} of the decoder"
-        return
+        if plan.shapes[0].kept == plan.model.units:
+            return
     for name, reason in plan.model.stays.items():
         yield f"all {plan.model.titles[name]} stay: {reason}"
 

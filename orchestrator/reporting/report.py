@@ -68,6 +68,10 @@ class Report(Facts):
     parameters: Change[int]
     decoder_parameters: Change[int]
     bytes_on_disk: Change[int]
+    served_bytes: Change[int] | None = None
+    """Of the weights, where a GPU holds 2:4 matrices without their zeros; no such key where the
+    model has none.
+    """
     perplexity: Perplexity | None
     """Null without a section `evaluation`, and of an encoder."""
     closeness: dict[str, Closeness] = Field(default={})
@@ -155,11 +159,11 @@ class Report(Facts):
     @property
     def done(self) -> str:
         """How much of the decoder is gone, in words."""
-        if self.zeros:
-            return (
-                f"{self.zeros / self.decoder_parameters.before:.1%} of the decoder parameters zero"
-            )
-        return f"{1 - self.decoder_parameters.ratio:.1%} of the decoder parameters removed"
+        removed = f"{1 - self.decoder_parameters.ratio:.1%} of the decoder parameters removed"
+        if not self.zeros:
+            return removed
+        zero = f"{self.zeros / self.decoder_parameters.before:.1%} of the decoder parameters zero"
+        return f"{removed}, {zero}" if self.is_pruned else zero
 
     @property
     def model(self) -> Path:
@@ -191,7 +195,8 @@ class Report(Facts):
         """What only some jobs have, or was not measured, is no key of other reports, rather than a
         null.
         """
-        may_lack = ("masked_lm_loss", "embeddings", "own_text", "recovery", "speeds", "dropped")
+        may_lack = {"masked_lm_loss", "embeddings", "own_text", "recovery", "speeds", "dropped"}
+        may_lack |= {"served_bytes"}
         return {
             name: value
             for name, value in fields(self).items()
@@ -287,8 +292,9 @@ def dropped_words(dropped: Mapping[str, Any]) -> str:
 
 
 def _changes(report: Report) -> Iterator[list[str]]:
-    for name in ("parameters", "decoder_parameters", "bytes_on_disk"):
-        yield _change(name, getattr(report, name), "{:,.0f}")
+    for name in ("parameters", "decoder_parameters", "bytes_on_disk", "served_bytes"):
+        if (size := getattr(report, name)) is not None:
+            yield _change(name, size, "{:,.0f}")
     if report.perplexity:
         yield _change("perplexity", report.perplexity, "{:.3f}")
     if report.masked_lm_loss:
@@ -415,7 +421,8 @@ def site_table(report: Report) -> Table:
     by_site: dict[str, list[GroupReport]] = {}
     for layer in report.layers:
         for name, group in layer.groups.items():
-            by_site.setdefault(name, []).append(group)
+            if group.mask_error is not None:
+                by_site.setdefault(name, []).append(group)
     rows = [
         [
             name,

@@ -13,10 +13,14 @@ def verdict(report: Report) -> str:
 def _sentences(report: Report) -> Iterator[str]:
     name = report.dense.name if report.dense else "The model"
     decoder, whole = (1 - size.ratio for size in (report.decoder_parameters, report.parameters))
-    if report.zeros:
-        yield f"{name} keeps its size: {report.done}."
-    else:
+    if report.is_pruned or not report.zeros:
         yield f"{name} is {whole:.1%} smaller: {decoder:.1%} of its decoder parameters are gone."
+    if report.zeros:
+        zero = report.zeros / report.decoder_parameters.before
+        if report.is_pruned:
+            yield f"{zero:.1%} of them are zero in what stays."
+        else:
+            yield f"{name} keeps its size: {report.done}."
     if close := report.closeness.get(report.taken):
         agreed = f"{close.agreement:.1%} of tokens"
         yield f"It expects the same next token as the dense model for {agreed}."

@@ -189,6 +189,11 @@ class MethodOptions(Section):
         """
         return None
 
+    @property
+    def cuts_first(self) -> "MethodOptions | None":
+        """The method by which units go before zeros are made; None: no pass goes before."""
+        return None
+
     def in_steps(self, sparsity: float) -> InSteps | None:
         """The passes on the way to a sparsity; None: it is one pass, and no gate behind it."""
         return None

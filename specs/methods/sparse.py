@@ -1,22 +1,33 @@
-"""Options of masks: zeros inside the matrices, no unit goes."""
+"""Options of masks: zeros inside the matrices, of the whole model or of what a cut leaves."""
 
-from typing import Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self, TypeAlias
 
 from pydantic import Field, model_validator
 
 from rayprune.specs.methods.options import SITES, Damping, Masks, MethodOptions, Site
+from rayprune.specs.methods.ranking import RANKINGS
+from rayprune.specs.section import one_of
 
 HALF = 0.5
 DEFAULT_DAMPING = 1e-2
 """SparseGPT's."""
 
+if TYPE_CHECKING:
+    Inner: TypeAlias = MethodOptions
+else:
+    Inner = one_of(RANKINGS, "stat")
+
 
 class SparseOptions(MethodOptions):
     """Masks: weights become zero where they are cheapest, and with `obs` those that stay are
-    corrected (SparseGPT, arXiv 2301.00774). Nothing else of the model changes.
+    corrected (SparseGPT, arXiv 2301.00774). With `inner` units go first.
     """
 
     name: Literal["sparse"] = "sparse"
+    inner: Inner | None = None
+    """The method, one that ranks, by which units go first, until they and the zeros together meet
+    the budget; null: no unit goes.
+    """
     pattern: Literal["2:4", "4:8", "unstructured"] = "2:4"
     """Where zeros lie. `2:4`, `4:8`: at least two of every four (four of every eight) weights of
     an output that read neighbouring inputs; `unstructured`: anywhere.
@@ -45,6 +56,11 @@ class SparseOptions(MethodOptions):
         if self.damping is not None and self.score != "obs":
             raise ValueError(f"damping: score {self.score} corrects nothing; leave it out")
         return self
+
+    @property
+    def cuts_first(self) -> MethodOptions | None:
+        """The inner method."""
+        return self.inner
 
     @property
     def masks(self) -> Masks:

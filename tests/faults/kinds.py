@@ -130,6 +130,9 @@ KINDS: dict[str, Kind] = {
     "sparse": Kind(
         {"method": {"name": "sparse"}, "budget": {"sparsity": None, "round_to": "auto"}}, "sparsity"
     ),
+    "widths, then sparse": Kind(
+        {"method": {"name": "sparse", "inner": "stat"}, "budget": {"kv_groups": 1}}, "widths/plan"
+    ),
     "recovered": Kind(
         {"budget": {"kv_groups": 1}, "recover": TRAINING | {"loss": "lm"}},
         "recover",

@@ -12,6 +12,25 @@ from rayprune.specs.methods.options import Masks
 from rayprune.workers.model.folder import read_json
 
 SPARSITY_FILE = "sparsity.json"
+SEMI_STRUCTURED = "2:4"
+"""The pattern that tensor cores multiply."""
+FAST_ROWS, FAST_COLUMNS = 32, 64
+"""What rows and columns are multiples of there (cuSPARSELt and CUTLASS, 16-bit numbers)."""
+
+
+def is_semi_structured(shape: Sequence[int], transposed: bool) -> bool:
+    """Whether a GPU may hold a 2:4 matrix of this shape without its zeros."""
+    rows, columns = shape
+    return not transposed and rows % FAST_ROWS == 0 and columns % FAST_COLUMNS == 0
+
+
+def bytes_not_held(shape: Sequence[int], element_bytes: int, transposed: bool) -> int:
+    """What a GPU saves of a 2:4 matrix: of four 16-bit numbers it holds two and two bits for the
+    place of each, 36 bits of 64. None of numbers of other types.
+    """
+    if element_bytes != 2 or not is_semi_structured(shape, transposed):
+        return 0
+    return shape[0] * shape[1] * element_bytes * 7 // 16
 
 
 @dataclass(frozen=True)

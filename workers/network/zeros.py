@@ -12,14 +12,18 @@ from torch import Tensor, nn
 
 from rayprune.specs.errors import VerificationError
 from rayprune.workers.model.folder import INDEX_NAME, read_json
-from rayprune.workers.model.sparsity import Sparsity, Zeros, read_sparsity
+from rayprune.workers.model.sparsity import (
+    FAST_COLUMNS,
+    FAST_ROWS,
+    SEMI_STRUCTURED,
+    Sparsity,
+    Zeros,
+    is_semi_structured,
+    read_sparsity,
+)
 from rayprune.workers.network.load_check import loaded
 
-SEMI_STRUCTURED = "2:4"
-"""The pattern that tensor cores multiply."""
 FAST_TYPES = (torch.float16, torch.bfloat16)
-FAST_ROWS, FAST_COLUMNS = 32, 64
-"""What rows and columns are multiples of there (cuSPARSELt and CUTLASS, 16-bit numbers)."""
 
 
 def zeros_of(weight: Tensor, transposed: bool) -> Zeros:
@@ -112,8 +116,10 @@ def _make_semi_structured(model: Any, about: Sparsity) -> list[str]:
     dense = []
     for name, told in about.tensors.items():
         module = model.get_submodule(name.removesuffix(".weight"))
-        fits = isinstance(module, nn.Linear) and not told.transposed
-        if not fits or module.out_features % FAST_ROWS or module.in_features % FAST_COLUMNS:
+        fits = isinstance(module, nn.Linear) and is_semi_structured(
+            module.weight.shape, told.transposed
+        )
+        if not fits:
             dense.append(name)
             continue
         fast = torch.sparse.to_sparse_semi_structured(module.weight.detach())

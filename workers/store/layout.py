@@ -141,6 +141,9 @@ class Scope:
 WHOLE_LAYERS = "layers"
 """Name of the scope in which whole layers are left out, where more is pruned after it."""
 
+WIDTHS = "widths"
+"""Name of the scope in which units go before zeros are made."""
+
 
 def step_name(number: int) -> str:
     """Name of the scope of one of several passes, counted from 1."""
