@@ -77,7 +77,7 @@ def plan_masked(
         seconds_with_layers=None,
         traffic=traffic_together(plans),
         output_bytes=second.output_bytes,
-        disk=(DiskNeed(f"{WIDTHS}/{EXPORT_TASK}", first.output_bytes), *second.disk),
+        disk=(DiskNeed(f"{WIDTHS}/{EXPORT_TASK}", narrower[0].bytes_on_disk), *second.disk),
         zeros=second.zeros,
         notes=(*first.notes, *second.notes),
     )

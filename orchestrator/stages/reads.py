@@ -178,7 +178,8 @@ def _known(job: JobSpec) -> dict[str, Any]:
     known["export"]["form"] = job.export.form
     known["method"]["needs_rows"] = job.method.needs_rows
     selector = job.method.selector
-    known["method"]["selector"] = selector.model_dump(mode="json", exclude={"training", "gates"})
+    elsewhere: Any = {"training", "gates", "inner"}  # an inner method has tasks of its own
+    known["method"]["selector"] = selector.model_dump(mode="json", exclude=elsewhere)
     calibration, evaluation = job.calibration, job.evaluation
     known["calibration"]["texts"] = _readings(calibration)
     if job.recover:
@@ -195,7 +196,7 @@ def _known(job: JobSpec) -> dict[str, Any]:
         known["evaluation"]["stride"] = evaluation.effective_stride
         known["samples"] = evaluation.model_dump(mode="json", include={"prompts", "prompt_tokens"})
         known["asked"] = evaluation.model_dump(mode="json", include=_ASKED)
-    elsewhere: Any = {"latency_table", "probe_samples", "probe_layers", "experts", "expert_score"}
+    elsewhere = {"latency_table", "probe_samples", "probe_layers", "experts", "expert_score"}
     # what jobs of earlier versions could not ask for
     elsewhere |= {n for n in ("tokens_per_second", "memory") if getattr(job.budget, n) is None}
     elsewhere |= {"drop_layers", "drop_score", "drop_samples"}
