@@ -236,7 +236,9 @@ class BudgetSpec(Section):
     error.
     """
     experts: Annotated[int, Field(ge=1)] | None = None
-    """Experts that stay in every layer of a mixture of experts; null: all."""
+    """Experts that stay in every layer of a mixture of experts; null: all, or with `per_layer` as
+    many in each layer as suit it.
+    """
     expert_score: Literal["reap", "frequency"] = "reap"
     """Which experts stay: those that add most to the tokens they get (`reap`), or get most tokens
     (`frequency`).
@@ -271,8 +273,11 @@ class BudgetSpec(Section):
 
     @model_validator(mode="after")
     def _experts_are_scored(self) -> Self:
-        if self.experts is None and self.expert_score != "reap":
-            raise ValueError("expert_score needs experts: how many stay; set it, or leave both out")
+        if self.experts is None and not self.per_layer and self.expert_score != "reap":
+            raise ValueError(
+                "expert_score needs experts, how many stay, or per_layer; set one of them, or leave"
+                " it out"
+            )
         return self
 
     @model_validator(mode="after")

@@ -17,6 +17,7 @@ from rayprune.workers.steps.probing import Probing
 from rayprune.workers.steps.sparsifying import Sparsifying
 from rayprune.workers.steps.step import Receipt, Step, steps_of
 from rayprune.workers.steps.streaming import Streaming
+from rayprune.workers.steps.surveying import Surveying
 from rayprune.workers.steps.sweeping import Sweeping
 from rayprune.workers.steps.texts import Texts
 from rayprune.workers.steps.writing import Writing
@@ -30,6 +31,7 @@ ROOMS = (
     Probing,
     Sweeping,
     Streaming,
+    Surveying,
     Sparsifying,
     Writing,
     Converting,
@@ -59,9 +61,10 @@ class Worker:
         deciding, writing = Deciding(bench), Writing(bench)
         probing = Probing(bench, deciding)
         streaming = Streaming(bench, deciding, writing, before=[probing])
-        sweeping = Sweeping(bench, deciding, before=[probing, streaming])
+        surveying = Surveying(bench, deciding, before=[probing])
+        sweeping = Sweeping(bench, deciding, before=[probing, streaming, surveying])
         sparsifying = Sparsifying(bench, deciding, writing)
-        judging = Judging(bench, before=[probing, streaming, sweeping, sparsifying])
+        judging = Judging(bench, before=[probing, streaming, surveying, sweeping, sparsifying])
         rooms = [Authoring(bench), Texts(bench), Checking(bench), Measuring(bench)]
         self._bench = bench
         self._steps = {
@@ -71,6 +74,7 @@ class Worker:
                 probing,
                 sweeping,
                 streaming,
+                surveying,
                 sparsifying,
                 writing,
                 Converting(bench),

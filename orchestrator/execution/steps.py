@@ -249,6 +249,32 @@ class Steps:
         """`Streaming.survey`."""
         return self._submit("survey", layer, task, counts, stored)
 
+    def look_at(self, layer: int, group: str, owned: tuple[int, int]) -> Call[Parts]:
+        """`Surveying.look_at`."""
+        return self._submit("look_at", layer, group, owned)
+
+    def look_at_experts(self, layer: int, owned: tuple[int, int]) -> Call[Routes]:
+        """`Surveying.look_at_experts`."""
+        return self._submit("look_at_experts", layer, owned)
+
+    def survey_group(
+        self,
+        layer: int,
+        task: Task,
+        group: str,
+        counts: Sequence[int],
+        stored: Sequence[int],
+        *parts: Handle[Parts],
+    ) -> Call[None]:
+        """`Surveying.survey_group`."""
+        return self._submit("survey_group", layer, task, group, counts, stored, *parts)
+
+    def survey_experts(
+        self, task: Task, counts: Sequence[int], *parts: Handle[Routes]
+    ) -> Call[None]:
+        """`Surveying.survey_experts`."""
+        return self._submit("survey_experts", task, counts, *parts)
+
     def score(self, layer: int, task: Task, kept: Mapping[str, float]) -> Call[None]:
         """`Streaming.score`."""
         return self._submit("score", layer, task, kept)

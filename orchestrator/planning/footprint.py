@@ -79,10 +79,9 @@ def footprint(
         **{name: timed.outer_ms for name, timed in counted_with(job.budget).items()},
         memory_bytes=_served(job.budget, _num_bytes(outer), 0),
     )
-    first = {id(layer): numbers.start for layer, numbers in reversed(model.alike)}
     numbers = range(len(layers)) if there is None else there
     alike = [
-        (tuple(kept.items()), first[id(model.layers[number])])
+        (tuple(kept.items()), model.first_alike[number])
         for number, kept in zip(numbers, layers, strict=True)
     ]
     each = {key: layer_footprint(checkpoint, dict(key[0]), job, form, key[1]) for key in set(alike)}

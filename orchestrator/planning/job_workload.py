@@ -87,7 +87,7 @@ def workload_of(
         probes=job.budget.kv_groups == "auto" and not job.budget.per_layer and masks is None,
         in_process=job.cluster.executor == "in-process",
         survey_levels=_survey_levels(job),
-        candidates=_candidates(job, model.num_layers) + _without_layers(job, model.num_layers),
+        candidates=_candidates(job, model) + _without_layers(job, model.num_layers),
         trainings=_trainings(job, shapes[0], model.num_layers),
         gradient_windows=job.gradient_windows,
         candidate_windows=job.divergence_windows or job.drop_windows,
@@ -178,13 +178,14 @@ def _survey_levels(job: JobSpec) -> int:
     return 0
 
 
-def _candidates(job: JobSpec, num_layers: int) -> int:
+def _candidates(job: JobSpec, model: Model) -> int:
     """Every group of every layer alone, and what the search tries."""
+    alone = sum(not group.times for layer in model.layers for group in layer.groups)
     match job.budget.allocation:
         case SearchAllocation(generations=generations, offspring=offspring):
-            return 2 * num_layers + generations * (offspring + 1)
+            return alone + generations * (offspring + 1)
         case CurvesAllocation():
-            return 2 * num_layers
+            return alone
     return 0
 
 
@@ -202,13 +203,15 @@ def _without_layers(job: JobSpec, num_layers: int) -> int:
 
 def _least_cut(model: Model, job: JobSpec) -> dict[str, int]:
     """Where layers may differ: what a layer keeps that loses as little as can be."""
-    steps, asked = unit_steps(job, model), job.budget.kv_groups
+    steps, budget = unit_steps(job, model), job.budget
     most = {
         group.name: (group.num_units - 1) // steps[group.name] * steps[group.name]
-        if group.kind == "ffn" or asked == "auto"
-        else asked
         for group in model.groups
     }
+    if budget.kv_groups != "auto":
+        most |= dict.fromkeys(model.names_of("attention"), budget.kv_groups)
+    if budget.experts:
+        most |= dict.fromkeys(model.names_of("experts"), budget.experts)
     return {name: count for name, count in most.items() if 0 < count < model.units[name]}
 
 

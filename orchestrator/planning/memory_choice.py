@@ -40,7 +40,7 @@ def choices(load: Workload) -> Iterator[MemoryPlan]:
         "refit": (kept, without_inputs, hidden_in_files),
     }
     in_memory = by_phase[load.propagation]
-    in_chunks = load.propagation != "pruned" or load.survey_levels
+    in_chunks = load.propagation != "pruned" or (load.survey_levels and not load.experts)
     chunks = range(load.layers_per_worker if in_chunks else 1, 0, -1)
     in_files = () if load.on_gpu else (replace(in_memory[-1], spill_statistics=True),)
     is_open = any(training.keeps_activations is None for training in load.trainings)

@@ -1,5 +1,6 @@
 """What a job may ask of a mixture of experts."""
 
+from rayprune.specs.allocation import CurvesAllocation
 from rayprune.specs.errors import SpecError
 from rayprune.specs.job import JobSpec
 from rayprune.workers.model.checkpoint import Checkpoint
@@ -7,7 +8,7 @@ from rayprune.workers.model.description import Group
 
 
 def kept_experts(job: JobSpec, checkpoint: Checkpoint) -> int:
-    """Experts of a layer that stay; 0 of a model without any, or that is only planned.
+    """Experts of a layer that stay, where layers may differ at most; 0 of a model without any.
 
     Raises:
         SpecError: there are not so many, a token is to pass through more, groups of experts could
@@ -15,9 +16,10 @@ def kept_experts(job: JobSpec, checkpoint: Checkpoint) -> int:
     """
     asked, group = job.budget.experts, checkpoint.model.experts
     if group is None:
-        if asked:
+        name = "experts" if asked else "expert_score"
+        if asked or job.budget.expert_score != "reap":
             raise SpecError(
-                f"budget.experts: no experts of model_type {checkpoint.model.model_type} can be"
+                f"budget.{name}: no experts of model_type {checkpoint.model.model_type} can be"
                 " removed; leave it out"
             )
         return 0
@@ -46,7 +48,10 @@ def _check_job(job: JobSpec) -> None:
         "parallel.placement: set it to shards": job.parallel.placement != "shards",
         "parallel.transport: leave it out": job.parallel.transport != "object-store",
         "parallel.propagation: set it to pruned": job.parallel.effective_propagation != "pruned",
-        "budget.per_layer: set it to false": job.budget.per_layer,
+        "budget.allocation: take curves or search": (
+            job.budget.per_layer and not isinstance(job.budget.allocation, CurvesAllocation)
+        ),
+        "export.pad: leave it out": job.export.pad,
         "correction.drift: set it to 0": job.correction.drift > 0,
         "method.scale: set it to weights": job.gradient_windows > 0,
         f"method {job.method.name}: take one that does not train": len(job.method.trainings) > 0,

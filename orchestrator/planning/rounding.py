@@ -19,7 +19,8 @@ and 6.25% of the second."""
 def unit_steps(job: JobSpec, model: Model) -> dict[str, int]:
     """By group, of what the number of units that stay is a multiple, where not all of them do.
 
-    An FFN's channels: `budget.round_to` on each GPU of `export.tensor_parallel`. KV groups: what
+    An FFN's channels: `budget.round_to` on each GPU of `export.tensor_parallel`. Experts: one of
+    every part of them that the router chooses among. KV groups: what
     makes their consumer's inputs a multiple of the same with `auto`, as far as they were before,
     and gives every GPU as many; all stay where the GPUs share some.
 
@@ -33,7 +34,7 @@ def unit_steps(job: JobSpec, model: Model) -> dict[str, int]:
         if group.kind == "ffn":
             steps[group.name] = lcm(_channels(job, group.num_units) * gpus, group.multiple)
         elif group.kind == "experts":
-            steps[group.name] = group.multiple
+            steps[group.name] = group.parts
         else:
             wanted = _channels(job, widest) if job.budget.round_to == "auto" else 1
             steps[group.name] = _kv_groups(group, wanted * gpus, gpus)

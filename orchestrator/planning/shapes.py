@@ -175,6 +175,7 @@ def uneven_shape(
             f"no layer of {caches[stay[0]]} would keep its attention; set export.pad: true, or"
             " lower budget.allocation.most"
         )
+    layers = [in_order(checkpoint.model, kept) for kept in layers]
     most = {name: max(kept[name] for kept in layers) for name in layers[0]}
     if job.export.pad:
         most |= {g.name: g.num_units for g in checkpoint.model.groups if g.stock}
@@ -247,10 +248,8 @@ def in_order(model: Model, kept: Mapping[str, int]) -> dict[str, int]:
     """Units of every group in the order in which a layer computes them, those too that are so many
     times another's.
     """
-    return {
-        group.name: group.times[1] * kept[group.times[0]] if group.times else kept[group.name]
-        for group in model.groups
-    }
+    found = model.followed(kept)
+    return {group.name: found[group.name] for group in model.groups}
 
 
 def _share(count: int, width: int, most: int, round_to: int) -> int:

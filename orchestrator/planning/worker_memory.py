@@ -135,7 +135,7 @@ def _cuts_bytes(load: Workload, group: Group) -> Kinds:
     number = load.written_element_bytes if load.in_process else 4
     if load.masks:
         return {"cuts": number * max(_sparse_weights(kind) for kind in load.kinds)}
-    if group.count == 1 or not load.corrects or load.placement == "layers":
+    if group.count == 1 or not load.corrects or not load.writes or load.placement == "layers":
         return {}
     each = load.hidden * load.columns(group)
     return {"cuts": load.blocks(group) * each * number}

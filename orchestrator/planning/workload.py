@@ -266,14 +266,15 @@ class Workload:
         """The passes over the model: one, or with `refit` one on the dense path that selects and
         one on the pruned path that corrects.
 
-        Where layers may differ, a survey on the dense path comes before.
+        Where layers may differ, a survey on the dense path comes before; of experts one after the
+        other.
         """
         rest, survey = replace(self, survey_levels=0), dict[str, Workload]()
         if self.survey_levels:
             fits = self.num_candidates + self.survey_levels
             survey["survey, "] = replace(
                 rest,
-                placement="layers",
+                placement="shards" if self.experts else "layers",
                 propagation="dense",
                 selects=True,
                 writes=False,

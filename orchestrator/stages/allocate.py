@@ -40,6 +40,7 @@ from rayprune.orchestrator.stages.spread import (
 )
 from rayprune.orchestrator.stages.stream import layer_work, stream_layers
 from rayprune.orchestrator.stages.subject import Subject, digests, file_digests
+from rayprune.orchestrator.stages.survey import survey_experts
 from rayprune.specs.allocation import CurvesAllocation, SearchAllocation
 from rayprune.specs.job import SPEEDS
 from rayprune.workers.store.files import Manifest, Task, commit
@@ -93,16 +94,20 @@ def _commit_shape(
     context: Context, subject: Subject, task: Task, spread: Spread, facts: Mapping[str, object]
 ) -> None:
     shape = uneven_shape(context.job, subject.model.checkpoint, spread)
-    context.emit("layers-allocated", layers=spread, **facts)
+    context.emit("layers-allocated", layers=shape.layers, **facts)
     info = {"result": shape.facts(), "allocation": dict(facts)}
     commit(task, [], info | {"computed_on": context.executor.computed_on})
 
 
 def _fixed(context: Context, subject: Subject) -> Kept:
     """Units that the job itself, or the model's form, gives to every layer."""
-    asked, model = context.job.budget.kv_groups, subject.model.checkpoint.model
+    budget, model = context.job.budget, subject.model.checkpoint.model
     fixed = {group.name: group.num_units for group in model.groups if group.fixed}
-    return fixed if asked == "auto" else fixed | dict.fromkeys(model.names_of("attention"), asked)
+    if budget.experts:
+        fixed |= dict.fromkeys(model.names_of("experts"), budget.experts)
+    if budget.kv_groups != "auto":
+        fixed |= dict.fromkeys(model.names_of("attention"), budget.kv_groups)
+    return fixed
 
 
 def _mean_removed(subject: Subject) -> float:
@@ -172,26 +177,47 @@ def _bounded(context: Context, subject: Subject, allocation: CurvesAllocation) -
 
 
 def _unit_parameters(subject: Subject) -> dict[str, int]:
-    """Parameters of one unit, by group."""
+    """Parameters of one unit, by group: in all experts, and with the units that follow it."""
     groups = subject.model.checkpoint.model.groups
-    return {group.name: group.unit_parameters for group in groups}
+    cost = {group.name: group.count * group.unit_parameters for group in groups}
+    for group in groups:
+        if group.times:
+            leader, times = group.times
+            cost[leader] += times * cost[group.name]
+    return cost
 
 
 def _counts(
     context: Context, subject: Subject, budget: Budget, allocation: CurvesAllocation
 ) -> dict[str, list[int]]:
-    """For every group the numbers of units that a layer may keep, descending, without all of
-    them.
+    """For every group the numbers of units that a layer may keep, descending, without all of them;
+    none for a group that follows another.
     """
     units, cost = subject.plan.model.units, _unit_parameters(subject)
-    counts = {
-        name: levels(count, cost[name], budget.most, budget.steps[name], allocation.levels)
-        for name, count in units.items()
-    }
-    for name in budget.some_stay:
-        counts[name] = [count for count in counts[name] if count]
+    counts: dict[str, list[int]] = {}
+    for group in subject.model.checkpoint.model.groups:
+        name, most, step = group.name, budget.most_with(group.name), budget.steps[group.name]
+        found = levels(units[name], cost[name], most, step, allocation.levels)
+        least = group.fewest if group.kind == "experts" else int(group.some_stay)
+        counts[name] = [] if group.times else [count for count in found if count >= least]
     fixed = _fixed(context, subject)
     return counts | {name: [n] if n < units[name] else [] for name, n in fixed.items()}
+
+
+def _reference(subject: Subject, counts: Mapping[str, Sequence[int]]) -> dict[str, int]:
+    """For every group the number of units to which it is cut alone: as the planned shape says, of
+    experts, which stay in that, the fraction that stays of everything.
+    """
+    shape, model = subject.plan.shapes[0], subject.model.checkpoint.model
+    planned = dict(shape.kept)
+    stays = shape.decoder_parameters / subject.model.checkpoint.decoder_parameters
+    for name in model.names_of("experts"):
+        planned[name] = round(planned[name] * stays)
+    return {
+        name: min(known, key=lambda count: (count == 0, abs(count - planned[name])))
+        for name, known in counts.items()
+        if known
+    }
 
 
 def _losses(
@@ -201,21 +227,23 @@ def _losses(
     that stay.
     """
     counts = _counts(context, subject, budget, allocation)
-    planned = subject.plan.shapes[0].kept
-    reference = {
-        name: min(known, key=lambda count: (count == 0, abs(count - planned[name])))
-        for name, known in counts.items()
-        if known
-    }
+    reference, model = _reference(subject, counts), subject.model.checkpoint.model
     searched = isinstance(allocation, SearchAllocation) or bool(_fixed(context, subject))
     stored = (
         counts
         if searched
         else {name: [reference[name]] if known else [] for name, known in counts.items()}
     )
-    surveys = _survey(context, subject, Steps.survey, counts, stored)
+    surveys = (
+        survey_experts(context, subject, counts, stored)
+        if model.experts
+        else _survey(context, subject, Steps.survey, counts, stored)
+    )
     places = [
-        (layer, name, count) for layer in range(len(surveys)) for name, count in reference.items()
+        (layer, name, count)
+        for layer in range(len(surveys))
+        for name, count in reference.items()
+        if layer not in model.lacking.get(name, ())
     ]
     task = context.task(
         SENSITIVITY_TASK, {**subject.all_of_it(), "alone": places, **digests(surveys)}
@@ -231,6 +259,8 @@ def _losses(
         for layer, survey in enumerate(surveys):
             losses.append({name: {count: 0.0} for name, count in units.items()})
             for name, count in reference.items():
+                if (layer, name, count) not in alone:
+                    continue
                 errors = {int(number): error for number, error in _result(survey)[name].items()}
                 loss = counted(alone[layer, name, count])  # rounding may take it below 0
                 matters = math.copysign(abs(loss) ** allocation.influence, loss)

@@ -8,6 +8,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import starmap
 from typing import Any
 
 import numpy as np
@@ -39,10 +40,10 @@ class Budget:
     job: JobSpec
     checkpoint: Checkpoint
     least: float = 0.0
-    """Decoder parameters that every layer loses, at least."""
+    """Decoder parameters that a layer of the mean size loses, at least."""
     most: float = math.inf
-    """Decoder parameters that a layer may lose."""
-    _sizes: dict[tuple[tuple[str, int], ...], Footprint] = field(default_factory=dict)
+    """Decoder parameters that a layer of the mean size may lose."""
+    _sizes: dict[tuple[int, tuple[tuple[str, int], ...]], Footprint] = field(default_factory=dict)
 
     @cached_property
     def steps(self) -> dict[str, int]:
@@ -59,17 +60,20 @@ class Budget:
         """Groups of which every layer keeps at least one unit."""
         return [group.name for group in self.checkpoint.model.groups if group.some_stay]
 
-    def layer(self, kept: Mapping[str, int]) -> Footprint:
+    def layer(self, number: int, kept: Mapping[str, int]) -> Footprint:
         """Size of one layer."""
-        key = tuple(sorted(kept.items()))
+        model = self.checkpoint.model
+        first = model.first_alike[number]
+        key = first, tuple(sorted(kept.items()))
         if key not in self._sizes:
-            last = self.checkpoint.num_layers - 1  # where the first one is smaller, that is safe
-            self._sizes[key] = layer_footprint(self.checkpoint, kept, self.job, layer=last)
+            whole = model.followed(kept)
+            self._sizes[key] = layer_footprint(self.checkpoint, whole, self.job, layer=first)
         return self._sizes[key]
 
     def size(self, spread: Spread) -> Footprint:
         """Size of the whole model."""
-        return footprint_sum([footprint(self.checkpoint, [], self.job), *map(self.layer, spread)])
+        around = footprint(self.checkpoint, [], self.job)
+        return footprint_sum([around, *starmap(self.layer, enumerate(spread))])
 
     def excess(self, size: Footprint) -> float:
         """By what fraction a model exceeds its targets, summed over them; 0: it meets them."""
@@ -78,15 +82,37 @@ class Budget:
             max(0.0, getattr(size, name) / limit - 1) for name, limit in allowed.items()
         )
 
-    def lost(self, kept: Mapping[str, int]) -> int:
+    def lost(self, number: int, kept: Mapping[str, int]) -> int:
         """Parameters that a layer has lost."""
-        dense = self.checkpoint.decoder_parameters // self.checkpoint.num_layers
-        return dense - self.layer(kept).decoder_parameters
+        return self._dense(number) - self.layer(number, kept).decoder_parameters
+
+    def loses_enough(self, number: int, kept: Mapping[str, int]) -> bool:
+        """Whether a layer has lost the least that each loses."""
+        return self.lost(number, kept) >= self.least * self._over_mean(number)
+
+    def may_lose(self, number: int, kept: Mapping[str, int]) -> bool:
+        """Whether a layer may lose so much."""
+        return self.lost(number, kept) <= self.most * self._over_mean(number)
+
+    def most_with(self, group: str) -> float:
+        """Decoder parameters that a layer with a group may lose, of such layers the largest."""
+        model = self.checkpoint.model
+        firsts = set(model.first_alike) - set(model.lacking.get(group, ()))
+        return self.most * max(map(self._over_mean, firsts))
+
+    def _dense(self, number: int) -> int:
+        return self.layer(number, self.checkpoint.model.units).decoder_parameters
+
+    def _over_mean(self, number: int) -> float:
+        """A layer's size over the mean of all."""
+        whole = self.checkpoint.decoder_parameters
+        return self._dense(number) * self.checkpoint.num_layers / whole
 
     def moved(self, size: Footprint, spread: Spread, move: Moved) -> Footprint:
         """The model's size after one move."""
         layer, name, count = move
-        before, after = self.layer(spread[layer]), self.layer({**spread[layer], name: count})
+        kept = spread[layer]
+        before, after = self.layer(layer, kept), self.layer(layer, {**kept, name: count})
         return Footprint(
             *(
                 whole - old + new
@@ -122,7 +148,7 @@ def cheapest(budget: Budget, losses: Losses) -> Spread:
     """
     spread = [{name: max(curve) for name, curve in layer.items()} for layer in losses]
     for layer, kept in enumerate(spread):
-        while budget.lost(kept) < budget.least:
+        while not budget.loses_enough(layer, kept):
             allowed = [move for move in _removals(budget, spread, losses) if move[0] == layer]
             if not allowed:
                 break
@@ -157,7 +183,7 @@ def _removals(budget: Budget, spread: Spread, losses: Losses) -> Iterator[Moved]
     for layer, kept in enumerate(spread):
         for name, curve in losses[layer].items():
             for count in curve:
-                if count < kept[name] and budget.lost({**kept, name: count}) <= budget.most:
+                if count < kept[name] and budget.may_lose(layer, {**kept, name: count}):
                     yield layer, name, count
 
 
@@ -168,7 +194,7 @@ def _price(losses: Losses, spread: Spread, move: Moved) -> float:
 
 def _parameters(budget: Budget, spread: Spread, move: Moved) -> int:
     layer, name, count = move
-    return budget.lost({**spread[layer], name: count}) - budget.lost(spread[layer])
+    return budget.lost(layer, {**spread[layer], name: count}) - budget.lost(layer, spread[layer])
 
 
 def _take(spread: Spread, move: Moved) -> None:
@@ -216,7 +242,7 @@ def _returns(budget: Budget, spread: Spread, losses: Losses) -> Iterator[Moved]:
     for layer, kept in enumerate(spread):
         for name in budget.channels:
             count = min(kept[name] + budget.steps[name], max(losses[layer][name]))
-            enough = budget.lost({**kept, name: count}) >= budget.least
+            enough = budget.loses_enough(layer, {**kept, name: count})
             if kept[name] and count > kept[name] and enough:
                 yield layer, name, count
 
@@ -233,7 +259,7 @@ def mutated(budget: Budget, spread: Spread, losses: Losses, chance: random.Rando
     for _ in range(min(chance.randint(1, 3), chance.randint(1, 3))):
         layer, name = place = chance.choice(places)
         below = [count for count in losses[layer][name] if count < child[layer][name]]
-        if below and budget.lost({**child[layer], name: max(below)}) <= budget.most:
+        if below and budget.may_lose(layer, {**child[layer], name: max(below)}):
             child[layer][name] = max(below)
             lowered.add(place)
     raised = [place for place in places if place not in lowered]
@@ -241,7 +267,7 @@ def mutated(budget: Budget, spread: Spread, losses: Losses, chance: random.Rando
     size = budget.size(child)
     for layer, name in raised:
         above = [count for count in losses[layer][name] if count > child[layer][name]]
-        if not above or budget.lost({**child[layer], name: min(above)}) < budget.least:
+        if not above or not budget.loses_enough(layer, {**child[layer], name: min(above)}):
             continue
         if budget.excess(after := budget.moved(size, child, (layer, name, min(above)))) == 0:
             size, child[layer][name] = after, min(above)

@@ -129,7 +129,7 @@ def _heads(checkpoint: Checkpoint, group: Group) -> str:
 def _sizes(model: Model, attention: Group) -> str:
     """Layers of different sizes."""
     if model.experts:
-        return "no"
+        return "remote class"
     ffn = next(group for group in model.groups if group.kind == "ffn")
     if ffn.fixed and attention.fixed:
         return "no"
@@ -164,7 +164,8 @@ transformers 4.57, but for once by hand ([engines](engines.md#transformers)).
 - **experts**: whether whole experts can go (`budget.experts`).
 - **layers**: whether whole layers can go (`budget.drop_layers`).
 - **different sizes**: whether layers may keep different numbers of units (`budget.per_layer`): in a
-  remote class beside the folder (`trust_remote_code=True`), or padded with zeros for stock classes.
+  remote class beside the folder (`trust_remote_code=True`), or padded with zeros for stock classes;
+  of mixtures experts and their widths too.
 - **4.57**: whether transformers 4.57 knows the type and all that its config says.
 - **vLLM**: which have a form (`DeciLM`) for layers of different sizes; where layers are alike, the
   folder is the ordinary one of its type.

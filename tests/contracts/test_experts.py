@@ -19,7 +19,7 @@ from rayprune.workers.network.streamed import whole_model
 from rayprune.workers.numerics.correction import Correction
 from rayprune.workers.steps import deciding
 from tests.conftest import MakeJob
-from tests.contracts.test_families import SIZES, SMALL, generates, logits_of, same
+from tests.contracts.test_families import SIZES, SMALL, generates, logits_of, same, spread
 from tests.helpers import mixtures, quiet, some, stored_numbers
 from tests.models import build_model
 
@@ -79,10 +79,15 @@ def without(
         yield network
 
 
+@pytest.mark.parametrize("differing", [False, True])
 def test_a_model_of_fewer_experts_is_the_dense_one_that_never_chooses_the_others(
-    folder: Path, make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    differing: bool,
+    folder: Path,
+    make_job: MakeJob,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Those with the smallest scores go; widths shrink as well."""
+    """Those with the smallest scores go; widths shrink as well, alike in all layers or not."""
     checkpoint = open_checkpoint(folder)
     group, units = checkpoint.model.experts, checkpoint.model.units
     assert group is not None
@@ -93,27 +98,32 @@ def test_a_model_of_fewer_experts_is_the_dense_one_that_never_chooses_the_others
             weight_DF[:, kept_K].contiguous(), 0.0, 0.0, 0.0
         ),
     )
-    out, stays = tmp_path / "run", 3 * group.num_units // 4
-    size = group.num_units // group.parts
-    job = make_job(
-        folder,
-        calibration=SMALL,
-        budget={"experts": stays, "kv_groups": units["heads"], "sparsity": 0.4, "round_to": 1},
-    )
+    out, size = tmp_path / "run", group.num_units // group.parts
+    stays = [3 * group.num_units // 4] * checkpoint.num_layers
+    budget: dict[str, Any] = {"experts": stays[0], "kv_groups": units["heads"], "sparsity": 0.4}
+    if differing:
+        stays[1:3] = group.num_units, group.num_units // 2
+        spread(monkeypatch, unlike(checkpoint, stays))
+        budget = {"per_layer": True}
+    job = make_job(folder, calibration=SMALL, budget=budget | {"round_to": 1})
     report = run_job(load_job(job), out, quiet)
     layers = [layer.groups for layer in report.layers]
     kept = {n: g["experts"].units or () for n, g in enumerate(layers) if "experts" in g}
-    assert set(range(len(layers))) - kept.keys() == set(checkpoint.model.lacking.get("experts", ()))
+    whole = {layer for layer, count in enumerate(stays) if count == group.num_units}
+    whole |= set(checkpoint.model.lacking.get("experts", ()))
+    assert set(range(len(layers))) - kept.keys() == whole
     for layer, experts in kept.items():
         scores = layers[layer]["experts"].scores or ()
-        assert len(experts) == stays
+        assert len(experts) == stays[layer]
         assert len({sum(e // size == part for e in experts) for part in range(group.parts)}) == 1
         gone = set(range(group.num_units)) - set(experts)
         for start in range(0, group.num_units, size):  # as many go from each part
             part = range(start, start + size)
             worst = min(scores[e] for e in part if e in experts)
             assert max(scores[e] for e in part if e in gone) <= worst
-    network, info = AutoModelForCausalLM.from_pretrained(out / "model", output_loading_info=True)
+    network, info = AutoModelForCausalLM.from_pretrained(
+        out / "model", output_loading_info=True, trust_remote_code=differing
+    )
     assert not any(info.values()), info
     assert stored_numbers(network) == report.parameters.after
     dense, model = whole_model(checkpoint).eval(), checkpoint.model
@@ -131,4 +141,16 @@ def test_a_model_of_fewer_experts_is_the_dense_one_that_never_chooses_the_others
                 )
     with without(dense, checkpoint, kept) as expected:
         same(logits_of(network.eval()), logits_of(expected))
+    same(logits_of(whole_model(open_checkpoint(out / "model")).eval()), logits_of(network))
     generates(network)
+
+
+def unlike(checkpoint: Checkpoint, experts: Sequence[int]) -> list[dict[str, int]]:
+    """Units of layers that all differ: so many experts, of other widths in each."""
+    groups = checkpoint.model.groups
+    return [
+        {g.name: g.num_units if g.fixed else g.num_units - layer % g.num_units for g in groups}
+        | {g.name: g.num_units - 8 * layer for g in groups if g.kind == "ffn"}
+        | {"experts": count}
+        for layer, count in enumerate(experts)
+    ]

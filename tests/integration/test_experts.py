@@ -24,9 +24,11 @@ from rayprune.workers.network.experts import Experts, Routing
 from rayprune.workers.network.streamed import hooked, whole_model
 from rayprune.workers.store.layout import CALIBRATION_TASK, TOKENS_FILE, Scope
 from tests.conftest import MakeJob, MakeModel, edit_json, folder_bytes
-from tests.helpers import quiet
+from tests.contracts.test_experts import without
+from tests.helpers import mixtures, quiet, some
 
 ALL_HEADS = {"kv_groups": 2}
+LAYERS = "layers-allocated"
 
 
 def ran(job: Path, out: Path, *changes: str) -> Report:
@@ -149,7 +151,7 @@ def test_a_plan_counts_what_a_token_passes_through(
         ("budget", {"experts": 1}, "choice needs at least 2, so give a number from 2 to 4"),
         ("budget", {"experts": 5}, "from 2 to 4"),
         ("parallel", {"placement": "layers"}, "parallel.placement: set it to shards"),
-        ("budget", {"per_layer": True}, "budget.per_layer"),
+        ("export", {"pad": True}, "export.pad: leave it out"),
         ("recover", {"epochs": 1}, "recover: leave it out"),
         ("method", {"name": "stat", "scale": "gradients"}, "method.scale"),
     ],
@@ -192,12 +194,104 @@ def test_resumed_from_any_layer_it_has_the_same_bytes(
     assert folder_bytes(tmp_path / "in-files" / "model") == expected
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("ray_session")
-def test_ray_writes_the_same_bytes(
+CURVES: dict[str, Any] = {
+    "per_layer": True,
+    "sparsity": 0.3,
+    "allocation": {"name": "curves", "levels": 6, "samples": 2},
+}
+
+
+def done(run: Path, task: str) -> Any:
+    """What the manifest of a task tells."""
+    return json.loads((run / f"tasks/{task}/manifest.json").read_text())["info"]
+
+
+@pytest.mark.parametrize("model_type", some(mixtures(), "qwen3_moe", "deepseek_v3"))
+def test_experts_widths_and_heads_compete_for_one_budget(
+    model_type: str, make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+) -> None:
+    """In every layer, with dense FFNs and shared experts; as many go from each part of the
+    experts, and a shared expert of several follows the others.
+    """
+    model, run = make_model(model_type), tmp_path / "run"
+    told: list[Any] = []
+    job = load_job(make_job(model, budget=CURVES))
+    report = run_job(job, run, lambda e: told.append(e) if e["event"] == LAYERS else None)
+    checkpoint, sizes = open_checkpoint(model), report.decoder_parameters
+    (layers,) = (event["layers"] for event in told)
+    groups = {group.name: group for group in checkpoint.model.groups}
+    experts = groups["experts"]
+    for kept in layers:
+        assert kept["experts"] >= experts.fewest
+        assert kept["experts"] % experts.parts == 0
+        assert kept["neurons"] % 8 == 0 or kept["neurons"] == groups["neurons"].num_units
+        assert kept == checkpoint.model.followed(kept)
+        assert min(kept.values()) > 0
+    step = 8 * sum(g.count * g.unit_parameters for g in groups.values() if g.kind == "ffn")
+    assert 0 <= 0.7 * sizes.before - sizes.after < step
+    alone = done(run, "sensitivity")["result"]
+    in_layers = [group for layer in checkpoint.model.layers for group in layer.groups]
+    assert len(alone) == sum(not (group.times or group.fixed) for group in in_layers)
+    assert all(value > 0 for value in alone)
+    assert report.allocation is not None
+    assert report.allocation["predicted_divergence"] > 0
+
+
+def test_what_experts_cost_is_the_divergence_of_a_model_without_them(
     make_model: MakeModel, make_job: MakeJob, tmp_path: Path
 ) -> None:
-    job = make_job(make_model("qwen2_moe"), budget={"experts": 3, "sparsity": 0.35})
+    """The dense one whose router never chooses those that go. A run that was cut off goes on
+    behind the last layer that was looked at.
+    """
+    model, run = make_model("qwen3_moe"), tmp_path / "run"
+    budget = CURVES | {"kv_groups": 2}
+    job = make_job(model, budget=budget, calibration={"samples": 8, "shards": 8})
+    ran(job, run)
+    checkpoint, kept = open_checkpoint(model), experts_cut(run, 1)
+    tokens_ST = load_file(Scope(run).folder(CALIBRATION_TASK) / TOKENS_FILE)["tokens"][[0, 4]]
+    network = whole_model(checkpoint).eval()
+    logits = [network(input_ids=tokens_ST, use_cache=False).logits]
+    with without(network, checkpoint, {1: kept}) as fewer:
+        logits.append(fewer(input_ids=tokens_ST, use_cache=False).logits)
+    dense, cut = (torch.log_softmax(found.double(), -1) for found in logits)
+    expected = float((dense.exp() * (dense - cut)).sum(-1).mean())
+    assert done(run, "sensitivity")["result"][2] == pytest.approx(expected, rel=1e-3)
+    expected_bytes = folder_bytes(run / "model")
+    for task in ("survey-0001", "survey-0002", "sensitivity", "shape", "export"):
+        shutil.rmtree(run / "tasks" / task, ignore_errors=True)
+    shutil.rmtree(run / "cache", ignore_errors=True)
+    shutil.rmtree(run / "model")
+    ran(job, run)
+    assert folder_bytes(run / "model") == expected_bytes
+
+
+def experts_cut(run: Path, layer: int) -> list[int]:
+    """The experts that stay where a layer's are cut alone."""
+    with safe_open(run / f"tasks/survey-{layer:04d}/cuts-experts.safetensors", "pt") as handle:
+        (name,) = (key for key in handle.keys() if key.endswith("units"))  # noqa: SIM118
+        units: list[int] = handle.get_tensor(name).tolist()
+    return units
+
+
+@pytest.mark.slow
+def test_a_search_over_experts_is_never_worse_than_curves(
+    make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+) -> None:
+    allocation = {"name": "search", "generations": 2, "offspring": 4, "levels": 4, "samples": 2}
+    budget = CURVES | {"allocation": allocation}
+    report = ran(make_job(make_model("qwen2_moe"), budget=budget), tmp_path / "run")
+    assert report.allocation is not None
+    first = done(tmp_path / "run", "generation-0000")["result"]["parent_divergence"]
+    assert report.allocation["divergence"] <= first
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+@pytest.mark.parametrize("budget", [{"experts": 3, "sparsity": 0.35}, CURVES])
+def test_ray_writes_the_same_bytes(
+    budget: dict[str, Any], make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+) -> None:
+    job = make_job(make_model("qwen2_moe"), budget=budget)
     ran(job, tmp_path / "in-process")
     ran(job, tmp_path / "ray", "cluster.executor=ray", "parallel.workers=2")
     assert folder_bytes(tmp_path / "ray" / "model") == folder_bytes(tmp_path / "in-process/model")

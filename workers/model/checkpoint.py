@@ -188,6 +188,10 @@ class Checkpoint:
         """What names of tensors begin with that other engines leave out with absent blocks."""
         return absent_tensors(self.config)
 
+    def layer_form(self, kept: Mapping[str, int]) -> Form:
+        """How a layer is written that keeps so many units, where layers differ."""
+        return family_of(self.config).layer_form(self.config, kept)
+
     def layer_sizes(self, kept: Mapping[str, int]) -> dict[str, object]:
         """What a config of the model's class says of a layer that keeps so many units."""
         return family_of(self.config).layer_sizes(self.config, kept)

@@ -336,7 +336,13 @@ class Model:
         """Units of every group."""
         return {group.name: group.num_units for group in self.groups}
 
-    @property
+    def followed(self, kept: Mapping[str, int]) -> dict[str, int]:
+        """Units of some groups, and of those that keep so many times as many as one of them."""
+        times = {group.name: group.times for group in self.groups if group.times}
+        follow = {n: each * kept[name] for n, (name, each) in times.items() if name in kept}
+        return {**kept, **follow}
+
+    @cached_property
     def lacking(self) -> dict[str, tuple[int, ...]]:
         """Layers without a group, of the groups that not all have."""
         found = {
@@ -378,6 +384,12 @@ class Model:
             else:
                 runs.append((layer, range(number, number + 1)))
         return runs
+
+    @cached_property
+    def first_alike(self) -> tuple[int, ...]:
+        """For every layer the first one that is like it."""
+        first: dict[int, int] = {}
+        return tuple(first.setdefault(id(layer), n) for n, layer in enumerate(self.layers))
 
     def prefix(self, layer: int) -> str:
         """What the names of a layer's tensors begin with."""

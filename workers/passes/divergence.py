@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from rayprune.workers.model.description import Group
+from rayprune.workers.model.description import Layer, Model
 from rayprune.workers.network import layers
 from rayprune.workers.network.slicing import Cut
 from rayprune.workers.network.streamed import MicroBatch, StreamedModel
@@ -21,12 +21,13 @@ Kept = Mapping[str, int] | None
 Choice = tuple[tuple[str, int], ...]
 """The groups of a layer that lose units, and how many stay."""
 _LEFT_OUT: Choice = (("the layer", 0),)
+_Cuts = dict[tuple[str, int], dict[str, Cut]]
+"""By group and how many units stay: of experts the cut of each."""
 
 
 @torch.inference_mode()
 def divergences(
     model: StreamedModel,
-    groups: Mapping[str, Group],
     windows: Sequence[Tensor],
     candidates: Sequence[Sequence[Kept]],
     cut: Callable[[int, str, int], Cut],
@@ -35,29 +36,35 @@ def divergences(
     its next-token distribution; of an encoder the squared relative distance of its last hidden
     states, |h - h'|^2 / |h|^2, summed likewise.
 
-    A candidate says for every layer what stays; `cut` gives the cut of a layer's group for so many
-    units. From the dense model's distribution: sum p (log p - log q). Numerics: logits and hidden
-    states as computed, differences in fp32, sums in fp64.
+    A candidate says for every layer what stays; `cut` gives the cut of a layer's group, of experts
+    that of one of them, for so many units. From the dense model's distribution: sum p (log p - log
+    q). Numerics: logits and hidden states as computed, differences in fp32, sums in fp64.
     """
     output, divergence = (
         (_log_probabilities, _divergence)
         if model.checkpoint.model.causal
         else (_last_hidden, _distance)
     )
-    choices = [[_choice(groups, kept) for kept in candidate] for candidate in candidates]
+    described = model.checkpoint.model
+    choices = [
+        [_choice(described, *each) for each in zip(described.layers, candidate, strict=True)]
+        for candidate in candidates
+    ]
     dense: tuple[Choice, ...] = ()
     states: dict[tuple[Choice, ...], list[MicroBatch]] = {dense: embed_all(model, windows)}
-    for index in range(model.checkpoint.num_layers):
-        module, cuts = model.load_layer(index), dict[tuple[str, int], Cut]()
+    for index, layer in enumerate(described.layers):
+        module, cuts = model.load_layer(index), _Cuts()
         prefixes = sorted(
             {tuple(candidate[: index + 1]) for candidate in choices} | {((),) * (index + 1)}
         )
         chosen = {prefix[-1] for prefix in prefixes} - {_LEFT_OUT}
         for name, count in {item for choice in chosen for item in choice}:
-            cuts[name, count] = cut(index, name, count)
+            members = layer.group(name).members
+            cuts[name, count] = {each.name: cut(index, each.name, count) for each in members}
+        built = {choice: _built(model, module, index, choice, cuts) for choice in chosen}
         states = {
             prefix: [
-                _behind(module, index, batch, groups, prefix[-1], cuts)
+                _behind(built.get(prefix[-1], module), index, batch, layer, prefix[-1], cuts)
                 for batch in states[prefix[:-1]]
             ]
             for prefix in prefixes
@@ -76,31 +83,41 @@ def divergences(
     return [totals[end] for end in ends]
 
 
-def _choice(groups: Mapping[str, Group], kept: Kept) -> Choice:
+def _choice(model: Model, layer: Layer, kept: Kept) -> Choice:
     if kept is None:
         return _LEFT_OUT
+    stay = model.followed(kept)
     return tuple(
-        (name, kept[name])
-        for name, group in groups.items()
-        if kept.get(name, group.num_units) < group.num_units
+        (group.name, stay[group.name])
+        for group in layer.groups
+        if stay.get(group.name, group.num_units) < group.num_units
     )
 
 
+def _built(
+    model: StreamedModel, module: nn.Module, index: int, choice: Choice, cuts: _Cuts
+) -> nn.Module:
+    """The layer, with the experts alone that stay by a choice."""
+    for item in choice:
+        if (cut := cuts[item].get("experts")) is not None:
+            return model.with_experts(index, module, cut.units.tolist())
+    return module
+
+
 def _behind(
-    module: nn.Module,
-    index: int,
-    batch: MicroBatch,
-    groups: Mapping[str, Group],
-    choice: Choice,
-    cuts: Mapping[tuple[str, int], Cut],
+    module: nn.Module, index: int, batch: MicroBatch, layer: Layer, choice: Choice, cuts: _Cuts
 ) -> MicroBatch:
     """A copy of a micro-batch, behind a layer of which so many units stay."""
     result = MicroBatch(batch.hidden_BTD, batch.arguments, store=batch.store)
     if choice == _LEFT_OUT:
         return result
-    for item in choice:
-        layers.apply_cut(module, index, result, groups, item[0], cuts[item])
-    layers.finish_layer(module, index, result, groups)
+    for name, count in choice:
+        found, group = cuts[name, count], layer.group(name)
+        if group.count > 1:
+            layers.apply_expert_cuts(module, index, result, layer.members, found)
+        elif group.kind != "experts":
+            layers.apply_cut(module, index, result, layer.members, name, found[name])
+    layers.finish_layer(module, index, result, layer.members)
     return result
 
 

@@ -18,10 +18,11 @@ from rayprune.workers.numerics.correction import (
     refitted,
 )
 from rayprune.workers.numerics.damping import Rest, Trial
-from rayprune.workers.numerics.linalg import column_norms, row_slices, unit_rows
+from rayprune.workers.numerics.linalg import row_slices, unit_rows
 from rayprune.workers.numerics.methods import select
 from rayprune.workers.numerics.statistics import RoutingStatistic, Statistic, best_experts, restored
 from rayprune.workers.passes.stream import Fits
+from rayprune.workers.passes.survey import plain_cut
 from rayprune.workers.passes.sweep import Parts, Routes, check_computed_on
 from rayprune.workers.steps.step import Receipt
 from rayprune.workers.store.files import read_manifest
@@ -58,13 +59,10 @@ class Deciding:
             ).items()
         }
 
-    def keep_experts(
-        self, num_kept: int, trees: tuple[Node, Node], parts: Sequence[Routes]
-    ) -> tuple[Cut, Receipt]:
-        """The experts that stay, and the decision as reports have it: their numbers, and of all
-        experts tokens and scores.
-        """
-        group, score = self._bench.groups["experts"], self._job.budget.expert_score
+    def routing(
+        self, trees: tuple[Node, Node], parts: Sequence[Routes]
+    ) -> tuple[RoutingStatistic, RoutingStatistic]:
+        """What was seen of a layer's experts in the training and in the held-out shards."""
         nodes = {
             node: RoutingStatistic.from_state(found) if isinstance(found, dict) else found
             for part in parts
@@ -78,6 +76,16 @@ class Deciding:
             )[tree]
             for tree in trees
         )
+        return training, held_out
+
+    def keep_experts(
+        self, num_kept: int, trees: tuple[Node, Node], parts: Sequence[Routes]
+    ) -> tuple[Cut, Receipt]:
+        """The experts that stay, and the decision as reports have it: their numbers, and of all
+        experts tokens and scores.
+        """
+        group, score = self._bench.groups["experts"], self._job.budget.expert_score
+        training, held_out = self.routing(trees, parts)
         whole = training.merge(held_out)
         scores_E = whole.scores(score)
         units = best_experts(scores_E, num_kept, group.parts)
@@ -131,10 +139,11 @@ class Deciding:
         weight_DF = self._bench.consumer_weight(layer, group)
         dtype = self._bench.disk_dtype(weight_DF)
         if group.expert is not None and not fits[0].num_tokens:
-            return _plain_cut(name, num_kept, weight_DF, dtype)
+            cut = plain_cut(name, num_kept, weight_DF, dtype)
+            return cut, Correction(cut.weight_DK, NOT_CORRECTED, 0.0, 0.0)
         units = self.select(layer, name, num_kept, fits[0]) if units is None else units
         columns_K = unit_rows(units, group.columns).to(self._bench.device)
-        options = self._damped_for(group, fits)
+        options = self.damped_for(group, fits)
         correction = correct(*fits, weight_DF, columns_K, options, dtype)
         return Cut(name, units, correction.weight_DK), correction
 
@@ -162,7 +171,7 @@ class Deciding:
         dtype = self._bench.disk_dtype(weight_DF)
         return Share(name, units, (training, held_out), weight_DF[rows], columns_K, dtype)
 
-    def _damped_for(self, group: Group, fits: Fits) -> CorrectionSpec:
+    def damped_for(self, group: Group, fits: Fits) -> CorrectionSpec:
         """How a group is corrected. Of an expert that has seen few tokens held-out ones may also
         say that it is not, which they do where there are none.
         """
@@ -227,13 +236,3 @@ class Share:
         self._fit = None  # its memory
         weight_BK = refitted(*self._fits, self._weight_BF, self._columns_K, damping, self._dtype)
         return Cut(self._group, self._units, weight_BK)
-
-
-def _plain_cut(
-    name: str, num_kept: int, weight_DF: Tensor, dtype: torch.dtype
-) -> tuple[Cut, Correction]:
-    """Of an expert that no token has reached: the units with the largest columns, as they are."""
-    order = torch.argsort(column_norms(weight_DF), descending=True, stable=True)
-    units = order[:num_kept].sort().values
-    weight_DK = weight_DF[:, units].to(dtype).contiguous()
-    return Cut(name, units.cpu(), weight_DK), Correction(weight_DK, NOT_CORRECTED, 0.0, 0.0)

@@ -26,7 +26,15 @@ from rayprune.workers.passes.survey import stored_cut
 from rayprune.workers.passes.teaching import teach
 from rayprune.workers.steps.step import Droppable, Receipt, drop_all, step
 from rayprune.workers.store.files import Task
-from rayprune.workers.store.layout import EVALUATION_TASK, MASKED, TOKENS, TOKENS_FILE
+from rayprune.workers.store.layout import (
+    EVALUATION_TASK,
+    MASKED,
+    SURVEY_FILE,
+    TOKENS,
+    TOKENS_FILE,
+    survey_file,
+    survey_task,
+)
 from rayprune.workers.workbench import Workbench
 
 
@@ -46,15 +54,13 @@ class Judging:
         """
         drop_all(self._before)
         windows = self._bench.spread_windows(self._job.divergence_windows, range(*owned))
-        return {
-            "sums": divergences(
-                self._bench.model,
-                self._bench.groups,
-                windows,
-                candidates,
-                partial(stored_cut, self._bench.scope),
-            )
-        }, None
+        return {"sums": divergences(self._bench.model, windows, candidates, self._surveyed)}, None
+
+    def _surveyed(self, layer: int, group: str, count: int) -> Cut:
+        """The cut of a layer's group for so many units."""
+        apart = self._bench.checkpoint.model.experts is not None
+        name = survey_file(group) if apart else SURVEY_FILE
+        return stored_cut(self._bench.scope.folder(survey_task(layer)) / name, group, count)
 
     @step
     def without_layers(
@@ -65,7 +71,7 @@ class Judging:
         """
         drop_all(self._before)
         windows = self._bench.spread_windows(self._job.drop_windows, range(*owned))
-        model, groups = self._bench.model, self._bench.groups
+        model = self._bench.model
         numbers = range(model.checkpoint.num_layers)
         kept: list[list[Kept]] = [
             [None if n in gone else {} for n in numbers] for gone in candidates
@@ -74,7 +80,7 @@ class Judging:
         def cut(layer: int, name: str, count: int) -> Cut:
             raise AssertionError("no layer loses a part")
 
-        return {"sums": divergences(model, groups, windows, kept, cut)}, None
+        return {"sums": divergences(model, windows, kept, cut)}, None
 
     @step
     def influences(self, owned: tuple[int, int]) -> tuple[Receipt, None]:

@@ -256,7 +256,8 @@ class Streaming:
                 stored[name],
                 self._bench.disk_dtype(weight_DF),
             )
-            found = curve(self._job, fits.pop(name), weight_DF, self._bench.groups[name], *part)
+            how = self._job.method, self._job.correction
+            found = curve(how, fits.pop(name), weight_DF, self._bench.groups[name], *part)
             errors[name] = found.errors
             tensors |= tensors_of(found.cuts)
         write_tensors(task.folder / SURVEY_FILE, tensors)

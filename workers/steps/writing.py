@@ -134,7 +134,7 @@ class Writing:
         of different sizes have the original's form.
         """
         if self._job.sizes_differ:
-            return AS_IT_IS
+            return self._bench.checkpoint.layer_form(written)
         return self._bench.checkpoint.form(written, self._job.export.form)
 
     def _cut_layer(

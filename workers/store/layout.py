@@ -30,6 +30,7 @@ RECOVERY_TOKENS_TASK, TEACHER_TASK = "recovery-tokens", "teacher"
 LM_TASKS_TASK = "lm-eval"
 """The job's tasks of lm-eval, loaded, and what names of tasks begin with that ask a model."""
 SURVEY_FILE, SENSITIVITY_TASK = "cuts.safetensors", "sensitivity"
+"""The first has all groups of a layer; of mixtures each group, and each expert, has a file."""
 STATISTICS_FILE = "statistics.safetensors"
 GRADIENTS_TASK, GRADIENTS_FILE = "gradients", "gradients.safetensors"
 
@@ -52,6 +53,11 @@ def selection_task(layer: int) -> str:
 def survey_task(layer: int) -> str:
     """Task id of what could stay of a layer: error curves and corrected weights, or scores."""
     return f"survey-{layer:04d}"
+
+
+def survey_file(group: str) -> str:
+    """The file of a group's cuts, where each has its own."""
+    return f"cuts-{group}.safetensors"
 
 
 def statistics_task(layer: int) -> str:

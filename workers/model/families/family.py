@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from rayprune.workers.model.config import Config
 from rayprune.workers.model.description import Model, RemoteCode
-from rayprune.workers.model.form import Form
+from rayprune.workers.model.form import AS_IT_IS, Form
 
 MOST_LAYERS = 2**14
 """No model has more; each is described."""
@@ -67,6 +67,11 @@ class Family(ABC):
     def layer_sizes(self, config: Config, kept: Mapping[str, int]) -> dict[str, object]:
         """What the config of one layer says of its sizes, where layers differ."""
         raise NotImplementedError
+
+    def layer_form(self, config: Config, kept: Mapping[str, int]) -> Form:
+        """How a layer is written that keeps so many units, where layers differ."""
+        del config, kept
+        return AS_IT_IS
 
     def layer_values(self, config: Config, layer: int) -> dict[str, object]:
         """What the config class works out from a layer's number, where the config has no list of

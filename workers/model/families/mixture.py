@@ -165,18 +165,23 @@ class Mixture(Decoder):
         return tuple(f"{self.layers_at}.{count + number}." for number in range(more))
 
     def _layers(self, config: Config) -> tuple[Layer, ...]:
-        of_experts = self._layer(config)
-        if self.dense is None:
-            return (of_experts,) * self.count_layers(config)
-        kinds, dense = {False: of_experts}, self.dense
-        numbers = range(self.count_layers(config))
-        if any(dense.at(config, number) for number in numbers):
-            plain = super()._layer(config)
-            groups = tuple(
-                _of_dense(group) if group.kind == "ffn" else group for group in plain.groups
-            )
-            kinds[True] = replace(plain, groups=groups)
-        return tuple(kinds[dense.at(config, number)] for number in numbers)
+        dense = [
+            self.dense is not None and self.dense.at(config, number)
+            for number in range(self.count_layers(config))
+        ]
+        if config.layers_differ:
+            own = [self.of_layer(config, number) for number in range(len(dense))]
+            return tuple(map(self._of_kind, own, dense))
+        kinds = {kind: self._of_kind(config, kind) for kind in set(dense)}
+        return tuple(kinds[kind] for kind in dense)
+
+    def _of_kind(self, config: Config, dense: bool) -> Layer:
+        """A layer with experts, or with an FFN in their place; some units of every group stay."""
+        layer = super()._layer(config) if dense else self._layer(config)
+        groups = [
+            _of_dense(group) if dense and group.kind == "ffn" else group for group in layer.groups
+        ]
+        return replace(layer, groups=tuple(replace(group, some_stay=True) for group in groups))
 
     def keeping(self, config: Config, layers: Sequence[int]) -> dict[str, object]:
         """The keys that say that these layers stay, and which of them have experts."""
@@ -265,6 +270,11 @@ class Mixture(Decoder):
         """What a config says of a layer that keeps so many units."""
         return dict(self._changes(config, kept))
 
+    def layer_form(self, config: Config, kept: Mapping[str, int]) -> Form:
+        """How a layer is written that keeps so many units, where layers differ."""
+        del config
+        return Form(places=self.experts.places(kept["experts"]))
+
     def _changes(self, config: Config, kept: Mapping[str, int]) -> dict[str, object]:
         heads, keys = self.heads(config), self.keys
         changes: dict[str, object] = {keys.heads: heads.each * kept["heads"]}
@@ -274,7 +284,6 @@ class Mixture(Decoder):
         changes |= {self.experts.width: kept["neurons"]}
         if self.shared and self.shared.key:
             changes |= {self.shared.key: kept["shared"]}
-        changes |= {GUESSING: 0} if config.raw.get(GUESSING) else {}
         if "dense" in kept and keys.width:
             changes |= {keys.width: kept["dense"]}
         return changes
@@ -295,6 +304,7 @@ class Mixture(Decoder):
                 f" experts at once want a multiple of {MULTIPLE}"
             )
         changes = self._changes(config, kept)
+        changes |= {GUESSING: 0} if config.raw.get(GUESSING) else {}
         places = self.experts.places(kept["experts"])
         if kept["heads"] == heads.groups:
             return Form(changes, places=places)
