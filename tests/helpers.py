@@ -35,8 +35,9 @@ def stored_numbers(network: Any) -> int:
 
 
 def mixtures() -> list[str]:
-    """Families with experts."""
-    return [name for name in prunable() if isinstance(family_named(name), Mixture)]
+    """Families with experts, by themselves and not in a larger model."""
+    found = [name for name in prunable() if isinstance(family_named(name), Mixture)]
+    return [*found, "gemma4_text-experts"]
 
 
 OF_EACH_KIND = ("llama", "gemma2", "gpt2", "gpt_neox", "falcon", "opt", "bloom")

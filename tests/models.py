@@ -45,6 +45,13 @@ GEMMA4 = WINDOW | {
     "global_head_dim": 32,
     "num_global_key_value_heads": 2,
 }
+LLAMA4 = {
+    "attention_chunk_size": 8,
+    "floor_scale": 4,
+    "interleave_moe_layer_step": 2,
+    "intermediate_size_mlp": 192,
+    "num_experts_per_tok": 1,
+}
 OF_FAMILY: dict[str, dict[str, Any]] = {
     "cohere2": WINDOW,
     "deepseek_v2": LATENT
@@ -69,13 +76,8 @@ OF_FAMILY: dict[str, dict[str, Any]] = {
     "glm4_moe": {"n_routed_experts": 4, "first_k_dense_replace": 2, "n_shared_experts": 2},
     "gpt_neo": {"window_size": 8},
     "gptj": {"rotary_dim": 4},
-    "llama4_text": {
-        "attention_chunk_size": 8,
-        "floor_scale": 4,
-        "interleave_moe_layer_step": 2,
-        "intermediate_size_mlp": 192,
-        "num_experts_per_tok": 1,
-    },
+    "llama4": LLAMA4,
+    "llama4_text": LLAMA4,
     "ministral": WINDOW,
     "modernbert": {"local_attention": 16},
     "olmo3": WINDOW,
@@ -141,6 +143,13 @@ VQ = {
     "temporal_downsample_factor": 2,
 }
 VQ_TOKENS = {"<image>": 1, "<|extra_200|>": 2}
+LLAMA4_TOWER = {
+    "intermediate_size": 64,
+    "projector_input_dim": 16,
+    "projector_output_dim": 16,
+    "vision_output_dim": 16,
+}
+LLAMA4_TOKENS = {"image_token_index": 1, "boi_token_index": 0, "eoi_token_index": 2}
 GEMMA4_TOKENS = {"image_token_id": 1, "video_token_id": 2, "audio_token_id": 0}
 QWEN_TOKENS = {"image_token_id": 1, "video_token_id": 2, "vision_start_token_id": 0}
 
@@ -160,6 +169,8 @@ def _beside(model_type: str, text: dict[str, Any]) -> dict[str, Any]:
         } | QWEN_TOKENS
     if model_type == "gemma4":
         return {"vision_config": TOWER | {"head_dim": 8, "num_key_value_heads": 2}} | GEMMA4_TOKENS
+    if model_type == "llama4":
+        return {"vision_config": TOWER | LLAMA4_TOWER} | LLAMA4_TOKENS
     if model_type == "emu3":
         return {"vq_config": VQ, "vocabulary_map": VQ_TOKENS}
     kind = {"gemma3": "siglip_vision_model", "mistral3": "pixtral"}[model_type]
@@ -168,6 +179,16 @@ def _beside(model_type: str, text: dict[str, Any]) -> dict[str, Any]:
     return {"vision_config": TOWER | {"model_type": kind}} | tokens | more
 
 
+GEMMA4_EXPERTS = {
+    "enable_moe_block": True,
+    "num_experts": 4,
+    "top_k_experts": 2,
+    "moe_intermediate_size": 64,
+}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    f"{name}-experts": (name, GEMMA4_EXPERTS) for name in ("gemma4_text", "gemma4")
+}
+"""Families that are something else with some configs: the type, and keys that make it that."""
 HYPHENED = {"deberta_v2": "deberta-v2", "xlm_roberta": "xlm-roberta"}
 """Model types whose names are not those of files."""
 
@@ -177,25 +198,27 @@ _BUILT: dict[str, Path] = {}
 
 def raw_config(model_type: str, **changes: Any) -> dict[str, Any]:
     """A tiny config: `SIZES` and the changes, both by Llama's keys, under the family's own; keys
-    of sizes that it has not are left out.
+    of sizes that it has not are left out. The type may be one of `VARIANTS`.
     """
+    model_type, variant = VARIANTS.get(model_type, (model_type, {}))
+    changes = variant | changes
     special = OF_FAMILY.get(model_type, {})
     given = SIZES | special | changes
     given |= {key: value(given) for key, value in WORKED_OUT.get(model_type, {}).items()}
     family, width = family_named(model_type), given["intermediate_size"]
-    if isinstance(family, Backbone):
-        text = given | {"model_type": family.text_type}
-        beside = _beside(model_type, text)
-        return {"model_type": model_type, "text_config": text} | beside
-    if isinstance(family, Decoder):
-        own = {getattr(Keys, key.name): getattr(family.keys, key.name) for key in fields(Keys)}
+    text = family.text if isinstance(family, Backbone) else family
+    if isinstance(text, Decoder):
+        own = {getattr(Keys, key.name): getattr(text.keys, key.name) for key in fields(Keys)}
         given = {own.get(key, key): value for key, value in given.items()}
-    if isinstance(family, Mixture):
-        experts = family.experts
+    if isinstance(text, Mixture):
+        experts = text.experts
         own = {experts.count[-1]: 4, experts.active: 2, experts.width: width}
-        if family.shared and family.shared.key:
-            own[family.shared.key] = width
+        if text.shared and text.shared.key:
+            own[text.shared.key] = width
         given = own | given
+    if isinstance(family, Backbone):
+        given = {key: v for key, v in given.items() if key} | {"model_type": family.text_type}
+        return {"model_type": model_type, "text_config": given} | _beside(model_type, given)
     if isinstance(family, Encoder):
         named = family.architecture.replace("Model", "ForMaskedLM")
         given = {"architectures": [named]} | given

@@ -107,7 +107,8 @@ def open_shapes(job: JobSpec, checkpoint: Checkpoint) -> tuple[Shape, ...]:
     if isinstance(job.method.before_cut, TakeOver):
         return (_fewer_layers(job, job.method.before_cut, checkpoint, dense),)
     if job.sizes_differ and checkpoint.model.sized_alike:
-        raise SpecError(f"budget.per_layer: {checkpoint.model.sized_alike}; set export.pad: true")
+        way = "it to false" if checkpoint.model.experts else "export.pad: true"
+        raise SpecError(f"budget.per_layer: {checkpoint.model.sized_alike}; set {way}")
     shapes, refusals = [], []
     for kv_groups in _open_kv_groups(job, checkpoint):
         try:

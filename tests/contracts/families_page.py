@@ -129,7 +129,7 @@ def _heads(checkpoint: Checkpoint, group: Group) -> str:
 def _sizes(model: Model, attention: Group) -> str:
     """Layers of different sizes."""
     if model.experts:
-        return "remote class"
+        return "no" if model.sized_alike else "remote class"
     ffn = next(group for group in model.groups if group.kind == "ffn")
     if ffn.fixed and attention.fixed:
         return "no"
@@ -171,6 +171,10 @@ transformers 4.57, but for once by hand ([engines](engines.md#transformers)).
   folder is the ordinary one of its type.
 - **GGUF**: for which `export.target: gguf` writes a file; other folders are ordinary ones, for
   llama.cpp's converter where it knows the type.
+
+`gemma4_text` and `gemma4` are mixtures where the config says `enable_moe_block`, tested as such; their
+per-layer inputs (`hidden_size_per_layer_input`) and keys and values of other layers
+(`num_kv_shared_layers`), as of E2B and E4B, are refused.
 
 """
 

@@ -58,7 +58,7 @@ from rayprune.workers.numerics.statistics import GramStatistic
 from rayprune.workers.steps import deciding
 from tests.conftest import MakeJob
 from tests.helpers import some, stored_numbers
-from tests.models import auto_class, build_model
+from tests.models import VARIANTS, auto_class, build_model
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
@@ -114,11 +114,14 @@ class Dense:
         return StreamedModel(self.checkpoint, torch.float32, CPU)
 
 
-@pytest.fixture(scope="module", params=some(prunable(), "llama", "gpt_neox", "gemma2"))
+@pytest.fixture(
+    scope="module", params=some([*prunable(), *VARIANTS], "llama", "gpt_neox", "gemma2")
+)
 def dense(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Dense:
     folder = build_model(tmp_path_factory.mktemp(request.param) / "dense", request.param, **SIZES)
     # lists that the class works out from the layers' numbers, which change when layers go
-    lists, raw = family_named(request.param).lists, json.loads((folder / "config.json").read_text())
+    raw = json.loads((folder / "config.json").read_text())
+    lists = family_named(raw["model_type"]).lists
     text = raw.get("text_config", raw)
     for name in lists:
         text.pop(name, None)
@@ -164,7 +167,7 @@ def test_the_description_names_every_tensor_of_the_files(dense: Dense) -> None:
         in_file = stored_shapes(layer.shapes, layer.places)
         stored |= {model.prefix(number) + name: shape for name, shape in in_file.items()}
     if model.beside:  # by today's names, and without what goes along
-        infos, beside = dense.checkpoint.tensors, model.beside
+        infos, beside, stored = dense.checkpoint.tensors, model.beside, described
         found = {name: i.shape for name, i in infos.items() if not name.startswith(beside)}
     assert stored == found
     modules = dense.network.state_dict()

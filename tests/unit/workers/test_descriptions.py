@@ -233,7 +233,6 @@ def test_unusable_configs_are_refused(changes: dict[str, object], message: str) 
         ("gemma4_text", {"num_kv_shared_layers": 1}, "layers read keys and values of others"),
         ("gemma4_text", {"per_layer_config": {"0": {"head_dim": 4}}}, "with full attention"),
         ("gemma4_text", {"layer_types": []}, "layer_types must be a list with an entry for each"),
-        ("gemma4_text", {"enable_moe_block": True}, "enable_moe_block is not supported"),
         ("gemma4_text", {"use_bidirectional_attention": "all"}, "those of a decoder"),
         *(
             (name, {"no_rope_layers": [1, 0]}, "no_rope_layers must be a list with 1 or 0 for each")

@@ -1,4 +1,6 @@
-"""Gemma 4 with its vision tower, as of its dense 31B: the text model is pruned."""
+"""Gemma 4 with its vision tower, as of its dense 31B and its 26B with experts: the text model is
+pruned.
+"""
 
 from rayprune.specs.errors import ModelError
 from rayprune.workers.model.config import Config

@@ -1,15 +1,18 @@
-"""Gemma 4's text model, as of its dense 31B: layers with a sliding window, and every sixth, the
-last too, that sees all, with larger heads and fewer KV groups, whose keys may be its values.
+"""Gemma 4's text model, as of its dense 31B and of its 26B with experts: layers with a sliding
+window, and every sixth, the last too, that sees all, with larger heads and fewer KV groups, whose
+keys may be its values. Experts run beside an FFN, each behind norms of its own.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 from rayprune.specs.errors import ModelError, SpecError
 from rayprune.workers.model.config import Config
 from rayprune.workers.model.description import Layer, Model
 from rayprune.workers.model.families.decoder import Decoder, biased_by
 from rayprune.workers.model.families.family import MOST_LAYERS
+from rayprune.workers.model.families.mixture import Experts, Mixture, Shared, packed
 from rayprune.workers.model.families.parts import ATTENTION, NORMS_AROUND
 from rayprune.workers.model.form import Form
 from rayprune.workers.model.values import check_layer_types
@@ -54,8 +57,6 @@ def _refused(config: Config) -> str | None:
         )
     if config.raw.get("num_kv_shared_layers"):
         return "num_kv_shared_layers is not supported: layers read keys and values of others"
-    if config.flag("enable_moe_block"):
-        return "enable_moe_block is not supported: its experts run beside an FFN and behind norms"
     if config.raw.get("use_bidirectional_attention") == "all":
         return "use_bidirectional_attention is not supported: statistics are those of a decoder"
     count = config.integer("num_hidden_layers", most=MOST_LAYERS)
@@ -72,6 +73,10 @@ def _refused(config: Config) -> str | None:
 
 class Gemma4(Decoder):
     """A decoder whose layers have attention of two kinds."""
+
+    def of(self, config: Config) -> Decoder:
+        """The family as it is with a config: a mixture of experts, if it says so."""
+        return MIXTURE if config.flag("enable_moe_block") else self
 
     def describe(self, config: Config) -> Model:
         """The model that a config says."""
@@ -96,11 +101,11 @@ class Gemma4(Decoder):
         producers = {n: p for n, p in ATTENTION.producers.items() if not (shared and "v_proj" in n)}
         family = replace(self, attention=replace(ATTENTION, producers=producers))
         layer = family._layer(config)
-        attention, ffn = layer.groups
+        attention, *others = layer.groups
         if full:
             attention = replace(attention, name="full_heads", title="KV groups of full attention")
         shapes = {**layer.shapes, "layer_scalar": (1,)}
-        return replace(layer, groups=(attention, ffn), shapes=shapes)
+        return replace(layer, groups=(attention, *others), shapes=shapes)
 
     def keeping(self, config: Config, layers: Sequence[int]) -> dict[str, object]:
         """The keys that say that these layers stay."""
@@ -111,23 +116,58 @@ class Gemma4(Decoder):
 
     def form(self, config: Config, kept: Mapping[str, int], target: str) -> Form:
         """The family's own form with a smaller FFN."""
-        del target
-        units = self.describe(config).units
-        if any(kept.get(n, units[n]) != units[n] for n in units if n != "neurons"):
-            raise SpecError(f"{config.model_type}: {_HEADS_STAY}")
+        self._check_heads(config, kept)
         return Form({"intermediate_size": kept["neurons"]})
 
+    def _check_heads(self, config: Config, kept: Mapping[str, int]) -> None:
+        groups = [group for group in self.describe(config).groups if group.kind == "attention"]
+        if any(kept.get(group.name, group.num_units) != group.num_units for group in groups):
+            raise SpecError(f"{config.model_type}: {_HEADS_STAY}")
 
-FAMILY = Gemma4(
-    "Gemma4ForCausalLM",
-    norms=NORMS_AROUND,
-    head_norms=("self_attn.q_norm", "self_attn.k_norm"),
-    biased=biased_by(attention_bias="self_attn."),
-    scale=lambda config: None,
-    heads_stay=_HEADS_STAY,
-    last_stays="its class makes it see all, whichever it is",
-    values_of_layer=lambda config, layer: {"layer_types": _kind(config, layer)},
-    sized_alike="its config says of every layer what attention it has, and takes no other sizes",
-    tied=True,
-    head_size=256,
+
+@dataclass(frozen=True)
+class Gemma4Mixture(Gemma4, Mixture):
+    """The same with experts beside the FFN."""
+
+    def form(self, config: Config, kept: Mapping[str, int], target: str) -> Form:
+        """The family's own form with fewer experts, and smaller ones and a smaller FFN."""
+        self._check_heads(config, kept)
+        return Mixture.form(self, config, kept, target)
+
+
+_COMMON: dict[str, Any] = {
+    "architecture": "Gemma4ForCausalLM",
+    "head_norms": ("self_attn.q_norm", "self_attn.k_norm"),
+    "biased": biased_by(attention_bias="self_attn."),
+    "scale": lambda config: None,
+    "heads_stay": _HEADS_STAY,
+    "last_stays": "its class makes it see all, whichever it is",
+    "values_of_layer": lambda config, layer: {"layer_types": _kind(config, layer)},
+    "sized_alike": "its config says of every layer what attention it has, and takes no other sizes",
+    "tied": True,
+    "head_size": 256,
+}
+MIXTURE = Gemma4Mixture(
+    **_COMMON,
+    norms=(
+        *NORMS_AROUND,
+        "post_feedforward_layernorm_1",
+        "pre_feedforward_layernorm_2",
+        "post_feedforward_layernorm_2",
+    ),
+    experts=Experts(
+        count=("num_experts",),
+        active="top_k_experts",
+        at="experts",
+        router=("router.proj.weight", "router.per_expert_scale"),
+        places=packed("experts", ("experts.gate_up_proj", "experts.down_proj")),
+    ),
+    shared=Shared(
+        "mlp",
+        width=lambda config: config.integer("intermediate_size"),
+        key="intermediate_size",
+        first=True,
+        beside={"router.scale": lambda hidden: (hidden,)},
+    ),
 )
+FAMILY = Gemma4(**_COMMON, norms=NORMS_AROUND)

@@ -171,11 +171,11 @@ class Mixture(Decoder):
         ]
         if config.layers_differ:
             own = [self.of_layer(config, number) for number in range(len(dense))]
-            return tuple(map(self._of_kind, own, dense))
-        kinds = {kind: self._of_kind(config, kind) for kind in set(dense)}
+            return tuple(map(self._made, own, dense))
+        kinds = {kind: self._made(config, kind) for kind in set(dense)}
         return tuple(kinds[kind] for kind in dense)
 
-    def _of_kind(self, config: Config, dense: bool) -> Layer:
+    def _made(self, config: Config, dense: bool) -> Layer:
         """A layer with experts, or with an FFN in their place; some units of every group stay."""
         layer = super()._layer(config) if dense else self._layer(config)
         groups = [
