@@ -12,7 +12,7 @@ from functools import partial
 from statistics import fmean
 
 from rayprune.orchestrator.execution.executor import Executor
-from rayprune.orchestrator.execution.steps import Call
+from rayprune.orchestrator.execution.steps import Call, Receipt
 from rayprune.orchestrator.stages.context import Context
 from rayprune.orchestrator.stages.reduce import reduced
 from rayprune.orchestrator.stages.subject import Subject
@@ -112,7 +112,7 @@ class _Survey:
         errors: Errors = self._answer(call)["errors"]
         return errors
 
-    def _answer(self, call: Call[None]) -> dict[str, object]:
+    def _answer(self, call: Call[None]) -> Receipt:
         (receipt,) = self._executor.wait([call])
         return receipt
 

@@ -172,8 +172,8 @@ transformers 4.57, but for once by hand ([engines](engines.md#transformers)).
 - **GGUF**: for which `export.target: gguf` writes a file; other folders are ordinary ones, for
   llama.cpp's converter where it knows the type.
 
-`gemma4_text` and `gemma4` are mixtures where the config says `enable_moe_block`, tested as such; their
-per-layer inputs (`hidden_size_per_layer_input`) and keys and values of other layers
+`gemma4_text` and `gemma4` are mixtures where the config says `enable_moe_block`, and tested as
+such; their per-layer inputs (`hidden_size_per_layer_input`) and keys and values of other layers
 (`num_kv_shared_layers`), as of E2B and E4B, are refused.
 
 """
