@@ -3,6 +3,7 @@
 import random
 from collections.abc import Sequence
 from itertools import product
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -115,9 +116,31 @@ def test_bounds_hold_and_a_budget_out_of_their_reach_is_refused(
     ]
     budget = budget_of(model, make_job, 0.2, least=8 * CHANNEL, most=24 * CHANNEL)
     spread = cheapest(budget, losses)
-    assert all(8 * CHANNEL <= budget.lost(kept) <= 24 * CHANNEL for kept in spread)
+    assert all(8 * CHANNEL <= budget.lost(*each) <= 24 * CHANNEL for each in enumerate(spread))
     with pytest.raises(SpecError, match=r"raise budget\.allocation\.most"):
         cheapest(budget_of(model, make_job, 0.3, most=4 * CHANNEL), losses)
+
+
+def test_layers_of_other_sizes_may_lose_as_much_of_themselves(
+    make_model: MakeModel, make_job: MakeJob
+) -> None:
+    """A mixture whose first layer has an FFN in place of experts; a shared expert follows the
+    others.
+    """
+    budget = budget_of(make_model("deepseek_v3"), make_job, 0.2, least=100.0, most=1e4)
+    model = budget.checkpoint.model
+    kept = model.units | {"dense": 8, "neurons": 8, "experts": 4}
+    sizes = [layer.cut_shapes(model.followed(kept)) for layer in model.layers]
+    found = [sum(map(prod, shapes.values())) for shapes in sizes]
+    assert [budget.layer(n, kept).decoder_parameters for n in range(LAYERS)] == found
+    assert budget.size([kept] * LAYERS).decoder_parameters == sum(found)
+    dense, experts, _ = (layer.parameters for layer in model.layers)
+    mean = (dense + 2 * experts) / 3
+    assert budget.most_with("dense") == pytest.approx(1e4 * dense / mean)
+    assert budget.most_with("heads") == budget.most_with("neurons")
+    assert budget.most_with("neurons") == pytest.approx(1e4 * experts / mean)
+    assert not budget.loses_enough(0, model.units)
+    assert budget.may_lose(0, model.units)
 
 
 def test_what_the_budget_still_allows_is_given_back(
@@ -168,8 +191,8 @@ def test_mutations_leave_every_layer_its_least_loss(
     spread = cheapest(budget, losses)
     for seed in range(100):
         assert all(
-            budget.lost(kept) >= 8 * CHANNEL
-            for kept in mutated(budget, spread, losses, random.Random(seed))
+            budget.lost(*each) >= 8 * CHANNEL
+            for each in enumerate(mutated(budget, spread, losses, random.Random(seed)))
         )
 
 
