@@ -216,6 +216,10 @@ def test_experts_widths_and_heads_compete_for_one_budget(
     model, run = make_model(model_type), tmp_path / "run"
     told: list[Any] = []
     job = load_job(make_job(model, budget=CURVES))
+    if reason := open_checkpoint(model).model.sized_alike:
+        with pytest.raises(SpecError, match=f"per_layer: {reason}; set it to false"):
+            run_job(job, run, quiet)
+        return
     report = run_job(job, run, lambda e: told.append(e) if e["event"] == LAYERS else None)
     checkpoint, sizes = open_checkpoint(model), report.decoder_parameters
     (layers,) = (event["layers"] for event in told)
@@ -323,6 +327,7 @@ def test_layers_that_guess_further_tokens_are_left_out_and_told(
     assert any("1 tensors of multi-token prediction are left out" in w for w in warnings)
     config = checkpoint.planned_cut(checkpoint.model.units, "transformers", "auto").config
     assert config.raw["num_nextn_predict_layers"] == 0
+    assert not open_checkpoint(make_model("gpt_oss", "packed")).left_out
 
 
 @pytest.mark.parametrize(

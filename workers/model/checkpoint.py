@@ -212,10 +212,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
     digest = hashlib.sha256(json.dumps(config.raw, sort_keys=True).encode())
     headers = read_headers(path, model.recomputed, digest, beside_in_files(model))
     whole = prefixed(headers, model)
-    tensors = {n: i for n, i in whole.items() if not n.startswith(model.left_out or ("\0",))}
-    tensors = described(path, model, tensors)
+    left_out = tuple(n for n in whole if n.startswith(model.left_out or ("\0",)))
+    tensors = described(path, model, {n: i for n, i in whole.items() if n not in left_out})
     check_tensors(path, model, tensors)
-    left_out = tuple(whole.keys() - tensors.keys())
     return Checkpoint(path, model, config, tensors, digest.hexdigest(), left_out=left_out)
 
 
