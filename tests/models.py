@@ -183,7 +183,7 @@ GEMMA4_EXPERTS = {
     "enable_moe_block": True,
     "num_experts": 4,
     "top_k_experts": 2,
-    "moe_intermediate_size": 64,
+    "moe_intermediate_size": 96,
 }
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     f"{name}-experts": (name, GEMMA4_EXPERTS) for name in ("gemma4_text", "gemma4")
