@@ -10,7 +10,6 @@ from torch import Tensor
 from rayprune.workers.machine.scratch import Scratch
 from rayprune.workers.model.config import Config
 from rayprune.workers.model.families import family_named, prunable
-from rayprune.workers.model.families.backbone import Backbone
 from rayprune.workers.model.families.decoder import Decoder
 from rayprune.workers.model.families.mixture import Mixture
 
@@ -33,12 +32,6 @@ def stored_numbers(network: Any) -> int:
     """Numbers of the tensors that a network is loaded from, tied ones counted once."""
     tensors = network.state_dict(keep_vars=True).values()
     return sum({id(tensor): tensor.numel() for tensor in tensors}.values())
-
-
-def has_experts(name: str) -> bool:
-    """Whether every model of a family, or its text model, has experts."""
-    family = family_named(name)
-    return isinstance(family.text if isinstance(family, Backbone) else family, Mixture)
 
 
 def mixtures() -> list[str]:

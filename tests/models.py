@@ -45,13 +45,6 @@ GEMMA4 = WINDOW | {
     "global_head_dim": 32,
     "num_global_key_value_heads": 2,
 }
-LLAMA4 = {
-    "attention_chunk_size": 8,
-    "floor_scale": 4,
-    "interleave_moe_layer_step": 2,
-    "intermediate_size_mlp": 192,
-    "num_experts_per_tok": 1,
-}
 OF_FAMILY: dict[str, dict[str, Any]] = {
     "cohere2": WINDOW,
     "deepseek_v2": LATENT
@@ -76,8 +69,13 @@ OF_FAMILY: dict[str, dict[str, Any]] = {
     "glm4_moe": {"n_routed_experts": 4, "first_k_dense_replace": 2, "n_shared_experts": 2},
     "gpt_neo": {"window_size": 8},
     "gptj": {"rotary_dim": 4},
-    "llama4": LLAMA4,
-    "llama4_text": LLAMA4,
+    "llama4_text": {
+        "attention_chunk_size": 8,
+        "floor_scale": 4,
+        "interleave_moe_layer_step": 2,
+        "intermediate_size_mlp": 192,
+        "num_experts_per_tok": 1,
+    },
     "ministral": WINDOW,
     "modernbert": {"local_attention": 16},
     "olmo3": WINDOW,
@@ -143,13 +141,6 @@ VQ = {
     "temporal_downsample_factor": 2,
 }
 VQ_TOKENS = {"<image>": 1, "<|extra_200|>": 2}
-LLAMA4_TOWER = {
-    "intermediate_size": 64,
-    "projector_input_dim": 16,
-    "projector_output_dim": 16,
-    "vision_output_dim": 16,
-}
-LLAMA4_TOKENS = {"image_token_index": 1, "boi_token_index": 0, "eoi_token_index": 2}
 GEMMA4_TOKENS = {"image_token_id": 1, "video_token_id": 2, "audio_token_id": 0}
 QWEN_TOKENS = {"image_token_id": 1, "video_token_id": 2, "vision_start_token_id": 0}
 
@@ -169,8 +160,6 @@ def _beside(model_type: str, text: dict[str, Any]) -> dict[str, Any]:
         } | QWEN_TOKENS
     if model_type == "gemma4":
         return {"vision_config": TOWER | {"head_dim": 8, "num_key_value_heads": 2}} | GEMMA4_TOKENS
-    if model_type == "llama4":
-        return {"vision_config": TOWER | LLAMA4_TOWER} | LLAMA4_TOKENS
     if model_type == "emu3":
         return {"vq_config": VQ, "vocabulary_map": VQ_TOKENS}
     kind = {"gemma3": "siglip_vision_model", "mistral3": "pixtral"}[model_type]
@@ -206,19 +195,19 @@ def raw_config(model_type: str, **changes: Any) -> dict[str, Any]:
     given = SIZES | special | changes
     given |= {key: value(given) for key, value in WORKED_OUT.get(model_type, {}).items()}
     family, width = family_named(model_type), given["intermediate_size"]
-    text = family.text if isinstance(family, Backbone) else family
-    if isinstance(text, Decoder):
-        own = {getattr(Keys, key.name): getattr(text.keys, key.name) for key in fields(Keys)}
-        given = {own.get(key, key): value for key, value in given.items()}
-    if isinstance(text, Mixture):
-        experts = text.experts
-        own = {experts.count[-1]: 4, experts.active: 2, experts.width: width}
-        if text.shared and text.shared.key:
-            own[text.shared.key] = width
-        given = own | given
     if isinstance(family, Backbone):
-        given = {key: v for key, v in given.items() if key} | {"model_type": family.text_type}
-        return {"model_type": model_type, "text_config": given} | _beside(model_type, given)
+        text = given | {"model_type": family.text_type}
+        beside = _beside(model_type, text)
+        return {"model_type": model_type, "text_config": text} | beside
+    if isinstance(family, Decoder):
+        own = {getattr(Keys, key.name): getattr(family.keys, key.name) for key in fields(Keys)}
+        given = {own.get(key, key): value for key, value in given.items()}
+    if isinstance(family, Mixture):
+        experts = family.experts
+        own = {experts.count[-1]: 4, experts.active: 2, experts.width: width}
+        if family.shared and family.shared.key:
+            own[family.shared.key] = width
+        given = own | given
     if isinstance(family, Encoder):
         named = family.architecture.replace("Model", "ForMaskedLM")
         given = {"architectures": [named]} | given

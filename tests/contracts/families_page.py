@@ -174,7 +174,8 @@ transformers 4.57, but for once by hand ([engines](engines.md#transformers)).
 
 `gemma4_text` and `gemma4` are mixtures where the config says `enable_moe_block`, and tested as
 such; their per-layer inputs (`hidden_size_per_layer_input`) and keys and values of other layers
-(`num_kv_shared_layers`), as of E2B and E4B, are refused.
+(`num_kv_shared_layers`), as of E2B and E4B, are refused. Of Llama 4 the text model is pruned
+(`llama4_text`), not its folder with the vision tower.
 
 """
 

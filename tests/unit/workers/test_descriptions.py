@@ -16,7 +16,7 @@ from rayprune.workers.model.families import family_of, prunable
 from rayprune.workers.model.rewrite import written
 from rayprune.workers.network.streamed import layers_of
 from tests.conftest import MakeModel, edit_json
-from tests.helpers import families, has_experts
+from tests.helpers import families, mixtures
 from tests.models import raw_config, stock_model
 
 BIASED = {"attention_bias": True, "mlp_bias": True}
@@ -27,7 +27,7 @@ FALCONS: list[dict[str, Any]] = [
     OLD | {"parallel_attn": False},
     {"num_ln_in_parallel_attn": 1},
 ]
-DENSE = [name for name in prunable() if not has_experts(name)]
+DENSE = [name for name in prunable() if name not in mixtures()]
 """transformers packs experts: see tests/contracts/test_experts.py."""
 CASES: list[Any] = [
     *((name, {}) for name in DENSE),

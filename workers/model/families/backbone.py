@@ -33,8 +33,6 @@ class Backbone(Family):
     """Its type."""
     at: str = "model.language_model"
     """Where it sits."""
-    head: str = "lm_head.weight"
-    """Name of its head."""
     beside: tuple[str, ...] = ("model.vision_tower", "model.multi_modal_projector")
     """Modules that text does not pass through."""
     tied: bool = False
@@ -103,7 +101,6 @@ class Backbone(Family):
             last_norm=self._named(model.last_norm),
             outer={self._named(name): shape for name, shape in model.outer.items()},
             embedding=self._named(model.embedding),
-            head=self._named(model.head),
             beside=self.beside,
             older_names=self.older_names,
             open_outside=True,
@@ -113,8 +110,6 @@ class Backbone(Family):
 
     def _named(self, name: str) -> str:
         start = f"{self.text.backbone}."
-        if name == self.text.head:
-            return self.head
         return f"{self.at}.{name.removeprefix(start)}" if name.startswith(start) else name
 
     def form(self, config: Config, kept: Mapping[str, int], target: str) -> Form:
