@@ -4,6 +4,7 @@ Its class takes the head size from the hidden size. With fewer heads it is writt
 rotary pairs lie half a head apart: rows of queries and keys change places.
 """
 
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from rayprune.workers.model.config import Config
@@ -70,6 +71,8 @@ def _as_phi(family: Decoder, config: Config, heads: int, target: str) -> Form:
     return phi_form(source, changes, _NOT_PHI, _RENAMED)
 
 
+_RETURNS_A_TUPLE = version("transformers").startswith("5.23.")
+
 FAMILY = Decoder(
     "GPTJForCausalLM",
     keys=GPT_KEYS,
@@ -82,6 +85,7 @@ FAMILY = Decoder(
     norm_tensors=WITH_BIAS,
     biased=lambda config: ("mlp.",),
     layers_at="transformer.h",
+    layer_returns=2 if _RETURNS_A_TUPLE else 0,
     backbone="transformer",
     embedding="transformer.wte.weight",
     last_norm="transformer.ln_f",
