@@ -13,6 +13,8 @@ from rayprune.workers.store.layout import CARD_FILE
 
 MAX_CARD_BYTES = 2**20
 _CACHED = re.compile(r".*/models--([\w.-]+)/snapshots/([0-9a-f]+)")
+NAMELESS = "model"
+"""A folder's name that says nothing."""
 LICENCE_KEYS = ("license", "license_name", "license_link")
 
 
@@ -21,7 +23,9 @@ class Origin:
     """What is known of a dense model besides its values."""
 
     name: str
-    """What it is called: its name on the Hub without the owner, or its folder's."""
+    """What it is called: its name on the Hub without the owner, or its folder's; of one that is
+    called `model` the name of the folder around it.
+    """
     hub_id: str | None
     """OWNER/NAME, where the folder lies in the Hub's cache; a path alone tells none."""
     revision: str | None
@@ -34,7 +38,8 @@ def origin_of(folder: Path) -> Origin:
     """Look at a folder's path and at the head of its card."""
     cached = _CACHED.fullmatch(folder.as_posix())
     hub_id, revision = (cached[1].replace("--", "/"), cached[2]) if cached else (None, None)
-    return Origin((hub_id or folder.name).rpartition("/")[2], hub_id, revision, _licence(folder))
+    named = folder.parent if folder.name == NAMELESS and folder.parent.name else folder
+    return Origin((hub_id or named.name).rpartition("/")[2], hub_id, revision, _licence(folder))
 
 
 def _licence(folder: Path) -> dict[str, str]:

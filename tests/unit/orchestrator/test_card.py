@@ -108,6 +108,7 @@ def test_a_name_comes_from_the_cache_of_the_hub_alone(tmp_path: Path) -> None:
         "b",
         None,
     )
+    assert origin_of(tmp_path / "a" / "model").name == "a"
 
 
 def test_a_card_that_leads_elsewhere_is_not_read(tmp_path: Path) -> None:
