@@ -178,8 +178,7 @@ such; their per-layer inputs (`hidden_size_per_layer_input`) and keys and values
 (`llama4_text`), not its folder with the vision tower.
 
 On 28 November 2026 the newest transformers was 5.24.0, which the contract runs with; with 5.23.0
-all of its cuts, streams, padded and left-out layers, and experts pass, but for `gptj`, whose layers
-return a tuple there: a run stops with an error.
+all of it passes, too.
 
 """
 
