@@ -5,7 +5,7 @@ from dataclasses import replace
 from rayprune.orchestrator.planning.layer_kinds import LayerKind
 from rayprune.orchestrator.planning.mixtures import kept_experts
 from rayprune.orchestrator.planning.own_text import own_text_load
-from rayprune.orchestrator.planning.rounding import unit_steps
+from rayprune.orchestrator.planning.rounding import asked_units, unit_steps
 from rayprune.orchestrator.planning.shapes import Shape
 from rayprune.orchestrator.planning.workload import TrainingLoad, Workload
 from rayprune.specs.allocation import CurvesAllocation, SearchAllocation, ThresholdAllocation
@@ -203,15 +203,12 @@ def _without_layers(job: JobSpec, num_layers: int) -> int:
 
 def _least_cut(model: Model, job: JobSpec) -> dict[str, int]:
     """Where layers may differ: what a layer keeps that loses as little as can be."""
-    steps, budget = unit_steps(job, model), job.budget
+    steps = unit_steps(job, model)
     most = {
         group.name: (group.num_units - 1) // steps[group.name] * steps[group.name]
         for group in model.groups
     }
-    if budget.kv_groups != "auto":
-        most |= dict.fromkeys(model.names_of("attention"), budget.kv_groups)
-    if budget.experts:
-        most |= dict.fromkeys(model.names_of("experts"), budget.experts)
+    most |= asked_units(job, model)
     return {name: count for name, count in most.items() if 0 < count < model.units[name]}
 
 

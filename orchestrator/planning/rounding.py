@@ -16,6 +16,16 @@ AUTO = ((10_240, 256), (1_024, 64), (1, 32))
 and 6.25% of the second."""
 
 
+def asked_units(job: JobSpec, model: Model) -> dict[str, int]:
+    """By group, how many units stay in every layer because the job says so."""
+    budget, asked = job.budget, dict[str, int]()
+    if budget.experts:
+        asked |= dict.fromkeys(model.names_of("experts"), budget.experts)
+    if budget.kv_groups != "auto":
+        asked |= dict.fromkeys(model.names_of("attention"), budget.kv_groups)
+    return asked
+
+
 def unit_steps(job: JobSpec, model: Model) -> dict[str, int]:
     """By group, of what the number of units that stay is a multiple, where not all of them do.
 

@@ -87,10 +87,10 @@ def open_shapes(job: JobSpec, checkpoint: Checkpoint) -> tuple[Shape, ...]:
         SpecError: none meets the budget and loads.
     """
     dense = checkpoint.model.units
-    if job.method.masks and job.method.cuts_first is None:
-        check_widths(checkpoint.model, job.method.masks)
-        return (Shape(dense, **asdict(_uniform(job, checkpoint, dense))),)
-    if job.method.removes_nothing:
+    masks = job.method.masks if job.method.cuts_first is None else None
+    if masks:
+        check_widths(checkpoint.model, masks)
+    if masks or job.method.removes_nothing:
         return (Shape(dense, **asdict(_uniform(job, checkpoint, dense))),)
     if not exceeded(
         _uniform(job, checkpoint, dense), limits(job.budget, checkpoint.decoder_parameters)

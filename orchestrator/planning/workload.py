@@ -72,10 +72,8 @@ class TrainingLoad:
 
     def keeps(self, choice: MemoryPlan) -> bool:
         """Whether activations inside the layers are kept; of a layer alone they always are."""
-        open_or_told = (
-            choice.keep_activations if self.keeps_activations is None else self.keeps_activations
-        )
-        return self.each_layer or open_or_told
+        told = self.keeps_activations
+        return self.each_layer or (choice.keep_activations if told is None else told)
 
     @property
     def taught_bytes(self) -> int:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVarTuple
 
 from rayprune.orchestrator.execution.steps import Call, Steps
+from rayprune.orchestrator.planning.rounding import asked_units
 from rayprune.orchestrator.planning.shapes import Shape, uneven_shape
 from rayprune.orchestrator.stages.context import Context
 from rayprune.orchestrator.stages.divergence import (
@@ -101,13 +102,9 @@ def _commit_shape(
 
 def _fixed(context: Context, subject: Subject) -> Kept:
     """Units that the job itself, or the model's form, gives to every layer."""
-    budget, model = context.job.budget, subject.model.checkpoint.model
+    model = subject.model.checkpoint.model
     fixed = {group.name: group.num_units for group in model.groups if group.fixed}
-    if budget.experts:
-        fixed |= dict.fromkeys(model.names_of("experts"), budget.experts)
-    if budget.kv_groups != "auto":
-        fixed |= dict.fromkeys(model.names_of("attention"), budget.kv_groups)
-    return fixed
+    return fixed | asked_units(context.job, model)
 
 
 def _mean_removed(subject: Subject) -> float:
