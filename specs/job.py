@@ -18,7 +18,7 @@ from rayprune.specs.methods.options import InSteps
 from rayprune.specs.methods.ranking.stat import StatOptions
 from rayprune.specs.own_text import OwnTextSpec
 from rayprune.specs.recipe import RecipeName
-from rayprune.specs.section import Section
+from rayprune.specs.section import FloatType, Section
 from rayprune.specs.texts import (
     LocalPath,
     MixedTextSpec,
@@ -78,7 +78,7 @@ class ModelSpec(Section):
     """
     revision: Annotated[str, Field(min_length=1)] | None = None
     """Branch, tag or commit on the Hub; null: main. The commit is part of the result."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: FloatType = "auto"
     """Floating-point type of the forward passes; `auto`: the checkpoint's own on a GPU, float32 on
     a CPU.
     """
@@ -379,7 +379,7 @@ def one_or_more(value: object) -> object:
 class ExportSpec(Section):
     """What the pruned model's folder looks like."""
 
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: FloatType = "auto"
     """Floating-point type on disk; `auto`: as each tensor is in the original."""
     target: Annotated[
         tuple[Target, ...],
@@ -612,6 +612,21 @@ class JobSpec(Section):
             raise ValueError(
                 f"method {self.method.name} with export.dtype: steps read what the ones before have"
                 " written; set model.dtype too"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _own_samples_fit(self) -> Self:
+        if not (self.recover and self.recover.own_samples):
+            return self
+        if self.calibration.own is None:
+            raise ValueError(
+                "recover.own_samples: the model writes no text of its own; add calibration.own"
+            )
+        if self.steps:
+            raise ValueError(
+                f"recover.own_samples: method {self.method.name} measures its gate on these"
+                " windows; leave it out, or raise recover.samples"
             )
         return self
 

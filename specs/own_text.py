@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from rayprune.specs.section import Section
+from rayprune.specs.section import FloatType, Section
 
 OWN_TEXT = "the model's own text"
 """What stands for its path before it is written."""
@@ -26,6 +26,8 @@ class OwnTextSpec(Section):
     """Tokens of a document, prompt not counted."""
     temperature: float = Field(default=1.0, gt=0.0, le=100.0)
     """Of the sampling, from all tokens; 1: the model's own distribution."""
+    dtype: FloatType = "auto"
+    """Floating-point type in which it is written; `auto`: that of `model.dtype`."""
     batch: int = Field(default=32, ge=1, le=65_536)
     """Documents that a worker writes together, a task of its own. Part of the result."""
     seed: int = Field(default=0, ge=0)

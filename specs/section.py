@@ -12,6 +12,8 @@ from rayprune.specs.errors import SpecError
 from rayprune.specs.yaml_file import Builder, parse_yaml, read_text
 
 S = TypeVar("S", bound="Section")
+FloatType = Literal["auto", "float32", "bfloat16", "float16"]
+"""A floating-point type; what `auto` is, each section says."""
 
 
 class Section(BaseModel):

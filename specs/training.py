@@ -88,6 +88,10 @@ class RecoverSpec(TrainingSpec):
     """
     text: WindowsSpec | None = None
     """What is trained on; null: `calibration`'s text."""
+    own_samples: int = Field(default=0, ge=0, le=1_000_000)
+    """Windows of the model's own text behind those of the calibration, that no pruning has seen;
+    `calibration.own` says how it is written.
+    """
     scope: Literal["model", "layer"] = "model"
     """`model`: all layers are trained together, on ranks that hold the model; `layer`: every layer
     alone, towards what the dense model's makes of the same input, many at a time, in the memory of
@@ -115,6 +119,11 @@ class RecoverSpec(TrainingSpec):
             raise ValueError(
                 "samples beside text: text.samples says how many windows are trained on; leave"
                 " samples out"
+            )
+        if self.text and self.own_samples:
+            raise ValueError(
+                "own_samples beside text: text says what is trained on; put the model's own text"
+                " into text.mix, or leave one of them out"
             )
         if self.scope == "layer":
             unread = ("loss", "hidden", "teacher_top", "activation_checkpointing")

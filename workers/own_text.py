@@ -20,6 +20,7 @@ from rayprune.specs.own_text import OwnTextSpec
 from rayprune.specs.texts import TextSpec
 from rayprune.workers.calibration import load_tokenizer, tokenize
 from rayprune.workers.model.checkpoint import Checkpoint
+from rayprune.workers.network.decoding import decode_by_products
 from rayprune.workers.network.load_check import loaded
 from rayprune.workers.network.sampling import sampled
 from rayprune.workers.texts.checks import check_known
@@ -97,7 +98,9 @@ class Author:
     @cached_property
     def _network(self) -> Any:
         on_gpu = self.device.type == "cuda"
-        return loaded(self.checkpoint.path, self.dtype, "auto" if on_gpu else None).eval()
+        network = loaded(self.checkpoint.path, self.dtype, "auto" if on_gpu else None).eval()
+        decode_by_products(network)
+        return network
 
     @cached_property
     def _turns(self) -> Turns | None:

@@ -64,10 +64,18 @@ class Workbench:
     @property
     def dtype(self) -> torch.dtype:
         """Floating-point type of forward passes."""
-        name = self.job.model.dtype
+        return self._dtype(self.job.model.dtype)
+
+    @property
+    def own_dtype(self) -> torch.dtype:
+        """Floating-point type in which the model writes."""
+        assert self.job.calibration.own is not None
+        name = self.job.calibration.own.dtype
+        return self.dtype if name == "auto" else self._dtype(name)
+
+    def _dtype(self, name: str) -> torch.dtype:
         if name == "auto":
-            on_cpu = self.device.type == "cpu"
-            name = "float32" if on_cpu else self.checkpoint.model.dtype  # type: ignore[assignment]
+            name = "float32" if self.device.type == "cpu" else self.checkpoint.model.dtype
         return _torch_dtype(name)
 
     @property

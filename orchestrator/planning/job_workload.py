@@ -11,6 +11,7 @@ from rayprune.orchestrator.planning.workload import TrainingLoad, Workload
 from rayprune.specs.allocation import CurvesAllocation, SearchAllocation, ThresholdAllocation
 from rayprune.specs.job import JobSpec
 from rayprune.specs.methods.options import DriveOut, TakeOver
+from rayprune.specs.own_text import OWN_TEXT
 from rayprune.specs.texts import WindowsSpec
 from rayprune.specs.training import RecoverSpec, TrainingSpec
 from rayprune.workers.model.checkpoint import Checkpoint
@@ -20,7 +21,7 @@ from rayprune.workers.model.folder import PLANNED_BYTES
 from rayprune.workers.model.sites import sites_of
 from rayprune.workers.store.layout import RECOVER_TASK, REGULARISE_TASK, UPDATES_TASK
 from rayprune.workers.store.training_stage import saved_states, total_steps
-from rayprune.workers.texts.limits import kept_out
+from rayprune.workers.texts.limits import kept_out, with_own
 
 
 def workload_of(
@@ -127,7 +128,8 @@ def _trainings(job: JobSpec, shape: Shape, num_layers: int) -> tuple[TrainingLoa
 
 
 def _recovery(job: JobSpec, recover: RecoverSpec) -> TrainingLoad:
-    text, held_out, top = job.recovery_text, recover.held_out, recover.teacher_top or 0
+    text, held_out = with_own(job, OWN_TEXT).recovery_text, recover.held_out
+    top = recover.teacher_top or 0
     looked_at = len(kept_out(job))
     load = _training(recover, text.samples - looked_at, text)
     return replace(

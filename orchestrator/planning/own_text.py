@@ -39,8 +39,10 @@ class OwnTextLoad:
     """Documents of every batch, and tokens of its longest one, each computed by itself."""
     prompt: int
     """Tokens before them."""
+    element_bytes: int
+    """Of the type in which it is written."""
     cached_bytes: int
-    """Keys and values that the cache keeps of one token, in the type of the passes."""
+    """Keys and values that the cache keeps of one token."""
 
     @property
     def tokens(self) -> int:
@@ -59,7 +61,7 @@ class OwnTextLoad:
 
 
 def own_text_load(job: JobSpec, checkpoint: Checkpoint, element_bytes: int) -> OwnTextLoad | None:
-    """What a job has the model write.
+    """What a job has the model write; `element_bytes` of the type of the passes.
 
     Raises:
         SpecError: it asks for fewer tokens than it reads.
@@ -67,9 +69,12 @@ def own_text_load(job: JobSpec, checkpoint: Checkpoint, element_bytes: int) -> O
     if (own := job.calibration.own) is None:
         return None
     batches = batches_of(own, own_tokens(job))
+    if own.dtype != "auto":
+        element_bytes = 4 if own.dtype == "float32" else 2
     numbers = sum(group.num_units * group.cached for group in checkpoint.model.groups)
     return OwnTextLoad(
         batches=tuple((len(lengths), max(lengths)) for lengths in batches),
         prompt=1 if own.prompts == "none" else PROMPT,
+        element_bytes=element_bytes,
         cached_bytes=checkpoint.num_layers * numbers * element_bytes,
     )

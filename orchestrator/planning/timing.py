@@ -235,7 +235,7 @@ def _own_text_stage(load: Workload, machine: MachineProfile | None) -> tuple[Sta
     steps = [own.batches[n : n + load.workers] for n in range(0, len(own.batches), load.workers)]
     longest = sum(max(length for _, length in wave) for wave in steps)
     layers = sum(kind.num_layers * kind.parameters for kind in load.kinds)
-    read_bytes = (layers + load.vocabulary * load.hidden) * load.element_bytes
+    read_bytes = (layers + load.vocabulary * load.hidden) * own.element_bytes
     bounds = {
         "arithmetic": flops * len(steps) / len(own.batches) / machine.forward_flops,
         "memory": longest

@@ -338,10 +338,10 @@ def _own_text(load: Workload, own: OwnTextLoad) -> Kinds:
     beside the old one; scores as computed and in fp32, their exponentials, and those left over.
     """
     layers = sum(kind.num_layers * kind.parameters for kind in load.kinds)
-    scores = load.vocabulary * (2 * load.element_bytes + 4 * 3)
+    scores = load.vocabulary * (2 * own.element_bytes + 4 * 3)
     return {
         "runtime": RUNTIME_BYTES,
-        "weights": (load.outer_parameters + layers) * load.element_bytes,
+        "weights": (load.outer_parameters + layers) * own.element_bytes,
         "cache": own.most_cached * own.cached_bytes * (load.num_layers + 1) // load.num_layers,
         "activations": own.most_documents * scores
         + _inside_forward(load, own.most_documents * own.prompt),

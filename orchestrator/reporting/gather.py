@@ -43,6 +43,7 @@ from rayprune.orchestrator.reporting.report import Report
 from rayprune.orchestrator.reporting.speeds import Speeds, read_speeds
 from rayprune.orchestrator.stages.context import Context
 from rayprune.orchestrator.stages.subject import Judged, Pruned
+from rayprune.specs.own_text import OWN_TEXT
 from rayprune.workers.store.files import fingerprint, read_manifest, write_json, write_text
 from rayprune.workers.store.layout import (
     CARD_FILE,
@@ -60,6 +61,7 @@ from rayprune.workers.store.layout import (
     task_folder,
 )
 from rayprune.workers.store.training_stage import read_log
+from rayprune.workers.texts.limits import with_own
 
 TRAININGS = {
     "regularise": "regularise",
@@ -96,6 +98,7 @@ def _gather(context: Context, done: Pruned) -> Report:
     before, after = done.dense.checkpoint, done.pruned.checkpoint
     events = context.folder.events()
     seconds = seconds_per_stage(events)
+    trained_on = with_own(job, OWN_TEXT).recovery_text if job.recover else None
     return Report(
         run=run,
         schema_version=1,
@@ -121,7 +124,7 @@ def _gather(context: Context, done: Pruned) -> Report:
         speeds=_speeds(context, after.identity),
         calibration=job.calibration.model_dump(mode="json"),
         own_text=_own_text(context),
-        recovery=job.recovery_text.model_dump(mode="json") if job.recover else None,
+        recovery=trained_on.model_dump(mode="json") if trained_on else None,
         warnings=plan.warnings,
         seconds=seconds | {"total": sum(seconds.values())},
         step_seconds=_step_seconds(events),

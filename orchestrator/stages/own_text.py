@@ -22,7 +22,7 @@ from rayprune.workers.model.checkpoint import Checkpoint
 from rayprune.workers.store.files import Manifest, Task, commit, read_manifest, write_text
 from rayprune.workers.store.layout import OWN_FILE, OWN_TEXT_TASK, own_task
 from rayprune.workers.store.side_files import CHAT_TEMPLATES, TOKENIZER_FILES, side_files
-from rayprune.workers.texts.limits import own_tokens
+from rayprune.workers.texts.limits import own_tokens, with_own
 
 STAGE = "own text"
 FEWEST_KEPT, FEWEST_DOCUMENTS = 0.1, 8
@@ -37,11 +37,9 @@ def with_own_text(context: Context, checkpoint: Checkpoint) -> Context:
         ModelError: the model writes little but loops.
         RaypruneError: as its subclasses say; finished batches are kept.
     """
-    calibration = context.job.calibration
-    if calibration.own is None:
+    if context.job.calibration.own is None:
         return context
-    calibration = calibration.with_own(str(write_own_text(context, checkpoint)))
-    job = context.job.model_copy(update={"calibration": calibration})
+    job = with_own(context.job, str(write_own_text(context, checkpoint)))
     context.executor.use_model(job, checkpoint.path, context.scope.name)
     return replace(context, job=job)
 

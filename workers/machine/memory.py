@@ -10,6 +10,8 @@ import resource
 import threading
 import time
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
@@ -18,6 +20,7 @@ _STATUS = Path("/proc/self/status")
 _libc = ctypes.CDLL(None)
 _trim = getattr(_libc, "malloc_trim", None)  # glibc only
 _info = getattr(_libc, "mallinfo2", None)  # since glibc 2.33
+_set = getattr(_libc, "mallopt", None) if _trim else None
 
 
 class _HeapInfo(ctypes.Structure):
@@ -48,6 +51,26 @@ def give_back_free_memory(above: int = 0) -> None:
     """
     if _trim is not None and (_info is None or _info().fordblks > above):
         _trim(0)
+
+
+@contextmanager
+def large_blocks_kept() -> Iterator[None]:
+    """While it lasts, freed blocks of up to 1 GiB stay in the heap for the next one of their size;
+    else glibc maps every block from 32 MiB on anew, and the system zeroes its pages. For loops that
+    take the same blocks again and again: what else they leave behind would hold the heap apart.
+    """
+    _set_thresholds(1 << 30, (1 << 31) - 1)
+    try:
+        yield
+    finally:
+        _set_thresholds(32 << 20, 64 << 20)  # as far as glibc raises them by itself
+
+
+def _set_thresholds(mapped: int, trimmed: int) -> None:
+    """`M_MMAP_THRESHOLD` and `M_TRIM_THRESHOLD` of `malloc.h`, in bytes."""
+    if _set is not None:
+        _set(-3, mapped)
+        _set(-1, trimmed)
 
 
 class _Sampler:

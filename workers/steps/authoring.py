@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from functools import cached_property
 
+from rayprune.workers.network.streamed import computed_on
 from rayprune.workers.own_text import Author
 from rayprune.workers.steps.step import Receipt, step
 from rayprune.workers.store.files import Task, commit, write_text
@@ -31,8 +32,8 @@ class Authoring:
             "dropped": written.dropped,
             "tokens": written.tokens,
         }
-        computed_on = self._bench.computed_on
-        commit(task, [OWN_FILE], {"result": found, "computed_on": computed_on})
+        done_on = computed_on(self._bench.device, self._bench.own_dtype)
+        commit(task, [OWN_FILE], {"result": found, "computed_on": done_on})
         return found, None
 
     @cached_property
@@ -40,5 +41,5 @@ class Authoring:
         job, bench = self._bench.job, self._bench
         assert job.calibration.own is not None
         return Author(
-            bench.checkpoint, job.calibration.own, job.calibration, bench.dtype, bench.device
+            bench.checkpoint, job.calibration.own, job.calibration, bench.own_dtype, bench.device
         )

@@ -48,6 +48,29 @@ def _by_text(spec: WindowsSpec, samples: int) -> list[int]:
     return shares(samples, spec.weights)[: len(spec.texts)]
 
 
+def with_own(job: JobSpec, path: str) -> JobSpec:
+    """The job where the model's own text lies in a file: one more of the calibration's texts, and
+    of a recovery's that trains on more of it.
+
+    Raises:
+        SpecError: a text's weight is too small for a single window.
+    """
+    calibration, recover = job.calibration.with_own(path), job.recover
+    whole = job.model_copy(update={"calibration": calibration})
+    if recover is None or not recover.own_samples:
+        return whole
+    *others, own = (count for _, count in windows_of_texts(whole.recovery_text))
+    counts = [*others, own + recover.own_samples]
+    mix = [
+        text.model_copy(update={"weight": count / counts[0]})
+        for text, count in zip(calibration.mix, counts[1:], strict=True)
+    ]
+    names = {*TextSpec.model_fields, "sequence_length"}
+    text = WindowsSpec(**calibration.model_dump(include=names), mix=mix, samples=sum(counts))
+    changed = recover.model_copy(update={"text": text, "samples": None, "own_samples": 0})
+    return whole.model_copy(update={"recover": changed})
+
+
 def texts_read(job: JobSpec) -> list[tuple[TextSpec, int, int]]:
     """The calibration texts, with how many windows a calibration or training takes of each, and
     how many a gate behind them; the model's own among them.
@@ -55,8 +78,12 @@ def texts_read(job: JobSpec) -> list[tuple[TextSpec, int, int]]:
     Raises:
         SpecError: a text's weight is too small for a single window.
     """
-    spec = job.calibration.with_own(OWN_TEXT)
+    whole = with_own(job, OWN_TEXT)
+    spec = whole.calibration
     read = windows_of_texts(spec.model_copy(update={"samples": job.windows_read}))
+    if job.recover and job.recover.own_samples:
+        _, trained = windows_of_texts(whole.recovery_text)[-1]
+        read[-1] = read[-1][0], max(read[-1][1], trained)
     if job.steps is None:
         return [(text, count, 0) for text, count in read]
     return windows_behind(spec, (spec.samples, job.windows_read), job.steps.gate.samples)
@@ -71,8 +98,8 @@ def kept_out(job: JobSpec) -> list[int]:
     """
     if job.recover is None or job.recover.held_out is None:
         return []
-    whole = job.model_copy(update={"calibration": job.calibration.with_own(OWN_TEXT)})
-    spec, option, windows = whole.recovery_text, job.recovery_option, job.recover.held_out.windows
+    spec, windows = with_own(job, OWN_TEXT).recovery_text, job.recover.held_out.windows
+    option = job.recovery_option
     read = windows_of_texts(spec, option)
     for text, count in read:
         if count <= windows:

@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from rayprune.specs.errors import ModelError
 from rayprune.specs.training import LoraSpec, TrainingSpec
+from rayprune.workers.machine.memory import large_blocks_kept
 from rayprune.workers.model.checkpoint import Checkpoint
 from rayprune.workers.network.streamed import layers_of, whole_model
 from rayprune.workers.store.files import write_text
@@ -138,6 +139,7 @@ class Training:
         self._rates = [rate(step, self.steps, options) for step in range(self.steps)]
         self._done = [*accumulate(self._rates, initial=0.0)]
 
+    @large_blocks_kept()
     def run(self) -> None:
         """Train to the end, from the last checkpoint if there is one.
 

@@ -1,9 +1,11 @@
 """Freed memory: what stays with the process, and what the system gets back."""
 
+import resource
+
 import pytest
 
 from rayprune.workers.machine import memory
-from rayprune.workers.machine.memory import give_back_free_memory, private_bytes
+from rayprune.workers.machine.memory import give_back_free_memory, large_blocks_kept, private_bytes
 
 MIB = 2**20
 
@@ -18,3 +20,24 @@ def test_free_memory_is_given_back_where_it_is_more_than_may_stay() -> None:
     give_back_free_memory(above=64 * MIB)
     assert private_bytes() < held - 64 * MIB
     assert len(small) == 1
+
+
+def faults_of_a_block() -> int:
+    """Page faults while 128 MiB are taken, written and freed, the second time."""
+    for _ in range(2):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        block = bytearray(128 * MIB)
+        block[:: resource.getpagesize()] = block[:: resource.getpagesize()]
+        del block
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@pytest.mark.skipif(memory._set is None, reason="a libc without mallopt")
+def test_large_blocks_stay_for_the_next_ones_of_their_size() -> None:
+    pages = 128 * MIB // resource.getpagesize()
+    with large_blocks_kept():
+        assert faults_of_a_block() < pages / 10
+    give_back_free_memory()
+    held = private_bytes()
+    faults_of_a_block()
+    assert private_bytes() < held + 8 * MIB

@@ -16,7 +16,14 @@ from rayprune.specs.own_text import OwnTextSpec
 from rayprune.specs.texts import MixedTextSpec
 from rayprune.workers.network.sampling import WIDTH, drawn, sampled
 from rayprune.workers.store.shards import even_parts
-from rayprune.workers.texts.limits import kept_out, order_of_windows, own_tokens, spread_windows
+from rayprune.workers.texts.limits import (
+    kept_out,
+    order_of_windows,
+    own_tokens,
+    spread_windows,
+    windows_of_texts,
+    with_own,
+)
 from rayprune.workers.texts.own import LOOP, PROMPT, PROMPT_EVERY, pieces, repeated
 from tests.conftest import MakeModel
 
@@ -149,6 +156,25 @@ def test_a_recovery_is_measured_on_the_last_windows_of_the_model_s_own_text_too(
     assert kept_out(more) == [5, 7]
     with pytest.raises(SpecError, match=r"keeps 8 windows .* reads 8 .*raise calibration\.samples"):
         kept_out(job({}, recover={"held_out": {"windows": 8}}))
+
+
+def test_a_recovery_trains_on_more_of_its_own_text_than_the_calibration_reads() -> None:
+    """Behind what the calibration has read of it, and as much of the other texts as that has."""
+    given = job({"weight": 3}, recover={"own_samples": 9, "held_out": {"windows": 1}})
+    assert own_tokens(given) == (12 + 9) * 64
+    text = with_own(given, "own").recovery_text
+    assert [count for _, count in windows_of_texts(text)] == [4, 21]
+    assert with_own(given, "own").calibration.samples == 16
+    out = kept_out(given)
+    assert [order_of_windows(text)[number] for number in out] == [(0, 3), (1, 20)]
+    with pytest.raises(SpecError, match=r"recover\.own_samples: .* add calibration\.own"):
+        load_job(
+            {"model": {"path": "/m"}, "calibration": {"path": "c"}, "recover": {"own_samples": 9}}
+        )
+    with pytest.raises(SpecError, match="own_samples beside text"):
+        job({}, recover={"own_samples": 9, "text": {"path": "c"}})
+    with pytest.raises(SpecError, match="measures its gate"):
+        job({}, method="progressive", recover={"own_samples": 9})
 
 
 def test_nothing_of_a_model_s_own_settings_cuts_the_distribution(make_model: MakeModel) -> None:
