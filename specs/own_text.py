@@ -17,10 +17,11 @@ class OwnTextSpec(Section):
     """Tokens that are written; `auto`: as many as are read of them, fewer are refused."""
     weight: float = Field(default=1.0, gt=0.0, le=1e6)
     """Windows taken from it, for each one taken from the first text."""
-    prompts: Literal["calibration", "chat", "none"] = "calibration"
+    prompts: Literal["auto", "calibration", "chat", "none"] = "auto"
     """What a document goes on from: pieces of the first calibration text, which are left out of
     it; the model's chat template, of which the model writes both sides; or nothing but the first
-    token.
+    token. `auto`: `chat` where the model has a template that goes around every turn, else
+    `calibration`.
     """
     length: int = Field(default=512, ge=8, le=1_048_576)
     """Tokens of a document, prompt not counted."""

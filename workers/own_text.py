@@ -34,6 +34,7 @@ from rayprune.workers.texts.own import (
     repeated,
     turns_of,
 )
+from rayprune.workers.texts.tokenizer import has_template
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class Written:
     """Of the lines."""
     dropped: int
     """Documents that are loops, and in no line."""
+    prompts: str
+    """What they go on from, one of `OwnTextSpec.prompts`, never `auto`."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,9 @@ class Author:
             text = self._tokenizer.decode(ids, skip_special_tokens=not self._turns)
             lines.append(json.dumps({"document": number, "text": text, "input_ids": ids}))
             tokens += len(ids)
-        return Written(tuple(lines), tokens, len(lengths) - len(lines))
+        given = "calibration" if self.spec.prompts == "auto" else self.spec.prompts
+        kind = "chat" if self._turns else given
+        return Written(tuple(lines), tokens, len(lengths) - len(lines), kind)
 
     @cached_property
     def _tokenizer(self) -> PreTrainedTokenizerBase:
@@ -104,9 +109,14 @@ class Author:
 
     @cached_property
     def _turns(self) -> Turns | None:
-        if self.spec.prompts != "chat":
-            return None
-        return turns_of(self._tokenizer, "calibration.own.prompts: chat")
+        wanted = self.spec.prompts
+        if wanted == "chat" or (wanted == "auto" and has_template(self.checkpoint.path)):
+            try:
+                return turns_of(self._tokenizer, "calibration.own.prompts: chat")
+            except SpecError:
+                if wanted == "chat":
+                    raise
+        return None
 
     @cached_property
     def _ends(self) -> set[int]:

@@ -273,6 +273,8 @@ class OwnText(Facts):
     dropped: int
     """Documents that were loops, and are not among them."""
     tokens: int
+    prompts: str | None = None
+    """What the documents go on from; None: of an earlier version, which does not say."""
 
 
 class Training(Facts):

@@ -333,9 +333,11 @@ def _measured(report: Report) -> Iterator[Part]:
 def own_text_lines(report: Report) -> Iterator[str]:
     """What the model has written itself to be calibrated on."""
     if own := report.own_text:
+        words = {"chat": "chats", "none": "from nothing", "calibration": "behind its first text"}
         yield (
-            f"own text: {own.tokens:,} tokens in {own.documents:,} documents, {own.dropped:,} more"
-            " dropped as loops"
+            f"own text: {own.tokens:,} tokens in {own.documents:,} documents"
+            + (f" ({words[own.prompts]})" if own.prompts else "")
+            + f", {own.dropped:,} more dropped as loops"
         )
 
 

@@ -69,7 +69,7 @@ def _given(context: Context, checkpoint: Checkpoint) -> dict[str, object]:
         "model": model.identity,
         "tokenizer": file_digests(side_files(checkpoint.path, names)),
     }
-    if calibration.own.prompts != "calibration":
+    if calibration.own.prompts not in ("auto", "calibration"):
         return given
     text = {"holds": digest_of(Path(calibration.path)), "format": calibration.format}
     return given | {"prompts": text | {"field": calibration.field}}
@@ -98,6 +98,12 @@ class _Writing:
     def kept(self) -> int:
         """Tokens that are none of loops."""
         return self.total("tokens")
+
+    @property
+    def prompts(self) -> str:
+        """What its documents go on from."""
+        found: Any = self.done[0].info["result"]
+        return str(found["prompts"])
 
     def total(self, name: str) -> int:
         """A number that batches tell, summed over all of them."""
@@ -168,5 +174,5 @@ def _join(task: Task, writing: _Writing) -> None:
     folders = [task.folder.with_name(done.task) for done in writing.done]
     texts = [(folder / OWN_FILE).read_text(encoding="utf-8") for folder in folders]
     write_text(task.folder / OWN_FILE, "".join(texts))
-    numbers = ("documents", "dropped", "tokens")
-    commit(task, [OWN_FILE], {"result": {name: writing.total(name) for name in numbers}})
+    numbers = {name: writing.total(name) for name in ("documents", "dropped", "tokens")}
+    commit(task, [OWN_FILE], {"result": {**numbers, "prompts": writing.prompts}})

@@ -13,6 +13,7 @@ from rayprune.specs.errors import ModelError
 from rayprune.specs.loader import load_job
 from rayprune.workers import own_text
 from rayprune.workers.calibration import load_tokenizer
+from rayprune.workers.store.files import read_manifest
 from rayprune.workers.store.layout import OWN_FILE, OWN_TEXT_TASK, own_task, task_folder
 from tests.conftest import MakeJob, MakeModel, edit_json, folder_bytes
 from tests.helpers import quiet
@@ -118,6 +119,29 @@ def test_a_chat_has_both_sides_in_the_words_of_the_template(
         speakers = [turn.partition(">")[0] for turn in turns]
         assert speakers[:-1] == (["user", "assistant"] * len(turns))[: len(turns) - 1]
         assert len(line["input_ids"]) <= len("<user>") + 200
+
+
+def test_chats_are_written_where_nothing_is_said_and_the_template_allows_it(
+    make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+) -> None:
+    model, found = make_model(), dict[str, list[list[int]]]()
+    (model / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    for name, own in (
+        ("pieces", {"prompts": "calibration"}),
+        ("one-sided", {}),
+        ("two-sided", {}),
+        ("chat", {"prompts": "chat"}),
+    ):
+        if name == "two-sided":
+            template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+            (model / "chat_template.jinja").write_text(template)
+        job = make_job(model, calibration=TEXTS | {"own": OWN | own})
+        rayprune.generate(job, tmp_path / name)
+        found[name] = [line["input_ids"] for line in lines(tmp_path / name)]
+        done = read_manifest(task_folder(tmp_path / name, OWN_TEXT_TASK))
+        result: Any = done and done.info["result"]
+        assert result["prompts"] == ("chat" if name in ("two-sided", "chat") else "calibration")
+    assert found["one-sided"] == found["pieces"] != found["chat"] == found["two-sided"]
 
 
 def test_a_plan_counts_what_is_written(

@@ -31,6 +31,7 @@ class Authoring:
             "documents": len(written.lines),
             "dropped": written.dropped,
             "tokens": written.tokens,
+            "prompts": written.prompts,
         }
         done_on = computed_on(self._bench.device, self._bench.own_dtype)
         commit(task, [OWN_FILE], {"result": found, "computed_on": done_on})
