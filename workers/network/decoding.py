@@ -1,4 +1,4 @@
-"""Attention of one new token to a cache, as two plain products.
+"""How a whole model writes token by token: its cache, and the attention of a new token to it.
 
 torch's fused CPU kernel is made for many queries: in bf16 one query to 300 cached tokens, 64
 documents of 9 heads in 3 groups, takes it 19 ms, the products 1.4.
@@ -18,9 +18,22 @@ NAME = "rayprune_decoding"
 
 
 def decode_by_products(network: Any) -> None:
-    """Let a whole model with `sdpa` attention use it; others stay as they are."""
+    """Let a whole model with `sdpa` attention attend by two plain products; others stay as they
+    are.
+    """
     if network.config._attn_implementation == "sdpa" and network._can_set_attn_implementation():
         network.set_attn_implementation(NAME)
+
+
+def whole_cache(network: Any) -> dict[str, Any]:
+    """Options of `generate` with which a cache is made once, as long as it will be; none where the
+    class masks by the cache's length (GPT-Neo). One that grows is copied with every token, and
+    leaves holes in the heap that take as much again.
+    """
+    if not network._can_set_attn_implementation():
+        return {}
+    network._previous_max_cache_length = -1  # else it is as long as the longest before it
+    return {"cache_implementation": "static", "disable_compile": True}
 
 
 def _attend(

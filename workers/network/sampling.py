@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from rayprune.specs.errors import ModelError
+from rayprune.workers.network.decoding import whole_cache
 
 WIDTH = 256
 """Tokens of a block, whose probabilities are summed first."""
@@ -47,6 +48,7 @@ def sampled(
         do_sample=False,
         pad_token_id=0,
         logits_processor=[choose],
+        **whole_cache(network),
     )
     return found[:, prompts_BT.shape[1] :].cpu()
 

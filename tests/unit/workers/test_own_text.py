@@ -76,6 +76,9 @@ class Scripted:
     def __init__(self, wanted_BL: Sequence[Sequence[int]]) -> None:
         self.wanted_BL, self.device = torch.tensor(wanted_BL), torch.device("cpu")
 
+    def _can_set_attn_implementation(self) -> bool:
+        return False
+
     def generate(
         self, ids_BT: Tensor, logits_processor: list[Any], max_new_tokens: int, **_: Any
     ) -> Tensor:
