@@ -8,6 +8,10 @@ from rayprune.specs.section import Section
 from rayprune.specs.texts import WindowsSpec
 
 Norm = Literal["l1", "l2"]
+Loss = Literal["distillation", "lm"]
+"""What a training of the whole model minimises: the divergence from the dense model's next-token
+distribution, or next-token prediction.
+"""
 HOW_TRAINED = {"micro_batch", "activation_checkpointing", "checkpoint_steps"}
 """Options of a training that its result does not depend on, but for rounding; they may change
 between attempts.
@@ -99,7 +103,7 @@ class RecoverSpec(TrainingSpec):
     """
     lora: LoraSpec | None = None
     """Train adapters alone, beside weights that are held in `dtype`; null: train all weights."""
-    loss: Literal["distillation", "lm"] = "distillation"
+    loss: Loss = "distillation"
     """`distillation`: the dense model's next-token distribution is the goal (KL divergence); `lm`:
     next-token prediction.
     """

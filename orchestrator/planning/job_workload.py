@@ -117,6 +117,7 @@ def _trainings(job: JobSpec, shape: Shape, num_layers: int) -> tuple[TrainingLoa
         loads.append(
             replace(
                 load,
+                teacher=first.loss == "distillation",
                 each_layer=job.method.trains_layers_alone,
                 streamed_windows=windows if job.method.trains_layers_alone else 0,
                 task=REGULARISE_TASK if isinstance(first, DriveOut) else UPDATES_TASK,

@@ -275,7 +275,16 @@ def _trained_first(
     inputs["tokenizer"] = file_digests(side_files(model, TOKENIZER_FILES))
     task = context.task(name, inputs, computed_on=context.executor.device_kind)
     threads = job.parallel.threads_per_worker
-    stage = Finetune(str(model), str(task.folder), job.calibration, options, aim, threads)
+    before = job.method.before_cut
+    stage = Finetune(
+        str(model),
+        str(task.folder),
+        job.calibration,
+        options,
+        aim,
+        threads,
+        from_itself=before is not None and before.loss == "distillation",
+    )
 
     def check_text() -> None:
         if job.windows_read > job.calibration.samples:

@@ -1,13 +1,13 @@
 """Options of DReSS."""
 
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, Self, TypeAlias
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rayprune.specs.methods.options import DriveOut, MethodOptions
 from rayprune.specs.methods.ranking import RANKINGS
 from rayprune.specs.methods.ranking.stat import StatOptions
-from rayprune.specs.training import Norm, TrainingSpec
+from rayprune.specs.training import Loss, Norm, TrainingSpec
 
 if TYPE_CHECKING:
     Mask: TypeAlias = str
@@ -29,6 +29,10 @@ class DressOptions(MethodOptions):
     """`model`: all layers are trained together on the language-model loss, as in the paper;
     `layer`: every layer alone, towards its own output in the dense model, many at a time, in the
     memory of one layer.
+    """
+    loss: Loss = "lm"
+    """What is minimised beside the penalty: the text, as in the paper, or the divergence from the
+    dense model's next-token distribution.
     """
     norm: Norm = "l2"
     """Norm of a unit's weights in the penalty."""
@@ -56,4 +60,14 @@ class DressOptions(MethodOptions):
     def before_cut(self) -> DriveOut:
         """One training, with a penalty on what will go."""
         seed = self.seed if self.mask == "random" else None
-        return DriveOut(self.training, self.strength, self.norm, self.scope == "layer", seed)
+        each_layer = self.scope == "layer"
+        return DriveOut(self.training, self.strength, self.norm, self.loss, each_layer, seed)
+
+    @model_validator(mode="after")
+    def _loss_of_a_whole_model(self) -> Self:
+        if self.scope == "layer" and self.given("loss"):
+            raise ValueError(
+                "loss with scope: layer: it means nothing to a layer that is trained alone, towards"
+                " its own output; leave it out, or set scope: model"
+            )
+        return self

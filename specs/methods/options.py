@@ -12,7 +12,7 @@ from pydantic import Field
 
 from rayprune.specs.methods.gate import GateSpec
 from rayprune.specs.section import Section
-from rayprune.specs.training import Norm, TrainingSpec
+from rayprune.specs.training import Loss, Norm, TrainingSpec
 
 Damping = Annotated[float, Field(gt=0.0, le=1e6)]
 Site = Literal["qkv", "o", "up", "down"]
@@ -56,6 +56,8 @@ class DriveOut:
     strength: float
     """How far the penalty takes a unit's norm down over the whole training; 1: to zero."""
     norm: Norm
+    loss: Loss
+    """What is minimised beside the penalty."""
     each_layer: bool
     """Whether every layer is trained by itself."""
     seed: int | None
@@ -73,6 +75,8 @@ class TakeOver:
     what they do.
     """
 
+    loss: Loss
+    """What is minimised in all trainings, beside penalties."""
     gates: TrainingSpec
     """The training of the gates, once for every layer that goes."""
     gate_strength: float

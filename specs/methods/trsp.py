@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from rayprune.specs.methods.options import MethodOptions, TakeOver
-from rayprune.specs.training import Norm, TrainingSpec
+from rayprune.specs.training import Loss, Norm, TrainingSpec
 
 
 class TrspOptions(MethodOptions):
@@ -16,6 +16,10 @@ class TrspOptions(MethodOptions):
     name: Literal["trsp"] = "trsp"
     gate_strength: float = Field(default=5e-3, ge=0.0)
     """Weight of the l1 norm of the gates (lambda 1) beside the language-model loss."""
+    loss: Loss = "lm"
+    """What is minimised in both trainings: the text, as in the paper, or the divergence from the
+    dense model's next-token distribution.
+    """
     transfer: Literal["shrink", "penalty"] = "shrink"
     """How the layers that will go hand over what they do; `penalty`, the paper's: a penalty on the
     size of their updates beside the loss; `shrink`, its decoupled form: their updates are scaled
@@ -43,6 +47,7 @@ class TrspOptions(MethodOptions):
         """Gates, then all weights."""
         strengths = {"shrink": self.shrink_strength, "penalty": self.update_strength}
         return TakeOver(
+            loss=self.loss,
             gates=self.gates,
             gate_strength=self.gate_strength,
             training=self.training,

@@ -170,6 +170,7 @@ CHANGES: dict[str, list[str]] = {
         "method.norm=l1",
         "method.strength=0.9",
         "method.seed=4",
+        "method.loss=distillation",
         "method.training.learning_rate=1e-2",
         "method.training.samples=40",
         "correction.damping=0.5",
@@ -188,6 +189,7 @@ CHANGES: dict[str, list[str]] = {
         "method.protect_first=1",
         "method.protect_last=1",
         "method.gates.learning_rate=1e-4",
+        "method.loss=distillation",
         "method.training.epochs=2",
     ],
 }

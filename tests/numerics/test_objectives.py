@@ -198,6 +198,28 @@ def double_names(model: Any) -> list[str]:
     ]
 
 
+def test_penalties_lie_beside_the_divergence_from_a_teacher_as_well(make_model: MakeModel) -> None:
+    """0 for the teacher itself, and 0 its gradient: what is left to move are gates and updates."""
+    teacher = double(folder := make_model())
+    model = described(folder)
+    loss = Distillation(model, teacher, model, 0.0)
+    objectives: list[Objective] = [
+        GroupPenalty(model, REMOVED, 1.0, "l2", loss),
+        LayerGates(model, [1.0] * 3, [], 0.5, loss),
+        UpdatePenalty(model, [1], 0.5, "l2", loss),
+        UpdateShrink(model, [1], 1.0, loss),
+    ]
+    for objective in objectives:
+        student = double(folder)
+        objective.prepare(student, alone)
+        parts = objective.losses(student, TOKENS)
+        assert "lm" not in parts
+        assert float(parts["divergence"]) == pytest.approx(0.0, abs=1e-6)
+        assert ("penalty" in parts) == isinstance(objective, LayerGates | UpdatePenalty)
+        objective.before_step(0.5)
+    assert float(objectives[-1].losses(student, TOKENS)["divergence"]) > 1e-4  # half faded
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("norm", ["l1", "l2"])
 def test_the_penalty_on_updates_is_their_size_and_its_gradient_is_right(

@@ -121,6 +121,8 @@ class Finetune:
     aim: Aim
     threads: int = 1
     held_out: HeldOut | None = None
+    from_itself: bool = False
+    """Before the cut: whether the model to begin with is the teacher too."""
 
 
 RATE, ADAPTERS_RATE, RATED_PARAMETERS = 3e-4, 2e-3, 135e6

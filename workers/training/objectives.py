@@ -26,9 +26,11 @@ ROWS_AT_ONCE = 256
 class Objective:
     """The language-model loss alone: the base of every other objective."""
 
-    def __init__(self, described: Model) -> None:
-        """`described`: what is trained."""
-        self.described = described
+    def __init__(self, described: Model, loss: "Objective | None" = None) -> None:
+        """`described`: what is trained; `loss`: what is minimised in place of the language-model
+        loss.
+        """
+        self.described, self._loss = described, loss
 
     def layers(self, model: nn.Module) -> Any:
         """The layers of what is trained, in place."""
@@ -40,6 +42,8 @@ class Objective:
 
     def losses(self, model: nn.Module, batch_BT: Tensor) -> dict[str, Tensor]:
         """The terms of the loss on some windows, means over their tokens, by name."""
+        if self._loss:
+            return self._loss.losses(model, batch_BT)
         return {"lm": model(input_ids=batch_BT, labels=batch_BT, use_cache=False).loss}
 
     def before_batch(self, numbers: Sequence[int]) -> None:
@@ -166,10 +170,15 @@ class GroupPenalty(Objective):
     """
 
     def __init__(
-        self, described: Model, removed: Sequence[Removed], strength: float, norm: Norm
+        self,
+        described: Model,
+        removed: Sequence[Removed],
+        strength: float,
+        norm: Norm,
+        loss: Objective | None = None,
     ) -> None:
         """`removed`: for every layer and group the units that will go."""
-        super().__init__(described)
+        super().__init__(described, loss)
         self._removed, self._strength, self._norm = removed, strength, norm
         self._groups = {group.name: group for group in described.groups}
         self._going: list[_Going] = []
@@ -275,10 +284,15 @@ class LayerGates(Objective):
     """
 
     def __init__(
-        self, described: Model, gates: Sequence[float], removed: Collection[int], strength: float
+        self,
+        described: Model,
+        gates: Sequence[float],
+        removed: Collection[int],
+        strength: float,
+        loss: Objective | None = None,
     ) -> None:
         """Gates to begin with; those of `removed` layers stay at 0."""
-        super().__init__(described)
+        super().__init__(described, loss)
         self._initial, self._removed, self._strength = gates, removed, strength
 
     def prepare(self, model: Any, summed: Sum) -> list[nn.Parameter]:
@@ -296,7 +310,7 @@ class LayerGates(Objective):
         return [layer.gate for layer in self.layers(model) if layer.gate is not None]
 
     def losses(self, model: nn.Module, batch_BT: Tensor) -> dict[str, Tensor]:
-        """The language-model loss and the penalty on the gates."""
+        """The loss and the penalty on the gates."""
         return super().losses(model, batch_BT) | {
             "penalty": self._strength * torch.stack(self._gates(model)).abs().sum()
         }
@@ -315,9 +329,14 @@ class UpdatePenalty(Objective):
     """
 
     def __init__(
-        self, described: Model, removed: Collection[int], strength: float, norm: Norm
+        self,
+        described: Model,
+        removed: Collection[int],
+        strength: float,
+        norm: Norm,
+        loss: Objective | None = None,
     ) -> None:
-        super().__init__(described)
+        super().__init__(described, loss)
         self._removed, self._strength, self._norm = sorted(removed), strength, norm
 
     def prepare(self, model: Any, summed: Sum) -> list[nn.Parameter]:
@@ -328,15 +347,15 @@ class UpdatePenalty(Objective):
         return super().prepare(model, summed)
 
     def losses(self, model: Any, batch_BT: Tensor) -> dict[str, Tensor]:
-        """The language-model loss and the penalty on the updates."""
+        """The loss and the penalty on the updates."""
         parts = super().losses(model, batch_BT)
         updates = [self.layers(model)[index].update for index in self._removed]
         return parts | {"penalty": self._strength * torch.stack(updates).sum()}
 
 
 class UpdateShrink(Objective):
-    """TRSP, stage 2, decoupled: all weights are trained on the language-model loss alone, while the
-    layers that will go fade.
+    """TRSP, stage 2, decoupled: all weights are trained on the loss alone, while the layers that
+    will go fade.
 
     x_in + scale (x_out - x_in), scale = 1 - strength x the part of the sum of all learning rates
     that has been, not below 0: the proximal map of the penalty on the updates, as `GroupPenalty`
@@ -344,8 +363,14 @@ class UpdateShrink(Objective):
     without these layers: leaving them out then changes nothing.
     """
 
-    def __init__(self, described: Model, removed: Collection[int], strength: float) -> None:
-        super().__init__(described)
+    def __init__(
+        self,
+        described: Model,
+        removed: Collection[int],
+        strength: float,
+        loss: Objective | None = None,
+    ) -> None:
+        super().__init__(described, loss)
         self._removed, self._strength = sorted(removed), strength
         self._watched: list[Watched] = []
 

@@ -97,21 +97,26 @@ def _windows(stage: Finetune, checkpoint: Checkpoint) -> Tensor:
 
 def _objective(stage: Finetune, checkpoint: Checkpoint, ranks: Ranks) -> Objective:
     described = checkpoint.model
+
+    def distillation(folder: str, hidden: float = 0.0) -> Distillation:
+        dense = open_checkpoint(Path(folder))
+        network = load_for_training(dense, stage.options, ranks, frozen=True)
+        return Distillation(described, network, dense.model, hidden)
+
+    loss = distillation(stage.model) if stage.from_itself else None
     match stage.aim:
         case Penalty(removed, strength, norm):
-            return GroupPenalty(described, removed, strength, norm)
+            return GroupPenalty(described, removed, strength, norm, loss)
         case Gates(initial, gone, strength):
-            return LayerGates(described, initial, gone, strength)
+            return LayerGates(described, initial, gone, strength, loss)
         case Updates(gone, strength, norm):
-            return UpdatePenalty(described, gone, strength, norm)
+            return UpdatePenalty(described, gone, strength, norm, loss)
         case Shrink(gone, strength):
-            return UpdateShrink(described, gone, strength)
+            return UpdateShrink(described, gone, strength, loss)
         case Recovery(taught=str(said)):
             return TopDistillation(described, taught(Path(said)).of)
         case Recovery(teacher, hidden) if teacher:
-            dense = open_checkpoint(Path(teacher))
-            network = load_for_training(dense, stage.options, ranks, frozen=True)
-            return Distillation(described, network, dense.model, hidden)
+            return distillation(teacher, hidden)
     return Objective(described)
 
 
