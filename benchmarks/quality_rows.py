@@ -79,6 +79,7 @@ TRSP = (
     f"method.gates={training(24, batch=1, micro_batch=1, learning_rate=0.05)}",
     f"method.training={TRAINING}",
 )
+TEACHES_ITSELF = "method.loss=distillation"
 RECOVER = (f"recover={training(TRAINED_WINDOWS, loss='lm')}",)
 FAST = {"micro_batch": 4, "activation_checkpointing": False}
 """On a GPU, where it is operations that take time, not memory."""
@@ -200,6 +201,9 @@ _ABLATIONS = {
         f"dress, mask of {name}": (*DRESS, f"method.mask={name}")
         for name in ("stat", "numerical", "obs", "flap", "wanda")
     },
+    "dress, distilled": (*DRESS, TEACHES_ITSELF),
+    "dress, mask of flap, distilled": (*DRESS, "method.mask=flap", TEACHES_ITSELF),
+    "trsp, distilled": (*TRSP, TEACHES_ITSELF),
     "dress, layer by layer": (
         *DRESS,
         "method.scope=layer",
