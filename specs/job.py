@@ -617,13 +617,7 @@ class JobSpec(Section):
 
     @model_validator(mode="after")
     def _own_samples_fit(self) -> Self:
-        if not (self.recover and self.recover.own_samples):
-            return self
-        if self.calibration.own is None:
-            raise ValueError(
-                "recover.own_samples: the model writes no text of its own; add calibration.own"
-            )
-        if self.steps:
+        if self.steps and self.more_own_samples:
             raise ValueError(
                 f"recover.own_samples: method {self.method.name} measures its gate on these"
                 " windows; leave it out, or raise recover.samples"
@@ -680,6 +674,11 @@ class JobSpec(Section):
         """Targets that get a folder of their own beside the model's."""
         own = ("gguf", "gguf-q8_0", *(["vllm"] if self.sizes_differ else []))
         return tuple(target for target in dict.fromkeys(self.export.target) if target in own)
+
+    @property
+    def more_own_samples(self) -> int:
+        """Windows of the model's own text that a recovery takes beyond the calibration's."""
+        return self.recover.own_samples if self.recover and self.calibration.own else 0
 
     @property
     def windows_read(self) -> int:

@@ -93,8 +93,8 @@ class RecoverSpec(TrainingSpec):
     text: WindowsSpec | None = None
     """What is trained on; null: `calibration`'s text."""
     own_samples: int = Field(default=0, ge=0, le=1_000_000)
-    """Windows of the model's own text behind those of the calibration, that no pruning has seen;
-    `calibration.own` says how it is written.
+    """With `calibration.own`: windows of the model's own text behind those of the calibration,
+    which no pruning has seen.
     """
     scope: Literal["model", "layer"] = "model"
     """`model`: all layers are trained together, on ranks that hold the model; `layer`: every layer

@@ -99,6 +99,11 @@ def check_inputs(job: JobSpec, checkpoint: Checkpoint) -> list[str]:
             f"{checkpoint.path}: {count} tensors of multi-token prediction are left out: their"
             " layers guess from the model as it was; the pruned one generates without them"
         )
+    if job.recover and job.recover.own_samples and not spec.own:
+        warnings.append(
+            f"recover.own_samples: {job.recover.own_samples}, but the model writes no text of its"
+            " own: the recovery trains on the calibration's; add calibration.own for more"
+        )
     if spec.own:
         own_tokens(job)
         longest = spec.own.length + PROMPT

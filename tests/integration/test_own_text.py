@@ -156,6 +156,12 @@ def test_a_plan_counts_what_is_written(
     assert stage.seconds
     kinds = plan.needs.memory_by_step["own text"]
     assert kinds["cache"] > 4 * (32 + 24) * 3 * 2 * 2 * 16 * 2
+    more = {"own_samples": 9}
+    job = make_job(make_model(), **SECTIONS, recover=more)
+    assert rayprune.plan(job).tasks[:4] == (*map(own_task, range(4)), OWN_TEXT_TASK)[:4]
+    job = make_job(make_model(), calibration=TEXTS, recover=more)
+    (warning,) = [each for each in rayprune.plan(job).warnings if "own_samples" in each]
+    assert "the model writes no text of its own" in warning
     encoder = make_job(make_model("bert", name="encoder"), calibration=TEXTS | {"own": OWN})
     assert main(["plan", str(encoder)]) == 2
     assert "calibration.own: is written token by token" in capsys.readouterr().err

@@ -57,10 +57,10 @@ def with_own(job: JobSpec, path: str) -> JobSpec:
     """
     calibration, recover = job.calibration.with_own(path), job.recover
     whole = job.model_copy(update={"calibration": calibration})
-    if recover is None or not recover.own_samples:
+    if recover is None or not job.more_own_samples:
         return whole
     *others, own = (count for _, count in windows_of_texts(whole.recovery_text))
-    counts = [*others, own + recover.own_samples]
+    counts = [*others, own + job.more_own_samples]
     mix = [
         text.model_copy(update={"weight": count / counts[0]})
         for text, count in zip(calibration.mix, counts[1:], strict=True)
@@ -81,7 +81,7 @@ def texts_read(job: JobSpec) -> list[tuple[TextSpec, int, int]]:
     whole = with_own(job, OWN_TEXT)
     spec = whole.calibration
     read = windows_of_texts(spec.model_copy(update={"samples": job.windows_read}))
-    if job.recover and job.recover.own_samples:
+    if job.more_own_samples:
         _, trained = windows_of_texts(whole.recovery_text)[-1]
         read[-1] = read[-1][0], max(read[-1][1], trained)
     if job.steps is None:

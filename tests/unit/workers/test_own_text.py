@@ -170,10 +170,11 @@ def test_a_recovery_trains_on_more_of_its_own_text_than_the_calibration_reads() 
     assert with_own(given, "own").calibration.samples == 16
     out = kept_out(given)
     assert [order_of_windows(text)[number] for number in out] == [(0, 3), (1, 20)]
-    with pytest.raises(SpecError, match=r"recover\.own_samples: .* add calibration\.own"):
-        load_job(
-            {"model": {"path": "/m"}, "calibration": {"path": "c"}, "recover": {"own_samples": 9}}
-        )
+    without = given.model_copy(
+        update={"calibration": given.calibration.model_copy(update={"own": None})}
+    )
+    assert own_tokens(without) == 0
+    assert without.recovery_text.samples == with_own(without, "own").recovery_text.samples == 16
     with pytest.raises(SpecError, match="own_samples beside text"):
         job({}, recover={"own_samples": 9, "text": {"path": "c"}})
     with pytest.raises(SpecError, match="measures its gate"):
