@@ -42,8 +42,8 @@ from rayprune.orchestrator.reporting.html_report import html_report
 from rayprune.orchestrator.reporting.report import Report
 from rayprune.orchestrator.reporting.speeds import Speeds, read_speeds
 from rayprune.orchestrator.stages.context import Context
+from rayprune.orchestrator.stages.own_text import trained_text
 from rayprune.orchestrator.stages.subject import Judged, Pruned
-from rayprune.specs.own_text import OWN_TEXT
 from rayprune.workers.store.files import fingerprint, read_manifest, write_json, write_text
 from rayprune.workers.store.layout import (
     CARD_FILE,
@@ -61,7 +61,6 @@ from rayprune.workers.store.layout import (
     task_folder,
 )
 from rayprune.workers.store.training_stage import read_log
-from rayprune.workers.texts.limits import with_own
 
 TRAININGS = {
     "regularise": "regularise",
@@ -98,7 +97,7 @@ def _gather(context: Context, done: Pruned) -> Report:
     before, after = done.dense.checkpoint, done.pruned.checkpoint
     events = context.folder.events()
     seconds = seconds_per_stage(events)
-    trained_on = with_own(job, OWN_TEXT).recovery_text if job.recover else None
+    trained_on = trained_text(job)
     return Report(
         run=run,
         schema_version=1,

@@ -18,6 +18,9 @@ from rayprune.orchestrator.stages.context import Context
 from rayprune.orchestrator.stages.subject import digests, file_digests
 from rayprune.orchestrator.stages.texts import digest_of
 from rayprune.specs.errors import ModelError
+from rayprune.specs.job import JobSpec
+from rayprune.specs.own_text import OWN_TEXT
+from rayprune.specs.texts import WindowsSpec
 from rayprune.workers.model.checkpoint import Checkpoint
 from rayprune.workers.store.files import Manifest, Task, commit, read_manifest, write_text
 from rayprune.workers.store.layout import OWN_FILE, OWN_TEXT_TASK, own_task
@@ -42,6 +45,11 @@ def with_own_text(context: Context, checkpoint: Checkpoint) -> Context:
     job = with_own(context.job, str(write_own_text(context, checkpoint)))
     context.executor.use_model(job, checkpoint.path, context.scope.name)
     return replace(context, job=job)
+
+
+def trained_text(job: JobSpec) -> WindowsSpec | None:
+    """What a recovery is trained on, the model's own text among it; None: there is none."""
+    return with_own(job, OWN_TEXT).recovery_text if job.recover else None
 
 
 def write_own_text(context: Context, checkpoint: Checkpoint) -> Path:

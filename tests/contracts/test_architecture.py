@@ -397,6 +397,7 @@ def test_one_room_touches_the_inside_of_transformers() -> None:
         "rayprune.workers.tools.demo",
     }
     assert users - outside == {
+        "rayprune.workers.network.decoding",
         "rayprune.workers.network.load_check",
         "rayprune.workers.network.sampling",
         "rayprune.workers.network.streamed",
