@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from rayprune.workers.machine import memory
-from rayprune.workers.machine.memory import give_back_free_memory, large_blocks_kept, private_bytes
+from rayprune.workers.machine.memory import give_back_free_memory, private_bytes
 
 MIB = 2**20
 
