@@ -87,7 +87,7 @@ class RecoverSpec(TrainingSpec):
     """Training of the pruned model towards the dense one."""
 
     learning_rate: Annotated[float, Field(gt=0.0, le=10.0)] | Literal["auto"] = "auto"  # type: ignore[assignment]
-    """Largest rate of AdamW; `auto`: by the size of the dense model, 2e-3 for adapters and 3e-4 for
+    """Largest rate of AdamW; `auto`: by the size of the dense model, 1e-3 for adapters and 3e-4 for
     all weights up to 135M parameters, falling with the root of the size beyond.
     """
     text: WindowsSpec | None = None

@@ -27,7 +27,7 @@ from rayprune.workers.store.layout import CACHE, EXPORTS, TASKS, Scope, model_fo
 from rayprune.workers.store.logs import EventLine, read_lines
 from rayprune.workers.store.plain import check_plain, remove_temporaries
 
-CODE_VERSION = 8
+CODE_VERSION = 9
 """Raised whenever the same job would give other bytes."""
 JOB_FILE, EVENTS_FILE, PLAN_FILE, LOCK_FILE = "job.yaml", "events.jsonl", "plan.json", "run.lock"
 REPORT_FILE, PAGE_FILE, BENCH_FILE = "report.json", "report.html", "bench.json"

@@ -195,7 +195,7 @@ def test_what_cannot_be_recovered_is_refused(
 def test_rates_fall_with_the_root_of_the_size() -> None:
     adapters, whole = RecoverSpec(lora=LoraSpec()), RecoverSpec()
     rates = [settled(adapters, size).learning_rate for size in (10**6, 135 * 10**6, 540 * 10**6)]
-    assert rates == [2e-3, 2e-3, 1e-3]
+    assert rates == [1e-3, 1e-3, 5e-4]
     assert settled(whole, 540 * 10**6).learning_rate == pytest.approx(1.5e-4)
     assert settled(RecoverSpec(learning_rate=0.5), 10**12).learning_rate == 0.5
 

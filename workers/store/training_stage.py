@@ -125,7 +125,7 @@ class Finetune:
     """Before the cut: whether the model to begin with is the teacher too."""
 
 
-RATE, ADAPTERS_RATE, RATED_PARAMETERS = 3e-4, 2e-3, 135e6
+RATE, ADAPTERS_RATE, RATED_PARAMETERS = 3e-4, 1e-3, 135e6
 """Learning rates of a recovery, of all weights and of adapters, of a model of so many parameters:
 what served SmolLM2-135M (docs/training.md). Beyond they fall with the root of the size, which meets
 what is common at 7B; below they stay.
