@@ -27,6 +27,8 @@ ROOM = ROOT / "workers" / "model"
 READ = {
     # the stock class's own config, handed on to the class of a layer
     "workers/network/streamed.py": {"network.get_submodule(model.backbone).config"},
+    # which attention transformers has chosen for a whole model
+    "workers/network/decoding.py": {"network.config"},
     # of the demo's model the traces of the file that it was read from are taken out
     "workers/tools/demo.py": {"model.config"},
     # the document that is written; of it nothing is read
