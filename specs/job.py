@@ -676,6 +676,12 @@ class JobSpec(Section):
         return tuple(target for target in dict.fromkeys(self.export.target) if target in own)
 
     @property
+    def own_dtype(self) -> FloatType:
+        """Type in which the model writes text of its own; `auto`: as of its forward passes."""
+        own = self.calibration.own
+        return self.model.dtype if own is None or own.dtype == "auto" else own.dtype
+
+    @property
     def more_own_samples(self) -> int:
         """Windows of the model's own text that a recovery takes beyond the calibration's."""
         return self.recover.own_samples if self.recover and self.calibration.own else 0

@@ -69,9 +69,7 @@ class Workbench:
     @property
     def own_dtype(self) -> torch.dtype:
         """Floating-point type in which the model writes."""
-        assert self.job.calibration.own is not None
-        name = self.job.calibration.own.dtype
-        return self.dtype if name == "auto" else self._dtype(name)
+        return self._dtype(self.job.own_dtype)
 
     def _dtype(self, name: str) -> torch.dtype:
         if name == "auto":

@@ -12,6 +12,7 @@ from rayprune.specs.allocation import CurvesAllocation, SearchAllocation, Thresh
 from rayprune.specs.job import JobSpec
 from rayprune.specs.methods.options import DriveOut, TakeOver
 from rayprune.specs.own_text import OWN_TEXT
+from rayprune.specs.section import FloatType
 from rayprune.specs.texts import WindowsSpec
 from rayprune.specs.training import RecoverSpec, TrainingSpec
 from rayprune.workers.model.checkpoint import Checkpoint
@@ -56,7 +57,7 @@ def workload_of(
         micro_batch=job.parallel.micro_batch,
         workers=1 if job.cluster.executor == "in-process" else job.parallel.workers,
         on_gpu=on_gpu,
-        element_bytes=_element_bytes(job, checkpoint, on_gpu),
+        element_bytes=_element_bytes(job.model.dtype, checkpoint, on_gpu),
         written_element_bytes=_written_element_bytes(job, checkpoint),
         num_candidates=(
             len(job.correction.candidates) if job.correction.damping == "held-out" else 1
@@ -92,7 +93,7 @@ def workload_of(
         trainings=_trainings(job, shapes[0], model.num_layers),
         gradient_windows=job.gradient_windows,
         candidate_windows=job.divergence_windows or job.drop_windows,
-        own_text=own_text_load(job, checkpoint, _element_bytes(job, checkpoint, on_gpu)),
+        own_text=own_text_load(job, checkpoint, _element_bytes(job.own_dtype, checkpoint, on_gpu)),
         experts=kept_experts(job, checkpoint) or None,
         converts=any(target.startswith("gguf") for target in job.converted),
         exchanges=job.parallel.transport == "collective",
@@ -224,11 +225,11 @@ def _most_kept(model: Model, shapes: tuple[Shape, ...]) -> dict[str, int]:
     return {name: max(kept) for name, kept in fewer.items() if kept}
 
 
-def _element_bytes(job: JobSpec, checkpoint: Checkpoint, on_gpu: bool) -> int:
-    """Bytes per element of the forward passes."""
-    if job.model.dtype == "auto":
+def _element_bytes(dtype: FloatType, checkpoint: Checkpoint, on_gpu: bool) -> int:
+    """Bytes per element of forward passes in a type."""
+    if dtype == "auto":
         return PLANNED_BYTES[DTYPES[checkpoint.model.dtype]] if on_gpu else 4
-    return 4 if job.model.dtype == "float32" else 2
+    return 4 if dtype == "float32" else 2
 
 
 def _written_element_bytes(job: JobSpec, checkpoint: Checkpoint) -> int:

@@ -61,7 +61,7 @@ class OwnTextLoad:
 
 
 def own_text_load(job: JobSpec, checkpoint: Checkpoint, element_bytes: int) -> OwnTextLoad | None:
-    """What a job has the model write; `element_bytes` of the type of the passes.
+    """What a job has the model write; `element_bytes` of the type in which it does.
 
     Raises:
         SpecError: it asks for fewer tokens than it reads.
@@ -69,8 +69,6 @@ def own_text_load(job: JobSpec, checkpoint: Checkpoint, element_bytes: int) -> O
     if (own := job.calibration.own) is None:
         return None
     batches = batches_of(own, own_tokens(job))
-    if own.dtype != "auto":
-        element_bytes = 4 if own.dtype == "float32" else 2
     numbers = sum(group.num_units * group.cached for group in checkpoint.model.groups)
     return OwnTextLoad(
         batches=tuple((len(lengths), max(lengths)) for lengths in batches),
