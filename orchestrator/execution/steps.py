@@ -116,6 +116,16 @@ class Steps:
         """`Probing.predict`."""
         return self._submit("predict", layer, group, num_kept, num_held_out, *parts)
 
+    def keep_probed(
+        self, layer: int, task: Task, num_held_out: int, *parts: Handle[dict[str, Parts]]
+    ) -> Call[None]:
+        """`Probing.keep_probed`."""
+        return self._submit("keep_probed", layer, task, num_held_out, *parts)
+
+    def predict_from_kept(self, layer: int, group: str, num_kept: int, folder: str) -> Call[None]:
+        """`Probing.predict_from_kept`."""
+        return self._submit("predict_from_kept", layer, group, num_kept, folder)
+
     def collect(
         self, layer: int, group: str, owned: tuple[int, int], *cuts: Handle[Cut]
     ) -> Call[Parts]:

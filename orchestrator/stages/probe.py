@@ -1,14 +1,22 @@
 """The stage that chooses one shape of those that meet the budget."""
 
-from statistics import fmean
+from __future__ import annotations
 
+from collections.abc import Callable
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+from rayprune.orchestrator.execution.steps import Call, Handle, Steps
 from rayprune.orchestrator.planning.shapes import Shape
 from rayprune.orchestrator.stages.allocate import allocate
 from rayprune.orchestrator.stages.context import Context
 from rayprune.orchestrator.stages.subject import Subject
 from rayprune.workers.store.files import Task, commit
-from rayprune.workers.store.layout import SHAPE_TASK
+from rayprune.workers.store.layout import SHAPE_TASK, probed_task
 from rayprune.workers.store.shards import even_parts
+
+if TYPE_CHECKING:
+    from rayprune.workers.passes.sweep import Parts
 
 
 def choose_shape(context: Context, subject: Subject) -> Shape:
@@ -66,13 +74,7 @@ def _probe_layer(context: Context, subject: Subject, layer: int) -> list[float]:
     """
     plan, groups = subject.plan, subject.model.checkpoint.model.layers[layer].groups
     looked_at = {g.name: [m.name for m in g.probed] for g in groups}
-    executor, samples = context.executor, context.job.budget.probe_samples
-    held_out = max(1, samples // 4)
-    collected = [
-        executor.on(worker).probe(layer, owned, held_out)
-        for worker, owned in executor.shares(samples)
-    ]
-    executor.wait(collected)
+    executor = context.executor
     pruned = {
         (group.name, shape.kept[group.name])
         for shape in plan.shapes
@@ -80,11 +82,8 @@ def _probe_layer(context: Context, subject: Subject, layer: int) -> list[float]:
         if group.kind != "experts" and shape.kept[group.name] < group.num_units
     }
     wanted = sorted((member, kept) for name, kept in pruned for member in looked_at[name])
-    payloads = [call.payload for call in collected]
-    calls = [
-        executor.on(i % executor.num_workers).predict(layer, *unit, held_out, *payloads)
-        for i, unit in enumerate(wanted)
-    ]
+    predict = _predictions(context, subject, layer)
+    calls = [predict(executor.on(i % executor.num_workers), *unit) for i, unit in enumerate(wanted)]
     errors = dict(
         zip(
             wanted,
@@ -102,3 +101,33 @@ def _probe_layer(context: Context, subject: Subject, layer: int) -> list[float]:
         )
         for shape in plan.shapes
     ]
+
+
+def _predictions(
+    context: Context, subject: Subject, layer: int
+) -> Callable[[Steps, str, int], Call[None]]:
+    """How to predict an error of a layer, once its statistics are there: kept in files where there
+    is a store, since they are the same for every budget.
+    """
+    samples = context.job.budget.probe_samples
+    held_out = max(1, samples // 4)
+
+    def collected() -> list[Handle[dict[str, Parts]]]:
+        executor = context.executor
+        calls = [
+            executor.on(worker).probe(layer, owned, held_out)
+            for worker, owned in executor.shares(samples)
+        ]
+        executor.wait(calls)
+        return [call.payload for call in calls]
+
+    def keep(task: Task) -> None:
+        steps = context.executor.on(0)
+        context.executor.wait([steps.keep_probed(layer, task, held_out, *collected())])
+
+    if context.store is None:
+        parts = collected()
+        return lambda steps, group, kept: steps.predict(layer, group, kept, held_out, *parts)
+    task = context.task(probed_task(layer), subject.up_to(layer))
+    context.once(task, lambda: keep(task))
+    return lambda steps, group, kept: steps.predict_from_kept(layer, group, kept, str(task.folder))

@@ -64,6 +64,7 @@ KINDS: dict[str, Kind] = {
         stored=True,
         waves=True,
     ),
+    "shapes, stored": Kind({}, "probed", stored=True),
     "refit, drift": Kind(
         {
             "parallel": {"placement": "layers", "propagation": "refit"},

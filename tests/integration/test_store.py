@@ -28,13 +28,13 @@ JOBS: dict[str, dict[str, Any]] = {
 }
 FOUND = {"calibration-tokens", "evaluation-tokens", "outer", "evaluate-before"}
 FOUND_BESIDES: dict[str, set[str]] = {
-    "pruned path": {"gradients"},
-    "dense path": {"gradients", "statistics"},
-    "rows": {"statistics"},
-    "refit": {"statistics"},
+    "pruned path": {"gradients", "probed"},
+    "dense path": {"gradients", "probed", "statistics"},
+    "rows": {"probed", "statistics"},
+    "refit": {"probed", "statistics"},
     "curves": {"statistics"},
 }
-PASSES = {"flow", "gradients", "collect"}
+PASSES = {"flow", "gradients", "collect", "probe"}
 """Steps of a worker that run the calibration text through layers."""
 
 

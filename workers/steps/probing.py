@@ -1,6 +1,8 @@
 """Steps that predict the errors of a shape on a few layers of the dense model."""
 
+from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 from torch import Tensor
 
@@ -8,9 +10,13 @@ from rayprune.workers.model.description import Group
 from rayprune.workers.network import layers
 from rayprune.workers.network.streamed import MicroBatch
 from rayprune.workers.numerics.statistics import Statistic
+from rayprune.workers.passes.kept import read_fits, write_fits
+from rayprune.workers.passes.stream import Fits
 from rayprune.workers.passes.sweep import Parts, check_finite, embed_all, grow_statistics
 from rayprune.workers.steps.deciding import Deciding
 from rayprune.workers.steps.step import Receipt, step
+from rayprune.workers.store.files import Task, commit
+from rayprune.workers.store.layout import STATISTICS_FILE
 from rayprune.workers.store.shards import roots
 from rayprune.workers.workbench import Workbench
 
@@ -82,8 +88,30 @@ class Probing:
         """Relative held-out output error if so many units of a group stayed, from the probe's
         statistics.
         """
+        return self._predicted(layer, group, num_kept, self._merged(group, num_held_out, parts))
+
+    @step
+    def keep_probed(
+        self, layer: int, task: Task, num_held_out: int, *parts: dict[str, Parts]
+    ) -> tuple[Receipt, None]:
+        """Write the probe's statistics of a layer, for predictions of other runs too."""
+        fits = {name: self._merged(name, num_held_out, parts) for name in self._groups(layer)}
+        write_fits(task.folder, fits)
+        commit(task, [STATISTICS_FILE], {"computed_on": self._bench.model.computed_on})
+        return {}, None
+
+    @step
+    def predict_from_kept(
+        self, layer: int, group: str, num_kept: int, folder: str
+    ) -> tuple[Receipt, None]:
+        """As `predict`, from what `keep_probed` has written."""
+        fits = read_fits(Path(folder), group, self._bench.scratch)
+        return self._predicted(layer, group, num_kept, fits)
+
+    def _merged(self, group: str, num_held_out: int, parts: Sequence[dict[str, Parts]]) -> Fits:
         trees = roots(self._job.budget.probe_samples, num_held_out)
-        _, correction = self._deciding.cut(
-            layer, group, num_kept, self._deciding.merged(trees, [part[group] for part in parts])
-        )
+        return self._deciding.merged(trees, [part[group] for part in parts])
+
+    def _predicted(self, layer: int, group: str, num_kept: int, fits: Fits) -> tuple[Receipt, None]:
+        _, correction = self._deciding.cut(layer, group, num_kept, fits)
         return {"held_out_error": correction.held_out_error}, None

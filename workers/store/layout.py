@@ -65,6 +65,11 @@ def statistics_task(layer: int) -> str:
     return f"statistics-{layer:04d}"
 
 
+def probed_task(layer: int) -> str:
+    """Task id of a layer's statistics for predictions of shapes, where they are kept."""
+    return f"probed-{layer:04d}"
+
+
 def regularised_task(layer: int) -> str:
     """Task id of a layer that was trained alone, before the cut."""
     return f"regularised-{layer:04d}"
