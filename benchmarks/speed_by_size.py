@@ -1,9 +1,9 @@
-"""Speed against size: cuts of a Llama's FFN by 10 to 50%, in widths that engines like and in
-others, beside the dense model in turns.
+"""Speed against size: cuts of a Llama's layers by 10 to 50%, of FFNs alone in widths that engines
+like and in others, or with a KV group less, beside the dense model in turns.
 
     python -m benchmarks.speed_by_size MODEL [--rounds 3] [--llama.cpp]
 
-Speed depends on shapes, so the cuts are the first channels of MODEL (Llama, Mistral, Qwen), and
+Speed depends on shapes, so the cuts are the first units of MODEL (Llama, Mistral, Qwen), and
 nothing is pruned. Transformers in float32 on one thread; with `--llama.cpp` F16, Q8_0 and, where
 cyllama is installed for quantising, Q4_K_M as well. Writes results/speed-by-size_cpu_DATE.md.
 """
@@ -28,31 +28,49 @@ from rayprune.workers.tools.bench import Conditions, bench
 FRACTIONS = (0.1, 0.2, 0.3, 0.4, 0.5)
 LIKED, OTHER = 64, 10
 """Widths are multiples of the first, and the same less the second: a multiple of 2 alone."""
-COLUMNS = ("width", "decoder removed", "parameters", "prefill", "decode")
+COLUMNS = ("KV groups", "width", "decoder removed", "parameters", "prefill", "decode")
+Shape = tuple[int, int]
+"""KV groups and FFN channels of every layer."""
 
 
-def widths(model: Path) -> Iterator[int]:
-    """FFN widths that remove about the fractions of the decoder, of both kinds."""
+def shapes(model: Path) -> Iterator[Shape]:
+    """What stays where about the fractions of the decoder go: FFN channels alone, in widths of
+    both kinds, or first a KV group with its query heads.
+    """
     checkpoint = open_checkpoint(model)
-    (ffn,) = [group for group in checkpoint.model.groups if group.kind == "ffn"]
+    ffn, heads = (
+        next(group for group in checkpoint.model.groups if group.kind == kind)
+        for kind in ("ffn", "attention")
+    )
     layer = checkpoint.decoder_parameters / checkpoint.num_layers
     for fraction in FRACTIONS:
-        wanted = ffn.num_units - fraction * layer / ffn.unit_parameters
-        liked = max(LIKED, round(wanted / LIKED) * LIKED)
-        yield from (liked, liked - OTHER)
+        for fewer in (0, 1):
+            gone = fraction * layer - fewer * heads.unit_parameters
+            liked = round((ffn.num_units - gone / ffn.unit_parameters) / LIKED) * LIKED
+            if LIKED <= liked <= ffn.num_units:
+                yield heads.num_units - fewer, liked
+                if not fewer:
+                    yield heads.num_units, liked - OTHER
 
 
-def cut(model: Path, width: int, folder: Path) -> Path:
-    """The model with the first channels of every FFN, written to a folder."""
+def cut(model: Path, shape: Shape, folder: Path) -> Path:
+    """The model with the first KV groups and channels of every layer, written to a folder."""
+    groups, width = shape
     shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.safetensors*", "config.json"))
-    config = json.loads((model / "config.json").read_text()) | {"intermediate_size": width}
+    config = json.loads((model / "config.json").read_text())
+    heads, of = config["num_attention_heads"], config["num_key_value_heads"]
+    config["head_dim"] = size = config.get("head_dim") or config["hidden_size"] // heads
+    config |= {"num_key_value_heads": groups, "num_attention_heads": groups * heads // of}
+    config |= {"intermediate_size": width}
     (folder / "config.json").write_text(json.dumps(config))
+    values, queries = groups * size, groups * heads // of * size
+    ends = {"gate": (0, width), "up": (0, width), "down": (1, width)}
+    ends |= {"q": (0, queries), "o": (1, queries), "k": (0, values), "v": (0, values)}
     tensors = {}
     for file in sorted(model.glob("*.safetensors")):
         for name, tensor in load_file(file).items():
-            kind = name.rpartition("_proj")[0].rpartition(".")[2]
-            axis = {"gate": 0, "up": 0, "down": 1}.get(kind)
-            tensors[name] = tensor if axis is None else tensor.narrow(axis, 0, width).contiguous()
+            end = ends.get(name.rpartition("_proj")[0].rpartition(".")[2])
+            tensors[name] = tensor.narrow(end[0], 0, end[1]).contiguous() if end else tensor
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     return folder
 
@@ -105,7 +123,10 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        cuts = [cut(options.model, width, folder / str(width)) for width in widths(options.model)]
+        cuts = [
+            cut(options.model, shape, folder / "{} x {}".format(*shape))
+            for shape in shapes(options.model)
+        ]
         models = [options.model, *cuts]
         content = [_table("transformers, float32", models, in_transformers(models, options.rounds))]
         for kind, files in forms(models, folder) if options.llama_cpp else ():
@@ -124,7 +145,7 @@ def _table(
     rows = []
     for number, each in enumerate(cuts, 1):
         row = [
-            each.path.name,
+            *each.path.name.split(" x "),
             f"{1 - each.decoder_parameters / dense.decoder_parameters:.1%}",
             f"{each.parameters / dense.parameters:.2f}",
             *(f"{ratio:.2f}" for ratio in ratios[number]),
