@@ -32,7 +32,7 @@ from rayprune.orchestrator.planning.workload import (
 )
 from rayprune.specs.machine import MachineProfile
 from rayprune.specs.memory import MemoryPlan
-from rayprune.workers.machine.blocks import EVALUATED_AT_ONCE, PANEL, PRODUCT_TOKENS
+from rayprune.workers.machine.blocks import PANEL, PRODUCT_TOKENS, TOLD_AT_ONCE
 from rayprune.workers.store.layout import TEACHER_TASK
 
 GRAM_RATE = 0.55
@@ -332,7 +332,7 @@ def _evaluation_stage(load: Workload, machine: MachineProfile) -> tuple[Stage, .
     numbers = load.active_parameters + load.vocabulary * load.hidden
     flops = load.evaluations * load.evaluation_tokens * 2 * numbers
     windows = math.ceil(load.evaluation_tokens / load.evaluation_window / load.workers)
-    times = math.ceil(windows / EVALUATED_AT_ONCE)
+    times = math.ceil(windows / TOLD_AT_ONCE["cuda" if load.on_gpu else "cpu"])
     bounds = {
         "arithmetic": flops / load.workers / machine.forward_flops,
         "disk": (

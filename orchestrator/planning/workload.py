@@ -14,7 +14,7 @@ from rayprune.orchestrator.planning.layer_kinds import LayerKind
 from rayprune.orchestrator.planning.own_text import OwnTextLoad
 from rayprune.specs.memory import MemoryPlan
 from rayprune.specs.methods.options import Masks, MethodOptions, RankedGroup
-from rayprune.workers.machine.blocks import EVALUATED_AT_ONCE
+from rayprune.workers.machine.blocks import TOLD_AT_ONCE
 from rayprune.workers.model.description import Group
 from rayprune.workers.store.layout import REGULARISE_TASK
 
@@ -186,9 +186,10 @@ class Workload:
     @property
     def evaluated_at_once(self) -> int:
         """Evaluation windows whose hidden states a worker holds."""
+        at_once = TOLD_AT_ONCE["cuda" if self.on_gpu else "cpu"]
         if self.most_evaluated is None:
-            return EVALUATED_AT_ONCE
-        return min(EVALUATED_AT_ONCE, math.ceil(self.most_evaluated / self.workers))
+            return at_once
+        return min(at_once, math.ceil(self.most_evaluated / self.workers))
 
     @property
     def layers_per_worker(self) -> int:

@@ -31,13 +31,16 @@ class Compared:
 
 def on_frontier(runs: Sequence[Compared]) -> list[Compared]:
     """The runs that no other beats: none is as small with less perplexity, or smaller with as
-    little; those that were measured, from the largest model to the smallest.
+    little; those that were measured, from the largest model to the smallest. None, where they were
+    measured in different ways.
     """
 
     def beats(one: Compared, other: Compared) -> bool:
         a, b = _place(one), _place(other)
         return a != b and a[0] <= b[0] and a[1] <= b[1]
 
+    if not _measured_alike(runs):
+        return []
     measured = [run for run in runs if run.perplexity is not None]
     return sorted(
         (run for run in measured if not any(beats(other, run) for other in measured)),
@@ -51,7 +54,11 @@ def _place(run: Compared) -> tuple[int, float]:
 
 
 def recommended(runs: Sequence[Compared], within: float) -> Compared | None:
-    """The smallest model whose perplexity is at most `within` times the dense one's."""
+    """The smallest model whose perplexity is at most `within` times the dense one's; none, where
+    they were measured in different ways.
+    """
+    if not _measured_alike(runs):
+        return None
     good = [run for run in runs if run.perplexity is not None and run.perplexity <= within]
     return min(good, key=_place, default=None)
 
@@ -65,14 +72,21 @@ def recommendation(runs: Sequence[Compared], within: float) -> str:
     """Which one to take, or why none."""
     if best := recommended(runs, within):
         return f"Recommended is {best.name}, {rule(within)}: {best.report.model}"
-    if all(run.perplexity is None for run in runs):
+    ratios = [run.perplexity for run in runs if run.perplexity is not None]
+    if not ratios:
         return "None is recommended: perplexity was not measured; give the job an evaluation."
-    return f"None is recommended, since that is {rule(within)}."
+    if not _measured_alike(runs):
+        return "None is recommended: perplexities were measured in different ways."
+    return (
+        f"None is recommended: no model has at most {within:g} times the dense model's perplexity,"
+        f" the best has {min(ratios):.4g} times."
+    )
 
 
 def results(runs: Sequence[Compared]) -> Table:
-    """Size, quality and time of every run; `*` marks the frontier. Where several texts were
-    measured, the perplexity on each is there as a multiple of the dense model's.
+    """Size, quality and time of every run; `*` marks those that no other beats in size and
+    perplexity. Where several texts were measured, the perplexity on each is there as a multiple of
+    the dense model's.
     """
     best, texts = on_frontier(runs), _texts(runs)
     columns = ["run", "removed", "parameters", "perplexity", "times dense", "KL"]
@@ -88,7 +102,8 @@ def results(runs: Sequence[Compared]) -> Table:
         ]
         for run in runs
     ]
-    return Table("results", [*columns, *(f"on {text}" for text in texts), "", "seconds"], rows)
+    columns += [*(f"on {text}" for text in texts), "unbeaten", "seconds"]
+    return Table("results", columns, rows)
 
 
 def score_tables(runs: Sequence[Compared]) -> Iterator[Table]:
@@ -145,14 +160,7 @@ def job_differences(runs: Sequence[Compared]) -> Iterator[Part]:
 
 def protocols(runs: Sequence[Compared]) -> Iterator[str]:
     """How the perplexities were measured; a warning where they cannot be compared."""
-    used = {
-        run.name: (
-            f"perplexity of {each.files}: window {each.window}, stride {each.stride},"
-            f" {each.scored_tokens} scored tokens"
-        )
-        for run in runs
-        if (each := run.report.evaluation)
-    }
+    used = _protocols(runs)
     asked = {run.name: _asked(run.report) for run in runs if run.report.scores}
     if len(set(asked.values())) > 1:
         yield "warning: tasks of lm-eval were asked in different ways, and cannot be compared"
@@ -162,6 +170,22 @@ def protocols(runs: Sequence[Compared]) -> Iterator[str]:
         yield from (f"{name}: {words}" for name, words in used.items())
     else:
         yield from set(used.values())
+
+
+def _protocols(runs: Sequence[Compared]) -> dict[str, str]:
+    """How each run's perplexity was measured, of those that have one."""
+    return {
+        run.name: (
+            f"perplexity of {each.files}: window {each.window}, stride {each.stride},"
+            f" {each.scored_tokens} scored tokens"
+        )
+        for run in runs
+        if (each := run.report.evaluation)
+    }
+
+
+def _measured_alike(runs: Sequence[Compared]) -> bool:
+    return len(set(_protocols(runs).values())) <= 1
 
 
 def _asked(report: Report) -> str:

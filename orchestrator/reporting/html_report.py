@@ -30,6 +30,7 @@ from rayprune.orchestrator.reporting.report import (
 from rayprune.orchestrator.reporting.speeds import protocol, speed_table
 from rayprune.orchestrator.reporting.tables import html_table, text, titled
 from rayprune.orchestrator.reporting.verdict import verdict
+from rayprune.specs.methods import METHODS
 
 SERIES: dict[str, Callable[[GroupReport], float]] = {
     "training": lambda group: group.training_error,
@@ -53,11 +54,21 @@ def html_report(report: Report, job: str) -> str:
     return page(title, [_head(report, title), *filter(None, sections), _reproduce(report, job)])
 
 
+def _is_usual(report: Report, option: str) -> bool:
+    """Whether an option of the method is as it is by default."""
+    field = (
+        METHODS[name].model_fields.get(option)
+        if (name := report.method["name"]) in METHODS
+        else None
+    )
+    return field is not None and report.method[option] == field.default
+
+
 def _head(report: Report, title: str) -> str:
     options = [
-        f"{name} {value}"
+        f"{name.replace('_', ' ')} {value}"
         for name, value in report.method.items()
-        if name != "name" and not isinstance(value, Mapping)
+        if name != "name" and not isinstance(value, Mapping) and not _is_usual(report, name)
     ]
     facts = [f"{titled(group)} {kept}" for group, kept in report.kept.items()]
     lines = [

@@ -19,9 +19,9 @@ def inspection_parts(found: Inspection) -> Iterator[Part]:
     )
     if model.not_pruned:
         yield f"can be planned, not pruned: {model.not_pruned}"
-    columns = ["what can go", "units of a layer", "layers", "parameters of a unit", "of the layers"]
+    columns = ["group", "units of a layer", "layers", "parameters of a unit", "of the layers"]
     rows = [_group_row(group, checkpoint.decoder_parameters) for group in found.groups]
-    yield Table("groups", columns, rows)
+    yield Table("what can go", columns, rows)
     yield from (f"all {g.title} stay: {g.fixed}" for g in found.groups if g.fixed)
     if model.sized_alike:
         yield f"all layers keep the same numbers: {model.sized_alike}"

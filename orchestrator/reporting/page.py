@@ -35,7 +35,12 @@ dd { margin: 0; }
 figure { margin: 0; max-width: 36rem; } svg { display: block; width: 100%; height: auto; }
 svg text { fill: var(--text); }
 table { border-collapse: collapse; } .wide { width: 100%; } .wide td { white-space: nowrap; }
-.scroll { overflow-x: auto; }
+/* a shade on the side where there is more */
+.scroll { overflow-x: auto; background:
+  linear-gradient(90deg, var(--page) 40%, transparent) left / 3rem 100% no-repeat local,
+  linear-gradient(270deg, var(--page) 40%, transparent) right / 3rem 100% no-repeat local,
+  linear-gradient(90deg, var(--line), transparent) left / .9rem 100% no-repeat scroll,
+  linear-gradient(270deg, var(--line), transparent) right / .9rem 100% no-repeat scroll; }
 th, td { padding: .2rem 0 .2rem 1.25rem; border-bottom: 1px solid var(--line); text-align: right;
   font-weight: 400; vertical-align: top; }
 th:first-child { padding-left: 0; }
@@ -45,6 +50,7 @@ pre { margin: .4rem 0; padding: .7rem .9rem; border: 1px solid var(--line); bord
 blockquote { margin: 0; padding: .5rem .9rem; border: 1px solid var(--line); border-radius: 6px;
   white-space: pre-wrap; overflow-wrap: anywhere; }
 summary { cursor: pointer; padding: .3rem 0; }
+@media (max-width: 30rem) { th, td { padding-left: .6rem; } table { font-size: .85rem; } }
 @media print { :root { font-size: 12px; } body { max-width: none; padding: 0; font-size: 1rem; }
   h2, h3 { break-after: avoid; } svg, tr, dl div, .warning { break-inside: avoid; }
   dl { grid-template-columns: repeat(4, 1fr); } * { print-color-adjust: exact; } }

@@ -69,6 +69,8 @@ class ProgressView:
             expand=True,
         )
         self._task: TaskID | None = None
+        self._part: TaskID | None = None
+        """What goes on within a step of the stage."""
         self._start = time.monotonic()
 
     def __enter__(self) -> Self:
@@ -100,16 +102,19 @@ class ProgressView:
                 self._progress.update(
                     self._task,
                     advance=1,
-                    note=escape(printable(f"{event.get('seconds', 0):.1f} s/step, {brief(event)}")),
+                    note=escape(printable(f"{event.get('seconds', 0):.1f} s, {brief(event)}")),
                 )
             case "text-written" if self._task is not None:
                 rate = event.get("tokens_per_second")
                 speed = f", {rate:,.0f} tokens/s" if rate else ""
                 note = f"{event['done']:,} of {event['of']:,} tokens{speed}"
                 self._progress.update(self._task, advance=len(event["tasks"]), note=note)
-            case "windows-evaluated" | "candidates-measured" if self._task is not None:
-                self._progress.update(self._task, note=f"{event['done']} of {event['of']}")
+            case ("micro-batches" | "windows-evaluated" | "candidates-measured") as name if (
+                self._task is not None
+            ):
+                self._show_part(name, event["done"], event["of"])
             case "stage-finished" if self._task is not None:
+                self._end_part()
                 self._progress.update(
                     self._task,
                     total=event.get("steps", 1),
@@ -118,6 +123,23 @@ class ProgressView:
                 )
             case _:
                 self._progress.console.print(plain_line(event), highlight=False, markup=False)
+
+    def _show_part(self, name: str, done: int, of: int) -> None:
+        """A bar of its own while a step of the stage is under way."""
+        if self._part is None:
+            self._part = self._progress.add_task(f"  {_PARTS[name]}", total=of, note="")
+        self._progress.update(self._part, completed=done, total=of)
+        if done == of:
+            self._end_part()
+
+    def _end_part(self) -> None:
+        if self._part is not None:
+            self._progress.remove_task(self._part)
+            self._part = None
+
+
+_PARTS = {"micro-batches": "text", "windows-evaluated": "windows", "candidates-measured": "tried"}
+"""What a step is done piece by piece of, by event."""
 
 
 def print_parts(parts: Iterable[Part], console: Console | None = None) -> None:

@@ -14,7 +14,7 @@ from rayprune.orchestrator.execution.steps import Call, Steps
 from rayprune.orchestrator.stages.context import Context
 from rayprune.orchestrator.stages.subject import Judged, ModelAt
 from rayprune.specs.errors import ModelError
-from rayprune.workers.machine.blocks import EVALUATED_AT_ONCE
+from rayprune.workers.machine.blocks import TOLD_AT_ONCE
 from rayprune.workers.store.files import Manifest, commit
 from rayprune.workers.store.layout import EVALUATION_TASK
 
@@ -147,10 +147,10 @@ class _Judge:
         executor, path = self._context.executor, str(self._models[name].path)
         found: dict[int, Any] = {}
         total = sum(self._windows.values())
-        shares = executor.shares(total)
-        for first in range(0, shares[0][1][1], EVALUATED_AT_ONCE):
+        shares, at_once = executor.shares(total), TOLD_AT_ONCE[executor.device_kind]
+        for first in range(0, shares[0][1][1], at_once):
             owned = {
-                worker: (start + first, min(start + first + EVALUATED_AT_ONCE, stop))
+                worker: (start + first, min(start + first + at_once, stop))
                 for worker, (start, stop) in shares
                 if start + first < stop
             }

@@ -16,8 +16,12 @@ PANEL = 128
 by.
 """
 EVALUATED_AT_ONCE = 64
-"""Evaluation windows that a worker takes through the layers together, for which it reads the
-weights once: what bounds their hidden states, however long the text is.
+"""Windows that a worker takes through the layers together, for which it reads the weights once:
+what bounds their hidden states, however long the text is.
+"""
+TOLD_AT_ONCE = {"cpu": 4, "cuda": EVALUATED_AT_ONCE}
+"""Evaluation windows of a worker behind which it tells what it has found, by kind of device: on a
+CPU reading the weights takes little of the time of so many.
 """
 CONVERTED_BYTES = 64 * 2**20
 """Of a mapped weight matrix, so much at most is converted to the type of the forward passes at a

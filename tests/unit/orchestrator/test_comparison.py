@@ -48,7 +48,8 @@ def test_the_smallest_that_is_good_enough_is_recommended() -> None:
 
 def test_why_none_is_recommended_is_told() -> None:
     assert recommendation(RUNS, 1.1).startswith("Recommended is best, the smallest model of at")
-    assert "of at most 1.05 times" in recommendation(RUNS, 1.05)
+    assert "no model has at most 1.05 times" in recommendation(RUNS, 1.05)
+    assert "the best has 1.1 times" in recommendation(RUNS, 1.05)
     assert "give the job an evaluation" in recommendation([UNMEASURED], 1.1)
 
 
@@ -70,6 +71,10 @@ def test_numbers_of_different_protocols_are_not_compared_unseen() -> None:
     warning, *each = protocols([BEST, run("other", 700, 1.3, evaluation=other)])
     assert "cannot be compared" in warning
     assert len(each) == 2
+    mixed = [BEST, run("other", 700, 1.3, evaluation=other)]
+    assert on_frontier(mixed) == []
+    assert recommended(mixed, 2.0) is None
+    assert "measured in different ways" in recommendation(mixed, 2.0)
 
 
 def test_layers_stand_side_by_side() -> None:
@@ -93,6 +98,6 @@ def test_the_drawing_names_each_run() -> None:
 def test_texts_stand_side_by_side() -> None:
     first, second = run("first", 900, 1.1, **two_texts()), run("second", 800, 1.1)
     table = results([first, second])
-    assert table.columns[5:] == ["KL", "on wiki", "on topics", "", "seconds"]
+    assert table.columns[5:] == ["KL", "on wiki", "on topics", "unbeaten", "seconds"]
     assert table.rows[0][5:8] == ["0.5000", "1.2500", "2.5000"]
     assert table.rows[1][5:8] == ["", "", ""]

@@ -259,21 +259,27 @@ def test_a_layer_recovered_alone_has_the_dense_one_beside_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("most", "workers", "spill", "windows"),
+    ("most", "workers", "spill", "on_gpu", "windows"),
     [
-        (None, 1, False, 64),
-        (None, 8, False, 64),
-        (10, 2, False, 5),
-        (900, 2, False, 64),
-        (None, 1, True, 1),
+        (None, 1, False, False, 4),
+        (None, 8, False, True, 64),
+        (10, 2, False, True, 5),
+        (6, 2, False, False, 3),
+        (900, 2, False, True, 64),
+        (None, 1, True, False, 1),
     ],
 )
 def test_evaluation_holds_the_windows_that_go_together(
-    most: int | None, workers: int, spill: bool, windows: int
+    most: int | None, workers: int, spill: bool, on_gpu: bool, windows: int
 ) -> None:
     """Under two models, however long the text is, and however few samples are calibrated on."""
     load = replace(
-        LOAD, evaluation_tokens=32, evaluation_window=16, most_evaluated=most, workers=workers
+        LOAD,
+        evaluation_tokens=32,
+        evaluation_window=16,
+        most_evaluated=most,
+        workers=workers,
+        on_gpu=on_gpu,
     )
     kinds = memory_by_step(load, MemoryPlan(spill_hidden=spill))["evaluate"]
     assert kinds["hidden states"] == 2 * windows * 16 * load.hidden * load.element_bytes
