@@ -174,8 +174,22 @@ GEMMA4_EXPERTS = {
     "top_k_experts": 2,
     "moe_intermediate_size": 96,
 }
+GEMMA4_INPUTS = {"hidden_size_per_layer_input": 12, "vocab_size_per_layer_input": 260}
+GEMMA4_READERS = GEMMA4_INPUTS | {
+    "num_kv_shared_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "attention_k_eq_v": False,
+    "use_double_wide_mlp": True,
+}
+"""As of E2B."""
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    f"{name}-experts": (name, GEMMA4_EXPERTS) for name in ("gemma4_text", "gemma4")
+    f"{name}-{kind}": (name, keys)
+    for name in ("gemma4_text", "gemma4")
+    for kind, keys in {
+        "experts": GEMMA4_EXPERTS,
+        "inputs": GEMMA4_INPUTS,
+        "readers": GEMMA4_READERS,
+    }.items()
 }
 """Families that are something else with some configs: the type, and keys that make it that."""
 HYPHENED = {"deberta_v2": "deberta-v2", "xlm_roberta": "xlm-roberta"}

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -18,7 +17,7 @@ from rayprune.workers.network.written import trained
 from rayprune.workers.numerics.methods import scores
 from rayprune.workers.passes.kept import read_fits, write_fits
 from rayprune.workers.passes.sealed import read_sealed
-from rayprune.workers.passes.stream import DenseLayers, Fits, Saved, Stream, Wanted
+from rayprune.workers.passes.stream import DenseLayers, Fits, Saved, State, Stream, Wanted
 from rayprune.workers.passes.survey import curve, tensors_of
 from rayprune.workers.passes.sweep import micro_batches
 from rayprune.workers.steps.deciding import Deciding
@@ -91,9 +90,9 @@ class Streaming:
         number: int,
         wanted: Wanted,
         saved: Saved,
-        before: np.ndarray | None,
+        before: State | None,
         goal: Goal | None = None,
-    ) -> tuple[Receipt, np.ndarray | None]:
+    ) -> tuple[Receipt, State | None]:
         """Take a micro-batch of the calibration text, or of that of a `goal`, through a chunk of
         layers; see `Stream.flow`.
         """

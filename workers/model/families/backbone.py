@@ -101,6 +101,10 @@ class Backbone(Family):
             last_norm=self._named(model.last_norm),
             outer={self._named(name): shape for name, shape in model.outer.items()},
             embedding=self._named(model.embedding),
+            layer_axes=tuple(
+                replace(axis, tensor=self._named(axis.tensor)) for axis in model.layer_axes
+            ),
+            left_out=tuple(map(self._named, model.left_out)),
             beside=self.beside,
             older_names=self.older_names,
             open_outside=True,
