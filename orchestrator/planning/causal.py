@@ -2,6 +2,7 @@
 whose layers need nothing but hidden states.
 """
 
+from rayprune.specs.allocation import ThresholdAllocation
 from rayprune.specs.errors import SpecError
 from rayprune.specs.job import JobSpec
 from rayprune.specs.methods.options import DriveOut
@@ -76,7 +77,7 @@ def check_part(job: JobSpec) -> None:
 
 
 def check_layers_apart(job: JobSpec, model: Model) -> None:
-    """Refuse what works on a layer by itself, where it needs more than hidden states.
+    """Refuse what looks at a layer by itself, where others have a part in it.
 
     Raises:
         SpecError: the job asks for it.
@@ -97,6 +98,11 @@ def check_layers_apart(job: JobSpec, model: Model) -> None:
             "go back layer by layer, and layers read what others have left; set it to weights",
         ),
     }
+    follows = any(group.times for group in model.groups)
+    reasons["budget.allocation"] = (
+        job.budget.per_layer and isinstance(job.budget.allocation, ThresholdAllocation) and follows,
+        "FFNs of two widths are not told by one threshold; take curves or search",
+    )
     for option, (asked, reason) in reasons.items():
         if asked:
             raise SpecError(f"{option}: {model.model_type}: {reason}")

@@ -373,6 +373,15 @@ class Model:
         follow = {n: each * kept[name] for n, (name, each) in times.items() if name in kept}
         return {**kept, **follow}
 
+    def led_by(self, name: str, layer: int) -> tuple[str, int] | None:
+        """The group of a layer whose units this group's number says, and how many for each: itself,
+        or where the layer lacks it one that follows it; None: there is none.
+        """
+        times = {group.name: group.times or (group.name, 1) for group in self.layers[layer].groups}
+        if name in times:
+            return name, 1
+        return next(((n, each) for n, (led, each) in times.items() if led == name), None)
+
     @cached_property
     def lacking(self) -> dict[str, tuple[int, ...]]:
         """Layers without a group, of the groups that not all have."""

@@ -120,6 +120,11 @@ class Streaming:
         loaded = self._loaded.pop((layer, name), None)
         return loaded or self._stream.value.fit(layer, name)
 
+    def _losing(self, layer: int, kept: Mapping[str, int]) -> list[str]:
+        """The groups of a layer that lose units."""
+        groups = self._bench.checkpoint.model.layers[layer].groups
+        return [group.name for group in groups if kept[group.name] < group.num_units]
+
     @step
     def keep_statistics(
         self, layer: int, task: Task, groups: Sequence[str]
@@ -144,11 +149,7 @@ class Streaming:
     @step
     def select(self, layer: int, task: Task, kept: Mapping[str, int]) -> tuple[Receipt, None]:
         """Select the units of a layer that stay, from the statistics this worker has."""
-        fits = {
-            name: self._fit(layer, name)
-            for name, count in kept.items()
-            if count < self._bench.groups[name].num_units
-        }
+        fits = {name: self._fit(layer, name) for name in self._losing(layer, kept)}
         units = {
             name: self._deciding.select(layer, name, kept[name], training).tolist()
             for name, (training, _) in fits.items()
@@ -217,11 +218,7 @@ class Streaming:
         position: int | None,
     ) -> tuple[Receipt, None]:
         """Decide all groups of a layer from the statistics this worker has, and write the layer."""
-        fits = {
-            name: self._fit(layer, name)
-            for name, count in kept.items()
-            if count < self._bench.groups[name].num_units
-        }
+        fits = {name: self._fit(layer, name) for name in self._losing(layer, kept)}
         decided = {
             name: self._deciding.cut(layer, name, kept[name], fits.pop(name)) for name in list(fits)
         }
