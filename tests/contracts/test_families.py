@@ -110,6 +110,14 @@ class Dense:
         """What loads it, and what is made of it."""
         return getattr(transformers, self.checkpoint.model.auto_class)
 
+    def predictor(self, network: Any) -> Any:
+        """What predicts from token ids of this network, or of one that was made of it."""
+        return network.get_submodule(self.checkpoint.model.predictor)
+
+    def logits(self, network: Any = None) -> Tensor:
+        """Of the stock forward pass."""
+        return logits_of(self.predictor(self.network if network is None else network))
+
     def streamed(self) -> StreamedModel:
         """The same, layer by layer."""
         return StreamedModel(self.checkpoint, torch.float32, CPU)
@@ -201,7 +209,7 @@ def test_groups_are_whole(dense: Dense) -> None:
                 for name in dense.of(layer)
             ]
         ):
-            logits_of(dense.network)
+            dense.logits()
         groups = dense.of(layer)  # an expert that no token has reached is not computed
         assert seen == [name for name in groups if groups[name].expert is None or name in seen]
     for group in dense.groups.values():
@@ -220,7 +228,7 @@ def test_streamed_layers_are_the_whole_model_bit_for_bit(dense: Dense) -> None:
             for layer in dense.layers
         ]
     ):
-        expected = logits_of(dense.network)
+        expected = dense.logits()
     streamed = dense.streamed()
     batch = streamed.embed(WINDOWS_BT)
     for index, output_BTD in enumerate(behind):
@@ -260,7 +268,7 @@ def test_drift_is_measured_where_blocks_are_added_as_they_are(
         for group in dense.groups.values()
     ]
     with hooked([last, *blocks]):
-        logits_of(dense.network)
+        dense.logits()
     sum_BTD = start.hidden_BTD.clone()
     for name, group in dense.groups.items():
         sum_BTD += outputs[name].view_as(sum_BTD) * (
@@ -471,8 +479,8 @@ def test_a_cut_model_is_the_dense_one_with_its_units_masked(
     job = cut_job(dense, counts, make_job)
     network = pruned(dense, kept, job, tmp_path / "run", monkeypatch)
     with masked(dense, stayed(tmp_path / "run", kept)) as expected:
-        same(logits_of(network), logits_of(expected))
-    generates(network)
+        same(dense.logits(network), dense.logits(expected))
+    generates(dense.predictor(network))
 
 
 def stayed(run: Path, kept: Kept) -> Kept:
@@ -512,7 +520,7 @@ def test_padded_layers_are_the_dense_ones_with_their_units_masked(
     kept = drawn(dense, [{n: c[n] for n in (*pruned_names, *ffns)} for c in counts])
     network = pruned(dense, kept, job, tmp_path / "run", monkeypatch)
     with masked(dense, kept) as expected:
-        same(logits_of(network), logits_of(expected))
+        same(dense.logits(network), dense.logits(expected))
 
 
 def test_fewer_heads_than_stock_classes_hold_come_with_a_class(
@@ -533,7 +541,7 @@ def test_fewer_heads_than_stock_classes_hold_come_with_a_class(
         network = pruned(dense, kept, job, tmp_path / name, monkeypatch)
         assert (tmp_path / name / "model" / "modeling_per_layer.py").exists()
         with masked(dense, kept) as expected:
-            same(logits_of(network), logits_of(expected))
+            same(dense.logits(network), dense.logits(expected))
 
 
 def test_whole_layers_out_is_the_dense_model_without_them(
@@ -552,5 +560,5 @@ def test_whole_layers_out_is_the_dense_model_without_them(
     batch = streamed.embed(WINDOWS_BT)
     for index in (layer for layer in range(count) if layer != out):
         finish_layer(streamed.load_layer(index), index, batch, dense.of(index))
-    same(logits_of(network), streamed.logits(WINDOWS_BT, batch.hidden_BTD))
-    generates(network)
+    same(dense.logits(network), streamed.logits(WINDOWS_BT, batch.hidden_BTD))
+    generates(dense.predictor(network))

@@ -314,6 +314,8 @@ class Model:
     """Whether a token sees those before it alone, and the head predicts the next one."""
     open_outside: bool = False
     """Whether its files may hold further tensors outside the layers, which go along as they are."""
+    predictor: str = ""
+    """The module that predicts from token ids; empty: the whole model."""
     beside: tuple[str, ...] = ()
     """Modules that text does not pass through: passes do without them."""
     older_names: Mapping[str, str] = field(default_factory=dict)

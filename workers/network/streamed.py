@@ -363,7 +363,8 @@ class StreamedModel:
 
     def logits(self, tokens_BT: Tensor, hidden_BTD: Tensor) -> Tensor:
         """Output of the stock model whose last layer returned `hidden_BTD`."""
-        return self._behind_layers(self._model, tokens_BT, hidden_BTD)
+        network = self._model.get_submodule(self._described.predictor)
+        return self._behind_layers(network, tokens_BT, hidden_BTD)
 
     def last_hidden(self, tokens_BT: Tensor, hidden_BTD: Tensor) -> Tensor:
         """Hidden states (B, T, D) behind the last norm, if there is one, of the stock model whose
