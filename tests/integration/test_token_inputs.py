@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -152,6 +153,17 @@ def test_what_takes_layers_by_themselves_is_refused(
 ) -> None:
     job = load_job(jobs["shards"], settings)
     with pytest.raises(SpecError, match=says):
+        plan_job(job, planned_checkpoint(Path(job.model.path)))
+
+
+@pytest.mark.parametrize(("kind", "site"), [("gemma4_text", "qkv"), (KIND, "up")])
+def test_zeros_in_matrices_that_differ_between_layers_are_refused(
+    kind: str, site: str, make_model: MakeModel, make_job: MakeJob
+) -> None:
+    method = {"name": "sparse", "sites": [site]}
+    given = yaml.safe_load(make_job(make_model(kind, **MORE_LAYERS), method=method).read_text())
+    job = load_job({name: section for name, section in given.items() if name != "budget"})
+    with pytest.raises(SpecError, match=f"method.sites: {site}: not all layers"):
         plan_job(job, planned_checkpoint(Path(job.model.path)))
 
 
