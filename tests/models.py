@@ -122,6 +122,13 @@ TOWER = {
     "patch_size": 8,
 }
 """Sizes of a vision tower."""
+AUDIO_TOWER = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "output_proj_dims": 16,
+    "subsampling_conv_channels": [4, 4],
+}
 QWEN_TOWER = {
     "depth": 1,
     "hidden_size": 16,
@@ -168,7 +175,9 @@ def _beside(model_type: str, text: dict[str, Any]) -> dict[str, Any]:
             "vision_config": QWEN_TOWER | {"out_hidden_size": text["hidden_size"]}
         } | QWEN_TOKENS
     if model_type == "gemma4":
-        return {"vision_config": TOWER | {"head_dim": 8, "num_key_value_heads": 2}} | GEMMA4_TOKENS
+        hears = {"audio_config": AUDIO_TOWER} if text.get("num_kv_shared_layers") else {}
+        tower = TOWER | {"head_dim": 8, "num_key_value_heads": 2}
+        return {"vision_config": tower} | hears | GEMMA4_TOKENS
     if model_type == "llama4":
         return {"vision_config": LLAMA4_TOWER, "image_token_index": 1} | LLAMA4_TOKENS
     if model_type == "emu3":
@@ -291,7 +300,9 @@ def _build(folder: Path, raw: dict[str, Any], seed: int, dtype: torch.dtype) -> 
                 else torch.randn_like(parameter) * 0.15
             )
         for name, buffer in model.named_buffers():
-            if name.endswith("e_score_correction_bias"):
+            if name.endswith(
+                ("e_score_correction_bias", "put_min", "put_max")
+            ):  # infinite at first
                 buffer.copy_(torch.randn_like(buffer) * 0.15)
     model.save_pretrained(folder)
     tokenizer = byte_tokenizer()
