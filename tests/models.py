@@ -39,6 +39,13 @@ LATENT = {
     "v_head_dim": 10,
 }
 """Sizes of latent attention."""
+LLAMA4 = {
+    "attention_chunk_size": 8,
+    "floor_scale": 4,
+    "interleave_moe_layer_step": 2,
+    "intermediate_size_mlp": 192,
+    "num_experts_per_tok": 1,
+}
 GEMMA4 = WINDOW | {
     "hidden_size_per_layer_input": 0,
     "attention_k_eq_v": True,
@@ -69,13 +76,8 @@ OF_FAMILY: dict[str, dict[str, Any]] = {
     "glm4_moe": {"n_routed_experts": 4, "first_k_dense_replace": 2, "n_shared_experts": 2},
     "gpt_neo": {"window_size": 8},
     "gptj": {"rotary_dim": 4},
-    "llama4_text": {
-        "attention_chunk_size": 8,
-        "floor_scale": 4,
-        "interleave_moe_layer_step": 2,
-        "intermediate_size_mlp": 192,
-        "num_experts_per_tok": 1,
-    },
+    "llama4": LLAMA4,
+    "llama4_text": LLAMA4,
     "ministral": WINDOW,
     "modernbert": {"local_attention": 16},
     "olmo3": WINDOW,
@@ -120,6 +122,13 @@ TOWER = {
     "patch_size": 8,
 }
 """Sizes of a vision tower."""
+AUDIO_TOWER = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "output_proj_dims": 16,
+    "subsampling_conv_channels": [4, 4],
+}
 QWEN_TOWER = {
     "depth": 1,
     "hidden_size": 16,
@@ -131,6 +140,13 @@ QWEN_TOWER = {
     "window_size": 16,
     "fullatt_block_indexes": [0],
 }
+LLAMA4_TOWER = TOWER | {
+    "vision_output_dim": 16,
+    "projector_input_dim": 16,
+    "projector_output_dim": 16,
+    "intermediate_size": 64,
+}
+LLAMA4_TOKENS = {"boi_token_index": 0, "eoi_token_index": 2}
 VQ = {
     "codebook_size": 8,
     "base_channels": 32,
@@ -159,7 +175,11 @@ def _beside(model_type: str, text: dict[str, Any]) -> dict[str, Any]:
             "vision_config": QWEN_TOWER | {"out_hidden_size": text["hidden_size"]}
         } | QWEN_TOKENS
     if model_type == "gemma4":
-        return {"vision_config": TOWER | {"head_dim": 8, "num_key_value_heads": 2}} | GEMMA4_TOKENS
+        hears = {"audio_config": AUDIO_TOWER} if text.get("num_kv_shared_layers") else {}
+        tower = TOWER | {"head_dim": 8, "num_key_value_heads": 2}
+        return {"vision_config": tower} | hears | GEMMA4_TOKENS
+    if model_type == "llama4":
+        return {"vision_config": LLAMA4_TOWER, "image_token_index": 1} | LLAMA4_TOKENS
     if model_type == "emu3":
         return {"vq_config": VQ, "vocabulary_map": VQ_TOKENS}
     kind = {"gemma3": "siglip_vision_model", "mistral3": "pixtral"}[model_type]
@@ -174,8 +194,22 @@ GEMMA4_EXPERTS = {
     "top_k_experts": 2,
     "moe_intermediate_size": 96,
 }
+GEMMA4_INPUTS = {"hidden_size_per_layer_input": 12, "vocab_size_per_layer_input": 260}
+GEMMA4_READERS = GEMMA4_INPUTS | {
+    "num_kv_shared_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "attention_k_eq_v": False,
+    "use_double_wide_mlp": True,
+}
+"""As of E2B."""
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    f"{name}-experts": (name, GEMMA4_EXPERTS) for name in ("gemma4_text", "gemma4")
+    f"{name}-{kind}": (name, keys)
+    for name in ("gemma4_text", "gemma4")
+    for kind, keys in {
+        "experts": GEMMA4_EXPERTS,
+        "inputs": GEMMA4_INPUTS,
+        "readers": GEMMA4_READERS,
+    }.items()
 }
 """Families that are something else with some configs: the type, and keys that make it that."""
 HYPHENED = {"deberta_v2": "deberta-v2", "xlm_roberta": "xlm-roberta"}
@@ -196,6 +230,8 @@ def raw_config(model_type: str, **changes: Any) -> dict[str, Any]:
     given |= {key: value(given) for key, value in WORKED_OUT.get(model_type, {}).items()}
     family, width = family_named(model_type), given["intermediate_size"]
     if isinstance(family, Backbone):
+        if isinstance(family.text, Mixture):
+            given = _with_experts(family.text, given, width)
         text = given | {"model_type": family.text_type}
         beside = _beside(model_type, text)
         return {"model_type": model_type, "text_config": text} | beside
@@ -203,16 +239,20 @@ def raw_config(model_type: str, **changes: Any) -> dict[str, Any]:
         own = {getattr(Keys, key.name): getattr(family.keys, key.name) for key in fields(Keys)}
         given = {own.get(key, key): value for key, value in given.items()}
     if isinstance(family, Mixture):
-        experts = family.experts
-        own = {experts.count[-1]: 4, experts.active: 2, experts.width: width}
-        if family.shared and family.shared.key:
-            own[family.shared.key] = width
-        given = own | given
+        given = _with_experts(family, given, width)
     if isinstance(family, Encoder):
         named = family.architecture.replace("Model", "ForMaskedLM")
         given = {"architectures": [named]} | given
     own_type = {"model_type": HYPHENED.get(model_type, model_type)}
     return own_type | {key: v for key, v in given.items() if key is not None}
+
+
+def _with_experts(family: Mixture, given: dict[str, Any], width: int) -> dict[str, Any]:
+    experts = family.experts
+    own = {experts.count[-1]: 4, experts.active: 2, experts.width: width}
+    if family.shared and family.shared.key:
+        own[family.shared.key] = width
+    return own | given
 
 
 def auto_class(model_type: str) -> Any:
@@ -260,7 +300,9 @@ def _build(folder: Path, raw: dict[str, Any], seed: int, dtype: torch.dtype) -> 
                 else torch.randn_like(parameter) * 0.15
             )
         for name, buffer in model.named_buffers():
-            if name.endswith("e_score_correction_bias"):
+            if name.endswith(
+                ("e_score_correction_bias", "put_min", "put_max")
+            ):  # infinite at first
                 buffer.copy_(torch.randn_like(buffer) * 0.15)
     model.save_pretrained(folder)
     tokenizer = byte_tokenizer()

@@ -11,12 +11,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from rayprune.workers.network.slicing import Cut
     from rayprune.workers.passes.divergence import Kept
     from rayprune.workers.passes.sparse import SparseSite
-    from rayprune.workers.passes.stream import Saved, Wanted
+    from rayprune.workers.passes.stream import Saved, State, Wanted
     from rayprune.workers.passes.sweep import Parts, Routes
     from rayprune.workers.steps.measuring import SquaresArrays
     from rayprune.workers.store.files import FileRecord, Task
@@ -37,7 +35,7 @@ Collected: TypeAlias = "Handle[Parts]"
 """Statistics of a group."""
 Decided: TypeAlias = "Handle[Cut]"
 """A decision about a group."""
-States: TypeAlias = "Handle[np.ndarray | None]"
+States: TypeAlias = "Handle[State | None]"
 """Hidden states behind a chunk of layers."""
 
 
@@ -206,9 +204,9 @@ class Steps:
         number: int,
         wanted: Wanted,
         saved: Saved,
-        before: Handle[np.ndarray | None] | None,
+        before: Handle[State | None] | None,
         goal: Goal | None = None,
-    ) -> Call[np.ndarray | None]:
+    ) -> Call[State | None]:
         """`Streaming.flow`."""
         return self._submit("flow", chunk, number, wanted, saved, before, goal)
 
@@ -305,9 +303,11 @@ class Steps:
         """`Writing.finish_writing`."""
         return self._submit("finish_writing")
 
-    def write_outer(self, task: Task, written: Mapping[str, int] | None) -> Call[None]:
+    def write_outer(
+        self, task: Task, written: Mapping[str, int] | None, there: Sequence[int]
+    ) -> Call[None]:
         """`Writing.write_outer`."""
-        return self._submit("write_outer", task, written)
+        return self._submit("write_outer", task, written, there)
 
     def copy_outer(self, file: str) -> Call[None]:
         """`Writing.copy_outer`."""

@@ -1,7 +1,12 @@
-"""What of a job is for causal language models alone, and for those that are a whole."""
+"""What of a job is for causal language models alone, for those that are a whole, and for those
+whose layers need nothing but hidden states.
+"""
 
+from rayprune.specs.allocation import ThresholdAllocation
 from rayprune.specs.errors import SpecError
 from rayprune.specs.job import JobSpec
+from rayprune.specs.methods.options import DriveOut
+from rayprune.workers.model.description import Model
 
 
 def check_encoder(job: JobSpec) -> None:
@@ -69,3 +74,35 @@ def check_part(job: JobSpec) -> None:
         )
     if job.recover:
         raise SpecError("recover: leave it out: of the model only the text part is read")
+
+
+def check_layers_apart(job: JobSpec, model: Model) -> None:
+    """Refuse what looks at a layer by itself, where others have a part in it.
+
+    Raises:
+        SpecError: the job asks for it.
+    """
+    first, recover = job.method.before_cut, job.recover
+    alone = "a layer is trained by itself, which has to be given what depends on the tokens, too"
+    reasons = {
+        f"method: {job.method.name}": (
+            bool(model.token_inputs) and isinstance(first, DriveOut) and first.each_layer,
+            f"{alone}; set method.scope: model",
+        ),
+        "recover.scope": (
+            bool(model.token_inputs) and recover is not None and recover.scope == "layer",
+            f"{alone}; set it to model",
+        ),
+        "method.scale: gradients": (
+            bool(model.for_later) and job.gradient_windows > 0,
+            "go back layer by layer, and layers read what others have left; set it to weights",
+        ),
+    }
+    follows = any(group.times for group in model.groups)
+    reasons["budget.allocation"] = (
+        job.budget.per_layer and isinstance(job.budget.allocation, ThresholdAllocation) and follows,
+        "FFNs of two widths are not told by one threshold; take curves or search",
+    )
+    for option, (asked, reason) in reasons.items():
+        if asked:
+            raise SpecError(f"{option}: {model.model_type}: {reason}")

@@ -129,10 +129,12 @@ def _forward_passes(load: Workload, choice: MemoryPlan) -> int:
 
 def forward_flops(load: Workload, kind: LayerKind) -> int:
     """2 T per active parameter, and T (sequence length) of causal attention for every number a
-    query meets; twice that where tokens look in both directions.
+    query meets; twice that where tokens look in both directions. Inputs made of the tokens are
+    made for all layers before each.
     """
     met = load.sequence_length * (1 if load.causal else 2)
-    return load.tokens * (2 * kind.active_parameters + met * kind.attention_width)
+    inputs = load.num_layers * load.token_inputs * load.hidden
+    return load.tokens * (2 * (kind.active_parameters + inputs) + met * kind.attention_width)
 
 
 def experts_flops(load: Workload, kind: LayerKind) -> int:
@@ -237,7 +239,7 @@ def checkpoint_bytes(load: Workload, choice: MemoryPlan) -> int:
     alone = [each for each in load.trainings if each.each_layer and each.task == RECOVER_TASK]
     tokens = sum(each.streamed_windows * each.sequence_length for each in alone)
     written = times * load.tokens + (num_waves(load, choice) - 1) * tokens
-    return written * load.hidden * load.element_bytes
+    return written * load.handed_on * load.element_bytes
 
 
 def spilled_bytes(load: Workload, choice: MemoryPlan) -> int:
@@ -281,4 +283,5 @@ def spilled_statistics_bytes(load: Workload, choice: MemoryPlan) -> int:
 def spilled_hidden_bytes(load: Workload, choice: MemoryPlan) -> int:
     """Hidden states in files, read and written once for each layer."""
     is_spilled = choice.spill_hidden and load.placement == "shards"
-    return 2 * load.num_layers * load.tokens * load.hidden * load.element_bytes if is_spilled else 0
+    numbers = load.num_layers * load.tokens * (load.hidden + load.token_inputs)
+    return 2 * numbers * load.element_bytes if is_spilled else 0

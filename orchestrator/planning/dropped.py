@@ -50,8 +50,7 @@ def droppable(job: JobSpec, checkpoint: Checkpoint) -> list[int]:
             f"budget.drop_layers: a model that is only planned ({reason}) keeps its layers; leave"
             " it out"
         )
-    stay = {0: checkpoint.model.first_stays, count - 1: checkpoint.model.last_stays}
-    reasons = {layer: reason for layer, reason in stay.items() if reason}
+    reasons = checkpoint.model.stay
     may_go = [layer for layer in range(count) if layer not in reasons]
     gone = asked if isinstance(asked, int) else len(asked or ())
     if gone >= count or gone > len(may_go):

@@ -69,6 +69,7 @@ def footprint(
     stock = uniform and model.is_stock(layers[0])
     form = checkpoint.form(layers[0], job.export.form) if stock else AS_IT_IS
     shapes = form.outer_shapes({n: info.shape for n, info in checkpoint.outer_tensors.items()})
+    shapes |= model.outer_parts(shapes, 0)  # parts of layers are counted with these
     outer = _sizes(shapes, checkpoint.outer_tensors, job.export)
     around = Footprint(
         0,
@@ -109,9 +110,14 @@ def layer_footprint(
     infos = checkpoint.layer_tensors(layer)
     cut = dense.cut_shapes(kept)
     sizes = _sizes(form.layer_shapes(cut), infos, export)
+    model, outer = checkpoint.model, checkpoint.outer_tensors
+    parts = model.outer_parts({n: info.shape for n, info in outer.items()}, 1)
+    beside = _sizes(parts, outer, export)
+    num_bytes = _num_bytes(sizes) + _num_bytes(beside)
     parameters = sum(math.prod(shape) for shape, _ in sizes.values())
     matrices = sum(math.prod(shape) for shape, _ in sizes.values() if len(shape) == 2)
     matrices -= sum(_idle(group, cut) for group in dense.groups if group.count > 1)
+    matrices += model.token_inputs * model.hidden
     cached = sum(
         kept[group.name] * group.cached * _element_bytes(infos[group.axes[0].tensor], export)
         for group in dense.groups
@@ -119,14 +125,12 @@ def layer_footprint(
     )
     return Footprint(
         parameters,
-        parameters,
-        _num_bytes(sizes),
+        parameters + sum(map(math.prod, parts.values())),
+        num_bytes,
         2 * matrices,
         cached,
         **{name: timed.layer(kept) for name, timed in counted_with(budget).items()},
-        memory_bytes=_served(
-            budget, _num_bytes(sizes) - _not_held(job, checkpoint, cut, infos), cached
-        ),
+        memory_bytes=_served(budget, num_bytes - _not_held(job, checkpoint, cut, infos), cached),
     )
 
 

@@ -81,6 +81,8 @@ def workload_of(
         exact=job.method.needs_rows,
         masks=masks,
         causal=model.causal,
+        token_inputs=model.token_inputs,
+        for_later=sum(model.for_later.values()),
         # each other model beside the dense one; of an encoder, losses and embeddings of both
         evaluations=(
             2 + 2 * (job.recover is not None) if model.causal else 4 if model.predicts_masked else 2

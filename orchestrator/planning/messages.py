@@ -76,7 +76,7 @@ def _handover(load: Workload, choice: MemoryPlan) -> tuple[float, float]:
     boundaries = (num_chunks(load, choice) - num_waves(load, choice)) / load.num_layers
     return (
         boundaries * math.ceil(load.tokens / load.batch_tokens),
-        boundaries * load.tokens * load.hidden * load.element_bytes,
+        boundaries * load.tokens * load.handed_on * load.element_bytes,
     )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from rayprune.orchestrator.planning.causal import check_encoder, check_part
+from rayprune.orchestrator.planning.causal import check_encoder, check_layers_apart, check_part
 from rayprune.orchestrator.planning.costs import LayerCost, Traffic, layer_costs, traffic
 from rayprune.orchestrator.planning.disk import DiskNeed, disk_needs
 from rayprune.orchestrator.planning.engines import fallbacks
@@ -272,6 +272,7 @@ def make_plan(
         check_encoder(job)
     if model.beside:
         check_part(job)
+    check_layers_apart(job, model)
     kinds = layer_kinds(checkpoint)
     planned = model.not_pruned is not None
     shapes = given or (

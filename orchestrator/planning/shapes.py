@@ -194,6 +194,13 @@ def _fewer_layers(
         SpecError: no number of layers meets them, or too many layers are protected.
     """
     allowed, nothing = limits(job.budget, checkpoint.decoder_parameters), dict.fromkeys(dense, 0)
+    open_to_choice = range(protected.protect_first, checkpoint.num_layers - protected.protect_last)
+    for layer, reason in checkpoint.model.stay.items():
+        if layer in open_to_choice:
+            raise SpecError(
+                f"method {job.method.name}: layer {layer} has to stay: {reason}; protect it"
+                " (method.protect_first, method.protect_last), or take budget.drop_layers"
+            )
     for gone in range(1, checkpoint.num_layers):
         shape = uneven_shape(
             job, checkpoint, [dense] * (checkpoint.num_layers - gone) + [nothing] * gone
@@ -202,7 +209,7 @@ def _fewer_layers(
             break
     else:
         raise SpecError("budget: no number of whole layers meets it; ask for less")
-    if gone > checkpoint.num_layers - protected.protect_first - protected.protect_last:
+    if gone > len(open_to_choice):
         raise SpecError(
             f"budget: {gone} of {checkpoint.num_layers} layers have to go, more than"
             f" method.protect_first ({protected.protect_first}) and method.protect_last"

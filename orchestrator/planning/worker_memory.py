@@ -45,6 +45,10 @@ EXPERT_ACTIVATIONS = 6
 """The same inside an expert: gate and up, both together, their product, and that times the
 router's weight.
 """
+INPUTS_ACTIVATIONS = 5
+"""Where layers are given inputs made of the tokens: tensors as large as those of all layers that
+are held at once while they are made.
+"""
 SKEW = 2
 """Tokens of the expert with most of a micro-batch, over an even share."""
 
@@ -202,12 +206,11 @@ def _hidden_bytes(load: Workload, choice: MemoryPlan) -> int:
     what they are given.
     """
     if load.placement == "layers":
-        return MICRO_BATCHES_AT_ONCE * load.batch_tokens * load.hidden * load.element_bytes
+        return MICRO_BATCHES_AT_ONCE * load.batch_tokens * load.waiting * load.element_bytes
     streams = 5 if load.corrects_drift else 3 if load.experts else 2
     return (
-        streams
-        * (load.batch_tokens if choice.spill_hidden else load.share_tokens)
-        * load.hidden
+        (load.batch_tokens if choice.spill_hidden else load.share_tokens)
+        * ((streams - 1) * load.hidden + load.waiting)
         * load.element_bytes
     )
 
@@ -226,7 +229,7 @@ def _activations(load: Workload) -> Kinds:
 
 
 def _inside_forward(load: Workload, tokens: int) -> int:
-    """Activations of so many tokens in the widest block."""
+    """Activations of so many tokens in the widest block, or of the inputs of all layers."""
     groups = [group for kind in load.kinds for group in kind.groups if group.kind != "experts"]
     rows = {
         group: min(tokens, SKEW * math.ceil(tokens * group.active / load.blocks(group)))
@@ -236,7 +239,8 @@ def _inside_forward(load: Workload, tokens: int) -> int:
         rows[group] * group.width * (ACTIVATIONS if group.count == 1 else EXPERT_ACTIVATIONS)
         for group in groups
     ]
-    return max(numbers) * load.element_bytes
+    inputs = INPUTS_ACTIVATIONS * tokens * load.num_layers * load.token_inputs
+    return max(*numbers, inputs) * load.element_bytes
 
 
 def _collected(load: Workload, choice: MemoryPlan, kind: LayerKind, group: Group) -> int:
@@ -295,7 +299,7 @@ def _evaluation(load: Workload, choice: MemoryPlan) -> Kinds:
     return {
         "runtime": RUNTIME_BYTES,
         "weights": _weights_bytes(replace(load, placement="shards"), 1),
-        "hidden states": windows * window * load.hidden * load.element_bytes,
+        "hidden states": windows * window * load.waiting * load.element_bytes,
         "activations": max(window * scores, _inside_forward(load, window)),
     }
 
@@ -305,7 +309,7 @@ def _two_models(load: Workload, window: int, windows: int) -> Kinds:
     return {
         "runtime": RUNTIME_BYTES,
         "weights": 2 * _weights_bytes(replace(load, placement="shards"), 1),
-        "hidden states": 2 * windows * window * load.hidden * load.element_bytes,
+        "hidden states": 2 * windows * window * load.waiting * load.element_bytes,
         "activations": max(window * scores, _inside_forward(load, window)),
     }
 
@@ -322,7 +326,7 @@ def _divergence(load: Workload, choice: MemoryPlan) -> Kinds:
     return {
         "runtime": RUNTIME_BYTES,
         "weights": _weights_bytes(replace(load, placement="shards"), 1),
-        "hidden states": windows * window * load.hidden * load.element_bytes,
+        "hidden states": windows * window * load.waiting * load.element_bytes,
         "activations": window * max(scores, ACTIVATIONS * load.active_width * load.element_bytes),
     }
 
@@ -377,7 +381,7 @@ def _gradients(load: Workload, choice: MemoryPlan) -> Kinds:
         "hidden states": (
             (1 if choice.spill_hidden else windows)
             * load.sequence_length
-            * load.hidden
+            * load.waiting
             * load.element_bytes
         ),
         "squares": (windows + 1) * 8 * numbers,
@@ -403,7 +407,7 @@ def _teaching(load: Workload, choice: MemoryPlan, training: TrainingLoad) -> Kin
         "runtime": RUNTIME_BYTES,
         "weights": _weights_bytes(replace(load, placement="shards"), 1),
         "hidden states": (
-            (1 if choice.spill_hidden else together) * window * load.hidden * load.element_bytes
+            (1 if choice.spill_hidden else together) * window * load.waiting * load.element_bytes
         ),
         "activations": max(window * scores, _inside_forward(load, window)),
     }

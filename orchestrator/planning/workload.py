@@ -122,6 +122,10 @@ class Workload:
     """Whether the only worker is the driver's own process, without Ray."""
     causal: bool = True
     """Whether a token looks at those before it alone."""
+    token_inputs: int = 0
+    """Numbers of a token that every layer is given beside the hidden states."""
+    for_later: int = 0
+    """Numbers of a token that layers leave for later ones."""
     evaluations: int = 2
     """Passes over the evaluation windows."""
     drift: bool = False
@@ -163,6 +167,16 @@ class Workload:
     def num_layers(self) -> int:
         """L."""
         return sum(kind.num_layers for kind in self.kinds)
+
+    @property
+    def handed_on(self) -> int:
+        """Numbers of a token that layers behind need of those before."""
+        return self.hidden + self.for_later
+
+    @property
+    def waiting(self) -> int:
+        """Numbers of a token that wait between layers."""
+        return self.handed_on + self.token_inputs
 
     @property
     def tokens(self) -> int:

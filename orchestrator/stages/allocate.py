@@ -41,9 +41,10 @@ from rayprune.orchestrator.stages.spread import (
 )
 from rayprune.orchestrator.stages.stream import layer_work, stream_layers
 from rayprune.orchestrator.stages.subject import Subject, digests, file_digests
-from rayprune.orchestrator.stages.survey import survey_experts
+from rayprune.orchestrator.stages.survey import Counts, asked, survey_experts
 from rayprune.specs.allocation import CurvesAllocation, SearchAllocation
 from rayprune.specs.job import SPEEDS
+from rayprune.workers.model.description import Group
 from rayprune.workers.store.files import Manifest, Task, commit
 from rayprune.workers.store.layout import SENSITIVITY_TASK, SHAPE_TASK, generation_task, survey_task
 
@@ -120,21 +121,30 @@ def _scores(context: Context, subject: Subject) -> list[Manifest]:
     plan, dense = subject.plan, subject.model.checkpoint.decoder_parameters
     fraction = plan.shapes[0].decoder_parameters / dense
     kept = {name: count * fraction for name, count in plan.model.units.items()}
-    return _survey(context, subject, Steps.score, kept)
+    return _survey(
+        context, subject, Steps.score, lambda groups: ({g.name: kept[g.name] for g in groups},)
+    )
 
 
 def _survey(
     context: Context,
     subject: Subject,
     step: Callable[[Steps, int, Task, *Ts], Call[None]],
-    *arguments: *Ts,
+    asked: Callable[[Sequence[Group]], tuple[*Ts]],
 ) -> list[Manifest]:
-    groups, ranked_by = list(subject.plan.model.units), subject.ranked_by
+    """A pass over the dense model; `asked` says what of a layer's groups."""
     work = [
         layer_work(
-            context, subject, layer, survey_task(layer), step, arguments, groups, **ranked_by
+            context,
+            subject,
+            number,
+            survey_task(number),
+            step,
+            asked(layer.groups),
+            [group.name for group in layer.groups],
+            **subject.ranked_by,
         )
-        for layer in range(subject.plan.model.num_layers)
+        for number, layer in enumerate(subject.model.checkpoint.model.layers)
     ]
     return stream_layers(context, subject, "survey", work)
 
@@ -174,13 +184,17 @@ def _bounded(context: Context, subject: Subject, allocation: CurvesAllocation) -
 
 
 def _unit_parameters(subject: Subject) -> dict[str, int]:
-    """Parameters of one unit, by group: in all experts, and with the units that follow it."""
-    groups = subject.model.checkpoint.model.groups
-    cost = {group.name: group.count * group.unit_parameters for group in groups}
-    for group in groups:
-        if group.times:
-            leader, times = group.times
-            cost[leader] += times * cost[group.name]
+    """Parameters of one unit, by group, at most: in all experts, and with the units of a layer that
+    follow it.
+    """
+    cost: dict[str, int] = {}
+    for layer, _ in subject.model.checkpoint.model.alike:
+        own = {group.name: group.count * group.unit_parameters for group in layer.groups}
+        for group in layer.groups:
+            if group.times:
+                leader, times = group.times
+                own[leader] = own.get(leader, 0) + times * own[group.name]
+        cost |= {name: max(each, cost.get(name, 0)) for name, each in own.items()}
     return cost
 
 
@@ -231,16 +245,20 @@ def _losses(
         if searched
         else {name: [reference[name]] if known else [] for name, known in counts.items()}
     )
+
+    def of_groups(groups: Sequence[Group]) -> tuple[Counts, Counts]:
+        return asked(groups, counts), asked(groups, stored)
+
     surveys = (
         survey_experts(context, subject, counts, stored)
         if model.experts
-        else _survey(context, subject, Steps.survey, counts, stored)
+        else _survey(context, subject, Steps.survey, of_groups)
     )
     places = [
         (layer, name, count)
         for layer in range(len(surveys))
         for name, count in reference.items()
-        if layer not in model.lacking.get(name, ())
+        if model.led_by(name, layer)
     ]
     task = context.task(
         SENSITIVITY_TASK, {**subject.all_of_it(), "alone": places, **digests(surveys)}
@@ -258,7 +276,9 @@ def _losses(
             for name, count in reference.items():
                 if (layer, name, count) not in alone:
                     continue
-                errors = {int(number): error for number, error in _result(survey)[name].items()}
+                led, times = model.led_by(name, layer) or (name, 1)
+                found = _result(survey)[led].items()
+                errors = {int(number) // times: error for number, error in found}
                 loss = counted(alone[layer, name, count])  # rounding may take it below 0
                 matters = math.copysign(abs(loss) ** allocation.influence, loss)
                 scale = matters / max(errors[count], 1e-12)

@@ -47,10 +47,12 @@ def export_model(context: Context, subject: Subject, layers: Sequence[Manifest])
         stock = alike and model.checkpoint.model.is_stock(layers_written[0])
         written = layers_written[0] if stock else None
         form = model.checkpoint.form(written, context.job.export.form) if written else AS_IT_IS
+        there = subject.plan.shape.remaining(model.checkpoint.num_layers)
         names = sorted(form.outer_shapes(model.checkpoint.model.outer))
-        outer = context.task(OUTER_TASK, {"model": model.outer_digest, "names": names})
+        parts = {"layers": there} if model.checkpoint.model.layer_axes else {}
+        outer = context.task(OUTER_TASK, {"model": model.outer_digest, "names": names, **parts})
         outer_done = context.once(
-            outer, lambda: executor.wait([executor.on(0).write_outer(outer, written)])
+            outer, lambda: executor.wait([executor.on(0).write_outer(outer, written, there)])
         )
         _check_origin(context, model, [outer_done, *layers])
         inputs = {

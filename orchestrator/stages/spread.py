@@ -95,9 +95,11 @@ class Budget:
         return self.lost(number, kept) <= self.most * self._over_mean(number)
 
     def most_with(self, group: str) -> float:
-        """Decoder parameters that a layer with a group may lose, of such layers the largest."""
+        """Decoder parameters that a layer with a group, or one that follows it, may lose, of such
+        layers the largest.
+        """
         model = self.checkpoint.model
-        firsts = set(model.first_alike) - set(model.lacking.get(group, ()))
+        firsts = [layer for layer in set(model.first_alike) if model.led_by(group, layer)]
         return self.most * max(map(self._over_mean, firsts))
 
     def _dense(self, number: int) -> int:

@@ -123,18 +123,17 @@ def _keep_statistics(context: Context, subject: Subject, layers: Sequence[int]) 
     """Where there is a store: statistics of all groups of these layers as tasks of their own. Those
     that are there already take no forward pass.
     """
-    groups = list(subject.plan.model.units)
     kept = [
         layer_work(
             context,
             subject,
-            layer,
-            statistics_task(layer),
+            number,
+            statistics_task(number),
             Steps.keep_statistics,
-            (groups,),
+            (groups := [group.name for group in layer.groups],),
             groups,
         )
-        for layer in range(subject.plan.model.num_layers)
+        for number, layer in enumerate(subject.model.checkpoint.model.layers)
     ]
     absent = [layer for layer in layers if context.finished(kept[layer].task) is None]
     with context.stage("statistics", len(absent)):

@@ -40,19 +40,23 @@ def survey_experts(
     found = []
     with context.stage("survey", model.num_layers):
         for number, layer in enumerate(model.layers):
-            asked = {group.name: _asked(group, counts) for group in layer.groups}
-            kept = {group.name: _asked(group, stored) for group in layer.groups}
-            depends = {**subject.up_to(number), "arguments": (asked, kept), "expert_score": score}
+            wanted = asked(layer.groups, counts), asked(layer.groups, stored)
+            depends = {**subject.up_to(number), "arguments": wanted, "expert_score": score}
             task = context.task(survey_task(number), depends)
-            work = partial(_Survey(context, number, task, asked, kept).run, layer.groups)
+            work = partial(_Survey(context, number, task, *wanted).run, layer.groups)
             found.append(context.once(task, work))
     return found
 
 
-def _asked(group: Group, counts: Counts) -> list[int]:
-    """The counts of a group, or where it follows another those that belong to that one's."""
-    leader, times = group.times or (group.name, 1)
-    return [times * count for count in counts[leader]]
+def asked(groups: Sequence[Group], counts: Counts) -> dict[str, list[int]]:
+    """The counts of a layer's groups: of one that follows another those that belong to that
+    one's.
+    """
+    found = {}
+    for group in groups:
+        leader, times = group.times or (group.name, 1)
+        found[group.name] = [times * count for count in counts[leader]]
+    return found
 
 
 class _Survey:

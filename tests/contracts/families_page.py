@@ -173,9 +173,15 @@ transformers 4.57, but for once by hand ([engines](engines.md#transformers)).
   llama.cpp's converter where it knows the type.
 
 `gemma4_text` and `gemma4` are mixtures where the config says `enable_moe_block`, and tested as
-such; their per-layer inputs (`hidden_size_per_layer_input`) and keys and values of other layers
-(`num_kv_shared_layers`), as of E2B and E4B, are refused. Of Llama 4 the text model is pruned
-(`llama4_text`), not its folder with the vision tower.
+such; also with per-layer inputs (`hidden_size_per_layer_input`), and with layers that read keys and
+values of others (`num_kv_shared_layers`) and FFNs that are twice as wide there, as of E2B and E4B.
+A layer goes with its part of the tables of inputs; one whose keys and values are read stays. With
+inputs no layer is trained by itself (`scope: layer`), with layers that read those of others there
+is no `method.scale: gradients`. `method: sparse` is refused where matrices differ between layers.
+
+`llama4`: in transformers 5.24.0 the forward pass of `Llama4ForConditionalGeneration` fails on the
+dense model as on the pruned one (it asks its text model for `image_outputs`); 5.23.0 computes.
+Either loads it, and what is tested, measured, and writes text is the model's `language_model`.
 
 On 28 November 2026 the newest transformers was 5.24.0, which the contract runs with; with 5.23.0
 all of it passes, too.

@@ -110,6 +110,14 @@ class Dense:
         """What loads it, and what is made of it."""
         return getattr(transformers, self.checkpoint.model.auto_class)
 
+    def predictor(self, network: Any) -> Any:
+        """What predicts from token ids of this network, or of one that was made of it."""
+        return network.get_submodule(self.checkpoint.model.predictor)
+
+    def logits(self, network: Any = None) -> Tensor:
+        """Of the stock forward pass."""
+        return logits_of(self.predictor(self.network if network is None else network))
+
     def streamed(self) -> StreamedModel:
         """The same, layer by layer."""
         return StreamedModel(self.checkpoint, torch.float32, CPU)
@@ -122,16 +130,16 @@ def dense(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     folder = build_model(tmp_path_factory.mktemp(request.param) / "dense", request.param, **SIZES)
     # lists that the class works out from the layers' numbers, which change when layers go
     raw = json.loads((folder / "config.json").read_text())
-    lists = family_named(raw["model_type"]).lists
+    _, given = VARIANTS.get(request.param, ("", dict[str, Any]()))
     text = raw.get("text_config", raw)
-    for name in lists:
+    for name in set(family_named(raw["model_type"]).lists) - given.keys():
         text.pop(name, None)
     (folder / "config.json").write_text(json.dumps(raw))
     checkpoint = open_checkpoint(folder)
     # experts are one module in transformers: see test_experts.py
     if checkpoint.model.experts:
         return Dense(folder, checkpoint, whole_model(checkpoint).eval())
-    network = auto_class(request.param).from_pretrained(folder)
+    network = auto_class(raw["model_type"]).from_pretrained(folder)
     return Dense(folder, checkpoint, network.eval())
 
 
@@ -201,7 +209,7 @@ def test_groups_are_whole(dense: Dense) -> None:
                 for name in dense.of(layer)
             ]
         ):
-            logits_of(dense.network)
+            dense.logits()
         groups = dense.of(layer)  # an expert that no token has reached is not computed
         assert seen == [name for name in groups if groups[name].expert is None or name in seen]
     for group in dense.groups.values():
@@ -220,7 +228,7 @@ def test_streamed_layers_are_the_whole_model_bit_for_bit(dense: Dense) -> None:
             for layer in dense.layers
         ]
     ):
-        expected = logits_of(dense.network)
+        expected = dense.logits()
     streamed = dense.streamed()
     batch = streamed.embed(WINDOWS_BT)
     for index, output_BTD in enumerate(behind):
@@ -260,7 +268,7 @@ def test_drift_is_measured_where_blocks_are_added_as_they_are(
         for group in dense.groups.values()
     ]
     with hooked([last, *blocks]):
-        logits_of(dense.network)
+        dense.logits()
     sum_BTD = start.hidden_BTD.clone()
     for name, group in dense.groups.items():
         sum_BTD += outputs[name].view_as(sum_BTD) * (
@@ -404,6 +412,8 @@ def generates(network: Any) -> None:
 
 
 SMALL = {"samples": 4, "sequence_length": 16, "shards": 2}
+OTHER_FFNS = ("shared", "dense", "wide_neurons")
+"""Groups that keep the same share as the one that a budget says."""
 
 
 def counts_of(dense: Dense, **changes: int) -> list[dict[str, int]]:
@@ -411,7 +421,7 @@ def counts_of(dense: Dense, **changes: int) -> list[dict[str, int]]:
     units = dense.checkpoint.model.units
     if "neurons" in changes:
         share = changes["neurons"] / units["neurons"]
-        changes |= {n: round(units[n] * share) for n in ("shared", "dense") if n in units}
+        changes |= {n: round(units[n] * share) for n in OTHER_FFNS if n in units}
     return [units | changes] * dense.checkpoint.num_layers
 
 
@@ -462,15 +472,15 @@ def test_a_cut_model_is_the_dense_one_with_its_units_masked(
     if stays is None:
         return
     counts = counts_of(dense, **{name: stays})
-    others = ("shared", "dense") if name == "neurons" else ()
+    others = OTHER_FFNS if name == "neurons" else ()
     beside = {other: counts[0][other] for other in others if other in counts[0]}
     kept = drawn(dense, [{name: stays} | beside] * len(counts))
     assert len(set(map(str, kept))) > 1, "other units in each layer"
     job = cut_job(dense, counts, make_job)
     network = pruned(dense, kept, job, tmp_path / "run", monkeypatch)
     with masked(dense, stayed(tmp_path / "run", kept)) as expected:
-        same(logits_of(network), logits_of(expected))
-    generates(network)
+        same(dense.logits(network), dense.logits(expected))
+    generates(dense.predictor(network))
 
 
 def stayed(run: Path, kept: Kept) -> Kept:
@@ -497,19 +507,20 @@ def test_padded_layers_are_the_dense_ones_with_their_units_masked(
     """Layers that keep different numbers of units, filled up with zeros to one size."""
     if dense.checkpoint.model.experts or dense.groups["neurons"].fixed:
         return
-    heads = dense.groups["heads"]
+    heads, model = dense.groups["heads"], dense.checkpoint.model
     fewer = {"heads": heads.num_units if heads.fixed else heads.num_units // 2}
-    counts = [dense.checkpoint.model.units | fewer | {"neurons": n} for n in (50, 17, 64, 33)]
+    counts = [model.followed(model.units | fewer | {"neurons": n}) for n in (50, 17, 64, 33)]
     counts[1] |= {} if heads.fixed else {"heads": 1}
     spread(monkeypatch, counts)
     job = make_job(
         dense.folder, calibration=SMALL, budget={"per_layer": True}, export={"pad": True}
     )
     pruned_names = [name for name in fewer if fewer[name] < dense.groups[name].num_units]
-    kept = drawn(dense, [{n: c[n] for n in (*pruned_names, "neurons")} for c in counts])
+    ffns = model.names_of("ffn")
+    kept = drawn(dense, [{n: c[n] for n in (*pruned_names, *ffns)} for c in counts])
     network = pruned(dense, kept, job, tmp_path / "run", monkeypatch)
     with masked(dense, kept) as expected:
-        same(logits_of(network), logits_of(expected))
+        same(dense.logits(network), dense.logits(expected))
 
 
 def test_fewer_heads_than_stock_classes_hold_come_with_a_class(
@@ -530,19 +541,18 @@ def test_fewer_heads_than_stock_classes_hold_come_with_a_class(
         network = pruned(dense, kept, job, tmp_path / name, monkeypatch)
         assert (tmp_path / name / "model" / "modeling_per_layer.py").exists()
         with masked(dense, kept) as expected:
-            same(logits_of(network), logits_of(expected))
+            same(dense.logits(network), dense.logits(expected))
 
 
 def test_whole_layers_out_is_the_dense_model_without_them(
     dense: Dense, make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     count, model = dense.checkpoint.num_layers, dense.checkpoint.model
-    for layer, reason in {0: model.first_stays, count - 1: model.last_stays}.items():
-        if reason:
-            job = make_job(dense.folder, budget={"drop_layers": [layer], "sparsity": None})
-            with pytest.raises(SpecError, match=f"layer {layer} has to stay: {reason}"):
-                droppable(load_job(job), dense.checkpoint)
-    out = 1 if model.first_stays else 0
+    for layer, reason in model.stay.items():
+        job = make_job(dense.folder, budget={"drop_layers": [layer], "sparsity": None})
+        with pytest.raises(SpecError, match=f"layer {layer} has to stay: {reason}"):
+            droppable(load_job(job), dense.checkpoint)
+    out = next(layer for layer in range(count) if layer not in model.stay)
     job = make_job(dense.folder, calibration=SMALL, budget={"drop_layers": [out], "sparsity": None})
     network = pruned(dense, [{}] * count, job, tmp_path / "run", monkeypatch)
     assert len(layers_of(network, model)) == count - 1
@@ -550,5 +560,5 @@ def test_whole_layers_out_is_the_dense_model_without_them(
     batch = streamed.embed(WINDOWS_BT)
     for index in (layer for layer in range(count) if layer != out):
         finish_layer(streamed.load_layer(index), index, batch, dense.of(index))
-    same(logits_of(network), streamed.logits(WINDOWS_BT, batch.hidden_BTD))
-    generates(network)
+    same(dense.logits(network), streamed.logits(WINDOWS_BT, batch.hidden_BTD))
+    generates(dense.predictor(network))

@@ -145,6 +145,9 @@ class Checkpoint:
             for name, info in self.layer_tensors(layer).items()
         }
         outer = {n: info for n, info in self.tensors.items() if not n.startswith(self._inside)}
+        shapes = {name: info.shape for name, info in outer.items()}
+        parts = self.model.outer_parts(shapes, len(there))
+        outer |= {name: replace(outer[name], shape=shape) for name, shape in parts.items()}
         digest = hashlib.sha256(json.dumps(config.raw, sort_keys=True).encode()).hexdigest()
         return Checkpoint(self.path, model, config, outer | inside, digest, has_weights=False)
 

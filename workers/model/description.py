@@ -293,8 +293,17 @@ class Model:
     """Why the first layer has to stay; None: it need not."""
     last_stays: str | None = None
     """Why the last layer has to stay; None: it need not."""
+    others_stay: Mapping[int, str] = field(default_factory=dict)
+    """Further layers that have to stay, and why."""
     hands_on: bool = False
     """Whether the first layer returns, behind the hidden states, what the others are given."""
+    token_inputs: int = 0
+    """Numbers of a token that every layer is given beside the hidden states, which depend on the
+    token alone."""
+    layer_axes: tuple[Axis, ...] = ()
+    """Where the layers' parts lie along tensors outside of them."""
+    for_later: Mapping[str, int] = field(default_factory=dict)
+    """Arguments in which layers leave what later ones read, and how many numbers of a token."""
     layers_differ: bool = False
     """Whether it was pruned to layers of different sizes."""
     caches: tuple[str, ...] = ()
@@ -305,12 +314,16 @@ class Model:
     """Whether a token sees those before it alone, and the head predicts the next one."""
     open_outside: bool = False
     """Whether its files may hold further tensors outside the layers, which go along as they are."""
+    predictor: str = ""
+    """The module that predicts from token ids; empty: the whole model."""
     beside: tuple[str, ...] = ()
     """Modules that text does not pass through: passes do without them."""
     older_names: Mapping[str, str] = field(default_factory=dict)
     """What names begin with in older files: theirs to today's."""
     left_out: tuple[str, ...] = ()
-    """Beginnings of tensors that are not taken along: layers that guess further tokens."""
+    """Beginnings of tensors that are not taken along."""
+    why_left_out: str = ""
+    """What they are."""
     made_up: tuple[str, ...] = ()
     """Beginnings of tensors that files may lack: nothing that is measured reads them."""
 
@@ -336,11 +349,40 @@ class Model:
         """Units of every group."""
         return {group.name: group.num_units for group in self.groups}
 
+    @property
+    def stay(self) -> dict[int, str]:
+        """The layers that have to stay, and why."""
+        ends = {0: self.first_stays, self.num_layers - 1: self.last_stays}
+        return {**self.others_stay, **{layer: why for layer, why in ends.items() if why}}
+
+    def outer_parts(self, shapes: Shapes, layers: int) -> dict[str, Shape]:
+        """Of tensors outside the layers, of these shapes, those that hold parts of layers, as they
+        are with so many.
+        """
+        found: dict[str, Shape] = {}
+        for axis in self.layer_axes:
+            shape = shapes[axis.tensor]
+            found[axis.tensor] = (
+                *shape[: axis.dim],
+                layers * axis.per_unit,
+                *shape[axis.dim + 1 :],
+            )
+        return found
+
     def followed(self, kept: Mapping[str, int]) -> dict[str, int]:
         """Units of some groups, and of those that keep so many times as many as one of them."""
         times = {group.name: group.times for group in self.groups if group.times}
         follow = {n: each * kept[name] for n, (name, each) in times.items() if name in kept}
         return {**kept, **follow}
+
+    def led_by(self, name: str, layer: int) -> tuple[str, int] | None:
+        """The group of a layer whose units this group's number says, and how many for each: itself,
+        or where the layer lacks it one that follows it; None: there is none.
+        """
+        times = {group.name: group.times or (group.name, 1) for group in self.layers[layer].groups}
+        if name in times:
+            return name, 1
+        return next(((n, each) for n, (led, each) in times.items() if led == name), None)
 
     @cached_property
     def lacking(self) -> dict[str, tuple[int, ...]]:

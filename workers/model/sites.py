@@ -2,6 +2,7 @@
 statistic of what they read. No torch.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -76,12 +77,18 @@ def _sites(model: Model, group: Group) -> Iterator[Site]:
 
 
 def check_widths(model: Model, masks: Masks) -> None:
-    """Check that zeros can be counted in whole groups of neighbouring inputs.
+    """Check that zeros can be counted in whole groups of neighbouring inputs, alike in all layers.
 
     Raises:
-        SpecError: a width is no multiple.
+        SpecError: a width is no multiple, or not the same in all layers.
     """
+    kinds = Counter(name for group in model.groups for name in NAMES[group.kind])
     for name, site in sites_of(model).items():
+        if kinds[name] > 1 and name in masks.sites:
+            raise SpecError(
+                f"method.sites: {name}: not all layers of this {model.model_type} have the same"
+                " there; leave it out of method.sites, or take another method"
+            )
         if masks.group and name in masks.sites and site.input.width % masks.group:
             raise SpecError(
                 f"method.pattern: {masks.pattern}: {site.weights[0]} reads {site.input.width}"

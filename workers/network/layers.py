@@ -68,7 +68,7 @@ def _run(layer: nn.Module, index: int, batch: MicroBatch, swaps: Mapping[str, nn
     args, kwargs = batch.arguments[index]
     hidden_BTD = batch.hidden_BTD.to(_device(layer))  # once swapped it may have no parameters left
     with _swapped(layer, swaps):
-        return output_of(layer(hidden_BTD, *args, **kwargs))
+        return output_of(layer(hidden_BTD, *args, **{**kwargs, **batch.for_later}))
 
 
 def _device(layer: nn.Module) -> torch.device:
@@ -361,9 +361,8 @@ def backward(
     """From the loss's gradient behind an unchanged layer those before it and, by group, at its
     consumers' inputs (B, T, F).
     """
-    arguments = list(batch.arguments)
     # autograd takes none from inference mode
-    arguments[index] = pytree.tree_map_only(Tensor, torch.clone, arguments[index])
+    arguments = {index: pytree.tree_map_only(Tensor, torch.clone, batch.arguments[index])}
     given_BTD = batch.hidden_BTD.to(_device(layer), copy=True).requires_grad_()
     with _inputs_noted(layer, groups) as inputs:
         output_BTD = _run(layer, index, MicroBatch(given_BTD, arguments), {})

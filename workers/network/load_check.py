@@ -51,7 +51,8 @@ def check_loads(folder: Path, expected_parameters: int) -> None:
         raise VerificationError(
             f"{folder}: holds {parameters} parameters, the plan says {expected_parameters}"
         )
-    if not bool(torch.isfinite(model(torch.arange(8)[None])[0]).all()):
+    logits = model.get_submodule(described.predictor)(torch.arange(8)[None])[0]
+    if not bool(torch.isfinite(logits).all()):
         dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
         remedy = (
             "set export.dtype: bfloat16 or float32, which reach further"
@@ -97,14 +98,15 @@ def _loaded_parameters(folder: Path, model: Any, info: Mapping[str, Any]) -> int
 
 
 def loaded(folder: Path, dtype: torch.dtype, device_map: str | None = None) -> Any:
-    """The model of a folder in a type, on the CPU or as a `device_map` of transformers says; no
-    code that lies in the folder is run.
+    """What predicts from token ids of the model of a folder, in a type, on the CPU or as a
+    `device_map` of transformers says; no code that lies in the folder is run.
 
     Raises:
         VerificationError: it holds code that this package would not have written for it.
     """
     disable_progress_bar()
-    return class_for(own_model(folder)).from_pretrained(
+    described = own_model(folder)
+    network = class_for(described).from_pretrained(
         folder,
         dtype=dtype,
         device_map=device_map,
@@ -112,3 +114,4 @@ def loaded(folder: Path, dtype: torch.dtype, device_map: str | None = None) -> A
         use_safetensors=True,
         local_files_only=True,
     )
+    return network.get_submodule(described.predictor)

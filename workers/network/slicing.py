@@ -76,11 +76,7 @@ def slice_layer(
         if len(cut.units) == 0:
             result = {n: tensor for n, tensor in result.items() if not group.block.holds(n)}
             continue
-        for name, axes in _by_tensor(group.axes).items():
-            if name in result:
-                dim, length = axes[0].dim, result[name].shape[axes[0].dim]
-                stays = kept_entries(length, axes, group.num_units, cut.units)
-                result[name] = result[name].index_select(dim, stays.to(result[name].device))
+        result |= keep_units(result, group.axes, group.num_units, cut.units)
         weight = cut.weight_DK
         result[group.consumer.weight] = weight.T if group.consumer.transposed else weight
     for group in (group for group in groups if group.kind == "experts" and group.name in cuts):
@@ -103,6 +99,19 @@ def keep_experts(
             found[name] = tensor
         elif number in places:
             found[f"{inside}{places[number]}.{rest}"] = tensor
+    return found
+
+
+def keep_units(
+    tensors: Mapping[str, Tensor], axes: Iterable[Axis], num_units: int, units: Tensor
+) -> dict[str, Tensor]:
+    """The tensors that lie along these axes, without the entries of units that do not stay."""
+    found = {}
+    for name, its in _by_tensor(axes).items():
+        if name in tensors:
+            tensor, dim = tensors[name], its[0].dim
+            stays = kept_entries(tensor.shape[dim], its, num_units, units)
+            found[name] = tensor.index_select(dim, stays.to(tensor.device))
     return found
 
 

@@ -51,7 +51,7 @@ class Stacks:
     def network(self, layers: Sequence[nn.Module]) -> Any:
         """The model with these layers in the place of its own; the ones before are gone."""
         self._network.set_submodule(self._described.layers_at, nn.ModuleList(layers))
-        return self._network
+        return self._network.get_submodule(self._described.predictor)
 
     def layers(
         self, kept: Mapping[str, int], count: int, batch: int, tokens: int

@@ -7,11 +7,13 @@ Letters: B windows of a micro-batch, T tokens, D hidden.
 """
 
 import logging
+from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from typing import Any
 from weakref import WeakValueDictionary
@@ -36,24 +38,97 @@ from rayprune.workers.stock import refused_by_transformers, stock_config
 
 Store = Callable[[Tensor], Tensor]
 LayerArguments = tuple[tuple[Any, ...], dict[str, Any]]
+HIDDEN = "hidden"
+"""The hidden states' name in a state of a micro-batch."""
 
 
 @dataclass
 class MicroBatch:
     """A few windows on their way through the layers.
 
-    `hidden_BTD` is the input of the current layer, `arguments[i]` what layer i gets besides. Of the
-    current layer: `inputs[group]` is a consumer's input (a cache), `routing` what its experts are
-    given (a cache), `outputs[block]` the output that stands in for a block. `store` puts hidden
-    states and outputs where they wait: it returns them, or their copy elsewhere.
+    `hidden_BTD` is the input of the current layer, `arguments[i]` what layer i gets besides, and
+    `for_later` the arguments in which layers leave what later ones read. Of the current layer:
+    `inputs[group]` is a consumer's input (a cache), `routing` what its experts are given (a cache),
+    `outputs[block]` the output that stands in for a block. `store` puts hidden states and outputs
+    where they wait: it returns them, or their copy elsewhere.
     """
 
     hidden_BTD: Tensor
-    arguments: list[LayerArguments]
+    arguments: Mapping[int, LayerArguments]
+    for_later: "Mapping[str, ForLater]" = field(default_factory=dict)
     inputs: dict[str, Tensor] = field(default_factory=dict)
     outputs: dict[str, Tensor] = field(default_factory=dict)
     routing: Routing | None = None
     store: Store = lambda tensor: tensor
+
+    def parted(self) -> "MicroBatch":
+        """Another one at the same place, which goes its own way from there."""
+        left = {name: found.copy() for name, found in self.for_later.items()}
+        return MicroBatch(self.hidden_BTD, self.arguments, left, store=self.store)
+
+    def state(self) -> dict[str, Tensor]:
+        """What layers need of those before: hidden states, and what was left for later."""
+        left = {
+            f"{argument}.{name}.{number}": tensor
+            for argument, found in self.for_later.items()
+            for name, tensors in found.items()
+            for number, tensor in enumerate(tensors)
+        }
+        return {HIDDEN: self.hidden_BTD, **left}
+
+    def take_up(self, state: Mapping[str, Tensor]) -> None:
+        """Stand where another one of the same windows stood."""
+        self.hidden_BTD = self.store(state[HIDDEN])
+        for argument, found in self.for_later.items():
+            names = sorted(name for name in state if name.startswith(f"{argument}."))
+            for kind in {name.split(".")[1] for name in names}:
+                found[kind] = tuple(state[n] for n in names if n.split(".")[1] == kind)
+
+
+class ForLater(UserDict[str, tuple[Tensor, ...]]):
+    """What layers leave for later ones: it waits where hidden states do."""
+
+    def __init__(self, store: Store, device: torch.device) -> None:
+        super().__init__()
+        self._store, self._device = store, device
+
+    def __setitem__(self, name: str, tensors: tuple[Tensor, ...]) -> None:
+        super().__setitem__(name, tuple(map(self._store, tensors)))
+
+    def __getitem__(self, name: str) -> tuple[Tensor, ...]:
+        return tuple(tensor.to(self._device) for tensor in super().__getitem__(name))
+
+
+class _OfTokens(Mapping[int, LayerArguments]):
+    """What layers get besides, where positional arguments depend on the tokens: recorded anew for
+    each layer, so that those of one alone wait; the others are those of any windows of the shape.
+    """
+
+    def __init__(
+        self,
+        others: Mapping[int, LayerArguments],
+        record: Callable[[int], tuple[Tensor, ...]],
+        device: torch.device,
+    ) -> None:
+        self._named: dict[int, dict[str, Any]] = (
+            others._named
+            if isinstance(others, _OfTokens)
+            else {layer: kwargs for layer, (_, kwargs) in others.items()}
+        )
+        self._record, self._device = record, device
+        self._found: dict[int, tuple[Tensor, ...]] = {}
+
+    def __getitem__(self, layer: int) -> LayerArguments:
+        if layer not in self._found:
+            self._found = {}  # freed before the next is made
+            self._found = {layer: self._record(layer)}
+        return tuple(tensor.to(self._device) for tensor in self._found[layer]), self._named[layer]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._named)
+
+    def __len__(self) -> int:
+        return len(self._named)
 
 
 class _HandsOn:
@@ -248,26 +323,48 @@ class StreamedModel:
     @torch.inference_mode()
     def embed(self, tokens_BT: Tensor, reuse: MicroBatch | None = None) -> MicroBatch:
         """Embeddings of some windows, with the arguments of every layer: recorded, or those of
-        `reuse`, a batch of the same shape.
+        `reuse`, a batch of the same shape, but for what depends on the tokens.
         """
-        returns = self._described.layer_returns
-        hands_on = None
-        if self._described.hands_on and reuse is None:
+        described, hands_on = self._described, None
+        if described.hands_on and reuse is None:
             hands_on = _HandsOn(self.load_layer(0, prefetch=False))
-        recorders = [_Recorder(layer, returns, hands_on=hands_on) for layer in self._layers]
-        self._put(recorders[:1] if reuse else recorders)
+        recorders = self._recorders(hands_on)
         caught: list[Tensor] = []
-        backbone = self._model.get_submodule(self._described.backbone)
         first = recorders[0].register_forward_pre_hook(lambda _, args: caught.append(args[0]))
         with hooked([first]):
-            backbone(input_ids=tokens_BT.to(self.device), **self._plainly)
-        recorded = [r.arguments for r in recorders if r.arguments is not None]
+            recorded = self._record(tokens_BT, recorders[:1] if reuse else recorders)
         arguments = reuse.arguments if reuse else recorded
-        return MicroBatch(self._store(caught[0]), arguments, store=self._store)
+        if described.token_inputs:
+            record = partial(self._of_tokens, tokens_BT)
+            arguments = _OfTokens(arguments, record, self.device)
+        left = {name: ForLater(self._store, self.device) for name in described.for_later}
+        return MicroBatch(self._store(caught[0]), arguments, left, store=self._store)
+
+    def _recorders(self, hands_on: _HandsOn | None = None) -> list[_Recorder]:
+        returns = self._described.layer_returns
+        return [_Recorder(layer, returns, hands_on=hands_on) for layer in self._layers]
+
+    def _record(
+        self, tokens_BT: Tensor, recorders: Sequence[_Recorder]
+    ) -> dict[int, LayerArguments]:
+        """The arguments of the first layers, for which recorders stand."""
+        self._put(recorders)
+        backbone = self._model.get_submodule(self._described.backbone)
+        backbone(input_ids=tokens_BT.to(self.device), **self._plainly)
+        found = {number: recorder.arguments for number, recorder in enumerate(recorders)}
+        return {number: given for number, given in found.items() if given is not None}
+
+    @torch.inference_mode()
+    def _of_tokens(self, tokens_BT: Tensor, layer: int) -> tuple[Tensor, ...]:
+        """What a layer is given that depends on the tokens, where hidden states wait."""
+        args, _ = self._record(tokens_BT, self._recorders())[layer]
+        # clones: not parts of what all layers are given
+        return tuple(self._store(argument.clone()) for argument in args)
 
     def logits(self, tokens_BT: Tensor, hidden_BTD: Tensor) -> Tensor:
         """Output of the stock model whose last layer returned `hidden_BTD`."""
-        return self._behind_layers(self._model, tokens_BT, hidden_BTD)
+        network = self._model.get_submodule(self._described.predictor)
+        return self._behind_layers(network, tokens_BT, hidden_BTD)
 
     def last_hidden(self, tokens_BT: Tensor, hidden_BTD: Tensor) -> Tensor:
         """Hidden states (B, T, D) behind the last norm, if there is one, of the stock model whose

@@ -108,7 +108,7 @@ def _behind(
     module: nn.Module, index: int, batch: MicroBatch, layer: Layer, choice: Choice, cuts: _Cuts
 ) -> MicroBatch:
     """A copy of a micro-batch, behind a layer of which so many units stay."""
-    result = MicroBatch(batch.hidden_BTD, batch.arguments, store=batch.store)
+    result = batch.parted()
     if choice == _LEFT_OUT:
         return result
     for name, count in choice:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rayprune.specs.errors import VerificationError
 from rayprune.workers.model.description import Group
 from rayprune.workers.network import layers
-from rayprune.workers.network.streamed import MicroBatch, Store, StreamedModel
+from rayprune.workers.network.streamed import HIDDEN, MicroBatch, Store, StreamedModel
 from rayprune.workers.numerics.codec import from_array, to_array
 from rayprune.workers.numerics.statistics import Statistic
 from rayprune.workers.passes.sealed import read_sealed, write_sealed
@@ -30,6 +30,8 @@ Wanted = Mapping[int, Collection[str]]
 """The layers, and of each the groups whose statistics are collected, or `RESIDUAL_STREAM`."""
 Saved = tuple[Path, Path | None]
 """Folders of hidden states before a chunk, and at the end of a wave behind it."""
+State = dict[str, np.ndarray]
+"""The state of a micro-batch on its way to another process."""
 Passed = tuple[Tensor, Tensor]
 """The hidden states (T, D) of a window before a layer, and those it gives or is to give."""
 
@@ -94,12 +96,12 @@ class Stream:
         self._fits: dict[tuple[int, str], Fits] = {}
 
     def flow(
-        self, chunk: range, number: int, wanted: Wanted, saved: Saved, before: np.ndarray | None
-    ) -> np.ndarray | None:
+        self, chunk: range, number: int, wanted: Wanted, saved: Saved, before: State | None
+    ) -> State | None:
         """Take one micro-batch through the chunk and add it to the wanted statistics.
 
-        `before` holds its hidden states from the chunk before (None: embeddings, or the file of the
-        wave before); those behind the chunk are returned, or at the end of a wave written to a
+        `before` holds its state from the chunk before (None: embeddings, or the file of the
+        wave before); that behind the chunk is returned, or at the end of a wave written to a
         file, if anything follows. `saved` are the folders of the files before and behind the chunk.
         """
         if number == 0:
@@ -122,9 +124,10 @@ class Stream:
                 kept = self._keep(given_BTD), self._keep(wanted_BTD)
                 self._passed.setdefault(index, []).extend(zip(*kept, strict=True))
         if saved[1] is None:
-            return to_array(batch.hidden_BTD)
+            return {name: to_array(tensor) for name, tensor in batch.state().items()}
         if chunk.stop < len(batch.arguments):
-            write_sealed(boundary_file(saved[1], number), {"hidden": batch.hidden_BTD.contiguous()})
+            state = {name: tensor.contiguous() for name, tensor in batch.state().items()}
+            write_sealed(boundary_file(saved[1], number), state)
         return None
 
     def _begin(self, chunk: range, wanted: Wanted) -> None:
@@ -146,23 +149,24 @@ class Stream:
         group = self._groups[name]
         return self._empty(group), self._empty(group)
 
-    def _entering(
-        self, layer: int, number: int, saved: Path, before: np.ndarray | None
-    ) -> MicroBatch:
-        """The micro-batch before a layer; the layers' arguments are recorded once per shape."""
-        tokens_BT = self._batches[number]
+    def _entering(self, layer: int, number: int, saved: Path, before: State | None) -> MicroBatch:
+        """The micro-batch before a layer; the layers' arguments are recorded once per shape, but
+        for those that depend on the tokens.
+        """
+        tokens_BT, described = self._batches[number], self._model.checkpoint.model
         known = self._arguments.get(tokens_BT.shape)
-        if known is None or layer == 0:
+        if known is None or layer == 0 or described.token_inputs:
             known = self._model.embed(tokens_BT, known)
             self._arguments[tokens_BT.shape] = known
         if layer == 0:
             return known
-        hidden_BTD = (
-            from_array(before, self._model.dtype)
+        batch = MicroBatch(known.hidden_BTD, known.arguments, known.parted().for_later)
+        batch.take_up(
+            {name: from_array(array, self._model.dtype) for name, array in before.items()}
             if before is not None
-            else _saved_states(boundary_file(saved, number))
+            else _saved_state(boundary_file(saved, number))
         )
-        return MicroBatch(hidden_BTD, known.arguments)
+        return batch
 
     def _note(self, layer: int, number: int, inputs: dict[str, Tensor]) -> None:
         for name, z_BTF in inputs.items():
@@ -185,7 +189,7 @@ class Stream:
         return self._passed.pop(layer)
 
 
-def _saved_states(file: Path) -> Tensor:
+def _saved_state(file: Path) -> dict[str, Tensor]:
     """Hidden states that a wave has left; damaged ones are removed, so that a new attempt makes
     them again.
 
@@ -193,9 +197,9 @@ def _saved_states(file: Path) -> Tensor:
         VerificationError: they are not as they were written.
     """
     saved = read_sealed(file)
-    if saved is None or "hidden" not in saved:
+    if saved is None or HIDDEN not in saved:
         remove(file)
         raise VerificationError(
             f"{file}: was damaged while it was used, and is removed; run the same command again"
         )
-    return saved["hidden"]
+    return saved

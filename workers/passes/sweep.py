@@ -22,7 +22,7 @@ from rayprune.workers.model.description import Group
 from rayprune.workers.model.places import Place
 from rayprune.workers.network import layers
 from rayprune.workers.network.slicing import Cut
-from rayprune.workers.network.streamed import MicroBatch, StreamedModel
+from rayprune.workers.network.streamed import HIDDEN, MicroBatch, StreamedModel
 from rayprune.workers.numerics.statistics import RoutingStatistic, State, Statistic
 from rayprune.workers.passes.sealed import read_sealed, write_sealed
 from rayprune.workers.store.files import Manifest, read_manifest, remove
@@ -309,8 +309,9 @@ class Sweep:
             write_sealed(
                 path,
                 {
-                    f"{number:05d}": batch.hidden_BTD.contiguous()
+                    f"{number:05d}.{name}".removesuffix(f".{HIDDEN}"): tensor.contiguous()
                     for number, batch in enumerate(batches)
+                    for name, tensor in batch.state().items()
                 },
             )
             for old in path.parent.glob("layer-*.safetensors"):
@@ -326,16 +327,24 @@ class Sweep:
             path = self._hidden_path(index, saved)
             if path is None or not path.exists():
                 continue
-            hidden = read_sealed(path)
-            if hidden is None or len(hidden) != len(batches) + len(dense):
+            states = _by_batch(read_sealed(path) or {})
+            if len(states) != len(batches) + len(dense):
                 self._warn(f"{path}: is damaged or not of this run; its layers are computed again")
                 continue
-            for batch, (_, hidden_BTD) in zip(
-                [*batches, *dense], sorted(hidden.items()), strict=True
-            ):
-                batch.hidden_BTD = batch.store(hidden_BTD.to(self._model.device, copy=True))
+            for batch, (_, state) in zip([*batches, *dense], sorted(states.items()), strict=True):
+                device = self._model.device
+                batch.take_up({name: found.to(device, copy=True) for name, found in state.items()})
             return Shard(saved, batches, dense)
         return Shard(0, batches, dense)
+
+
+def _by_batch(saved: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The states in a file, by the numbers of their micro-batches."""
+    states: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in saved.items():
+        number, _, rest = name.partition(".")
+        states.setdefault(number, {})[rest or HIDDEN] = tensor
+    return states
 
 
 def check_finite(

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -18,7 +17,7 @@ from rayprune.workers.network.written import trained
 from rayprune.workers.numerics.methods import scores
 from rayprune.workers.passes.kept import read_fits, write_fits
 from rayprune.workers.passes.sealed import read_sealed
-from rayprune.workers.passes.stream import DenseLayers, Fits, Saved, Stream, Wanted
+from rayprune.workers.passes.stream import DenseLayers, Fits, Saved, State, Stream, Wanted
 from rayprune.workers.passes.survey import curve, tensors_of
 from rayprune.workers.passes.sweep import micro_batches
 from rayprune.workers.steps.deciding import Deciding
@@ -91,9 +90,9 @@ class Streaming:
         number: int,
         wanted: Wanted,
         saved: Saved,
-        before: np.ndarray | None,
+        before: State | None,
         goal: Goal | None = None,
-    ) -> tuple[Receipt, np.ndarray | None]:
+    ) -> tuple[Receipt, State | None]:
         """Take a micro-batch of the calibration text, or of that of a `goal`, through a chunk of
         layers; see `Stream.flow`.
         """
@@ -121,6 +120,11 @@ class Streaming:
         loaded = self._loaded.pop((layer, name), None)
         return loaded or self._stream.value.fit(layer, name)
 
+    def _losing(self, layer: int, kept: Mapping[str, int]) -> list[str]:
+        """The groups of a layer that lose units."""
+        groups = self._bench.checkpoint.model.layers[layer].groups
+        return [group.name for group in groups if kept[group.name] < group.num_units]
+
     @step
     def keep_statistics(
         self, layer: int, task: Task, groups: Sequence[str]
@@ -145,11 +149,7 @@ class Streaming:
     @step
     def select(self, layer: int, task: Task, kept: Mapping[str, int]) -> tuple[Receipt, None]:
         """Select the units of a layer that stay, from the statistics this worker has."""
-        fits = {
-            name: self._fit(layer, name)
-            for name, count in kept.items()
-            if count < self._bench.groups[name].num_units
-        }
+        fits = {name: self._fit(layer, name) for name in self._losing(layer, kept)}
         units = {
             name: self._deciding.select(layer, name, kept[name], training).tolist()
             for name, (training, _) in fits.items()
@@ -218,11 +218,7 @@ class Streaming:
         position: int | None,
     ) -> tuple[Receipt, None]:
         """Decide all groups of a layer from the statistics this worker has, and write the layer."""
-        fits = {
-            name: self._fit(layer, name)
-            for name, count in kept.items()
-            if count < self._bench.groups[name].num_units
-        }
+        fits = {name: self._fit(layer, name) for name in self._losing(layer, kept)}
         decided = {
             name: self._deciding.cut(layer, name, kept[name], fits.pop(name)) for name in list(fits)
         }

@@ -16,7 +16,7 @@ from rayprune.workers.model.form import AS_IT_IS, Form
 from rayprune.workers.model.older import TOKENIZER_CONFIG, tokenizer_readable_by_both
 from rayprune.workers.model.places import Place, as_stored
 from rayprune.workers.network.reading import digest_of, read_tensors
-from rayprune.workers.network.slicing import Cut, pad_layer, slice_layer
+from rayprune.workers.network.slicing import Cut, keep_units, pad_layer, slice_layer
 from rayprune.workers.network.written import narrowed
 from rayprune.workers.steps.step import Receipt, step
 from rayprune.workers.store.files import Task, commit, write_json, write_tensors
@@ -155,12 +155,16 @@ class Writing:
         return {n: narrowed(tensor, dtypes[n], prefix + n) for n, tensor in sliced.items()}
 
     @step
-    def write_outer(self, task: Task, written: Mapping[str, int] | None) -> tuple[Receipt, None]:
-        """Write what is outside the layers in its type on disk, in the form of a model whose layers
-        all hold so many units (None: they differ).
+    def write_outer(
+        self, task: Task, written: Mapping[str, int] | None, there: Sequence[int]
+    ) -> tuple[Receipt, None]:
+        """Write what is outside the layers in its type on disk, with the parts of those that are
+        `there`, in the form of a model whose layers all hold so many units (None: they differ).
         """
         checkpoint = self._bench.checkpoint
         found = read_tensors(checkpoint, checkpoint.outer_tensors)
+        if (count := checkpoint.num_layers) > len(there):
+            found |= keep_units(found, checkpoint.model.layer_axes, count, torch.tensor(there))
         tensors = {
             name: narrowed(tensor, self._bench.disk_dtype(tensor), name)
             for name, tensor in found.items()

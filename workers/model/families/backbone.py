@@ -35,6 +35,9 @@ class Backbone(Family):
     """Where it sits."""
     beside: tuple[str, ...] = ("model.vision_tower", "model.multi_modal_projector")
     """Modules that text does not pass through."""
+    head: str = "lm_head.weight"
+    predictor: str = ""
+    """The module that predicts from token ids, where the class does not; empty: the class does."""
     tied: bool = False
     """Whether the head is the embedding matrix where the config does not say."""
     older_names: Mapping[str, str] = field(default_factory=lambda: _LLAVA)
@@ -101,6 +104,12 @@ class Backbone(Family):
             last_norm=self._named(model.last_norm),
             outer={self._named(name): shape for name, shape in model.outer.items()},
             embedding=self._named(model.embedding),
+            head=self.head,
+            predictor=self.predictor,
+            layer_axes=tuple(
+                replace(axis, tensor=self._named(axis.tensor)) for axis in model.layer_axes
+            ),
+            left_out=tuple(map(self._named, model.left_out)),
             beside=self.beside,
             older_names=self.older_names,
             open_outside=True,
@@ -109,6 +118,8 @@ class Backbone(Family):
         )
 
     def _named(self, name: str) -> str:
+        if name == self.text.head:
+            return self.head
         start = f"{self.text.backbone}."
         return f"{self.at}.{name.removeprefix(start)}" if name.startswith(start) else name
 

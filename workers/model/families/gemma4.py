@@ -1,8 +1,7 @@
-"""Gemma 4 with its vision tower, as of its dense 31B and its 26B with experts: the text model is
-pruned.
-"""
+"""Gemma 4 with its vision tower, and as E2B and E4B with one that hears: the text model is pruned."""
 
-from rayprune.specs.errors import ModelError
+from dataclasses import replace
+
 from rayprune.workers.model.config import Config
 from rayprune.workers.model.families.backbone import Backbone
 from rayprune.workers.model.families.gemma4_text import FAMILY as TEXT
@@ -11,15 +10,11 @@ from rayprune.workers.model.families.gemma4_text import FAMILY as TEXT
 class Gemma4(Backbone):
     """A backbone that may have ears."""
 
-    def part(self, config: Config) -> Config:
-        """The text model's config, by itself.
-
-        Raises:
-            ModelError: the model hears, too.
-        """
-        if config.raw.get("audio_config") is not None:
-            raise ModelError(f"{config.file}: audio_config is not supported for gemma4")
-        return super().part(config)
+    def of(self, config: Config) -> Backbone:
+        """The family as it is with a config: what hears is beside the text, too."""
+        if config.raw.get("audio_config") is None:
+            return self
+        return replace(self, beside=(*self.beside, "model.audio_tower", "model.embed_audio"))
 
 
 FAMILY = Gemma4(

@@ -1,6 +1,9 @@
-"""Gemma 4's text model, as of its dense 31B and of its 26B with experts: layers with a sliding
-window, and every sixth, the last too, that sees all, with larger heads and fewer KV groups, whose
-keys may be its values. Experts run beside an FFN, each behind norms of its own.
+"""Gemma 4's text model: layers with a sliding window, and every sixth, the last too, that sees all,
+with larger heads and fewer KV groups, whose keys may be its values.
+
+In its 26B experts run beside an FFN, each behind norms of its own. In E2B and E4B every layer is
+given an input of its own, made of the tokens, and the last layers have no keys and values: each
+reads those of the last layer of its kind that has. Their FFN may be twice as wide.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,7 +12,7 @@ from typing import Any
 
 from rayprune.specs.errors import ModelError, SpecError
 from rayprune.workers.model.config import Config
-from rayprune.workers.model.description import Layer, Model
+from rayprune.workers.model.description import Axis, Group, Layer, Model, Shape
 from rayprune.workers.model.families.decoder import Decoder, biased_by
 from rayprune.workers.model.families.family import MOST_LAYERS
 from rayprune.workers.model.families.mixture import Experts, Mixture, Shared, packed
@@ -17,7 +20,8 @@ from rayprune.workers.model.families.parts import ATTENTION, NORMS_AROUND
 from rayprune.workers.model.form import Form
 from rayprune.workers.model.values import check_layer_types
 
-_FULL, _SIZES = "full_attention", "per_layer_config"
+_FULL, _SIZES, _WIDER = "full_attention", "per_layer_config", "use_double_wide_mlp"
+_READERS = "num_kv_shared_layers"
 _OWN = {"head_dim", "num_key_value_heads"}
 """What layers that see all have of their own."""
 _HEADS_STAY = (
@@ -49,14 +53,40 @@ def _of_layer(config: Config, layer: int) -> Config:
     return replace(config, raw=raw | own)
 
 
-def _refused(config: Config) -> str | None:
-    if config.raw.get("hidden_size_per_layer_input", 256):
+def _inputs(config: Config) -> int:
+    """Numbers of a token that every layer is given beside the hidden states; 0: none."""
+    key = "hidden_size_per_layer_input"
+    return config.integer(key, 256) if config.raw.get(key, 256) else 0
+
+
+def _first_reader(config: Config) -> int:
+    """The first of the layers that read keys and values of others; the number of layers: none
+    does.
+    """
+    count = config.integer("num_hidden_layers", most=MOST_LAYERS)
+    return count - (config.integer(_READERS) if config.raw.get(_READERS) else 0)
+
+
+def _refused_readers(config: Config) -> str | None:
+    count, first = config.integer("num_hidden_layers", most=MOST_LAYERS), _first_reader(config)
+    kinds = [_kind(config, layer) for layer in range(count)]
+    if not set(kinds) <= set(kinds[: max(first, 0)]):
         return (
-            "hidden_size_per_layer_input is not supported: what its layers are given beside the"
-            " hidden states depends on the tokens"
+            f"{_READERS} leaves no layer of some kind whose keys and values the others could read"
         )
-    if config.raw.get("num_kv_shared_layers"):
-        return "num_kv_shared_layers is not supported: layers read keys and values of others"
+    if first < count and not _inputs(config):
+        return (
+            f"{_READERS} is not supported without hidden_size_per_layer_input: its class fails on"
+            " it"
+        )
+    if config.flag(_WIDER) and config.flag("enable_moe_block"):
+        return f"{_WIDER} is not supported with enable_moe_block"
+    return None
+
+
+def _refused(config: Config) -> str | None:
+    if problem := _refused_readers(config):
+        return problem
     if config.raw.get("use_bidirectional_attention") == "all":
         return "use_bidirectional_attention is not supported: statistics are those of a decoder"
     count = config.integer("num_hidden_layers", most=MOST_LAYERS)
@@ -84,27 +114,84 @@ class Gemma4(Decoder):
         if problem := _refused(config):
             raise ModelError(f"{config.file}: {problem}")
         plain = replace(config, raw={k: v for k, v in config.raw.items() if k != _SIZES})
-        made: dict[tuple[str, str], Layer] = {}
-        layers = []
-        model = super().describe(plain)
+        made: dict[tuple[str, str, bool], Layer] = {}
+        layers, first = [], _first_reader(config)
         for number in range(self.count_layers(config)):
             kind, own = _kind(config, number), _of_layer(config, number)
-            found = (kind, str(self.heads(own)))
+            found = (kind, str(self.heads(own)), number >= first)
             if found not in made:
-                made[found] = self._of_kind(own, kind)
+                made[found] = self._of_kind(own, kind, number >= first)
             layers.append(made[found])
-        return replace(model, layers=tuple(layers))
+        model = replace(super().describe(plain), layers=tuple(layers))
+        if given := _inputs(config):
+            model = self._with_inputs(config, model, given)
+        return self._with_readers(config, model, first) if first < len(layers) else model
 
-    def _of_kind(self, config: Config, kind: str) -> Layer:
+    def _with_inputs(self, config: Config, model: Model, given: int) -> Model:
+        """With what makes the inputs of all layers of the tokens."""
+        together = model.num_layers * given
+        tokens = config.integer("vocab_size_per_layer_input", 262_144)
+        shapes = {
+            "embed_tokens_per_layer.weight": (tokens, together),
+            "per_layer_model_projection.weight": (together, model.hidden),
+            "per_layer_projection_norm.weight": (given,),
+        }
+        outer = {f"{model.backbone}.{name}": shape for name, shape in shapes.items()}
+        table, projection, _ = outer
+        return replace(
+            model,
+            outer={**model.outer, **outer},
+            token_inputs=given,
+            layer_axes=(Axis(table, 1, given), Axis(projection, 0, given)),
+        )
+
+    def _with_readers(self, config: Config, model: Model, first: int) -> Model:
+        """With layers that read keys and values of others. Published files hold matrices of theirs,
+        which the class never reads.
+        """
+        read = {_kind(config, layer): layer for layer in range(first)}
+        sizes = [self.heads(_of_layer(config, layer)) for layer in read.values()]
+        unread = tuple(
+            f"{model.prefix(layer)}self_attn.{name}."
+            for layer in range(first, model.num_layers)
+            for name in ("k_proj", "v_proj", "k_norm")
+        )
+        return replace(
+            model,
+            for_later={"shared_kv_states": sum(2 * size.groups * size.size for size in sizes)},
+            others_stay=dict.fromkeys(read.values(), "others read its keys and values"),
+            left_out=(*model.left_out, *unread),
+            why_left_out="keys and values of layers that read those of others",
+        )
+
+    def _of_kind(self, config: Config, kind: str, reads: bool) -> Layer:
+        """A layer of a kind; `reads`: the keys and values of another one."""
         full = kind == _FULL
         shared = full and config.flag("attention_k_eq_v")
-        producers = {n: p for n, p in ATTENTION.producers.items() if not (shared and "v_proj" in n)}
-        family = replace(self, attention=replace(ATTENTION, producers=producers))
+        absent = {"k_proj", "v_proj"} if reads else {"v_proj"} if shared else set[str]()
+        producers = {
+            name: rows
+            for name, rows in ATTENTION.producers.items()
+            if name.removeprefix("self_attn.") not in absent
+        }
+        family = replace(
+            self,
+            attention=replace(ATTENTION, producers=producers),
+            head_norms=self.head_norms[:1] if reads else self.head_norms,
+        )
+        wider = reads and config.flag(_WIDER)
+        if wider:
+            sizes = {"intermediate_size": 2 * self.width(config)}
+            config = replace(config, raw={**config.raw, **sizes})
         layer = family._layer(config)
         attention, *others = layer.groups
         if full:
             attention = replace(attention, name="full_heads", title="KV groups of full attention")
-        shapes = {**layer.shapes, "layer_scalar": (1,)}
+        if reads:
+            attention = replace(attention, cached=0)
+        if wider:
+            others = [_wider(group) for group in others]
+        shapes = {**layer.shapes, "layer_scalar": (1,)} | _shapes_of_inputs(config)
         return replace(layer, groups=(attention, *others), shapes=shapes)
 
     def keeping(self, config: Config, layers: Sequence[int]) -> dict[str, object]:
@@ -112,7 +199,9 @@ class Gemma4(Decoder):
         listed = config.raw.get(_SIZES)
         own = listed if isinstance(listed, Mapping) else {}
         sizes = {str(new): own[str(n)] for new, n in enumerate(layers) if str(n) in own}
-        return super().keeping(config, layers) | ({_SIZES: sizes} if own else {})
+        readers = sum(layer >= _first_reader(config) for layer in layers)
+        changes = super().keeping(config, layers) | ({_SIZES: sizes} if own else {})
+        return changes | ({_READERS: readers} if _READERS in config.raw else {})
 
     def form(self, config: Config, kept: Mapping[str, int], target: str) -> Form:
         """The family's own form with a smaller FFN."""
@@ -123,6 +212,24 @@ class Gemma4(Decoder):
         groups = [group for group in self.describe(config).groups if group.kind == "attention"]
         if any(kept.get(group.name, group.num_units) != group.num_units for group in groups):
             raise SpecError(f"{config.model_type}: {_HEADS_STAY}")
+
+
+def _wider(group: Group) -> Group:
+    """The FFN of a layer that is twice as wide as the others."""
+    title = "FFN channels of layers that read keys and values"
+    return replace(group, name="wide_neurons", title=title, times=("neurons", 2))
+
+
+def _shapes_of_inputs(config: Config) -> dict[str, Shape]:
+    """The tensors of a layer that work on its input."""
+    if not (given := _inputs(config)):
+        return {}
+    hidden = config.integer("hidden_size")
+    return {
+        "per_layer_input_gate.weight": (given, hidden),
+        "per_layer_projection.weight": (hidden, given),
+        "post_per_layer_input_norm.weight": (hidden,),
+    }
 
 
 @dataclass(frozen=True)

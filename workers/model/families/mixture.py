@@ -149,7 +149,11 @@ class Mixture(Decoder):
             ModelError: no layer has experts.
         """
         model = replace(
-            super().describe(config), routers=self.experts.router, left_out=self._guessing(config)
+            super().describe(config),
+            routers=self.experts.router,
+            left_out=self._guessing(config),
+            why_left_out="multi-token prediction, whose layers guess from the model as it was; the"
+            " pruned one generates without them",
         )
         if model.experts is None:
             raise ModelError(
