@@ -27,6 +27,7 @@ ANSWER_SECONDS = 20.0
 PATIENCE_SECONDS = 60.0
 _IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 _END = "END_OF_JOB"
+_NO_AGENT = "No available agent"
 _OUR_CODES = (0, 1, 2, 3, 4, 5, INTERRUPTED)
 
 
@@ -196,10 +197,25 @@ def _has_token() -> bool:
 
 
 def _accepted(client: Any, command: str, submission: str) -> str:
-    try:
-        return str(client.submit_job(entrypoint=command, submission_id=submission))
-    except (OSError, RuntimeError) as error:
-        raise ResourceError(f"the cluster did not accept {submission}: {error}") from None
+    """Hand a job over, once the head node's agent, which takes it, has started: it does some
+    seconds after the dashboard.
+    """
+    begun = time.monotonic()
+    while True:
+        try:
+            return str(client.submit_job(entrypoint=command, submission_id=submission))
+        except (OSError, RuntimeError) as error:
+            waits = _NO_AGENT in str(error)
+            if waits and time.monotonic() - begun < PATIENCE_SECONDS:
+                time.sleep(POLL_SECONDS)
+                continue
+            advice = (
+                "; where another Ray runs on the head node, give the agent a port of its own: ray"
+                " start --head --dashboard-agent-listen-port PORT"
+            )
+            raise ResourceError(
+                f"the cluster did not accept {submission}: {error}{advice if waits else ''}"
+            ) from None
 
 
 def _hints(submission: str, address: str) -> str:

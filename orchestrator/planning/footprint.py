@@ -250,7 +250,7 @@ def exceeded(size: Footprint, allowed: Mapping[str, float]) -> list[str]:
         name: getattr(size, name) for name, limit in allowed.items() if getattr(size, name) > limit
     }
     return [
-        f"{CHANGES.get(name, f'raise budget.{name}')} ({name.replace('_', ' ')}: {value:,} of"
-        f" {allowed[name]:,.0f})"
+        f"{CHANGES.get(name, f'raise budget.{name}')} ({name.replace('_', ' ')}: {value:,}, and"
+        f" {allowed[name]:,.0f} may stay)"
         for name, value in over.items()
     ]

@@ -70,12 +70,24 @@ def check_job(job: JobSpec, out: Path | None = None) -> Checked:
         ResourceError: packages, memory or disk are missing.
     """
     checkpoint = open_checkpoint(Path(job.model.path))
-    warnings = check_inputs(job, checkpoint)
+    warnings = [*check_inputs(job, checkpoint), *_crowded(job)]
     check_packages(job)
     plan = first_plan(job, checkpoint).noting(warnings)
     if out is not None:
         check_disk(out, plan)
     return Checked(checkpoint, plan)
+
+
+def _crowded(job: JobSpec) -> list[str]:
+    """A warning where workers of this machine alone are many more than its cores."""
+    workers, cores = job.parallel.workers, len(os.sched_getaffinity(0))
+    starts_here = job.cluster.executor == "ray" and job.cluster.address == "local"
+    if not starts_here or job.parallel.device == "cuda" or workers <= 2 * cores:
+        return []
+    return [
+        f"parallel.workers: {workers} on {cores} cores: they take turns, and each takes memory and"
+        f" seconds to start; {cores} are as fast"
+    ]
 
 
 def check_inputs(job: JobSpec, checkpoint: Checkpoint) -> list[str]:

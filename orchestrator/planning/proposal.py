@@ -21,6 +21,7 @@ from rayprune.specs.recipe import RecipeName
 from rayprune.specs.texts import TextSpec
 from rayprune.workers.machine.host import Host
 from rayprune.workers.model.checkpoint import Checkpoint
+from rayprune.workers.texts.limits import check_other_text
 from rayprune.workers.texts.reading import check_text
 from rayprune.workers.texts.tokenizer import fast_encoder
 
@@ -80,6 +81,9 @@ def propose(
     case = Case(checkpoint, host)
     settings = _first(case, name, aim, text, sparsity)
     if held_out:
+        if text:
+            read, judged = (TextSpec(path=os.fspath(path)) for path in (text, held_out))
+            check_other_text([read], judged, "--held-out")
         settings |= _evaluation(case, held_out)
     settings = _allowed(case, settings)
     settings = _enough_text(case, settings, text)

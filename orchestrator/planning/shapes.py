@@ -5,6 +5,7 @@ Only the split between KV groups and neurons may stay open: there are then sever
 as many neurons as the budget allows beside its KV groups.
 """
 
+import re
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -109,18 +110,19 @@ def open_shapes(job: JobSpec, checkpoint: Checkpoint) -> tuple[Shape, ...]:
     if job.sizes_differ and checkpoint.model.sized_alike:
         way = "it to false" if checkpoint.model.experts else "export.pad: true"
         raise SpecError(f"budget.per_layer: {checkpoint.model.sized_alike}; set {way}")
-    shapes, refusals = [], []
+    shapes = []
+    refusals = dict[str, str]()  # by what is said: of those that differ in numbers the last
     for kv_groups in _open_kv_groups(job, checkpoint):
         try:
             shapes.append(_widest(job, checkpoint, kv_groups))
         except SpecError as error:
-            refusals.append(str(error))
+            refusals[re.sub(r"\d[\d,.]*", "", str(error))] = str(error)
         if len(shapes) == MAX_OPEN_SHAPES:
             break
     if not shapes:
         sparsity = job.budget.sparsity
         goal = "meets it" if sparsity is None else f"removes {sparsity:.1%} of the decoder"
-        raise SpecError(f"budget: no shape {goal}: " + "; ".join(refusals))
+        raise SpecError(f"budget: no shape {goal}: " + "; ".join(refusals.values()))
     return tuple(shapes)
 
 

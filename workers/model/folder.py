@@ -5,7 +5,6 @@ safetensors is read, shards must lie where the model's files lie, headers must f
 import hashlib
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +28,6 @@ _COUNTS = {"I64": 8, "I32": 4}
 PLANNED_BYTES = DTYPE_BYTES | {FP8: 1} | _COUNTS
 """Bytes per element of what can be planned; only `DTYPE_BYTES` can be pruned."""
 _ADAPTER = "adapter_config.json"
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -121,12 +119,9 @@ def _missing(path: Path) -> str:
             f"{path}: no such model folder, but {what}; set model.path to a folder with config.json"
             " and safetensors weights"
         )
-    name = "/".join(path.parts[-2:])
-    named = name if not path.parent.exists() and _HUB_NAME.fullmatch(name) else "NAME"
     return (
         f"{path}: no such model folder; set model.path to a folder with config.json and safetensors"
-        f" weights. A model of the Hugging Face hub is downloaded first: hf download {named}"
-        " --local-dir DIR, then model.path: DIR"
+        " weights, or to OWNER/NAME of the Hugging Face Hub"
     )
 
 

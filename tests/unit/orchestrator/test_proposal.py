@@ -109,6 +109,8 @@ def test_the_command_writes_a_valid_job(
     assert main([*words, "unmeasured.yaml"]) == 0
     assert "measures no quality: --held-out FILE" in capsys.readouterr().out
     Path("held_out.txt").write_text("What is only measured on is another text than that. " * 10)
+    assert main([*words, "same.yaml", "--held-out", "text.txt"]) == 2
+    assert "evaluate on other text" in capsys.readouterr().err
     words += ["jobs/job.yaml", "--held-out", "held_out.txt"]
     assert main(words) == 0
     told = capsys.readouterr().out

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from rayprune.orchestrator.cli import main
+from rayprune.orchestrator.execution import submit
 from rayprune.orchestrator.execution.submit import entrypoint, refuse_lost_paths, submission_id
-from rayprune.specs.errors import SpecError
+from rayprune.specs.errors import ResourceError, SpecError
 from rayprune.specs.loader import load_job
 from tests.conftest import MakeJob, MakeModel
 from tests.helpers import some
@@ -55,6 +56,29 @@ def test_the_command_carries_the_job(job: Path, tmp_path: Path) -> None:
     assert first == f"run /dev/stdin --out {out}"
     (tmp_path / "received.yaml").write_text(text)
     assert load_job(tmp_path / "received.yaml") == load_job(job, ["cluster.address=auto"])
+
+
+class Agentless:
+    """A cluster whose agent is not there yet for so many calls."""
+
+    def __init__(self, calls: int) -> None:
+        self.left = calls
+
+    def submit_job(self, entrypoint: str, submission_id: str) -> str:
+        self.left -= 1
+        if self.left >= 0:
+            raise RuntimeError("status code 500: No available agent to submit job")
+        return submission_id
+
+
+def test_a_cluster_whose_agent_is_still_starting_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(submit, "POLL_SECONDS", 0.01)
+    assert submit._accepted(Agentless(3), "rayprune", "one") == "one"
+    monkeypatch.setattr(submit, "PATIENCE_SECONDS", 0.05)
+    with pytest.raises(ResourceError, match=r"did not accept one.*--dashboard-agent-listen-port"):
+        submit._accepted(Agentless(10**6), "rayprune", "one")
 
 
 def test_every_attempt_has_another_id() -> None:

@@ -70,3 +70,9 @@ def test_every_value_says_where_it_comes_from(tmp_path: Path) -> None:
     assert (found["method.name"], found["method.scale"]) == (f"{file}:5", "recipe balanced")
     assert found["export.target"] == f"{file}:6"
     assert found["parallel.workers"] == found["method.gradient_samples"] == "default"
+
+
+def test_what_a_recipe_gives_is_told_only_where_fields_do_not_go_together() -> None:
+    with pytest.raises(SpecError) as caught:
+        load_job(REQUIRED | {"recipe": "balanced"}, ["budget.sparcity=0.1"])
+    assert "recipe balanced gives" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""Gemma 4 with its vision tower, and as E2B and E4B with one that hears: the text model is pruned."""
+"""Gemma 4 with its vision tower, and as E2B and E4B with one that hears: its text is pruned."""
 
 from dataclasses import replace
 
