@@ -84,7 +84,10 @@ class Case:
         core, threads = PROFILES["cpu-core"], job.parallel.threads_per_worker
         rates = ("forward_flops", "fp32_flops", "fp64_flops")
         faster = {name: getattr(core, name) * threads for name in rates}
-        return core.model_copy(update={"memory_bytes": self.host.memory_bytes, **faster})
+        name = f"{threads} x {core.name}" if threads > 1 else core.name
+        return core.model_copy(
+            update={"name": name, "memory_bytes": self.host.memory_bytes, **faster}
+        )
 
 
 def changed(

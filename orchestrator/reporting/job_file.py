@@ -16,7 +16,7 @@ from rayprune.orchestrator.reporting.plan_view import duration
 from rayprune.specs.core_yaml import CoreDumper
 from rayprune.specs.errors import ResourceError
 from rayprune.specs.job import JobSpec
-from rayprune.specs.recipe import recipe
+from rayprune.specs.recipe import given_by, recipe
 from rayprune.specs.schema import SCHEMA_FILE
 
 WIDTH = 100
@@ -121,10 +121,22 @@ def _yaml(value: Any) -> str:
     return text.removesuffix("...\n").strip()
 
 
+def _set_aside(proposal: Proposal) -> Iterator[str]:
+    """What of the recipe the job does not take, and why."""
+    name = proposal.job.recipe
+    assert name is not None
+    given = [line.partition(":")[0] for line in given_by(recipe(name))]
+    for field, setting in proposal.settings.items():
+        if any(each == field or each.startswith(f"{field}.") for each in given):
+            why = " ".join(setting.why.split())
+            yield f"not as the recipe has it: {field}: {_yaml(setting.value)} ({why})"
+
+
 def taken(proposal: Proposal, file: Path) -> Iterator[str]:
     """What a proposed job will take, in lines."""
     plan = proposal.plan
     yield f"wrote {os.fspath(file)}: recipe {proposal.job.recipe}"
+    yield from _set_aside(proposal)
     sizes = sorted({shape.parameters for shape in plan.shapes})
     open_yet = f" to {sizes[-1]:,}, by the shape that a probe picks," if len(sizes) > 1 else ""
     yield f"keeps {sizes[0]:,}{open_yet} of {plan.model.parameters:,} parameters"

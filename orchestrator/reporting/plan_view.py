@@ -7,6 +7,7 @@ from rayprune.orchestrator.planning.disk import still_needed
 from rayprune.orchestrator.planning.worker_memory import Kinds, gib, total
 from rayprune.orchestrator.reporting.progress import print_parts
 from rayprune.orchestrator.reporting.tables import Part, Table
+from rayprune.specs.machine import PROFILES
 from rayprune.workers.store.layout import TEACHER_TASK
 
 if TYPE_CHECKING:  # a plan shows itself with what is here
@@ -249,7 +250,8 @@ def _stages(plan: "Plan") -> Iterator[Part]:
             )
     else:
         yield (
-            "expected time: give --profile NAME, or a YAML file that `rayprune profile` has written"
+            f"expected time: give --profile NAME ({', '.join(PROFILES)}), or a YAML file that"
+            " `rayprune profile` has written"
         )
 
 
