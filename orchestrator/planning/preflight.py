@@ -108,7 +108,7 @@ def check_inputs(job: JobSpec, checkpoint: Checkpoint) -> list[str]:
     warnings = check_positions(checkpoint, spec.sequence_length, "calibration.sequence_length")
     if count := len(checkpoint.left_out):
         warnings.append(
-            f"{checkpoint.path}: {count} tensors are left out: {checkpoint.model.why_left_out}"
+            f"{checkpoint.path}: {count} tensors of {checkpoint.model.why_left_out}"
         )
     if job.recover and job.recover.own_samples and not spec.own:
         warnings.append(

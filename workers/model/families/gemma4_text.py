@@ -171,7 +171,8 @@ class Gemma4(Decoder):
             for_later={"shared_kv_states": sum(2 * size.groups * size.size for size in sizes)},
             others_stay=dict.fromkeys(read.values(), "others read its keys and values"),
             left_out=(*model.left_out, *unread),
-            why_left_out="keys and values of layers that read those of others",
+            why_left_out="layers that read keys and values of others are left out: nothing reads"
+            " them",
         )
 
     def _of_kind(self, config: Config, kind: str, reads: bool) -> Layer:
