@@ -40,6 +40,12 @@ def mixtures() -> list[str]:
     return [*found, "gemma4_text-experts"]
 
 
+def has_experts(model_type: str) -> bool:
+    """Whether a family is a mixture, or holds one."""
+    family = family_named(model_type)
+    return isinstance(getattr(family, "text", family), Mixture)
+
+
 OF_EACH_KIND = ("llama", "gemma2", "gpt2", "gpt_neox", "falcon", "opt", "bloom")
 """Plain; norms behind blocks; transposed; written as another; in place; no block; nothing cut."""
 

@@ -107,9 +107,7 @@ def check_inputs(job: JobSpec, checkpoint: Checkpoint) -> list[str]:
     special = len(encode("")) if encode and not checkpoint.model.causal else 0
     warnings = check_positions(checkpoint, spec.sequence_length, "calibration.sequence_length")
     if count := len(checkpoint.left_out):
-        warnings.append(
-            f"{checkpoint.path}: {count} tensors are left out: {checkpoint.model.why_left_out}"
-        )
+        warnings.append(f"{checkpoint.path}: {count} tensors of {checkpoint.model.why_left_out}")
     if job.recover and job.recover.own_samples and not spec.own:
         warnings.append(
             f"recover.own_samples: {job.recover.own_samples}, but the model writes no text of its"

@@ -156,6 +156,19 @@ def test_what_takes_layers_by_themselves_is_refused(
         plan_job(job, planned_checkpoint(Path(job.model.path)))
 
 
+@pytest.mark.parametrize("kind", ["gemma4_text", "gemma4_text-inputs"])
+def test_gradients_go_back_through_layers_with_heads_of_two_kinds(
+    kind: str, make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+) -> None:
+    job = load_job(make_job(make_model(kind, **MORE_LAYERS), method={"scale": "gradients"}))
+    run_job(job, tmp_path / "run", quiet)
+    squares = load_file(tmp_path / "run/tasks/gradients/gradients.safetensors")
+    found = {name: (tensor != 0).any(1).tolist() for name, tensor in squares.items()}
+    assert found["heads"] == [True, False] * 3
+    assert found["full_heads"] == [False, True] * 3
+    assert found["neurons"] == [True] * 6
+
+
 @pytest.mark.parametrize(("kind", "site"), [("gemma4_text", "qkv"), (KIND, "up")])
 def test_zeros_in_matrices_that_differ_between_layers_are_refused(
     kind: str, site: str, make_model: MakeModel, make_job: MakeJob
@@ -198,7 +211,7 @@ def test_keys_and_values_that_nothing_reads_stay_behind(
     save_file(tensors | {name: torch.ones(8, 8)}, folder / "model.safetensors", {"format": "pt"})
     told: list[dict[str, Any]] = []
     run_job(load_job(make_job(folder)), tmp_path / "run", told.append)
-    assert [e for e in told if "1 tensors are left out: keys and values" in str(e)]
+    assert [e for e in told if "1 tensors of layers that read keys and values of others" in str(e)]
     assert name not in open_checkpoint(tmp_path / "run/model").tensors
 
 

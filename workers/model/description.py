@@ -323,7 +323,7 @@ class Model:
     left_out: tuple[str, ...] = ()
     """Beginnings of tensors that are not taken along."""
     why_left_out: str = ""
-    """What they are."""
+    """What they are of, and why they are not."""
     made_up: tuple[str, ...] = ()
     """Beginnings of tensors that files may lack: nothing that is measured reads them."""
 

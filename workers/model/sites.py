@@ -82,8 +82,9 @@ def check_widths(model: Model, masks: Masks) -> None:
     Raises:
         SpecError: a width is no multiple, or not the same in all layers.
     """
+    sites = sites_of(model)
     kinds = Counter(name for group in model.groups for name in NAMES[group.kind])
-    for name, site in sites_of(model).items():
+    for name, site in sites.items():
         if kinds[name] > 1 and name in masks.sites:
             raise SpecError(
                 f"method.sites: {name}: not all layers of this {model.model_type} have the same"

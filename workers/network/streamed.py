@@ -351,6 +351,7 @@ class StreamedModel:
         self._put(recorders)
         backbone = self._model.get_submodule(self._described.backbone)
         backbone(input_ids=tokens_BT.to(self.device), **self._plainly)
+        self._put([])  # what was recorded is held by nothing else
         found = {number: recorder.arguments for number, recorder in enumerate(recorders)}
         return {number: given for number, given in found.items() if given is not None}
 

@@ -20,7 +20,8 @@ from rayprune.workers.network.streamed import StreamedModel
 from rayprune.workers.passes.sweep import embed_all
 
 Squares = dict[str, Tensor]
-"""By group, for every layer and number: squared gradients, summed over tokens, (L, F), fp64."""
+"""By group, for every layer and number: squared gradients, summed over tokens, (L, F), fp64; 0 in
+layers without the group."""
 
 
 def squared_gradients(
@@ -53,12 +54,14 @@ def squared_gradients(
     for number, (window, batch) in enumerate(zip(windows, batches, strict=True)):
         behind_NTD[number] = _behind_last(model, window, batch.hidden_BTD, first + number)[0]
     found: list[list[Squares]] = [[] for _ in windows]
+    lacking = model.checkpoint.model.lacking
     for index in reversed(range(num_layers)):
         layer = model.load_layer(index, prefetch=False)
+        its = {name: g for name, g in groups.items() if index not in lacking.get(name, ())}
         for number, batch in enumerate(batches):
             batch.hidden_BTD = given_LNTD[index, number : number + 1]
             before_1TD, inputs = layers.backward(
-                layer, index, batch, groups, behind_NTD[number : number + 1].to(model.device)
+                layer, index, batch, its, behind_NTD[number : number + 1].to(model.device)
             )
             behind_NTD[number] = before_1TD[0]
             found[number].append(
@@ -68,8 +71,12 @@ def squared_gradients(
                 }
             )
         give_back_free_memory()  # a layer leaves tens of MiB of holes
+    none = {name: torch.zeros(group.width, dtype=torch.float64) for name, group in groups.items()}
     return [
-        {name: torch.stack([layer[name] for layer in reversed(by_layer)]) for name in groups}
+        {
+            name: torch.stack([(none | layer)[name] for layer in reversed(by_layer)])
+            for name in groups
+        }
         for by_layer in found
     ]
 

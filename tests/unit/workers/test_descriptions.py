@@ -16,7 +16,7 @@ from rayprune.workers.model.families import family_of, prunable
 from rayprune.workers.model.rewrite import written
 from rayprune.workers.network.streamed import layers_of
 from tests.conftest import MakeModel, edit_json
-from tests.helpers import families, mixtures
+from tests.helpers import families, has_experts
 from tests.models import raw_config, stock_model
 
 BIASED = {"attention_bias": True, "mlp_bias": True}
@@ -27,7 +27,7 @@ FALCONS: list[dict[str, Any]] = [
     OLD | {"parallel_attn": False},
     {"num_ln_in_parallel_attn": 1},
 ]
-DENSE = [name for name in prunable() if name not in mixtures()]
+DENSE = [name for name in prunable() if not has_experts(name)]
 """transformers packs experts: see tests/contracts/test_experts.py."""
 CASES: list[Any] = [
     *((name, {}) for name in DENSE),
@@ -44,6 +44,9 @@ CASES: list[Any] = [
     ("seed_oss", {"attention_bias": False, "attention_out_bias": True}),
     *((name, {"use_bias": False}) for name in ("ernie4_5", "starcoder2")),
     *((name, {"attention_bias": False}) for name in ("glm", "glm4")),
+    ("gemma4_text-inputs", {}),
+    ("gemma4_text", {"num_hidden_layers": 12}),
+    ("gemma4_text-readers", {"num_hidden_layers": 4}),
 ]
 MIXTRAL: dict[str, Any] = SIZES | {
     "model_type": "mixtral",
@@ -229,8 +232,7 @@ def test_unusable_configs_are_refused(changes: dict[str, object], message: str) 
         ("gemma3_text", {"use_bidirectional_attention": True}, "is not supported"),
         ("llama4_text", {"num_experts_per_tok": 2}, "num_experts_per_tok above 1 is not supported"),
         ("llama4_text", {"moe_layers": "all"}, "moe_layers must be a list of layers"),
-        ("gemma4_text", {"hidden_size_per_layer_input": 8}, "depends on the tokens"),
-        ("gemma4_text", {"num_kv_shared_layers": 1}, "layers read keys and values of others"),
+        ("gemma4_text", {"num_kv_shared_layers": 3}, "leaves no layer of some kind"),
         ("gemma4_text", {"per_layer_config": {"0": {"head_dim": 4}}}, "with full attention"),
         ("gemma4_text", {"layer_types": []}, "layer_types must be a list with an entry for each"),
         ("gemma4_text", {"use_bidirectional_attention": "all"}, "those of a decoder"),

@@ -38,14 +38,25 @@ def _kind(config: Config, layer: int) -> str:
     return str(given[layer]) if isinstance(given, list) else "sliding_attention"
 
 
+def _listed(config: Config) -> dict[int, Any] | None:
+    """The sizes that the config gives layers by their numbers, which may be filled up with zeros
+    (`05`); None: it gives none.
+    """
+    listed = config.raw.get(_SIZES)
+    if listed is None:
+        return None
+    if not (isinstance(listed, Mapping) and all(str(number).isdecimal() for number in listed)):
+        raise config.wrong(_SIZES, "a mapping of layer numbers to sizes")
+    return {int(number): own for number, own in listed.items()}
+
+
 def _of_layer(config: Config, layer: int) -> Config:
     """The config of one layer: those that see all have sizes of their own."""
     raw = {key: value for key, value in config.raw.items() if key != _SIZES}
     if _kind(config, layer) != _FULL:
         return replace(config, raw=raw)
-    listed = config.raw.get(_SIZES)
-    if isinstance(listed, Mapping):
-        return replace(config, raw=raw | dict(listed.get(str(layer), {})))
+    if (listed := _listed(config)) is not None:
+        return replace(config, raw=raw | dict(listed.get(layer, {})))
     own: dict[str, object] = {"head_dim": config.integer("global_head_dim", 512)}
     groups = config.optional("num_global_key_value_heads")
     if groups and config.flag("attention_k_eq_v"):
@@ -90,11 +101,10 @@ def _refused(config: Config) -> str | None:
     if config.raw.get("use_bidirectional_attention") == "all":
         return "use_bidirectional_attention is not supported: statistics are those of a decoder"
     count = config.integer("num_hidden_layers", most=MOST_LAYERS)
-    full = {str(layer) for layer in range(count) if _kind(config, layer) == _FULL}
-    listed = config.raw.get(_SIZES)
+    full = {layer for layer in range(count) if _kind(config, layer) == _FULL}
+    listed = _listed(config)
     if listed is not None and not (
-        isinstance(listed, Mapping)
-        and listed.keys() == full
+        listed.keys() == full
         and all(isinstance(own, Mapping) and own.keys() <= _OWN for own in listed.values())
     ):
         return f"{_SIZES} must give {' and '.join(sorted(_OWN))} of each layer with full attention"
@@ -161,7 +171,8 @@ class Gemma4(Decoder):
             for_later={"shared_kv_states": sum(2 * size.groups * size.size for size in sizes)},
             others_stay=dict.fromkeys(read.values(), "others read its keys and values"),
             left_out=(*model.left_out, *unread),
-            why_left_out="keys and values of layers that read those of others",
+            why_left_out="layers that read keys and values of others are left out: nothing reads"
+            " them",
         )
 
     def _of_kind(self, config: Config, kind: str, reads: bool) -> Layer:
@@ -196,9 +207,8 @@ class Gemma4(Decoder):
 
     def keeping(self, config: Config, layers: Sequence[int]) -> dict[str, object]:
         """The keys that say that these layers stay."""
-        listed = config.raw.get(_SIZES)
-        own = listed if isinstance(listed, Mapping) else {}
-        sizes = {str(new): own[str(n)] for new, n in enumerate(layers) if str(n) in own}
+        own = _listed(config) or {}
+        sizes = {str(new): own[number] for new, number in enumerate(layers) if number in own}
         readers = sum(layer >= _first_reader(config) for layer in layers)
         changes = super().keeping(config, layers) | ({_SIZES: sizes} if own else {})
         return changes | ({_READERS: readers} if _READERS in config.raw else {})

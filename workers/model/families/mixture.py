@@ -152,8 +152,8 @@ class Mixture(Decoder):
             super().describe(config),
             routers=self.experts.router,
             left_out=self._guessing(config),
-            why_left_out="multi-token prediction, whose layers guess from the model as it was; the"
-            " pruned one generates without them",
+            why_left_out="multi-token prediction are left out: their layers guess from the model as"
+            " it was; the pruned one generates without them",
         )
         if model.experts is None:
             raise ModelError(
