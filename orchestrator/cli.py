@@ -127,7 +127,18 @@ def _parser() -> argparse.ArgumentParser:
     completion = commands.add_parser("completion", help="print what completes words in a shell")
     completion.add_argument("shell", choices=["bash", "zsh", "fish"])
     completion.set_defaults(command=lambda options: print(_completion(parser, options.shell)))
+    for listed in commands._choices_actions:
+        command, told = commands.choices[listed.dest], listed.help or ""
+        command.description, command.formatter_class = f"{told[:1].upper()}{told[1:]}.", _Help
     return parser
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Tells the defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        silent = action.default is None or action.default in (False, [], argparse.SUPPRESS)
+        return action.help if silent else super()._get_help_string(action)
 
 
 def _completion(parser: argparse.ArgumentParser, shell: str) -> str:

@@ -85,16 +85,17 @@ def _init_command(commands: Any) -> None:
     init.set_defaults(command=_init)
 
 
-def _job_command(commands: Any, name: str, command: Any, text: str) -> argparse.ArgumentParser:
+def _job_command(
+    commands: Any,
+    name: str,
+    command: Any,
+    text: str,
+    overrides: str = "override a field; may be repeated",
+) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(name, help=text)
     parser.add_argument("job", type=Path, metavar="JOB.yaml", help="job file")
     parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="a.b=c",
-        dest="overrides",
-        help="override a field; may be repeated",
+        "--set", action="append", default=[], metavar="a.b=c", dest="overrides", help=overrides
     )
     parser.set_defaults(command=command)
     return parser
@@ -125,7 +126,12 @@ def _run_command(commands: Any, name: str, command: Any, text: str) -> argparse.
 
 def _sweep_command(commands: Any) -> None:
     sweep = _job_command(
-        commands, "sweep", _sweep, "run a job at several settings, and compare what comes of them"
+        commands,
+        "sweep",
+        _sweep,
+        "run a job at several settings, and compare what comes of them",
+        "values of a field, with commas between them: budget.sparsity=0.1,0.2; repeated, every"
+        " combination is a point",
     )
     sweep.add_argument("--out", type=Path, required=True, help="folder of the runs and sweep.html")
     sweep.add_argument(
