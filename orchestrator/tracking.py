@@ -4,7 +4,10 @@ their numbers, the same however often it is sent.
 
 import hashlib
 import json
+import shutil
+import sys
 from collections.abc import Iterator
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +19,7 @@ from rayprune.specs.errors import ResourceError
 from rayprune.specs.loader import read_job
 from rayprune.specs.origins import origins
 
-TRACKERS = {"tensorboard": "tensorboardX", "mlflow": "mlflow"}
-"""The package that writes for each."""
+PROJECT = "rayprune"
 _OF_A_SIZE = ("before", "after", "ratio")
 
 
@@ -63,31 +65,42 @@ def track(run: Path, tracker: str, place: str | None) -> int:
     Args:
         run: the run folder.
         tracker: a name of `TRACKERS`.
-        place: a folder for TensorBoard, by default `tensorboard` in the run folder; a tracking URI
-            for MLflow, by default what MLflow takes by itself.
+        place: a folder for TensorBoard and W&B, by default `tensorboard` and `wandb` in the run
+            folder; a tracking URI for MLflow, by default what MLflow takes by itself; a project for
+            trackio, by default `rayprune`.
 
     Raises:
         SpecError: the run is not finished.
         ResourceError: the tracker's package is not installed.
     """
     report = read_report(run)
-    numbers, options = list(scalars(report)), settings(run)
+    numbers = list(scalars(report))
     try:
-        if tracker == "tensorboard":
-            _to_tensorboard(numbers, options, Path(place) if place else run / "tensorboard")
-        else:
-            _to_mlflow(run, numbers, options, place)
+        TRACKERS[tracker](run, numbers, settings(run), place)
     except ModuleNotFoundError as error:
         raise ResourceError(
-            f"the package {TRACKERS[tracker]} is missing ({error}); install rayprune with its"
-            f" extra: pip install 'rayprune[{tracker}]'"
+            f"a package is missing ({error}); install rayprune with its extra: pip install"
+            f" 'rayprune[{tracker}]'"
         ) from None
     return len(numbers)
 
 
-def _to_tensorboard(numbers: list[Scalar], options: dict[str, str], folder: Path) -> None:
+def _key(run: Path) -> str:
+    """What a run's numbers are told apart by."""
+    return hashlib.sha256((run / REPORT_FILE).read_bytes()).hexdigest()
+
+
+def _by_step(numbers: list[Scalar]) -> Iterator[tuple[int, dict[str, float]]]:
+    for step in sorted({each.step for each in numbers}):
+        yield step, {each.name: each.value for each in numbers if each.step == step}
+
+
+def _to_tensorboard(
+    run: Path, numbers: list[Scalar], options: dict[str, str], place: str | None
+) -> None:
     from tensorboardX import SummaryWriter
 
+    folder = Path(place) if place else run / "tensorboard"
     for old in folder.glob("events.out.tfevents.*"):  # of an earlier copy
         old.unlink()
     with SummaryWriter(str(folder)) as writer:
@@ -97,14 +110,59 @@ def _to_tensorboard(numbers: list[Scalar], options: dict[str, str], folder: Path
             writer.add_scalar(number.name, number.value, number.step)
 
 
+def _to_wandb(run: Path, numbers: list[Scalar], options: dict[str, str], place: str | None) -> None:
+    """Into a folder, as without a network: `wandb sync` sends it."""
+    import wandb
+
+    folder = Path(place) if place else run
+    for old in folder.glob(f"wandb/offline-run-*-{_key(run)[:32]}"):  # an earlier copy
+        shutil.rmtree(old)
+    folder.mkdir(parents=True, exist_ok=True)
+    sent = wandb.init(
+        project=PROJECT,
+        name=run.absolute().name,
+        id=_key(run)[:32],
+        config=options,
+        dir=folder,
+        mode="offline",
+        settings=wandb.Settings(console="off", silent=True, x_disable_stats=True),
+    )
+    with sent:
+        for step, values in _by_step(numbers):
+            sent.log(values, step=step)
+
+
+def _to_trackio(
+    run: Path, numbers: list[Scalar], options: dict[str, str], place: str | None
+) -> None:
+    import trackio
+
+    project, name = place or PROJECT, f"{run.absolute().name}-{_key(run)[:12]}"
+    with suppress(ValueError):  # there is no such project yet
+        if name in [each.name for each in trackio.Api().runs(project)]:
+            return  # it is there already
+    with redirect_stdout(sys.stderr):
+        trackio.init(
+            project=project,
+            name=name,
+            config=options,
+            embed=False,
+            auto_log_gpu=False,
+            auto_log_cpu=False,
+        )
+        for step, values in _by_step(numbers):
+            trackio.log(values, step=step)
+        trackio.finish()
+
+
 def _to_mlflow(run: Path, numbers: list[Scalar], options: dict[str, str], uri: str | None) -> None:
     import mlflow
     from mlflow.entities import Metric, Param, RunTag
 
     client: Any = mlflow.MlflowClient(tracking_uri=uri)
-    found = client.get_experiment_by_name("rayprune")
-    experiment = found.experiment_id if found else client.create_experiment("rayprune")
-    key = hashlib.sha256((run / REPORT_FILE).read_bytes()).hexdigest()
+    found = client.get_experiment_by_name(PROJECT)
+    experiment = found.experiment_id if found else client.create_experiment(PROJECT)
+    key = _key(run)
     if client.search_runs([experiment], f"tags.rayprune = '{key}'"):
         return  # it is there already
     sent = client.create_run(experiment, run_name=run.absolute().name)
@@ -118,3 +176,12 @@ def _to_mlflow(run: Path, numbers: list[Scalar], options: dict[str, str], uri: s
         )
     client.log_batch(sent.info.run_id, tags=[RunTag("rayprune", key)])
     client.set_terminated(sent.info.run_id)
+
+
+TRACKERS = {
+    "tensorboard": _to_tensorboard,
+    "mlflow": _to_mlflow,
+    "wandb": _to_wandb,
+    "trackio": _to_trackio,
+}
+"""What sends a run, by the tracker's name, which is its extra's too."""

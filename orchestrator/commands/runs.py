@@ -27,9 +27,13 @@ def add(commands: Any) -> None:
     compare.add_argument("--html", type=Path, metavar="FILE", help="write a page as well")
     compare.set_defaults(command=_compare)
     track = _run_command(commands, "track", _track, "copy a run's numbers to a tracker")
-    track.add_argument("--to", choices=["tensorboard", "mlflow"], required=True, help="tracker")
     track.add_argument(
-        "--at", metavar="PLACE", help="folder for TensorBoard, or tracking URI of MLflow"
+        "--to", choices=["tensorboard", "mlflow", "wandb", "trackio"], required=True, help="tracker"
+    )
+    track.add_argument(
+        "--at",
+        metavar="PLACE",
+        help="folder for TensorBoard and W&B, tracking URI of MLflow, project of trackio",
     )
     push = _run_command(commands, "push", _push, "send a run's model to the Hugging Face Hub")
     push.add_argument("repo", metavar="OWNER/NAME", help="repository on the Hub")

@@ -45,6 +45,22 @@ def test_tensorboard_gets_them_once(run: Path) -> None:
     assert sent[0] == sent[1] == records - 2, "beside the file's version and the job"
 
 
+def test_wandb_gets_a_folder_once(run: Path) -> None:
+    pytest.importorskip("wandb")
+    sent = [track(run, "wandb", None) for _ in range(2)]
+    assert sent[0] == sent[1] > 0
+    (folder,) = run.glob("wandb/offline-run-*")
+    assert list(folder.glob("*.wandb"))
+
+
+def test_trackio_gets_them_once(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRACKIO_DIR", str(run / "trackio"))
+    trackio = pytest.importorskip("trackio")
+    sent = [track(run, "trackio", "one") for _ in range(2)]
+    assert sent[0] == sent[1] > 0
+    assert [each.name.startswith(run.name) for each in trackio.Api().runs("one")] == [True]
+
+
 def test_a_missing_package_is_named(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "mlflow", None)
     with pytest.raises(ResourceError, match=r"rayprune\[mlflow\]"):
