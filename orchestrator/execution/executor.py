@@ -6,7 +6,7 @@ A step's payload stays where it was made; a handle to it can be given to another
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -85,6 +85,10 @@ class Executor(ABC):
         Raises:
             WorkerFailure: they cannot be started.
         """
+
+    @abstractmethod
+    def follow(self, event: Mapping[str, Any]) -> None:
+        """Hear of what happens in the run, for those who watch what it runs on."""
 
     def on(self, worker: int) -> Steps:
         """The steps of a worker, as calls."""
@@ -214,6 +218,9 @@ class InProcessExecutor(Executor):
 
     def _receipts(self, calls: Sequence[Call[Any]]) -> list[Receipt]:
         return [call.receipt for call in calls]
+
+    def follow(self, event: Mapping[str, Any]) -> None:
+        """Nobody watches a process alone."""
 
     def join_workers(self) -> None:
         """There is nobody to join."""

@@ -25,6 +25,7 @@ from rayprune.orchestrator.execution.executor import (
     unheard,
 )
 from rayprune.orchestrator.execution.failures import Failure, WorkerFailure
+from rayprune.orchestrator.execution.ray_metrics import Metrics
 from rayprune.orchestrator.execution.ray_start import begin
 from rayprune.orchestrator.execution.steps import Call, Receipt
 from rayprune.specs.errors import LostPeerError, ResourceError
@@ -118,6 +119,7 @@ class RayExecutor(Executor):
         self._connection = ExitStack()
         self._hung = set[int]()
         self._joined = False
+        self._metrics: Metrics | None = None
 
     def start(self, notify: Notify = unheard) -> None:
         """Connect and start one actor per worker; waits for their nodes as long as the job allows.
@@ -134,6 +136,13 @@ class RayExecutor(Executor):
         self._actors = [self._new_actor() for _ in range(self.num_workers)]
         self._await_nodes(notify)
         self._ready(self._actors)
+
+    def follow(self, event: Mapping[str, Any]) -> None:
+        """Tell Ray's metrics of an event, from the start of Ray on."""
+        if self._metrics is None and ray.is_initialized():
+            self._metrics = Metrics(self.run_folder.name)
+        if self._metrics:
+            self._metrics.follow(event)
 
     def _need(self) -> dict[str, float]:
         cpus = {"CPU": float(self.num_workers * self.job.parallel.threads_per_worker)}

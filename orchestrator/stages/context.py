@@ -85,6 +85,7 @@ class Context:
         scope = {"scope": self.scope.name} if self.scope.name else {}
         record = {"event": event} | scope | fields
         self.folder.emit(record)
+        self.executor.follow(record)
         self.show(record)
 
     @contextmanager

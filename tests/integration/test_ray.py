@@ -3,9 +3,12 @@ process.
 """
 
 import os
+import re
 import signal
 import socket
 import threading
+import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -375,3 +378,20 @@ def test_missing_gpus_are_refused_before_any_work(
         "3 workers need 3 CPUs and 3 GPUs, the cluster has 8 CPUs and 0 GPUs"
         in capsys.readouterr().err
     )
+
+
+def test_prometheus_sees_how_far_a_run_is(
+    make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+) -> None:
+    job = make_job(make_model(), cluster={"executor": "ray"})
+    run_job(load_job(job), tmp_path / "seen", quiet)
+    (node,) = ray.nodes()
+    page = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    wanted = r'rayprune_steps_done\{.*run="seen",stage="sweep"\} 3\.0'
+    deadline, told = time.monotonic() + 60, ""
+    while not re.search(wanted, told) and time.monotonic() < deadline:
+        time.sleep(1)
+        with urllib.request.urlopen(page, timeout=10) as answer:
+            told = answer.read().decode()
+    assert re.search(wanted, told)
+    assert re.search(r'rayprune_peak_memory_bytes\{.*process="worker-0",run="seen"\}', told)
