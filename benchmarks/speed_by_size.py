@@ -1,7 +1,7 @@
 """Speed against size: cuts of a Llama's layers by 10 to 50%, of FFNs alone in widths that engines
 like and in others, or with a KV group less, beside the dense model in turns.
 
-    python -m benchmarks.speed_by_size MODEL [--rounds 3] [--llama.cpp]
+    python -m benchmarks.speed_by_size MODEL [--rounds 3] [--fractions 0.3] [--llama.cpp]
 
 Speed depends on shapes, so the cuts are the first units of MODEL (Llama, Mistral, Qwen), and
 nothing is pruned. Transformers in float32 on one thread; with `--llama.cpp` F16, Q8_0 and, where
@@ -33,7 +33,7 @@ Shape = tuple[int, int]
 """KV groups and FFN channels of every layer."""
 
 
-def shapes(model: Path) -> Iterator[Shape]:
+def shapes(model: Path, fractions: Sequence[float]) -> Iterator[Shape]:
     """What stays where about the fractions of the decoder go: FFN channels alone, in widths of
     both kinds, or first a KV group with its query heads.
     """
@@ -43,7 +43,7 @@ def shapes(model: Path) -> Iterator[Shape]:
         for kind in ("ffn", "attention")
     )
     layer = checkpoint.decoder_parameters / checkpoint.num_layers
-    for fraction in FRACTIONS:
+    for fraction in fractions:
         for fewer in (0, 1):
             gone = fraction * layer - fewer * heads.unit_parameters
             liked = round((ffn.num_units - gone / ffn.unit_parameters) / LIKED) * LIKED
@@ -119,20 +119,23 @@ def main() -> None:
     )
     parser.add_argument("model", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--fractions", type=float, nargs="+", default=FRACTIONS)
     parser.add_argument("--llama.cpp", action="store_true", dest="llama_cpp")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         cuts = [
             cut(options.model, shape, folder / "{} x {}".format(*shape))
-            for shape in shapes(options.model)
+            for shape in shapes(options.model, options.fractions)
         ]
         models = [options.model, *cuts]
         content = [_table("transformers, float32", models, in_transformers(models, options.rounds))]
         for kind, files in forms(models, folder) if options.llama_cpp else ():
             ratios = in_llama_cpp(files, options.rounds)
             content.append(_table(f"llama.cpp, {kind}", models, ratios, files))
-    record("speed-by-size", f"{versions()}.\n\nTimes dense, medians.\n\n" + "\n\n".join(content))
+    some = "" if options.fractions == FRACTIONS else "".join(f"-{f:.0%}" for f in options.fractions)
+    name = f"speed-by-size{some.replace('%', '')}"
+    record(name, f"{versions()}.\n\nTimes dense, medians.\n\n" + "\n\n".join(content))
 
 
 def _table(
