@@ -134,4 +134,4 @@ def _write(runs: Sequence[Compared], of: int, out: Path, within: float) -> None:
     lead = f"{len(runs)} of {of} points. {recommendation(runs, within)}"
     models = dict.fromkeys(each.report.dense.name for each in runs if each.report.dense)
     title = f"Sweep of {', '.join(models)}"
-    write_text(out / SWEEP_PAGE, comparison_page(title, lead, runs))
+    write_text(out / SWEEP_PAGE, comparison_page(title, lead, runs, out))

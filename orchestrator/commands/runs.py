@@ -87,7 +87,8 @@ def _compare(options: argparse.Namespace) -> None:
     runs = [Compared(str(run), rayprune.read_report(run)) for run in options.runs]
     print_parts(comparison(runs))
     if options.html:
-        write_text(options.html, comparison_page("Runs side by side", f"{len(runs)} runs.", runs))
+        title, lead = "Runs side by side", f"{len(runs)} runs."
+        write_text(options.html, comparison_page(title, lead, runs, options.html.parent))
 
 
 def _track(options: argparse.Namespace) -> None:

@@ -61,6 +61,10 @@ def read_sealed_report(run: Path) -> dict[str, Any]:
     """
     path = run / REPORT_FILE
     if not path.is_file():
+        if not (run / JOB_FILE).is_file():
+            raise VerificationError(
+                f"{run}: is no run folder: it has no {JOB_FILE}; give the one that --out named"
+            )
         raise VerificationError(f"{path}: no such file; run the job to its end first")
     try:
         content: dict[str, Any] = json.loads(path.read_bytes())

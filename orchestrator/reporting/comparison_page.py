@@ -1,7 +1,11 @@
 """Several runs side by side as one static HTML page."""
 
+import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from urllib.parse import quote
 
+from rayprune.orchestrator.execution.run_folder import PAGE_FILE
 from rayprune.orchestrator.reporting.charts import frontier_drawing
 from rayprune.orchestrator.reporting.comparison import (
     Compared,
@@ -16,22 +20,30 @@ from rayprune.orchestrator.reporting.page import page, wide_table
 from rayprune.orchestrator.reporting.tables import Table, text
 
 
-def comparison_page(title: str, lead: str, runs: Sequence[Compared]) -> str:
-    """The whole page; `lead` is its first sentence. Everything in it that is text is escaped."""
-    return page(text(title), _body(title, lead, runs))
+def comparison_page(title: str, lead: str, runs: Sequence[Compared], folder: Path) -> str:
+    """The whole page, which will lie in a folder; `lead` is its first sentence. Everything in it
+    that is text is escaped.
+    """
+    return page(text(title), _body(title, lead, runs, folder))
 
 
-def _body(title: str, lead: str, runs: Sequence[Compared]) -> Iterator[str]:
+def _body(title: str, lead: str, runs: Sequence[Compared], folder: Path) -> Iterator[str]:
     yield f"<header><h1>{text(title)}</h1><p>{text(lead)}</p></header>"
     if measured := [run for run in runs if run.perplexity is not None]:
         yield f"<h2>Size and quality</h2>{_scatter(measured)}"
     yield _table(results(runs))
+    yield f"<p>Reports: {', '.join(_link(run, folder) for run in runs)}.</p>"
     yield from map(_table, score_tables(runs))
     yield from (f"<p>{text(words)}</p>" for words in protocols(runs))
     yield "<h2>Jobs</h2>"
     yield from (f"<p>{text(words)}</p>" for words in job_differences(runs))
     yield "<h2>Kept in every layer</h2>"
     yield from (f"<h3>{text(table.title)}</h3>{_table(table)}" for table in layers(runs))
+
+
+def _link(run: Compared, folder: Path) -> str:
+    report = Path(os.path.relpath(run.report.run / PAGE_FILE, folder.absolute())).as_posix()
+    return f'<a href="{text(quote(report))}">{text(run.name)}</a>'
 
 
 def _table(table: Table) -> str:

@@ -119,7 +119,8 @@ def protocol(speeds: Speeds) -> str:
     price = f", {speeds.price_per_hour:g} an hour" if speeds.price_per_hour else ""
     return (
         f"speed on {speeds.machine}, in {speeds.dtype} ({packages}{price}): {speeds.tokens} tokens"
-        f" read, {speeds.new} written behind them, {speeds.rounds} rounds in turns"
+        f" read, {speeds.new} written behind them, {speeds.rounds} rounds in turns; ratios are"
+        " medians of the rounds', memory is a process's own, without mapped files"
     )
 
 

@@ -30,7 +30,7 @@ from rayprune.workers.store.files import (
     remove_task,
     write_json,
 )
-from rayprune.workers.store.layout import Scope
+from rayprune.workers.store.layout import SOURCE_TASK, Scope
 
 T = TypeVar("T")
 
@@ -170,7 +170,8 @@ class Context:
         if manifest and (changes := self.folder.changes(manifest, task)):
             before_redoing()
             self.emit("task-stale", task=name, changed=changes)
-            forget_report(self.folder.path)
+            if task.name != SOURCE_TASK:  # its files were touched; what they hold is looked at next
+                forget_report(self.folder.path)
             remove_task(task.folder)
             manifest = None
         elif damaged := self._damaged(task, manifest):

@@ -1,7 +1,9 @@
 """A sweep: every point is a run like any other, and what points share is computed once."""
 
 import json
+import re
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
@@ -47,6 +49,9 @@ def test_points_are_runs_and_share_what_they_can(
     steps = [event.get("step_seconds", {}) for event in read_events(second)]
     assert not any("flow" in taken for taken in steps)  # the statistics were the first point's
     assert "<figure>" in (out / "sweep.html").read_text()
+    links = re.findall(r'href="(runs/[^"]+)"', (out / "sweep.html").read_text())
+    assert links
+    assert all((out / unquote(link)).is_file() for link in links)
     before = folder_bytes(out)
     assert sweep(job, out, *sparsities) == 0
     again = folder_bytes(out)

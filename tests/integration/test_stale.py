@@ -67,3 +67,17 @@ def test_an_unfinished_export_leaves_nothing_behind(
     (model / "modeling_other.py").write_text("of an earlier attempt")
     run_job(job, tmp_path / "run", quiet)
     assert folder_bytes(model) == expected
+
+
+def test_weights_that_were_only_touched_leave_the_report(
+    make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+) -> None:
+    """A hard link, as backups make them, changes when a file was changed, not what it holds."""
+    dense = make_model(num_hidden_layers=2)
+    job, report = load_job(make_job(dense)), tmp_path / "run" / "report.json"
+    run_job(job, tmp_path / "run", quiet)
+    there: list[bool] = []
+    for file in dense.glob("*.safetensors"):
+        (tmp_path / f"backup-{file.name}").hardlink_to(file)
+    run_job(job, tmp_path / "run", lambda event: there.append(report.exists()))
+    assert all(there)
