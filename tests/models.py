@@ -53,6 +53,18 @@ GEMMA4 = WINDOW | {
     "num_global_key_value_heads": 2,
 }
 OF_FAMILY: dict[str, dict[str, Any]] = {
+    "chameleon": {
+        "vocabulary_map": {"<image>": 1, "IMGIMGAZ": 2},
+        "vq_config": {
+            "embed_dim": 8,
+            "num_embeddings": 8,
+            "latent_channels": 32,
+            "resolution": 8,
+            "base_channels": 32,
+            "channel_multiplier": [1],
+            "num_res_blocks": 1,
+        },
+    },
     "cohere2": WINDOW,
     "deepseek_v2": LATENT
     | {"topk_method": "group_limited_greedy", "n_routed_experts": 8, "n_group": 2, "topk_group": 1}
@@ -108,7 +120,7 @@ WORKED_OUT: dict[str, dict[str, Callable[[dict[str, Any]], Any]]] = {
     },
     **{
         name: {"head_dim": lambda given: given["hidden_size"] // given["num_attention_heads"]}
-        for name in ("helium", "olmoe", "qwen2_5_vl")
+        for name in ("chameleon", "helium", "olmoe", "qwen2_5_vl")
     },
 }
 """Keys that must fit others."""
@@ -156,6 +168,23 @@ VQ = {
     "hidden_size": 32,
     "temporal_downsample_factor": 2,
 }
+JANUS_TOWER = {
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 8,
+    "patch_size": 4,
+    "num_image_tokens": 4,
+}
+JANUS_VQ = {
+    "embed_dim": 8,
+    "num_embeddings": 8,
+    "base_channels": 32,
+    "channel_multiplier": [1],
+    "num_res_blocks": 1,
+    "latent_channels": 32,
+    "num_hidden_layers": 1,
+}
 VQ_TOKENS = {"<image>": 1, "<|extra_200|>": 2}
 GEMMA4_TOKENS = {"image_token_id": 1, "video_token_id": 2, "audio_token_id": 0}
 QWEN_TOKENS = {"image_token_id": 1, "video_token_id": 2, "vision_start_token_id": 0}
@@ -182,6 +211,13 @@ def _beside(model_type: str, text: dict[str, Any]) -> dict[str, Any]:
         return {"vision_config": LLAMA4_TOWER, "image_token_index": 1} | LLAMA4_TOKENS
     if model_type == "emu3":
         return {"vq_config": VQ, "vocabulary_map": VQ_TOKENS}
+    if model_type == "janus":
+        seen = JANUS_TOWER | {"projection_dim": text["hidden_size"]}
+        drawn = JANUS_VQ | {
+            "projection_dim": text["hidden_size"],
+            "image_token_embed_dim": text["hidden_size"],
+        }
+        return {"vision_config": seen, "vq_config": drawn, "image_token_id": 1}
     kind = {"gemma3": "siglip_vision_model", "mistral3": "pixtral"}[model_type]
     tokens = {"image_token_index": 1, "boi_token_index": 0, "eoi_token_index": 2}
     more = {"mm_tokens_per_image": 1} if model_type == "gemma3" else {"spatial_merge_size": 1}
@@ -259,7 +295,7 @@ def auto_class(model_type: str) -> Any:
     """What builds a model of a family that predicts tokens, if there is such a class."""
     if isinstance(family := family_named(model_type), Encoder):
         return AutoModelForMaskedLM if family.predicts else AutoModelForTextEncoding
-    if isinstance(family, Backbone):
+    if isinstance(family, Backbone) or model_type == "chameleon":
         return getattr(transformers, family.architecture)
     return AutoModelForCausalLM
 
@@ -267,7 +303,7 @@ def auto_class(model_type: str) -> Any:
 def stock_model(raw: dict[str, Any], **options: Any) -> Any:
     """The model that transformers builds from a config."""
     stock = auto_class(raw["model_type"])
-    build = stock._from_config if "text_config" in raw else stock.from_config
+    build = getattr(stock, "from_config", None) or stock._from_config
     return build(AutoConfig.for_model(**deepcopy(raw)), **options)
 
 

@@ -183,6 +183,10 @@ is no `method.scale: gradients`. `method: sparse` is refused where matrices diff
 dense model as on the pruned one (it asks its text model for `image_outputs`); 5.23.0 computes.
 Either loads it, and what is tested, measured, and writes text is the model's `language_model`.
 
+`chameleon`: its class gives pictures' tokens no probability, so that it is judged on text alone;
+the 34B (`swin_norm`) is refused. `janus` writes pictures by a head of its own, which goes along and
+is not judged.
+
 On 28 November 2026 the newest transformers was 5.24.0, which the contract runs with; with 5.23.0
 all of it passes, too.
 

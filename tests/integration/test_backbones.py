@@ -36,7 +36,7 @@ def config_of(folder: Path) -> dict[str, Any]:
     return config
 
 
-@pytest.mark.parametrize("kind", ["gemma3", "gemma4-readers", "llama4"])
+@pytest.mark.parametrize("kind", ["gemma3", "gemma4-readers", "janus", "llama4"])
 def test_what_text_does_not_pass_through_goes_along_bit_for_bit(
     kind: str, make_model: MakeModel, make_job: MakeJob, tmp_path: Path
 ) -> None:
