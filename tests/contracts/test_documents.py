@@ -64,3 +64,18 @@ def test_the_tables_of_families_are_those_of_their_files() -> None:
     assert families_page.PAGE.read_text(encoding="utf-8") == families_page.page()
     text = families_page.README.read_text(encoding="utf-8")
     assert families_page.with_table(text, families_page.readme()) == text
+
+
+def test_messages_that_are_explained_are_those_of_the_code() -> None:
+    rows = (ROOT / "docs" / "troubleshooting.md").read_text().splitlines()
+    quoted = [found[1] for row in rows if (found := re.match(r"\| `([^`]+)`", row))]
+    files = [
+        file
+        for room in ("orchestrator", "workers", "specs")
+        for file in ROOT.glob(f"{room}/**/*.py")
+    ]
+    # texts over several lines, as one
+    code = re.sub(r'"\s*\n\s*f?"', "", "\n".join(file.read_text() for file in files))
+    parts = [part.strip(" =") for each in quoted for part in re.split(r"\.\.\.|\b[A-Z]+\b", each)]
+    assert len(quoted) > 10
+    assert [part for part in parts if part not in code] == ["ignore_mismatched_sizes"]
