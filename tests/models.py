@@ -295,7 +295,7 @@ def auto_class(model_type: str) -> Any:
     """What builds a model of a family that predicts tokens, if there is such a class."""
     if isinstance(family := family_named(model_type), Encoder):
         return AutoModelForMaskedLM if family.predicts else AutoModelForTextEncoding
-    if isinstance(family, Backbone) or model_type == "chameleon":
+    if family.architecture.endswith("ForConditionalGeneration"):
         return getattr(transformers, family.architecture)
     return AutoModelForCausalLM
 

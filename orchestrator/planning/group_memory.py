@@ -110,7 +110,7 @@ def _correction_bytes(load: Workload, group: Group) -> list[Decision]:
     damped factor, 6 M^2 8. Besides, blocks of rows.
     """
     kept, rows = load.columns(group), factorised_rows(load, group)
-    at_once = min(BLOCK_ROWS["cuda" if load.on_gpu else "cpu"], load.hidden)
+    at_once = min(BLOCK_ROWS[load.device_kind], load.hidden)
     blocks = BLOCKS * 8 * at_once * group.width
     if not in_rows(load, group):
         factor = kept**2 * (2 if load.on_gpu else 1)
@@ -136,7 +136,7 @@ def _zeros_bytes(load: Workload, masks: Masks, site: Group) -> Decision:
     inverted), and where rows are kept the Gram matrix.
     """
     outputs, width = site.unit_parameters, site.width
-    at_once = min(BLOCK_ROWS["cuda" if load.on_gpu else "cpu"], outputs)
+    at_once = min(BLOCK_ROWS[load.device_kind], outputs)
     whole = masks.group is None and masks.score == "magnitude"
     scored = 32 * width * (outputs if whole else at_once)
     result = 0 if load.on_gpu else site.parameters * load.written_element_bytes

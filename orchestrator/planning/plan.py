@@ -298,7 +298,7 @@ def make_plan(
         workers=load.workers,
         placement=load.placement,
         propagation=load.propagation,
-        device="cuda" if load.on_gpu else "cpu",
+        device=load.device_kind,
         memory=memory,
         needs=memory_needs(load, memory, limit),
         layers=layer_costs(load, memory),

@@ -332,7 +332,7 @@ def _evaluation_stage(load: Workload, machine: MachineProfile) -> tuple[Stage, .
     numbers = load.active_parameters + load.vocabulary * load.hidden
     flops = load.evaluations * load.evaluation_tokens * 2 * numbers
     windows = math.ceil(load.evaluation_tokens / load.evaluation_window / load.workers)
-    times = math.ceil(windows / TOLD_AT_ONCE["cuda" if load.on_gpu else "cpu"])
+    times = math.ceil(windows / TOLD_AT_ONCE[load.device_kind])
     bounds = {
         "arithmetic": flops / load.workers / machine.forward_flops,
         "disk": (

@@ -169,6 +169,11 @@ class Workload:
         return sum(kind.num_layers for kind in self.kinds)
 
     @property
+    def device_kind(self) -> str:
+        """Where workers compute, as tables by kind of device have it."""
+        return "cuda" if self.on_gpu else "cpu"
+
+    @property
     def handed_on(self) -> int:
         """Numbers of a token that layers behind need of those before."""
         return self.hidden + self.for_later
@@ -200,7 +205,7 @@ class Workload:
     @property
     def evaluated_at_once(self) -> int:
         """Evaluation windows whose hidden states a worker holds."""
-        at_once = TOLD_AT_ONCE["cuda" if self.on_gpu else "cpu"]
+        at_once = TOLD_AT_ONCE[self.device_kind]
         if self.most_evaluated is None:
             return at_once
         return min(at_once, math.ceil(self.most_evaluated / self.workers))
