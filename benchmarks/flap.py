@@ -3,12 +3,16 @@ processes of their own, alternating.
 
     git clone https://github.com/CASIA-LMC-Lab/FLAP
     python -m benchmarks.flap FLAP TEXT [--samples 16] [--sequence-length 512] [--rounds 3]
+    python -m benchmarks.flap FLAP TEXT --quality 0.2 0.3 [--samples 64] [--windows 12]
 
 FLAP's pruning function, statistics and layers run as they are, but for what they take for granted:
 heads of 128, a GPU, float16, 2,048 samples of a data set from the Hub. The demo model's KV groups
 are given to it as heads of their own (it knows none), so its model computes the same. Its time is
 that of `prune_flap` alone; ours is that of the probe and the sweep, correction and files included,
 and beside it that of the whole run.
+
+With `--quality` no time is taken: its models, with its biases, are measured as all rows of
+`benchmarks.quality` are. Of a KV group parameters go when all its heads are gone.
 """
 
 import argparse
@@ -22,15 +26,20 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-from benchmarks.demo_model import JOB, run
+from benchmarks.demo_model import JOB, first_part, run
 from benchmarks.results import record, table
+from benchmarks.yardstick import MOST_WINDOWS, cells, columns, measured, texts_of
 
 MODEL = JOB.parent / "model"
 SPARSITY = 0.2
 
 
-def flap(folder: Path, text: Path, options: argparse.Namespace, dtype: str) -> dict[str, float]:
-    """Prune with FLAP in this process: seconds, and peak private memory in bytes."""
+def flap(
+    folder: Path, text: Path, options: argparse.Namespace, dtype: str, ratio: float, masked: bool
+) -> tuple[Any, dict[str, float]]:
+    """Prune with FLAP in this process: its model, maybe with zeros for what is gone; seconds, and
+    peak private memory in bytes.
+    """
     import torch
     from transformers import AutoConfig
 
@@ -60,12 +69,74 @@ def flap(folder: Path, text: Path, options: argparse.Namespace, dtype: str) -> d
     names["get_loaders"] = lambda *_, **__: loaders
     code = _module(folder / "lib" / "prune.py", changes, **names)
     wanted = SimpleNamespace(nsamples=options.samples, seed=0, metrics="WIFV", structure="AL-AM",
-                             pruning_ratio=SPARSITY, remove_heads=8, unstr=False)  # fmt: skip
+                             pruning_ratio=ratio, remove_heads=8, unstr=masked)  # fmt: skip
     with PeakMemory() as peak:
         begin = time.perf_counter()
         code.prune_flap(wanted, model, None, torch.device("cpu"))
         seconds = time.perf_counter() - begin
-    return {"seconds": seconds, "whole": seconds, "bytes": peak.bytes}
+    return model, {"seconds": seconds, "whole": seconds, "bytes": peak.bytes}
+
+
+def quality(folder: Path, text: Path, options: argparse.Namespace) -> None:
+    """Measure its models at some sparsities of the decoder; print and record."""
+    from rayprune.workers.model.checkpoint import open_checkpoint
+
+    rows = []
+    whole = open_checkpoint(MODEL).decoder_parameters
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        first, texts = first_part(text, work), texts_of(text, work)
+        dense = measured(MODEL, MODEL, texts, "cpu", options.windows)["perplexity"]
+        for sparsity in options.quality:
+            ratio = sparsity
+            for _ in range(5):  # it counts heads with keys and values of their own
+                model, facts = flap(folder, first, options, "float32", ratio, masked=True)
+                removed = _removed(model) / whole
+                if abs(removed - sparsity) < 0.002:
+                    break
+                ratio *= sparsity / removed
+            _save(model, work / "model")
+            found = measured(work / "model", MODEL, texts, "cpu", options.windows)
+            rows.append([f"{ratio:.3f}", f"{removed:.2%}", *cells(found, dense),
+                         f"{facts['seconds']:.0f}"])  # fmt: skip
+            print(rows[-1], flush=True)
+    heads = ["FLAP's ratio", "decoder removed", *columns(list(dense)), "seconds"]
+    note = f"{options.samples} x {options.sequence_length} tokens, float32; {options.windows}"
+    record("flap-quality", f"{note} windows of 1024 tokens.\n\n{table(heads, rows)}")
+
+
+def _removed(model: Any) -> int:
+    """Parameters that its zeros are worth in the demo model, whose heads share keys and values."""
+    config, removed = model.config, 0
+    size, groups = config.head_dim, config.num_key_value_heads
+    for layer in model.model.layers:
+        gone_H = layer.self_attn.q_proj.weight.view(-1, size, config.hidden_size).eq(0).all((1, 2))
+        heads = gone_H.sum() + gone_H.view(groups, -1).all(1).sum()
+        channels = layer.mlp.up_proj.weight.eq(0).all(1).sum()
+        removed += int(2 * size * heads + 3 * channels) * config.hidden_size
+    return removed
+
+
+def _save(model: Any, out: Path) -> None:
+    """Write a Llama with a bias behind every matrix, zeros for those that FLAP has none for."""
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoConfig, LlamaForCausalLM
+
+    from rayprune.workers.calibration import load_tokenizer
+
+    config = AutoConfig.from_pretrained(MODEL)
+    config.num_key_value_heads = config.num_attention_heads
+    config.attention_bias = config.mlp_bias = True
+    whole = LlamaForCausalLM(config).float()
+    weights = {n: t for file in MODEL.glob("*.safetensors") for n, t in load_file(file).items()}
+    ours = {name: torch.zeros_like(value) for name, value in whole.state_dict().items()}
+    ours |= {name: value.float() for name, value in weights.items() if ".layers." not in name}
+    ours |= {name: value for name, value in model.state_dict().items() if name in ours}
+    ours["lm_head.weight"] = ours["model.embed_tokens.weight"]
+    whole.load_state_dict(ours)
+    whole.save_pretrained(out)
+    load_tokenizer(MODEL).save_pretrained(out)
 
 
 def _module(file: Path, changes: dict[str, str], **names: Any) -> ModuleType:
@@ -159,11 +230,17 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--quality", type=float, nargs="+", metavar="SPARSITY")
+    parser.add_argument("--windows", type=int, default=MOST_WINDOWS, help="of each text")
     parser.add_argument("--one", choices=THEIRS.values(), help=argparse.SUPPRESS)
     options = parser.parse_args()
     folder, text = options.flap.absolute(), options.text.absolute()
     if options.one:
-        print(json.dumps(flap(folder, text, options, options.one)))
+        facts = flap(folder, text, options, options.one, SPARSITY, masked=False)[1]
+        print(json.dumps(facts))
+        return
+    if options.quality:
+        quality(folder, text, options)
         return
     found: dict[str, list[dict[str, float]]] = {name: [] for name in (*THEIRS, *OURS)}
     for _ in range(options.rounds):

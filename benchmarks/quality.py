@@ -25,10 +25,10 @@ from typing import Any
 import torch
 
 from benchmarks.baselines import BASELINES, MODEL
-from benchmarks.demo_model import HERE, first_part, held_out, run
+from benchmarks.demo_model import HERE, first_part, run
 from benchmarks.quality_rows import ALL, GIVEN, GIVEN_WINDOWS, OTHERS, OWN, OWN_WINDOWS, ROWS
 from benchmarks.results import RESULTS, record, table
-from benchmarks.yardstick import MOST_WINDOWS, cells, columns, help_topics, measured, source_code
+from benchmarks.yardstick import MOST_WINDOWS, cells, columns, measured, texts_of
 from rayprune.specs.job import CalibrationSpec
 from rayprune.workers.calibration import calibration_windows, load_tokenizer
 from rayprune.workers.model.checkpoint import open_checkpoint
@@ -241,11 +241,7 @@ def main() -> None:
     work = options.work.absolute()
     work.mkdir(parents=True, exist_ok=True)
     first = first_part(options.text, work)
-    texts = {
-        "same domain": held_out(options.text, work),
-        "help topics": help_topics(work),
-        "Python source": source_code(work),
-    }
+    texts = texts_of(options.text, work)
     rows = {name: row.sparsities for name, row in ROWS.items()} | dict.fromkeys(OTHERS, ALL)
     names = [
         name for name in rows if any(fnmatch.fnmatch(name, pattern) for pattern in options.rows)

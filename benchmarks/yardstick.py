@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.demo_model import held_out
 from rayprune.specs.job import EvaluationSpec
 from rayprune.workers.calibration import evaluation_windows, load_tokenizer
 from rayprune.workers.model.checkpoint import open_checkpoint
@@ -41,6 +42,15 @@ def source_code(folder: Path) -> Path:
     content = [part.read_text(encoding="utf-8") for part in found if part.is_file()]
     file.write_text("\n\n".join(content), encoding="utf-8")
     return file
+
+
+def texts_of(text: Path, folder: Path) -> dict[str, Path]:
+    """The three texts by name, written to a folder; the first is the last fifth of `text`."""
+    return {
+        "same domain": held_out(text, folder),
+        "help topics": help_topics(folder),
+        "Python source": source_code(folder),
+    }
 
 
 def measured(
