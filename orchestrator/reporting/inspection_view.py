@@ -39,7 +39,7 @@ def _group_row(group: GroupFacts, decoder: int) -> list[str]:
         units,
         f"{group.layers:,}",
         f"{group.unit_parameters:,}",
-        f"{group.parameters / decoder:.1%}",
+        "all stay" if group.fixed else f"{group.parameters / decoder:.1%}",
     ]
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 from rayprune.specs.errors import ModelError
-from rayprune.workers.model.families import model_types, prunable
+from rayprune.workers.model.families import listed, model_types
 from rayprune.workers.model.folder import has_shards, read_config, read_headers
 
 _NUMBERED = re.compile(r"(.+?)\.(\d+)\.(.+)")
@@ -23,7 +23,7 @@ def check_known(folder: Path) -> None:
     if config.model_type.replace("-", "_") not in model_types():
         raise ModelError(
             f"{config.file}: model_type {config.model_type!r} is not known; {_recognised(folder)}."
-            f" Known are {', '.join(prunable())}. docs/adding-a-family.md: a new one is a small"
+            f" Known are {listed()}. docs/adding-a-family.md: a new one is a small"
             " file"
         )
 

@@ -9,7 +9,8 @@ import pytest
 
 from rayprune.orchestrator.cli import main
 from rayprune.orchestrator.planning.inspection import inspect
-from rayprune.orchestrator.reporting.inspection_view import spans
+from rayprune.orchestrator.reporting.inspection_view import inspection_parts, spans
+from rayprune.orchestrator.reporting.tables import Table
 from rayprune.specs.errors import ModelError
 from rayprune.workers.model.checkpoint import planned_checkpoint
 from tests.conftest import edit_json
@@ -41,6 +42,8 @@ def test_what_cannot_be_written_is_said_with_the_reason(tmp_path: Path) -> None:
     first, rest = [way for way in found.writings if way.target == "transformers"]
     assert (first.kept, first.written_as) == ((heads.most,), "gpt2")
     assert (rest.written_as, rest.why_not) == (None, heads.fixed)
+    what_can_go = next(part for part in inspection_parts(found) if isinstance(part, Table))
+    assert [row[-1] for row in what_can_go.rows] == ["all stay", "41.6%"]
 
 
 def test_an_unknown_type_gets_what_could_be_recognised(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from rayprune.specs.errors import ModelError, SpecError
 from rayprune.workers.model.checkpoint import open_checkpoint, planned_checkpoint
 from rayprune.workers.model.config import Config
 from rayprune.workers.model.description import Group, Model, Shape
-from rayprune.workers.model.families import family_of, prunable
+from rayprune.workers.model.families import family_of, listed, prunable
 from rayprune.workers.model.rewrite import written
 from rayprune.workers.network.streamed import layers_of
 from tests.conftest import MakeModel, edit_json
@@ -189,6 +189,12 @@ def test_missing_head_keys_have_their_defaults() -> None:
     heads = groups_of(raw)["heads"]
     assert (heads.num_units, heads.columns, heads.width) == (4, 8, 32)
     assert [axis.per_unit for axis in heads.axes] == [8, 8, 8]
+
+
+def test_types_are_listed_as_configs_spell_them() -> None:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    assert not set(listed().split(", ")) - set(CONFIG_MAPPING_NAMES)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,8 @@ from rayprune.workers.model.families.family import Family
 
 _SHARED = ("as_phi", "backbone", "decoder", "encoder", "family", "latent", "mixture", "parts")
 """Modules of this folder that are no families."""
+_HYPHENATED = ("deberta-v2", "xlm-roberta")
+"""Model types that no module can be named by."""
 
 
 @cache
@@ -40,6 +42,12 @@ def prunable() -> list[str]:
     return list(model_types())
 
 
+def listed() -> str:
+    """All of them in one line, as configs spell them."""
+    spelled = {name.replace("-", "_"): name for name in _HYPHENATED}
+    return ", ".join(spelled.get(name, name) for name in model_types())
+
+
 def family_of(config: Config) -> Family:
     """The family of a config, as it is with it.
 
@@ -51,5 +59,5 @@ def family_of(config: Config) -> Family:
     except KeyError:
         raise ModelError(
             f"{config.file}: model_type {config.model_type!r} is not supported; supported are"
-            f" {', '.join(prunable())}"
+            f" {listed()}"
         ) from None
