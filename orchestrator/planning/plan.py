@@ -25,6 +25,7 @@ from rayprune.orchestrator.planning.memory_choice import (
 )
 from rayprune.orchestrator.planning.mixtures import kept_experts
 from rayprune.orchestrator.planning.own_text import own_tasks
+from rayprune.orchestrator.planning.rounding import told_of_sizes
 from rayprune.orchestrator.planning.samples import lm_tasks_tasks, samples_left_out, samples_tasks
 from rayprune.orchestrator.planning.shapes import Shape, open_shapes, planned_shape
 from rayprune.orchestrator.planning.speeds import PredictedSpeed, predicted_speeds
@@ -152,6 +153,8 @@ class Plan:
     """By `budget.latency_table`, of the shapes."""
     dropped: Dropped | None = None
     """Whole layers that go before; the shapes are then of the layers that stay."""
+    sizes: str | None = None
+    """Why the shapes remove another part of the decoder than was asked for."""
     fallbacks: tuple[str, ...] = ()
     """What engines do with widths that they do not take as they are."""
     notes: tuple[str, ...] = ()
@@ -314,6 +317,9 @@ def make_plan(
         corrects_drift=load.corrects_drift,
         speeds=predicted_speeds(job, checkpoint, shapes),
         zeros=zeros(load),
+        sizes=told_of_sizes(
+            job, model, 1 - shapes[0].decoder_parameters / checkpoint.decoder_parameters
+        ),
         fallbacks=fallbacks(model, shapes, job.export.tensor_parallel),
         notes=(left_out,) if left_out else (),
     )

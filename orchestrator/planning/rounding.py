@@ -14,6 +14,8 @@ from rayprune.workers.model.description import Group, Model
 AUTO = ((10_240, 256), (1_024, 64), (1, 32))
 """FFN channels from which on `round_to: auto` is so many: a step is at most 2.5% of the first,
 and 6.25% of the second."""
+_TOLD = 0.0025
+"""From so much more of the decoder than was asked for on, a plan says why."""
 
 
 def asked_units(job: JobSpec, model: Model) -> dict[str, int]:
@@ -49,6 +51,30 @@ def unit_steps(job: JobSpec, model: Model) -> dict[str, int]:
             wanted = _channels(job, widest) if job.budget.round_to == "auto" else 1
             steps[group.name] = _kv_groups(group, wanted * gpus, gpus)
     return steps
+
+
+def told_of_sizes(job: JobSpec, model: Model, removed: float) -> str | None:
+    """Why a shape that removes this part of the decoder is not what `budget.sparsity` asks for."""
+    asked, steps = job.budget.sparsity, unit_steps(job, model)
+    if asked is None:
+        return None
+    if job.budget.per_layer:
+        return (
+            f"every layer keeps what suits it, together {1 - asked:.2%} of the decoder to a step of"
+            " one layer; above is the mean layer, by which memory and work are planned"
+        )
+    if removed - asked < _TOLD:
+        return None
+    widths = ", ".join(
+        f"{group.title} stay in multiples of {steps[group.name]}"
+        for group in model.groups
+        if group.kind == "ffn" and steps[group.name] > 1
+    )
+    return (
+        f"more than the {asked:.2%} asked for: {widths} (a smaller budget.round_to comes nearer)"
+        if widths
+        else None
+    )
 
 
 def channel_steps(job: JobSpec, model: Model) -> dict[str, int]:

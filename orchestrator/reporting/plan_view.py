@@ -123,6 +123,8 @@ def _shapes(plan: "Plan") -> Iterator[Part]:
         each = (f"{value:,.1f} ({value / speed.dense:.2f} of dense)" for value in speed.shapes)
         rows.append([f"tokens/s, {speed.what}", *each])
     yield Table(title, ["", *(str(number + 1) for number in range(len(plan.shapes)))], rows)
+    if plan.sizes:
+        yield plan.sizes
     if plan.zeros:
         part = plan.zeros / plan.model.decoder_parameters
         yield f"zeros in matrices that keep their size: {plan.zeros:,}, {part:.1%} of the decoder"

@@ -1,11 +1,12 @@
 """In which steps units stay, and what engines do with other widths."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rayprune.orchestrator.planning.engines import fallbacks
-from rayprune.orchestrator.planning.rounding import unit_steps
+from rayprune.orchestrator.planning.rounding import told_of_sizes, unit_steps
 from rayprune.orchestrator.planning.shapes import Shape, open_shapes
 from rayprune.specs.errors import SpecError
 from rayprune.specs.job import JobSpec
@@ -126,3 +127,21 @@ def test_widths_of_a_matrix_are_named_together() -> None:
     found = fallbacks(model, shapes, 1)
     assert len(found) == 2
     assert all("1088, 1216 inputs of mlp.down_proj.weight are no" in text for text in found)
+
+
+@pytest.mark.parametrize(
+    ("budget", "removed", "words"),
+    [
+        ({"sparsity": 0.1}, 0.125, "more than the 10.00% asked for: FFN channels stay in multiples"),
+        ({"sparsity": 0.1}, 0.1024, None),
+        ({"sparsity": 0.1, "round_to": 1}, 0.125, None),
+        ({"sparsity": 0.1, "per_layer": True}, 0.125, "together 90.00% of the decoder"),
+        ({"parameters": 10**8}, 0.3, None),
+    ],
+)
+def test_a_plan_says_why_more_goes_than_was_asked_for(
+    budget: dict[str, Any], removed: float, words: str | None, make_job: MakeJob, tmp_path: Path
+) -> None:
+    job = load_job(make_job(tmp_path / "not read", budget={"sparsity": None, **budget}))
+    found = told_of_sizes(job, model_of("smollm2-135m"), removed)
+    assert found is None if words is None else words in (found or "")
