@@ -139,17 +139,24 @@ ALONE = {"batch": 4, "learning_rate": 3e-3, "checkpoint_steps": 2}
 
 
 @pytest.mark.parametrize(
-    ("stage", "sections"),
+    ("stage", "workers", "sections"),
     [
         (
             "regularise",
+            2,
             {"method": {"name": "dress", "scope": "layer", "mask": "stat", "training": ALONE}},
         ),
-        ("recover", {"recover": {"scope": "layer", **ALONE}}),
+        ("recover", 2, {"recover": {"scope": "layer", **ALONE}}),
+        ("recover", 4, {"recover": {"scope": "layer", **ALONE}}),
     ],
 )
 def test_layers_trained_alone_are_the_same_on_many_workers_and_after_a_killed_one(
-    stage: str, sections: dict[str, Any], make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+    stage: str,
+    workers: int,
+    sections: dict[str, Any],
+    make_model: MakeModel,
+    make_job: MakeJob,
+    tmp_path: Path,
 ) -> None:
     job = make_job(make_model(num_hidden_layers=4), budget={"kv_groups": 1}, **sections)
     run_job(load_job(job), tmp_path / "in-process", quiet)
@@ -164,7 +171,7 @@ def test_layers_trained_alone_are_the_same_on_many_workers_and_after_a_killed_on
             os.kill(workers_alive()[0], signal.SIGKILL)
 
     run_job(
-        load_job(job, ["cluster.executor=ray", "parallel.workers=2"]),
+        load_job(job, ["cluster.executor=ray", f"parallel.workers={workers}"]),
         tmp_path / "ray",
         kill_after_layer_1,
     )
