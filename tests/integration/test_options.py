@@ -92,6 +92,7 @@ CHANGES: dict[str, list[str]] = {
         "method=wanda",
         "method.factorization=qr",
         "method.scale=gradients",
+        "method.shrinkage=0.5",
         "correction.damping=0.5",
         "correction.candidates=[0.2, 0.9]",
         "correction.drift=0.5",

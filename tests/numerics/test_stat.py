@@ -65,6 +65,23 @@ def test_selection_is_greedy_pivoting_on_scaled_columns(
 
 
 @pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize(("units", "columns"), [(7, 1), (4, 3)])
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("shrinkage", [0.3, 1.0])
+def test_shrinkage_takes_part_of_the_correlations_away(
+    route: str, units: int, columns: int, seed: int, shrinkage: float
+) -> None:
+    z_TF, weight_DF = data(units * columns, seed)
+    gram_FF = z_TF.T @ z_TF
+    shrunk_FF = (1 - shrinkage) * gram_FF + shrinkage * torch.diag(torch.diagonal(gram_FF))
+    rows_FF = torch.linalg.cholesky(shrunk_FF).T
+    options = StatOptions(shrinkage=shrinkage)
+    for count in range(1, units + 1):
+        kept = select(options, statistic(route, z_TF), weight_DF, columns, count)
+        assert kept.tolist() == greedy(rows_FF, weight_DF, columns, count)
+
+
+@pytest.mark.parametrize("route", ROUTES)
 def test_the_consumer_weight_decides_between_columns_alike(route: str) -> None:
     z_TF = torch.eye(5, dtype=torch.float64)
     weight_DF = torch.tensor([[1.0, 5.0, 0.0, 3.0, 2.0]], dtype=torch.float64)

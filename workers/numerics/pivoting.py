@@ -21,9 +21,12 @@ from rayprune.workers.numerics.linalg import WIDE, kernels, row_slices
 _STALE = 8  # the residual is compacted once one in so many of its columns is taken
 
 
-def pivot_gram(gram_FF: Tensor, scale_F: Tensor, count: int, scratch: Scratch) -> Tensor:
+def pivot_gram(
+    gram_FF: Tensor, scale_F: Tensor, count: int, scratch: Scratch, shrinkage: float = 0.0
+) -> Tensor:
     """The first `count` columns of pivoted Cholesky on diag(s) G diag(s): the pivots of
-    column-pivoted QR of Z diag(s).
+    column-pivoted QR of Z diag(s). `shrinkage` is the part of all correlations that is taken away
+    before.
 
     LAPACK pstrf on the CPU; on a GPU the same rule and rank tolerance by kernels, or, where there
     are none, in `cholesky_pivots_`.
@@ -34,6 +37,7 @@ def pivot_gram(gram_FF: Tensor, scale_F: Tensor, count: int, scratch: Scratch) -
         gram_FF, scale_F[:, None], out=scratch.empty(*gram_FF.shape, dtype=WIDE)
     ).mul_(scale_F)
     energy_F = torch.diagonal(residual).clone()
+    _shrink_(residual, shrinkage)
     if not residual.is_cuda:
         taken = _lapack_pivots_(residual)
     elif fast := kernels():
@@ -41,6 +45,13 @@ def pivot_gram(gram_FF: Tensor, scale_F: Tensor, count: int, scratch: Scratch) -
     else:
         taken = cholesky_pivots_(residual, count)
     return by_energy(taken, energy_F, count)
+
+
+def _shrink_(matrix_FF: Tensor, by: float) -> None:
+    """Towards its diagonal, in place."""
+    if by:
+        energy_F = torch.diagonal(matrix_FF).clone()
+        torch.diagonal(matrix_FF.mul_(1 - by)).copy_(energy_F)
 
 
 def _lapack_pivots_(matrix_FF: Tensor) -> Tensor:
@@ -174,19 +185,26 @@ def _panel(residual: _Residual, size: int, floor: Tensor) -> tuple[Tensor, Tenso
     return panel_BM, picked_B, solid_B
 
 
-def pivot_rows(parts: Sequence[Tensor], scale_F: Tensor, count: int, scratch: Scratch) -> Tensor:
+def pivot_rows(
+    parts: Sequence[Tensor], scale_F: Tensor, count: int, scratch: Scratch, shrinkage: float = 0.0
+) -> Tensor:
     """The first `count` columns of column-pivoted QR of Z diag(s), from rows of Z or from its R
-    factor, in parts.
+    factor, in parts; `shrinkage` as for `pivot_gram`, by as many rows more as there are columns.
 
     LAPACK geqp3, about 4 N^2 F flops where N < F, half of them BLAS-2; one fp64 copy of the rows,
     in `scratch`.
     """
-    scaled_FN = scratch.empty(len(scale_F), sum(map(len, parts)), dtype=WIDE)
+    more = len(scale_F) if shrinkage else 0
+    scaled_FN = scratch.empty(len(scale_F), sum(map(len, parts)) + more, dtype=WIDE)
     rest_FN = scaled_FN
     for part in parts:
         torch.mul(part.T, scale_F[:, None], out=rest_FN[:, : len(part)])
         rest_FN = rest_FN[:, len(part) :]
+    rest_FN.zero_()
     energy_F = torch.linalg.vector_norm(scaled_FN, dim=1).square()
+    if shrinkage:
+        scaled_FN *= (1 - shrinkage) ** 0.5
+        torch.diagonal(rest_FN).copy_((shrinkage * energy_F).sqrt())
     if not scaled_FN.shape[1]:
         return by_energy(torch.empty(0, dtype=torch.int64, device=energy_F.device), energy_F, count)
     factor, pivots, _, _, info = lapack.dgeqp3(scaled_FN.cpu().numpy().T, overwrite_a=1)
@@ -205,7 +223,9 @@ def by_energy(taken: Tensor, energy: Tensor, count: int) -> Tensor:
     return torch.cat([taken, order[~torch.isin(order, taken)]])[:count]
 
 
-def pivot_blocks_gram(gram_FF: Tensor, scale_F: Tensor, block: int, count: int) -> Tensor:
+def pivot_blocks_gram(
+    gram_FF: Tensor, scale_F: Tensor, block: int, count: int, shrinkage: float = 0.0
+) -> Tensor:
     """Greedy block pivoting: the block of columns of Z diag(s) with the most energy left is taken
     whole, and projected out.
 
@@ -217,6 +237,7 @@ def pivot_blocks_gram(gram_FF: Tensor, scale_F: Tensor, block: int, count: int) 
         The first `count` block indices, in the order taken; ties go to the lower index.
     """
     residual = gram_FF * scale_F[:, None] * scale_F
+    _shrink_(residual, shrinkage)
     energy = _block_energy(torch.diagonal(residual), block)
     rounding = float(torch.diagonal(residual).max()) * len(residual) * torch.finfo(WIDE).eps
     taken: list[int] = []
@@ -233,12 +254,17 @@ def pivot_blocks_gram(gram_FF: Tensor, scale_F: Tensor, block: int, count: int) 
     return by_energy(torch.tensor(taken, dtype=torch.int64, device=energy.device), energy, count)
 
 
-def pivot_blocks_rows(rows_NF: Tensor, scale_F: Tensor, block: int, count: int) -> Tensor:
+def pivot_blocks_rows(
+    rows_NF: Tensor, scale_F: Tensor, block: int, count: int, shrinkage: float = 0.0
+) -> Tensor:
     """`pivot_blocks_gram` on rows of Z or on its R factor: the same greedy order without squaring
     the condition number.
     """
     residual = rows_NF * scale_F
     norms_F = torch.linalg.vector_norm(residual, dim=0)
+    if shrinkage:
+        alone_FF = torch.diag(norms_F * shrinkage**0.5)
+        residual = torch.cat([residual.mul_((1 - shrinkage) ** 0.5), alone_FF])
     energy = _block_energy(norms_F.square(), block)
     rounding = float(norms_F.max()) * len(scale_F) * torch.finfo(WIDE).eps
     taken: list[int] = []

@@ -12,6 +12,8 @@ Deviations, each on purpose:
   the output weight out);
 - the unit of attention is a KV group with all its query heads, so that grouped-query attention
   stays valid;
+- with `shrinkage` columns count as less alike than the calibration text has them: what another
+  text's are is not known (Ledoit and Wolf 2004 shrink covariances likewise);
 - coefficients come from all tokens, never from a sketch, and the refit is damped;
 - activations come from the already pruned layers below;
 - all layers get one width, and heads and neurons share the budget as a probe predicts
@@ -28,11 +30,11 @@ from rayprune.workers.numerics.statistics import Statistic
 def rank(
     statistic: Statistic, weight_DF: Tensor, unit_columns: int, counts: range, options: StatOptions
 ) -> Tensor:
-    """Units in the order of their pivots in Z diag(s), s_j = |W[:, j]|; those behind the largest of
-    `counts` follow by energy.
+    """Units in the order of their pivots in Z diag(s), s_j = |W[:, j]|, of correlations less
+    `options.shrinkage`; those behind the largest of `counts` follow by energy.
 
     Shapes: `weight_DF` in any type, the consumer's weight, or one row of gradients (`scale:
     gradients`); F = units * unit_columns. Source: arXiv 2406.00061 and its released code (FFN:
     column-pivoted QR of the scaled activations).
     """
-    return statistic.order(column_norms(weight_DF), unit_columns, counts[-1])
+    return statistic.order(column_norms(weight_DF), unit_columns, counts[-1], options.shrinkage)

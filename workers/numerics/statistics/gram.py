@@ -118,12 +118,12 @@ class GramStatistic(Travelling):
         """A non-finite activation makes its diagonal entry non-finite."""
         return bool(torch.isfinite(self.column_energy).all())
 
-    def order(self, scale_F: Tensor, unit: int, count: int) -> Tensor:
+    def order(self, scale_F: Tensor, unit: int, count: int, shrinkage: float = 0.0) -> Tensor:
         """Pivoted Cholesky; by blocks when a unit has more than one column."""
         scale_F = scale_F.to(self.gram_FF.device)
         if unit == 1:
-            return pivoting.pivot_gram(self.gram_FF, scale_F, count, self.scratch)
-        return pivoting.pivot_blocks_gram(self.gram_FF, scale_F, unit, count)
+            return pivoting.pivot_gram(self.gram_FF, scale_F, count, self.scratch, shrinkage)
+        return pivoting.pivot_blocks_gram(self.gram_FF, scale_F, unit, count, shrinkage)
 
     def refit(self, kept_K: Tensor) -> Refit:
         """Normal equations."""

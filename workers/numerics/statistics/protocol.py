@@ -167,8 +167,10 @@ class Statistic(Protocol):
         """Whether every number is finite."""
         ...
 
-    def order(self, scale_F: Tensor, unit: int, count: int) -> Tensor:
-        """The first `count` units (of `unit` columns each) of greedy pivoting on Z diag(scale)."""
+    def order(self, scale_F: Tensor, unit: int, count: int, shrinkage: float = 0.0) -> Tensor:
+        """The first `count` units (of `unit` columns each) of greedy pivoting on Z diag(scale), of
+        a Gram matrix with `shrinkage` of all correlations taken away.
+        """
         ...
 
     def refit(self, kept_K: Tensor) -> Refit:

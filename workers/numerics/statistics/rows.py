@@ -159,12 +159,12 @@ class RowsStatistic(Travelling):
         """Whether all rows are finite."""
         return all(bool(torch.isfinite(part).all()) for part in self.parts)
 
-    def order(self, scale_F: Tensor, unit: int, count: int) -> Tensor:
+    def order(self, scale_F: Tensor, unit: int, count: int, shrinkage: float = 0.0) -> Tensor:
         """Column-pivoted QR of the rows; by blocks when a unit has more than one column."""
         scale_F = scale_F.to(self.scratch.device)
         if unit == 1:
-            return pivoting.pivot_rows(self.parts, scale_F, count, self.scratch)
-        return pivoting.pivot_blocks_rows(self._rows, scale_F, unit, count)
+            return pivoting.pivot_rows(self.parts, scale_F, count, self.scratch, shrinkage)
+        return pivoting.pivot_blocks_rows(self._rows, scale_F, unit, count, shrinkage)
 
     def refit(self, kept_K: Tensor) -> Refit:
         """Least squares on the rows."""
