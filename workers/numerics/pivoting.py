@@ -21,6 +21,18 @@ from rayprune.workers.numerics.linalg import WIDE, kernels, row_slices
 _STALE = 8  # the residual is compacted once one in so many of its columns is taken
 
 
+def pivot_units(
+    gram_FF: Tensor, scale_F: Tensor, unit: int, count: int, scratch: Scratch, shrinkage: float
+) -> Tensor:
+    """The first `count` units, of `unit` columns each, of pivoted Cholesky on diag(s) G diag(s)
+    with `shrinkage` of all correlations taken away.
+    """
+    scale_F = scale_F.to(gram_FF.device)
+    if unit == 1:
+        return pivot_gram(gram_FF, scale_F, count, scratch, shrinkage)
+    return pivot_blocks_gram(gram_FF, scale_F, unit, count, shrinkage)
+
+
 def pivot_gram(
     gram_FF: Tensor, scale_F: Tensor, count: int, scratch: Scratch, shrinkage: float = 0.0
 ) -> Tensor:
@@ -185,26 +197,19 @@ def _panel(residual: _Residual, size: int, floor: Tensor) -> tuple[Tensor, Tenso
     return panel_BM, picked_B, solid_B
 
 
-def pivot_rows(
-    parts: Sequence[Tensor], scale_F: Tensor, count: int, scratch: Scratch, shrinkage: float = 0.0
-) -> Tensor:
+def pivot_rows(parts: Sequence[Tensor], scale_F: Tensor, count: int, scratch: Scratch) -> Tensor:
     """The first `count` columns of column-pivoted QR of Z diag(s), from rows of Z or from its R
-    factor, in parts; `shrinkage` as for `pivot_gram`, by as many rows more as there are columns.
+    factor, in parts.
 
     LAPACK geqp3, about 4 N^2 F flops where N < F, half of them BLAS-2; one fp64 copy of the rows,
     in `scratch`.
     """
-    more = len(scale_F) if shrinkage else 0
-    scaled_FN = scratch.empty(len(scale_F), sum(map(len, parts)) + more, dtype=WIDE)
+    scaled_FN = scratch.empty(len(scale_F), sum(map(len, parts)), dtype=WIDE)
     rest_FN = scaled_FN
     for part in parts:
         torch.mul(part.T, scale_F[:, None], out=rest_FN[:, : len(part)])
         rest_FN = rest_FN[:, len(part) :]
-    rest_FN.zero_()
     energy_F = torch.linalg.vector_norm(scaled_FN, dim=1).square()
-    if shrinkage:
-        scaled_FN *= (1 - shrinkage) ** 0.5
-        torch.diagonal(rest_FN).copy_((shrinkage * energy_F).sqrt())
     if not scaled_FN.shape[1]:
         return by_energy(torch.empty(0, dtype=torch.int64, device=energy_F.device), energy_F, count)
     factor, pivots, _, _, info = lapack.dgeqp3(scaled_FN.cpu().numpy().T, overwrite_a=1)
@@ -254,17 +259,12 @@ def pivot_blocks_gram(
     return by_energy(torch.tensor(taken, dtype=torch.int64, device=energy.device), energy, count)
 
 
-def pivot_blocks_rows(
-    rows_NF: Tensor, scale_F: Tensor, block: int, count: int, shrinkage: float = 0.0
-) -> Tensor:
+def pivot_blocks_rows(rows_NF: Tensor, scale_F: Tensor, block: int, count: int) -> Tensor:
     """`pivot_blocks_gram` on rows of Z or on its R factor: the same greedy order without squaring
     the condition number.
     """
     residual = rows_NF * scale_F
     norms_F = torch.linalg.vector_norm(residual, dim=0)
-    if shrinkage:
-        alone_FF = torch.diag(norms_F * shrinkage**0.5)
-        residual = torch.cat([residual.mul_((1 - shrinkage) ** 0.5), alone_FF])
     energy = _block_energy(norms_F.square(), block)
     rounding = float(norms_F.max()) * len(scale_F) * torch.finfo(WIDE).eps
     taken: list[int] = []

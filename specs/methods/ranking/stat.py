@@ -45,12 +45,12 @@ class StatOptions(MethodOptions):
 
     def ranking_flops(self, group: RankedGroup) -> int:
         """Pivoting: F^3/3 on a Gram matrix, 4 n^2 F on rows."""
-        return 4 * self._rows(group) ** 2 * group.width if group.in_rows else group.width**3 // 3
+        if group.in_rows and not self.shrinkage:
+            return 4 * group.rows**2 * group.width
+        return group.product_flops + group.width**3 // 3
 
     def ranking_bytes(self, group: RankedGroup) -> int:
         """Pivoting destroys a scaled copy: F^2 8, or of rows n F 8."""
-        return 8 * group.width * self._rows(group)
-
-    def _rows(self, group: RankedGroup) -> int:
-        """Of what is pivoted: F more where rows are given a diagonal to shrink towards."""
-        return group.rows + (group.width if self.shrinkage and group.in_rows else 0)
+        if group.in_rows and not self.shrinkage:
+            return 8 * group.width * group.rows
+        return group.product_bytes + 8 * group.width**2

@@ -120,10 +120,7 @@ class GramStatistic(Travelling):
 
     def order(self, scale_F: Tensor, unit: int, count: int, shrinkage: float = 0.0) -> Tensor:
         """Pivoted Cholesky; by blocks when a unit has more than one column."""
-        scale_F = scale_F.to(self.gram_FF.device)
-        if unit == 1:
-            return pivoting.pivot_gram(self.gram_FF, scale_F, count, self.scratch, shrinkage)
-        return pivoting.pivot_blocks_gram(self.gram_FF, scale_F, unit, count, shrinkage)
+        return pivoting.pivot_units(self.gram_FF, scale_F, unit, count, self.scratch, shrinkage)
 
     def refit(self, kept_K: Tensor) -> Refit:
         """Normal equations."""

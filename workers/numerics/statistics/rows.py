@@ -160,11 +160,15 @@ class RowsStatistic(Travelling):
         return all(bool(torch.isfinite(part).all()) for part in self.parts)
 
     def order(self, scale_F: Tensor, unit: int, count: int, shrinkage: float = 0.0) -> Tensor:
-        """Column-pivoted QR of the rows; by blocks when a unit has more than one column."""
+        """Column-pivoted QR of the rows; by blocks when a unit has more than one column. A shrunk
+        Gram matrix is regular, so that nothing is lost by its product.
+        """
         scale_F = scale_F.to(self.scratch.device)
+        if shrinkage:
+            return pivoting.pivot_units(self.gram(), scale_F, unit, count, self.scratch, shrinkage)
         if unit == 1:
-            return pivoting.pivot_rows(self.parts, scale_F, count, self.scratch, shrinkage)
-        return pivoting.pivot_blocks_rows(self._rows, scale_F, unit, count, shrinkage)
+            return pivoting.pivot_rows(self.parts, scale_F, count, self.scratch)
+        return pivoting.pivot_blocks_rows(self._rows, scale_F, unit, count)
 
     def refit(self, kept_K: Tensor) -> Refit:
         """Least squares on the rows."""
