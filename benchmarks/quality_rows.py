@@ -185,6 +185,7 @@ _ABLATIONS = {
     "flap": (*ALIKE, "method=flap"),
     "numerical": (*ALIKE, "method=numerical"),
     "stat by gradients": (*ALIKE, *GRADIENTS),
+    "stat, shrinkage 0.5": (*ALIKE, "method.shrinkage=0.5"),
     "stat, uncorrected": (*ALIKE, *UNCORRECTED),
     "stat, damping 1e-4": (*ALIKE, "correction.damping=1e-4"),
     "stat, damping up to 1": (*ALIKE, "correction.candidates=[1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0]"),
