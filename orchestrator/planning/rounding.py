@@ -66,7 +66,7 @@ def told_of_sizes(job: JobSpec, model: Model, removed: float) -> str | None:
     if removed - asked < _TOLD:
         return None
     widths = ", ".join(
-        f"{group.title} stay in multiples of {steps[group.name]}"
+        f"{group.title} come in multiples of {steps[group.name]}"
         for group in model.groups
         if group.kind == "ffn" and steps[group.name] > 1
     )

@@ -132,7 +132,7 @@ def test_widths_of_a_matrix_are_named_together() -> None:
 @pytest.mark.parametrize(
     ("budget", "removed", "words"),
     [
-        ({"sparsity": 0.1}, 0.125, "more than the 10.00% asked for: FFN channels stay in"),
+        ({"sparsity": 0.1}, 0.125, "more than the 10.00% asked for: FFN channels come in"),
         ({"sparsity": 0.1}, 0.1024, None),
         ({"sparsity": 0.1, "round_to": 1}, 0.125, None),
         ({"sparsity": 0.1, "per_layer": True}, 0.125, "together 90.00% of the decoder"),
