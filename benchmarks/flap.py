@@ -120,7 +120,6 @@ def _removed(model: Any) -> int:
 def _save(model: Any, out: Path) -> None:
     """Write a Llama with a bias behind every matrix, zeros for those that FLAP has none for."""
     import torch
-    from safetensors.torch import load_file
     from transformers import AutoConfig, LlamaForCausalLM
 
     from rayprune.workers.calibration import load_tokenizer
@@ -129,7 +128,7 @@ def _save(model: Any, out: Path) -> None:
     config.num_key_value_heads = config.num_attention_heads
     config.attention_bias = config.mlp_bias = True
     whole = LlamaForCausalLM(config).float()
-    weights = {n: t for file in MODEL.glob("*.safetensors") for n, t in load_file(file).items()}
+    weights = _weights()
     ours = {name: torch.zeros_like(value) for name, value in whole.state_dict().items()}
     ours |= {name: value.float() for name, value in weights.items() if ".layers." not in name}
     ours |= {name: value for name, value in model.state_dict().items() if name in ours}
@@ -137,6 +136,13 @@ def _save(model: Any, out: Path) -> None:
     whole.load_state_dict(ours)
     whole.save_pretrained(out)
     load_tokenizer(MODEL).save_pretrained(out)
+
+
+def _weights() -> dict[str, Any]:
+    """Of the demo model, by name."""
+    from safetensors.torch import load_file
+
+    return {n: t for file in MODEL.glob("*.safetensors") for n, t in load_file(file).items()}
 
 
 def _module(file: Path, changes: dict[str, str], **names: Any) -> ModuleType:
@@ -153,12 +159,11 @@ def _module(file: Path, changes: dict[str, str], **names: Any) -> ModuleType:
 def _flap_model(folder: Path, config: Any, dtype: Any, length: int) -> Any:
     """FLAP's layers with the demo model's weights, and as much around them as it asks for."""
     import torch
-    from safetensors.torch import load_file
     from torch import nn
 
     size = {"self.head_dim = 128": f"self.head_dim = {config.head_dim}"}
     code = _module(folder / "models" / "hf_llama" / "modeling_llama.py", size)
-    weights = {n: t for file in MODEL.glob("*.safetensors") for n, t in load_file(file).items()}
+    weights = _weights()
     groups = config.num_attention_heads // config.num_key_value_heads
     config.max_position_embeddings = length
     theta = config.rope_parameters["rope_theta"]

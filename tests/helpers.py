@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rayprune.workers.machine.scratch import Scratch
 from rayprune.workers.model.config import Config
-from rayprune.workers.model.families import family_named, prunable
+from rayprune.workers.model.families import family_named, model_types
 from rayprune.workers.model.families.decoder import Decoder
 from rayprune.workers.model.families.mixture import Mixture
 
@@ -36,7 +36,7 @@ def stored_numbers(network: Any) -> int:
 
 def mixtures() -> list[str]:
     """Families with experts, by themselves and not in a larger model."""
-    found = [name for name in prunable() if isinstance(family_named(name), Mixture)]
+    found = [name for name in model_types() if isinstance(family_named(name), Mixture)]
     return [*found, "gemma4_text-experts"]
 
 
@@ -59,7 +59,7 @@ def families(*but: str) -> list[str]:
 
 def normalised() -> list[str]:
     """Families that do not add their blocks' outputs as they are."""
-    found = {name: family_named(name) for name in prunable()}
+    found = {name: family_named(name) for name in model_types()}
     return [
         name
         for name, family in found.items()

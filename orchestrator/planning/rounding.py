@@ -55,7 +55,7 @@ def unit_steps(job: JobSpec, model: Model) -> dict[str, int]:
 
 def told_of_sizes(job: JobSpec, model: Model, removed: float) -> str | None:
     """Why a shape that removes this part of the decoder is not what `budget.sparsity` asks for."""
-    asked, steps = job.budget.sparsity, unit_steps(job, model)
+    asked = job.budget.sparsity
     if asked is None:
         return None
     if job.budget.per_layer:
@@ -65,6 +65,7 @@ def told_of_sizes(job: JobSpec, model: Model, removed: float) -> str | None:
         )
     if removed - asked < _TOLD:
         return None
+    steps = unit_steps(job, model)
     widths = ", ".join(
         f"{group.title} come in multiples of {steps[group.name]}"
         for group in model.groups

@@ -16,7 +16,7 @@ from rayprune.orchestrator.cli import main
 from rayprune.workers.model.checkpoint import open_checkpoint
 from rayprune.workers.model.config import Config
 from rayprune.workers.model.description import Model
-from rayprune.workers.model.families import family_named, model_types, prunable
+from rayprune.workers.model.families import family_named, model_types
 from rayprune.workers.model.families.backbone import Backbone
 from rayprune.workers.model.families.decoder import Decoder
 from tests.conftest import MakeJob, MakeModel
@@ -163,7 +163,7 @@ def test_a_family_is_one_file_of_its_own() -> None:
         family = family_named(name)
         held = {family.text_type} if isinstance(family, Backbone) else set()
         assert literals - {name} <= written_as.get(name, set()) | held, name
-    assert {family_named(name).architecture for name in prunable()}
+    assert {family_named(name).architecture for name in model_types()}
 
 
 @pytest.fixture

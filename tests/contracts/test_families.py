@@ -32,7 +32,7 @@ from rayprune.specs.methods.ranking.stat import StatOptions
 from rayprune.workers.machine.scratch import Scratch
 from rayprune.workers.model.checkpoint import Checkpoint, open_checkpoint
 from rayprune.workers.model.description import Group
-from rayprune.workers.model.families import family_named, prunable
+from rayprune.workers.model.families import family_named, model_types
 from rayprune.workers.model.places import stored_shapes
 from rayprune.workers.network.decoding import decode_by_products, whole_cache
 from rayprune.workers.network.layers import (
@@ -124,7 +124,7 @@ class Dense:
 
 
 @pytest.fixture(
-    scope="module", params=some([*prunable(), *VARIANTS], "llama", "gpt_neox", "gemma2")
+    scope="module", params=some([*model_types(), *VARIANTS], "llama", "gpt_neox", "gemma2")
 )
 def dense(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Dense:
     folder = build_model(tmp_path_factory.mktemp(request.param) / "dense", request.param, **SIZES)

@@ -12,7 +12,7 @@ from rayprune.specs.errors import ModelError, SpecError
 from rayprune.workers.model.checkpoint import open_checkpoint, planned_checkpoint
 from rayprune.workers.model.config import Config
 from rayprune.workers.model.description import Group, Model, Shape
-from rayprune.workers.model.families import family_of, listed, prunable
+from rayprune.workers.model.families import family_of, listed, model_types
 from rayprune.workers.model.rewrite import written
 from rayprune.workers.network.streamed import layers_of
 from tests.conftest import MakeModel, edit_json
@@ -27,7 +27,7 @@ FALCONS: list[dict[str, Any]] = [
     OLD | {"parallel_attn": False},
     {"num_ln_in_parallel_attn": 1},
 ]
-DENSE = [name for name in prunable() if not has_experts(name)]
+DENSE = [name for name in model_types() if not has_experts(name)]
 """transformers packs experts: see tests/contracts/test_experts.py."""
 CASES: list[Any] = [
     *((name, {}) for name in DENSE),

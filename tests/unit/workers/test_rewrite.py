@@ -9,7 +9,7 @@ from transformers import AutoConfig
 from rayprune.specs.errors import SpecError
 from rayprune.workers.model.config import Config
 from rayprune.workers.model.description import Shape
-from rayprune.workers.model.families import family_named, family_of, prunable
+from rayprune.workers.model.families import family_named, family_of, model_types
 from rayprune.workers.model.families.backbone import Backbone
 from rayprune.workers.model.families.encoder import Encoder
 from rayprune.workers.model.families.mixture import Mixture
@@ -59,7 +59,7 @@ def written_out(given: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in given.items() if key not in ("auto_map", "_name_or_path")}
 
 
-@pytest.mark.parametrize("model_type", prunable())
+@pytest.mark.parametrize("model_type", model_types())
 @pytest.mark.parametrize("target", ["transformers", "vllm"])
 def test_unpruned_heads_change_no_model_type(model_type: str, target: str) -> None:
     # that an encoder is of is known by its class

@@ -37,11 +37,6 @@ def family_named(model_type: str) -> Family:
     return family
 
 
-def prunable() -> list[str]:
-    """Model types that can be pruned."""
-    return list(model_types())
-
-
 def listed() -> str:
     """All of them in one line, as configs spell them."""
     spelled = {name.replace("-", "_"): name for name in _HYPHENATED}
