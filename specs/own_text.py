@@ -29,6 +29,10 @@ class OwnTextSpec(Section):
     """Of the sampling, from all tokens; 1: the model's own distribution."""
     dtype: FloatType = "auto"
     """Floating-point type in which it is written; `auto`: that of `model.dtype`."""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """What computes it: transformers, every family; or vLLM, on one device, where it is installed
+    and knows the model: faster, and documents part from the others' where rounding tips a draw.
+    """
     batch: int = Field(default=32, ge=1, le=65_536)
     """Documents that a worker writes together, a task of its own. Part of the result."""
     seed: int = Field(default=0, ge=0)

@@ -6,13 +6,13 @@ After Williams et al. 2024, "Self-calibration for Language Model Quantization an
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from random import Random
-from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rayprune.specs.errors import SpecError
@@ -23,10 +23,12 @@ from rayprune.workers.model.checkpoint import Checkpoint
 from rayprune.workers.network.decoding import decode_by_products
 from rayprune.workers.network.load_check import loaded
 from rayprune.workers.network.sampling import sampled
+from rayprune.workers.stock import stock_ends
 from rayprune.workers.texts.checks import check_known
 from rayprune.workers.texts.limits import embedding_rows
 from rayprune.workers.texts.own import (
     LOOP,
+    PROMPT,
     PROMPT_EVERY,
     Turns,
     first_token,
@@ -73,8 +75,7 @@ class Author:
         prompts = self._prompts(numbers)
         chances = [Random(f"{self.spec.seed}-{number}") for number in numbers]
         draws = [[chance.random() for _ in range(max(lengths))] for chance in chances]
-        found_BL = sampled(
-            self._network,
+        found_BL = self._sampled(
             torch.tensor(prompts),
             torch.tensor(draws, dtype=torch.float64),
             self.spec.temperature,
@@ -101,11 +102,20 @@ class Author:
         return load_tokenizer(self.checkpoint.path)
 
     @cached_property
-    def _network(self) -> Any:
+    def _sampled(self) -> Callable[..., Tensor]:
+        """What goes on with prompts, the model loaded; `sampled` says how."""
+        path = self.checkpoint.path
+        if self.spec.engine == "vllm":
+            from rayprune.workers.engines.vllm_author import VllmAuthor  # installed beside us
+
+            per_token = self.checkpoint.model.cached_numbers * self.dtype.itemsize
+            before = max(PROMPT, len(self._turns.before) if self._turns else 0)
+            length, batch = before + self.spec.length, self.spec.batch
+            return VllmAuthor(path, self.dtype, length, batch, per_token).sampled
         on_gpu = self.device.type == "cuda"
-        network = loaded(self.checkpoint.path, self.dtype, "auto" if on_gpu else None).eval()
+        network = loaded(path, self.dtype, "auto" if on_gpu else None).eval()
         decode_by_products(network)
-        return network
+        return partial(sampled, network)
 
     @cached_property
     def _turns(self) -> Turns | None:
@@ -121,9 +131,9 @@ class Author:
     @cached_property
     def _ends(self) -> set[int]:
         """Tokens that end a text."""
-        of_folder = self._network.generation_config.eos_token_id
-        of_folder = of_folder if isinstance(of_folder, list) else [of_folder]
-        return {end for end in (*of_folder, self._tokenizer.eos_token_id) if end is not None}
+        by_tokenizer: int | None = self._tokenizer.eos_token_id
+        ends = stock_ends(self.checkpoint.path)
+        return ends if by_tokenizer is None else ends | {by_tokenizer}
 
     def _prompts(self, numbers: range) -> list[list[int]]:
         """What documents with these numbers go on from, all of one length."""

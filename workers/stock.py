@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
+from transformers import AutoConfig, GenerationConfig
 
 from rayprune.specs.errors import ModelError, RaypruneError
 from rayprune.workers.machine.shortage import is_out_of_memory
@@ -23,6 +23,22 @@ def stock_config(model: Path) -> Any:
     file = model / "config.json"
     with refused_by_transformers(file, "correct the value"):
         return AutoConfig.from_pretrained(model, trust_remote_code=False, local_files_only=True)
+
+
+def stock_ends(model: Path) -> set[int]:
+    """Tokens that end a text, by the folder's file of how the model writes, or by its config.
+
+    Raises:
+        ModelError: that file or the config is damaged.
+    """
+    file = model / "generation_config.json"
+    if file.exists():
+        with refused_by_transformers(file, "fetch it again, or remove it"):
+            found = GenerationConfig.from_pretrained(model, local_files_only=True)
+    else:
+        found = GenerationConfig.from_model_config(stock_config(model))
+    ends: Any = found.eos_token_id
+    return {end for end in (ends if isinstance(ends, list) else [ends]) if end is not None}
 
 
 @contextmanager

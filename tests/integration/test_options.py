@@ -199,6 +199,7 @@ NOT_CHANGED = {
     "model.path": "identity",
     "model.revision": "a folder has none",
     "calibration.field": "plain text has none",
+    "calibration.own.engine": "needs vLLM: test_own_text.py",
     "budget.latency_ms": "needs a table of measured times",
     "budget.latency_table": "needs a table of measured times",
     "budget.tokens_per_second": "needs a table of measured times",

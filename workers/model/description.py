@@ -404,6 +404,12 @@ class Model:
         return {member.name: member for group in self.groups for member in group.members}
 
     @property
+    def cached_numbers(self) -> int:
+        """Numbers that a KV cache keeps of a token, in all layers."""
+        groups = (group for layer in self.layers for group in layer.groups)
+        return sum(group.num_units * group.cached for group in groups)
+
+    @property
     def predicts_masked(self) -> bool:
         """Whether its head predicts tokens that are masked."""
         return not self.causal and self.head != ""

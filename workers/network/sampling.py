@@ -53,6 +53,28 @@ def sampled(
     return found[:, prompts_BT.shape[1] :].cpu()
 
 
+class Dialogue:
+    """Whose turn it is in a document, if two speakers write it, and which tokens may follow."""
+
+    def __init__(
+        self, never: Collection[int], behind: tuple[Sequence[int], Sequence[int]] | None
+    ) -> None:
+        self._behind, self._ends = behind, set(never)
+        self.never = [] if behind else sorted(never)
+        """Tokens that are not drawn."""
+        self._speaker, self._left = 0, deque[int]()
+
+    def follows(self, token: int) -> int:
+        """The token that is written where this one is drawn."""
+        if not self._behind:
+            return token
+        behind = self._behind[self._speaker]
+        if not self._left and (token == behind[0] or token in self._ends):
+            self._left.extend(behind)
+            self._speaker = 1 - self._speaker
+        return self._left.popleft() if self._left else token
+
+
 class _Choose:
     """Leaves of every document's scores one token, which the search for the best then takes."""
 
@@ -63,31 +85,34 @@ class _Choose:
         never: Collection[int],
         behind: tuple[Sequence[int], Sequence[int]] | None,
     ) -> None:
-        self._draws_BL, self._temperature, self._behind = draws_BL, temperature, behind
-        self._ends, self._step = set(never), 0
-        self._never = [] if behind else sorted(never)
-        self._speakers = [0] * len(draws_BL)
-        self._left: list[deque[int]] = [deque() for _ in draws_BL]
+        self._draws_BL, self._temperature, self._step = draws_BL, temperature, 0
+        self._dialogues = [Dialogue(never, behind) for _ in draws_BL]
 
     def __call__(self, _: Tensor, scores_BV: Tensor) -> Tensor:
-        logits_BV = scores_BV.float() / self._temperature
-        logits_BV[:, self._never] = -torch.inf
-        chosen_B = drawn(torch.softmax(logits_BV, -1), self._draws_BL[:, self._step])
+        draws_B, never = self._draws_BL[:, self._step], self._dialogues[0].never
         self._step += 1
-        if self._behind:
-            turned = [self._turned(number, int(token)) for number, token in enumerate(chosen_B)]
-            chosen_B = torch.tensor(turned)
+        drawn_B = chosen(scores_BV, draws_B, self._temperature, never)
+        chosen_B = torch.tensor(
+            [
+                dialogue.follows(int(token))
+                for dialogue, token in zip(self._dialogues, drawn_B, strict=True)
+            ]
+        )
         one_hot_BV = torch.full_like(scores_BV, -torch.inf)
         return one_hot_BV.scatter_(1, chosen_B[:, None].to(scores_BV.device), 0.0)
 
-    def _turned(self, number: int, token: int) -> int:
-        """The token of a document that follows, where speakers take turns."""
-        assert self._behind
-        behind, left = self._behind[self._speakers[number]], self._left[number]
-        if not left and (token == behind[0] or token in self._ends):
-            left.extend(behind)
-            self._speakers[number] = 1 - self._speakers[number]
-        return left.popleft() if left else token
+
+def chosen(
+    scores_BV: Tensor, draws_B: Tensor, temperature: float, never: Collection[int]
+) -> Tensor:
+    """The tokens (B,) that numbers in [0, 1), `draws`, choose by a model's scores; none of `never`.
+
+    Raises:
+        ModelError: a probability is not finite.
+    """
+    logits_BV = scores_BV.float() / temperature
+    logits_BV[:, list(never)] = -torch.inf
+    return drawn(torch.softmax(logits_BV, -1), draws_B)
 
 
 def drawn(p_BV: Tensor, draws_B: Tensor) -> Tensor:
