@@ -102,6 +102,8 @@ class _PrunedPath:
         self._finished: list[Manifest] = []
         self._below = ""
         self._written: _Written | None = None
+        self._ahead: list[Call[None]] = []
+        """Steps past the layer below; those behind them on a worker alone wait for them."""
         self._failed = False
         parts = even_parts(context.job.calibration.shards, context.executor.num_workers)
         self._shards = [(worker, (part.start, part.stop)) for worker, part in enumerate(parts)]
@@ -202,6 +204,7 @@ class _PrunedPath:
         context, plan, start = self._context, self._subject.plan, time.monotonic()
         executor, kept = context.executor, plan.shape.kept_in(layer)
         executor.seconds_since()
+        self._ahead = []  # of an attempt that has failed
         self._go_past()
         worker = layer % executor.num_workers
         cuts: list[Decided] = []
@@ -220,7 +223,7 @@ class _PrunedPath:
         self._confirm()
         written, task = plan.shape.written_in(layer, context.job.export.pad), self._task(layer)
         sizes = written, plan.shape.position(layer)
-        executor.wait([executor.on(worker).write_layer(layer, task, *sizes, groups, *cuts)])
+        self._wait([executor.on(worker).write_layer(layer, task, *sizes, groups, *cuts)])
         seconds = time.monotonic() - start
         steps = executor.seconds_since()
         self._written = _Written(layer, task, worker, cuts, groups, seconds, steps)
@@ -239,12 +242,12 @@ class _PrunedPath:
         executor, shards = self._context.executor, self._shards if num_kept else []
         if len(shards) > 1 and self._context.job.parallel.transport == "collective":
             executor.join_workers()
-            executor.wait([executor.on(n).hold(layer, name, own, *cuts) for n, own in shards])
+            self._wait([executor.on(n).hold(layer, name, own, *cuts) for n, own in shards])
             return self._decide_together(layer, worker, name, num_kept, parts=())
         collected = [
             executor.on(place).collect(layer, name, owned, *cuts) for place, owned in shards
         ]
-        executor.wait(collected)
+        self._wait(collected)
         parts = reduced(executor, collected)
         if len(shards) < 2 or name not in self._units:
             return executor.on(worker).decide(layer, name, num_kept, *parts)
@@ -288,13 +291,13 @@ class _PrunedPath:
         """Which experts stay, decided by one worker from what all have seen of them."""
         executor = self._context.executor
         routed = [executor.on(place).route(layer, owned, *cuts) for place, owned in self._shards]
-        executor.wait(routed)
+        self._wait(routed)
         return executor.on(worker).keep_experts(num_kept, *(call.payload for call in routed))
 
     def _go_past(self) -> None:
-        """Have the workers' shards go past the layer below while its file is written; once it is,
+        """Let the workers' shards go past the layer below while its file is written; once it is,
         where its cuts are read from it, and where hidden states are saved, whose name tells what
-        they depend on.
+        they depend on. No worker waits there for another.
         """
         if (written := self._written) is None:
             return
@@ -303,12 +306,15 @@ class _PrunedPath:
             self._confirm()
         if written.cuts:
             executor = self._context.executor
-            executor.wait(
-                [
-                    executor.on(worker).advance(written.layer, owned, *written.cuts)
-                    for worker, owned in self._shards
-                ]
-            )
+            self._ahead = [
+                executor.on(worker).advance(written.layer, owned, *written.cuts)
+                for worker, owned in self._shards
+            ]
+
+    def _wait(self, calls: Sequence[Call[Any]]) -> None:
+        """Wait for steps, and for those that lie before them."""
+        ahead, self._ahead = self._ahead, []
+        self._context.executor.wait([*ahead, *calls])
 
 
 def _depends(context: Context, subject: Subject, layer: int, below: str) -> dict[str, object]:
