@@ -21,7 +21,7 @@ def stock_config(model: Path) -> Any:
         ModelError: the class refuses it.
     """
     file = model / "config.json"
-    with refused_by_transformers(file, "correct the value"):
+    with refused_by("transformers", file, "correct the value"):
         return AutoConfig.from_pretrained(model, trust_remote_code=False, local_files_only=True)
 
 
@@ -33,7 +33,7 @@ def stock_ends(model: Path) -> set[int]:
     """
     file = model / "generation_config.json"
     if file.exists():
-        with refused_by_transformers(file, "fetch it again, or remove it"):
+        with refused_by("transformers", file, "fetch it again, or remove it"):
             found = GenerationConfig.from_pretrained(model, local_files_only=True)
     else:
         found = GenerationConfig.from_model_config(stock_config(model))
@@ -42,8 +42,8 @@ def stock_ends(model: Path) -> set[int]:
 
 
 @contextmanager
-def refused_by_transformers(file: Path, remedy: str) -> Iterator[None]:
-    """Turn whatever transformers raises on a damaged or odd file into an error that names it.
+def refused_by(library: str, file: Path, remedy: str) -> Iterator[None]:
+    """Turn whatever a library raises on a damaged or odd file into an error that names it.
 
     Raises:
         ModelError: instead.
@@ -58,6 +58,5 @@ def refused_by_transformers(file: Path, remedy: str) -> Iterator[None]:
             raise
         words = " ".join(str(error).split()) or "no reason given"
         raise ModelError(
-            f"{file}: transformers refuses it: {type(error).__name__}: {words[:MOST_WORDS]};"
-            f" {remedy}"
+            f"{file}: {library} refuses it: {type(error).__name__}: {words[:MOST_WORDS]}; {remedy}"
         ) from error

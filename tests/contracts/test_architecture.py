@@ -90,7 +90,13 @@ ROOMS = {
         "workers.store",
         "workers.texts",
     },
-    "workers.engines": {"specs", "workers.model", "workers.network", "workers.store"},
+    "workers.engines": {
+        "specs",
+        "workers.model",
+        "workers.network",
+        "workers.stock",
+        "workers.store",
+    },
     "workers.workbench": {
         "specs",
         "workers.machine",

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rayprune.specs.errors import ModelError
 from rayprune.workers.network.sampling import Dialogue, chosen
+from rayprune.workers.stock import refused_by
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # standard output is the text's
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else all workers take one core
-import vllm  # noqa: E402: it reads these when it is imported
+# which vLLM reads when it is imported
+import vllm
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
@@ -41,7 +42,7 @@ class VllmAuthor:
             ModelError: vLLM cannot compute it.
         """
         cached = documents * -(-(length + BLOCK) // BLOCK) * BLOCK
-        try:
+        with refused_by("vLLM", model, "set calibration.own.engine: transformers"):
             self._engine = vllm.LLM(
                 model=str(model),
                 dtype=str(dtype).removeprefix("torch."),
@@ -53,10 +54,6 @@ class VllmAuthor:
                 kv_cache_memory_bytes=cached * token_bytes,
                 logits_processors=[f"{__name__}:Drawn"],
             )
-        except Exception as error:
-            raise ModelError(
-                f"{model}: vLLM does not load it: {error}; set calibration.own.engine: transformers"
-            ) from error
         close = weakref.finalize(self, self._engine.llm_engine.engine_core.shutdown)
         atexit.register(close)  # before multiprocessing waits for its processes to end
 

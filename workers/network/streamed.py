@@ -34,7 +34,7 @@ from rayprune.workers.network.experts import Routing, changed_config, with_own_e
 from rayprune.workers.network.mapped import placed
 from rayprune.workers.network.reading import CPU, layer_tensors, read_tensors
 from rayprune.workers.network.slicing import keep_experts
-from rayprune.workers.stock import refused_by_transformers, stock_config
+from rayprune.workers.stock import refused_by, stock_config
 
 Store = Callable[[Tensor], Tensor]
 LayerArguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -391,7 +391,7 @@ def empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     size; never code of the folder.
     """
     sizes, file = stock_config(checkpoint.path), checkpoint.path / "config.json"
-    refused = refused_by_transformers(file, "correct the value")
+    refused = refused_by("transformers", file, "correct the value")
     # buffers hold their values from the start; what parameters would start from is never read
     with refused, init_empty_weights(include_buffers=False), no_init_weights():
         if (code := checkpoint.model.code) is None:
