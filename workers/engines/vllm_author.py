@@ -27,6 +27,7 @@ from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
 BLOCK = 128
 """Tokens of a block of the cache, at most; each document begins one."""
+REMEDY = "set calibration.own.engine: transformers"
 
 
 class VllmAuthor:
@@ -42,7 +43,8 @@ class VllmAuthor:
             ModelError: vLLM cannot compute it.
         """
         cached = documents * -(-(length + BLOCK) // BLOCK) * BLOCK
-        with refused_by("vLLM", model, "set calibration.own.engine: transformers"):
+        self._model = model
+        with refused_by("vLLM", model, REMEDY):
             self._engine = vllm.LLM(
                 model=str(model),
                 dtype=str(dtype).removeprefix("torch."),
@@ -65,7 +67,11 @@ class VllmAuthor:
         never: Collection[int],
         behind: tuple[Sequence[int], Sequence[int]] | None = None,
     ) -> Tensor:
-        """As `rayprune.workers.network.sampling.sampled`, but for the rounding of products."""
+        """As `rayprune.workers.network.sampling.sampled`, but for the rounding of products.
+
+        Raises:
+            ModelError: vLLM cannot compute it, or a probability is not finite.
+        """
         rules = {
             "temperature": temperature,
             "never": sorted(never),
@@ -82,7 +88,8 @@ class VllmAuthor:
             for draws_L in draws_BL.tolist()
         ]
         prompts: Any = [{"prompt_token_ids": prompt} for prompt in prompts_BT.tolist()]
-        found = self._engine.generate(prompts, wanted, use_tqdm=False)
+        with refused_by("vLLM", self._model, REMEDY):
+            found = self._engine.generate(prompts, wanted, use_tqdm=False)
         return torch.tensor([list(document.outputs[0].token_ids) for document in found])
 
 
