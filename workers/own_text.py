@@ -22,19 +22,20 @@ from rayprune.workers.calibration import load_tokenizer, tokenize
 from rayprune.workers.model.checkpoint import Checkpoint
 from rayprune.workers.network.decoding import decode_by_products
 from rayprune.workers.network.load_check import loaded
-from rayprune.workers.network.sampling import sampled
+from rayprune.workers.network.sampling import Rules, sampled
 from rayprune.workers.stock import stock_ends
 from rayprune.workers.texts.checks import check_known
 from rayprune.workers.texts.limits import embedding_rows
 from rayprune.workers.texts.own import (
     LOOP,
-    PROMPT,
     PROMPT_EVERY,
     Turns,
     first_token,
+    longest_prompt,
     pieces,
     repeated,
     turns_of,
+    vllm_cached,
 )
 from rayprune.workers.texts.tokenizer import has_template
 
@@ -78,9 +79,11 @@ class Author:
         found_BL = self._sampled(
             torch.tensor(prompts),
             torch.tensor(draws, dtype=torch.float64),
-            self.spec.temperature,
-            self._ends,
-            self._turns.behind if self._turns else None,
+            Rules(
+                self.spec.temperature,
+                sorted(self._ends),
+                self._turns.behind if self._turns else None,
+            ),
         )
         lines, tokens = list[str](), 0
         for number, prompt, found_L, length in zip(
@@ -109,9 +112,10 @@ class Author:
             from rayprune.workers.engines.vllm_author import VllmAuthor  # installed beside us
 
             per_token = self.checkpoint.model.cached_numbers * self.dtype.itemsize
-            before = max(PROMPT, len(self._turns.before) if self._turns else 0)
-            length, batch = before + self.spec.length, self.spec.batch
-            return VllmAuthor(path, self.dtype, length, batch, per_token).sampled
+            prompt = len(self._turns.before) if self._turns else longest_prompt(self.spec)
+            length, batch = prompt + self.spec.length, self.spec.batch
+            cache_bytes = vllm_cached(batch, length) * per_token
+            return VllmAuthor(path, self.dtype, length, batch, cache_bytes).sampled
         on_gpu = self.device.type == "cuda"
         network = loaded(path, self.dtype, "auto" if on_gpu else None).eval()
         decode_by_products(network)

@@ -8,7 +8,7 @@ from rayprune.specs.own_text import OwnTextSpec
 from rayprune.workers.model.checkpoint import Checkpoint
 from rayprune.workers.store.layout import OWN_TEXT_TASK, own_task
 from rayprune.workers.texts.limits import own_tokens
-from rayprune.workers.texts.own import PROMPT
+from rayprune.workers.texts.own import longest_prompt, vllm_cached
 
 
 def batches_of(own: OwnTextSpec, tokens: int) -> list[list[int]]:
@@ -43,6 +43,8 @@ class OwnTextLoad:
     """Of the type in which it is written."""
     cached_bytes: int
     """Keys and values that the cache keeps of one token."""
+    most_cached: int
+    """Tokens of the largest cache."""
     engine: str
     """What computes it, one of `OwnTextSpec.engine`."""
 
@@ -50,11 +52,6 @@ class OwnTextLoad:
     def tokens(self) -> int:
         """That go through the model."""
         return sum(count * (self.prompt + length) for count, length in self.batches)
-
-    @property
-    def most_cached(self) -> int:
-        """Tokens of the largest cache."""
-        return max(count * (self.prompt + length) for count, length in self.batches)
 
     @property
     def most_documents(self) -> int:
@@ -70,11 +67,17 @@ def own_text_load(job: JobSpec, checkpoint: Checkpoint, element_bytes: int) -> O
     """
     if (own := job.calibration.own) is None:
         return None
-    batches = batches_of(own, own_tokens(job))
+    batches = [(len(lengths), max(lengths)) for lengths in batches_of(own, own_tokens(job))]
+    prompt = longest_prompt(own)
     return OwnTextLoad(
-        batches=tuple((len(lengths), max(lengths)) for lengths in batches),
-        prompt=1 if own.prompts == "none" else PROMPT,
+        batches=tuple(batches),
+        prompt=prompt,
         element_bytes=element_bytes,
         cached_bytes=checkpoint.model.cached_numbers * element_bytes,
+        most_cached=(
+            vllm_cached(own.batch, prompt + own.length)
+            if own.engine == "vllm"
+            else max(documents * (prompt + length) for documents, length in batches)
+        ),
         engine=own.engine,
     )

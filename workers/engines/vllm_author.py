@@ -7,14 +7,14 @@ Letters: B documents, T tokens of a prompt, L tokens that are written, V vocabul
 import atexit
 import os
 import weakref
-from collections.abc import Collection, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rayprune.workers.network.sampling import Dialogue, chosen
+from rayprune.workers.network.sampling import Dialogue, Rules, chosen
 from rayprune.workers.stock import refused_by
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -25,8 +25,6 @@ import vllm
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
-BLOCK = 128
-"""Tokens of a block of the cache, at most; each document begins one."""
 REMEDY = "set calibration.own.engine: transformers"
 
 
@@ -34,15 +32,13 @@ class VllmAuthor:
     """A model that writes in vLLM, on one device."""
 
     def __init__(
-        self, model: Path, dtype: torch.dtype, length: int, documents: int, token_bytes: int
+        self, model: Path, dtype: torch.dtype, length: int, documents: int, cache_bytes: int
     ) -> None:
-        """Load it, for so many documents at a time of so many tokens, prompts among them, with a
-        cache of so many bytes a token.
+        """Load it, for so many documents at a time of so many tokens, prompts among them.
 
         Raises:
             ModelError: vLLM cannot compute it.
         """
-        cached = documents * -(-(length + BLOCK) // BLOCK) * BLOCK
         self._model = model
         with refused_by("vLLM", model, REMEDY):
             self._engine = vllm.LLM(
@@ -53,37 +49,25 @@ class VllmAuthor:
                 async_scheduling=False,
                 max_model_len=length,
                 max_num_seqs=documents,
-                kv_cache_memory_bytes=cached * token_bytes,
+                kv_cache_memory_bytes=cache_bytes,
                 logits_processors=[f"{__name__}:Drawn"],
             )
         close = weakref.finalize(self, self._engine.llm_engine.engine_core.shutdown)
         atexit.register(close)  # before multiprocessing waits for its processes to end
 
-    def sampled(
-        self,
-        prompts_BT: Tensor,
-        draws_BL: Tensor,
-        temperature: float,
-        never: Collection[int],
-        behind: tuple[Sequence[int], Sequence[int]] | None = None,
-    ) -> Tensor:
+    def sampled(self, prompts_BT: Tensor, draws_BL: Tensor, rules: Rules) -> Tensor:
         """As `rayprune.workers.network.sampling.sampled`, but for the rounding of products.
 
         Raises:
             ModelError: vLLM cannot compute it, or a probability is not finite.
         """
-        rules = {
-            "temperature": temperature,
-            "never": sorted(never),
-            "behind": behind and [list(tokens) for tokens in behind],
-        }
         wanted = [
             vllm.SamplingParams(
                 temperature=0.0,
                 max_tokens=len(draws_L),
                 ignore_eos=True,
                 detokenize=False,
-                extra_args={"rayprune": rules | {"draws": draws_L}},
+                extra_args={"rules": asdict(rules), "draws": draws_L},
             )
             for draws_L in draws_BL.tolist()
         ]
@@ -98,13 +82,12 @@ class _Document:
 
     def __init__(self, params: vllm.SamplingParams, output_ids: list[int]) -> None:
         assert params.extra_args
-        rules = params.extra_args["rayprune"]
-        self.temperature: float = rules["temperature"]
-        self.draws: list[float] = rules["draws"]
-        self.dialogue = Dialogue(rules["never"], rules["behind"])
+        self.rules = Rules(**params.extra_args["rules"])
+        self.draws: list[float] = params.extra_args["draws"]
+        self._dialogue = Dialogue(self.rules)
         self.written = output_ids
         """Grows in the engine."""
-        self._decided = [self.dialogue.follows(token) for token in output_ids]
+        self._decided = [self._dialogue.follows(token) for token in output_ids]
 
     @property
     def step(self) -> int:
@@ -114,7 +97,7 @@ class _Document:
     def decide(self, token: int) -> int:
         """The token that follows where this one is drawn; the same when it is asked again."""
         if self.step == len(self._decided):
-            self._decided.append(self.dialogue.follows(token))
+            self._decided.append(self._dialogue.follows(token))
         return self._decided[self.step]
 
 
@@ -140,14 +123,9 @@ class Drawn(LogitsProcessor):  # type: ignore[misc]
         documents = [self._documents[row] for row in rows]
         if not documents:
             return logits
-        first = documents[0]
         draws = [document.draws[document.step] for document in documents]
-        tokens = chosen(
-            logits[rows],
-            torch.tensor(draws, dtype=torch.float64),
-            first.temperature,
-            first.dialogue.never,
-        )
+        draws_B = torch.tensor(draws, dtype=torch.float64)
+        tokens = chosen(logits[rows], draws_B, documents[0].rules)
         decided = [
             document.decide(int(token)) for document, token in zip(documents, tokens, strict=True)
         ]

@@ -6,6 +6,7 @@ W tokens of a block.
 
 from collections import deque
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,27 +20,36 @@ WIDTH = 256
 """Tokens of a block, whose probabilities are summed first."""
 
 
+@dataclass(frozen=True)
+class Rules:
+    """By what tokens are chosen; of plain values, so that it goes into other processes."""
+
+    temperature: float
+    never: Collection[int]
+    """Tokens that do not follow: those that end a text."""
+    behind: tuple[Sequence[int], Sequence[int]] | None = None
+    """The tokens that stand behind the turns of two speakers: where one of them ends, by the first
+    of these or by one of `never`, they are written and the other one goes on.
+    """
+
+    @property
+    def undrawn(self) -> list[int]:
+        """Tokens that are not drawn; where two speak, all are."""
+        return [] if self.behind else sorted(self.never)
+
+
 @torch.inference_mode()
-def sampled(
-    network: Any,
-    prompts_BT: Tensor,
-    draws_BL: Tensor,
-    temperature: float,
-    never: Collection[int],
-    behind: tuple[Sequence[int], Sequence[int]] | None = None,
-) -> Tensor:
+def sampled(network: Any, prompts_BT: Tensor, draws_BL: Tensor, rules: Rules) -> Tensor:
     """What a model goes on with behind prompts, (B, L) on the CPU: of every document one number in
     [0, 1) a token, `draws`, decides, on the CPU in fp64 but for the probabilities, which are fp32.
 
     So a document depends on the others that are written with it by the rounding of the model's own
-    products alone. Tokens in `never` do not follow. `behind` are the tokens that stand behind the
-    turns of two speakers: where one of them ends, by the first of these or by one of `never`, they
-    are written and the other one goes on.
+    products alone.
 
     Raises:
         ModelError: a probability is not finite.
     """
-    choose = _Choose(draws_BL, temperature, never, behind)
+    choose = _Choose(draws_BL, rules)
     network.generation_config = GenerationConfig()  # the folder's may cut the distribution
     found: Tensor = network.generate(
         prompts_BT.to(network.device),
@@ -54,14 +64,10 @@ def sampled(
 
 
 class Dialogue:
-    """Whose turn it is in a document, if two speakers write it, and which tokens may follow."""
+    """Whose turn it is in a document, if two speakers write it."""
 
-    def __init__(
-        self, never: Collection[int], behind: tuple[Sequence[int], Sequence[int]] | None
-    ) -> None:
-        self._behind, self._ends = behind, set(never)
-        self.never = [] if behind else sorted(never)
-        """Tokens that are not drawn."""
+    def __init__(self, rules: Rules) -> None:
+        self._behind, self._ends = rules.behind, set(rules.never)
         self._speaker, self._left = 0, deque[int]()
 
     def follows(self, token: int) -> int:
@@ -78,20 +84,13 @@ class Dialogue:
 class _Choose:
     """Leaves of every document's scores one token, which the search for the best then takes."""
 
-    def __init__(
-        self,
-        draws_BL: Tensor,
-        temperature: float,
-        never: Collection[int],
-        behind: tuple[Sequence[int], Sequence[int]] | None,
-    ) -> None:
-        self._draws_BL, self._temperature, self._step = draws_BL, temperature, 0
-        self._dialogues = [Dialogue(never, behind) for _ in draws_BL]
+    def __init__(self, draws_BL: Tensor, rules: Rules) -> None:
+        self._draws_BL, self._rules, self._step = draws_BL, rules, 0
+        self._dialogues = [Dialogue(rules) for _ in draws_BL]
 
     def __call__(self, _: Tensor, scores_BV: Tensor) -> Tensor:
-        draws_B, never = self._draws_BL[:, self._step], self._dialogues[0].never
+        drawn_B = chosen(scores_BV, self._draws_BL[:, self._step], self._rules)
         self._step += 1
-        drawn_B = chosen(scores_BV, draws_B, self._temperature, never)
         chosen_B = torch.tensor(
             [
                 dialogue.follows(int(token))
@@ -102,16 +101,14 @@ class _Choose:
         return one_hot_BV.scatter_(1, chosen_B[:, None].to(scores_BV.device), 0.0)
 
 
-def chosen(
-    scores_BV: Tensor, draws_B: Tensor, temperature: float, never: Collection[int]
-) -> Tensor:
-    """The tokens (B,) that numbers in [0, 1), `draws`, choose by a model's scores; none of `never`.
+def chosen(scores_BV: Tensor, draws_B: Tensor, rules: Rules) -> Tensor:
+    """The tokens (B,) that numbers in [0, 1), `draws`, choose by a model's scores.
 
     Raises:
         ModelError: a probability is not finite.
     """
-    logits_BV = scores_BV.float() / temperature
-    logits_BV[:, list(never)] = -torch.inf
+    logits_BV = scores_BV.float() / rules.temperature
+    logits_BV[:, rules.undrawn] = -torch.inf
     return drawn(torch.softmax(logits_BV, -1), draws_B)
 
 

@@ -1,10 +1,12 @@
 """What a model that writes text goes on from, and which of its documents are no text. No torch."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rayprune.specs.errors import ModelError, SpecError
+from rayprune.specs.own_text import OwnTextSpec
 from rayprune.workers.texts.chats import rendered
 
 if TYPE_CHECKING:
@@ -14,6 +16,8 @@ PROMPT = 32
 """Tokens of a prompt that is a piece of a text."""
 PROMPT_EVERY = 256
 """Tokens from the beginning of one such piece to that of the next."""
+BLOCK = 128
+"""Tokens of a block of vLLM's cache, at most; each document begins one."""
 SPAN, LOOP = 8, 0.3
 """A document is a loop if more than this part of its spans of so many tokens stand in it before."""
 _SAID = ("Questionword", "Answerword", "Nextword")
@@ -75,6 +79,18 @@ def pieces(ids: Sequence[int], numbers: range, asked: int) -> list[list[int]]:
     around = max(1, len(ids) - PROMPT + 1) if len(ids) < asked else asked
     starts = [number * PROMPT_EVERY % around for number in numbers]
     return [list(ids[start : start + PROMPT]) for start in starts]
+
+
+def longest_prompt(own: OwnTextSpec) -> int:
+    """Tokens of a prompt, as far as it is known without the chat template, which may take more."""
+    return 1 if own.prompts == "none" else PROMPT
+
+
+def vllm_cached(documents: int, length: int) -> int:
+    """Tokens that vLLM's cache has room for, with so many documents of so many tokens, prompts
+    among them; one block is its own.
+    """
+    return (documents * math.ceil(length / BLOCK) + 1) * BLOCK
 
 
 def repeated(ids: Sequence[int]) -> float:

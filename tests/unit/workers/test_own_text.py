@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from rayprune.orchestrator.planning.own_text import batches_of
+from rayprune.orchestrator.planning.own_text import batches_of, own_text_load
 from rayprune.specs.errors import ModelError, SpecError
 from rayprune.specs.job import CalibrationSpec
 from rayprune.specs.loader import load_job
 from rayprune.specs.own_text import OwnTextSpec
 from rayprune.specs.texts import MixedTextSpec
-from rayprune.workers.network.sampling import WIDTH, drawn, sampled
+from rayprune.workers.model.checkpoint import open_checkpoint
+from rayprune.workers.network.sampling import WIDTH, Rules, drawn, sampled
 from rayprune.workers.store.shards import even_parts
 from rayprune.workers.texts.limits import (
     kept_out,
@@ -24,7 +25,7 @@ from rayprune.workers.texts.limits import (
     windows_of_texts,
     with_own,
 )
-from rayprune.workers.texts.own import LOOP, PROMPT, PROMPT_EVERY, pieces, repeated
+from rayprune.workers.texts.own import BLOCK, LOOP, PROMPT, PROMPT_EVERY, pieces, repeated
 from tests.conftest import MakeModel
 
 
@@ -50,6 +51,9 @@ def test_draws_from_several_blocks_are_those_from_one() -> None:
         drawn(torch.full((1, 4), torch.nan), numbers(0.5))
 
 
+RULES = Rules(0.7, {5, 9})
+
+
 def loaded(make_model: MakeModel) -> Any:
     return AutoModelForCausalLM.from_pretrained(make_model()).eval()
 
@@ -59,14 +63,14 @@ def test_what_is_sampled_is_what_whole_passes_without_a_cache_give(make_model: M
     """And every document is the one that it is alone."""
     network, prompts_BT = loaded(make_model), torch.tensor([[65, 66, 67], [90, 10, 200]])
     draws_BL = torch.rand(2, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    found_BL = sampled(network, prompts_BT, draws_BL, 0.7, {5, 9})
+    found_BL = sampled(network, prompts_BT, draws_BL, RULES)
     ids_BT = prompts_BT
     for draws_B in draws_BL.T:
         logits_BV = network(ids_BT, use_cache=False).logits[:, -1] / 0.7
         logits_BV[:, [5, 9]] = -torch.inf
         ids_BT = torch.cat([ids_BT, drawn(logits_BV.softmax(-1), draws_B)[:, None]], 1)
     assert torch.equal(found_BL, ids_BT[:, 3:])
-    alone_1L = sampled(network, prompts_BT[1:], draws_BL[1:], 0.7, {5, 9})
+    alone_1L = sampled(network, prompts_BT[1:], draws_BL[1:], RULES)
     assert torch.equal(alone_1L, found_BL[1:])
 
 
@@ -98,7 +102,8 @@ def test_both_sides_are_written_and_each_one_ends_its_turn_itself() -> None:
         [21, 31, 22, 1, 1, 1, 1, 1, 1, 1],  # none of them ends a turn
     ]
     draws_BL = torch.full((3, 10), 0.5, dtype=torch.float64)
-    found = sampled(Scripted(wanted), torch.zeros(3, 1, dtype=int), draws_BL, 1.0, {99}, behind)
+    rules = Rules(1.0, {99}, behind)
+    found = sampled(Scripted(wanted), torch.zeros(3, 1, dtype=int), draws_BL, rules)
     assert found.tolist() == [
         [1, 2, 7, 21, 22, 3, 7, 31, 4, 7],
         [1, 1, 1, 7, 21, 22, 5, 5, 7, 31],
@@ -185,8 +190,24 @@ def test_nothing_of_a_model_s_own_settings_cuts_the_distribution(make_model: Mak
     network = loaded(make_model)
     network.generation_config.update(top_k=1, repetition_penalty=9.0, eos_token_id=0, max_length=4)
     draws_BL = torch.linspace(0, 0.99, 16, dtype=torch.float64)[None]
-    cut = sampled(network, torch.tensor([[65]]), draws_BL, 1.0, set())
-    assert torch.equal(cut, sampled(loaded(make_model), torch.tensor([[65]]), draws_BL, 1.0, set()))
+    prompts_BT, rules = torch.tensor([[65]]), Rules(1.0, set())
+    cut = sampled(network, prompts_BT, draws_BL, rules)
+    assert torch.equal(cut, sampled(loaded(make_model), prompts_BT, draws_BL, rules))
+
+
+def test_the_plan_counts_the_cache_that_an_engine_keeps(make_model: MakeModel) -> None:
+    checkpoint = open_checkpoint(make_model())
+
+    def cached(**own: Any) -> int:
+        load = own_text_load(job({"length": 128} | own), checkpoint, 2)
+        assert load
+        return load.most_cached
+
+    assert cached(batch=32) == 4 * (PROMPT + 128)  # 512 tokens are read, no 32 documents
+    assert cached(batch=3) == 3 * (PROMPT + 128)
+    assert cached(batch=3, prompts="none") == 3 * (1 + 128)
+    assert cached(batch=32, engine="vllm") == (32 * 2 + 1) * BLOCK  # made before the first one
+    assert cached(batch=3, engine="vllm", length=BLOCK - PROMPT) == (3 + 1) * BLOCK
 
 
 def texts(samples: int, *weights: float) -> CalibrationSpec:
