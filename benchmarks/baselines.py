@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.demo_model import JOB
-from rayprune.specs.job import CalibrationSpec
+from rayprune.specs.calibration import CalibrationSpec
 from rayprune.workers.calibration import calibration_windows, load_tokenizer
 from rayprune.workers.machine.memory import PeakMemory
 

@@ -43,7 +43,7 @@ def flap(
     import torch
     from transformers import AutoConfig
 
-    from rayprune.specs.job import CalibrationSpec
+    from rayprune.specs.calibration import CalibrationSpec
     from rayprune.workers.calibration import calibration_windows, load_tokenizer
     from rayprune.workers.machine.memory import PeakMemory
 

@@ -27,7 +27,7 @@ import yaml
 from benchmarks.random_model import SHAPES, write_model
 from benchmarks.results import record, table
 from rayprune.orchestrator.execution.run_folder import read_events
-from rayprune.specs.job import parse_bytes
+from rayprune.specs.sizes import parse_bytes
 
 HERE = Path(__file__).parent
 TRAINING = {"batch": 2, "epochs": 2, "dtype": "bfloat16"}

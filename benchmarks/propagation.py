@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.demo_model import JOB, held_out, run
 from benchmarks.results import record, table
-from rayprune.specs.job import EvaluationSpec
+from rayprune.specs.evaluation import EvaluationSpec
 from rayprune.workers.calibration import evaluation_windows, load_tokenizer
 from rayprune.workers.passes.evaluate import window_losses
 

@@ -29,7 +29,7 @@ from benchmarks.demo_model import HERE, first_part, run
 from benchmarks.quality_rows import ALL, GIVEN, GIVEN_WINDOWS, OTHERS, OWN, OWN_WINDOWS, ROWS
 from benchmarks.results import RESULTS, record, table
 from benchmarks.yardstick import MOST_WINDOWS, cells, columns, measured, texts_of
-from rayprune.specs.job import CalibrationSpec
+from rayprune.specs.calibration import CalibrationSpec
 from rayprune.workers.calibration import calibration_windows, load_tokenizer
 from rayprune.workers.model.checkpoint import open_checkpoint
 from rayprune.workers.store.layout import model_folder, recovered_folder

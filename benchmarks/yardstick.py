@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks.demo_model import held_out
-from rayprune.specs.job import EvaluationSpec
+from rayprune.specs.evaluation import EvaluationSpec
 from rayprune.workers.calibration import evaluation_windows, load_tokenizer
 from rayprune.workers.model.checkpoint import open_checkpoint
 from rayprune.workers.network.streamed import StreamedModel

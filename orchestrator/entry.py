@@ -14,8 +14,9 @@ from rayprune.orchestrator.planning.proposal import Proposal, propose
 from rayprune.orchestrator.planning.steps import plan_job
 from rayprune.orchestrator.reporting.events import Event
 from rayprune.orchestrator.reporting.report import Report
+from rayprune.specs.budget import DEFAULT_SPARSITY
 from rayprune.specs.errors import SpecError
-from rayprune.specs.job import DEFAULT_SPARSITY, HUB_NAME, JobSpec
+from rayprune.specs.job import HUB_NAME, JobSpec
 from rayprune.specs.loader import load_job
 from rayprune.specs.machine import MachineProfile, load_profile
 from rayprune.specs.recipe import RecipeName

@@ -6,67 +6,27 @@ A field's docstring is its documentation in the JSON schema.
 
 import os
 import re
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
-from rayprune.specs.allocation import AllocationSpec, CurvesAllocation, UniformAllocation
+from rayprune.specs.allocation import CurvesAllocation
+from rayprune.specs.budget import TARGETS, BudgetSpec
+from rayprune.specs.calibration import CalibrationSpec
 from rayprune.specs.cluster import ClusterSpec, ParallelSpec
+from rayprune.specs.evaluation import EvaluationSpec
+from rayprune.specs.export import ExportSpec
 from rayprune.specs.methods import MethodSpec
 from rayprune.specs.methods.options import InSteps
 from rayprune.specs.methods.ranking.stat import StatOptions
-from rayprune.specs.own_text import OwnTextSpec
 from rayprune.specs.recipe import RecipeName
 from rayprune.specs.section import FloatType, Section
-from rayprune.specs.texts import (
-    LocalPath,
-    MixedTextSpec,
-    PathMarker,
-    TextFormat,
-    TextSpec,
-    WindowsSpec,
-)
+from rayprune.specs.sizes import ByteSize
+from rayprune.specs.texts import PathMarker, WindowsSpec
 from rayprune.specs.training import HOW_TRAINED, RecoverSpec
 
-_UNITS = {
-    "b": 1,
-    "kib": 2**10,
-    "mib": 2**20,
-    "gib": 2**30,
-    "tib": 2**40,
-    "kb": 10**3,
-    "mb": 10**6,
-    "gb": 10**9,
-    "tb": 10**12,
-}
-
-
-def parse_bytes(value: object) -> object:
-    """Turn `8GiB`, `500 MB` or a plain integer into bytes.
-
-    Raises:
-        ValueError: the text is no number with a known unit.
-    """
-    if not isinstance(value, str):
-        return value
-    number = value.strip().rstrip("iBbKkMmGgTt").strip()
-    unit = value.strip()[len(number) :].strip().lower() or "b"
-    try:
-        return int(float(number) * _UNITS[unit])
-    except (ValueError, KeyError, OverflowError):
-        raise ValueError(
-            f"{value!r} is not a size; write for example 8GiB, 500MB or a number of bytes"
-        ) from None
-
-
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-
-
 ModelPath = Annotated[str, Field(min_length=1), PathMarker(or_name=True)]
-ByteSize = Annotated[
-    int, BeforeValidator(parse_bytes, json_schema_input_type=int | str), Field(ge=1)
-]
 
 
 class ModelSpec(Section):
@@ -96,242 +56,6 @@ class ModelSpec(Section):
                 " one of them out"
             )
         return self
-
-
-class CalibrationSpec(WindowsSpec):
-    """The text whose activations decide what is kept."""
-
-    own: OwnTextSpec | None = None
-    """Text that the model writes itself, as the last text of the mix; null: none."""
-    shards: int = Field(default=8, ge=2, le=4096)
-    """Number of logical shards the windows are split into, in order; at most one worker per shard.
-    Part of the result.
-    """
-    held_out_shards: int = Field(default=1, ge=1)
-    """How many of the last shards are held out while the damping is chosen (the final fit uses all
-    of them).
-    """
-
-    @model_validator(mode="after")
-    def _shards_fit(self) -> Self:
-        if self.shards > self.samples:
-            raise ValueError(f"shards ({self.shards}) must not exceed samples ({self.samples})")
-        if self.held_out_shards >= self.shards:
-            raise ValueError(
-                f"held_out_shards ({self.held_out_shards}) must be smaller than shards"
-                f" ({self.shards})"
-            )
-        return self
-
-    @property
-    def weights(self) -> tuple[float, ...]:
-        """Those of the texts, and last the one of the model's own, as long as it is not written."""
-        return (*super().weights, *([self.own.weight] if self.own else []))
-
-    def with_own(self, path: str) -> "CalibrationSpec":
-        """The same where the model's own text lies in a file: one more of the mix, whose documents
-        are read as the tokens that the model has written.
-        """
-        if self.own is None:
-            return self
-        text = MixedTextSpec(path=path, format="jsonl", field="input_ids", weight=self.own.weight)
-        return self.model_copy(update={"mix": (*self.mix, text), "own": None})
-
-
-DEFAULT_SPARSITY = 0.2
-LayerNumber = Annotated[int, Field(ge=0)]
-_TARGETS = (
-    "sparsity",
-    "parameters",
-    "weight_bytes",
-    "flops_per_token",
-    "kv_bytes_per_token",
-    "latency_ms",
-    "tokens_per_second",
-    "memory",
-)
-SPEEDS = ("latency_ms", "tokens_per_second")
-"""Targets that are counted with a table."""
-
-
-class SpeedSpec(Section):
-    """Tokens per second, at least, counted with `latency_table`: one of the two or both."""
-
-    prefill: Annotated[float, Field(gt=0.0)] | None = None
-    """While prompts are read, over all sequences."""
-    decode: Annotated[float, Field(gt=0.0)] | None = None
-    """While tokens are written, over all sequences."""
-    batch: Annotated[int, Field(ge=1)] | None = None
-    """Sequences at once; null: as the table has it, if it has one number alone."""
-    tokens: Annotated[int, Field(ge=1)] | None = None
-    """Of a prompt, or before the token that is written; null: as the table has it."""
-
-    @model_validator(mode="after")
-    def _asks_for_something(self) -> Self:
-        if self.prefill is None and self.decode is None:
-            raise ValueError("tokens_per_second asks for nothing; give prefill, decode or both")
-        return self
-
-
-class ServedMemorySpec(Section):
-    """Memory where the model is served."""
-
-    bytes: ByteSize
-    """Of the weights and the KV cache together, at most. A matrix of 16-bit numbers to which
-    `method: sparse` gives 2:4 zeros counts as a GPU holds it: 9/16 of its bytes.
-    """
-    batch: int = Field(default=1, ge=1)
-    """Sequences in the cache."""
-    context: int = Field(ge=0)
-    """Tokens of each; 0: the weights alone."""
-
-    @model_validator(mode="after")
-    def _batch_of_something(self) -> Self:
-        if self.context == 0 and self.batch > 1:
-            raise ValueError(
-                f"batch: {self.batch} sequences of context 0 hold nothing; leave it out"
-            )
-        return self
-
-
-class BudgetSpec(Section):
-    """How much goes. Every target that is given is met."""
-
-    sparsity: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
-    """Fraction of the decoder-layer parameters removed, at least; null: 0.2, or no such target
-    where another one, or `drop_layers`, is given.
-    """
-    parameters: Annotated[int, Field(ge=1)] | None = None
-    """Parameters of the whole model, at most."""
-    weight_bytes: ByteSize | None = None
-    """Bytes of the weights on disk, at most."""
-    flops_per_token: Annotated[float, Field(gt=0.0)] | None = None
-    """Floating-point operations of the products with all weight matrices for one token, at most."""
-    kv_bytes_per_token: ByteSize | None = None
-    """Bytes that the KV cache takes for one token, at most."""
-    latency_ms: Annotated[float, Field(gt=0.0)] | None = None
-    """Milliseconds of a forward pass over a prompt, at most, counted with `latency_table`."""
-    tokens_per_second: SpeedSpec | None = None
-    """Speed while prompts are read and tokens are written, counted with `latency_table`."""
-    memory: ServedMemorySpec | None = None
-    """Weights and KV cache together where the model is served."""
-    latency_table: LocalPath | None = None
-    """Times of the model's layers by size on the machine that matters, as `rayprune latency` has
-    measured them.
-    """
-    per_layer: bool = False
-    """Layers may keep different numbers of units; stock model classes load such a model only if
-    `export.pad` is set.
-    """
-    allocation: AllocationSpec = UniformAllocation()
-    """How the budget is spread over the layers; all but `uniform` need `per_layer`, which by itself
-    means `curves`.
-    """
-    round_to: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = "auto"
-    """The FFN width that stays is a multiple of this, in channels; `auto`: 256 for an FFN of 10,240
-    channels or more, 64 from 1,024 on, else 32, and the heads that stay are multiples too.
-    """
-    kv_groups: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    """KV groups that stay in every layer; `auto`: chosen against the FFN width by predicted output
-    error.
-    """
-    experts: Annotated[int, Field(ge=1)] | None = None
-    """Experts that stay in every layer of a mixture of experts; null: all, or with `per_layer` as
-    many in each layer as suit it.
-    """
-    expert_score: Literal["reap", "frequency"] = "reap"
-    """Which experts stay: those that add most to the tokens they get (`reap`), or get most tokens
-    (`frequency`).
-    """
-    drop_layers: (
-        Annotated[int, Field(ge=1)] | Annotated[list[LayerNumber], Field(min_length=1)] | None
-    ) = None
-    """Whole layers that go, without training: their numbers, from 0, or how many, the least useful
-    by `drop_score`. What they hold counts first, heads and widths give what a target is short of;
-    without a target nothing else goes. null: none.
-    """
-    drop_score: Literal["influence", "divergence"] = "influence"
-    """Which layers go: those that turn the hidden states least (`influence`, ShortGPT's Block
-    Influence), or one after the other that without which the outputs lie nearest to the dense
-    model's (`divergence`).
-    """
-    drop_samples: int = Field(default=8, ge=1, le=4096)
-    """Calibration windows on which that is measured; at most all."""
-    probe_samples: int = Field(default=4, ge=2, le=4096)
-    """Calibration windows used to predict output errors when `kv_groups` is `auto`."""
-    probe_layers: int = Field(default=5, ge=1, le=4096)
-    """Layers, evenly spaced, at which output errors are predicted when `kv_groups` is `auto`."""
-
-    @model_validator(mode="after")
-    def _latency_is_counted(self) -> Self:
-        for name in SPEEDS:
-            if getattr(self, name) is not None and not self.latency_table:
-                raise ValueError(
-                    f"{name} needs latency_table: write one with `rayprune latency MODEL > FILE`"
-                )
-        return self
-
-    @model_validator(mode="after")
-    def _experts_are_scored(self) -> Self:
-        if self.experts is None and not self.per_layer and self.expert_score != "reap":
-            raise ValueError(
-                "expert_score needs experts, how many stay, or per_layer; set one of them, or leave"
-                " it out"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _layers_are_dropped(self) -> Self:
-        drop, measured = self.drop_layers, ("influence", 8)
-        if not isinstance(drop, int) and (self.drop_score, self.drop_samples) != measured:
-            raise ValueError(
-                "drop_score and drop_samples need drop_layers: how many go; leave them out, or"
-                " give a number"
-            )
-        if isinstance(drop, list) and len(set(drop)) < len(drop):
-            raise ValueError(f"drop_layers names a layer twice: {drop}")
-        narrower = self.kv_groups != "auto" or self.experts is not None or self.per_layer
-        if drop is not None and narrower and not self.has_target:
-            raise ValueError(
-                "drop_layers without a target removes layers and nothing else; leave out kv_groups,"
-                " experts and per_layer, or give a target, as sparsity"
-            )
-        return self
-
-    @property
-    def has_target(self) -> bool:
-        """Whether there is anything that the pruned model has to meet."""
-        return any(getattr(self, name) is not None for name in _TARGETS)
-
-    @model_validator(mode="after")
-    def _layers_may_differ(self) -> Self:
-        if self.per_layer == (self.allocation.name == "uniform"):
-            change = (
-                "leave budget.allocation out, or set budget.per_layer: false"
-                if self.per_layer
-                else "set budget.per_layer: true"
-            )
-            raise ValueError(
-                f"allocation {self.allocation.name} with per_layer {str(self.per_layer).lower()};"
-                f" {change}"
-            )
-        return self
-
-    @model_validator(mode="before")
-    @classmethod
-    def _depend_on_others(cls, options: object) -> object:
-        known = (*_TARGETS, "drop_layers")
-        if isinstance(options, Mapping) and all(options.get(name) is None for name in known):
-            options = {**options, "sparsity": DEFAULT_SPARSITY}
-        if isinstance(options, Mapping) and options.get("per_layer") is True:
-            options = {"allocation": "curves", **options}
-        return options
-
-
-FEW_TOKENS = 10
-"""Calibration tokens per FFN channel below which corrections overfit, measured on SmolLM2-135M
-(docs/methods/stat.md).
-"""
 
 
 class CorrectionSpec(Section):
@@ -364,132 +88,6 @@ class MemorySpec(Section):
     """Hidden states are saved every so many layers, so that a restart replays fewer layers; 0:
     never.
     """
-
-
-Target = Literal["transformers", "transformers-4", "vllm", "ctranslate2", "gguf", "gguf-q8_0"]
-
-
-def one_or_more(value: object) -> object:
-    """A value that stands alone as a list of one."""
-    if isinstance(value, str):
-        return (value,)
-    return tuple(value) if isinstance(value, list) else value
-
-
-class ExportSpec(Section):
-    """What the pruned model's folder looks like."""
-
-    dtype: FloatType = "auto"
-    """Floating-point type on disk; `auto`: as each tensor is in the original."""
-    target: Annotated[
-        tuple[Target, ...],
-        BeforeValidator(one_or_more, json_schema_input_type=Target | tuple[Target, ...]),
-        Field(min_length=1),
-    ] = ("transformers",)
-    """Engines it is written for, one or a list. `transformers` is there always, in `model`;
-    `transformers-4`: what 4.57 cannot read is refused; `vllm`: a Qwen2 with fewer heads is written
-    as a Llama, layers of different sizes in `export/vllm`; `ctranslate2`: a Llama with heads
-    of another size than hidden size / heads is written as a Mistral, what CTranslate2 would
-    misread is refused; `gguf`, `gguf-q8_0`: a file for llama.cpp in F16 or Q8_0, in `export`
-    (extra `gguf`).
-    """
-    tensor_parallel: int = Field(default=1, ge=1, le=256)
-    """GPUs that every layer will be split over where the model is served: each gets as many KV
-    groups, and a multiple of `budget.round_to` of the FFN.
-    """
-    pad: bool = False
-    """Layers of different sizes are padded with zeros to the widest: stock classes load the model,
-    but it takes what the widest takes.
-    """
-
-    @property
-    def form(self) -> str:
-        """What the model's folder is written for: one that another engine reads is one of
-        transformers too, and one of CTranslate2 one of vLLM.
-        """
-        others = (target for target in ("ctranslate2", "vllm") if target in self.target)
-        return next(others, "transformers")
-
-
-TextName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
-
-
-class EvaluationSpec(Section):
-    """Perplexity of the dense and of the exported model, under the same code, and how close they
-    are; of an encoder how alike its embeddings are, and its loss on masked tokens if it predicts
-    them.
-    """
-
-    path: LocalPath | None = None
-    """The text, as in `calibration`; null: `texts` has several."""
-    format: TextFormat = "auto"
-    """As in `calibration`."""
-    field: Annotated[str, Field(min_length=1)] | None = None
-    """As in `calibration`."""
-    texts: dict[TextName, TextSpec] | None = None
-    """Texts by name, in place of `path`: each is measured by itself, and all of them together."""
-    window: int = Field(default=1024, ge=2, le=1_048_576)
-    """Length of one window, in tokens."""
-    stride: int | None = Field(default=None, ge=1)
-    """Tokens between the starts of two windows; null: the window's length (no overlap)."""
-    max_windows: int | None = Field(default=None, ge=1)
-    """Only the first so many windows of each text; null: all. An incomplete last window is
-    dropped.
-    """
-    prompts: tuple[Annotated[str, Field(min_length=1)], ...] = Field(default=(), max_length=32)
-    """Beginnings of texts that the dense and the pruned model go on with, for the report; each
-    takes the likeliest token.
-    """
-    prompt_tokens: int = Field(default=48, ge=1, le=4096)
-    """Tokens that they go on with, at most."""
-    tasks: tuple[Annotated[str, Field(min_length=1)], ...] = ()
-    """Tasks of lm-eval by their names, or groups of them, that every model is asked."""
-    tasks_folder: LocalPath | None = None
-    """Folder with tasks of your own, as YAML and data; its names go before lm-eval's."""
-    tasks_limit: int | None = Field(default=None, ge=1)
-    """Only the first so many documents of each task; null: all."""
-    tasks_batch: int = Field(default=1, ge=1, le=1024)
-    """Questions that a model is asked at once."""
-    few_shot: int | None = Field(default=None, ge=0, le=1024)
-    """Examples before each question; null: as many as the task says."""
-
-    @property
-    def by_name(self) -> dict[str, TextSpec]:
-        """The texts; one that stands alone has the name of its file."""
-        if self.path is None:
-            return dict(self.texts or {})
-        alone = TextSpec(path=self.path, format=self.format, field=self.field)
-        return {os.path.basename(os.path.normpath(self.path)) or "text": alone}
-
-    def option(self, name: str) -> str:
-        """The option that says where the text of this name lies."""
-        return "evaluation.path" if self.texts is None else f"evaluation.texts.{name}.path"
-
-    @property
-    def effective_stride(self) -> int:
-        """Tokens between the starts of two windows."""
-        return self.stride or self.window
-
-    @model_validator(mode="after")
-    def _one_or_several(self) -> Self:
-        if (self.path is None) == (not self.texts):
-            raise ValueError("give either path, or texts by name: texts: {NAME: {path: FILE}}")
-        if self.texts and (self.format, self.field) != ("auto", None):
-            raise ValueError("with texts, format and field belong to each of them: move them there")
-        return self
-
-    @model_validator(mode="after")
-    def _tasks_for_their_options(self) -> Self:
-        idle = self.given("few_shot", "tasks_batch", "tasks_folder", "tasks_limit")
-        if idle and not self.tasks:
-            raise ValueError(f"{idle[0]}: there are no tasks; give tasks: [NAME], or leave it out")
-        return self
-
-    @model_validator(mode="after")
-    def _stride_within_window(self) -> Self:
-        if self.stride is not None and self.stride > self.window:
-            raise ValueError(f"stride ({self.stride}) must not exceed window ({self.window})")
-        return self
 
 
 class JobSpec(Section):
@@ -596,7 +194,7 @@ class JobSpec(Section):
     def _steps_fit(self) -> Self:
         if (steps := self.steps) is None:
             return self
-        others = [name for name in _TARGETS[1:] if getattr(self.budget, name) is not None]
+        others = [name for name in TARGETS[1:] if getattr(self.budget, name) is not None]
         if others or self.budget.sparsity is None:
             given = f"leave out budget.{others[0]}" if others else "give budget.sparsity"
             raise ValueError(

@@ -14,8 +14,8 @@ import yaml
 from pydantic import Field
 
 from rayprune.specs.errors import SpecError
-from rayprune.specs.job import ByteSize
 from rayprune.specs.section import Section, load_section
+from rayprune.specs.sizes import ByteSize
 
 FORWARD_EFFICIENCY, WIDE_EFFICIENCY, BANDWIDTH_EFFICIENCY = 0.5, 0.7, 0.8
 Rate = Annotated[float, Field(gt=0)]

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rayprune.specs.errors import ModelError, SpecError
-from rayprune.specs.job import EvaluationSpec
+from rayprune.specs.evaluation import EvaluationSpec
 from rayprune.specs.texts import TextSpec, WindowsSpec
 from rayprune.workers.stock import stock_config
 from rayprune.workers.texts.limits import (

@@ -19,7 +19,7 @@ import lm_eval.tasks
 from lm_eval.tasks import TaskManager
 
 from rayprune.specs.errors import ModelError, RaypruneError, SpecError
-from rayprune.specs.job import EvaluationSpec
+from rayprune.specs.evaluation import EvaluationSpec
 
 MOST_WORDS = 400
 """Characters that are shown of an error of lm-eval's."""

@@ -7,8 +7,9 @@ from typing import Any
 
 import rayprune
 from rayprune.orchestrator.reporting.events import Event
+from rayprune.specs.budget import DEFAULT_SPARSITY
 from rayprune.specs.errors import SpecError
-from rayprune.specs.job import DEFAULT_SPARSITY, JobSpec
+from rayprune.specs.job import JobSpec
 from rayprune.specs.loader import read_job
 from rayprune.specs.machine import PROFILES
 from rayprune.specs.recipe import RECIPES

@@ -17,8 +17,10 @@ from rayprune.orchestrator.planning.together import (
     traffic_together,
 )
 from rayprune.orchestrator.planning.worker_memory import total
+from rayprune.specs.budget import BudgetSpec
 from rayprune.specs.errors import SpecError
-from rayprune.specs.job import BudgetSpec, CorrectionSpec, ExportSpec, JobSpec
+from rayprune.specs.export import ExportSpec
+from rayprune.specs.job import CorrectionSpec, JobSpec
 from rayprune.specs.machine import MachineProfile
 from rayprune.specs.methods.ranking.stat import StatOptions
 from rayprune.workers.model.checkpoint import Checkpoint

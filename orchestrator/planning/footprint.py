@@ -6,7 +6,9 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 
-from rayprune.specs.job import BudgetSpec, ExportSpec, JobSpec
+from rayprune.specs.budget import BudgetSpec
+from rayprune.specs.export import ExportSpec
+from rayprune.specs.job import JobSpec
 from rayprune.specs.latency import Phase, TimedPass, load_latency
 from rayprune.workers.model.checkpoint import Checkpoint
 from rayprune.workers.model.config import DTYPES

@@ -13,8 +13,9 @@ from rayprune.orchestrator.planning.together import (
     stages_together,
     traffic_together,
 )
+from rayprune.specs.budget import BudgetSpec
 from rayprune.specs.errors import SpecError
-from rayprune.specs.job import BudgetSpec, CorrectionSpec, JobSpec
+from rayprune.specs.job import CorrectionSpec, JobSpec
 from rayprune.specs.machine import MachineProfile
 from rayprune.workers.model.checkpoint import Checkpoint
 from rayprune.workers.model.sites import check_widths

@@ -14,8 +14,8 @@ from rayprune.orchestrator.planning.worker_memory import (
     total,
 )
 from rayprune.orchestrator.planning.workload import Workload, tokens_per_neuron
+from rayprune.specs.calibration import FEW_TOKENS
 from rayprune.specs.errors import ResourceError
-from rayprune.specs.job import FEW_TOKENS
 from rayprune.specs.memory import MemoryPlan
 
 FREE_BYTES = 256 * 2**20

@@ -33,8 +33,9 @@ from rayprune.orchestrator.planning.targets import check_targets
 from rayprune.orchestrator.planning.timing import Stage, stages
 from rayprune.orchestrator.planning.workload import Workload, in_rows, tokens_per_neuron, zeros
 from rayprune.specs.allocation import CurvesAllocation, SearchAllocation
+from rayprune.specs.calibration import FEW_TOKENS
 from rayprune.specs.errors import ModelError, SpecError
-from rayprune.specs.job import FEW_TOKENS, JobSpec
+from rayprune.specs.job import JobSpec
 from rayprune.specs.machine import MachineProfile
 from rayprune.specs.memory import MemoryPlan
 from rayprune.specs.methods.options import DriveOut, TakeOver

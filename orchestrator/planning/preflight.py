@@ -19,7 +19,8 @@ from rayprune.orchestrator.planning.plan import Plan
 from rayprune.orchestrator.planning.steps import plan_job
 from rayprune.orchestrator.planning.targets import check_tokenizer
 from rayprune.specs.errors import ResourceError, SpecError
-from rayprune.specs.job import EvaluationSpec, JobSpec
+from rayprune.specs.evaluation import EvaluationSpec
+from rayprune.specs.job import JobSpec
 from rayprune.specs.own_text import OWN_TEXT
 from rayprune.specs.texts import TextSpec
 from rayprune.workers.model.checkpoint import Checkpoint, open_checkpoint

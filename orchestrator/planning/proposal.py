@@ -15,8 +15,10 @@ from typing import Any
 from rayprune.orchestrator.planning.case import Case, Setting, Settings, changed, reason
 from rayprune.orchestrator.planning.plan import Plan
 from rayprune.orchestrator.planning.sizing import SHARDS, fitting
+from rayprune.specs.budget import DEFAULT_SPARSITY
+from rayprune.specs.calibration import FEW_TOKENS
 from rayprune.specs.errors import ModelError, SpecError
-from rayprune.specs.job import DEFAULT_SPARSITY, FEW_TOKENS, JobSpec
+from rayprune.specs.job import JobSpec
 from rayprune.specs.recipe import RecipeName
 from rayprune.specs.texts import TextSpec
 from rayprune.workers.machine.host import Host

@@ -43,7 +43,7 @@ from rayprune.orchestrator.stages.stream import layer_work, stream_layers
 from rayprune.orchestrator.stages.subject import Subject, digests, file_digests
 from rayprune.orchestrator.stages.survey import Counts, asked, survey_experts
 from rayprune.specs.allocation import CurvesAllocation, SearchAllocation
-from rayprune.specs.job import SPEEDS
+from rayprune.specs.budget import SPEEDS
 from rayprune.workers.model.description import Group
 from rayprune.workers.store.files import Manifest, Task, commit
 from rayprune.workers.store.layout import SENSITIVITY_TASK, SHAPE_TASK, generation_task, survey_task

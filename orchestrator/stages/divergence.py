@@ -11,7 +11,7 @@ from rayprune.orchestrator.planning.workload import CANDIDATES_AT_ONCE
 from rayprune.orchestrator.stages.context import Context
 from rayprune.orchestrator.stages.spread import Spread
 from rayprune.specs.allocation import CurvesAllocation
-from rayprune.specs.job import CalibrationSpec
+from rayprune.specs.calibration import CalibrationSpec
 from rayprune.workers.store.files import Task, commit
 from rayprune.workers.texts.limits import spread_windows
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from rayprune.specs.job import FEW_TOKENS
+from rayprune.specs.calibration import FEW_TOKENS
 from rayprune.workers.model.description import Model
 from rayprune.workers.store.files import Manifest
 

@@ -18,8 +18,8 @@ from rayprune.orchestrator.planning.plan import make_plan
 from rayprune.orchestrator.reporting.plan_view import plan_parts
 from rayprune.orchestrator.reporting.report import summary
 from rayprune.orchestrator.run import run_job
+from rayprune.specs.calibration import CalibrationSpec
 from rayprune.specs.errors import ModelError, RaypruneError, SpecError
-from rayprune.specs.job import CalibrationSpec
 from rayprune.specs.loader import load_job
 from rayprune.workers.calibration import frame_of, load_tokenizer, masked, read_calibration
 from rayprune.workers.model.checkpoint import open_checkpoint

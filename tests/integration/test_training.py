@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from rayprune.orchestrator.execution.failures import Failure, WorkerFailure
+from rayprune.specs.calibration import CalibrationSpec
 from rayprune.specs.errors import ModelError
-from rayprune.specs.job import CalibrationSpec
 from rayprune.specs.training import LoraSpec, TrainingSpec
 from rayprune.workers.store.layout import RESULT_FILE, TRAINED_FOLDER
 from rayprune.workers.store.training_stage import Aim, Finetune, Penalty, Recovery, Shrink, read_log

@@ -7,7 +7,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from rayprune.specs.job import FEW_TOKENS, CorrectionSpec
+from rayprune.specs.calibration import FEW_TOKENS
+from rayprune.specs.job import CorrectionSpec
 from rayprune.workers.model.description import Group
 from rayprune.workers.network.slicing import Cut
 from rayprune.workers.numerics.correction import (

@@ -16,8 +16,8 @@ from rayprune.orchestrator.planning.memory_choice import (
 )
 from rayprune.orchestrator.planning.worker_memory import RUNTIME_BYTES, gib, peak_bytes
 from rayprune.orchestrator.planning.workload import TrainingLoad, tokens_per_neuron
+from rayprune.specs.calibration import FEW_TOKENS
 from rayprune.specs.errors import ResourceError
-from rayprune.specs.job import FEW_TOKENS
 from rayprune.specs.memory import MemoryPlan
 from tests.unit.orchestrator.workloads import BIG, GPU, REFIT
 

@@ -3,7 +3,8 @@
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from rayprune.specs.job import JobSpec, parse_bytes
+from rayprune.specs.job import JobSpec
+from rayprune.specs.sizes import parse_bytes
 
 Section = dict[str, object]
 

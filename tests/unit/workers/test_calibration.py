@@ -8,8 +8,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from rayprune.specs.calibration import CalibrationSpec
 from rayprune.specs.errors import ModelError, SpecError
-from rayprune.specs.job import CalibrationSpec, EvaluationSpec
+from rayprune.specs.evaluation import EvaluationSpec
 from rayprune.specs.texts import TextSpec
 from rayprune.workers.calibration import (
     calibration_windows,

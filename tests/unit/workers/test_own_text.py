@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from rayprune.orchestrator.planning.own_text import batches_of, own_text_load
+from rayprune.specs.calibration import CalibrationSpec
 from rayprune.specs.errors import ModelError, SpecError
-from rayprune.specs.job import CalibrationSpec
 from rayprune.specs.loader import load_job
 from rayprune.specs.own_text import OwnTextSpec
 from rayprune.specs.texts import MixedTextSpec

@@ -12,8 +12,8 @@ import torch
 
 from rayprune.orchestrator import cli
 from rayprune.orchestrator.commands import jobs
+from rayprune.specs.calibration import CalibrationSpec
 from rayprune.specs.errors import ResourceError
-from rayprune.specs.job import CalibrationSpec
 from rayprune.specs.training import TrainingSpec
 from rayprune.workers.store.training_stage import Finetune, Gates
 from rayprune.workers.training import rank
