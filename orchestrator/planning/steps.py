@@ -8,13 +8,8 @@ from rayprune.orchestrator.planning.disk import DiskNeed, still_needed
 from rayprune.orchestrator.planning.dropped import plan_dropping
 from rayprune.orchestrator.planning.masked import plan_masked
 from rayprune.orchestrator.planning.own_text import own_tasks
-from rayprune.orchestrator.planning.plan import (
-    Plan,
-    PlannedStep,
-    make_plan,
-    recovery_text,
-    teacher_tasks,
-)
+from rayprune.orchestrator.planning.plan import Plan, PlannedStep, make_plan
+from rayprune.orchestrator.planning.tasks import recovery_text, teacher_tasks
 from rayprune.orchestrator.planning.together import (
     needs_together,
     relative_sparsity,
