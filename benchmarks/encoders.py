@@ -25,7 +25,7 @@ from transformers import AutoModel, AutoTokenizer
 import rayprune
 from benchmarks.results import record, table
 from rayprune.workers.model.checkpoint import open_checkpoint
-from rayprune.workers.network.streamed import built_from
+from rayprune.workers.network.building import built_from
 
 SENTENCES, WORDS = 300, range(5, 61)
 """So many are compared of each kind, evenly spread over those of so many words."""

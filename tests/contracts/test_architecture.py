@@ -406,10 +406,10 @@ def test_one_room_touches_the_inside_of_transformers() -> None:
         "rayprune.workers.tools.demo",
     }
     assert users - outside == {
+        "rayprune.workers.network.building",
         "rayprune.workers.network.decoding",
         "rayprune.workers.network.load_check",
         "rayprune.workers.network.sampling",
-        "rayprune.workers.network.streamed",
     }
     for name in outside:
         names = {

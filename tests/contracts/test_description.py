@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 ROOM = ROOT / "workers" / "model"
 READ = {
     # the stock class's own config, handed on to the class of a layer
-    "workers/network/streamed.py": {"network.get_submodule(model.backbone).config"},
+    "workers/network/building.py": {"network.get_submodule(model.backbone).config"},
     # which attention transformers has chosen for a whole model
     "workers/network/decoding.py": {"network.config"},
     # of the demo's model the traces of the file that it was read from are taken out

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from rayprune.orchestrator.run import run_job
 from rayprune.specs.loader import load_job
 from rayprune.workers.model.checkpoint import Checkpoint, open_checkpoint
-from rayprune.workers.network.streamed import whole_model
+from rayprune.workers.network.building import whole_model
 from rayprune.workers.numerics.correction import Correction
 from rayprune.workers.numerics.linalg import unit_rows
 from rayprune.workers.steps import deciding

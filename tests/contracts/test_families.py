@@ -34,6 +34,7 @@ from rayprune.workers.model.checkpoint import Checkpoint, open_checkpoint
 from rayprune.workers.model.description import Group
 from rayprune.workers.model.families import family_named, model_types
 from rayprune.workers.model.places import stored_shapes
+from rayprune.workers.network.building import layers_of, whole_model
 from rayprune.workers.network.decoding import decode_by_products, whole_cache
 from rayprune.workers.network.layers import (
     apply_cut,
@@ -43,15 +44,9 @@ from rayprune.workers.network.layers import (
     finish_layer,
     stream_before,
 )
+from rayprune.workers.network.micro_batch import MicroBatch
 from rayprune.workers.network.slicing import Cut
-from rayprune.workers.network.streamed import (
-    MicroBatch,
-    StreamedModel,
-    hooked,
-    layers_of,
-    output_of,
-    whole_model,
-)
+from rayprune.workers.network.streamed import StreamedModel, hooked, output_of
 from rayprune.workers.numerics.correction import Correction, correct
 from rayprune.workers.numerics.linalg import unit_rows
 from rayprune.workers.numerics.methods import select

@@ -20,8 +20,9 @@ from rayprune.orchestrator.run import run_job
 from rayprune.specs.errors import ModelError, SpecError
 from rayprune.specs.loader import load_job
 from rayprune.workers.model.checkpoint import open_checkpoint, planned_checkpoint
+from rayprune.workers.network.building import whole_model
 from rayprune.workers.network.experts import Experts, Routing
-from rayprune.workers.network.streamed import hooked, whole_model
+from rayprune.workers.network.streamed import hooked
 from rayprune.workers.store.layout import CALIBRATION_TASK, TOKENS_FILE, Scope
 from tests.conftest import MakeJob, MakeModel, edit_json, folder_bytes
 from tests.contracts.test_experts import without

@@ -13,7 +13,8 @@ from torch import Tensor
 from rayprune.specs.errors import ModelError
 from rayprune.workers.machine.scratch import Scratch
 from rayprune.workers.model.checkpoint import open_checkpoint
-from rayprune.workers.network.streamed import StreamedModel, layers_of, whole_model
+from rayprune.workers.network.building import layers_of, whole_model
+from rayprune.workers.network.streamed import StreamedModel
 from rayprune.workers.passes.gradients import added, squared_gradients
 from tests.conftest import MakeModel
 from tests.helpers import families

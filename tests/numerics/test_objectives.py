@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rayprune.workers.model.checkpoint import open_checkpoint
 from rayprune.workers.model.description import Model
-from rayprune.workers.network.streamed import whole_model
+from rayprune.workers.network.building import whole_model
 from rayprune.workers.training.distillation import Distillation, TopDistillation
 from rayprune.workers.training.objectives import (
     GroupPenalty,

@@ -17,8 +17,9 @@ from torch.utils import _pytree as pytree
 from rayprune.workers.model.description import Block, Group
 from rayprune.workers.network.experts import Experts, Routing
 from rayprune.workers.network.mapped import put_weight
+from rayprune.workers.network.micro_batch import MicroBatch
 from rayprune.workers.network.slicing import Cut
-from rayprune.workers.network.streamed import MicroBatch, hooked, output_of, returned
+from rayprune.workers.network.streamed import hooked, output_of, returned
 from rayprune.workers.numerics.linalg import unit_rows
 from rayprune.workers.numerics.statistics import RoutingStatistic
 

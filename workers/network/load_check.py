@@ -16,7 +16,7 @@ from rayprune.workers.machine.shortage import is_out_of_memory
 from rayprune.workers.model.checkpoint import own_model
 from rayprune.workers.model.description import Model
 from rayprune.workers.model.folder import read_headers
-from rayprune.workers.network.streamed import built_from
+from rayprune.workers.network.building import built_from
 
 
 @torch.inference_mode()

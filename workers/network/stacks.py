@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from rayprune.workers.model.checkpoint import Checkpoint
+from rayprune.workers.network.building import config_of_layers, empty_layers, empty_model, layers_of
 from rayprune.workers.network.caches import cache_of
 from rayprune.workers.network.experts import changed_config
 from rayprune.workers.network.layers import Constant
-from rayprune.workers.network.streamed import config_of_layers, empty_layers, empty_model, layers_of
 
 ALIGNED = 64
 """Every weight begins at a multiple of so many numbers."""

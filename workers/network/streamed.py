@@ -1,4 +1,4 @@
-"""A model whose layers are loaded one at a time, and whole ones: the stock classes of transformers.
+"""A model whose layers are loaded one at a time: the stock classes of transformers.
 
 The layers' arguments (masks, rotary tables) are recorded from the stock model, never imitated:
 every layer is replaced by a recorder and the stock forward runs once per shape. Likewise the head:
@@ -6,97 +6,28 @@ the stock forward runs with its layers replaced by one that returns given hidden
 Letters: B windows of a micro-batch, T tokens, D hidden.
 """
 
-import logging
-from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
-import transformers
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers.initialization import no_init_weights
 
 from rayprune.specs.errors import ModelError
 from rayprune.workers.machine.device import beside
 from rayprune.workers.model.checkpoint import Checkpoint
-from rayprune.workers.model.description import Model, RemoteCode
-from rayprune.workers.model.folder import TensorInfo
-from rayprune.workers.network.experts import Routing, changed_config, with_own_experts
+from rayprune.workers.network.building import config_of_layers, empty_model, fill, layers_of
+from rayprune.workers.network.experts import changed_config, with_own_experts
 from rayprune.workers.network.mapped import placed
-from rayprune.workers.network.reading import CPU, layer_tensors, read_tensors
+from rayprune.workers.network.micro_batch import ForLater, LayerArguments, MicroBatch, Store
+from rayprune.workers.network.reading import layer_tensors
 from rayprune.workers.network.slicing import keep_experts
-from rayprune.workers.stock import refused_by, stock_config
-
-Store = Callable[[Tensor], Tensor]
-LayerArguments = tuple[tuple[Any, ...], dict[str, Any]]
-HIDDEN = "hidden"
-"""The hidden states' name in a state of a micro-batch."""
-
-
-@dataclass
-class MicroBatch:
-    """A few windows on their way through the layers.
-
-    `hidden_BTD` is the input of the current layer, `arguments[i]` what layer i gets besides, and
-    `for_later` the arguments in which layers leave what later ones read. Of the current layer:
-    `inputs[group]` is a consumer's input (a cache), `routing` what its experts are given (a cache),
-    `outputs[block]` the output that stands in for a block. `store` puts hidden states and outputs
-    where they wait: it returns them, or their copy elsewhere.
-    """
-
-    hidden_BTD: Tensor
-    arguments: Mapping[int, LayerArguments]
-    for_later: "Mapping[str, ForLater]" = field(default_factory=dict)
-    inputs: dict[str, Tensor] = field(default_factory=dict)
-    outputs: dict[str, Tensor] = field(default_factory=dict)
-    routing: Routing | None = None
-    store: Store = lambda tensor: tensor
-
-    def parted(self) -> "MicroBatch":
-        """Another one at the same place, which goes its own way from there."""
-        left = {name: found.copy() for name, found in self.for_later.items()}
-        return MicroBatch(self.hidden_BTD, self.arguments, left, store=self.store)
-
-    def state(self) -> dict[str, Tensor]:
-        """What layers need of those before: hidden states, and what was left for later."""
-        left = {
-            f"{argument}.{name}.{number}": tensor
-            for argument, found in self.for_later.items()
-            for name, tensors in found.items()
-            for number, tensor in enumerate(tensors)
-        }
-        return {HIDDEN: self.hidden_BTD, **left}
-
-    def take_up(self, state: Mapping[str, Tensor]) -> None:
-        """Stand where another one of the same windows stood."""
-        self.hidden_BTD = self.store(state[HIDDEN])
-        for argument, found in self.for_later.items():
-            names = sorted(name for name in state if name.startswith(f"{argument}."))
-            for kind in {name.split(".")[1] for name in names}:
-                found[kind] = tuple(state[n] for n in names if n.split(".")[1] == kind)
-
-
-class ForLater(UserDict[str, tuple[Tensor, ...]]):
-    """What layers leave for later ones: it waits where hidden states do."""
-
-    def __init__(self, store: Store, device: torch.device) -> None:
-        super().__init__()
-        self._store, self._device = store, device
-
-    def __setitem__(self, name: str, tensors: tuple[Tensor, ...]) -> None:
-        super().__setitem__(name, tuple(map(self._store, tensors)))
-
-    def __getitem__(self, name: str) -> tuple[Tensor, ...]:
-        return tuple(tensor.to(self._device) for tensor in super().__getitem__(name))
 
 
 class _OfTokens(Mapping[int, LayerArguments]):
@@ -201,13 +132,6 @@ def computed_on(device: torch.device, dtype: torch.dtype) -> str:
     return f"{device.type} in {str(dtype).removeprefix('torch.')}"
 
 
-def layers_of(network: nn.Module, model: Model) -> nn.ModuleList:
-    """The layers of a whole network."""
-    found = network.get_submodule(model.layers_at)
-    assert isinstance(found, nn.ModuleList)
-    return found
-
-
 class StreamedModel:
     """A model of which only what is outside the layers stays at hand (on the CPU: mapped).
 
@@ -226,7 +150,7 @@ class StreamedModel:
         self._model: Any = empty_model(checkpoint, dtype).eval().requires_grad_(False)
         self._layers = list(layers_of(self._model, self._described))
         self._put([])
-        _fill(self._model, checkpoint, checkpoint.outer_tensors, device)
+        fill(self._model, checkpoint, checkpoint.outer_tensors, device)
         placed(self._model, device, dtype)
         self._next: tuple[int, Future[nn.Module]] | None = None
         self._at_hand: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
@@ -384,102 +308,3 @@ class StreamedModel:
     def _plainly(self) -> dict[str, bool]:
         """No cache is to be filled; not all classes of encoders know of one."""
         return {"use_cache": False} if self._described.causal else {}
-
-
-def empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
-    """The model without its weights: the stock class, or this package's own where layers differ in
-    size; never code of the folder.
-    """
-    sizes, file = stock_config(checkpoint.path), checkpoint.path / "config.json"
-    refused = refused_by("transformers", file, "correct the value")
-    # buffers hold their values from the start; what parameters would start from is never read
-    with refused, init_empty_weights(include_buffers=False), no_init_weights():
-        if (code := checkpoint.model.code) is None:
-            stock = getattr(transformers, checkpoint.model.auto_class)
-            network = (
-                stock._from_config(sizes, dtype=dtype)
-                if checkpoint.model.beside
-                else stock.from_config(sizes, dtype=dtype, trust_remote_code=False)
-            )
-        else:
-            network = built_from(code)._from_config(sizes, dtype=dtype)
-    for module in checkpoint.model.beside:
-        network.set_submodule(module, nn.Module())
-    described = checkpoint.model.layers
-    for layer, its in zip(layers_of(network, checkpoint.model), described, strict=True):
-        with_own_experts(layer, its.members.get("experts"))
-    for module in network.modules():
-        # as `from_pretrained` does: tables of positions are computed in float32
-        if module._buffers and not module._parameters:
-            network._init_weights(module)
-    return network
-
-
-def config_of_layers(network: Any, model: Model) -> Any:
-    """The stock config that the class of a layer is given: of a text model inside a larger one its
-    own.
-    """
-    return network.get_submodule(model.backbone).config
-
-
-def empty_layers(kind: type[nn.Module], sizes: Any, count: int) -> list[nn.Module]:
-    """The first layers that a stock class builds from a config, without weights."""
-    with init_empty_weights(include_buffers=False), no_init_weights():
-        return [kind(sizes, index).eval() for index in range(count)]
-
-
-def built_from(code: RemoteCode) -> Any:
-    """The class of a model whose layers differ in size, from this package's own text."""
-    # of every size that is read from the config as a whole: the class never relies on one
-    noisy = "transformers.integrations.heterogeneity.configuration_utils"
-    logging.getLogger(noisy).setLevel(logging.ERROR)
-    module: dict[str, Any] = {}
-    exec(code.text, module)
-    return module[code.name]
-
-
-def _fill(
-    network: Any,
-    checkpoint: Checkpoint,
-    infos: Mapping[str, TensorInfo],
-    device: torch.device = CPU,
-) -> None:
-    """Give a network these tensors, mapped from their files or copied to a GPU; afterwards it is
-    whole.
-
-    Raises:
-        ModelError: a tensor is missing, superfluous, of another shape or not finite.
-    """
-    model = checkpoint.model
-    if model.beside:
-        infos = {name: i for name, i in infos.items() if not name.startswith(model.beside)}
-    names = model.module_names
-    found = read_tensors(checkpoint, infos, device=device)
-    tensors = {names.get(name, name): tensor for name, tensor in found.items()}
-    try:
-        unknown = network.load_state_dict(tensors, strict=False, assign=True).unexpected_keys
-    except RuntimeError as error:  # shapes that the config does not imply
-        raise ModelError(f"{checkpoint.path}: {' '.join(str(error).split())}") from None
-    if unknown and not checkpoint.model.open_outside:
-        raise ModelError(
-            f"{checkpoint.path}: holds {unknown[0]}, which {type(network).__name__} does not know"
-        )
-    network.tie_weights()
-    for name in [name for name, tensor in network.named_parameters() if tensor.is_meta]:
-        if not name.startswith(checkpoint.model.made_up or ("\0",)):
-            raise ModelError(f"{checkpoint.path}: lacks {name}")
-        owner, _, leaf = name.rpartition(".")
-        zeros = torch.zeros(network.get_parameter(name).shape, device=device)
-        setattr(network.get_submodule(owner), leaf, nn.Parameter(zeros))
-
-
-def whole_model(checkpoint: Checkpoint) -> Any:
-    """The model with all its weights, in their types on disk; on the CPU they are mapped from the
-    files.
-
-    Raises:
-        ModelError: a tensor is missing, superfluous or not finite.
-    """
-    network = empty_model(checkpoint, torch.float32)
-    _fill(network, checkpoint, checkpoint.tensors)
-    return network

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from rayprune.workers.machine.blocks import EVALUATED_AT_ONCE
-from rayprune.workers.network.streamed import MicroBatch, StreamedModel
+from rayprune.workers.network.micro_batch import MicroBatch
+from rayprune.workers.network.streamed import StreamedModel
 from rayprune.workers.passes.evaluate import behind_layers, num_scored
 
 ROWS = 64

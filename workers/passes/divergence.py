@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from rayprune.workers.model.description import Layer, Model
 from rayprune.workers.network import layers
+from rayprune.workers.network.micro_batch import MicroBatch
 from rayprune.workers.network.slicing import Cut
-from rayprune.workers.network.streamed import MicroBatch, StreamedModel
+from rayprune.workers.network.streamed import StreamedModel
 from rayprune.workers.passes.sweep import embed_all
 
 Kept = Mapping[str, int] | None

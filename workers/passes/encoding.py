@@ -15,7 +15,8 @@ from torch import Tensor
 
 from rayprune.workers.machine.blocks import EVALUATED_AT_ONCE
 from rayprune.workers.model.checkpoint import open_checkpoint
-from rayprune.workers.network.streamed import Store, StreamedModel
+from rayprune.workers.network.micro_batch import Store
+from rayprune.workers.network.streamed import StreamedModel
 from rayprune.workers.passes.evaluate import behind_layers
 
 

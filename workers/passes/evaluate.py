@@ -13,7 +13,8 @@ from torch import Tensor
 from rayprune.workers.machine.blocks import EVALUATED_AT_ONCE
 from rayprune.workers.model.checkpoint import open_checkpoint
 from rayprune.workers.network import layers
-from rayprune.workers.network.streamed import MicroBatch, Store, StreamedModel
+from rayprune.workers.network.micro_batch import MicroBatch, Store
+from rayprune.workers.network.streamed import StreamedModel
 from rayprune.workers.passes.sweep import embed_all
 
 

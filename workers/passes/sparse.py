@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from rayprune.workers.model.sites import Site
 from rayprune.workers.network import layers
-from rayprune.workers.network.streamed import MicroBatch, StreamedModel
+from rayprune.workers.network.micro_batch import MicroBatch
+from rayprune.workers.network.streamed import StreamedModel
 from rayprune.workers.numerics.statistics import Statistic
 from rayprune.workers.passes.sweep import Sweep
 from rayprune.workers.store.layout import LAYER_FILE, Scope, layer_task

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from rayprune.specs.errors import VerificationError
 from rayprune.workers.model.description import Group
 from rayprune.workers.network import layers
-from rayprune.workers.network.streamed import HIDDEN, MicroBatch, Store, StreamedModel
+from rayprune.workers.network.micro_batch import HIDDEN, MicroBatch, Store
+from rayprune.workers.network.streamed import StreamedModel
 from rayprune.workers.numerics.codec import from_array, to_array
 from rayprune.workers.numerics.statistics import Statistic
 from rayprune.workers.passes.sealed import read_sealed, write_sealed

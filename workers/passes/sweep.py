@@ -21,8 +21,9 @@ from rayprune.specs.errors import ModelError, SpecError
 from rayprune.workers.model.description import Group
 from rayprune.workers.model.places import Place
 from rayprune.workers.network import layers
+from rayprune.workers.network.micro_batch import HIDDEN, MicroBatch
 from rayprune.workers.network.slicing import Cut
-from rayprune.workers.network.streamed import HIDDEN, MicroBatch, StreamedModel
+from rayprune.workers.network.streamed import StreamedModel
 from rayprune.workers.numerics.statistics import RoutingStatistic, State, Statistic
 from rayprune.workers.passes.sealed import read_sealed, write_sealed
 from rayprune.workers.store.files import Manifest, read_manifest, remove

@@ -16,8 +16,9 @@ from rayprune.workers.machine.device import check_room
 from rayprune.workers.model.checkpoint import open_checkpoint
 from rayprune.workers.network.greedy import greedy
 from rayprune.workers.network.load_check import loaded
+from rayprune.workers.network.micro_batch import Store
 from rayprune.workers.network.slicing import Cut
-from rayprune.workers.network.streamed import Store, StreamedModel
+from rayprune.workers.network.streamed import StreamedModel
 from rayprune.workers.passes.comparison import Texts, compared
 from rayprune.workers.passes.divergence import Kept, divergences
 from rayprune.workers.passes.encoding import cosines, embeddings, masked_losses

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rayprune.workers.model.description import Group
 from rayprune.workers.network import layers
-from rayprune.workers.network.streamed import MicroBatch
+from rayprune.workers.network.micro_batch import MicroBatch
 from rayprune.workers.numerics.statistics import Statistic
 from rayprune.workers.passes.kept import read_fits, write_fits
 from rayprune.workers.passes.stream import Fits

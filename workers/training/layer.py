@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from rayprune.workers.model.description import Model
-from rayprune.workers.network.streamed import LayerArguments, StreamedModel, output_of
+from rayprune.workers.network.micro_batch import LayerArguments
+from rayprune.workers.network.streamed import StreamedModel, output_of
 from rayprune.workers.passes.stream import Passed
 from rayprune.workers.store.training_stage import Alone, Penalty
 from rayprune.workers.training.adapters import add_adapters

@@ -27,7 +27,7 @@ from rayprune.specs.errors import ModelError
 from rayprune.specs.training import LoraSpec, TrainingSpec
 from rayprune.workers.machine.memory import large_blocks_kept
 from rayprune.workers.model.checkpoint import Checkpoint
-from rayprune.workers.network.streamed import layers_of, whole_model
+from rayprune.workers.network.building import layers_of, whole_model
 from rayprune.workers.store.files import write_text
 from rayprune.workers.store.training_stage import LOG_FILE, HeldOut, read_log, total_steps
 from rayprune.workers.training.adapters import add_adapters

@@ -14,7 +14,8 @@ from torch.distributed.tensor import DTensor
 
 from rayprune.specs.training import Norm
 from rayprune.workers.model.description import Axis, Group, Model
-from rayprune.workers.network.streamed import layers_of, output_of, returned
+from rayprune.workers.network.building import layers_of
+from rayprune.workers.network.streamed import output_of, returned
 from rayprune.workers.store.training_stage import Removed
 
 Sum = Callable[[Tensor], Tensor]

@@ -20,7 +20,7 @@ from rayprune.specs.loader import load_job
 from rayprune.workers.model.checkpoint import Checkpoint, open_checkpoint
 from rayprune.workers.model.config import Config
 from rayprune.workers.model.families import family_of
-from rayprune.workers.network.streamed import layers_of
+from rayprune.workers.network.building import layers_of
 from tests.conftest import MakeJob, MakeModel
 from tests.helpers import families
 from tests.unit.orchestrator.workloads import LOAD

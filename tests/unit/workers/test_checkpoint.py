@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 from rayprune.specs.errors import ModelError
 from rayprune.workers.model.checkpoint import open_checkpoint
 from rayprune.workers.model.folder import INDEX_NAME, MAX_JSON_BYTES, SINGLE_NAME, read_header
+from rayprune.workers.network.building import layers_of
 from rayprune.workers.network.reading import layer_tensors
-from rayprune.workers.network.streamed import layers_of
 from tests.conftest import MakeModel, edit_json
 from tests.helpers import families
 from tests.models import build_model

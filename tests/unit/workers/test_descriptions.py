@@ -14,7 +14,7 @@ from rayprune.workers.model.config import Config
 from rayprune.workers.model.description import Group, Model, Shape
 from rayprune.workers.model.families import family_of, listed, model_types
 from rayprune.workers.model.rewrite import written
-from rayprune.workers.network.streamed import layers_of
+from rayprune.workers.network.building import layers_of
 from tests.conftest import MakeModel, edit_json
 from tests.helpers import families, has_experts
 from tests.models import raw_config, stock_model

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from rayprune.specs.errors import ModelError
 from rayprune.workers.model.checkpoint import Checkpoint, open_checkpoint
 from rayprune.workers.model.description import Group
+from rayprune.workers.network.building import layers_of
 from rayprune.workers.network.layers import (
     apply_cut,
     consumer_input,
@@ -21,8 +22,9 @@ from rayprune.workers.network.layers import (
     project,
     stream_before,
 )
+from rayprune.workers.network.micro_batch import MicroBatch
 from rayprune.workers.network.slicing import Cut
-from rayprune.workers.network.streamed import MicroBatch, StreamedModel, layers_of, output_of
+from rayprune.workers.network.streamed import StreamedModel, output_of
 from tests.conftest import MakeModel
 from tests.helpers import families, normalised, some
 from tests.unit.workers.test_descriptions import FALCONS

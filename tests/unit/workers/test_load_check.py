@@ -14,8 +14,8 @@ from rayprune.orchestrator.cli import main
 from rayprune.specs.errors import VerificationError
 from rayprune.workers.model.checkpoint import open_checkpoint
 from rayprune.workers.model.sized_layers import MODULE
+from rayprune.workers.network.building import built_from
 from rayprune.workers.network.load_check import check_loads
-from rayprune.workers.network.streamed import built_from
 from rayprune.workers.store.files import Task, commit, read_manifest
 from tests.conftest import MakeJob, MakeModel, edit_json, seal_report
 

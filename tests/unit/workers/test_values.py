@@ -16,7 +16,7 @@ from rayprune.specs.errors import ModelError
 from rayprune.workers.model.checkpoint import open_checkpoint, planned_checkpoint
 from rayprune.workers.model.folder import INDEX_NAME, SINGLE_NAME
 from rayprune.workers.model.values import ACTIVATIONS, ROPE_TYPES
-from rayprune.workers.network.streamed import whole_model
+from rayprune.workers.network.building import whole_model
 from tests.conftest import MakeModel, edit_json
 from tests.models import build_model
 
