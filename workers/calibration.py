@@ -187,7 +187,7 @@ def _first_windows(
 ) -> ReadText:
     """The first windows of one text of an option, `gate` of them those of a gate."""
     tokens, facts = _tokens(spec, tokenizer, samples * sequence_length, special=frame is None)
-    frame = _framing(frame, facts)
+    frame = _framing(frame, facts, spec)
     inside = sequence_length - _size(frame)
     if len(tokens) < samples * inside:
         raise too_few_samples(spec, samples, inside, len(tokens), gate, option)
@@ -195,9 +195,20 @@ def _first_windows(
     return ReadText(spec.path, frame.around(windows_NT) if frame else windows_NT, facts)
 
 
-def _framing(frame: Frame | None, facts: TextFacts) -> Frame | None:
-    """The frame, unless a text holds token ids: those are taken as they are."""
-    return None if "token ids" in facts.holds else frame
+def _framing(frame: Frame | None, facts: TextFacts, text: TextSpec) -> Frame | None:
+    """The frame, unless a text holds token ids: those are taken as they are.
+
+    Raises:
+        SpecError: it holds both.
+    """
+    if frame is None or "token ids" not in facts.holds:
+        return frame
+    if len(facts.holds) > 1:
+        raise SpecError(
+            f"{text.path}: holds {' and '.join(facts.holds)}; an encoder's token ids are taken as"
+            " they are, all else gets its special tokens: make two files of it"
+        )
+    return None
 
 
 def _size(frame: Frame | None) -> int:
@@ -234,7 +245,7 @@ def read_evaluation(
         None if spec.max_windows is None else (spec.max_windows - 1) * stride + spec.window,
         special=frame is None,
     )
-    frame = _framing(frame, facts)
+    frame = _framing(frame, facts, text)
     inside = spec.window - _size(frame)
     if inside < 1:
         raise SpecError(f"evaluation.window: special tokens fill {spec.window}; raise it")

@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import chain
 from random import Random
 
 import torch
@@ -77,13 +78,7 @@ class Author:
         chances = [Random(f"{self.spec.seed}-{number}") for number in numbers]
         draws = [[chance.random() for _ in range(max(lengths))] for chance in chances]
         found_BL = self._sampled(
-            torch.tensor(prompts),
-            torch.tensor(draws, dtype=torch.float64),
-            Rules(
-                self.spec.temperature,
-                sorted(self._ends),
-                self._turns.behind if self._turns else None,
-            ),
+            torch.tensor(prompts), torch.tensor(draws, dtype=torch.float64), self._rules
         )
         lines, tokens = list[str](), 0
         for number, prompt, found_L, length in zip(
@@ -133,23 +128,32 @@ class Author:
         return None
 
     @cached_property
-    def _ends(self) -> set[int]:
-        """Tokens that end a text."""
-        by_tokenizer: int | None = self._tokenizer.eos_token_id
-        ends = stock_ends(self.checkpoint.path)
-        return ends if by_tokenizer is None else ends | {by_tokenizer}
+    def _rules(self) -> Rules:
+        """None of the tokens that end a text follows, as far as the model has them."""
+        ends = stock_ends(self.checkpoint.path) | {self._tokenizer.eos_token_id}
+        known = range(self.checkpoint.model.vocabulary)
+        never = sorted(end for end in ends if end in known)
+        if self._turns is None:
+            return Rules(self.spec.temperature, never)
+        return Rules(self.spec.temperature, never, self._turns.behind, self._turns.ends)
 
     def _prompts(self, numbers: range) -> list[list[int]]:
         """What documents with these numbers go on from, all of one length."""
+        rows, path = embedding_rows(self.checkpoint), str(self.checkpoint.path)
         if self._turns:
+            check_known(
+                torch.tensor([*self._turns.before, *chain(*self._turns.behind)]), rows, path
+            )
             return [list(self._turns.before) for _ in numbers]
         if self.spec.prompts == "none":
-            return [[first_token(self._tokenizer)] for _ in numbers]
+            first = first_token(self._tokenizer)
+            check_known(torch.tensor([first]), rows, path)
+            return [[first] for _ in numbers]
         asked = numbers.stop * PROMPT_EVERY
         ids_T = tokenize(self.text, self._tokenizer, asked)
         if len(ids_T) == 0:
             raise SpecError(
                 f"{self.text.path}: holds no text to go on from; give another file, or none"
             )
-        check_known(ids_T[None], embedding_rows(self.checkpoint), self.text.path)
+        check_known(ids_T[None], rows, self.text.path)
         return pieces(ids_T.tolist(), numbers, asked)

@@ -40,7 +40,7 @@ from rayprune.workers.texts.limits import (
     too_few_samples,
     windows_of_texts,
 )
-from rayprune.workers.texts.own import PROMPT
+from rayprune.workers.texts.own import longest_prompt
 from rayprune.workers.texts.reading import (
     CHARACTERS_PER_TOKEN,
     QUICK_CHARACTERS,
@@ -116,8 +116,8 @@ def check_inputs(job: JobSpec, checkpoint: Checkpoint) -> list[str]:
         )
     if spec.own:
         own_tokens(job)
-        longest = spec.own.length + PROMPT
-        warnings += check_positions(checkpoint, longest, "calibration.own.length")
+        before = longest_prompt(spec.own)
+        warnings += check_positions(checkpoint, spec.own.length, "calibration.own.length", before)
         if spec.own.prompts == "chat" and not has_template(checkpoint.path):
             raise SpecError(
                 "calibration.own.prompts: chat, but the model has no chat template; put its"
@@ -131,6 +131,11 @@ def check_inputs(job: JobSpec, checkpoint: Checkpoint) -> list[str]:
     warnings += trained.warnings
     if evaluation:
         warnings += check_positions(checkpoint, evaluation.window, "evaluation.window")
+        if evaluation.prompts and encode:
+            before = max(len(encode(prompt)) for prompt in evaluation.prompts)
+            warnings += check_positions(
+                checkpoint, evaluation.prompt_tokens, "evaluation.prompt_tokens", before
+            )
         needed = _evaluated(evaluation)
         for name, text in evaluation.by_name.items():
             ids, facts = _looked_at(checkpoint, text, encode, needed)

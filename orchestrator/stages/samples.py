@@ -5,9 +5,10 @@ from typing import Any
 
 from rayprune.orchestrator.planning.plan import Plan
 from rayprune.orchestrator.stages.context import Context
-from rayprune.orchestrator.stages.subject import ModelAt
+from rayprune.orchestrator.stages.subject import ModelAt, file_digests
 from rayprune.workers.store.files import Manifest, commit
 from rayprune.workers.store.layout import samples_task
+from rayprune.workers.store.side_files import side_files
 
 
 def write_samples(
@@ -24,8 +25,9 @@ def write_samples(
 
 
 def _written(context: Context, name: str, model: ModelAt, tokens: Manifest) -> Sequence[str]:
-    # the tokens depend on the tokenizer
-    inputs = {"model": model.identity, "evaluation-tokens": tokens.digest}
+    # the tokens depend on the tokenizer; what ends a text stands in a file of its own
+    ends = file_digests(side_files(model.path, ["generation_config.json"]))
+    inputs = {"model": model.identity, "evaluation-tokens": tokens.digest, "ends": ends}
     task, executor = context.task(samples_task(name), inputs), context.executor
 
     def work() -> None:

@@ -195,6 +195,16 @@ def test_windows_have_their_special_tokens(
     spec = CalibrationSpec(path=str(given), **SMALL)  # type: ignore[arg-type]
     windows_ST, _ = read_calibration(spec, tokenizer, frame)
     assert windows_ST[0].tolist() == list(range(3, 19)), "token ids are taken as they are"
+    words = [{"text": text_file.read_text(encoding="utf-8")}]
+    for other, held in (({"text": []}, None), ({"text": [3, 4]}, "holds text and token ids")):
+        given.write_text("\n".join(map(json.dumps, [other, *words])))
+        spec = CalibrationSpec(path=str(given), **SMALL)  # type: ignore[arg-type]
+        if held is None:
+            windows_ST, _ = read_calibration(spec, tokenizer, frame)
+            assert windows_ST[:8].tolist() == expected, "an empty list is no token ids"
+        else:
+            with pytest.raises(SpecError, match=held):
+                read_calibration(spec, tokenizer, frame)
     tokenizer.mask_token = None
     with pytest.raises(ModelError, match="has no mask token"):
         masked(windows_ST, tokenizer)

@@ -203,6 +203,21 @@ def test_the_plan_refuses_what_an_engine_cannot_hold(
         make_plan(job, open_checkpoint(model))
 
 
+@pytest.mark.parametrize(
+    "settings", [{"repetition_penalty": 1.5}, {"num_beams": 3}, {"no_repeat_ngram_size": 1}]
+)
+def test_the_likeliest_token_is_taken_whatever_a_folder_says(
+    settings: dict[str, Any], make_model: MakeModel
+) -> None:
+    model, engine = make_model(), ENGINES["transformers"]
+    plain = engine.greedy()(model, [[5, 6, 7]], 32)
+    (model / "generation_config.json").write_text(json.dumps(settings))
+    assert engine.greedy()(model, [[5, 6, 7]], 32) == plain
+    assert compare(engine, "transformers", model, model, [[5, 6, 7]]).compared == 32
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": plain[0][2]}))
+    assert len(engine.greedy()(model, [[5, 6, 7]], 32)[0]) <= 3, "an end ends it"
+
+
 def test_an_engine_that_goes_on_otherwise_is_told_of(
     make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

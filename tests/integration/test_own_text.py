@@ -146,6 +146,16 @@ def test_chats_are_written_where_nothing_is_said_and_the_template_allows_it(
     assert found["one-sided"] == found["pieces"] != found["chat"] == found["two-sided"]
 
 
+def test_tokens_that_the_model_has_not_end_nothing(
+    make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+) -> None:
+    model = make_model()
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 5000]}))
+    job = make_job(model, calibration=TEXTS | {"own": OWN | {"prompts": "calibration"}})
+    rayprune.generate(job, tmp_path / "run")
+    assert not any(2 in line["input_ids"] for line in lines(tmp_path / "run"))
+
+
 def test_a_plan_counts_what_is_written(
     make_model: MakeModel, make_job: MakeJob, capsys: Capture
 ) -> None:

@@ -15,12 +15,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
 from rayprune.orchestrator.execution.failures import Failure, WorkerFailure
 from rayprune.specs.calibration import CalibrationSpec
 from rayprune.specs.errors import ModelError
 from rayprune.specs.training import LoraSpec, TrainingSpec
+from rayprune.workers.model.checkpoint import open_checkpoint
+from rayprune.workers.network.building import layers_of, whole_model
 from rayprune.workers.store.layout import RESULT_FILE, TRAINED_FOLDER
 from rayprune.workers.store.training_stage import Aim, Finetune, Penalty, Recovery, Shrink, read_log
 from rayprune.workers.training.adapters import adapted, add_adapters, merged
@@ -28,7 +29,8 @@ from rayprune.workers.training.loop import ALONE
 from rayprune.workers.training.rank import finetune
 from rayprune.workers.training.schedule import windows_of
 from rayprune.workers.training.states import saved_steps
-from tests.conftest import MakeModel
+from tests.conftest import MakeModel, edit_json
+from tests.helpers import families
 from tests.models import build_model
 
 OPTIONS = TrainingSpec(epochs=2, batch=4, micro_batch=1, learning_rate=3e-3, checkpoint_steps=3)
@@ -147,11 +149,14 @@ def test_adapters_alone_are_trained_saved_and_merged(stage: Finetune) -> None:
     assert int(torch.linalg.matrix_rank(change, rtol=1e-3)) == 4
 
 
-def test_a_merged_adapter_computes_what_the_adapter_does(make_model: MakeModel) -> None:
-    folder = make_model()
-    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])  # whose matrices are (in, out)
+def test_a_merged_adapter_computes_what_the_adapter_does(
+    model_type: str, make_model: MakeModel
+) -> None:
+    checkpoint = open_checkpoint(make_model(model_type))
+    model: Any = whole_model(checkpoint)
     tokens = torch.tensor([[3, 77, 15, 200, 9, 31, 8, 120]])
-    add_adapters(model, model.model.layers, LoraSpec(rank=4), 0)
+    add_adapters(model, layers_of(model, checkpoint.model), LoraSpec(rank=4), 0)
     torch.manual_seed(0)
     for module in adapted(model).values():
         torch.nn.init.normal_(module.lora_B["default"].weight, std=0.2)  # type: ignore[index]
@@ -160,6 +165,41 @@ def test_a_merged_adapter_computes_what_the_adapter_does(make_model: MakeModel) 
         module.base_layer.weight.data = merged(module.base_layer.weight, module)  # type: ignore[union-attr]
         torch.nn.init.zeros_(module.lora_B["default"].weight)  # type: ignore[index]
     torch.testing.assert_close(model(tokens).logits, logits)
+
+
+RATES = (
+    "activation_dropout",
+    "attention_dropout",
+    "attn_pdrop",
+    "dropout",
+    "embd_pdrop",
+    "hidden_dropout",
+    "layerdrop",
+    "resid_pdrop",
+)
+"""As the classes of decoders call them."""
+
+
+@pytest.mark.parametrize("model_type", families())
+def test_nothing_is_dropped_at_random(model_type: str, make_model: MakeModel) -> None:
+    """What no state keeps would make a training that was cut off another one."""
+    folder = make_model(model_type)
+    edit_json(folder / "config.json", **dict.fromkeys(RATES, 0.5))
+    model = whole_model(open_checkpoint(folder)).train()
+    tokens = torch.tensor([[3, 77, 15, 200, 9, 31, 8, 120]])
+    assert torch.equal(model(tokens)[0], model(tokens)[0])
+
+
+def test_what_is_no_parameter_is_written_too(stage: Finetune, make_model: MakeModel) -> None:
+    """Gemma 4's scale of a layer is a buffer."""
+    model = make_model("gemma4_text", name="scaled")
+    trained = replace(stage, model=str(model), aim=Recovery())
+    finetune(trained, ALONE)
+    expected, found = load_file(model / "model.safetensors"), weights(trained.folder)
+    scales = [name for name in expected if name.endswith("layer_scalar")]
+    assert scales
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in scales)
 
 
 def train_on_two(stage: Finetune, storage: Path) -> None:

@@ -8,6 +8,7 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.initialization import no_init_weights
 
 from rayprune.specs.errors import ModelError
@@ -28,9 +29,11 @@ def layers_of(network: nn.Module, model: Model) -> nn.ModuleList:
 
 def empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     """The model without its weights: the stock class, or this package's own where layers differ in
-    size; never code of the folder.
+    size; never code of the folder. It drops nothing at random, also where it is trained: no number
+    of a run depends on chance that is not kept.
     """
     sizes, file = stock_config(checkpoint.path), checkpoint.path / "config.json"
+    _drop_nothing(sizes)
     refused = refused_by("transformers", file, "correct the value")
     # buffers hold their values from the start; what parameters would start from is never read
     with refused, init_empty_weights(include_buffers=False), no_init_weights():
@@ -53,6 +56,15 @@ def empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
         if module._buffers and not module._parameters:
             network._init_weights(module)
     return network
+
+
+def _drop_nothing(sizes: Any) -> None:
+    """Set every rate of dropout in a config, and in those inside it, to 0."""
+    for name, value in vars(sizes).items():
+        if isinstance(value, PreTrainedConfig):
+            _drop_nothing(value)
+        elif "drop" in name and isinstance(value, float):
+            setattr(sizes, name, 0.0)
 
 
 def config_of_layers(network: Any, model: Model) -> Any:

@@ -1,9 +1,13 @@
-"""A whole model goes on with texts, always by the likeliest token."""
+"""A whole model goes on with texts, always by the likeliest token.
+
+Of the folder's own settings (penalties, beams, samples) only the tokens that end a text count.
+"""
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
 
 @torch.inference_mode()
@@ -11,6 +15,8 @@ def greedy(network: Any, prompts: Sequence[Sequence[int]], count: int) -> list[l
     """Go on with each prompt by at most so many tokens, by `generate`, with its cache; a model that
     ends its text writes fewer.
     """
+    ends = network.generation_config.eos_token_id
+    network.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=0)
     found = []
     for prompt in prompts:
         prompt_1T = torch.tensor([list(prompt)], device=network.device)

@@ -29,8 +29,9 @@ class Rules:
     """Tokens that do not follow: those that end a text."""
     behind: tuple[Sequence[int], Sequence[int]] | None = None
     """The tokens that stand behind the turns of two speakers: where one of them ends, by the first
-    of these or by one of `never`, they are written and the other one goes on.
+    `ends` of these or by one of `never`, they are written and the other one goes on.
     """
+    ends: tuple[int, int] = (1, 1)
 
     @property
     def undrawn(self) -> list[int]:
@@ -67,18 +68,28 @@ class Dialogue:
     """Whose turn it is in a document, if two speakers write it."""
 
     def __init__(self, rules: Rules) -> None:
-        self._behind, self._ends = rules.behind, set(rules.never)
-        self._speaker, self._left = 0, deque[int]()
+        self._rules, self._never = rules, set(rules.never)
+        self._speaker, self._left, self._said = 0, deque[int](), list[int]()
 
     def follows(self, token: int) -> int:
         """The token that is written where this one is drawn."""
-        if not self._behind:
+        if not self._rules.behind:
             return token
-        behind = self._behind[self._speaker]
-        if not self._left and (token == behind[0] or token in self._ends):
-            self._left.extend(behind)
-            self._speaker = 1 - self._speaker
+        if not self._left:
+            behind, count = self._rules.behind[self._speaker], self._rules.ends[self._speaker]
+            begun = _begun(self._said, behind[: count - 1])
+            if token in self._never or (begun == count - 1 and token == behind[begun]):
+                self._left.extend(behind[begun:])
+            self._said = [*self._said, token][-count:]
+            if self._left:
+                self._speaker, self._said = 1 - self._speaker, []
         return self._left.popleft() if self._left else token
+
+
+def _begun(said: Sequence[int], wanted: Sequence[int]) -> int:
+    """How many of the first tokens that are wanted were said last."""
+    counts = range(min(len(said), len(wanted)), 0, -1)
+    return next((n for n in counts if list(said[-n:]) == list(wanted[:n])), 0)
 
 
 class _Choose:

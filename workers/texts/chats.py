@@ -86,13 +86,13 @@ def _plain(message: Message, where: str) -> dict[str, Any]:
             raise SpecError(f"{where}: its role is no text")
         if isinstance(content, list):
             kept["content"] = content = "".join(_part(part, where) for part in content)
-        if not isinstance(content, str) and "tool_calls" not in kept:
+        if not (isinstance(content, str) or (content is None and "tool_calls" in kept)):
             raise SpecError(f"{where}: has no text under 'content'; there are {listed(message)}")
         return kept
     speaker, text = message["from"], message.get("value")
     if not isinstance(text, str):
         raise SpecError(f"{where}: has no text under 'value'; there are {listed(message)}")
-    if speaker not in _ROLES:
+    if not isinstance(speaker, str) or speaker not in _ROLES:
         raise SpecError(
             f"{where}: is from {speaker!r}; known are {', '.join(_ROLES)}: rename or remove it"
         )

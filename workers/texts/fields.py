@@ -105,6 +105,11 @@ def value_at(record: Any, field: str) -> Any:
     return record
 
 
+def has_field(record: Any, field: str) -> bool:
+    """Whether something stands there, as `value_at` looks for it."""
+    return value_at(record, field) is not _NO_SUCH
+
+
 def missing_field(field: str, names: Sequence[str]) -> str:
     """That there is no such field, and which there are."""
     near = difflib.get_close_matches(field, names, n=1)
@@ -127,6 +132,16 @@ def is_chat(value: Any) -> bool:
             isinstance(message, dict) and ("role" in message or "from" in message)
             for message in value
         )
+    )
+
+
+def says_something(chat: list[Message]) -> bool:
+    """Whether any message has the key for its words; records may have speakers too."""
+    words = {"role": ("content", "tool_calls"), "from": ("value",)}
+    return any(
+        speaker in message and not message.keys().isdisjoint(keys)
+        for message in chat
+        for speaker, keys in words.items()
     )
 
 

@@ -270,19 +270,27 @@ def check_counts(counts: Counter[int], path: str) -> list[str]:
     return [f"{found}: what is kept will suit little else"]
 
 
-def check_positions(checkpoint: Checkpoint, length: int, option: str) -> list[str]:
-    """Warnings about windows that are longer than the model's positions.
+def check_positions(checkpoint: Checkpoint, length: int, option: str, before: int = 0) -> list[str]:
+    """Warnings about windows, `before` tokens and as many as an option says, that are longer than
+    the model's positions.
 
     Raises:
         SpecError: the model has none beyond them.
     """
     limit = checkpoint.model.positions
-    if limit is None or length <= limit:
+    if limit is None or before + length <= limit:
         return []
-    found = f"{option}: {length} tokens, but the model's config says {limit} positions"
+    behind = f" behind {before}" if before else ""
+    found = f"{option}: {length} tokens{behind}, but the model's config says {limit} positions"
+    if (most := limit - before) < 1:
+        remedy = "; give fewer tokens before them"
+    elif checkpoint.model.position_table:
+        remedy = f"; set {option}: {most}"
+    else:
+        remedy = f"; {option}: {most} is safe"
     if checkpoint.model.position_table:
-        raise SpecError(f"{found}, and it has learned no others; set {option}: {limit}")
-    return [f"{found}: it was not trained on longer texts; {option}: {limit} is safe"]
+        raise SpecError(f"{found}, and it has learned no others{remedy}")
+    return [f"{found}: it was not trained on longer texts{remedy}"]
 
 
 def check_other_text(read: Sequence[TextSpec], evaluation: TextSpec, option: str) -> None:

@@ -30,30 +30,64 @@ class Turns:
     before: tuple[int, ...]
     """Before a user's first word."""
     behind: tuple[tuple[int, ...], tuple[int, ...]]
-    """Behind what a user says, and behind an answer, so that the other one goes on. Its first token
-    is how a speaker ends.
+    """Behind what a user says, and behind an answer, so that the other one goes on."""
+    ends: tuple[int, int]
+    """So many of the first of these tokens are how a speaker ends: up to the first one that stands
+    for nothing else, or all of them.
     """
 
 
 def turns_of(tokenizer: "PreTrainedTokenizerBase", where: str) -> Turns:
-    """What the model's chat template puts before, between and behind turns.
+    """What the model's chat template puts before, between and behind turns: as tokens of a whole
+    chat, since a piece by itself may have others.
 
     Raises:
-        SpecError: there is no template, or it does not write down what is said.
+        SpecError: there is no template, or no tokens of a whole chat are what stands around turns.
     """
     roles = ("user", "assistant", "user")
     messages = [{"role": r, "content": c} for r, c in zip(roles, _SAID, strict=True)]
-    text, parts = rendered(messages, tokenizer, where), list[str]()
-    for word in _SAID:
-        part, found, text = text.partition(word)
-        parts.append(part if found else "")
-    ids = [tuple(tokenizer(part, add_special_tokens=False)["input_ids"]) for part in parts]
-    if not all(ids):
+    text = rendered(messages, tokenizer, where)
+    remedy = "set calibration.own.prompts to calibration or none"
+    if not tokenizer.is_fast:
         raise SpecError(
-            f"{where}: the model's chat template does not put something before every turn; set"
-            " calibration.own.prompts to calibration or none"
+            f"{where}: the tokenizer does not tell which characters are which; {remedy}"
         )
-    return Turns(ids[0], (ids[1], ids[2]))
+    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    parts = _between(found["input_ids"], found["offset_mapping"], text)
+    if parts is None or not all(parts):
+        raise SpecError(
+            f"{where}: the model's chat template does not put something before every turn; {remedy}"
+        )
+    before, *behind = map(tuple, parts)
+    single = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    ends = [
+        next((place for place, token in enumerate(ids, 1) if token in single), len(ids))
+        for ids in behind
+    ]
+    return Turns(before, (behind[0], behind[1]), (ends[0], ends[1]))
+
+
+def _between(
+    ids: Sequence[int], offsets: Sequence[tuple[int, int]], text: str
+) -> list[list[int]] | None:
+    """Tokens before each of the words that are said; a blank in front may be part of a word's
+    token. None: a word is not there, or not made of tokens of its own.
+    """
+    parts, behind = [], 0
+    for word in _SAID:
+        first = text.find(word, behind)
+        last = first + len(word)
+        inside = [number for number, (a, b) in enumerate(offsets) if a < last and b > first]
+        if first < 0 or not inside:
+            return None
+        begin, end = offsets[inside[0]][0], offsets[inside[-1]][1]
+        if text[begin:first].strip() or end > last:
+            return None
+        parts.append(
+            [t for t, (a, b) in zip(ids, offsets, strict=True) if behind <= a and b <= begin]
+        )
+        behind = last
+    return parts
 
 
 def first_token(tokenizer: "PreTrainedTokenizerBase") -> int:

@@ -63,14 +63,16 @@ def vocabulary(raw: Mapping[str, Any], rows: int, file: str) -> Vocabulary:
     Raises:
         ModelError: llama.cpp has none like it, or it has more tokens than rows.
     """
-    model = raw["model"]
-    if model["type"] != "BPE":
-        raise _unknown(file, f"a model of type {model['type']}")
-    if not model["merges"]:
+    model, added_tokens = raw["model"], raw.get("added_tokens") or []
+    # older files do not name it; of the others none has merges
+    kind = model.get("type") or ("BPE" if "merges" in model else "without a name")
+    if kind != "BPE":
+        raise _unknown(file, f"a model of type {kind}")
+    if not model.get("merges"):
         raise _unknown(file, "a model without merges")
     pieces = bool(model.get("byte_fallback"))
     cut, in_front = _pieces(raw, file) if pieces else (_cut(raw, file), False)
-    ids: dict[str, int] = {**model["vocab"], **{t["content"]: t["id"] for t in raw["added_tokens"]}}
+    ids: dict[str, int] = {**model["vocab"], **{t["content"]: t["id"] for t in added_tokens}}
     if ids and max(ids.values()) >= rows:
         raise ModelError(
             f"{file}: has a token {max(ids.values())}, but the embeddings have {rows} rows"
@@ -80,7 +82,7 @@ def vocabulary(raw: Mapping[str, Any], rows: int, file: str) -> Vocabulary:
     for token, number in ids.items():
         tokens[number] = token
         types[number] = TokenType.BYTE if pieces and _BYTE.fullmatch(token) else TokenType.NORMAL
-    for added in raw["added_tokens"]:
+    for added in added_tokens:
         special = bool(added["special"])
         types[added["id"]] = TokenType.CONTROL if special else TokenType.USER_DEFINED
     if pieces and model.get("unk_token") in ids:

@@ -143,8 +143,8 @@ class TextReader:
                 self._characters += len(document)
                 yield document + BETWEEN
             case TokenIds(ids):
-                self._holds["token ids"] = None
                 if ids:
+                    self._holds["token ids"] = None
                     yield list(ids)
             case Chat():
                 self._holds["chats"] = None

@@ -13,9 +13,11 @@ from rayprune.workers.texts.fields import (
     BY_DEFAULT,
     choose_field,
     field_of,
+    has_field,
     is_chat,
     is_ids,
     missing_field,
+    says_something,
 )
 from rayprune.workers.texts.files import MOST_LINE, bounded_lines
 from rayprune.workers.texts.forms import FREE_TEXT, Source, names_columns
@@ -98,7 +100,9 @@ def _inside(value: Any, field: str | None, path: str) -> tuple[list[Any], str | 
     if value in ([], {}):
         raise SpecError(f"{path}: is empty; give a text")
     if isinstance(value, list):
-        return ([value] if is_ids(value) or is_chat(value) else value), field
+        named = field is not None and has_field(value[0], field)
+        alone = is_ids(value) or (is_chat(value) and says_something(value) and not named)
+        return ([value] if alone else value), field
     if not isinstance(value, dict):
         raise SpecError(f"{path}: a single value of JSON, no documents{FREE_TEXT}")
     if field is not None:

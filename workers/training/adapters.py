@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rayprune.specs.errors import ModelError, ResourceError
 from rayprune.specs.training import LoraSpec
+from rayprune.workers.network.maps import linear_maps
 
 _NAME = "default"
 
@@ -30,18 +31,14 @@ def add_adapters(
         raise ResourceError(
             f"recover.lora needs peft ({error}); install rayprune with its extra 'train'"
         ) from None
-    inside = set(layers.modules())
-    maps = [
-        name
-        for name, module in network.named_modules()
-        if isinstance(module, nn.Linear) and module in inside
-    ]
+    maps, transposed = linear_maps(network, layers)
     if not maps:
-        raise ModelError("recover.lora: the layers of this model have no linear maps")
+        raise ModelError("recover.lora: the layers of this model have no linear maps; leave it out")
     torch.manual_seed(seed)
-    inject_adapter_in_model(
-        LoraConfig(r=options.rank, lora_alpha=options.alpha, target_modules=maps), network, _NAME
+    config = LoraConfig(
+        r=options.rank, lora_alpha=options.alpha, target_modules=maps, fan_in_fan_out=transposed
     )
+    inject_adapter_in_model(config, network, _NAME)
     return {parameter for parameter in network.parameters() if parameter.requires_grad}
 
 

@@ -1,5 +1,6 @@
 """What one rank of a training stage does: load and shard the model, train, gather and write."""
 
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,7 @@ def _write_model(model: nn.Module, checkpoint: Checkpoint, folder: Path, ranks: 
     for layer in range(checkpoint.num_layers):
         prefix = checkpoint.model.prefix(layer)
         parts[f"layer-{layer:04d}"] = (prefix, checkpoint.layer_tensors(layer))
-    adapters, parameters = adapted(model), dict(model.named_parameters())
+    adapters, stands = adapted(model), dict(chain(model.named_parameters(), model.named_buffers()))
     modules = checkpoint.model.module_names
     if adapters and ranks.rank:
         return  # they are whole on every rank: there is nothing to gather
@@ -138,7 +139,7 @@ def _write_model(model: nn.Module, checkpoint: Checkpoint, folder: Path, ranks: 
             tensors = with_adapters({prefix + name: stored[name] for name in stored}, model)
         else:
             full = [prefix + name for name in infos]
-            tensors = {name: _whole(parameters[modules.get(name, name)]) for name in full}
+            tensors = {name: _whole(stands[modules.get(name, name)]) for name in full}
         if ranks.rank == 0:
             write_tensors(
                 folder / f"{part}.safetensors",

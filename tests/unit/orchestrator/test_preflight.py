@@ -224,6 +224,22 @@ def test_windows_beyond_the_positions(wrong: Wrong, capsys: Capture) -> None:
     assert f"{words}, and it has learned no others; set" in capsys.readouterr().err
 
 
+def test_prompts_and_their_continuations_fit_the_positions(wrong: Wrong, capsys: Capture) -> None:
+    shutil.rmtree(wrong.model)
+    build_model(wrong.model, "gpt2")
+    wrong.sections["evaluation"] = {
+        "path": wrong.file("other.txt", "A text of its own, for the evaluation alone. " * 40),
+        "window": 16,
+        "prompts": ["a", "aaaa"],
+        "prompt_tokens": 252,
+    }
+    job = str(write_job(wrong.folder / "job.yaml", wrong.text, wrong.model, **wrong.sections))
+    assert main(["validate", job]) == 0
+    assert main(["validate", job, "--set", "evaluation.prompt_tokens=253"]) == 2
+    words = "evaluation.prompt_tokens: 253 tokens behind 4, but the model's config says 256"
+    assert words in capsys.readouterr().err
+
+
 def test_what_only_tokens_can_tell_is_told_by_a_deep_look(wrong: Wrong, text_file: Path) -> None:
     """A tokenizer that the fast one does not stand for; a copy of the text; training alone."""
     tail = wrong.folder / "copy.txt"

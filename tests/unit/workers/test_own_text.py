@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, normalizers
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from rayprune.orchestrator.planning.own_text import batches_of, own_text_load
 from rayprune.specs.calibration import CalibrationSpec
@@ -15,7 +16,7 @@ from rayprune.specs.loader import load_job
 from rayprune.specs.own_text import OwnTextSpec
 from rayprune.specs.texts import MixedTextSpec
 from rayprune.workers.model.checkpoint import open_checkpoint
-from rayprune.workers.network.sampling import WIDTH, Rules, drawn, sampled
+from rayprune.workers.network.sampling import WIDTH, Dialogue, Rules, drawn, sampled
 from rayprune.workers.store.shards import even_parts
 from rayprune.workers.texts.limits import (
     kept_out,
@@ -25,7 +26,7 @@ from rayprune.workers.texts.limits import (
     windows_of_texts,
     with_own,
 )
-from rayprune.workers.texts.own import BLOCK, LOOP, PROMPT, PROMPT_EVERY, pieces, repeated
+from rayprune.workers.texts.own import BLOCK, LOOP, PROMPT, PROMPT_EVERY, pieces, repeated, turns_of
 from tests.conftest import MakeModel
 
 
@@ -109,6 +110,77 @@ def test_both_sides_are_written_and_each_one_ends_its_turn_itself() -> None:
         [1, 1, 1, 7, 21, 22, 5, 5, 7, 31],
         wanted[2],
     ]
+
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}"
+    "{{ bos_token + '[INST] ' + m['content'] + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+"""Llama 2's, whose user ends by words, not by a token of its own."""
+
+
+def talker(first: bool, template: str = TEMPLATE) -> PreTrainedTokenizerFast:
+    """A tokenizer of characters, of sentencepiece's kind, with a blank in front of a text or not;
+    some blanks are one token with what follows.
+    """
+    vocab = {token: number for number, token in enumerate(("<unk>", "<s>", "</s>"))}
+    letters = [chr(code) for code in range(33, 127)]
+    vocab |= {character: number for number, character in enumerate([*letters, "▁", "\n"], 3)}
+    merges = [("▁", "["), ("▁", "▁"), ("▁", "A")]
+    vocab |= {a + b: number for number, (a, b) in enumerate(merges, len(vocab))}
+    inside = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>"))
+    spaces = normalizers.Replace(" ", "▁")
+    inside.normalizer = (
+        normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if first else spaces
+    )
+    inside.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
+    found = PreTrainedTokenizerFast(
+        tokenizer_object=inside, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    found.chat_template = template
+    return found
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(
+    "template",
+    [TEMPLATE, "{% for m in messages %}### {{ m['role'] }}: {{ m['content'] }}\n\n{% endfor %}"],
+)
+def test_what_stands_between_turns_is_what_stands_there_in_a_chat(
+    first: bool, template: str
+) -> None:
+    """A chat that a model writes by itself stays as it is, token for token."""
+    tokenizer = talker(first, template)
+    messages = [
+        {"role": role, "content": content}
+        for role, content in (
+            ("user", "What [is] a # line?"),
+            ("assistant", "Any of [1] and ### those."),
+            ("user", "Thanks."),
+            ("assistant", "Bye."),
+        )
+    ]
+    whole = tokenizer(
+        tokenizer.apply_chat_template(messages, tokenize=False), add_special_tokens=False
+    )
+    ids, turns = whole["input_ids"], turns_of(tokenizer, "here")
+    assert tuple(ids[: len(turns.before)]) == turns.before
+    dialogue = Dialogue(Rules(1.0, [2], turns.behind, turns.ends))
+    said = ids[len(turns.before) :]
+    assert [dialogue.follows(token) for token in said] == said
+
+
+def test_a_speaker_who_ends_the_text_goes_on_from_where_it_was() -> None:
+    turns = turns_of(talker(first=False), "here")
+    dialogue = Dialogue(Rules(1.0, [2], turns.behind, turns.ends))
+    written = [dialogue.follows(token) for token in [40, 2] + [50] * (len(turns.behind[0]) - 1)]
+    assert written == [40, *turns.behind[0]]
+
+
+def test_a_template_that_joins_words_to_its_own_is_refused() -> None:
+    with pytest.raises(SpecError, match="does not put something before every turn"):
+        turns_of(talker(first=False, template="{{ messages[0]['content'] }}"), "here")
 
 
 def test_a_loop_repeats_its_spans() -> None:

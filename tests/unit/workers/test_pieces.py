@@ -77,6 +77,13 @@ def test_another_cut_is_refused_by_name(changed: dict[str, Any]) -> None:
         vocabulary(changed, 6, "tokenizer.json")
 
 
+def test_an_older_file_names_neither_its_model_nor_added_tokens() -> None:
+    given = raw(WORDS)
+    del given["model"]["type"], given["added_tokens"]
+    found = vocabulary(given, 4, "tokenizer.json")
+    assert list(found.tokens) == ["a", "b", "[PAD2]", "ab"]
+
+
 def test_more_tokens_than_rows_are_refused() -> None:
     with pytest.raises(ModelError, match="has a token 4, but the embeddings have 4 rows"):
         vocabulary(raw(WORDS), 4, "tokenizer.json")

@@ -67,6 +67,20 @@ def test_windows_beyond_learned_positions_are_refused(make_model: MakeModel) -> 
         check_positions(learned, 257, "evaluation.window")
 
 
+def test_tokens_before_those_of_an_option_count(
+    checkpoint: Checkpoint, make_model: MakeModel
+) -> None:
+    assert check_positions(checkpoint, 200, "evaluation.prompt_tokens", 56) == []
+    [warning] = check_positions(checkpoint, 200, "evaluation.prompt_tokens", 57)
+    assert "200 tokens behind 57" in warning
+    assert warning.endswith("evaluation.prompt_tokens: 199 is safe")
+    [warning] = check_positions(checkpoint, 1, "evaluation.prompt_tokens", 256)
+    assert warning.endswith("give fewer tokens before them")
+    learned = open_checkpoint(make_model("gpt2", "learned"))
+    with pytest.raises(SpecError, match=r"behind 57, .* set evaluation\.prompt_tokens: 199"):
+        check_positions(learned, 200, "evaluation.prompt_tokens", 57)
+
+
 def test_without_a_limit_nothing_is_said(checkpoint: Checkpoint) -> None:
     edit_json(checkpoint.path / "config.json", max_position_embeddings=None)
     assert check_positions(open_checkpoint(checkpoint.path), 10**6, "evaluation.window") == []

@@ -401,6 +401,26 @@ def test_a_list_of_messages_is_one_chat(talker: PreTrainedTokenizerBase, tmp_pat
     assert talker.decode(tokenize(spec, talker, None)) == CHAT_TEXT
 
 
+@pytest.mark.parametrize("options", [{}, {"field": "text"}])
+@pytest.mark.parametrize("speaker", ["from", "role"])
+def test_records_that_have_a_sender_are_no_chat(
+    speaker: str, options: dict[str, Any], talker: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    rows = [{speaker: "a@b", "text": "Hello."}, {speaker: "c@d", "text": "Hello?"}]
+    found = [
+        tokenize(TextSpec(path=str(put(name, content)(tmp_path)), **options), talker, None)
+        for name, content in (("a.jsonl", lines(*rows)), ("a.json", json.dumps(rows)))
+    ]
+    assert found[0].tolist() == found[1].tolist()
+    assert talker.decode(found[0]) == "Hello.\n\nHello?\n\n"
+
+
+def test_messages_may_be_read_as_records(talker: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    path = put("a.json", json.dumps(CHAT))(tmp_path)
+    found = tokenize(TextSpec(path=str(path), field="content"), talker, None)
+    assert talker.decode(found) == "Be kind.\n\nHello?\n\nHello.\n\n"
+
+
 def test_templates_are_told_one_date(talker: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     talker.chat_template = "{{ strftime_now('%d %b %Y') }}"
     spec = TextSpec(path=str(CHATS["messages"][0](tmp_path)))
@@ -729,6 +749,11 @@ def test_what_never_ends_is_never_opened(
         ([*CHAT, {"role": "user"}], r"message 4: has no text under 'content'; there are role"),
         ([{"from": "human", "text": "x"}], r"message 1: has no text under 'value'; .*from, text"),
         ([{"role": 3, "content": "x"}], r"message 1: its role is no text"),
+        ([{"from": ["human"], "value": "x"}], r"message 1: is from \['human'\]; known are human"),
+        (
+            [{"role": "assistant", "content": {"a": 1}, "tool_calls": []}],
+            r"message 1: has no text under 'content'",
+        ),
         (
             [{"role": "user", "content": [{"type": "image", "url": "x"}]}],
             r"message 1: holds 'image'; only text can be read",
