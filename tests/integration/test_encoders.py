@@ -196,7 +196,7 @@ def test_windows_have_their_special_tokens(
     windows_ST, _ = read_calibration(spec, tokenizer, frame)
     assert windows_ST[0].tolist() == list(range(3, 19)), "token ids are taken as they are"
     words = [{"text": text_file.read_text(encoding="utf-8")}]
-    for other, held in (({"text": []}, None), ({"text": [3, 4]}, "holds text and token ids")):
+    for other, held in (({"text": []}, None), ({"text": [3, 4]}, "holds token ids and text")):
         given.write_text("\n".join(map(json.dumps, [other, *words])))
         spec = CalibrationSpec(path=str(given), **SMALL)  # type: ignore[arg-type]
         if held is None:
