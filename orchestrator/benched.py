@@ -2,13 +2,14 @@
 
 from pathlib import Path
 
-from rayprune.orchestrator.execution.run_folder import BENCH_FILE, JOB_FILE, RunFolder
+from rayprune.orchestrator.execution.run_folder import BENCH_FILE, RunFolder
 from rayprune.orchestrator.execution.verify import verify_run
 from rayprune.orchestrator.reporting.gather import publish
 from rayprune.orchestrator.reporting.report import read_report
 from rayprune.orchestrator.reporting.speeds import Speeds
 from rayprune.specs.loader import load_job
 from rayprune.workers.store.files import write_json
+from rayprune.workers.store.layout import JOB_FILE
 
 
 def models_of(run: Path) -> dict[str, Path]:

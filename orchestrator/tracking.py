@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rayprune.orchestrator.execution.run_folder import JOB_FILE, REPORT_FILE
+from rayprune.orchestrator.execution.run_folder import REPORT_FILE
 from rayprune.orchestrator.reporting.report import Report, read_report
 from rayprune.orchestrator.reporting.tables import titled
 from rayprune.specs.errors import ResourceError
 from rayprune.specs.loader import read_job
 from rayprune.specs.origins import origins
+from rayprune.workers.store.layout import JOB_FILE
 
 PROJECT = "rayprune"
 _OF_A_SIZE = ("before", "after", "ratio")
@@ -100,7 +101,8 @@ def _to_tensorboard(
 ) -> None:
     from tensorboardX import SummaryWriter
 
-    folder = Path(place) if place else run / "tensorboard"
+    name = f"{run.absolute().name}-{_key(run)[:12]}"  # beside those of other runs
+    folder = Path(place) / name if place else run / "tensorboard"
     for old in folder.glob("events.out.tfevents.*"):  # of an earlier copy
         old.unlink()
     with SummaryWriter(str(folder)) as writer:

@@ -146,10 +146,17 @@ def differences(a: object, b: object, name: str = "") -> Iterator[str]:
 
 def _apply(root: Located, overrides: Iterable[str]) -> tuple[Located, list[str]]:
     problems: list[str] = []
-    short = _marked(_is_short)
+    short, given = _marked(_is_short), list[list[str]]()
     for override in overrides:
         try:
             keys, value, found = _override(override)
+            inside = [each for each in given if len(each) > len(keys)]
+            if lost := [each for each in inside if each[: len(keys)] == keys]:
+                raise SpecError(
+                    f"--set {override}: takes the place of --set {'.'.join(lost[0])}, which stands"
+                    " before it; give the whole section first, then its fields"
+                )
+            given.append(keys)
             root = _assign(root, keys, value, short)
         except SpecError as error:
             found = [str(error)]
@@ -191,6 +198,23 @@ def _assign(
     return replace(
         node, value={**node.value, keys[0]: _assign(child, keys[1:], value, short, (*at, keys[0]))}
     )
+
+
+def paths_in(job: JobSpec) -> list[str]:
+    """All paths that a job gives; names on the Hub among them."""
+    fields = _marked(_is_path)
+
+    def found(value: object, at: KeyPath) -> Iterator[str]:
+        if isinstance(value, dict):
+            for key, item in value.items():
+                yield from found(item, _inside(at, key))
+        elif isinstance(value, list):
+            for item in value:
+                yield from found(item, at)
+        elif isinstance(value, str) and at in fields:
+            yield value
+
+    return list(found(job.model_dump(mode="json"), ()))
 
 
 def _is_path(part: object) -> bool:

@@ -84,6 +84,8 @@ def _compare(options: argparse.Namespace) -> None:
 
     if len(options.runs) < 2:
         raise SpecError(f"{options.runs[0]}: the only run; name two or more to compare")
+    if options.html and options.html.is_dir():
+        raise SpecError(f"{options.html}: is a folder; name a file")
     runs = [Compared(str(run), rayprune.read_report(run)) for run in options.runs]
     print_parts(comparison(runs))
     if options.html:

@@ -7,17 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rayprune.orchestrator.execution.run_folder import (
-    BENCH_FILE,
-    JOB_FILE,
-    PAGE_FILE,
-    PLAN_FILE,
-    REPORT_FILE,
-)
+from rayprune.orchestrator.execution.run_folder import BENCH_FILE, PAGE_FILE, REPORT_FILE
 from rayprune.specs.errors import VerificationError
 from rayprune.workers.store.files import fingerprint, read_manifest, record_of
 from rayprune.workers.store.layout import (
     CARD_FILE,
+    JOB_FILE,
+    PLAN_FILE,
     TASKS,
     Scope,
     model_folder,

@@ -20,16 +20,26 @@ from filelock import FileLock, Timeout
 
 from rayprune.specs.errors import SpecError, VerificationError
 from rayprune.specs.job import JobSpec
-from rayprune.specs.loader import differences, dump_job, load_job
+from rayprune.specs.loader import differences, dump_job, load_job, paths_in
 from rayprune.workers.machine.shortage import is_disk_full
 from rayprune.workers.store.files import Manifest, Task, write_text
-from rayprune.workers.store.layout import CACHE, EXPORTS, TASKS, Scope, model_folder
+from rayprune.workers.store.layout import (
+    CACHE,
+    EVENTS_FILE,
+    EXPORTS,
+    JOB_FILE,
+    LOCK_FILE,
+    PLAN_FILE,
+    TASKS,
+    Scope,
+    model_folder,
+)
 from rayprune.workers.store.logs import EventLine, read_lines
+from rayprune.workers.store.out import check_out
 from rayprune.workers.store.plain import check_plain, remove_temporaries
 
 CODE_VERSION = 9
 """Raised whenever the same job would give other bytes."""
-JOB_FILE, EVENTS_FILE, PLAN_FILE, LOCK_FILE = "job.yaml", "events.jsonl", "plan.json", "run.lock"
 REPORT_FILE, PAGE_FILE, BENCH_FILE = "report.json", "report.html", "bench.json"
 HOW_COMPUTED = ("model.dtype", "parallel.device")
 """Options that say on what kind of device and in which type workers compute."""
@@ -60,20 +70,12 @@ class RunFolder:
         down.
 
         Raises:
-            SpecError: it is in use, no run folder, not writable, or holds what leads out of it.
+            SpecError: it is in use, no run folder, not writable, or holds what leads out of it or
+                what the job reads.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            strange = [
-                item
-                for item in self.path.iterdir()
-                if item.name != LOCK_FILE and item.suffix != ".tmp"
-            ]
-            if strange and not (self.path / JOB_FILE).exists():
-                raise SpecError(
-                    f"{self.path}: is not empty and holds no {JOB_FILE}; --out must name a new"
-                    " folder or an earlier run"
-                )
+            check_out(self.path, paths_in(self.job))
             self._check_parts()
             self._lock.acquire()
         except Timeout:
@@ -117,7 +119,9 @@ class RunFolder:
     def _write_job(self) -> None:
         path, text = self.path / JOB_FILE, dump_job(self.job)
         if path.exists() and dump_job(load_job(path)) != text:
-            forget_report(self.path)  # it is of another job
+            forget_report(self.path)  # it is of another job, and so are plans of its passes
+            for plan in (self.path / TASKS).rglob(PLAN_FILE):
+                plan.unlink()
         write_text(path, text)
         events = self.path / EVENTS_FILE
         if events.exists() and not events.read_bytes().endswith(b"\n"):

@@ -8,7 +8,9 @@ from dataclasses import replace
 from rayprune.orchestrator.planning.disk import DiskNeed
 from rayprune.orchestrator.planning.footprint import exceeded, footprint, limits
 from rayprune.orchestrator.planning.plan import Dropped, Plan, make_plan
+from rayprune.orchestrator.planning.rounding import told_of_sizes
 from rayprune.orchestrator.planning.shapes import Shape, uneven_shape
+from rayprune.orchestrator.planning.speeds import predicted_speeds
 from rayprune.orchestrator.planning.together import (
     needs_together,
     relative_sparsity,
@@ -167,10 +169,18 @@ def plan_dropping(
     second = make_plan(rest, checkpoint.planned_layers(there), machine, device)
     plans = [first, second]
     spills = any(plan.memory.spill_hidden for plan in plans)
+    shapes = tuple(whole(shape, there, checkpoint.num_layers) for shape in second.shapes)
     return replace(
         second,
         model=first.model,
-        shapes=tuple(whole(shape, there, checkpoint.num_layers) for shape in second.shapes),
+        shapes=shapes,
+        speeds=tuple(
+            replace(speed, dense=whole.dense)
+            for whole, speed in zip(
+                predicted_speeds(job, checkpoint, ()), second.speeds, strict=True
+            )
+        ),
+        sizes=told_of_sizes(job, checkpoint, shapes[0].decoder_parameters),
         tasks=_inserted(second.tasks, tasks),
         memory=replace(second.memory, spill_hidden=spills),
         needs=needs_together([plan.needs for plan in plans]),

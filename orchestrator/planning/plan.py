@@ -151,8 +151,10 @@ class Plan:
     @property
     def warnings(self) -> tuple[str, ...]:
         """What will harm the result, with numbers."""
-        stays = all(not shape.layers and shape.kept == self.model.units for shape in self.shapes)
-        corrects = self.corrects_drift or not stays
+        layers = [kept for shape in self.shapes for kept in shape.layers or (shape.kept,)]
+        units = self.model.units.items()
+        parted = any(0 < kept.get(name, 0) < whole for kept in layers for name, whole in units)
+        corrects = self.corrects_drift or parted
         if self.tokens_per_neuron >= FEW_TOKENS or not corrects:
             return self.notes
         given, each = self.calibration_tokens, self.tokens_per_neuron
@@ -294,9 +296,7 @@ def make_plan(
         corrects_drift=load.corrects_drift,
         speeds=predicted_speeds(job, checkpoint, shapes),
         zeros=zeros(load),
-        sizes=told_of_sizes(
-            job, model, 1 - shapes[0].decoder_parameters / checkpoint.decoder_parameters
-        ),
+        sizes=told_of_sizes(job, checkpoint, shapes[0].decoder_parameters),
         fallbacks=fallbacks(model, shapes, job.export.tensor_parallel),
         notes=(left_out,) if left_out else (),
     )

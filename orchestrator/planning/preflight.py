@@ -21,11 +21,13 @@ from rayprune.orchestrator.planning.targets import check_tokenizer
 from rayprune.specs.errors import ResourceError, SpecError
 from rayprune.specs.evaluation import EvaluationSpec
 from rayprune.specs.job import JobSpec
+from rayprune.specs.loader import paths_in
 from rayprune.specs.own_text import OWN_TEXT
 from rayprune.specs.texts import TextSpec
 from rayprune.workers.model.checkpoint import Checkpoint, open_checkpoint
 from rayprune.workers.store.files import read_manifest
 from rayprune.workers.store.layout import task_folder
+from rayprune.workers.store.out import check_out
 from rayprune.workers.store.side_files import COPIED, side_files
 from rayprune.workers.texts.limits import (
     check_counts,
@@ -39,6 +41,7 @@ from rayprune.workers.texts.limits import (
     texts_read,
     too_few_samples,
     windows_of_texts,
+    with_own,
 )
 from rayprune.workers.texts.own import longest_prompt
 from rayprune.workers.texts.reading import (
@@ -75,6 +78,7 @@ def check_job(job: JobSpec, out: Path | None = None) -> Checked:
     check_packages(job)
     plan = first_plan(job, checkpoint).noting(warnings)
     if out is not None:
+        check_out(out, paths_in(job))
         check_disk(out, plan)
     return Checked(checkpoint, plan)
 
@@ -127,6 +131,7 @@ def check_inputs(job: JobSpec, checkpoint: Checkpoint) -> list[str]:
     # the model's own text is yet to be written
     for text, count, gate in [read for read in texts_read(job) if read[0].path != OWN_TEXT]:
         warnings += _windows(checkpoint, text, encode, count + gate, size, gate=gate)
+    _check_shares(job)
     trained = _recovery(job, checkpoint, encode)
     warnings += trained.warnings
     if evaluation:
@@ -144,6 +149,22 @@ def check_inputs(job: JobSpec, checkpoint: Checkpoint) -> list[str]:
             warnings += _said(ids[:needed], facts, text, evaluation.window)
             check_other_text([*spec.texts, *trained.texts], text, evaluation.option(name))
     return warnings
+
+
+def _check_shares(job: JobSpec) -> None:
+    """Miss windows for a text in a training of fewer than the calibration reads.
+
+    Raises:
+        SpecError: a training has none of a text.
+    """
+    names = ("gates", "training")
+    trainings = {f"method.{name}": getattr(job.method, name, None) for name in names}
+    if job.recover and job.recover.text is None:
+        trainings["recover"] = job.recover
+    spec = with_own(job, OWN_TEXT).calibration
+    for option, training in trainings.items():
+        if training and training.samples:
+            windows_of_texts(spec.model_copy(update={"samples": training.samples}), option)
 
 
 @dataclass(frozen=True)

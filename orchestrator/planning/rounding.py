@@ -9,6 +9,7 @@ from math import gcd, lcm
 
 from rayprune.specs.errors import SpecError
 from rayprune.specs.job import JobSpec
+from rayprune.workers.model.checkpoint import Checkpoint
 from rayprune.workers.model.description import Group, Model
 
 AUTO = ((10_240, 256), (1_024, 64), (1, 32))
@@ -53,9 +54,11 @@ def unit_steps(job: JobSpec, model: Model) -> dict[str, int]:
     return steps
 
 
-def told_of_sizes(job: JobSpec, model: Model, removed: float) -> str | None:
-    """Why a shape that removes this part of the decoder is not what `budget.sparsity` asks for."""
-    asked = job.budget.sparsity
+def told_of_sizes(job: JobSpec, checkpoint: Checkpoint, stays: int) -> str | None:
+    """Why a shape of which so many of the decoder's parameters stay is not what `budget.sparsity`
+    asks for.
+    """
+    asked, removed = job.budget.sparsity, 1 - stays / checkpoint.decoder_parameters
     if asked is None:
         return None
     if job.budget.per_layer:
@@ -65,10 +68,10 @@ def told_of_sizes(job: JobSpec, model: Model, removed: float) -> str | None:
         )
     if removed - asked < _TOLD:
         return None
-    steps = unit_steps(job, model)
+    steps = unit_steps(job, checkpoint.model)
     widths = ", ".join(
         f"{group.title} come in multiples of {steps[group.name]}"
-        for group in model.groups
+        for group in checkpoint.model.groups
         if group.kind == "ffn" and steps[group.name] > 1
     )
     return (

@@ -6,9 +6,11 @@ from dataclasses import replace
 from rayprune.orchestrator.planning.causal import check_encoder
 from rayprune.orchestrator.planning.disk import DiskNeed, still_needed
 from rayprune.orchestrator.planning.dropped import plan_dropping
+from rayprune.orchestrator.planning.engines import fallbacks
 from rayprune.orchestrator.planning.masked import plan_masked
 from rayprune.orchestrator.planning.own_text import own_tasks
 from rayprune.orchestrator.planning.plan import Plan, PlannedStep, make_plan
+from rayprune.orchestrator.planning.rounding import told_of_sizes
 from rayprune.orchestrator.planning.tasks import recovery_text, teacher_tasks
 from rayprune.orchestrator.planning.together import (
     needs_together,
@@ -81,7 +83,7 @@ def plan_job(
         plans[number] = plan
         if number < len(steps.sparsities):
             model = model.planned_cut(plan.shapes[0].kept, job.export.form, job.export.dtype)
-    return _together(job, steps, plans).noting(skipped)
+    return _together(job, checkpoint, steps, plans).noting(skipped)
 
 
 def step_job(job: JobSpec, number: int, original: int, current: int) -> JobSpec | None:
@@ -122,14 +124,19 @@ def nothing_to_remove(steps: InSteps, number: int) -> str:
     )
 
 
-def _together(job: JobSpec, steps: InSteps, plans: dict[int, Plan]) -> Plan:
-    """The first pass, the dearest, with what all of them take."""
+def _together(job: JobSpec, dense: Checkpoint, steps: InSteps, plans: dict[int, Plan]) -> Plan:
+    """The first pass, the dearest, with what all of them take, and what comes of the last."""
     first, last = (list(plans.values())[place] for place in (0, -1))
     evaluated = (EVALUATION_TASK, "evaluate-before", "evaluate-after") if job.evaluation else ()
     return replace(
         first,
         shapes=last.shapes,
-        speeds=last.speeds,
+        speeds=tuple(
+            replace(speed, dense=whole.dense)
+            for whole, speed in zip(first.speeds, last.speeds, strict=True)
+        ),
+        sizes=told_of_sizes(job, dense, last.shapes[0].decoder_parameters),
+        fallbacks=fallbacks(dense.model, last.shapes, job.export.tensor_parallel),
         tasks=(
             *own_tasks(job),
             CALIBRATION_TASK,
@@ -141,7 +148,7 @@ def _together(job: JobSpec, steps: InSteps, plans: dict[int, Plan]) -> Plan:
             EXPORT_TASK,
             *map(converted_task, job.converted),
             *evaluated,
-            *(t for t in first.tasks if t.startswith((samples_task(""), LM_TASKS_TASK))),
+            *_asked_of_models(first),
         ),
         needs=needs_together([plan.needs for plan in plans.values()]),
         stages=tuple(stages_together(list(plans.values()))),
@@ -162,6 +169,13 @@ def _together(job: JobSpec, steps: InSteps, plans: dict[int, Plan]) -> Plan:
             for number, plan in plans.items()
         ),
     )
+
+
+def _asked_of_models(first: Plan) -> Iterator[str]:
+    """What the dense model and the last one are asked; a recovery is part of every pass."""
+    for task in first.tasks:
+        if task.startswith((samples_task(""), LM_TASKS_TASK)) and not task.endswith("recovered"):
+            yield task
 
 
 def _disk(plans: dict[int, Plan], keeps: bool) -> Iterator[DiskNeed]:

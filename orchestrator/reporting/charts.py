@@ -136,11 +136,13 @@ def timeline_drawing(
 def frontier_drawing(
     name: str, points: Mapping[str, tuple[float, float]], best: Sequence[str]
 ) -> str:
-    """Percent removed and perplexity ratios by name; a line joins the best, which are filled."""
+    """Percent removed and perplexity ratios by name; a line joins the best, which are filled; none
+    is where they cannot be compared.
+    """
 
     def paint(axes: "Axes") -> None:
-        xs, ys = zip(*(points[each] for each in best), strict=True)
-        axes.plot(xs, ys, color=COLOURS["held-out"])
+        line = [points[each] for each in best]
+        axes.plot([x for x, _ in line], [y for _, y in line], color=COLOURS["held-out"])
         middle = fmean(x for x, _ in points.values())
         for each, (x, y) in points.items():
             series = "held-out" if each in best else "training"
@@ -156,6 +158,8 @@ def frontier_drawing(
     told = (
         "Filled: no other run is smaller and as good, or as small and better; a line joins them."
         " Open: another one is. The table has the values."
+        if best
+        else "None is better than another: they were measured in different ways."
     )
     return _drawn(name, "Perplexity by size", told, paint, height=HEIGHT + 60)
 

@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from rayprune.orchestrator.execution.run_folder import JOB_FILE
 from rayprune.orchestrator.reporting.report import Report
 from rayprune.orchestrator.reporting.tables import Part, Table, titled
 from rayprune.specs.loader import differences, load_job
+from rayprune.workers.store.layout import JOB_FILE
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def _protocols(runs: Sequence[Compared]) -> dict[str, str]:
     return {
         run.name: (
             f"perplexity of {each.files}: window {each.window}, stride {each.stride},"
-            f" {each.scored_tokens} scored tokens"
+            f" {each.scored_tokens} scored tokens, windows {(each.tokens or 'unknown')[:8]}"
         )
         for run in runs
         if (each := run.report.evaluation)

@@ -172,6 +172,8 @@ class Evaluation(Facts):
     texts: dict[str, dict[str, Any]] | None = None
     tokenizer: str | None = None
     """Digest of the tokenizer's files."""
+    tokens: str | None = None
+    """Digest of the windows that were measured on."""
     window: int
     """Tokens of a window."""
     stride: int

@@ -13,7 +13,6 @@ from rayprune import __version__
 from rayprune.orchestrator.execution.records import records, sealed
 from rayprune.orchestrator.execution.run_folder import (
     BENCH_FILE,
-    JOB_FILE,
     PAGE_FILE,
     REPORT_FILE,
     environment,
@@ -49,9 +48,11 @@ from rayprune.workers.store.layout import (
     CARD_FILE,
     EVALUATION_TASK,
     EXPORT_TASK,
+    JOB_FILE,
     LM_TASKS_TASK,
     OWN_TEXT_TASK,
     RECOVER_TASK,
+    TOKENS_FILE,
     TRAINED_FOLDER,
     Scope,
     converted_task,
@@ -333,6 +334,7 @@ def _evaluation(context: Context, done: Pruned) -> Evaluation | None:
         context.job.evaluation.model_dump(mode="json")
         | {"stride": context.job.evaluation.effective_stride}
         | {"tokenizer": fingerprint(inputs.get("tokenizer"))}
+        | ({"tokens": tokens.files[TOKENS_FILE].sha256} if tokens else {})
         | ({"lm_eval": asked.info["lm_eval"]} if asked else {})
         | counts
     )

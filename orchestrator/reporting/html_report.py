@@ -5,7 +5,7 @@ A section is a function from the report to its part of the page, empty where the
 tell.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from datetime import datetime
 
 from rayprune.orchestrator.reporting.charts import curve, layers_drawing, timeline_drawing
@@ -22,7 +22,9 @@ from rayprune.orchestrator.reporting.page import (
 )
 from rayprune.orchestrator.reporting.report import (
     Report,
+    dropped_words,
     layer_table,
+    layers_gone,
     own_text_lines,
     site_table,
     step_table,
@@ -161,24 +163,26 @@ def _speed(report: Report) -> str:
 def _layers(report: Report) -> str:
     """What went of every layer, and how well the correction makes up for it."""
     groups = list(dict.fromkeys(name for layer in report.layers for name in layer.together))
+    dropped = note(text(dropped_words(report.dropped))) if report.dropped else ""
     if not groups:
-        return section("What was removed", note("Nothing was pruned."))
+        return section("What was removed", dropped or note("Nothing was pruned."))
     told = (
         "Kept: what is filled, of all units in a layer. Output error: |pruned − original| /"
         " |original| of a group's output, on the training shards (which the correction fits) and"
         " the held-out ones."
     )
-    drawn = (_group(number, name, report.layers) for number, name in enumerate(groups))
+    gone = layers_gone(report)
+    drawn = (_group(number, name, report.layers, gone) for number, name in enumerate(groups))
     table = layer_table(report)
     rows = wide_table("Layers", table.columns, table.rows)
     zeros = site_table(report)
     sites = wide_table("Zeros", zeros.columns, zeros.rows) if report.zeros else ""
     return section(
-        "What was removed", note(told), sites, drawings(drawn), folded("Every layer", rows)
+        "What was removed", dropped, note(told), sites, drawings(drawn), folded("Every layer", rows)
     )
 
 
-def _group(number: int, group: str, layers: Sequence[LayerReport]) -> str:
+def _group(number: int, group: str, layers: Sequence[LayerReport], gone: Set[int]) -> str:
     found = {
         at: layer.together[group] for at, layer in enumerate(layers) if group in layer.together
     }
@@ -186,6 +190,8 @@ def _group(number: int, group: str, layers: Sequence[LayerReport]) -> str:
         series: {at: error(info) for at, info in found.items()} for series, error in SERIES.items()
     }
     kept = {at: (info.kept, info.of) for at, info in found.items()}
+    most = max(of for _, of in kept.values())
+    kept |= {at: (0, most) for at, layer in enumerate(layers) if layer.layer in gone}
     return layers_drawing(f"group-{number}", titled(group), kept, errors, len(layers))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
-from rayprune.orchestrator.execution.run_folder import EVENTS_FILE, PAGE_FILE, REPORT_FILE
+from rayprune.orchestrator.execution.run_folder import PAGE_FILE, REPORT_FILE
 from rayprune.orchestrator.reporting.facts import (
     Change,
     Closeness,
@@ -34,6 +34,7 @@ from rayprune.orchestrator.reporting.facts import (
 from rayprune.orchestrator.reporting.speeds import Speeds, speed_parts
 from rayprune.orchestrator.reporting.tables import Part, Table, html_parts, titled
 from rayprune.specs.errors import SpecError
+from rayprune.workers.store.layout import EVENTS_FILE
 
 MODELS = {"before": "dense", "after": "pruned", "recovered": "recovered"}
 """What people call the models."""
@@ -445,10 +446,17 @@ def layer_table(report: Report) -> Table:
     that was left as it is has one row.
     """
     columns = ["layer", "group", "kept", "damping", "training error", "held-out error"]
-    return Table("layers", columns, [row for layer in report.layers for row in _layer_rows(layer)])
+    gone = layers_gone(report)
+    rows = [row for layer in report.layers for row in _layer_rows(layer, layer.layer in gone)]
+    return Table("layers", columns, rows)
 
 
-def _layer_rows(layer: LayerReport) -> list[list[str]]:
+def layers_gone(report: Report) -> frozenset[int]:
+    """Numbers of the layers that were left out as a whole."""
+    return frozenset(report.dropped["layers"] if report.dropped else ())
+
+
+def _layer_rows(layer: LayerReport, gone: bool) -> list[list[str]]:
     return [
         [
             str(layer.layer),
@@ -459,4 +467,4 @@ def _layer_rows(layer: LayerReport) -> list[list[str]]:
             f"{group.held_out_error:.4f}",
         ]
         for name, group in layer.together.items()
-    ] or [[str(layer.layer), "not pruned", "", "", "", ""]]
+    ] or [[str(layer.layer), "left out" if gone else "not pruned", "", "", "", ""]]

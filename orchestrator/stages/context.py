@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from rayprune.orchestrator.execution.executor import Executor
 from rayprune.orchestrator.execution.failures import Decision, WorkerFailure, decide, stopping_error
-from rayprune.orchestrator.execution.run_folder import PLAN_FILE, RunFolder, forget_report
+from rayprune.orchestrator.execution.run_folder import RunFolder, forget_report
 from rayprune.orchestrator.execution.task_store import TaskStore
 from rayprune.orchestrator.planning.plan import Plan
 from rayprune.orchestrator.stages.reads import (
@@ -30,7 +30,7 @@ from rayprune.workers.store.files import (
     remove_task,
     write_json,
 )
-from rayprune.workers.store.layout import SOURCE_TASK, Scope
+from rayprune.workers.store.layout import PLAN_FILE, SOURCE_TASK, Scope
 
 T = TypeVar("T")
 

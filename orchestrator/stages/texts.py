@@ -21,6 +21,7 @@ from rayprune.workers.store.layout import (
 )
 from rayprune.workers.store.side_files import CHAT_TEMPLATES, TOKENIZER_FILES, side_files
 from rayprune.workers.texts.files import text_files
+from rayprune.workers.texts.forms import promised
 
 
 @dataclass(frozen=True)
@@ -121,13 +122,13 @@ def _tokens(
 
 
 def digest_of(text: Path) -> str:
-    """What a text holds: the digest of a file, or names and digests of a folder's files; nothing
-    where it cannot be read, which the worker reports.
+    """What a text holds: the digest of a file, and the form that its name promises, or names and
+    digests of a folder's files; nothing where it cannot be read, which the worker reports.
     """
     try:
         files = text_files(text)
         if files == [text]:
-            return record_of(text).sha256
+            return f"{record_of(text).sha256} {promised(text) or ''}".rstrip()
         return "\n".join(f"{file.name} {record_of(file).sha256}" for file in files)
     except (SpecError, OSError):
         return ""

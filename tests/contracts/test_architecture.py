@@ -194,7 +194,12 @@ ROOMS = {
         "workers.store",
     },
     "orchestrator.publish": {"orchestrator.execution", "orchestrator.reporting", "specs"},
-    "orchestrator.tracking": {"orchestrator.execution", "orchestrator.reporting", "specs"},
+    "orchestrator.tracking": {
+        "orchestrator.execution",
+        "orchestrator.reporting",
+        "specs",
+        "workers.store",
+    },
     "orchestrator.commands": {
         "orchestrator.entry",
         "orchestrator.benched",
@@ -408,7 +413,9 @@ def test_one_room_touches_the_inside_of_transformers() -> None:
     assert users - outside == {
         "rayprune.workers.network.building",
         "rayprune.workers.network.decoding",
+        "rayprune.workers.network.greedy",
         "rayprune.workers.network.load_check",
+        "rayprune.workers.network.maps",
         "rayprune.workers.network.sampling",
     }
     for name in outside:

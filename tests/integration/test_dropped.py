@@ -13,11 +13,12 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from rayprune.orchestrator.execution.verify import verify_run
 from rayprune.orchestrator.planning.plan import Plan
 from rayprune.orchestrator.planning.steps import plan_job
 from rayprune.orchestrator.planning.together import relative_sparsity
 from rayprune.orchestrator.reporting.plan_view import plan_parts
-from rayprune.orchestrator.reporting.report import Report, summary
+from rayprune.orchestrator.reporting.report import Report, layer_table, summary
 from rayprune.orchestrator.run import run_job
 from rayprune.specs.errors import SpecError
 from rayprune.specs.loader import load_job
@@ -184,6 +185,39 @@ def test_a_run_that_was_cut_off_goes_on_and_a_changed_choice_is_done_again(
     ran(job, tmp_path / "cut", *changed)
     ran(job, tmp_path / "new", *changed)
     assert weights(tmp_path / "cut/model") == weights(tmp_path / "new/model")
+    none = ["budget.drop_layers=null", "budget.drop_score=influence", "budget.drop_samples=8"]
+    ran(job, tmp_path / "cut", *none)
+    assert verify_run(tmp_path / "cut")
+
+
+@pytest.mark.usefixtures("drawn")
+def test_the_page_says_which_layers_are_left_out(
+    make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+) -> None:
+    job = make_job(make_model(num_hidden_layers=LAYERS), calibration=SMALL)
+    for number, budget in enumerate(({}, {"sparsity": 0.4, "kv_groups": 2})):
+        words = [f"budget={json.dumps(budget | {'drop_layers': [1], 'round_to': 4})}"]
+        report = ran(job, tmp_path / str(number), *words)
+        page = report.page.read_text()
+        assert "layers left out: 1" in page
+        assert "Nothing was pruned" not in page
+        rows = [row for row in layer_table(report).rows if row[0] == "1"]
+        assert [row[1] for row in rows] == ["left out"]
+        assert any("overfit" in each for each in report.warnings) == bool(budget)
+    assert " 0 to " in page, "the drawing shows it as gone"
+
+
+def test_a_plan_of_fewer_layers_is_told_beside_the_dense_model(
+    make_model: MakeModel, make_job: MakeJob
+) -> None:
+    model = make_model(num_hidden_layers=LAYERS)
+    job = make_job(model, calibration=SMALL, budget={"drop_layers": [1], "sparsity": 0.4})
+    spread = planned(job, model, "budget.per_layer=true")
+    assert "together 60.00% of the decoder" in (spread.sizes or "")
+    alike = planned(job, model, "budget.kv_groups=2", "budget.round_to=16")
+    removed = 1 - alike.shapes[0].decoder_parameters / open_checkpoint(model).decoder_parameters
+    assert removed > 0.41
+    assert "more than the 40.00% asked for" in (alike.sizes or "")
 
 
 @pytest.mark.parametrize(

@@ -77,3 +77,22 @@ def test_runs_are_compared(job: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert "budget.sparsity: 0.2 -> 0.4" in words
     assert "<h2>Jobs</h2>" in page.read_text()
     assert main(["compare", runs[0]]) == 2
+    assert main(["compare", *runs, "--html", str(tmp_path)]) == 2
+    assert "is a folder; name a file" in capsys.readouterr().err
+    assert page.exists()
+
+
+@pytest.mark.usefixtures("drawn")
+def test_points_that_cannot_be_compared_stand_side_by_side(job: Path, tmp_path: Path) -> None:
+    assert sweep(job, tmp_path / "sweep", "--set", "evaluation.window=16,32") == 0
+    page = (tmp_path / "sweep" / "sweep.html").read_text()
+    assert "perplexities were measured in different ways" in page
+
+
+def test_a_section_does_not_take_the_place_of_a_value_before_it(
+    job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--set", "budget.sparsity=0.2,0.4", "--set", "budget={round_to: 4, kv_groups: 2}")
+    assert sweep(job, tmp_path / "sweep", *words) == 2
+    assert "takes the place of --set budget.sparsity" in capsys.readouterr().err
+    assert load_job(job, [words[3], "budget.sparsity=0.4"]).budget.sparsity == 0.4

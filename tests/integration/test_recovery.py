@@ -29,6 +29,8 @@ from tests.conftest import MakeJob, MakeModel, folder_bytes
 from tests.helpers import quiet
 
 LENGTH, TOP = 24, 8
+OWN: dict[str, Any] = {"calibration": {"own": {"length": 64}}}
+LAYERS: dict[str, Any] = {"sparsity": 0.4, "round_to": "auto"}
 RECOVER: dict[str, Any] = {
     "batch": 4,
     "epochs": 2,
@@ -183,6 +185,15 @@ def test_the_control_is_the_dense_model_trained_likewise(
         ({"recover": {"samples": 4, "text": {"path": "x.txt"}}}, "samples beside text"),
         ({"recover": {"held_out": {"windows": 16}}}, "reads 16 of this one; lower recover.held_"),
         ({"recover": {"teacher_top": 5000}}, "teacher_top: 5000, but the model has"),
+        (OWN | {"recover": {"samples": 1}}, r"none of the 1 samples; raise .* or recover\.samples"),
+        (
+            OWN | {"method": {"name": "dress", "training": {"samples": 1}}},
+            r"none of the 1 samples; raise .* or method\.training\.samples",
+        ),
+        (
+            OWN | {"method": {"name": "trsp", "gates": {"samples": 1}}, "budget": LAYERS},
+            r"none of the 1 samples; raise .* or method\.gates\.samples",
+        ),
     ],
 )
 def test_what_cannot_be_recovered_is_refused(

@@ -56,6 +56,31 @@ def test_a_perplexity_of_another_protocol_is_not_taken_over(
     assert first.perplexity.before != second.perplexity.before
 
 
+def test_a_text_that_is_read_in_another_form_is_read_again(
+    make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+) -> None:
+    """The same bytes under a name that promises a table."""
+    rows = "\n".join(f"Row {number} of a column that is named text." for number in range(200))
+    for name in ("rows.txt", "rows.csv", "again.txt"):
+        (tmp_path / name).write_text(f"text\n{rows}\n")
+    job, model = make_job(make_model(num_hidden_layers=2)), {}
+    for run, name in (("run", "rows.txt"), ("run", "rows.csv"), ("new", "rows.csv")):
+        events: list[dict[str, Any]] = []
+        run_job(
+            load_job(job, [f"calibration.path={tmp_path / name}"]), tmp_path / run, events.append
+        )
+        (read,) = (event for event in events if event["event"] == "text")
+        assert read["forms"] == ["csv" if name.endswith("csv") else "text"]
+        model[run, name] = folder_bytes(tmp_path / run / "tasks" / "calibration-tokens")
+    found = [model[key]["tokens.safetensors"] for key in model]
+    assert found[0] != found[1] == found[2]
+    words = [f"calibration.path={tmp_path / 'again.txt'}"]
+    run_job(load_job(job, [f"calibration.path={tmp_path / 'rows.txt'}"]), tmp_path / "run", quiet)
+    again: list[dict[str, Any]] = []
+    run_job(load_job(job, words), tmp_path / "run", again.append)
+    assert not [event for event in again if event["event"] == "task-stale"]
+
+
 def test_an_unfinished_export_leaves_nothing_behind(
     make_model: MakeModel, make_job: MakeJob, tmp_path: Path
 ) -> None:

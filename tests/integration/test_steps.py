@@ -188,8 +188,10 @@ def test_a_recovered_step_is_what_the_next_one_prunes(
     make_model: MakeModel, make_job: MakeJob, tmp_path: Path
 ) -> None:
     recover = TRAINING | {"loss": "distillation"}
+    (tmp_path / "other.txt").write_text("What a model says of a text that it has not seen. " * 40)
+    evaluation = {"path": "other.txt", "window": 16, "max_windows": 2, "prompts": ["a"]}
     job = load_job(
-        steps_job(make_job, make_model(), recover=recover),
+        steps_job(make_job, make_model(), recover=recover, evaluation=evaluation),
         ["method.steps=2", "method.keep_steps=true"],
     )
     report = run_job(job, tmp_path / "run", quiet)
@@ -248,6 +250,20 @@ def test_the_last_step_spreads_the_budget_over_the_layers(
         assert ratios == pytest.approx([ratios[0]] * len(ratios)), "curves of the same form"
         alone = ratios[0] ** -2  # d^0.5 e / e0 over d e / e0
         assert any(loss == pytest.approx(alone) for loss in curve.values())
+
+
+def test_the_plan_speaks_of_what_comes_of_the_last_step(
+    make_model: MakeModel, make_job: MakeJob
+) -> None:
+    model = make_model()
+    for schedule in ("[0.17, 0.4]", "[0.1, 0.25, 0.4]"):
+        words = [f"method.schedule={schedule}", "method.steps=null", "budget.sparsity=0.4"]
+        job = load_job(steps_job(make_job, model, budget={"round_to": 3}), words)
+        once = load_job(steps_job(make_job, model, budget={"round_to": 3}),
+                        ["method=stat", "budget.sparsity=0.4"])  # fmt: skip
+        plan, single = (plan_job(each, open_checkpoint(model)) for each in (job, once))
+        assert plan.shapes[0].kept == single.shapes[0].kept
+        assert (plan.sizes, plan.fallbacks) == (single.sizes, single.fallbacks)
 
 
 def test_the_plan_counts_all_steps(make_model: MakeModel, make_job: MakeJob) -> None:

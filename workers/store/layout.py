@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CACHE, TASKS, EXPORTS = "cache", "tasks", "export"
+JOB_FILE, EVENTS_FILE, PLAN_FILE, LOCK_FILE = "job.yaml", "events.jsonl", "plan.json", "run.lock"
 CONVERTED = "export-"
 """What names of tasks begin with that write a model in another engine's form."""
 LAYER_FILE = "layer.safetensors"

@@ -4,6 +4,7 @@ import csv
 import json
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, get_args
 
 from rayprune.specs.errors import SpecError
@@ -126,7 +127,7 @@ def _guessed(file: TextFile) -> Form:
             f"{file.path}: holds a NUL at byte {position}: no text in UTF-8; if it is UTF-16, save"
             f" it with a byte order mark{FREE_TEXT}"
         )
-    named, text = _named(file), file.head_text()
+    named, text = promised(file.path), file.head_text()
     if named in BINARY.values():
         raise SpecError(
             f"{file.path}: named as {named}, but holds none; set format to what it is{FREE_TEXT}"
@@ -154,9 +155,8 @@ def _guessed(file: TextFile) -> Form:
     return "text"
 
 
-def _named(file: TextFile) -> Form | None:
+def promised(path: Path) -> Form | None:
     """The form that a name promises."""
-    path = file.path
     if path.suffix.lower() in _COMPRESSED_NAMES:
         path = path.with_suffix("")
     return _BY_NAME.get(path.suffix.lower())

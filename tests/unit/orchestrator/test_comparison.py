@@ -66,8 +66,14 @@ def test_the_table_has_every_run() -> None:
 
 
 def test_numbers_of_different_protocols_are_not_compared_unseen() -> None:
-    other = make_report()["evaluation"] | {"stride": 1024}
     assert len(list(protocols([BEST, SMALL]))) == 1
+    windows = [
+        run(name, 700, 1.3, evaluation=make_report()["evaluation"] | {"tokens": name * 8})
+        for name in ("ab", "cd")
+    ]
+    assert on_frontier(windows) == [], "the same file, other windows of it"
+    assert len(list(protocols(windows))) == 3
+    other = make_report()["evaluation"] | {"stride": 1024}
     warning, *each = protocols([BEST, run("other", 700, 1.3, evaluation=other)])
     assert "cannot be compared" in warning
     assert len(each) == 2
@@ -91,6 +97,9 @@ def test_layers_stand_side_by_side() -> None:
 @pytest.mark.usefixtures("drawn")
 def test_the_drawing_names_each_run() -> None:
     named = [run(SCRIPT, 700, 0.9), BEST, SMALL]
+    other = make_report()["evaluation"] | {"stride": 1024}
+    unlike = _scatter([BEST, run("other", 700, 1.3, evaluation=other)])
+    assert "None is better than another" in unlike
     (drawing,) = svgs(_scatter(named))
     assert {SCRIPT, "best", "small"} <= {text.text for text in drawing.iter("text")}
 

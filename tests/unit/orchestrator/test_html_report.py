@@ -51,6 +51,7 @@ def make_report(num_layers: int = 4) -> dict[str, Any]:
             "path": "held.txt",
             "texts": None,
             "tokenizer": None,
+            "tokens": None,
             "lm_eval": None,
             "tasks_batch": 1,
             "window": 1024,

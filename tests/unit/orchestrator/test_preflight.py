@@ -16,11 +16,11 @@ import rayprune
 import rayprune.orchestrator.entry
 from benchmarks.random_model import byte_tokenizer
 from rayprune.orchestrator.cli import main
-from rayprune.orchestrator.execution.run_folder import PLAN_FILE
 from rayprune.orchestrator.stages.evaluation import doubts
 from rayprune.orchestrator.stages.subject import Judged
 from rayprune.specs.errors import ModelError, RaypruneError, SpecError
 from rayprune.specs.loader import load_job
+from rayprune.workers.store.layout import PLAN_FILE
 from tests.conftest import edit_json, write_job
 from tests.models import build_model
 

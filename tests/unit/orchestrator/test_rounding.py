@@ -1,6 +1,7 @@
 """In which steps units stay, and what engines do with other widths."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -143,5 +144,6 @@ def test_a_plan_says_why_more_goes_than_was_asked_for(
     budget: dict[str, Any], removed: float, words: str | None, make_job: MakeJob, tmp_path: Path
 ) -> None:
     job = load_job(make_job(tmp_path / "not read", budget={"sparsity": None, **budget}))
-    found = told_of_sizes(job, model_of("smollm2-135m"), removed)
+    dense: Any = SimpleNamespace(model=model_of("smollm2-135m"), decoder_parameters=10**6)
+    found = told_of_sizes(job, dense, round((1 - removed) * 10**6))
     assert found is None if words is None else words in (found or "")

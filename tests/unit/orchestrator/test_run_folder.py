@@ -9,9 +9,6 @@ import pytest
 
 from rayprune.orchestrator.execution import run_folder
 from rayprune.orchestrator.execution.run_folder import (
-    EVENTS_FILE,
-    JOB_FILE,
-    LOCK_FILE,
     REPORT_FILE,
     RunFolder,
     environment,
@@ -22,7 +19,7 @@ from rayprune.specs.errors import SpecError, VerificationError
 from rayprune.specs.job import JobSpec
 from rayprune.specs.loader import load_job
 from rayprune.workers.store.files import Task, commit
-from rayprune.workers.store.layout import Scope
+from rayprune.workers.store.layout import EVENTS_FILE, JOB_FILE, LOCK_FILE, PLAN_FILE, TASKS, Scope
 
 
 def make(**sections: dict[str, Any]) -> JobSpec:
@@ -60,12 +57,47 @@ def test_a_foreign_folder_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("words")
     with (
         pytest.raises(
-            SpecError, match=r"is not empty and holds no job\.yaml; --out must name a new folder"
+            SpecError, match=r"is not empty and holds no earlier run; --out must name a new folder"
         ),
         RunFolder(tmp_path, make()),
     ):
         pass
     assert [item.name for item in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_job_file_that_a_person_has_written_makes_no_run(tmp_path: Path) -> None:
+    (tmp_path / JOB_FILE).write_text("# mine\n")
+    with pytest.raises(SpecError, match="holds no earlier run"), RunFolder(tmp_path, make()):
+        pass
+    assert (tmp_path / JOB_FILE).read_text() == "# mine\n"
+
+
+@pytest.mark.parametrize("place", ["model", "tasks/recover/model", "cache", "link"])
+def test_what_the_job_reads_is_never_written_over(place: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with RunFolder(run, make()):
+        pass
+    (tmp_path / "link").symlink_to(run / "model")
+    read = tmp_path / "link" if place == "link" else run / place
+    for section in ("model", "calibration"):
+        with (
+            pytest.raises(SpecError, match=r"the job reads it, and a run in .* writes there"),
+            RunFolder(run, make(**{section: {"path": str(read)}})),
+        ):
+            pass
+    assert load_job(run / JOB_FILE) == make()
+    with RunFolder(tmp_path / "beside", make(model={"path": str(run / "model")})):
+        pass
+
+
+def test_plans_of_another_job_s_passes_go(tmp_path: Path) -> None:
+    with RunFolder(tmp_path, make()):
+        (tmp_path / TASKS / "step-01").mkdir(parents=True)
+        (tmp_path / TASKS / "step-01" / PLAN_FILE).write_text("{}")
+    with RunFolder(tmp_path, make()):
+        assert (tmp_path / TASKS / "step-01" / PLAN_FILE).exists()
+    with RunFolder(tmp_path, make(budget={"sparsity": 0.3})):
+        assert not (tmp_path / TASKS / "step-01" / PLAN_FILE).exists()
 
 
 def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from rayprune.orchestrator.execution.run_folder import JOB_FILE
 from rayprune.orchestrator.reporting.report import Report
 from rayprune.orchestrator.tracking import scalars, settings, track
 from rayprune.specs.errors import ResourceError
 from rayprune.specs.loader import dump_job, load_job
+from rayprune.workers.store.layout import JOB_FILE
 from tests.unit.orchestrator.test_html_report import make_report
 
 
@@ -43,6 +43,19 @@ def test_tensorboard_gets_them_once(run: Path) -> None:
         at += 8 + 4 + struct.unpack_from("<Q", content, at)[0] + 4
         records += 1
     assert sent[0] == sent[1] == records - 2, "beside the file's version and the job"
+
+
+def test_a_folder_holds_the_numbers_of_several_runs(run: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboardX")
+    place = tmp_path / "all"
+    place.mkdir()
+    (place / "events.out.tfevents.others").write_text("somebody's")
+    for _ in range(2):
+        track(run, "tensorboard", str(place))
+    assert (place / "events.out.tfevents.others").read_text() == "somebody's"
+    (folder,) = (each for each in place.iterdir() if each.is_dir())
+    assert folder.name.startswith(f"{run.name}-")
+    assert len(list(folder.iterdir())) == 1
 
 
 def test_wandb_gets_a_folder_once(run: Path) -> None:
