@@ -78,8 +78,8 @@ def check_job(job: JobSpec, out: Path | None = None) -> Checked:
     check_packages(job)
     plan = first_plan(job, checkpoint).noting(warnings)
     if out is not None:
-        check_out(out, paths_in(job))
         check_disk(out, plan)
+        check_out(out, paths_in(job))
     return Checked(checkpoint, plan)
 
 
