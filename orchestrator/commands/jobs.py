@@ -72,7 +72,7 @@ def add(commands: Any) -> None:
 
 
 def _init_command(commands: Any) -> None:
-    init = commands.add_parser("init", help="write a job for a model and this machine")
+    init = commands.add_parser("init", help="write a job for a model and a machine")
     init.add_argument("model", metavar="MODEL", help="model folder, or OWNER/NAME on the Hub")
     init.add_argument("--text", type=Path, metavar="FILE", help="text to calibrate on")
     init.add_argument(
@@ -81,6 +81,12 @@ def _init_command(commands: Any) -> None:
     init.add_argument("--aim", choices=RECIPES, default="fast", help="the recipe; default: fast")
     init.add_argument(
         "--sparsity", type=float, default=DEFAULT_SPARSITY, help="part of the decoder that goes"
+    )
+    init.add_argument(
+        "--profile", metavar="NAME|FILE", help="for machines like this, not for the one it runs on"
+    )
+    init.add_argument(
+        "--workers", type=int, metavar="N", help="with --profile: how many of them; default: 1"
     )
     init.add_argument("--out", type=Path, default=Path("job.yaml"), help="job file to write")
     init.set_defaults(command=_init)
@@ -158,13 +164,21 @@ def _init(options: argparse.Namespace) -> None:
     from rayprune.orchestrator.entry import propose_job
     from rayprune.orchestrator.reporting.job_file import job_text, taken
     from rayprune.orchestrator.reporting.progress import print_parts
-    from rayprune.workers.machine.host import this_host
+    from rayprune.specs.machine import load_profile
+    from rayprune.workers.machine.host import this_host, workers_like
     from rayprune.workers.store.files import write_text
 
     if options.out.exists():
         raise SpecError(f"{options.out}: is there already; remove it, or choose another --out")
+    if options.workers is not None and (options.workers < 1 or not options.profile):
+        raise SpecError("--workers: at least 1, and with --profile, whose machines it counts")
+    host = (
+        workers_like(load_profile(options.profile), options.workers or 1)
+        if options.profile
+        else this_host()
+    )
     found = propose_job(
-        options.model, this_host(), options.aim, options.text, options.sparsity, options.held_out
+        options.model, host, options.aim, options.text, options.sparsity, options.held_out
     )
     write_text(options.out, job_text(found, options.out))
     print_parts(taken(found, options.out))

@@ -76,6 +76,8 @@ class Case:
 
     def profile(self, job: JobSpec) -> MachineProfile | None:
         """The machine of one worker, as far as its speed is known."""
+        if self.host.profile:
+            return self.host.profile
         if self.host.gpus:
             gpu = self.host.gpus[0]
             return next(

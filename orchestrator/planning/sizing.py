@@ -55,7 +55,8 @@ def _sizes(case: Case, settings: Settings) -> Iterator[Settings]:
     shards = settings.get("calibration.shards", Setting(SHARDS)).value
     most = max(1, min(len(host.gpus) or host.cores, shards))
     memory = min((gpu.memory_bytes for gpu in host.gpus), default=host.memory_bytes)
-    room = int(memory * SHARE[device])
+    # that of a profile of a CPU is its workers' alone
+    room = memory if host.profile and device == "cpu" else int(memory * SHARE[device])
     if settings["recipe"].value == "tiny-memory":
         size = GIB // 2
         while size < room:

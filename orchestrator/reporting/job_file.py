@@ -30,12 +30,11 @@ def job_text(proposal: Proposal, file: Path) -> str:
     """The job as YAML that `load_job` reads: sections in their usual order, a reason behind or
     above a value.
     """
-    model, host = proposal.plan.model, proposal.host
-    gpus = f"{len(host.gpus)} x {host.gpus[0].name}" if host.gpus else "no GPU"
+    model = proposal.plan.model
     lines = [
         f"# yaml-language-server: $schema={SCHEMA_FILE}",
         f"# {model.model_type}, {model.num_layers} layers, {model.parameters:,} parameters;"
-        f" {host.cores} cores, {gib(host.memory_bytes)}, {gpus}",
+        f" {proposal.host.words}",
         *_commands(file.name),
         "",
         *_recipe(proposal),

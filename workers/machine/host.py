@@ -7,6 +7,8 @@ from pathlib import Path
 
 import psutil
 
+from rayprune.specs.machine import MachineProfile
+
 _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 """Where a container's limit stands."""
 
@@ -28,6 +30,23 @@ class Host:
     memory_bytes: int
     """Of the machine, or of the container where that has less."""
     gpus: tuple[Gpu, ...] = ()
+    profile: MachineProfile | None = None
+    """What is known of one worker, where it is not this machine."""
+
+    @property
+    def words(self) -> str:
+        """What it has, in words."""
+        gpus = f"{len(self.gpus)} x {self.gpus[0].name}" if self.gpus else "no GPU"
+        if self.profile:
+            return gpus if self.gpus else f"{self.cores} x {self.profile.name}"
+        return f"{self.cores} cores, {self.memory_bytes / 2**30:,.2f} GiB, {gpus}"
+
+
+def workers_like(profile: MachineProfile, count: int) -> Host:
+    """A machine, or several, with room for so many workers of a profile."""
+    gpu = Gpu(profile.name, profile.memory_bytes)
+    gpus = (gpu,) * count if profile.device == "cuda" else ()
+    return Host(count, count * profile.memory_bytes, gpus, profile)
 
 
 def this_host() -> Host:

@@ -88,6 +88,24 @@ def test_what_a_family_does_not_allow_is_given_up_with_the_reason(tmp_path: Path
     assert [line for line in told if "recipe has it: correction.drift: 0.0 (set it to" in line]
 
 
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("name", ["h100-80gb", "cpu-core"])
+def test_a_job_for_another_machine(
+    name: str, workers: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, file = config_folder(tmp_path / "model", "llama"), tmp_path / "job.yaml"
+    words = ["init", str(folder), "--profile", name, "--out", str(file)]
+    assert main([*words, "--workers", str(workers)]) == 0
+    assert f"on {name}, beside the start" in capsys.readouterr().out
+    job = load_job(file)
+    assert job.parallel.device == ("cuda" if name == "h100-80gb" else "cpu")
+    assert job.parallel.workers == workers
+    assert f"; {workers} x {name}" in file.read_text()
+    file.unlink()
+    assert main([*words, "--profile", "no such"]) == 2
+    assert main(["init", str(folder), "--workers", "2", "--out", str(file)]) == 2
+
+
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_a_machine_that_is_too_small_is_refused(family: str, tmp_path: Path) -> None:
     model = planned_checkpoint(config_folder(tmp_path / "model", family))
