@@ -89,7 +89,7 @@ def _open_standard_streams() -> None:
 
 def _reader_is_gone(error: BaseException) -> bool:
     """Whether whoever read the output has stopped, as `head` does: then there is no more to do."""
-    from rayprune.orchestrator.reporting.progress import write_nowhere
+    from rayprune.workers.machine.output import write_nowhere
 
     if not isinstance(error, BrokenPipeError):
         return False

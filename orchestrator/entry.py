@@ -127,14 +127,15 @@ def run(
 ) -> Report:
     """Run a job to its end, or go on where an earlier attempt stopped.
 
-    It may be called in any thread and inside a running event loop, which it blocks; several runs
-    may go on at the same time, each in its own folder. An exception that `progress` raises, and
+    It may be called in any thread and inside a running event loop, which it blocks; one at a time
+    in a process. An exception that `progress` raises, and
     Ctrl-C, end the run; what is finished is kept.
 
     Args:
         job: the job; relative paths in a mapping start from the current folder.
         out: the run folder; it is made, or goes on.
-        progress: is called with every event, in the thread that called `run`.
+        progress: is called with every event, in the thread that called `run`; with the steps of a
+            training in another one.
         redo_stale: do again what other software or another kind of device has made.
         store: folder of finished tasks that runs share; those of other runs are found there, and
             those of this one kept.

@@ -4,11 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from rayprune.orchestrator.execution.verify import verify_run
 from rayprune.orchestrator.reporting.report import read_report
-from rayprune.specs.errors import ResourceError, SpecError
+from rayprune.specs.errors import ResourceError, SpecError, one_line
 from rayprune.specs.job import HUB_NAME
 
 
@@ -29,7 +30,12 @@ def upload_of(run: Path, repo: str) -> Upload:
         SpecError: `repo` is no name of the Hub's.
         VerificationError: the run is not finished, or is not as it was written.
     """
-    if not HUB_NAME.fullmatch(repo):
+    try:
+        validate_repo_id(repo)
+        known = bool(HUB_NAME.fullmatch(repo))
+    except HFValidationError:
+        known = False
+    if not known:
         raise SpecError(f"{repo}: is no OWNER/NAME of the Hub")
     verify_run(run)
     folder = read_report(run).model
@@ -51,9 +57,10 @@ def push(upload: Upload, public: bool) -> str:
         hub.upload_folder(
             repo_id=upload.repo, folder_path=upload.folder, commit_message="Pruned by rayprune"
         )
-    except (HfHubHTTPError, OSError) as error:
+    # its own errors, and those of whatever it speaks HTTP with
+    except Exception as error:
         raise ResourceError(
-            f"{upload.repo}: not sent: {str(error).splitlines()[0]}; log in with `hf auth login`,"
+            f"{upload.repo}: not sent: {one_line(error)}; log in with `hf auth login`,"
             " check the name and the network, and run the same command again"
         ) from error
     return f"{hub.endpoint}/{upload.repo}"

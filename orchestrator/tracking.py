@@ -15,7 +15,7 @@ from typing import Any
 from rayprune.orchestrator.execution.run_folder import REPORT_FILE
 from rayprune.orchestrator.reporting.report import Report, read_report
 from rayprune.orchestrator.reporting.tables import titled
-from rayprune.specs.errors import ResourceError
+from rayprune.specs.errors import RaypruneError, ResourceError, one_line
 from rayprune.specs.loader import read_job
 from rayprune.specs.origins import origins
 from rayprune.workers.store.layout import JOB_FILE
@@ -72,7 +72,7 @@ def track(run: Path, tracker: str, place: str | None) -> int:
 
     Raises:
         SpecError: the run is not finished.
-        ResourceError: the tracker's package is not installed.
+        ResourceError: the tracker's package is not installed, or it does not take the numbers.
     """
     report = read_report(run)
     numbers = list(scalars(report))
@@ -83,6 +83,15 @@ def track(run: Path, tracker: str, place: str | None) -> int:
             f"a package is missing ({error}); install rayprune with its extra: pip install"
             f" 'rayprune[{tracker}]'"
         ) from None
+    except (RaypruneError, OSError):
+        raise
+    # each has errors of its own, and those of what it speaks to its server with
+    except Exception as error:
+        where = f" at {place}" if place else ""
+        raise ResourceError(
+            f"{tracker}{where}: does not take the numbers: {one_line(error)}; check the place and"
+            " the network, and run the same command again"
+        ) from error
     return len(numbers)
 
 
@@ -132,6 +141,9 @@ def _to_wandb(run: Path, numbers: list[Scalar], options: dict[str, str], place: 
     with sent:
         for step, values in _by_step(numbers):
             sent.log(values, step=step)
+    for link in (folder / "wandb").rglob("*"):
+        if link.is_symlink():  # to the newest copy; a run folder holds none
+            link.unlink()
 
 
 def _to_trackio(
@@ -159,15 +171,17 @@ def _to_trackio(
 
 def _to_mlflow(run: Path, numbers: list[Scalar], options: dict[str, str], uri: str | None) -> None:
     import mlflow
-    from mlflow.entities import Metric, Param, RunTag
+    from mlflow.entities import Metric, Param
 
     client: Any = mlflow.MlflowClient(tracking_uri=uri)
     found = client.get_experiment_by_name(PROJECT)
     experiment = found.experiment_id if found else client.create_experiment(PROJECT)
     key = _key(run)
-    if client.search_runs([experiment], f"tags.rayprune = '{key}'"):
-        return  # it is there already
-    sent = client.create_run(experiment, run_name=run.absolute().name)
+    for old in client.search_runs([experiment], f"tags.rayprune = '{key}'"):
+        if old.info.status == "FINISHED":
+            return  # it is there already
+        client.delete_run(old.info.run_id)  # cut off
+    sent = client.create_run(experiment, run_name=run.absolute().name, tags={"rayprune": key})
     params = [Param(name, value) for name, value in options.items()]
     metrics = [Metric(each.name, each.value, 0, each.step) for each in numbers]
     for start in range(0, max(len(params), len(metrics)), 100):
@@ -176,7 +190,6 @@ def _to_mlflow(run: Path, numbers: list[Scalar], options: dict[str, str], uri: s
             metrics=metrics[start : start + 100],
             params=params[start : start + 100],
         )
-    client.log_batch(sent.info.run_id, tags=[RunTag("rayprune", key)])
     client.set_terminated(sent.info.run_id)
 
 

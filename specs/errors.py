@@ -15,6 +15,15 @@ def printable(line: str) -> str:
     )
 
 
+def one_line(error: BaseException) -> str:
+    """What an exception says, on one line, without a traceback that stands in it."""
+    text = str(error).partition("Traceback (most recent call last)")[0]
+    return (
+        "; ".join(line.strip(" ;") for line in text.splitlines() if line.strip(" ;."))
+        or type(error).__name__
+    )
+
+
 class RaypruneError(Exception):
     """Base of every error that is reported to the user without a traceback."""
 

@@ -109,8 +109,8 @@ def frame_of(tokenizer: PreTrainedTokenizerBase) -> Frame:
 
 
 def masked(windows_NT: Tensor, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """Windows in which every seventh token is masked, in each beginning one further on; special
-    tokens are not.
+    """Windows in which every seventh token is masked, in each beginning one earlier than in the
+    one before; special tokens are not.
 
     Raises:
         ModelError: the tokenizer has no mask.

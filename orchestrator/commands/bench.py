@@ -1,7 +1,7 @@
 """The command `bench`: models, or those of a run, measured side by side."""
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -58,12 +58,25 @@ def _bench(options: argparse.Namespace) -> None:
         from rayprune.orchestrator.benched import models_of, record
 
         found = measured(models_of(options.run), options)
+        print_parts(speed_parts(found))
         record(options.run, found)
     else:
-        found = measured(
-            {"/".join(model.absolute().parts[-2:]): model for model in options.models}, options
-        )
-    print_parts(speed_parts(found))
+        print_parts(speed_parts(measured(named(options.models), options)))
+
+
+def named(models: Sequence[Path]) -> dict[str, Path]:
+    """Models by the ends of their paths: two parts, or as many as tell them apart.
+
+    Raises:
+        SpecError: one is given twice.
+    """
+    parts = [model.absolute().parts for model in models]
+    if twice := [model for model in models if parts.count(model.absolute().parts) > 1]:
+        raise SpecError(f"{twice[0]}: is named twice; give every model once")
+    length = 2
+    while len({each[-length:] for each in parts}) < len(parts):
+        length += 1
+    return {str(Path(*each[-length:])): model for each, model in zip(parts, models, strict=True)}
 
 
 def measured(models: Mapping[str, Path], options: argparse.Namespace) -> Speeds:

@@ -14,6 +14,7 @@ from rayprune.specs.loader import read_job
 from rayprune.specs.machine import PROFILES
 from rayprune.specs.recipe import RECIPES
 from rayprune.specs.schema import job_schema_text
+from rayprune.workers.machine.output import print_on
 
 
 def add(commands: Any) -> None:
@@ -211,7 +212,7 @@ def _show_result(report: "rayprune.Report") -> None:
 
 
 def _print_json(event: Event) -> None:
-    print(json.dumps({"event": event.name, **event.fields}), flush=True)
+    print_on(json.dumps({"event": event.name, **event.fields}))
 
 
 def _submit(options: argparse.Namespace) -> int:

@@ -15,6 +15,7 @@ from rayprune.orchestrator.commands.bench import device_arguments
 from rayprune.orchestrator.reporting.events import Event
 from rayprune.specs.errors import SpecError
 from rayprune.specs.machine import profile_text
+from rayprune.workers.machine.output import print_on
 from rayprune.workers.store.layout import OWN_FILE, task_folder
 
 PHASES = ("prefill", "decode")
@@ -163,4 +164,4 @@ def _print_written(out: Path, event: Event) -> None:
     print(f"rayprune: {event}", file=sys.stderr, flush=True)
     for name in event.fields["tasks"]:
         text = (task_folder(out, name) / OWN_FILE).read_text(encoding="utf-8")
-        print(text, end="", flush=True)
+        print_on(text, end="")

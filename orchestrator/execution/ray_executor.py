@@ -26,7 +26,7 @@ from rayprune.orchestrator.execution.executor import (
 )
 from rayprune.orchestrator.execution.failures import Failure, WorkerFailure
 from rayprune.orchestrator.execution.ray_metrics import Metrics
-from rayprune.orchestrator.execution.ray_start import begin
+from rayprune.orchestrator.execution.ray_start import begin, end
 from rayprune.orchestrator.execution.steps import Call, Receipt
 from rayprune.specs.errors import LostPeerError, ResourceError
 from rayprune.specs.job import JobSpec
@@ -106,7 +106,7 @@ def connected(*jobs: JobSpec) -> Iterator[None]:
     try:
         yield
     finally:
-        ray.shutdown()
+        end()
 
 
 class RayExecutor(Executor):

@@ -25,7 +25,7 @@ import ray
 from ray._private import services
 
 from rayprune.specs.cluster import ClusterSpec
-from rayprune.specs.errors import ResourceError, SpecError
+from rayprune.specs.errors import ResourceError, SpecError, one_line
 
 SOCKET_BYTES = 107
 """Longest path of a socket that Linux takes."""
@@ -135,15 +135,6 @@ def _last_words(place: Path) -> Iterator[str]:
             yield from (line.rpartition("Check failed: ")[2][:300] for line in fatal[:1])
 
 
-def one_line(error: BaseException) -> str:
-    """What an exception says, on one line, without the traceback that Ray puts into it."""
-    text = str(error).partition("Traceback (most recent call last)")[0]
-    return (
-        "; ".join(line.strip(" ;") for line in text.splitlines() if line.strip(" ;."))
-        or type(error).__name__
-    )
-
-
 def _took_too_long(error: BaseException) -> bool:
     """Whether time was the cause; the machine's own refusals have numbers."""
     if isinstance(error, OSError) and error.errno is not None:
@@ -205,13 +196,25 @@ def _end_with_driver(processes: set[psutil.Process]) -> None:
         with suppress(OSError):
             stat = Path(f"/proc/{process.pid}/stat").read_text(encoding="utf-8")
             words.append(f"{process.pid}:{stat.rpartition(')')[2].split()[19]}")
-    subprocess.Popen(  # its pipe is closed when this process ends
-        [sys.executable, "-I", "-S", "-c", _END_WITH_DRIVER, *words],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
+    _watching.append(
+        subprocess.Popen(  # its pipe is closed when this process ends
+            [sys.executable, "-I", "-S", "-c", _END_WITH_DRIVER, *words],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
     )
+
+
+_watching: list[subprocess.Popen[bytes]] = []
+
+
+def end() -> None:
+    """End the private Ray, or the connection, and what watches over its processes."""
+    ray.shutdown()
+    while _watching:
+        _watching.pop().communicate()
 
 
 def temporary_folder() -> str | None:

@@ -21,6 +21,7 @@ from rayprune.specs.errors import INTERRUPTED, ResourceError, SpecError
 from rayprune.specs.job import JobSpec
 from rayprune.specs.loader import dump_job
 from rayprune.specs.texts import WindowsSpec
+from rayprune.workers.machine.output import print_on
 
 POLL_SECONDS = 1.0
 ANSWER_SECONDS = 20.0
@@ -244,7 +245,7 @@ def _follow(client: Any, submission: str, command: str, address: str) -> Any:
         else:
             # Ray's echo of the command says nothing new
             shown = max(shown, log.find(command) + len(command) if command in log else 0)
-            print(log[shown:], end="", flush=True)
+            print_on(log[shown:], end="")
             shown = max(shown, len(log))
             if info.status.is_terminal():
                 return info

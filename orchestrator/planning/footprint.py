@@ -121,9 +121,9 @@ def layer_footprint(
     matrices -= sum(_idle(group, cut) for group in dense.groups if group.count > 1)
     matrices += model.token_inputs * model.hidden
     cached = sum(
-        kept[group.name] * group.cached * _element_bytes(infos[group.axes[0].tensor], export)
+        numbers * _element_bytes(infos[group.axes[0].tensor], export)
         for group in dense.groups
-        if group.cached
+        if (numbers := group.cached_of(kept[group.name]))
     )
     return Footprint(
         parameters,

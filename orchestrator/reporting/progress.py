@@ -3,8 +3,6 @@
 On a terminal a live bar per stage; elsewhere (logs, `ray job logs`) one plain line per event.
 """
 
-import os
-import sys
 import time
 from collections.abc import Iterable
 from typing import Any, Self
@@ -25,11 +23,7 @@ from rich.table import Column, Table
 from rayprune.orchestrator.reporting.events import brief, plain_line
 from rayprune.orchestrator.reporting.tables import Part, narrowed
 from rayprune.specs.errors import printable
-
-
-def write_nowhere() -> None:
-    """Let what is still printed vanish: its reader is gone."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+from rayprune.workers.machine.output import write_nowhere
 
 
 def _whole() -> Column:

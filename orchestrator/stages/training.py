@@ -4,6 +4,7 @@ A stage is a task: a gang of ranks trains (`Executor.train`), the model that com
 in the Hugging Face format, and what follows works on that folder.
 """
 
+import ctypes
 import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -334,9 +335,10 @@ def _commit(context: Context, task: Task, stage: Finetune) -> None:
 @contextmanager
 def _reported(context: Context, task: str, folder: Path) -> Iterator[None]:
     """Report the newest step that was logged, every few seconds and at the end: meanwhile the
-    driver waits for the ranks.
+    driver waits for the ranks. What a report raises ends the training, as an interrupt does.
     """
-    ended, shown = threading.Event(), [-1]
+    ended, shown, driver = threading.Event(), [-1], threading.get_ident()
+    failed, ending = list[BaseException](), threading.Lock()
 
     def report() -> None:
         if (log := read_log(folder)) and log[-1]["step"] != shown[0]:
@@ -344,17 +346,37 @@ def _reported(context: Context, task: str, folder: Path) -> Iterator[None]:
             context.emit("training-step", task=task, **log[-1])
 
     def watch() -> None:
-        while not ended.wait(REPORT_SECONDS):
-            report()
+        try:
+            while not ended.wait(REPORT_SECONDS):
+                report()
+        except BaseException as error:  # the reader's: it is raised where the run waits
+            with ending:
+                failed.append(error)
+                if not ended.is_set():
+                    _interrupt(driver)
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
-        yield
-    finally:
-        ended.set()
-        watcher.join()
+        try:
+            yield
+        finally:
+            with ending:
+                ended.set()
+            watcher.join()
+    except KeyboardInterrupt:
+        if failed:
+            raise failed[0] from None
+        raise
+    if failed:
+        raise failed[0]
     report()
+
+
+def _interrupt(thread: int) -> None:
+    """Raise KeyboardInterrupt in another thread, at its next step in Python."""
+    of_thread = ctypes.c_ulong(thread)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(of_thread, ctypes.py_object(KeyboardInterrupt))
 
 
 def _files_in(trained: Path) -> list[str]:

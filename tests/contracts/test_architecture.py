@@ -81,7 +81,13 @@ ROOMS = {
         "workers.passes",
         "workers.store",
     },
-    "workers.tools": {"specs", "workers.machine", "workers.model", "workers.network"},
+    "workers.tools": {
+        "specs",
+        "workers.machine",
+        "workers.model",
+        "workers.network",
+        "workers.texts",
+    },
     "workers.formats": {
         "specs",
         "workers.calibration",
@@ -156,6 +162,7 @@ ROOMS = {
         "orchestrator.planning",
         "orchestrator.stages",
         "specs",
+        "workers.machine",
         "workers.store",
     },
     "orchestrator.hub": {"specs", "workers.model", "workers.store"},
@@ -216,12 +223,7 @@ ROOMS = {
         "workers.store",
         "workers.tools",
     },
-    "orchestrator.cli": {
-        "orchestrator.commands",
-        "orchestrator.reporting",
-        "specs",
-        "workers.machine",
-    },
+    "orchestrator.cli": {"orchestrator.commands", "specs", "workers.machine"},
 }
 """The rooms, and the single modules that stand beside them, with the rooms that each may import."""
 FOLDERS = [*LAYERS, *(room for room in ROOMS if FILES[f"rayprune.{room}"].stem == "__init__")]

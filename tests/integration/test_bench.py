@@ -6,11 +6,14 @@ from pathlib import Path
 import pytest
 
 from rayprune.orchestrator.cli import main
+from rayprune.orchestrator.commands.bench import named
 from rayprune.orchestrator.execution.verify import verify_run
 from rayprune.orchestrator.reporting.report import read_report
 from rayprune.orchestrator.reporting.speeds import Speeds, speed_table
 from rayprune.orchestrator.run import run_job
+from rayprune.specs.errors import SpecError
 from rayprune.specs.loader import load_job
+from rayprune.workers.engines.agreement import compare_run
 from rayprune.workers.model.checkpoint import open_checkpoint
 from rayprune.workers.tools.bench import Conditions, bench
 from tests.conftest import MakeJob, MakeModel
@@ -104,6 +107,31 @@ def test_report_page_and_card_tell_what_was_measured_of_a_run_until_its_shape_ch
 def test_a_run_or_models_are_measured_not_both(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench"]) == main(["bench", "some", "--run", "other"]) == 2
     assert "one of the two" in capsys.readouterr().err
+
+
+def test_models_are_told_apart_by_the_ends_of_their_paths() -> None:
+    paths = [Path("/a/one/run/model"), Path("/b/one/run/model"), Path("/b/two/model")]
+    found = named(paths)
+    assert list(found) == ["a/one/run/model", "b/one/run/model", "/b/two/model"]
+    assert list(found.values()) == paths
+    assert list(named(paths[1:])) == ["run/model", "two/model"]
+    with pytest.raises(SpecError, match="is named twice"):
+        named([paths[0], paths[0]])
+
+
+def test_what_a_model_cannot_is_refused_by_name(
+    make_model: MakeModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    encoder, learned = make_model("bert"), make_model("gpt2", name="learned")
+    assert main(["bench", str(encoder)]) == 2
+    assert "is an encoder" in capsys.readouterr().err
+    assert main(["bench", str(learned), "--tokens", "250", "--new", "7"]) == 2
+    assert "--new: 7 tokens behind 250, but the model's config says 256" in capsys.readouterr().err
+    assert main(["latency", str(learned), "--tokens", "300", "--phase", "prefill"]) == 2
+    assert "set --tokens: 256" in capsys.readouterr().err
+    assert main(["latency", str(learned), "--tokens", "256", "--phase", "decode"]) == 2
+    with pytest.raises(SpecError, match="leave --engine out"):
+        list(compare_run("transformers", encoder, encoder, ()))
 
 
 def test_numbers_that_are_too_small_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from rayprune.orchestrator.cli import main
 from rayprune.orchestrator.run import run_job
 from rayprune.specs.loader import load_job
+from rayprune.workers.model.checkpoint import open_checkpoint
 from tests.conftest import MakeJob, MakeModel
 from tests.helpers import quiet, some
 
@@ -67,6 +68,18 @@ def test_the_exported_model_meets_its_budget_within_one_unit(
         job = load_job(make_job(dense, budget={"sparsity": None, kind: limit, "kv_groups": 2}))
         run_job(job, tmp_path / f"run-{fraction}", quiet)
         assert limit - unit < measured(tmp_path / f"run-{fraction}" / "model")[kind] <= limit
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v2", "deepseek_v3", "llama", "mixtral"])
+def test_the_cache_is_what_transformers_keeps(model_type: str, make_model: MakeModel) -> None:
+    """Of latent attention the latents, whatever heads there are."""
+    folder = make_model(model_type)
+    model = open_checkpoint(folder).model
+    assert 4 * model.cached_numbers == measured(folder)["kv_bytes_per_token"]
+    heads = next(group for group in model.groups if group.kind == "attention")
+    assert heads.cached_of(0) == 0
+    latent = model_type.startswith("deepseek")
+    assert (heads.cached_of(1) == heads.cached_of(heads.num_units)) == latent
 
 
 def test_a_budget_for_the_cache_removes_kv_groups_and_no_more(

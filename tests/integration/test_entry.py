@@ -222,12 +222,12 @@ def test_the_code_of_the_documents_runs(
     assert "layers" not in names or [layer for layer, _ in names["layers"]] == [0, 1, 2]
 
 
-@pytest.mark.parametrize("command", some(["plan", "run"], "plan"))
+@pytest.mark.parametrize("command", some(["plan", "run", "run --json"], "plan", "run --json"))
 def test_a_reader_that_stops_stops_nothing(
     command: str, make_model: MakeModel, make_job: MakeJob, tmp_path: Path
 ) -> None:
-    words = [command, str(make_job(make_model()))]
-    words += ["--out", str(tmp_path / "run")] if command == "run" else []
+    words = [*command.split(), str(make_job(make_model()))]
+    words += ["--out", str(tmp_path / "run")] if command != "plan" else []
     script = f"{sys.executable} -m rayprune.orchestrator.cli {shlex.join(words)} | head -1"
     done = subprocess.run(
         ["bash", "-c", f"set -o pipefail; {script}"], capture_output=True, text=True, timeout=110

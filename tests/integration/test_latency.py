@@ -246,7 +246,7 @@ def test_weights_and_cache_fit_the_memory(
     exported = open_checkpoint(tmp_path / "run" / "model")
     weights = sum(4 * math.prod(info.shape) for info in exported.tensors.values())
     groups = [group for layer in exported.model.layers for group in layer.groups]
-    cached = 4 * sum(group.num_units * group.cached for group in groups)
+    cached = 4 * sum(group.cached_of(group.num_units) for group in groups)
     step = (
         4 * 4 * 3 * exported.model.hidden * (1 if per_layer else 3)
     )  # four channels of three matrices

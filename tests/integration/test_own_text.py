@@ -156,6 +156,17 @@ def test_tokens_that_the_model_has_not_end_nothing(
     assert not any(2 in line["input_ids"] for line in lines(tmp_path / "run"))
 
 
+def test_a_run_that_prunes_is_not_taken_for_one_that_writes(
+    make_model: MakeModel, make_job: MakeJob, tmp_path: Path, capsys: Capture
+) -> None:
+    job, run = make_job(model := make_model()), tmp_path / "run"
+    rayprune.run(job, run)
+    before = folder_bytes(run)
+    assert main(["generate", str(model), "--tokens", "64", "--out", str(run)]) == 2
+    assert "holds a run of another job; choose another --out" in capsys.readouterr().err
+    assert folder_bytes(run) == before
+
+
 def test_a_plan_counts_what_is_written(
     make_model: MakeModel, make_job: MakeJob, capsys: Capture
 ) -> None:

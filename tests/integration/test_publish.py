@@ -34,7 +34,8 @@ def test_a_dry_run_lists_what_would_go(run: Path, capsys: pytest.CaptureFixture[
 def test_what_is_not_as_it_was_written_is_not_sent(run: Path) -> None:
     (run / "model" / "config.json").write_text("{}")
     assert main(["push", str(run), "me/small", "--dry-run"]) == 5
-    assert main(["push", str(run), "no name", "--dry-run"]) == 2
+    for name in ("no name", "me/a--b", "me/a..b", "me/x."):
+        assert main(["push", str(run), name, "--dry-run"]) == 2
 
 
 class Refusing(BaseHTTPRequestHandler):
@@ -61,14 +62,23 @@ def hub() -> Iterator[ThreadingHTTPServer]:
     server.shutdown()
 
 
-def test_a_hub_that_refuses_is_told_with_a_way_out(run: Path, hub: ThreadingHTTPServer) -> None:
-    endpoint = f"http://127.0.0.1:{hub.server_address[1]}"
+def refused(run: Path, port: int) -> str:
+    """What `push` says to a Hub at this port."""
     command = [sys.executable, "-m", "rayprune.orchestrator.cli", "push", str(run), "me/small"]
-    env = {"HF_ENDPOINT": endpoint, "HF_TOKEN": "hf_x", "PATH": "", "HOME": str(run.parent)}
+    where = {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_TOKEN": "hf_x"}
+    env = where | {"PATH": "", "HOME": str(run.parent)}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100)
     assert done.returncode == 4, done.stderr
-    assert "hf auth login" in done.stderr
     assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+def test_a_hub_that_does_not_answer_is_told(run: Path) -> None:
+    assert "me/small: not sent" in refused(run, 9)
+
+
+def test_a_hub_that_refuses_is_told_with_a_way_out(run: Path, hub: ThreadingHTTPServer) -> None:
+    assert "hf auth login" in refused(run, hub.server_address[1])
     (path, body), *_ = Refusing.asked
     assert path == "/api/repos/create"
     assert json.loads(body)["name"] == "small"

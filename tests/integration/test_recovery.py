@@ -3,6 +3,7 @@ windows that are held out; and its control, the dense model trained likewise.
 """
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from rayprune.orchestrator.execution.run_folder import read_events
 from rayprune.orchestrator.execution.verify import verify_run
 from rayprune.orchestrator.planning.preflight import check_job
 from rayprune.orchestrator.run import run_job
+from rayprune.orchestrator.stages import training
 from rayprune.specs.errors import SpecError
 from rayprune.specs.job import JobSpec
 from rayprune.specs.loader import load_job
@@ -201,6 +203,29 @@ def test_what_cannot_be_recovered_is_refused(
 ) -> None:
     with pytest.raises(SpecError, match=message):
         check_job(load_job(make_job(make_model(), **sections)))
+
+
+def test_what_a_reader_raises_ends_a_training(
+    job: JobSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of it, though another thread tells its steps."""
+    monkeypatch.setattr(training, "REPORT_SECONDS", 0.01)
+    slow, steps = Training._step, list[int]()
+
+    def step(self: Training, number: int, numbers: Any) -> dict[str, float]:
+        steps.append(number)
+        time.sleep(0.3)
+        return slow(self, number, numbers)
+
+    def show(event: dict[str, Any]) -> None:
+        if event["event"] == "training-step":
+            raise ValueError("enough")
+
+    monkeypatch.setattr(Training, "_step", step)
+    long = changed(job, epochs=20, teacher_top=None, held_out=None)
+    with pytest.raises(ValueError, match="enough"):
+        run_job(long, tmp_path / "run", show)
+    assert len(steps) < 20, "of a hundred"
 
 
 def test_rates_fall_with_the_root_of_the_size() -> None:

@@ -52,6 +52,17 @@ def test_a_model_is_the_same_as_itself(tmp_path: Path) -> None:
         assert one.loss == one.original_loss
 
 
+def test_a_token_is_as_rare_as_it_is_in_the_text_however_windows_overlap() -> None:
+    ids = [1, 2] * 20
+    ids[20], ids[21], ids[22], ids[23] = 7, 8, 7, 7
+    for stride in (4, 8, 16):
+        starts = range(0, len(ids) - 15, stride)
+        windows_NT = torch.tensor([ids[start : start + 16] for start in starts])
+        text = torch.tensor(ids[: starts[-1] + 16])
+        found = Texts(windows_NT, stride=stride).rare(0)
+        assert torch.equal(found, Texts(text[None], stride=len(text)).rare(0))
+
+
 def test_slices_are_by_place_and_by_how_rare_a_token_is_in_its_text(tmp_path: Path) -> None:
     """Two texts of two windows of 8 tokens, 4 apart: what is rare in one is not in the other."""
     folder = build_model(tmp_path / "model")

@@ -13,7 +13,14 @@ from torch import Tensor
 from rayprune.specs.errors import ModelError
 from rayprune.specs.job import CorrectionSpec
 from rayprune.workers.numerics import linalg
-from rayprune.workers.numerics.correction import Correction, JudgedFit, correct, refitted
+from rayprune.workers.numerics.correction import (
+    Correction,
+    JudgedFit,
+    correct,
+    error_curve,
+    refitted,
+    uncorrected,
+)
 from rayprune.workers.numerics.damping import Rest, Trial, best_trial
 from rayprune.workers.numerics.statistics import (
     GramStatistic,
@@ -403,3 +410,34 @@ def test_a_candidate_that_rounding_makes_singular_is_passed_over() -> None:
     assert chosen(1e-3, 1e-2, 3e-2, 1e-1) in (3e-2, 1e-1)
     with pytest.raises(ModelError, match=r"raise correction\.damping"):
         chosen(1e-3, 1e-2)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_without_training_tokens_columns_stay_and_the_error_is_what_is_lost(route: str) -> None:
+    z_TF, weight_DF = data()
+    kept_K = torch.tensor([1, 4, 7, 19])
+    found = uncorrected(statistic(route, z_TF), weight_DF, kept_K, torch.float64)
+    assert torch.equal(found.weight_DK, weight_DF[:, kept_K])
+    whole_TD = z_TF @ weight_DF.T
+    lost = whole_TD - z_TF[:, kept_K] @ weight_DF[:, kept_K].T
+    assert found.held_out_error == pytest.approx(float(lost.norm() / whole_TD.norm()))
+    unseen = uncorrected(statistic(route, z_TF[:0]), weight_DF, kept_K, torch.float64)
+    gone = weight_DF[:, complement(kept_K, weight_DF.shape[1])]
+    assert unseen.held_out_error == pytest.approx(float(gone.norm() / weight_DF.norm()))
+    nothing = uncorrected(statistic(route, z_TF), 0 * weight_DF, kept_K, torch.float64)
+    assert nothing.held_out_error == 0
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_without_held_out_tokens_a_curve_is_that_of_the_training(route: str) -> None:
+    z_TF, weight_DF = data()
+    kept = [torch.arange(count) for count in (16, 12, 4)]
+    options = CorrectionSpec(damping=1e6)
+    _, found = error_curve(
+        statistic(route, z_TF), statistic(route, z_TF[:0]), weight_DF, kept, options
+    )
+    _, expected = error_curve(
+        statistic(route, z_TF), statistic(route, z_TF), weight_DF, kept, options
+    )
+    assert found == pytest.approx(expected)
+    assert found[0] < found[1] < found[2]

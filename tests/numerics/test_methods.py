@@ -143,6 +143,16 @@ def test_a_composite_score_is_norm_and_sensitivity_each_to_its_power(
     assert found == expected
 
 
+def test_a_unit_of_zeros_is_the_first_to_go_by_a_composite_score() -> None:
+    """Also by its sensitivity alone, which is that of nothing."""
+    z_TF, weight_DF = data(1)
+    weight_DF[:, 3] = 0
+    for norm in (0.0, 0.5):
+        options = CompositeOptions(norm=norm, sensitivity=1.0, damping=0.1)
+        found = rank(options, statistic(1e-6 * z_TF), weight_DF, 1, range(4, 5)).tolist()
+        assert found[-1] == 3
+
+
 @pytest.mark.parametrize("columns", [1, 3])
 def test_scores_of_flap_and_wanda(columns: int) -> None:
     z_TF, weight_DF = data(columns)

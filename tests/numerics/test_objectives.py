@@ -276,6 +276,8 @@ def test_distillation_is_zero_for_the_teacher_itself_and_else_the_divergence(
     expected = torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(-1).mean()
     torch.testing.assert_close(parts["divergence"].double(), expected, rtol=1e-5, atol=1e-6)
     assert parts["hidden"] > 0
+    apart = [objective.losses(student, batch)["hidden"] for batch in TOKENS.split(1)]
+    torch.testing.assert_close(torch.stack(apart).mean(), parts["hidden"])
     assert Objective(model).losses(student, TOKENS)["lm"] > 0
 
 

@@ -323,3 +323,15 @@ def test_a_weight_in_its_type_on_disk_is_exact_and_left_alone(kind: Kind) -> Non
     assert torch.equal(results[0], results[1])
     assert results[0].dtype == torch.bfloat16
     assert torch.equal(weight_DF, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_part_of_no_tokens_changes_nothing(first: bool, dtype: torch.dtype) -> None:
+    """Not the type either in which the others are kept: an expert may be reached late."""
+    z_TF = (1e3 * activations(3 * WIDTH)).to(dtype)
+    parts = [rows(z_TF[:0]), rows(z_TF)]
+    found = parts[0].merge(parts[1]) if first else parts[1].merge(parts[0])
+    exact_FF = z_TF.double().T @ z_TF.double()
+    torch.testing.assert_close(found.finished().gram(), exact_FF, rtol=1e-9, atol=1e-6)
+    assert rows(z_TF[:0]).merge(rows(z_TF[:0])).finished().num_tokens == 0

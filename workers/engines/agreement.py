@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rayprune.specs.errors import SpecError, VerificationError
 from rayprune.workers.engines.engine import ENGINES, Engine, Tokens
+from rayprune.workers.model.checkpoint import open_checkpoint
 from rayprune.workers.network.load_check import loaded
 from rayprune.workers.store.layout import CALIBRATION_TASK, TOKENS_FILE, converted_task, task_folder
 
@@ -51,11 +52,13 @@ def compare_run(name: str, run: Path, model: Path, targets: Collection[str]) -> 
     that have folders of their own.
 
     Raises:
-        SpecError: the run has no such form.
+        SpecError: the run has no such form, or its model is an encoder.
         VerificationError: the engine takes other tokens.
         ResourceError: it is not installed.
     """
     engine = ENGINES[name]
+    if not open_checkpoint(model).model.causal:
+        raise SpecError(f"{model}: is an encoder, which goes on with no text; leave --engine out")
     prompts = prompts_of(task_folder(run, CALIBRATION_TASK) / TOKENS_FILE)
     for target, folder in _forms(engine, run, model, targets):
         yield compare(engine, target, folder, model, prompts)

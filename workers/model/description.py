@@ -99,6 +99,8 @@ class Group:
     active: int = 1
     cached: int = 0
     """Numbers that a KV cache keeps of a token for every unit."""
+    cached_always: int = 0
+    """Those that it keeps of it whatever stays, as long as any unit does."""
     fixed: str | None = None
     """Why all units have to stay; None: they need not."""
     parts: int = 1
@@ -137,6 +139,10 @@ class Group:
             active=1,
             routed=(self.active, self.count),
         )
+
+    def cached_of(self, kept: int) -> int:
+        """Numbers that a KV cache keeps of a token where so many units stay."""
+        return kept * self.cached + (self.cached_always if kept else 0)
 
     @property
     def probed(self) -> "tuple[Group, ...]":
@@ -407,7 +413,7 @@ class Model:
     def cached_numbers(self) -> int:
         """Numbers that a KV cache keeps of a token, in all layers."""
         groups = (group for layer in self.layers for group in layer.groups)
-        return sum(group.num_units * group.cached for group in groups)
+        return sum(group.cached_of(group.num_units) for group in groups)
 
     @property
     def predicts_masked(self) -> bool:

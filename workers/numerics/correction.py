@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rayprune.specs.job import CorrectionSpec
-from rayprune.workers.numerics.damping import Blocks, Rest, Trial, best_trial
+from rayprune.workers.numerics.damping import Blocks, Rest, Trial, best_trial, relative
 from rayprune.workers.numerics.linalg import wide_blocks
 from rayprune.workers.numerics.statistics import Judge, Refit, Statistic
 
@@ -62,6 +62,24 @@ def correct(
     del fit  # its memory
     weight_DK = refitted(training, held_out, weight_DF, kept_K, best.damping, dtype)
     return Correction(weight_DK, best.damping, rest.training_error(best), rest.held_out_error(best))
+
+
+def uncorrected(
+    held_out: Statistic, weight_DF: Tensor, kept_K: Tensor, dtype: torch.dtype
+) -> Correction:
+    """The kept columns as they are, where no training token has come. The error is that of the
+    held-out ones, and where there are none either what is lost of the weight's squares.
+    """
+    lost_DF = weight_DF.clone()
+    lost_DF[:, kept_K.to(lost_DF.device)] = 0
+    lost, whole = (
+        sum(_output_energies(held_out, each, kept_K.device)) for each in (lost_DF, weight_DF)
+    )
+    if not whole:
+        lost, whole = (float(each.double().square().sum()) for each in (lost_DF, weight_DF))
+    weight_DK = weight_DF[:, kept_K.to(weight_DF.device)].to(dtype).contiguous()
+    error = relative(lost, whole)
+    return Correction(weight_DK, NOT_CORRECTED, error, error)
 
 
 def refitted(

@@ -54,12 +54,16 @@ class Rest:
         return cls(*(sum(part, ()) for part in parts))
 
     def held_out_error(self, trial: Trial) -> float:
-        """|Z_K W_K' - Z W - E| / |Z W| on the held-out tokens."""
-        return _relative(trial.error + sum(self.held_out), sum(self.held_out_output))
+        """|Z_K W_K' - Z W - E| / |Z W| on the held-out tokens; on those of the fit, where none of
+        the others has come (to an expert).
+        """
+        if not sum(self.held_out_output):
+            return self.training_error(trial)
+        return relative(trial.error + sum(self.held_out), sum(self.held_out_output))
 
     def training_error(self, trial: Trial) -> float:
         """The same on the tokens of the fit."""
-        return _relative(sum(trial.training) + sum(self.training), sum(self.training_output))
+        return relative(sum(trial.training) + sum(self.training), sum(self.training_output))
 
 
 def best_trial(options: CorrectionSpec, trial: Callable[[float], Trial]) -> Trial:
@@ -88,5 +92,6 @@ def best_trial(options: CorrectionSpec, trial: Callable[[float], Trial]) -> Tria
     return best
 
 
-def _relative(error: float, energy: float) -> float:
+def relative(error: float, energy: float) -> float:
+    """The root of squared errors over squared outputs; 0 where there are none."""
     return (max(0.0, error) / energy) ** 0.5 if energy > 0 else 0.0

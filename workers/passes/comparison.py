@@ -73,9 +73,11 @@ class Texts:
         """
         ends = [*self.starts[1:], len(self.windows_NT)]
         windows_NT = self.windows_NT[self.starts[text] : ends[text]]
-        ids, counts = torch.unique(windows_NT, return_counts=True)
+        # of windows that overlap what is new in each
+        ids_T = torch.cat([windows_NT[0], windows_NT[1:, -self.stride :].flatten()])
+        ids, counts = torch.unique(ids_T, return_counts=True)
         by_count = torch.bincount(counts, weights=counts.double()).cumsum(0)
-        most = int((by_count >= RARE_PART * windows_NT.numel()).nonzero()[0])
+        most = int((by_count >= RARE_PART * len(ids_T)).nonzero()[0])
         rare: Tensor = ids[counts <= most]
         return rare
 

@@ -115,7 +115,8 @@ def plain_curve(
 ) -> Curve:
     """The same of such an expert: what is lost of the columns' squares."""
     kept_F = column_norms(weight_DF).square().sort(descending=True).values.cumsum(0)
-    errors = {count: float(1 - kept_F[count - 1] / kept_F[-1]) for count in counts}
+    whole = float(kept_F[-1]) or 1.0  # nothing of nothing is lost
+    errors = {count: (float(kept_F[-1]) - float(kept_F[count - 1])) / whole for count in counts}
     cuts = {count: plain_cut(group.name, count, weight_DF, dtype) for count in stored}
     return Curve(errors, cuts)
 

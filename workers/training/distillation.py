@@ -56,7 +56,8 @@ class Distillation(Objective):
         parts = {"divergence": (log_p.exp() * (log_p - log_q)).sum(-1).mean()}
         if self._hidden:
             goal, found = (state.float() for state in states)
-            parts["hidden"] = self._hidden * (found - goal).square().sum() / goal.square().sum()
+            missed_BT, size_BT = ((each**2).sum(-1) for each in (found - goal, goal))
+            parts["hidden"] = self._hidden * (missed_BT / size_BT).mean()
         return parts
 
 

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from rayprune.orchestrator import tracking
 from rayprune.orchestrator.reporting.report import Report
 from rayprune.orchestrator.tracking import scalars, settings, track
 from rayprune.specs.errors import ResourceError
 from rayprune.specs.loader import dump_job, load_job
 from rayprune.workers.store.layout import JOB_FILE
+from rayprune.workers.store.plain import check_plain
 from tests.unit.orchestrator.test_html_report import make_report
 
 
@@ -64,6 +66,7 @@ def test_wandb_gets_a_folder_once(run: Path) -> None:
     assert sent[0] == sent[1] > 0
     (folder,) = run.glob("wandb/offline-run-*")
     assert list(folder.glob("*.wandb"))
+    check_plain(run, "a run folder holds no links")
 
 
 def test_trackio_gets_them_once(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,6 +75,18 @@ def test_trackio_gets_them_once(run: Path, monkeypatch: pytest.MonkeyPatch) -> N
     sent = [track(run, "trackio", "one") for _ in range(2)]
     assert sent[0] == sent[1] > 0
     assert [each.name.startswith(run.name) for each in trackio.Api().runs("one")] == [True]
+
+
+def test_a_tracker_that_refuses_is_told(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class RefusedError(Exception):
+        """Another package's."""
+
+    def refuse(*_: object) -> None:
+        raise RefusedError("no such place\nTraceback (most recent call last): ...")
+
+    monkeypatch.setitem(tracking.TRACKERS, "mlflow", refuse)
+    with pytest.raises(ResourceError, match=r"^mlflow at x://y: does not take .*: no such place;"):
+        track(run, "mlflow", "x://y")
 
 
 def test_a_missing_package_is_named(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

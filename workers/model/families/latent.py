@@ -90,6 +90,6 @@ class Latent(Mixture):
             consumer=consumer,
             block=Block("self_attn", 2, self.scale(config)),
             unit_parameters=unit_parameters(shapes, axes, consumer),
-            cached=size + value,
+            cached_always=config.integer("kv_lora_rank") + config.integer("qk_rope_head_dim"),
             fixed=self.heads_stay,
         )

@@ -38,6 +38,8 @@ def rank(
     least = torch.finfo(WIDE).tiny
     cost_U = state.changes().clamp(min=least).log()
     norm_F = column_norms(weight_DF).to(cost_U)
-    norm_U = norm_F.square().reshape(-1, unit_columns).sum(1).clamp(min=least).log()
+    squares_U = norm_F.square().reshape(-1, unit_columns).sum(1)
+    norm_U = squares_U.clamp(min=least).log()
     score_U = options.norm * norm_U + options.sensitivity * (cost_U - norm_U)
+    score_U[squares_U == 0] = -torch.inf  # they give nothing
     return torch.argsort(score_U, descending=True, stable=True)

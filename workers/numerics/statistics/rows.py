@@ -81,7 +81,9 @@ class RowsStatistic(Travelling):
 
     def _append(self, parts: list[Tensor]) -> None:
         """Add rows; more rows than columns become their R factor, by one step of tall-skinny QR."""
-        self.parts = [*self.parts, *parts]
+        parts = [*self.parts, *parts]
+        # an empty one says nothing, not of what type the others are either
+        self.parts = [part for part in parts if len(part)] or parts[:1]
         if sum(map(len, self.parts)) > self.width:
             self.parts = [self.scratch.store(linalg.r_factor(self._stacked(WIDE)))]
 
