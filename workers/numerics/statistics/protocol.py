@@ -154,7 +154,9 @@ class Statistic(Protocol):
 
     @property
     def column_variance(self) -> Tensor:
-        """Variance of every column over the tokens, fp64."""
+        """Variance of every column over the tokens, fp64, from sums and products in fp32: of a
+        column whose mean is a thousand times its deviation one digit is right.
+        """
         ...
 
     def gram(self) -> Tensor:
