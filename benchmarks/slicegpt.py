@@ -173,7 +173,7 @@ def _weights(model: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    if Path(sys.argv[1]).joinpath("given.pt").exists():
+    if sys.argv[1:] and Path(sys.argv[1]).joinpath("given.pt").exists():
         sliced(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
     else:
         main()

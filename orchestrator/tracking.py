@@ -141,8 +141,9 @@ def _to_wandb(run: Path, numbers: list[Scalar], options: dict[str, str], place: 
     with sent:
         for step, values in _by_step(numbers):
             sent.log(values, step=step)
-    for link in (folder / "wandb").rglob("*"):
-        if link.is_symlink():  # to the newest copy; a run folder holds none
+    # to the newest copy; a run folder holds none
+    for link in (folder / "wandb").rglob("*") if place is None else ():
+        if link.is_symlink():
             link.unlink()
 
 

@@ -200,21 +200,21 @@ def _assign(
     )
 
 
-def paths_in(job: JobSpec) -> list[str]:
-    """All paths that a job gives; names on the Hub among them."""
-    fields = _marked(_is_path)
+def paths_in(job: JobSpec) -> dict[str, str]:
+    """All paths that a job gives, by the options that do; a name on the Hub is none."""
+    fields, names = _marked(_is_path), _marked(_may_be_name)
 
-    def found(value: object, at: KeyPath) -> Iterator[str]:
+    def found(value: object, at: KeyPath, option: str) -> Iterator[tuple[str, str]]:
         if isinstance(value, dict):
             for key, item in value.items():
-                yield from found(item, _inside(at, key))
+                yield from found(item, _inside(at, key), f"{option}.{key}")
         elif isinstance(value, list):
-            for item in value:
-                yield from found(item, at)
-        elif isinstance(value, str) and at in fields:
-            yield value
+            for number, item in enumerate(value):
+                yield from found(item, at, f"{option}.{number}")
+        elif isinstance(value, str) and at in fields and not (at in names and job.model.on_hub):
+            yield option.removeprefix("."), value
 
-    return list(found(job.model_dump(mode="json"), ()))
+    return dict(found(job.model_dump(mode="json"), (), ""))
 
 
 def _is_path(part: object) -> bool:

@@ -80,15 +80,20 @@ def planned_tasks(run: Path) -> list[str]:
     Raises:
         VerificationError: a plan is missing or damaged.
     """
-    passes = [plan.parent for plan in sorted((run / TASKS).rglob(PLAN_FILE))]
-    scopes = [Scope(run), *(Scope(run, str(path.relative_to(run / TASKS))) for path in passes)]
-    return [scope.task(task) for scope in scopes for task in _tasks_of(scope)]
+    names = (plan.parent.relative_to(run / TASKS) for plan in (run / TASKS).rglob(PLAN_FILE))
+    _, passes = _planned(Scope(run))
+    # others are of another job that was stopped here
+    scopes = [Scope(run, str(name)) for name in sorted(names) if name.parts[0] in passes]
+    return [scope.task(task) for scope in (Scope(run), *scopes) for task in _planned(scope)[0]]
 
 
-def _tasks_of(scope: Scope) -> list[str]:
+def _planned(scope: Scope) -> tuple[list[str], set[str]]:
+    """The tasks of a plan, and the passes that it has besides its own."""
     plan = scope.about / PLAN_FILE
     try:
-        tasks: list[str] = json.loads(plan.read_bytes())["tasks"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        document = json.loads(plan.read_bytes())
+        tasks: list[str] = document["tasks"]
+        written = [need["task"].partition("/") for need in document["disk"]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise VerificationError(f"{plan}: missing or damaged; run the job again") from None
-    return tasks
+    return tasks, {scope for scope, inside, _ in written if inside}

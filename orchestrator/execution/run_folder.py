@@ -75,7 +75,7 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            check_out(self.path, paths_in(self.job))
+            check_out(self.path, paths_in(self.job).values())
             self._check_parts()
             self._lock.acquire()
         except Timeout:
@@ -119,9 +119,7 @@ class RunFolder:
     def _write_job(self) -> None:
         path, text = self.path / JOB_FILE, dump_job(self.job)
         if path.exists() and dump_job(load_job(path)) != text:
-            forget_report(self.path)  # it is of another job, and so are plans of its passes
-            for plan in (self.path / TASKS).rglob(PLAN_FILE):
-                plan.unlink()
+            forget_report(self.path)  # it is of another job
         write_text(path, text)
         events = self.path / EVENTS_FILE
         if events.exists() and not events.read_bytes().endswith(b"\n"):

@@ -19,8 +19,7 @@ from urllib.parse import urlsplit
 
 from rayprune.specs.errors import INTERRUPTED, ResourceError, SpecError
 from rayprune.specs.job import JobSpec
-from rayprune.specs.loader import dump_job
-from rayprune.specs.texts import WindowsSpec
+from rayprune.specs.loader import dump_job, paths_in
 from rayprune.workers.machine.output import print_on
 
 POLL_SECONDS = 1.0
@@ -62,19 +61,7 @@ def _folders(out: Path, store: Path | None) -> dict[str, Path]:
 
 
 def _paths(job: JobSpec) -> dict[str, Path]:
-    windows: dict[str, WindowsSpec] = {"calibration": job.calibration}
-    windows |= {"recover.text": job.recover.text} if job.recover and job.recover.text else {}
-    paths = {f"{option}.path": spec.path for option, spec in windows.items()}
-    paths |= {} if job.model.on_hub else {"model.path": job.model.path}
-    paths |= {
-        f"{option}.mix.{number}.path": text.path
-        for option, spec in windows.items()
-        for number, text in enumerate(spec.mix)
-    }
-    paths |= {"budget.latency_table": job.budget.latency_table} if job.budget.latency_table else {}
-    if evaluation := job.evaluation:
-        paths |= {evaluation.option(n): text.path for n, text in evaluation.by_name.items()}
-    return {option: Path(path) for option, path in paths.items()}
+    return {option: Path(path) for option, path in paths_in(job).items()}
 
 
 def submit(

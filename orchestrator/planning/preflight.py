@@ -79,7 +79,7 @@ def check_job(job: JobSpec, out: Path | None = None) -> Checked:
     plan = first_plan(job, checkpoint).noting(warnings)
     if out is not None:
         check_disk(out, plan)
-        check_out(out, paths_in(job))
+        check_out(out, paths_in(job).values())
     return Checked(checkpoint, plan)
 
 

@@ -55,8 +55,9 @@ def _sizes(case: Case, settings: Settings) -> Iterator[Settings]:
     shards = settings.get("calibration.shards", Setting(SHARDS)).value
     most = max(1, min(len(host.gpus) or host.cores, shards))
     memory = min((gpu.memory_bytes for gpu in host.gpus), default=host.memory_bytes)
-    # that of a profile of a CPU is its workers' alone
-    room = memory if host.profile and device == "cpu" else int(memory * SHARE[device])
+    room = int(memory * SHARE[device])
+    if host.profile and device == "cpu":  # it says what one worker has
+        memory = room = host.profile.memory_bytes
     if settings["recipe"].value == "tiny-memory":
         size = GIB // 2
         while size < room:
@@ -65,7 +66,7 @@ def _sizes(case: Case, settings: Settings) -> Iterator[Settings]:
         yield _sized(case, settings, 1, room, "all that there is")
         return
     while most:
-        each = room if device == "cuda" else room // most
+        each = room if device == "cuda" or host.profile else room // most
         why = f"of {memory / GIB:.1f} GiB {'of its GPU' if device == 'cuda' else 'for all workers'}"
         yield _sized(case, settings, most, each, why)
         most //= 2
@@ -79,6 +80,6 @@ def _sized(case: Case, settings: Settings, workers: int, memory: int, why: str) 
         "memory.worker": Setting(size, f"{why}; what does not fit is computed again"),
     }
     cores = case.host.cores
-    if case.device == "cpu" and cores // workers > 1:
+    if case.device == "cpu" and cores // workers > 1 and not case.host.profile:
         sized["parallel.threads_per_worker"] = Setting(cores // workers, f"of {cores} cores")
     return sized

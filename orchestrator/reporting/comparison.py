@@ -174,13 +174,15 @@ def protocols(runs: Sequence[Compared]) -> Iterator[str]:
 
 def _protocols(runs: Sequence[Compared]) -> dict[str, str]:
     """How each run's perplexity was measured, of those that have one."""
+    measured = {run.name: run.report.evaluation for run in runs if run.report.evaluation}
+    known = all(each.tokens for each in measured.values())  # reports of earlier versions have none
     return {
-        run.name: (
+        name: (
             f"perplexity of {each.files}: window {each.window}, stride {each.stride},"
-            f" {each.scored_tokens} scored tokens, windows {(each.tokens or 'unknown')[:8]}"
+            f" {each.scored_tokens} scored tokens"
+            + (f", windows {str(each.tokens)[:8]}" if known else "")
         )
-        for run in runs
-        if (each := run.report.evaluation)
+        for name, each in measured.items()
     }
 
 

@@ -4,6 +4,7 @@ A stage is a task: a gang of ranks trains (`Executor.train`), the model that com
 in the Hugging Face format, and what follows works on that folder.
 """
 
+import _thread
 import ctypes
 import random
 import threading
@@ -374,7 +375,12 @@ def _reported(context: Context, task: str, folder: Path) -> Iterator[None]:
 
 
 def _interrupt(thread: int) -> None:
-    """Raise KeyboardInterrupt in another thread, at its next step in Python."""
+    """Raise KeyboardInterrupt in another thread: at once in the main one, as Ctrl-C does; in others
+    at their next step in Python, which is behind a training on Ray.
+    """
+    if thread == threading.main_thread().ident:
+        _thread.interrupt_main()
+        return
     of_thread = ctypes.c_ulong(thread)
     ctypes.pythonapi.PyThreadState_SetAsyncExc(of_thread, ctypes.py_object(KeyboardInterrupt))
 

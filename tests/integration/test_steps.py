@@ -213,7 +213,10 @@ def test_a_recovered_step_is_what_the_next_one_prunes(
         tmp_path / "run" / str(report.steps[1].model) / weights
     ).read_bytes()
     assert report.recovered_model is None
-    verify_run(tmp_path / "run")
+    checked = verify_run(tmp_path / "run")
+    changed = job.model_copy(update={"cluster": job.cluster.model_copy(update={"wait_seconds": 7})})
+    run_job(changed, tmp_path / "run", quiet)
+    assert verify_run(tmp_path / "run") == checked, "steps that are found count too"
 
 
 def test_the_last_step_spreads_the_budget_over_the_layers(

@@ -278,6 +278,10 @@ def test_distillation_is_zero_for_the_teacher_itself_and_else_the_divergence(
     assert parts["hidden"] > 0
     apart = [objective.losses(student, batch)["hidden"] for batch in TOKENS.split(1)]
     torch.testing.assert_close(torch.stack(apart).mean(), parts["hidden"])
+    nothing = torch.zeros_like(teacher.model.embed_tokens.weight[0])
+    for network in (teacher, student):  # a token that the models make nothing of
+        network.model.embed_tokens.weight.data[7] = nothing
+    assert objective.losses(student, torch.full_like(TOKENS, 7))["hidden"].isfinite()
     assert Objective(model).losses(student, TOKENS)["lm"] > 0
 
 

@@ -59,7 +59,9 @@ def turns_of(tokenizer: "PreTrainedTokenizerBase", where: str) -> Turns:
             f"{where}: the model's chat template does not put something before every turn; {remedy}"
         )
     before, *behind = map(tuple, parts)
-    single = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    added = tokenizer.added_tokens_decoder.items()  # some have runs of newlines among them
+    single = {token for token, added in added if added.special or added.content.strip()}
+    single |= set(tokenizer.all_special_ids)
     ends = [
         next((place for place, token in enumerate(ids, 1) if token in single), len(ids))
         for ids in behind

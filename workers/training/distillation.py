@@ -57,7 +57,8 @@ class Distillation(Objective):
         if self._hidden:
             goal, found = (state.float() for state in states)
             missed_BT, size_BT = ((each**2).sum(-1) for each in (found - goal, goal))
-            parts["hidden"] = self._hidden * (missed_BT / size_BT).mean()
+            least = torch.finfo(torch.float32).tiny  # of a token that the model makes nothing of
+            parts["hidden"] = self._hidden * (missed_BT / size_BT.clamp_min(least)).mean()
         return parts
 
 

@@ -73,6 +73,8 @@ def test_numbers_of_different_protocols_are_not_compared_unseen() -> None:
     ]
     assert on_frontier(windows) == [], "the same file, other windows of it"
     assert len(list(protocols(windows))) == 3
+    older = run("older", 500, 2.0, evaluation=make_report()["evaluation"] | {"tokens": None})
+    assert on_frontier([windows[0], older]) == [windows[0], older]
     other = make_report()["evaluation"] | {"stride": 1024}
     warning, *each = protocols([BEST, run("other", 700, 1.3, evaluation=other)])
     assert "cannot be compared" in warning

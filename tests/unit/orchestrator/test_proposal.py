@@ -13,6 +13,7 @@ from rayprune.orchestrator.planning.proposal import propose
 from rayprune.orchestrator.reporting.job_file import job_text, taken
 from rayprune.specs.errors import ResourceError, SpecError
 from rayprune.specs.loader import load_job
+from rayprune.specs.machine import load_profile
 from rayprune.specs.recipe import RECIPES, RecipeName
 from rayprune.workers.machine.host import Gpu, Host
 from rayprune.workers.model.checkpoint import planned_checkpoint
@@ -101,6 +102,10 @@ def test_a_job_for_another_machine(
     assert job.parallel.device == ("cuda" if name == "h100-80gb" else "cpu")
     assert job.parallel.workers == workers
     assert f"; {workers} x {name}" in file.read_text()
+    size = load_profile(name).memory_bytes
+    assert job.memory.worker
+    assert job.memory.worker <= size
+    assert job.parallel.threads_per_worker == 1
     file.unlink()
     assert main([*words, "--profile", "no such"]) == 2
     assert main(["init", str(folder), "--workers", "2", "--out", str(file)]) == 2

@@ -19,7 +19,7 @@ from rayprune.specs.errors import SpecError, VerificationError
 from rayprune.specs.job import JobSpec
 from rayprune.specs.loader import load_job
 from rayprune.workers.store.files import Task, commit
-from rayprune.workers.store.layout import EVENTS_FILE, JOB_FILE, LOCK_FILE, PLAN_FILE, TASKS, Scope
+from rayprune.workers.store.layout import EVENTS_FILE, JOB_FILE, LOCK_FILE, Scope
 
 
 def make(**sections: dict[str, Any]) -> JobSpec:
@@ -88,16 +88,6 @@ def test_what_the_job_reads_is_never_written_over(place: str, tmp_path: Path) ->
     assert load_job(run / JOB_FILE) == make()
     with RunFolder(tmp_path / "beside", make(model={"path": str(run / "model")})):
         pass
-
-
-def test_plans_of_another_job_s_passes_go(tmp_path: Path) -> None:
-    with RunFolder(tmp_path, make()):
-        (tmp_path / TASKS / "step-01").mkdir(parents=True)
-        (tmp_path / TASKS / "step-01" / PLAN_FILE).write_text("{}")
-    with RunFolder(tmp_path, make()):
-        assert (tmp_path / TASKS / "step-01" / PLAN_FILE).exists()
-    with RunFolder(tmp_path, make(budget={"sparsity": 0.3})):
-        assert not (tmp_path / TASKS / "step-01" / PLAN_FILE).exists()
 
 
 def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:

@@ -152,11 +152,12 @@ def test_what_stands_between_turns_is_what_stands_there_in_a_chat(
 ) -> None:
     """A chat that a model writes by itself stays as it is, token for token."""
     tokenizer = talker(first, template)
+    tokenizer.add_tokens(["\n\n"])  # which is no word, and ends no turn
     messages = [
         {"role": role, "content": content}
         for role, content in (
             ("user", "What [is] a # line?"),
-            ("assistant", "Any of [1] and ### those."),
+            ("assistant", "Any of [1] and ### those.\n\nAnd more."),
             ("user", "Thanks."),
             ("assistant", "Bye."),
         )
