@@ -22,12 +22,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from benchmarks.demo_model import JOB
+from benchmarks.demo_model import MODEL
 from rayprune.specs.calibration import CalibrationSpec
 from rayprune.workers.calibration import calibration_windows, load_tokenizer
 from rayprune.workers.machine.memory import PeakMemory
-
-MODEL = JOB.parent / "model"
 
 
 def block_influence(model: Any, windows_ST: Tensor, sparsity: float) -> None:

@@ -19,7 +19,15 @@ from benchmarks.results import record, table
 
 HERE = Path(__file__).parent
 JOB = HERE.parent / "examples" / "smollm2" / "job.yaml"
+MODEL = JOB.parent / "model"
 HELD_OUT_FRACTION = 0.2
+
+
+def weights() -> dict[str, Any]:
+    """The demo model's tensors, by name."""
+    from safetensors.torch import load_file
+
+    return {n: t for file in MODEL.glob("*.safetensors") for n, t in load_file(file).items()}
 
 
 def run(settings: list[str], out: Path) -> dict[str, Any]:

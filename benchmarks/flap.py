@@ -26,11 +26,10 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-from benchmarks.demo_model import JOB, first_part, run
+from benchmarks.demo_model import MODEL, first_part, run, weights
 from benchmarks.results import record, table
 from benchmarks.yardstick import MOST_WINDOWS, cells, columns, measured, texts_of
 
-MODEL = JOB.parent / "model"
 SPARSITY = 0.2
 
 
@@ -128,21 +127,14 @@ def _save(model: Any, out: Path) -> None:
     config.num_key_value_heads = config.num_attention_heads
     config.attention_bias = config.mlp_bias = True
     whole = LlamaForCausalLM(config).float()
-    weights = _weights()
+    known = weights()
     ours = {name: torch.zeros_like(value) for name, value in whole.state_dict().items()}
-    ours |= {name: value.float() for name, value in weights.items() if ".layers." not in name}
+    ours |= {name: value.float() for name, value in known.items() if ".layers." not in name}
     ours |= {name: value for name, value in model.state_dict().items() if name in ours}
     ours["lm_head.weight"] = ours["model.embed_tokens.weight"]
     whole.load_state_dict(ours)
     whole.save_pretrained(out)
     load_tokenizer(MODEL).save_pretrained(out)
-
-
-def _weights() -> dict[str, Any]:
-    """Of the demo model, by name."""
-    from safetensors.torch import load_file
-
-    return {n: t for file in MODEL.glob("*.safetensors") for n, t in load_file(file).items()}
 
 
 def _module(file: Path, changes: dict[str, str], **names: Any) -> ModuleType:
@@ -163,7 +155,7 @@ def _flap_model(folder: Path, config: Any, dtype: Any, length: int) -> Any:
 
     size = {"self.head_dim = 128": f"self.head_dim = {config.head_dim}"}
     code = _module(folder / "models" / "hf_llama" / "modeling_llama.py", size)
-    weights = _weights()
+    known = weights()
     groups = config.num_attention_heads // config.num_key_value_heads
     config.max_position_embeddings = length
     theta = config.rope_parameters["rope_theta"]
@@ -193,8 +185,8 @@ def _flap_model(folder: Path, config: Any, dtype: Any, length: int) -> Any:
     model = Model()
     ours = model.state_dict()
     for name, value in ours.items():
-        if name in weights:
-            weight = weights[name].to(value.dtype)
+        if name in known:
+            weight = known[name].to(value.dtype)
             if "k_proj" in name or "v_proj" in name:
                 heads = weight.view(-1, config.head_dim, weight.shape[1])
                 weight = heads.repeat_interleave(groups, 0).flatten(0, 1)

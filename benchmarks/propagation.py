@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.demo_model import JOB, held_out, run
+from benchmarks.demo_model import MODEL, held_out, run
 from benchmarks.results import record, table
 from rayprune.specs.evaluation import EvaluationSpec
 from rayprune.workers.calibration import evaluation_windows, load_tokenizer
@@ -82,7 +82,7 @@ def main() -> None:
     text = options.text.absolute()
     with tempfile.TemporaryDirectory() as folder:
         evaluated = held_out(text, Path(folder))
-        dense = perplexity(JOB.parent / "model", evaluated)
+        dense = perplexity(MODEL, evaluated)
         rows = [
             row(text, evaluated, dense, s, v, options.overrides)
             for s in options.sparsity

@@ -92,7 +92,7 @@ def _measured(dense: Any, model: Any, windows_NT: Any) -> tuple[dict[str, float]
 
 def main() -> None:
     """Write down what the other environment needs, have it sliced there, record."""
-    from benchmarks.demo_model import JOB, first_part
+    from benchmarks.demo_model import MODEL, first_part, weights
     from benchmarks.results import record, table
     from benchmarks.yardstick import cells, columns, texts_of
     from rayprune.specs.calibration import CalibrationSpec
@@ -110,8 +110,8 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--windows", type=int, default=12, help="evaluation windows of each text")
     options = parser.parse_args()
-    model = JOB.parent / "model"
-    checkpoint, tokenizer = open_checkpoint(model), load_tokenizer(model)
+    checkpoint, tokenizer = open_checkpoint(MODEL), load_tokenizer(MODEL)
+    known = {name: tensor.float() for name, tensor in weights().items()}
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         calibration = CalibrationSpec(
@@ -124,8 +124,8 @@ def main() -> None:
             for name, path in texts_of(options.text, work).items()
         }
         given = {
-            "config": _old_config(model),
-            "weights": _weights(model),
+            "config": _old_config(MODEL),
+            "weights": {"lm_head.weight": known["model.embed_tokens.weight"].clone()} | known,
             "calibration": calibration_windows(calibration, tokenizer),
             "texts": texts,
         }
@@ -161,15 +161,6 @@ def _old_config(model: Path) -> dict[str, Any]:
     rope = found.pop("rope_parameters", None) or {}
     found |= {"rope_theta": rope.get("rope_theta", found.get("rope_theta", 10000.0))}
     return found | {"tie_word_embeddings": False, "use_cache": False}
-
-
-def _weights(model: Path) -> dict[str, Any]:
-    """By name, the head's too."""
-    from safetensors.torch import load_file
-
-    files = (load_file(file) for file in model.glob("*.safetensors"))
-    found = {name: tensor.float() for tensors in files for name, tensor in tensors.items()}
-    return {"lm_head.weight": found["model.embed_tokens.weight"].clone()} | found
 
 
 if __name__ == "__main__":

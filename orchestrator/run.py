@@ -27,11 +27,10 @@ from rayprune.orchestrator.stages.steps import prune_in_steps
 from rayprune.orchestrator.stages.subject import Pruned
 from rayprune.specs.errors import SpecError
 from rayprune.specs.job import JobSpec
-from rayprune.specs.loader import dump_job, load_job, paths_in
+from rayprune.specs.loader import dump_job, load_job
 from rayprune.specs.memory import MemoryPlan
 from rayprune.workers.model.checkpoint import Checkpoint, open_checkpoint
 from rayprune.workers.store.layout import JOB_FILE, PLAN_FILE, Scope
-from rayprune.workers.store.out import check_out
 
 Show = Callable[[dict[str, Any]], object]
 
@@ -93,8 +92,8 @@ def write_own_text(job: JobSpec, out: Path, show: Show) -> Path:
     checkpoint = open_checkpoint(Path(job.model.path))
     if not checkpoint.model.causal:
         check_encoder(job)
-    check_out(out, paths_in(job).values())
-    if (out / PLAN_FILE).exists() and dump_job(load_job(out / JOB_FILE)) != dump_job(job):
+    known = (out / PLAN_FILE).exists() and (out / JOB_FILE).exists()
+    if known and dump_job(load_job(out / JOB_FILE)) != dump_job(job):
         raise SpecError(f"{out}: holds a run of another job; choose another --out")
     with _started(job, out, show, lambda _: MemoryPlan(), False, None) as context:
         start.start(context, checkpoint.path)

@@ -141,10 +141,10 @@ def _to_wandb(run: Path, numbers: list[Scalar], options: dict[str, str], place: 
     with sent:
         for step, values in _by_step(numbers):
             sent.log(values, step=step)
-    # to the newest copy; a run folder holds none
-    for link in (folder / "wandb").rglob("*") if place is None else ():
-        if link.is_symlink():
-            link.unlink()
+    if place is None:  # to the newest copy; a run folder holds none
+        for link in (folder / "wandb").rglob("*"):
+            if link.is_symlink():
+                link.unlink()
 
 
 def _to_trackio(

@@ -23,7 +23,7 @@ from rayprune.specs.recipe import RecipeName
 from rayprune.specs.section import FloatType, Section
 from rayprune.specs.sizes import ByteSize
 from rayprune.specs.texts import PathMarker, WindowsSpec
-from rayprune.specs.training import HOW_TRAINED, RecoverSpec
+from rayprune.specs.training import HOW_TRAINED, RecoverSpec, TrainingSpec
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 ModelPath = Annotated[str, Field(min_length=1), PathMarker(or_name=True)]
@@ -289,8 +289,17 @@ class JobSpec(Section):
         """Windows that are read of the calibration text: those of the calibration, or of the
         training that takes most.
         """
-        trainings = [*self.method.trainings, *([self.recover] if self.recover else [])]
-        return max(self.calibration.samples, *(training.samples or 0 for training in trainings), 0)
+        return max(self.calibration.samples, *self.trained_samples.values(), 0)
+
+    @property
+    def trained_samples(self) -> dict[str, int]:
+        """Windows of the calibration text that trainings take, by the option of each; those that
+        take all windows of the calibration, or another text, are left out.
+        """
+        options = ((f"method.{name}", value) for name, value in self.method)
+        trainings = {name: value for name, value in options if isinstance(value, TrainingSpec)}
+        trainings |= {"recover": self.recover} if self.recover else {}
+        return {name: each.samples for name, each in trainings.items() if each.samples}
 
     @property
     def recovery_text(self) -> WindowsSpec:

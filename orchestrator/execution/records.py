@@ -80,11 +80,12 @@ def planned_tasks(run: Path) -> list[str]:
     Raises:
         VerificationError: a plan is missing or damaged.
     """
+    tasks, passes = _planned(Scope(run))
     names = (plan.parent.relative_to(run / TASKS) for plan in (run / TASKS).rglob(PLAN_FILE))
-    _, passes = _planned(Scope(run))
     # others are of another job that was stopped here
-    scopes = [Scope(run, str(name)) for name in sorted(names) if name.parts[0] in passes]
-    return [scope.task(task) for scope in (Scope(run), *scopes) for task in _planned(scope)[0]]
+    for scope in [Scope(run, str(name)) for name in sorted(names) if name.parts[0] in passes]:
+        tasks += [scope.task(task) for task in _planned(scope)[0]]
+    return tasks
 
 
 def _planned(scope: Scope) -> tuple[list[str], set[str]]:

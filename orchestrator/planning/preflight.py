@@ -157,14 +157,9 @@ def _check_shares(job: JobSpec) -> None:
     Raises:
         SpecError: a training has none of a text.
     """
-    names = ("gates", "training")
-    trainings = {f"method.{name}": getattr(job.method, name, None) for name in names}
-    if job.recover and job.recover.text is None:
-        trainings["recover"] = job.recover
     spec = with_own(job, OWN_TEXT).calibration
-    for option, training in trainings.items():
-        if training and training.samples:
-            windows_of_texts(spec.model_copy(update={"samples": training.samples}), option)
+    for option, samples in job.trained_samples.items():
+        windows_of_texts(spec.model_copy(update={"samples": samples}), option)
 
 
 @dataclass(frozen=True)

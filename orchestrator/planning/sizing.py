@@ -65,9 +65,10 @@ def _sizes(case: Case, settings: Settings) -> Iterator[Settings]:
             size *= 2
         yield _sized(case, settings, 1, room, "all that there is")
         return
+    alone = device == "cuda" or host.profile
+    whose = "of its GPU" if device == "cuda" else "of its own" if alone else "for all workers"
     while most:
-        each = room if device == "cuda" or host.profile else room // most
-        why = f"of {memory / GIB:.1f} GiB {'of its GPU' if device == 'cuda' else 'for all workers'}"
+        each, why = room if alone else room // most, f"of {memory / GIB:.1f} GiB {whose}"
         yield _sized(case, settings, most, each, why)
         most //= 2
 

@@ -18,6 +18,7 @@ from rayprune.specs.errors import ResourceError
 from rayprune.specs.job import JobSpec
 from rayprune.specs.recipe import given_by, recipe
 from rayprune.specs.schema import SCHEMA_FILE
+from rayprune.workers.machine.host import Host
 
 WIDTH = 100
 _EVALUATION = """
@@ -34,7 +35,7 @@ def job_text(proposal: Proposal, file: Path) -> str:
     lines = [
         f"# yaml-language-server: $schema={SCHEMA_FILE}",
         f"# {model.model_type}, {model.num_layers} layers, {model.parameters:,} parameters;"
-        f" {proposal.host.words}",
+        f" {_machine(proposal.host)}",
         *_commands(file.name),
         "",
         *_recipe(proposal),
@@ -44,6 +45,13 @@ def job_text(proposal: Proposal, file: Path) -> str:
         if name in sections and name != "recipe":
             lines += ["", *_section(name, sections[name])]
     return "\n".join(lines) + "\n" + ("" if "evaluation" in sections else _EVALUATION)
+
+
+def _machine(host: Host) -> str:
+    gpus = f"{len(host.gpus)} x {host.gpus[0].name}" if host.gpus else "no GPU"
+    if host.profile:
+        return gpus if host.gpus else f"{host.cores} x {host.profile.name}"
+    return f"{host.cores} cores, {gib(host.memory_bytes)}, {gpus}"
 
 
 def _from_there(settings: dict[str, Setting], folder: Path) -> dict[str, Setting]:

@@ -4,12 +4,8 @@ A stage is a task: a gang of ranks trains (`Executor.train`), the model that com
 in the Hugging Face format, and what follows works on that folder.
 """
 
-import _thread
-import ctypes
 import random
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +16,7 @@ from rayprune.orchestrator.execution.steps import Steps
 from rayprune.orchestrator.planning.shapes import uneven_shape
 from rayprune.orchestrator.stages import sweep
 from rayprune.orchestrator.stages.context import Context, nothing_before
+from rayprune.orchestrator.stages.reported import reported
 from rayprune.orchestrator.stages.stream import layer_work, stream_layers
 from rayprune.orchestrator.stages.subject import ModelAt, Subject, digests, file_digests, made_model
 from rayprune.orchestrator.stages.teaching import ask_teacher
@@ -60,12 +57,9 @@ from rayprune.workers.store.training_stage import (
     Updates,
     forget_another,
     forget_states,
-    read_log,
     settled,
 )
 from rayprune.workers.texts.limits import kept_out
-
-REPORT_SECONDS = 5.0
 
 
 def train_first(context: Context, subject: Subject) -> Subject:
@@ -307,7 +301,7 @@ def _trained(
         forget_report(context.folder.path)
         forget_another(task.folder, task.fingerprint)
         with context.stage(name, 1):
-            with _reported(context, name, task.folder):
+            with reported(context, name, task.folder):
                 context.executor.train(stage)
             _commit(context, task, stage)
         forget_states(task.folder)
@@ -331,58 +325,6 @@ def _commit(context: Context, task: Task, stage: Finetune) -> None:
     context.emit("trained", task=task.name, **facts)
     computed_on = f"{task.made_from['computed_on']} in {stage.options.dtype}"
     commit(task, files, {"result": result, "facts": facts, "computed_on": computed_on})
-
-
-@contextmanager
-def _reported(context: Context, task: str, folder: Path) -> Iterator[None]:
-    """Report the newest step that was logged, every few seconds and at the end: meanwhile the
-    driver waits for the ranks. What a report raises ends the training, as an interrupt does.
-    """
-    ended, shown, driver = threading.Event(), [-1], threading.get_ident()
-    failed, ending = list[BaseException](), threading.Lock()
-
-    def report() -> None:
-        if (log := read_log(folder)) and log[-1]["step"] != shown[0]:
-            shown[0] = log[-1]["step"]
-            context.emit("training-step", task=task, **log[-1])
-
-    def watch() -> None:
-        try:
-            while not ended.wait(REPORT_SECONDS):
-                report()
-        except BaseException as error:  # the reader's: it is raised where the run waits
-            with ending:
-                failed.append(error)
-                if not ended.is_set():
-                    _interrupt(driver)
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        try:
-            yield
-        finally:
-            with ending:
-                ended.set()
-            watcher.join()
-    except KeyboardInterrupt:
-        if failed:
-            raise failed[0] from None
-        raise
-    if failed:
-        raise failed[0]
-    report()
-
-
-def _interrupt(thread: int) -> None:
-    """Raise KeyboardInterrupt in another thread: at once in the main one, as Ctrl-C does; in others
-    at their next step in Python, which is behind a training on Ray.
-    """
-    if thread == threading.main_thread().ident:
-        _thread.interrupt_main()
-        return
-    of_thread = ctypes.c_ulong(thread)
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(of_thread, ctypes.py_object(KeyboardInterrupt))
 
 
 def _files_in(trained: Path) -> list[str]:

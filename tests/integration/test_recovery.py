@@ -16,7 +16,7 @@ from rayprune.orchestrator.execution.run_folder import read_events
 from rayprune.orchestrator.execution.verify import verify_run
 from rayprune.orchestrator.planning.preflight import check_job
 from rayprune.orchestrator.run import run_job
-from rayprune.orchestrator.stages import training
+from rayprune.orchestrator.stages import reported
 from rayprune.specs.errors import SpecError
 from rayprune.specs.job import JobSpec
 from rayprune.specs.loader import load_job
@@ -209,7 +209,7 @@ def test_what_a_reader_raises_ends_a_training(
     job: JobSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the middle of it, though another thread tells its steps."""
-    monkeypatch.setattr(training, "REPORT_SECONDS", 0.01)
+    monkeypatch.setattr(reported, "REPORT_SECONDS", 0.01)
     slow, steps = Training._step, list[int]()
 
     def step(self: Training, number: int, numbers: Any) -> dict[str, float]:

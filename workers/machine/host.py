@@ -33,14 +33,6 @@ class Host:
     profile: MachineProfile | None = None
     """What is known of one worker, where it is not this machine."""
 
-    @property
-    def words(self) -> str:
-        """What it has, in words."""
-        gpus = f"{len(self.gpus)} x {self.gpus[0].name}" if self.gpus else "no GPU"
-        if self.profile:
-            return gpus if self.gpus else f"{self.cores} x {self.profile.name}"
-        return f"{self.cores} cores, {self.memory_bytes / 2**30:,.2f} GiB, {gpus}"
-
 
 def workers_like(profile: MachineProfile, count: int) -> Host:
     """A machine, or several, with room for so many workers of a profile."""
