@@ -30,14 +30,16 @@ from rayprune.orchestrator.execution.run_folder import read_events
 from rayprune.specs.sizes import parse_bytes
 
 HERE = Path(__file__).parent
-TRAINING = {"batch": 2, "epochs": 2, "dtype": "bfloat16"}
+TRAINING = {"batch": 2, "epochs": 2}
 EVALUATION = {"path": str(HERE.parent / "docs/architecture.md"), "window": 1024, "max_windows": 4}
-METHODS = {"stat": "stat", "dress": {"name": "dress", "scope": "layer", "training": TRAINING}}
+METHODS = ("stat", "dress")
 
 
 def job(model: Path, options: argparse.Namespace) -> dict[str, Any]:
     """The job document."""
     text = Path(__file__).parent.parent / "README.md"
+    training = TRAINING | {"dtype": options.dtype}
+    dress = {"name": "dress", "scope": "layer", "training": training}
     return {
         "model": {"path": str(model)},
         "calibration": {"path": str(text), "samples": 4, "sequence_length": 512, "shards": 4},
@@ -48,8 +50,8 @@ def job(model: Path, options: argparse.Namespace) -> dict[str, Any]:
         },
         "parallel": {"workers": 2, "placement": options.placement, "micro_batch": 1},
         "memory": {"worker": options.budget},
-        "method": METHODS[options.method],
-        "recover": {"scope": "layer", **TRAINING} if options.recover else None,
+        "method": dress if options.method == "dress" else options.method,
+        "recover": {"scope": "layer", **training} if options.recover else None,
     }
 
 
@@ -137,6 +139,9 @@ def main() -> None:
     )
     parser.add_argument("--experts", type=int, help="experts that stay; default: all")
     parser.add_argument("--recover", action="store_true", help="train every layer alone behind it")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of the training"
+    )
     parser.add_argument("--evaluate", action="store_true", help="evaluate the result, streamed")
     parser.add_argument("--sparsity", type=float, default=0.2)
     options = parser.parse_args()

@@ -40,12 +40,15 @@ def accelerator(machine: str) -> str:
 
 def page(name: str, content: str, machine: str) -> str:
     """A result under its date, command, machine and versions."""
+    import torch
+
     words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
     command = shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *words])
     versions = ", ".join(f"{key} {value}" for key, value in environment().items())
+    instructions = torch.backends.cpu.get_cpu_capability()
     return (
         f"# {name}, {datetime.date.today()}\n\n`{command}`\n\n{accelerator(machine)}Machine:"
-        f" {processor()}, {os.cpu_count()} cores. {versions}.\n\n{content}\n"
+        f" {processor()}, {os.cpu_count()} cores, {instructions}. {versions}.\n\n{content}\n"
     )
 
 

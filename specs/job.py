@@ -280,6 +280,16 @@ class JobSpec(Section):
         return self.model.dtype if own is None or own.dtype == "auto" else own.dtype
 
     @property
+    def dtypes(self) -> dict[str, str]:
+        """Types that something is computed in, by the option of each."""
+        own, trainings = self.calibration.own, self._trainings
+        return {
+            "model.dtype": self.model.dtype,
+            **({"calibration.own.dtype": own.dtype} if own else {}),
+            **{f"{name}.dtype": training.dtype for name, training in trainings.items()},
+        }
+
+    @property
     def more_own_samples(self) -> int:
         """Windows of the model's own text that a recovery takes beyond the calibration's."""
         return self.recover.own_samples if self.recover and self.calibration.own else 0
@@ -296,10 +306,14 @@ class JobSpec(Section):
         """Windows of the calibration text that trainings take, by the option of each; those that
         take all windows of the calibration, or another text, are left out.
         """
+        return {name: each.samples for name, each in self._trainings.items() if each.samples}
+
+    @property
+    def _trainings(self) -> dict[str, TrainingSpec]:
+        """By the option of each."""
         options = ((f"method.{name}", value) for name, value in self.method)
         trainings = {name: value for name, value in options if isinstance(value, TrainingSpec)}
-        trainings |= {"recover": self.recover} if self.recover else {}
-        return {name: each.samples for name, each in trainings.items() if each.samples}
+        return trainings | ({"recover": self.recover} if self.recover else {})
 
     @property
     def recovery_text(self) -> WindowsSpec:

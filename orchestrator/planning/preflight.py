@@ -74,7 +74,7 @@ def check_job(job: JobSpec, out: Path | None = None) -> Checked:
         ResourceError: packages, memory or disk are missing.
     """
     checkpoint = open_checkpoint(Path(job.model.path))
-    warnings = [*check_inputs(job, checkpoint), *_crowded(job)]
+    warnings = [*check_inputs(job, checkpoint), *_crowded(job), *_device(job)]
     check_packages(job)
     plan = first_plan(job, checkpoint).noting(warnings)
     if out is not None:
@@ -92,6 +92,30 @@ def _crowded(job: JobSpec) -> list[str]:
     return [
         f"parallel.workers: {workers} on {cores} cores: they take turns, and each takes memory and"
         f" seconds to start; {cores} are as fast"
+    ]
+
+
+def _device(job: JobSpec) -> list[str]:
+    """Check the device that is asked for, where workers start on this machine; a warning where its
+    cores have no instructions for a type that is asked for.
+
+    Raises:
+        ResourceError: there is no GPU here.
+    """
+    wanted = job.parallel.device
+    narrow = [name for name, dtype in job.dtypes.items() if dtype == "bfloat16"]
+    here = job.cluster.executor == "in-process" or job.cluster.address == "local"
+    if not here or (wanted != "cuda" and not narrow):
+        return []
+    from rayprune.workers.machine.device import device_of  # torch, which takes seconds to import
+    from rayprune.workers.machine.host import SLOW_PACE, bfloat16_pace
+
+    on_cores = device_of(wanted).type == "cpu"
+    if not narrow or not on_cores or (pace := bfloat16_pace()) < SLOW_PACE:
+        return []
+    return [
+        f"{' and '.join(narrow)}: bfloat16, for which this machine's cores have no instructions: its"
+        f" products take {pace:.0f} times as long as in float32; set float32"
     ]
 
 

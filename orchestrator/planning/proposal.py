@@ -21,7 +21,7 @@ from rayprune.specs.errors import ModelError, SpecError
 from rayprune.specs.job import JobSpec
 from rayprune.specs.recipe import RecipeName
 from rayprune.specs.texts import TextSpec
-from rayprune.workers.machine.host import Host
+from rayprune.workers.machine.host import SLOW_PACE, Host
 from rayprune.workers.model.checkpoint import Checkpoint
 from rayprune.workers.texts.limits import check_other_text
 from rayprune.workers.texts.reading import check_text
@@ -98,7 +98,7 @@ def _first(case: Case, name: str, aim: RecipeName, text: Path | None, sparsity: 
     length = min(usual, case.checkpoint.model.positions or usual)
     groups = case.checkpoint.model.groups
     widest = max(group.num_units for group in groups if group.kind == "ffn")
-    return {
+    first = {
         "recipe": Setting(aim),
         "model.path": Setting(name),
         "calibration.path": Setting(os.fspath(text) if text else NO_TEXT),
@@ -107,6 +107,17 @@ def _first(case: Case, name: str, aim: RecipeName, text: Path | None, sparsity: 
         "budget.sparsity": Setting(sparsity, "of the decoder-layer parameters, at least"),
         "parallel.device": Setting(case.device),
     }
+    return first | _types(case, first)
+
+
+def _types(case: Case, settings: Settings) -> Settings:
+    """float32 where the recipe computes in bfloat16 and the machine's cores would take longer."""
+    pace, job = case.host.bfloat16_pace, case.job(settings)
+    if pace < SLOW_PACE:
+        return {}
+    sections = (name.removesuffix(".dtype") for name, t in job.dtypes.items() if t == "bfloat16")
+    why = f"bfloat16 would take {pace:.0f} times as long on this machine's cores"
+    return {section: Setting({"dtype": "float32"}, why) for section in sections}
 
 
 def _evaluation(case: Case, held_out: Path) -> Settings:

@@ -20,6 +20,7 @@ from rayprune.orchestrator.stages.evaluation import doubts
 from rayprune.orchestrator.stages.subject import Judged
 from rayprune.specs.errors import ModelError, RaypruneError, SpecError
 from rayprune.specs.loader import load_job
+from rayprune.workers.machine import host
 from rayprune.workers.store.layout import PLAN_FILE
 from tests.conftest import edit_json, write_job
 from tests.models import build_model
@@ -284,6 +285,32 @@ def test_a_plan_for_another_cluster_needs_no_packages_here(wrong: Wrong) -> None
     no_package("peft", lora={"rank": 2})(wrong)
     wrong.sections["cluster"]["address"] = "ray://there:10001"
     assert rayprune.plan(load_job(job_of(wrong))).tasks
+
+
+def test_a_type_that_this_machine_is_slow_in_is_said(wrong: Wrong, capsys: Capture) -> None:
+    wrong.sections |= {"recover": RECOVER | {"dtype": "bfloat16"}, "parallel": {"device": "cpu"}}
+    for pace, is_said in ((9.4, True), (0.5, False)):
+        wrong.monkeypatch.setattr(host, "bfloat16_pace", lambda pace=pace: pace)
+        assert main(["validate", str(job_of(wrong))]) == 0
+        told = "warning: recover.dtype: bfloat16, for which this machine's cores have no"
+        assert (told in capsys.readouterr().out) == is_said
+    wrong.sections["cluster"] = {"executor": "ray", "address": "ray://there:10001"}
+    wrong.monkeypatch.setattr(host, "bfloat16_pace", lambda: 9.4)
+    assert main(["validate", str(job_of(wrong))]) == 0
+    assert "bfloat16" not in capsys.readouterr().out
+
+
+def test_a_gpu_that_is_not_here_is_missed(wrong: Wrong, capsys: Capture) -> None:
+    wrong.monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    wrong.sections["parallel"] = {"device": "cuda"}
+    job = str(job_of(wrong))
+    assert main(["plan", job]) == 0
+    assert main(["validate", job]) == 4
+    assert "parallel.device: cuda, but torch finds no GPU here" in capsys.readouterr().err
+
+
+def test_a_product_is_timed_in_both_types() -> None:
+    assert 0.01 < host.bfloat16_pace() < 1000
 
 
 def test_a_recovery_that_made_it_worse_is_said() -> None:

@@ -24,6 +24,7 @@ GIB = 2**30
 HOSTS = {
     "no GPU": Host(16, 64 * GIB),
     "8 GiB": Host(4, 8 * GIB),
+    "no bfloat16": Host(8, 32 * GIB, bfloat16_pace=9.0),
     "8 x H100": Host(128, 1024 * GIB, (Gpu("NVIDIA H100 80GB HBM3", 79 * GIB),) * 8),
 }
 FAMILIES = (
@@ -58,6 +59,7 @@ def test_a_job_that_fits(family: str, host: str, aim: RecipeName, tmp_path: Path
     job = load_job(file)
     assert job.recipe == aim
     assert job.parallel.device == ("cuda" if HOSTS[host].gpus else "cpu")
+    assert "bfloat16" not in job.dtypes.values() or host != "no bfloat16"
     plan = first_plan(job, model)
     assert plan.tokens_per_neuron >= 10
     assert job.memory.worker
@@ -78,6 +80,16 @@ def test_packages_that_a_run_will_miss_are_named(
     assert "rayprune[train]" in told["best"]
     assert "rayprune[gguf]" in told["serving"]
     assert "before a run" not in told["fast"]
+
+
+def test_a_type_that_the_cores_are_slow_in_is_given_up_with_the_reason(tmp_path: Path) -> None:
+    model = planned_checkpoint(config_folder(tmp_path / "model", "llama"))
+    asked = {"calibration.own.dtype", "recover.dtype"}
+    for host, dtype in (("no GPU", "bfloat16"), ("no bfloat16", "float32")):
+        proposal = propose("m", model, HOSTS[host], "best")
+        assert {name for name, taken in proposal.job.dtypes.items() if taken == dtype} == asked
+    told = "\n".join(taken(proposal, Path("job.yaml")))
+    assert "recover: {dtype: float32} (bfloat16 would take 9 times as long on this mac" in told
 
 
 def test_what_a_family_does_not_allow_is_given_up_with_the_reason(tmp_path: Path) -> None:
