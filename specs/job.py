@@ -39,8 +39,8 @@ class ModelSpec(Section):
     revision: Annotated[str, Field(min_length=1)] | None = None
     """Branch, tag or commit on the Hub; null: main. The commit is part of the result."""
     dtype: FloatType = "auto"
-    """Floating-point type of the forward passes; `auto`: the checkpoint's own on a GPU, float32 on
-    a CPU.
+    """Floating-point type of the forward passes; `auto`: the checkpoint's own on a GPU (float32 in
+    place of a bfloat16 that it has no instructions for), float32 on a CPU.
     """
 
     @property

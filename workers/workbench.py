@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rayprune.specs.job import JobSpec
 from rayprune.specs.memory import MemoryPlan
-from rayprune.workers.machine.device import device_of, peak_memory_bytes
+from rayprune.workers.machine.device import device_of, multiplies_bfloat16, peak_memory_bytes
 from rayprune.workers.machine.memory import PeakMemory
 from rayprune.workers.machine.scratch import Scratch
 from rayprune.workers.model.checkpoint import Checkpoint, open_checkpoint
@@ -73,7 +73,9 @@ class Workbench:
 
     def _dtype(self, name: str) -> torch.dtype:
         if name == "auto":
-            name = "float32" if self.device.type == "cpu" else self.checkpoint.model.dtype
+            own, on_gpu = self.checkpoint.model.dtype, self.device.type == "cuda"
+            fast = on_gpu and (own != "bfloat16" or multiplies_bfloat16(self.device))
+            name = own if fast else "float32"
         return _torch_dtype(name)
 
     @property

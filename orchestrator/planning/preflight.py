@@ -96,8 +96,8 @@ def _crowded(job: JobSpec) -> list[str]:
 
 
 def _device(job: JobSpec) -> list[str]:
-    """Check the device that is asked for, where workers start on this machine; a warning where its
-    cores have no instructions for a type that is asked for.
+    """Check the device that is asked for, where workers start on this machine; a warning where it
+    has no instructions for a type that is asked for.
 
     Raises:
         ResourceError: there is no GPU here.
@@ -107,15 +107,14 @@ def _device(job: JobSpec) -> list[str]:
     here = job.cluster.executor == "in-process" or job.cluster.address == "local"
     if not here or (wanted != "cuda" and not narrow):
         return []
-    from rayprune.workers.machine.device import device_of  # torch, which takes seconds to import
-    from rayprune.workers.machine.host import SLOW_PACE, bfloat16_pace
+    from rayprune.workers.machine.device import device_of, multiplies_bfloat16  # torch: seconds
 
-    on_cores = device_of(wanted).type == "cpu"
-    if not narrow or not on_cores or (pace := bfloat16_pace()) < SLOW_PACE:
+    device = device_of(wanted)
+    if not narrow or multiplies_bfloat16(device):
         return []
     return [
-        f"{' and '.join(narrow)}: bfloat16, for which this machine's cores have no instructions: its"
-        f" products take {pace:.0f} times as long as in float32; set float32"
+        f"{' and '.join(narrow)}: bfloat16, for which this machine has no instructions: products"
+        " take up to 50 times as long as in float32; set float32"
     ]
 
 

@@ -10,6 +10,7 @@ import psutil
 import torch
 
 from rayprune.specs.errors import ResourceError
+from rayprune.workers.machine.host import SLOW_PACE, bfloat16_pace
 from rayprune.workers.machine.memory import PeakMemory
 
 
@@ -26,6 +27,15 @@ def device_of(name: str) -> torch.device:
     return torch.device(
         ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     )
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether a device has instructions for bfloat16; without, products in it take many times as
+    long as in float32 (GPUs before NVIDIA's Ampere, processors without AVX-512 or AMX).
+    """
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return bfloat16_pace() < SLOW_PACE
 
 
 def peak_memory_bytes(private: PeakMemory, device: torch.device) -> dict[str, int]:

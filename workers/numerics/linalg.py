@@ -22,13 +22,19 @@ from rayprune.workers.machine.blocks import BLOCK_ROWS, PRODUCT_TOKENS
 from rayprune.workers.machine.scratch import Scratch
 
 WIDE = torch.float64
+OLDEST_GPU = (8, 0)
+"""Compute capability (NVIDIA's Ampere, and what others call so) from which on kernels are used."""
 Solver = Callable[[Tensor], Tensor]
 """Solutions for a block of right sides, which are the rows of its argument, as rows."""
 
 
 @cache
 def kernels() -> ModuleType | None:
-    """Those for GPUs, where there are any (Triton comes with a torch that is made for CUDA)."""
+    """Those for GPUs, where there are any (Triton comes with a torch that is made for CUDA) and the
+    GPU is one that Triton compiles for.
+    """
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < OLDEST_GPU:
+        return None
     try:
         return import_module("rayprune.workers.numerics.kernels")
     except ImportError:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from rayprune.specs.errors import ResourceError
 from rayprune.specs.loader import load_job
 from rayprune.specs.memory import MemoryPlan
 from rayprune.workers.model.checkpoint import open_checkpoint
+from rayprune.workers.numerics.linalg import kernels
 from rayprune.workers.workbench import Workbench
 from tests.conftest import MakeJob, MakeModel
 
@@ -130,3 +132,27 @@ def test_a_job_in_one_process_is_planned_for_one_worker(
     job = load_job(make_job(model, parallel={"workers": 4}))
     run_job(job, tmp_path / "run", lambda _: None)
     assert json.loads((tmp_path / "run" / "plan.json").read_text())["workers"] == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "own", "fast", "taken"),
+    [
+        ("cpu", "bfloat16", True, torch.float32),
+        ("cuda", "bfloat16", True, torch.bfloat16),
+        ("cuda", "bfloat16", False, torch.float32),
+        ("cuda", "float16", False, torch.float16),
+    ],
+)
+def test_the_type_is_one_that_the_device_multiplies(
+    kind: str, own: str, fast: bool, taken: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: fast)
+    checkpoint = SimpleNamespace(model=SimpleNamespace(dtype=own))
+    bench = SimpleNamespace(device=torch.device(kind), checkpoint=checkpoint)
+    assert Workbench._dtype(bench, "auto") == taken  # type: ignore[arg-type]
+
+
+def test_kernels_are_for_gpus_that_triton_compiles_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (7, 5))
+    assert kernels.__wrapped__() is None

@@ -20,7 +20,7 @@ from rayprune.orchestrator.stages.evaluation import doubts
 from rayprune.orchestrator.stages.subject import Judged
 from rayprune.specs.errors import ModelError, RaypruneError, SpecError
 from rayprune.specs.loader import load_job
-from rayprune.workers.machine import host
+from rayprune.workers.machine import device, host
 from rayprune.workers.store.layout import PLAN_FILE
 from tests.conftest import edit_json, write_job
 from tests.models import build_model
@@ -290,12 +290,12 @@ def test_a_plan_for_another_cluster_needs_no_packages_here(wrong: Wrong) -> None
 def test_a_type_that_this_machine_is_slow_in_is_said(wrong: Wrong, capsys: Capture) -> None:
     wrong.sections |= {"recover": RECOVER | {"dtype": "bfloat16"}, "parallel": {"device": "cpu"}}
     for pace, is_said in ((9.4, True), (0.5, False)):
-        wrong.monkeypatch.setattr(host, "bfloat16_pace", lambda pace=pace: pace)
+        wrong.monkeypatch.setattr(device, "bfloat16_pace", lambda pace=pace: pace)
         assert main(["validate", str(job_of(wrong))]) == 0
-        told = "warning: recover.dtype: bfloat16, for which this machine's cores have no"
+        told = "warning: recover.dtype: bfloat16, for which this machine has no instructions"
         assert (told in capsys.readouterr().out) == is_said
     wrong.sections["cluster"] = {"executor": "ray", "address": "ray://there:10001"}
-    wrong.monkeypatch.setattr(host, "bfloat16_pace", lambda: 9.4)
+    wrong.monkeypatch.setattr(device, "bfloat16_pace", lambda: 9.4)
     assert main(["validate", str(job_of(wrong))]) == 0
     assert "bfloat16" not in capsys.readouterr().out
 
