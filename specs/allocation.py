@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, Tag
 
-from rayprune.specs.section import Section, named, told_apart_by_name
+from rayprune.specs.section import Section, Seed, named, told_apart_by_name
 
 
 class UniformAllocation(Section):
@@ -59,7 +59,7 @@ class SearchAllocation(CurvesAllocation):
     """Rounds of the search."""
     offspring: int = Field(default=16, ge=1, le=4096)
     """Candidates per round; the best one, if better than their parent, is the next parent."""
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     """Seed of the mutations."""
 
 

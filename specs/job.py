@@ -22,7 +22,7 @@ from rayprune.specs.methods.ranking.stat import StatOptions
 from rayprune.specs.recipe import RecipeName
 from rayprune.specs.section import FloatType, Section
 from rayprune.specs.sizes import ByteSize
-from rayprune.specs.texts import PathMarker, WindowsSpec
+from rayprune.specs.texts import MOST_SAMPLES, PathMarker, WindowsSpec
 from rayprune.specs.training import HOW_TRAINED, RecoverSpec, TrainingSpec
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -75,6 +75,14 @@ class CorrectionSpec(Section):
     """Fraction of what the residual stream has drifted from the dense model's that every block's
     correction also makes up for.
     """
+
+    @model_validator(mode="after")
+    def _candidates_are_tried(self) -> Self:
+        if self.damping != "held-out" and self.given("candidates"):
+            raise ValueError(
+                f"candidates: none is tried with damping: {self.damping:g}; leave one of them out"
+            )
+        return self
 
 
 class MemorySpec(Section):
@@ -219,6 +227,16 @@ class JobSpec(Section):
             raise ValueError(
                 f"recover.own_samples: method {self.method.name} measures its gate on these"
                 " windows; leave it out, or raise recover.samples"
+            )
+        trained, seen = self.recover and self.recover.samples, self.calibration.samples
+        if self.more_own_samples and trained and trained < seen:
+            raise ValueError(
+                f"recover.own_samples: they lie behind windows that pruning has seen, of which"
+                f" recover.samples takes {trained} of {seen}; leave recover.samples out"
+            )
+        if self.more_own_samples + max(trained or 0, seen) > MOST_SAMPLES:
+            raise ValueError(
+                f"recover.own_samples: with the others more than {MOST_SAMPLES:,} windows; lower it"
             )
         return self
 

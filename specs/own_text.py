@@ -4,10 +4,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from rayprune.specs.section import FloatType, Section
+from rayprune.specs.section import FloatType, Section, Seed
 
 OWN_TEXT = "the model's own text"
 """What stands for its path before it is written."""
+OWN_LENGTH = "calibration.own.length"
+"""What its documents' length is called."""
 
 
 class OwnTextSpec(Section):
@@ -35,5 +37,5 @@ class OwnTextSpec(Section):
     """
     batch: int = Field(default=32, ge=1, le=65_536)
     """Documents that a worker writes together, a task of its own. Part of the result."""
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     """Of the samples; every document has random numbers of its own."""

@@ -6,12 +6,22 @@ from operator import or_
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Tag, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+)
 
 from rayprune.specs.errors import SpecError
 from rayprune.specs.yaml_file import Builder, parse_yaml, read_text
 
 S = TypeVar("S", bound="Section")
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+"""Of random numbers."""
 FloatType = Literal["auto", "float32", "bfloat16", "float16"]
 """A floating-point type; what `auto` is, each section says."""
 

@@ -7,6 +7,9 @@ from pydantic import Field
 
 from rayprune.specs.section import Section
 
+MOST_SAMPLES = 1_000_000
+"""Windows that anything takes."""
+
 
 @dataclass(frozen=True)
 class PathMarker:
@@ -56,7 +59,7 @@ class WindowsSpec(TextSpec):
     """Further texts: windows of all of them alternate, in proportion to their weights; the first
     text's is 1.
     """
-    samples: int = Field(default=128, ge=2, le=1_000_000)
+    samples: int = Field(default=128, ge=2, le=MOST_SAMPLES)
     """Number of windows, taken from the start of each text."""
     sequence_length: int = Field(default=2048, ge=8, le=1_048_576)
     """Length of one window, in tokens."""

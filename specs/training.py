@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from rayprune.specs.section import Section
+from rayprune.specs.section import Section, Seed
 from rayprune.specs.texts import WindowsSpec
 
 Norm = Literal["l1", "l2"]
@@ -51,7 +51,7 @@ class TrainingSpec(Section):
     """Weights and optimizer state are saved every so many steps; a training that was cut off goes
     on from there.
     """
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     """Seed of the order of the windows."""
 
 

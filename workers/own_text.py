@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rayprune.specs.errors import SpecError
-from rayprune.specs.own_text import OwnTextSpec
+from rayprune.specs.own_text import OWN_LENGTH, OwnTextSpec
 from rayprune.specs.texts import TextSpec
 from rayprune.workers.calibration import load_tokenizer, tokenize
 from rayprune.workers.model.checkpoint import Checkpoint
@@ -26,7 +26,7 @@ from rayprune.workers.network.load_check import loaded
 from rayprune.workers.network.sampling import Rules, sampled
 from rayprune.workers.stock import stock_ends
 from rayprune.workers.texts.checks import check_known
-from rayprune.workers.texts.limits import embedding_rows
+from rayprune.workers.texts.limits import check_positions, embedding_rows
 from rayprune.workers.texts.own import (
     LOOP,
     PROMPT_EVERY,
@@ -141,9 +141,9 @@ class Author:
         """What documents with these numbers go on from, all of one length."""
         rows, path = embedding_rows(self.checkpoint), str(self.checkpoint.path)
         if self._turns:
-            check_known(
-                torch.tensor([*self._turns.before, *chain(*self._turns.behind)]), rows, path
-            )
+            before = self._turns.before
+            check_positions(self.checkpoint, self.spec.length, OWN_LENGTH, len(before))
+            check_known(torch.tensor([*before, *chain(*self._turns.behind)]), rows, path)
             return [list(self._turns.before) for _ in numbers]
         if self.spec.prompts == "none":
             first = first_token(self._tokenizer)

@@ -35,10 +35,11 @@ from rayprune.workers.store.layout import (
     dropped_task,
 )
 
-_STAGES = ("divergence", "write", TEACHER_TASK, RECOVER_TASK, "evaluate")
+_OWN_TEXT = "own text"
+_STAGES = (_OWN_TEXT, "divergence", "write", TEACHER_TASK, RECOVER_TASK, "evaluate")
 _TRAINING = ("teach", "train", "train layer")
 _EVALUATION = ("evaluate", "whole model")
-_STEPS = ("divergence", "write", "write outer", *_EVALUATION, *_TRAINING, "convert")
+_STEPS = (_OWN_TEXT, "divergence", "write", "write outer", *_EVALUATION, *_TRAINING, "convert")
 """What is done where nothing but layers goes."""
 
 
@@ -166,7 +167,7 @@ def plan_dropping(
     if rest is None:
         return replace(first, tasks=_inserted(first.tasks, tasks), dropped=dropped)
     there = left.remaining(checkpoint.num_layers)
-    second = make_plan(rest, checkpoint.planned_layers(there), machine, device)
+    second = _written_already(make_plan(rest, checkpoint.planned_layers(there), machine, device))
     plans = [first, second]
     spills = any(plan.memory.spill_hidden for plan in plans)
     shapes = tuple(whole(shape, there, checkpoint.num_layers) for shape in second.shapes)
@@ -209,14 +210,22 @@ def _inserted(tasks: tuple[str, ...], choices: tuple[str, ...]) -> tuple[str, ..
 
 def _layers_plan(plan: Plan) -> Plan:
     """A plan by which no layer is looked into, only measured and written."""
-    stages = tuple(stage for stage in plan.stages if stage.name in _STAGES)
-    held = {
-        name: dict(plan.needs.memory_by_step[name])
-        for name in _STEPS
-        if name in plan.needs.memory_by_step
-    }
+    held = {name: dict(plan.needs.memory_by_step.get(name, {})) for name in _STEPS}
     for kind in ("hidden states", "inputs"):  # a layer that is only written meets none
-        held.get("write", {}).pop(kind, None)
+        held["write"].pop(kind, None)
+    return _of_parts(plan, _STAGES, {name: needed for name, needed in held.items() if needed})
+
+
+def _written_already(plan: Plan) -> Plan:
+    """A plan without the text of its own, which the original has written."""
+    stages = [stage.name for stage in plan.stages if stage.name != _OWN_TEXT]
+    held = {name: kinds for name, kinds in plan.needs.memory_by_step.items() if name != _OWN_TEXT}
+    return _of_parts(plan, stages, held)
+
+
+def _of_parts(plan: Plan, names: Collection[str], held: dict[str, dict[str, int]]) -> Plan:
+    """A plan of these stages alone, and of steps that hold so much."""
+    stages = tuple(stage for stage in plan.stages if stage.name in names)
     most = max(map(total, held.values()), default=plan.needs.worker_memory_bytes)
     return replace(
         plan,

@@ -22,7 +22,7 @@ from rayprune.specs.errors import ResourceError, SpecError
 from rayprune.specs.evaluation import EvaluationSpec
 from rayprune.specs.job import JobSpec
 from rayprune.specs.loader import paths_in
-from rayprune.specs.own_text import OWN_TEXT
+from rayprune.specs.own_text import OWN_LENGTH, OWN_TEXT
 from rayprune.specs.texts import TextSpec
 from rayprune.workers.model.checkpoint import Checkpoint, open_checkpoint
 from rayprune.workers.store.files import read_manifest
@@ -144,7 +144,7 @@ def check_inputs(job: JobSpec, checkpoint: Checkpoint) -> list[str]:
     if spec.own:
         own_tokens(job)
         before = longest_prompt(spec.own)
-        warnings += check_positions(checkpoint, spec.own.length, "calibration.own.length", before)
+        warnings += check_positions(checkpoint, spec.own.length, OWN_LENGTH, before)
         if spec.own.prompts == "chat" and not has_template(checkpoint.path):
             raise SpecError(
                 "calibration.own.prompts: chat, but the model has no chat template; put its"

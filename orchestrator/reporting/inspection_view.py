@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from rayprune.orchestrator.planning.inspection import GroupFacts, Inspection, Writing
 from rayprune.orchestrator.reporting.tables import Part, Table
+from rayprune.workers.model.description import Model
 
 
 def inspection_parts(found: Inspection) -> Iterator[Part]:
@@ -15,7 +16,7 @@ def inspection_parts(found: Inspection) -> Iterator[Part]:
         f" {model.hidden:,}, {checkpoint.parameters:,} parameters,"
         f" {checkpoint.decoder_parameters:,} of them in the layers,"
         f" {checkpoint.bytes_on_disk / 2**20:,.0f} MiB"
-        f"{'' if checkpoint.has_weights else ' by the config alone: no weights were looked at'}"
+        f"{'' if checkpoint.has_weights else _on_paper(model)}"
     )
     if model.not_pruned:
         yield f"can be planned, not pruned: {model.not_pruned}"
@@ -30,6 +31,11 @@ def inspection_parts(found: Inspection) -> Iterator[Part]:
         ["target", "KV groups that stay", "model type"],
         [_writing_row(writing) for writing in found.writings],
     )
+
+
+def _on_paper(model: Model) -> str:
+    beside = f", without {', '.join(model.beside)}" if model.beside else ""
+    return f" by the config alone{beside}: no weights were looked at"
 
 
 def _group_row(group: GroupFacts, decoder: int) -> list[str]:

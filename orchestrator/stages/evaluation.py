@@ -14,12 +14,15 @@ from rayprune.orchestrator.execution.steps import Call, Steps
 from rayprune.orchestrator.stages.context import Context
 from rayprune.orchestrator.stages.subject import Judged, ModelAt
 from rayprune.specs.errors import ModelError
+from rayprune.specs.training import RecoverSpec
 from rayprune.workers.machine.blocks import TOLD_AT_ONCE
 from rayprune.workers.store.files import Manifest, commit
 from rayprune.workers.store.layout import EVALUATION_TASK
 
 MOST_NATS = 700.0
 """Of a mean loss: e to the power of more is no fp64 number."""
+ROUNDING = 1.001
+"""A measure that has grown by less has not changed."""
 DENSE = "before"
 Step = Callable[[Steps, str, tuple[int, int]], Call[None]]
 Windows = Sequence[Any]
@@ -46,13 +49,16 @@ def evaluate(
     return {name: found[name] for name in judge.names}
 
 
-def doubts(judged: Mapping[str, Judged] | None) -> list[str]:
-    """Warnings about a recovery that ends where it should not."""
-    found = {name: each.result.get("perplexity", 0.0) for name, each in (judged or {}).items()}
-    if found.get("recovered", 0.0) <= found.get("after", 0.0):
+def doubts(judged: Mapping[str, Judged] | None, recover: RecoverSpec | None) -> list[str]:
+    """Warnings about a recovery that ends where it should not, by what it was trained for."""
+    by_text = recover is not None and recover.loss == "lm"
+    measure = "perplexity" if by_text else "divergence"
+    found = {name: each.result.get(measure, 0.0) for name, each in (judged or {}).items()}
+    if found.get("recovered", 0.0) <= ROUNDING * found.get("after", 0.0):
         return []
+    what = measure if by_text else "KL divergence"
     return [
-        f"recovery made the model worse: perplexity {found['after']:.4g} before it,"
+        f"recovery made the model worse: {what} {found['after']:.4g} before it,"
         f" {found['recovered']:.4g} after it; lower recover.learning_rate, train on text of the"
         " evaluation's kind, or leave recover out"
     ]

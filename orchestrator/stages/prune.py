@@ -93,7 +93,7 @@ def end(
     judged = evaluation.evaluate(context, models, evaluated)
     written = samples.write_samples(context, subject.plan, models, evaluated)
     scores = lm_tasks.ask_models(context, models)
-    final = noting(context, subject.plan, [*few, *evaluation.doubts(judged)])
+    final = noting(context, subject.plan, [*few, *evaluation.doubts(judged, context.job.recover)])
     allocation = _allocation(context)
     return Pruned(
         final, original, pruned, recovered, _groups(layers), judged, written, scores, allocation

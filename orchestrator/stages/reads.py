@@ -59,7 +59,7 @@ _TEXT = ("calibration.texts", "calibration.sequence_length")
 _TRAINING = ("parallel.device", "parallel.threads_per_worker", *_TEXT, "calibration.samples")
 _ALLOCATION = ("bounds", "export.form", "export.pad", "export.tensor_parallel")
 
-_WRITTEN = ("prompts", "temperature", "seed", "dtype")
+_WRITTEN = ("engine", "prompts", "temperature", "seed", "dtype")
 _GRADIENTS = (*_ACTIVATIONS, "gradient_windows")
 _SENSITIVITY = (*_ACTIVATIONS, "divergence_windows")
 _SHAPE = (*_CUT, *_ALLOCATION, "budget.probe_samples", "budget.probe_layers")

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from rayprune.specs.methods.options import DriveOut, MethodOptions
 from rayprune.specs.methods.ranking import RANKINGS
 from rayprune.specs.methods.ranking.stat import StatOptions
+from rayprune.specs.section import Seed
 from rayprune.specs.training import Loss, Norm, TrainingSpec
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class DressOptions(MethodOptions):
     moves it; 1: to zero. At half its norm an eighth of a channel's output is left, a product of
     three weights; the correction takes that.
     """
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     """Seed of a random mask."""
     training: TrainingSpec = TrainingSpec()
     """The training."""

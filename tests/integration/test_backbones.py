@@ -1,6 +1,7 @@
 """Text models that are part of larger ones: the rest goes along as it is; pictures as tokens."""
 
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,13 @@ from rayprune.orchestrator.planning.plan import make_plan
 from rayprune.orchestrator.run import run_job
 from rayprune.specs.errors import ModelError
 from rayprune.specs.loader import load_job
-from rayprune.workers.model.checkpoint import Checkpoint, open_checkpoint
+from rayprune.workers.model.checkpoint import Checkpoint, open_checkpoint, planned_checkpoint
+from rayprune.workers.model.families import family_named, model_types
+from rayprune.workers.model.families.backbone import Backbone
+from rayprune.workers.network.building import empty_model
 from tests.conftest import MakeJob, MakeModel, edit_json, folder_bytes
 from tests.helpers import quiet
+from tests.models import raw_config
 
 
 def beside(checkpoint: Checkpoint) -> dict[str, tuple[torch.dtype, bytes]]:
@@ -34,6 +39,27 @@ def beside(checkpoint: Checkpoint) -> dict[str, tuple[torch.dtype, bytes]]:
 def config_of(folder: Path) -> dict[str, Any]:
     config: dict[str, Any] = json.loads((folder / "config.json").read_text())
     return config
+
+
+LARGER = [name for name in model_types() if isinstance(family_named(name), Backbone)]
+FLAGS = (None, False, True)
+
+
+@pytest.mark.parametrize("kind", LARGER)
+def test_the_head_is_tied_where_the_stock_class_ties_it(kind: str, tmp_path: Path) -> None:
+    """Whatever the whole config says, and the text model's."""
+    for flags in product(FLAGS, FLAGS):
+        raw = raw_config(kind)
+        for config, flag in zip((raw, raw["text_config"]), flags, strict=True):
+            config.pop("tie_word_embeddings", None)
+            config |= {} if flag is None else {"tie_word_embeddings": flag}
+        (tmp_path / "config.json").write_text(json.dumps(raw))
+        checkpoint = planned_checkpoint(tmp_path)
+        network = empty_model(checkpoint, torch.float32)
+        network.tie_weights()
+        model = checkpoint.model
+        head, embedding = map(network.get_parameter, (model.head, model.embedding))
+        assert model.tied == (head is embedding), flags
 
 
 @pytest.mark.parametrize("kind", ["gemma3", "gemma4-readers", "janus", "llama4"])

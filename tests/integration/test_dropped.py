@@ -240,3 +240,21 @@ def test_what_cannot_be_is_refused(
     job = make_job(model, calibration=SMALL, budget={"sparsity": 0.4})
     with pytest.raises(SpecError, match=words):
         planned(job, model, *changes)
+
+
+def test_text_of_its_own_is_planned_once_and_as_the_original_writes_it(
+    make_model: MakeModel, make_job: MakeJob
+) -> None:
+    model = make_model(num_hidden_layers=LAYERS)
+    job = make_job(model, calibration=SMALL | {"own": {"tokens": 4096, "length": 64}})
+    usual = planned(job, model)
+    for changes in (
+        ["budget.drop_layers=[2]", "budget.sparsity=null"],
+        ["budget.drop_layers=[2]", "budget.sparsity=0.5"],
+    ):
+        plan = planned(job, model, *changes)
+        written = [stage.flops for stage in plan.stages if stage.name == "own text"]
+        assert written == [stage.flops for stage in usual.stages if stage.name == "own text"]
+        steps = plan.needs.memory_by_step
+        assert steps["own text"] == usual.needs.memory_by_step["own text"]
+        assert plan.needs.worker_memory_bytes >= sum(steps["own text"].values())

@@ -269,6 +269,22 @@ def test_what_is_no_encoder_is_refused(
         open_checkpoint(folder)
 
 
+def test_an_ffn_in_chunks_is_called_once(
+    make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+) -> None:
+    """`chunk_size_feed_forward` saves memory and changes no result."""
+    written = []
+    for chunk in (0, 8):
+        folder = make_model("bert")
+        edit_json(folder / "config.json", chunk_size_feed_forward=chunk)
+        job = load_job(make_job(folder, calibration=SMALL))
+        run_job(job, tmp_path / str(chunk), quiet)
+        files = folder_bytes(tmp_path / str(chunk) / "model").items()
+        written.append({name: held for name, held in files if name.endswith(".safetensors")})
+    assert written[0] == written[1]
+    assert written[0]
+
+
 def test_tools_for_causal_models_say_so(make_model: MakeModel) -> None:
     with pytest.raises(RaypruneError, match="encoder"):
         measure_latency(make_model("bert"), Wanted())

@@ -5,6 +5,7 @@ safetensors is read, shards must lie where the model's files lie, headers must f
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from rayprune.workers.model.places import Place
 CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+_PART = re.compile(r".*-\d+-of-\d+\.safetensors")
 MAX_JSON_BYTES = 64 * 2**20
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 FP8 = "F8_E4M3"
@@ -204,6 +206,8 @@ def _by_file(path: Path, weight_map: Mapping[str, object]) -> dict[str, set[str]
 
 def _instead(path: Path) -> str:
     """What lies in a folder in place of weights that can be read, and the way out."""
+    if parts := sorted(p.name for p in path.iterdir() if _PART.fullmatch(p.name)):
+        return f"found {parts[0]}, one of several, and no {INDEX_NAME}: fetch it"
     for endings, what in (
         (
             (".bin", ".pt", ".pth"),
@@ -253,7 +257,7 @@ def read_header(
             raise ModelError(
                 f"{path}: {name} is {info.dtype}; only floating-point weights"
                 f" ({', '.join(DTYPE_BYTES)}) can be pruned: if the model is quantised, take the"
-                " original"
+                " original; if it is an older file's buffer, save the model anew with transformers"
             )
     return infos
 

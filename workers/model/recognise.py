@@ -32,7 +32,10 @@ def _recognised(folder: Path) -> str:
     """What the headers say of layers."""
     if not has_shards(folder):
         return "there are no safetensors weights to look at"
-    names = read_headers(folder, (), hashlib.sha256())
+    try:
+        names = read_headers(folder, (), hashlib.sha256())
+    except ModelError as error:
+        return f"its weights could not be looked at ({error})"
     numbered = [match for name in names if (match := _NUMBERED.fullmatch(name))]
     if not numbered:
         return "no numbered layers could be recognised"

@@ -5,6 +5,7 @@ them, or compute something else.
 import re
 from collections.abc import Callable, Mapping
 
+from rayprune.specs.errors import ModelError
 from rayprune.workers.model.config import Config
 
 ACTIVATIONS = frozenset(
@@ -43,6 +44,8 @@ _ROPE_NEEDS = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }
 _LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
+_SLIDE_IF_ASKED = ("qwen2", "qwen3")
+"""Types whose `use_sliding_window` is false where the config does not say."""
 _ROPE_ALIASES = {"su", "mrope"}
 """Old names that config classes translate."""
 _ACTIVATION_KEYS = ("hidden_act", "hidden_activation", "activation_function", "activation")
@@ -87,7 +90,8 @@ def check_values(config: Config) -> None:
     for key in _FINITE:
         config.number(key, 0.0)
     config.optional("original_max_position_embeddings")
-    if config.flag("use_sliding_window", True) or config.raw.get("sliding_window") != 0:
+    slides = not config.model_type.startswith(_SLIDE_IF_ASKED)
+    if config.flag("use_sliding_window", slides) or config.raw.get("sliding_window") != 0:
         config.optional("sliding_window")
     for key in _ROPE_KEYS:
         _check_rope(config, key, config.raw.get(key))
@@ -143,11 +147,20 @@ def check_padding(config: Config, vocabulary: int) -> None:
 
 
 def check_causal(config: Config) -> None:
-    """Refuse a model with a head of another kind, which would be left out.
+    """Refuse a model with a head of another kind, which would be left out, and one whose tokens
+    attend to those behind them.
 
     Raises:
-        ModelError: it names the class of one.
+        ModelError: it names the class of one; or it says so.
     """
+    # pictures alone, which no text has: Gemma 4's `vision`
+    both_ways = config.raw.get("use_bidirectional_attention") not in (None, False, "vision")
+    if both_ways or not config.flag("is_causal", True):
+        key = "use_bidirectional_attention" if both_ways else "is_causal: false"
+        raise ModelError(
+            f"{config.file}: {key} is not supported: statistics are those of a decoder, and it"
+            " would be judged as one"
+        )
     given = config.raw.get("architectures")
     names = [name for name in given if isinstance(name, str)] if isinstance(given, list) else []
     if any(_OTHER_HEAD.search(name) for name in names):

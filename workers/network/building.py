@@ -30,10 +30,11 @@ def layers_of(network: nn.Module, model: Model) -> nn.ModuleList:
 def empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     """The model without its weights: the stock class, or this package's own where layers differ in
     size; never code of the folder. It drops nothing at random, also where it is trained: no number
-    of a run depends on chance that is not kept.
+    of a run depends on chance that is not kept. Its FFNs are called once, with all tokens.
     """
     sizes, file = stock_config(checkpoint.path), checkpoint.path / "config.json"
     _drop_nothing(sizes)
+    sizes.chunk_size_feed_forward = 0
     refused = refused_by("transformers", file, "correct the value")
     # buffers hold their values from the start; what parameters would start from is never read
     with refused, init_empty_weights(include_buffers=False), no_init_weights():

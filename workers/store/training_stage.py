@@ -145,7 +145,8 @@ def settled(options: RecoverSpec, parameters: int) -> RecoverSpec:
 
 def total_steps(options: TrainingSpec, num_windows: int) -> int:
     """Steps of a training on so many windows."""
-    return max(1, math.ceil(num_windows * options.epochs / options.batch))
+    # 1.1 times 100 is a little more than 110
+    return max(1, math.ceil(round(num_windows * options.epochs / options.batch, 6)))
 
 
 def saved_states(options: TrainingSpec, num_windows: int) -> int:

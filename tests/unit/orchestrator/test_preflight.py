@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import rayprune
 import rayprune.orchestrator.entry
@@ -20,8 +21,14 @@ from rayprune.orchestrator.stages.evaluation import doubts
 from rayprune.orchestrator.stages.subject import Judged
 from rayprune.specs.errors import ModelError, RaypruneError, SpecError
 from rayprune.specs.loader import load_job
+from rayprune.specs.own_text import OwnTextSpec
+from rayprune.specs.texts import TextSpec
+from rayprune.specs.training import RecoverSpec
 from rayprune.workers.machine import device, host
+from rayprune.workers.model.checkpoint import open_checkpoint
+from rayprune.workers.own_text import Author
 from rayprune.workers.store.layout import PLAN_FILE
+from rayprune.workers.texts.own import Turns
 from tests.conftest import edit_json, write_job
 from tests.models import build_model
 
@@ -225,6 +232,27 @@ def test_windows_beyond_the_positions(wrong: Wrong, capsys: Capture) -> None:
     assert f"{words}, and it has learned no others; set" in capsys.readouterr().err
 
 
+def test_documents_of_its_own_fit_the_positions(wrong: Wrong) -> None:
+    """With all of what they go on from: of chats the template's whole beginning."""
+    model = build_model(wrong.folder / "gpt2", "gpt2")
+    own = {"prompts": "none", "length": 256, "tokens": 256}
+    job: dict[str, Any] = {
+        "model": {"path": str(model)},
+        "calibration": {"path": str(wrong.text), "samples": 4, "shards": 2, "own": own},
+        "cluster": {"executor": "in-process"},
+    }
+    message = r"calibration\.own\.length: 256 tokens behind 1, but the model's config says 256"
+    with pytest.raises(SpecError, match=message):
+        rayprune.generate(job, wrong.folder / "own")
+    text, cpu = TextSpec(path=str(wrong.text)), torch.device("cpu")
+    spec = OwnTextSpec(prompts="chat", length=32)
+    author = Author(open_checkpoint(model), spec, text, torch.float32, cpu)
+    vars(author)["_turns"] = Turns((1,) * 230, ((1,), (1,)), (1, 1))
+    message = r"calibration\.own\.length: 32 tokens behind 230, but"
+    with pytest.raises(SpecError, match=message):
+        author._prompts(range(2))
+
+
 def test_prompts_and_their_continuations_fit_the_positions(wrong: Wrong, capsys: Capture) -> None:
     shutil.rmtree(wrong.model)
     build_model(wrong.model, "gpt2")
@@ -314,7 +342,17 @@ def test_a_product_is_timed_in_both_types() -> None:
 
 
 def test_a_recovery_that_made_it_worse_is_said() -> None:
-    judged = {"before": Judged({"perplexity": 9.0}, {}), "after": Judged({"perplexity": 11.0}, {})}
-    assert doubts(None) == doubts(judged) == doubts(judged | {"recovered": judged["before"]}) == []
-    (warning,) = doubts(judged | {"recovered": Judged({"perplexity": 4e239}, {})})
-    assert warning.startswith("recovery made the model worse: perplexity 11 before it, 4e+239")
+    """By what it was trained for: a distillation may well have a worse perplexity."""
+    numbers = {"perplexity": 9.0, "divergence": 0.2}
+    distilled, by_text = RecoverSpec(), RecoverSpec(loss="lm")
+    for recover, measure, other, told in (
+        (by_text, "perplexity", "divergence", "perplexity 9 before it, 4e+239"),
+        (distilled, "divergence", "perplexity", "KL divergence 0.2 before it, 4e+239"),
+    ):
+        judged = {"before": Judged(numbers, {}), "after": Judged(numbers, {})}
+        assert doubts(None, recover) == doubts(judged, recover) == []
+        for grown in ({other: 4e239}, {measure: 1.0005 * numbers[measure]}):
+            assert doubts(judged | {"recovered": Judged(numbers | grown, {})}, recover) == []
+        worse = judged | {"recovered": Judged(numbers | {measure: 4e239}, {})}
+        (warning,) = doubts(worse, recover)
+        assert warning.startswith(f"recovery made the model worse: {told}")

@@ -5,6 +5,8 @@ from pydantic import BaseModel, ValidationError
 
 from rayprune.specs.job import JobSpec
 from rayprune.specs.sizes import parse_bytes
+from rayprune.specs.training import TrainingSpec
+from rayprune.workers.store.training_stage import total_steps
 
 Section = dict[str, object]
 
@@ -135,3 +137,24 @@ def test_every_section_is_frozen_closed_and_documented() -> None:
 )
 def test_result_part(section: str, options: Section, counts: bool) -> None:
     assert (make_job(**{section: options}).result_part() != make_job().result_part()) == counts
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"correction": {"damping": 0.1, "candidates": [1.0]}}, "none is tried with damping: 0.1"),
+        ({"recover": {"samples": 8, "own_samples": 4}}, "recover.samples takes 8 of 16"),
+        ({"recover": {"own_samples": 999_990}}, "more than 1,000,000 windows"),
+        ({"recover": {"seed": 2**32}}, "less than 4294967296"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(changes: dict[str, Section], words: str) -> None:
+    sections = {"calibration": {"path": "a.txt", "samples": 16, "own": {}}}
+    make_job(**sections)
+    with pytest.raises(ValidationError, match=words):
+        make_job(**sections | changes)
+
+
+def test_steps_are_counted_as_people_count() -> None:
+    """1.1 times 100 is a little more than 110."""
+    assert total_steps(TrainingSpec(epochs=1.1, batch=10), 100) == 11

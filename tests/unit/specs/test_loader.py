@@ -686,7 +686,7 @@ def test_symlinks_stay_in_paths(tmp_path: Path) -> None:
     "text",
     [
         "",
-        "correction: {damping: 1e-7, candidates: [1e-05, 123456.789, 1e6]}\nmemory: {worker: 8GiB}",
+        "correction: {drift: 1e-7, candidates: [1e-05, 123456.789, 1e6]}\nmemory: {worker: 8GiB}",
         "evaluation: {path: e, stride: 3}\nbudget: {kv_groups: 2}\nschema_version: 1",
         *(
             f"cluster: {{address: {text!r}}}"

@@ -73,6 +73,12 @@ def only_a_pickle(folder: Path) -> None:
     (folder / SINGLE_NAME).rename(folder / "pytorch_model.bin")
 
 
+def unknown_with_integers(folder: Path) -> None:
+    edit_json(folder / "config.json", model_type="lfm99")
+    tensors = load_file(folder / SINGLE_NAME) | {"model.position_ids": torch.arange(8)}
+    save_file(tensors, folder / SINGLE_NAME, {"format": "pt"})
+
+
 def sparse_config(folder: Path) -> None:
     with (folder / "config.json").open("r+b") as handle:
         handle.truncate(MAX_JSON_BYTES + 1)
@@ -109,6 +115,14 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         "model_type 'None' is not known; .* Known are bert",
     ),
     "no weights": (lambda f: (f / SINGLE_NAME).unlink(), "no weights found"),
+    "a part alone": (
+        lambda f: (f / SINGLE_NAME).rename(f / "model-00001-of-00002.safetensors"),
+        r"found model-00001-of-00002\.safetensors, one of several, and no model.*index.json: fetch",
+    ),
+    "unknown type, whole numbers": (
+        unknown_with_integers,
+        "model_type 'lfm99' is not known; its weights could not be looked at",
+    ),
     "only a pickle": (
         only_a_pickle,
         r"pytorch_model\.bin, a pickle, which can run code.*save the model as safetensors",

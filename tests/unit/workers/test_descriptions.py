@@ -235,7 +235,11 @@ def test_unusable_configs_are_refused(changes: dict[str, object], message: str) 
         ("gptj", {"rotary_dim": 3}, "rotary_dim: 3 of 8 numbers of a head"),
         ("falcon", {"parallel_attn": False}, "without parallel_attn is not supported"),
         ("bloom", {"slow_but_exact": True, "pretraining_tp": 2}, "set slow_but_exact: false"),
-        ("gemma3_text", {"use_bidirectional_attention": True}, "is not supported"),
+        *(
+            (name, {"use_bidirectional_attention": True}, "use_bidirectional_attention is not")
+            for name in ("gemma", "gemma2", "gemma3_text")
+        ),
+        *((name, {"is_causal": False}, "is_causal: false is not") for name in ("llama", "qwen2")),
         ("llama4_text", {"num_experts_per_tok": 2}, "num_experts_per_tok above 1 is not supported"),
         ("llama4_text", {"moe_layers": "all"}, "moe_layers must be a list of layers"),
         ("gemma4_text", {"num_kv_shared_layers": 3}, "leaves no layer of some kind"),

@@ -15,7 +15,7 @@ from rayprune.specs.errors import VerificationError
 from rayprune.workers.model.checkpoint import open_checkpoint
 from rayprune.workers.model.sized_layers import MODULE
 from rayprune.workers.network.building import built_from
-from rayprune.workers.network.load_check import check_loads
+from rayprune.workers.network.load_check import check_loads, loaded
 from rayprune.workers.store.files import Task, commit, read_manifest
 from tests.conftest import MakeJob, MakeModel, edit_json, seal_report
 
@@ -81,6 +81,13 @@ def test_code_that_is_not_ours_is_refused_and_never_run(
     with pytest.raises(VerificationError, match="nothing of it was run"):
         check_loads(folder, parameters)
     assert not marker.exists()
+
+
+def test_what_others_name_as_code_is_left_aside(make_model: MakeModel) -> None:
+    """Stock types are published with code for older versions: their stock class is what loads."""
+    folder = make_model("phi3")
+    edit_json(folder / "config.json", auto_map={"AutoConfig": "configuration_phi3.Phi3Config"})
+    assert loaded(folder, torch.float32).config.model_type == "phi3"
 
 
 def test_custom_generation_code_is_never_run(uneven: tuple[Path, int], tmp_path: Path) -> None:

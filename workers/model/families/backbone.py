@@ -4,6 +4,7 @@ else goes along as it is.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from rayprune.specs.errors import ModelError
 from rayprune.workers.model.config import Config
@@ -40,6 +41,10 @@ class Backbone(Family):
     """The module that predicts from token ids, where the class does not; empty: the class does."""
     tied: bool = False
     """Whether the head is the embedding matrix where the config does not say."""
+    tied_by: Literal["whole", "text", "either"] = "whole"
+    """Which config's `tie_word_embeddings` the class goes by: the whole one's, the text model's, or
+    either's.
+    """
     older_names: Mapping[str, str] = field(default_factory=lambda: _LLAVA)
     """What names began with in older files: theirs to today's."""
     missing: Mapping[str, object] = field(default_factory=dict)
@@ -63,7 +68,9 @@ class Backbone(Family):
                 f"{config.file}: text_config is of model_type {given['model_type']!r}; of a"
                 f" {config.model_type} only {self.text_type} is pruned"
             )
-        tied = config.flag("tie_word_embeddings", bool(given.get("tie_word_embeddings", self.tied)))
+        whole = config.flag("tie_word_embeddings", self.tied)
+        text = Config(given, f"{config.file}: text_config").flag("tie_word_embeddings")
+        tied = {"whole": whole, "text": text, "either": whole or text}[self.tied_by]
         named = {key: config.raw[key] for key in _TYPES if key in config.raw}
         # null is a value of its own: no sliding window
         own = {k: value for k, value in given.items() if not (value is None and k in self.missing)}

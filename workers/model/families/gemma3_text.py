@@ -1,15 +1,7 @@
 """Gemma 3's text model: as Gemma 2, with a norm over each head; every sixth layer sees all."""
 
-from rayprune.workers.model.config import Config
 from rayprune.workers.model.families.decoder import Decoder, biased_by, divisors_only, slides_but
 from rayprune.workers.model.families.parts import NORMS_AROUND
-
-
-def _refused(config: Config) -> str | None:
-    if config.flag("use_bidirectional_attention"):
-        return "use_bidirectional_attention is not supported: statistics are those of a decoder"
-    return None
-
 
 FAMILY = Decoder(
     "Gemma3ForCausalLM",
@@ -21,5 +13,4 @@ FAMILY = Decoder(
     values_of_layer=slides_but(6),
     tied=True,
     head_size=256,
-    check=_refused,
 )

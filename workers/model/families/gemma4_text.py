@@ -98,8 +98,6 @@ def _refused_readers(config: Config) -> str | None:
 def _refused(config: Config) -> str | None:
     if problem := _refused_readers(config):
         return problem
-    if config.raw.get("use_bidirectional_attention") == "all":
-        return "use_bidirectional_attention is not supported: statistics are those of a decoder"
     count = config.integer("num_hidden_layers", most=MOST_LAYERS)
     full = {layer for layer in range(count) if _kind(config, layer) == _FULL}
     listed = _listed(config)

@@ -15,5 +15,6 @@ FAMILY = Backbone(
     beside=("vision_model", "multi_modal_projector"),
     head="language_model.lm_head.weight",
     predictor="language_model",
+    tied_by="text",
     older_names={},
 )

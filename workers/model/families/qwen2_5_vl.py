@@ -27,5 +27,6 @@ FAMILY = Backbone(
     ),
     "qwen2_5_vl_text",
     beside=("model.visual",),
+    tied_by="either",
     older_names={"visual.": "model.visual.", "model.": "model.language_model."},
 )
