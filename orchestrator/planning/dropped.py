@@ -13,6 +13,7 @@ from rayprune.orchestrator.planning.shapes import Shape, uneven_shape
 from rayprune.orchestrator.planning.speeds import predicted_speeds
 from rayprune.orchestrator.planning.together import (
     needs_together,
+    of_stages,
     relative_sparsity,
     seconds_together,
     stages_together,
@@ -167,7 +168,8 @@ def plan_dropping(
     if rest is None:
         return replace(first, tasks=_inserted(first.tasks, tasks), dropped=dropped)
     there = left.remaining(checkpoint.num_layers)
-    second = _written_already(make_plan(rest, checkpoint.planned_layers(there), machine, device))
+    shorter = checkpoint.planned_layers(there)
+    second = _written_already(make_plan(rest, shorter, machine, device, original=checkpoint))
     plans = [first, second]
     spills = any(plan.memory.spill_hidden for plan in plans)
     shapes = tuple(whole(shape, there, checkpoint.num_layers) for shape in second.shapes)
@@ -225,12 +227,6 @@ def _written_already(plan: Plan) -> Plan:
 
 def _of_parts(plan: Plan, names: Collection[str], held: dict[str, dict[str, int]]) -> Plan:
     """A plan of these stages alone, and of steps that hold so much."""
-    stages = tuple(stage for stage in plan.stages if stage.name in names)
     most = max(map(total, held.values()), default=plan.needs.worker_memory_bytes)
-    return replace(
-        plan,
-        stages=stages,
-        seconds=seconds_together([stage.seconds for stage in stages]),
-        seconds_with_layers=None,
-        needs=replace(plan.needs, memory_by_step=held, worker_memory_bytes=most),
-    )
+    needs = replace(plan.needs, memory_by_step=held, worker_memory_bytes=most)
+    return replace(of_stages(plan, names), seconds_with_layers=None, needs=needs)

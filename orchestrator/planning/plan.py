@@ -229,13 +229,15 @@ def make_plan(
     device: str | None = None,
     gate_windows: int = 0,
     given: tuple[Shape, ...] = (),
+    original: Checkpoint | None = None,
 ) -> Plan:
     """Plan one pass from its model's config and headers; times and GPU memory need a machine
     profile.
 
     `device` is where the workers compute (`cpu` or `cuda`), once that is known; `gate_windows` are
     those on which what comes of the pass is compared with the original; `given` are the shapes
-    where the budget does not decide about them.
+    where the budget does not decide about them; `original` is the model that a recovery learns
+    from, where the checkpoint is what a pass before has left of it.
 
     Raises:
         SpecError: the budget cannot be met, no loader accepts the result, or the profile is of
@@ -265,7 +267,9 @@ def make_plan(
     if not planned:
         check_targets(job, checkpoint, shapes)
     load = workload_of(job, checkpoint, kinds, shapes, (device or _device(job, machine)) == "cuda")
-    load = replace(load, gate_windows=gate_windows)
+    taught_by = original.decoder_parameters if original else None
+    trainings = tuple(replace(training, taught_by=taught_by) for training in load.trainings)
+    load = replace(load, gate_windows=gate_windows, trainings=trainings)
     _check_drift(model, load)
     limit, limit_name = _memory_limit(job, machine)
     left_out = samples_left_out(job, load, limit)

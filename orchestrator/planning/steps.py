@@ -14,6 +14,7 @@ from rayprune.orchestrator.planning.rounding import told_of_sizes
 from rayprune.orchestrator.planning.tasks import recovery_text, teacher_tasks
 from rayprune.orchestrator.planning.together import (
     needs_together,
+    of_stages,
     relative_sparsity,
     seconds_together,
     stages_together,
@@ -32,6 +33,7 @@ from rayprune.workers.store.layout import (
     GATE_TOKENS_TASK,
     LM_TASKS_TASK,
     SOURCE_TASK,
+    TEACHER_TASK,
     converted_task,
     gate_task,
     samples_task,
@@ -77,9 +79,12 @@ def plan_job(
             own = {"calibration": spec.calibration.model_copy(update={"own": None})}
             spec = spec.model_copy(update=own)
         try:
-            plan = make_plan(spec, model, machine, device, steps.gate.samples)
+            gated = steps.gate.samples
+            plan = make_plan(spec, model, machine, device, gated, original=checkpoint)
         except (SpecError, ResourceError) as error:
             raise type(error)(f"{step_words(steps, number)}: {error}") from None
+        if plans:  # its teacher was asked for the first one
+            plan = of_stages(plan, {stage.name for stage in plan.stages} - {TEACHER_TASK})
         plans[number] = plan
         if number < len(steps.sparsities):
             model = model.planned_cut(plan.shapes[0].kept, job.export.form, job.export.dtype)

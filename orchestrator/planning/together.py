@@ -1,8 +1,8 @@
 """What several passes over a model take together."""
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import astuple
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import astuple, replace
 
 from rayprune.orchestrator.planning.costs import Traffic
 from rayprune.orchestrator.planning.memory_choice import MemoryNeeds
@@ -46,6 +46,13 @@ def stages_together(plans: Sequence[Plan]) -> Iterator[Stage]:
         longest = max(own, key=lambda stage: stage.seconds or 0.0)
         seconds = seconds_together([stage.seconds for stage in own])
         yield Stage(name, sum(stage.flops for stage in own), seconds, longest.bound_by)
+
+
+def of_stages(plan: Plan, names: Collection[str]) -> Plan:
+    """A plan of these of its stages alone."""
+    stages = tuple(stage for stage in plan.stages if stage.name in names)
+    seconds = seconds_together([stage.seconds for stage in stages])
+    return replace(plan, stages=stages, seconds=seconds)
 
 
 def seconds_together(seconds: Sequence[float | None]) -> float | None:

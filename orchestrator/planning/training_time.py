@@ -23,7 +23,7 @@ def training_flops(load: Workload, training: TrainingLoad, choice: MemoryPlan) -
     """
     passes = 2 if training.lora_rank else 3
     passes += not training.keeps(choice)
-    own, dense = _passed(load, training.task == RECOVER_TASK), _passed(load, pruned=False)
+    own, dense = _passed(load, training.task == RECOVER_TASK), _teaching(load, training)
     taught = training.teacher * (not training.each_layer) * dense
     streamed = training.teacher * training.streamed_windows * (own + dense)
     trained = training.trained_windows * (passes * own + taught)
@@ -54,7 +54,7 @@ def training_seconds(
 
 def teacher_flops(load: Workload, training: TrainingLoad) -> int:
     """Arithmetic of asking the dense model once, of every window."""
-    return 2 * training.taught_windows * training.sequence_length * _passed(load, pruned=False)
+    return 2 * training.taught_windows * training.sequence_length * _teaching(load, training)
 
 
 def teacher_seconds(load: Workload, training: TrainingLoad, machine: MachineProfile) -> Seconds:
@@ -87,3 +87,10 @@ def _passed(load: Workload, pruned: bool) -> int:
         layers = sum(kind.num_layers * kind.parameters for kind in load.kinds)
         active = active * (load.pruned_parameters - load.outer_parameters) // layers
     return active + load.vocabulary * load.hidden
+
+
+def _teaching(load: Workload, training: TrainingLoad) -> int:
+    """Parameters of the dense model that a token passes through."""
+    if training.taught_by is None:
+        return _passed(load, pruned=False)
+    return training.taught_by + load.vocabulary * load.hidden

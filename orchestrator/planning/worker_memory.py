@@ -462,7 +462,8 @@ def _training(load: Workload, choice: MemoryPlan, training: TrainingLoad) -> Kin
         if adapters
         else (4 * parameters, parameters // ranks)
     )
-    held += training.pass_bytes * dense * training.teacher
+    teaching = dense if training.taught_by is None else load.outer_parameters + training.taught_by
+    held += training.pass_bytes * teaching * training.teacher
     held += 0 if adapters else 4 * parameters * training.keeps_best
     gathered = (
         training.pass_bytes * (2 * load.layer_parameters + load.outer_parameters)

@@ -48,6 +48,8 @@ class TrainingLoad:
     """Tokens of a window."""
     teacher: bool = False
     """Whether the dense model is there too."""
+    taught_by: int | None = None
+    """Parameters of that model's layers; None: it is the one that is pruned."""
     lora_rank: int = 0
     """Rank of the adapters that alone are trained; 0: all weights are."""
     each_layer: bool = False

@@ -258,3 +258,14 @@ def test_text_of_its_own_is_planned_once_and_as_the_original_writes_it(
         steps = plan.needs.memory_by_step
         assert steps["own text"] == usual.needs.memory_by_step["own text"]
         assert plan.needs.worker_memory_bytes >= sum(steps["own text"].values())
+
+
+def test_the_teacher_is_planned_as_the_original(make_model: MakeModel, make_job: MakeJob) -> None:
+    """Also where what is pruned has fewer layers by then."""
+    model = make_model(num_hidden_layers=LAYERS)
+    job = make_job(model, calibration=SMALL, recover={"batch": 1})
+    held = {}
+    for loss in ("distillation", "lm"):
+        changes = ["budget.drop_layers=[1, 2]", "budget.sparsity=0.6", f"recover.loss={loss}"]
+        held[loss] = planned(job, model, *changes).needs.memory_by_step["train"]["weights"]
+    assert held["distillation"] - held["lm"] == 4 * open_checkpoint(model).parameters

@@ -287,5 +287,11 @@ def test_the_plan_counts_all_steps(make_model: MakeModel, make_job: MakeJob) -> 
     assert flops["gate"] > 0
     assert "gate" not in once
     assert {"gate"} == plan.needs.memory_by_step.keys() - single.needs.memory_by_step.keys()
+    taught = ["recover.batch=1", "recover.teacher_top=4"]
+    asked = [
+        {stage.name: stage.flops for stage in plan_job(load_job(path, words), checkpoint).stages}
+        for words in (taught, ["method=stat", *taught])
+    ]
+    assert asked[0]["teacher"] == asked[1]["teacher"]  # once for all steps
     with pytest.raises(SpecError, match=r"step 2 of 3 \(60.0%\): "):
         plan_job(load_job(path, ["budget.sparsity=0.9"]), checkpoint)
