@@ -14,7 +14,7 @@ from rayprune.orchestrator.execution.task_store import TaskStore
 from rayprune.orchestrator.planning.causal import check_encoder
 from rayprune.orchestrator.planning.patience import step_limit
 from rayprune.orchestrator.planning.plan import Plan
-from rayprune.orchestrator.planning.preflight import Checked, check_job
+from rayprune.orchestrator.planning.preflight import Checked, check_job, check_own_text
 from rayprune.orchestrator.planning.steps import plan_job
 from rayprune.orchestrator.reporting.gather import write_report
 from rayprune.orchestrator.reporting.report import Report
@@ -29,11 +29,8 @@ from rayprune.specs.errors import SpecError
 from rayprune.specs.job import JobSpec
 from rayprune.specs.loader import dump_job, load_job
 from rayprune.specs.memory import MemoryPlan
-from rayprune.specs.own_text import OWN_LENGTH
 from rayprune.workers.model.checkpoint import Checkpoint, open_checkpoint
 from rayprune.workers.store.layout import JOB_FILE, PLAN_FILE, Scope
-from rayprune.workers.texts.limits import check_positions
-from rayprune.workers.texts.own import longest_prompt
 
 Show = Callable[[dict[str, Any]], object]
 
@@ -95,8 +92,7 @@ def write_own_text(job: JobSpec, out: Path, show: Show) -> Path:
     checkpoint = open_checkpoint(Path(job.model.path))
     if not checkpoint.model.causal:
         check_encoder(job)
-    if own := job.calibration.own:
-        check_positions(checkpoint, own.length, OWN_LENGTH, longest_prompt(own))
+    check_own_text(job, checkpoint)
     known = (out / PLAN_FILE).exists() and (out / JOB_FILE).exists()
     if known and dump_job(load_job(out / JOB_FILE)) != dump_job(job):
         raise SpecError(f"{out}: holds a run of another job; choose another --out")

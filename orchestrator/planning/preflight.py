@@ -141,15 +141,7 @@ def check_inputs(job: JobSpec, checkpoint: Checkpoint) -> list[str]:
             f"recover.own_samples: {job.recover.own_samples}, but the model writes no text of its"
             " own: the recovery trains on the calibration's; add calibration.own for more"
         )
-    if spec.own:
-        own_tokens(job)
-        before = longest_prompt(spec.own)
-        warnings += check_positions(checkpoint, spec.own.length, OWN_LENGTH, before)
-        if spec.own.prompts == "chat" and not has_template(checkpoint.path):
-            raise SpecError(
-                "calibration.own.prompts: chat, but the model has no chat template; put its"
-                " chat_template.jinja into the model folder, or set it to calibration or none"
-            )
+    warnings += check_own_text(job, checkpoint)
     size = spec.sequence_length - special
     # the model's own text is yet to be written
     for text, count, gate in [read for read in texts_read(job) if read[0].path != OWN_TEXT]:
@@ -271,6 +263,24 @@ def _is_less(facts: TextFacts, needed: int) -> bool:
 def _said(ids: list[int], facts: TextFacts, text: TextSpec, needed: int) -> list[str]:
     whole = facts.complete or len(ids) >= needed
     return check_counts(Counter(ids), text.path) if whole else []
+
+
+def check_own_text(job: JobSpec, checkpoint: Checkpoint) -> list[str]:
+    """Check that the model can write what a job asks it for; warnings.
+
+    Raises:
+        SpecError: documents are longer than learned positions, the mix leaves the text no window,
+            or there is no chat template.
+    """
+    if (own := job.calibration.own) is None:
+        return []
+    own_tokens(job)
+    if own.prompts == "chat" and not has_template(checkpoint.path):
+        raise SpecError(
+            "calibration.own.prompts: chat, but the model has no chat template; put its"
+            " chat_template.jinja into the model folder, or set it to calibration or none"
+        )
+    return check_positions(checkpoint, own.length, OWN_LENGTH, longest_prompt(own))
 
 
 def first_plan(job: JobSpec, checkpoint: Checkpoint) -> Plan:

@@ -1,10 +1,9 @@
 """What a model folder holds, as lines and tables for people."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from rayprune.orchestrator.planning.inspection import GroupFacts, Inspection, Writing
 from rayprune.orchestrator.reporting.tables import Part, Table
-from rayprune.workers.model.description import Model
 
 
 def inspection_parts(found: Inspection) -> Iterator[Part]:
@@ -16,7 +15,7 @@ def inspection_parts(found: Inspection) -> Iterator[Part]:
         f" {model.hidden:,}, {checkpoint.parameters:,} parameters,"
         f" {checkpoint.decoder_parameters:,} of them in the layers,"
         f" {checkpoint.bytes_on_disk / 2**20:,.0f} MiB"
-        f"{'' if checkpoint.has_weights else _on_paper(model)}"
+        f"{'' if checkpoint.has_weights else _on_paper(model.beside)}"
     )
     if model.not_pruned:
         yield f"can be planned, not pruned: {model.not_pruned}"
@@ -33,9 +32,9 @@ def inspection_parts(found: Inspection) -> Iterator[Part]:
     )
 
 
-def _on_paper(model: Model) -> str:
-    beside = f", without {', '.join(model.beside)}" if model.beside else ""
-    return f" by the config alone{beside}: no weights were looked at"
+def _on_paper(not_counted: Sequence[str]) -> str:
+    without = f", without {', '.join(not_counted)}" if not_counted else ""
+    return f" by the config alone{without}: no weights were looked at"
 
 
 def _group_row(group: GroupFacts, decoder: int) -> list[str]:

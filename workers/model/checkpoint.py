@@ -243,6 +243,18 @@ def planned_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path, model, config, _planned(model, config), digest, has_weights=False)
 
 
+def model_of(path: Path) -> Model:
+    """What the config of any folder says. Code that others name in it is left aside: the stock
+    class of its type is what loads.
+
+    Raises:
+        VerificationError: layers differ in size, and the class for that is not as `own_model` says.
+    """
+    config = read_config(path)
+    model = family_of(config).describe(config)
+    return model if model.code is None else own_model(path)
+
+
 def own_model(path: Path) -> Model:
     """What the config of a folder says that this package has written; its class beside the stock
     ones, if it needs one, is from this package's own text. Nothing of the folder is run.

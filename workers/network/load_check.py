@@ -13,10 +13,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from rayprune.specs.errors import VerificationError
 from rayprune.workers.machine.shortage import is_out_of_memory
-from rayprune.workers.model.checkpoint import own_model
+from rayprune.workers.model.checkpoint import model_of, own_model
 from rayprune.workers.model.description import Model
-from rayprune.workers.model.families import family_of
-from rayprune.workers.model.folder import read_config, read_headers
+from rayprune.workers.model.folder import read_headers
 from rayprune.workers.network.building import built_from
 
 
@@ -106,10 +105,7 @@ def loaded(folder: Path, dtype: torch.dtype, device_map: str | None = None) -> A
         VerificationError: it holds code that this package would not have written for it.
     """
     disable_progress_bar()
-    config = read_config(folder)
-    described = family_of(config).describe(config)
-    if described.code is not None:  # what others' folders name as code is never looked at
-        own_model(folder)
+    described = model_of(folder)
     network = class_for(described).from_pretrained(
         folder,
         dtype=dtype,

@@ -238,7 +238,13 @@ def test_documents_of_its_own_fit_the_positions(wrong: Wrong) -> None:
     own = {"prompts": "none", "length": 256, "tokens": 256}
     job: dict[str, Any] = {
         "model": {"path": str(model)},
-        "calibration": {"path": str(wrong.text), "samples": 4, "shards": 2, "own": own},
+        "calibration": {
+            "path": str(wrong.text),
+            "samples": 4,
+            "sequence_length": 32,
+            "shards": 2,
+            "own": own,
+        },
         "cluster": {"executor": "in-process"},
     }
     message = r"calibration\.own\.length: 256 tokens behind 1, but the model's config says 256"
