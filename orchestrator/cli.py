@@ -5,6 +5,7 @@ import neither torch nor ray.
 import argparse
 import faulthandler
 import os
+import select
 import signal
 import sys
 import threading
@@ -93,12 +94,15 @@ def _reader_is_gone(error: BaseException) -> bool:
 
     if not isinstance(error, BrokenPipeError):
         return False
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        write_nowhere()
-        return True
-    return False
+    asked = select.poll()
+    try:  # what failed may have left nothing to write, so no other write would tell
+        asked.register(sys.stdout.fileno(), select.POLLOUT)
+    except (OSError, ValueError):  # no file: a notebook's, or a test's
+        return False
+    if not any(found & select.POLLERR for _, found in asked.poll(0)):
+        return False
+    write_nowhere()
+    return True
 
 
 def _interrupt(*_: object) -> None:

@@ -55,7 +55,7 @@ def points_of(source: Path | Mapping[str, Any], overrides: Sequence[str], out: P
         name = ", ".join(
             setting for setting in settings if setting.partition("=")[0].strip() in fields
         )
-        name = name or "the job as it is"
+        name = name or ", ".join(settings) or "the job as it is"
         points.append(Point(name, load_job(source, settings), out / RUNS / _folder(name)))
     for point in points:
         try:

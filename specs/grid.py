@@ -13,7 +13,8 @@ MOST_POINTS = 1000
 
 def grid(overrides: Sequence[str]) -> list[tuple[str, ...]]:
     """Every combination of the values that overrides give, the last one varying fastest; each as
-    overrides with one value. Of an override with one value there is one.
+    overrides with one value. Of an override with one value there is one, and a value
+    that is given several times counts once.
 
     Values are separated as in a YAML list: one that holds a comma is put into quotes or brackets.
 
@@ -46,7 +47,7 @@ def _values(override: str) -> list[str]:
         found = []
     if builder.problems or not isinstance(found, list) or len(found) < 2:
         return [override]
-    return [f"{name}={_word(each, builder)}" for each in found]
+    return list(dict.fromkeys(f"{name}={_word(each, builder)}" for each in found))
 
 
 def _word(value: object, builder: Builder) -> str:

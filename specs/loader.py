@@ -53,6 +53,7 @@ def read_job(
     Raises:
         SpecError: as `load_job` says.
     """
+    overrides = [overrides] if isinstance(overrides, str) else overrides
     root, found = (
         (_of_mapping(source), []) if isinstance(source, Mapping) else _of_file(Path(source))
     )

@@ -6,6 +6,7 @@ unless asked for.
 """
 
 import json
+import os
 import platform
 import re
 import time
@@ -60,7 +61,7 @@ class RunFolder:
 
     def __init__(self, path: Path, job: JobSpec, redo_stale: bool = False) -> None:
         """With `redo_stale`, what other software has made is done again, not refused."""
-        self.path, self.job, self.redo_stale = path.absolute(), job, redo_stale
+        self.path, self.job, self.redo_stale = Path(os.path.abspath(path)), job, redo_stale
         self._environment = environment()
         self._start = time.monotonic()
         self._lock = FileLock(self.path / LOCK_FILE, timeout=0)

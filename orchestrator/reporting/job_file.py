@@ -1,6 +1,7 @@
 """A proposed job as a file with comments, and what it will take in a few lines."""
 
 import os
+import shlex
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,6 +68,7 @@ def _from_there(settings: dict[str, Setting], folder: Path) -> dict[str, Setting
 
 
 def _commands(name: str) -> Iterator[str]:
+    name = shlex.quote(name)
     told = {
         f"rayprune plan {name}": "what it will take",
         f"rayprune run {name} --out runs/one": "do it; the same command goes on after a stop",

@@ -46,3 +46,8 @@ def test_a_field_twice_and_too_many_points_are_refused() -> None:
         grid(["a=1", "a=2"])
     with pytest.raises(SpecError, match="10000 points"):
         grid([f"{name}={','.join(map(str, range(100)))}" for name in "ab"])
+
+
+def test_a_value_that_is_given_twice_counts_once() -> None:
+    assert grid(["a.b=0.1, 0.1,0.10,0.2"]) == [("a.b=0.1",), ("a.b=0.2",)]
+    assert varied(["a.b=0.1,0.10"]) == []

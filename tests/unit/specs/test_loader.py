@@ -800,3 +800,8 @@ def test_a_mapping_that_holds_itself() -> None:
 def test_an_override_of_a_mapping_is_named() -> None:
     with pytest.raises(SpecError, match=r"--set budget\.sparsity=x: budget\.sparsity: must be"):
         load_job(SECTIONS, ["budget.sparsity=x"])
+
+
+def test_one_override_may_come_by_itself() -> None:
+    job = {"model": {"path": "/m"}, "calibration": {"path": "/c"}}
+    assert load_job(job, "budget.sparsity=0.3").budget.sparsity == 0.3
