@@ -144,7 +144,7 @@ class Author:
             before = self._turns.before
             check_positions(self.checkpoint, self.spec.length, OWN_LENGTH, len(before))
             check_known(torch.tensor([*before, *chain(*self._turns.behind)]), rows, path)
-            return [list(self._turns.before) for _ in numbers]
+            return [list(before) for _ in numbers]
         if self.spec.prompts == "none":
             first = first_token(self._tokenizer)
             check_known(torch.tensor([first]), rows, path)
