@@ -379,14 +379,18 @@ def test_a_worker_that_does_not_see_the_run_folder(
 def test_missing_gpus_are_refused_before_any_work(
     make_model: MakeModel, make_job: MakeJob, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    job = make_job(
-        make_model(), cluster={"executor": "ray"}, parallel={"device": "cuda", "workers": 3}
-    )
-    assert main(["run", str(job), "--out", str(tmp_path / "run")]) == 4
-    assert (
-        "3 workers need 3 CPUs and 3 GPUs, the cluster has 8 CPUs and 0 GPUs"
-        in capsys.readouterr().err
-    )
+    address = ray.get_runtime_context().gcs_address
+    for cluster, words in (
+        ({"address": "local"}, "parallel.device: cuda, but torch finds no GPU here"),
+        ({"address": address}, "3 workers need 3 CPUs and 3 GPUs, the cluster has 8 CPUs and 0"),
+    ):
+        job = make_job(
+            make_model(),
+            cluster={"executor": "ray", **cluster},
+            parallel={"device": "cuda", "workers": 3},
+        )
+        assert main(["run", str(job), "--out", str(tmp_path / "run")]) == 4
+        assert words in capsys.readouterr().err
 
 
 def test_prometheus_sees_how_far_a_run_is(

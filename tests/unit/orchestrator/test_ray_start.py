@@ -1,7 +1,6 @@
 """How Ray begins: what keeps it from that is found in time, and told with what to do."""
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -79,7 +78,7 @@ def test_what_a_failed_start_leaves_is_ended(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(ray, "init", init)
     with pytest.raises(KeyboardInterrupt):
         begin(ClusterSpec(), 2)
-    assert left[0].wait(5) == -signal.SIGKILL
+    left[0].wait(5)  # raises where it still runs; its code is lost where psutil waited first
 
 
 def test_a_long_path_for_sockets_is_not_used(
