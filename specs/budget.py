@@ -171,6 +171,13 @@ class BudgetSpec(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _shapes_are_probed(self) -> Self:
+        if self.kv_groups != "auto" or self.per_layer:
+            shape = "per_layer chooses" if self.per_layer else "kv_groups says"
+            self.leave_out(f"no shape is probed, {shape} it", "probe_samples", "probe_layers")
+        return self
+
     @property
     def has_target(self) -> bool:
         """Whether there is anything that the pruned model has to meet."""

@@ -76,10 +76,12 @@ class EvaluationSpec(Section):
         return self
 
     @model_validator(mode="after")
-    def _tasks_for_their_options(self) -> Self:
+    def _options_of_what_is_asked(self) -> Self:
         idle = self.given("few_shot", "tasks_batch", "tasks_folder", "tasks_limit")
         if idle and not self.tasks:
             raise ValueError(f"{idle[0]}: there are no tasks; give tasks: [NAME], or leave it out")
+        if not self.prompts:
+            self.leave_out("there are no prompts", "prompt_tokens")
         return self
 
     @model_validator(mode="after")

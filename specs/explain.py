@@ -139,7 +139,7 @@ def _problem(target: _Target, details: Sequence[ErrorDetails]) -> str:
 
 def _expectation(detail: ErrorDetails, target: _Target) -> str:
     if detail["type"] == "literal_error":
-        allowed = [shown(value) for value in _literals(target.annotation)]
+        allowed = [shown(value) for value in _literals(target)]
         return f"one of {', '.join(allowed)}" if len(allowed) > 1 else allowed[0]
     template = _EXPECTATIONS.get(detail["type"])
     return template.format(**detail.get("ctx", {})) if template else f"valid ({detail['msg']})"
@@ -160,7 +160,7 @@ def _hint(target: _Target, details: Sequence[ErrorDetails]) -> str:
         return "put it in quotes"
     if "model_type" in types and value is None:
         return "add fields to it, or remove it"
-    return _suggestion(value, _literals(target.annotation)) if "literal_error" in types else ""
+    return _suggestion(value, _literals(target)) if "literal_error" in types else ""
 
 
 def _as_fraction(value: object, details: Sequence[ErrorDetails]) -> float | None:
@@ -174,7 +174,16 @@ def _as_fraction(value: object, details: Sequence[ErrorDetails]) -> float | None
     return value if below_one and isinstance(value, int | float) and 5 <= value <= 100 else None
 
 
-def _literals(annotation: Any) -> list[Any]:
+def _literals(target: _Target) -> list[Any]:
+    """The names that may stand there: in a list those of its items, else those beside lists."""
+    listed = [part for part in parts(target.annotation) if get_origin(part) in (list, tuple)]
+    inside = [value for part in listed for value in _names(part)]
+    if target.path and isinstance(target.path[-1], int) and inside:
+        return inside
+    return [value for value in _names(target.annotation) if value not in inside] or inside
+
+
+def _names(annotation: Any) -> list[Any]:
     return [
         value
         for part in parts(annotation)

@@ -78,7 +78,10 @@ def _reminder(root: Located) -> list[str]:
     if found is None:
         return []
     given = ", ".join(given_by(found))
-    return [f"recipe {found.name} gives {given}; set in the job what is to be otherwise"]
+    return [
+        f"recipe {found.name} gives {given}; set in the job what is to be otherwise, and a whole"
+        " section to null"
+    ]
 
 
 def _of_file(path: Path) -> tuple[Located, list[str]]:

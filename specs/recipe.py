@@ -64,7 +64,7 @@ def _lines(node: Located, name: str = "") -> Iterator[str]:
 
 def _under(given: Located, own: Located) -> Located:
     """Sections are joined field by field; all else, and a section by another name (`method`), is
-    what the job says.
+    what the job says. A section that the job sets to null goes.
     """
     if isinstance(own.value, str) and given.child("name"):
         own = replace(own, value={"name": own})
@@ -73,8 +73,11 @@ def _under(given: Located, own: Located) -> Located:
     name, other = own.child("name"), given.child("name")
     if name and other and name.value != other.value:
         return own
-    joined = {
-        key: _under(item, own.value[key]) if key in own.value else item
-        for key, item in given.value.items()
-    }
-    return replace(own, value=joined | {k: v for k, v in own.value.items() if k not in joined})
+    joined = dict(given.value)
+    for key, item in own.value.items():
+        under = given.child(key)
+        if under and item.value is None and isinstance(under.value, dict):
+            del joined[key]
+        else:
+            joined[key] = _under(under, item) if under else item
+    return replace(own, value=joined)

@@ -38,6 +38,15 @@ class Section(BaseModel):
         fields = type(self).model_fields
         return [name for name in names if getattr(self, name) != fields[name].default]
 
+    def leave_out(self, why: str, *names: str) -> None:
+        """Refuse those of these fields that are given: nothing would read them.
+
+        Raises:
+            ValueError: one is not as it is by default.
+        """
+        if given := self.given(*names):
+            raise ValueError(f"{given[0]}: {why}; leave it out")
+
 
 def named(options: Any) -> Any:
     """A section with a name as its only option may be written as that name alone."""

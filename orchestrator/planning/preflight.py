@@ -84,8 +84,14 @@ def check_job(job: JobSpec, out: Path | None = None) -> Checked:
 
 
 def _crowded(job: JobSpec) -> list[str]:
-    """A warning where workers of this machine alone are many more than its cores."""
+    """A warning where workers of this machine alone are many more than its cores, or are not
+    started.
+    """
     workers, cores = job.parallel.workers, len(os.sched_getaffinity(0))
+    unread = {"parallel.workers": workers > 1, "cluster.address": job.cluster.address != "local"}
+    if job.cluster.executor == "in-process" and any(unread.values()):
+        names = " and ".join(name for name, given in unread.items() if given)
+        return [f"cluster.executor: in-process: one process does all work, {names} aside"]
     starts_here = job.cluster.executor == "ray" and job.cluster.address == "local"
     if not starts_here or job.parallel.device == "cuda" or workers <= 2 * cores:
         return []

@@ -72,3 +72,9 @@ class DressOptions(MethodOptions):
                 " its own output; leave it out, or set scope: model"
             )
         return self
+
+    @model_validator(mode="after")
+    def _seed_of_a_random_mask(self) -> Self:
+        if self.mask != "random":
+            self.leave_out(f"mask: {self.mask} draws nothing at random", "seed")
+        return self

@@ -156,6 +156,11 @@ class MethodOptions(Section):
         """
         return False
 
+    @property
+    def read_by_threshold(self) -> tuple[str, ...]:
+        """Options that nothing but `allocation: threshold` reads."""
+        return ()
+
     def weighted_scores(
         self, scores: Mapping[str, Sequence[float]], unit_parameters: Mapping[str, int]
     ) -> dict[str, list[float]]:

@@ -25,8 +25,8 @@ class SparseOptions(MethodOptions):
 
     name: Literal["sparse"] = "sparse"
     inner: Inner | None = None
-    """The method, one that ranks, by which units go first, until they and the zeros together meet
-    the budget; null: no unit goes.
+    """The method, one that ranks, by which units go first, until the budget is met; of
+    `budget.memory` the zeros give their part; null: no unit goes.
     """
     pattern: Literal["2:4", "4:8", "unstructured"] = "2:4"
     """Where zeros lie. `2:4`, `4:8`: at least two of every four (four of every eight) weights of

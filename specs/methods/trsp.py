@@ -1,8 +1,8 @@
 """Options of TRSP."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rayprune.specs.methods.options import MethodOptions, TakeOver
 from rayprune.specs.training import Loss, Norm, TrainingSpec
@@ -41,6 +41,12 @@ class TrspOptions(MethodOptions):
     """The training of the gates, once for every layer that goes."""
     training: TrainingSpec = TrainingSpec()
     """The training of all weights."""
+
+    @model_validator(mode="after")
+    def _options_of_the_transfer(self) -> Self:
+        unread = ("shrink_strength",) if self.transfer == "penalty" else ("update_strength", "norm")
+        self.leave_out(f"transfer: {self.transfer} does not read it", *unread)
+        return self
 
     @property
     def before_cut(self) -> TakeOver:

@@ -192,7 +192,7 @@ def test_a_plan_describes_its_model_once(
     folder = make_model(model_type)
     fixed = open_checkpoint(folder).model.layers[0].group("neurons").fixed
     described.clear()
-    job = make_job(folder, budget=budget, export={"pad": True})
+    job = make_job(folder, budget=budget, export={"pad": bool(budget)})
     assert main(["plan", str(job)]) == (2 if fixed else 0)
     assert described == [model_type]
 

@@ -31,6 +31,11 @@ class NumericalOptions(MethodOptions):
         """The paper's threshold is one for the whole model."""
         return True
 
+    @property
+    def read_by_threshold(self) -> tuple[str, ...]:
+        """How scores of heads and channels are compared."""
+        return ("head_score",)
+
     def weighted_scores(
         self, scores: Mapping[str, Sequence[float]], unit_parameters: Mapping[str, int]
     ) -> dict[str, list[float]]:

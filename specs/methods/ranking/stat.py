@@ -1,8 +1,8 @@
 """Options of STAT."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rayprune.specs.methods.options import MethodOptions, RankedGroup
 
@@ -32,6 +32,12 @@ class StatOptions(MethodOptions):
     paper's: all count as on the calibration text; 1: units are chosen by their energy alone. In
     between the choice holds better on other text.
     """
+
+    @model_validator(mode="after")
+    def _gradients_are_measured(self) -> Self:
+        if self.scale != "gradients":
+            self.leave_out(f"scale: {self.scale} measures no gradients", "gradient_samples")
+        return self
 
     @property
     def needs_rows(self) -> bool:

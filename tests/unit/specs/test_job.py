@@ -155,6 +155,41 @@ def test_what_does_not_go_together_is_refused(changes: dict[str, Section], words
         make_job(**sections | changes)
 
 
+TRSP: Section = {"name": "trsp"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"budget": {"kv_groups": 2, "probe_samples": 8}}, "probe_samples: .*kv_groups says it"),
+        ({"budget": {"per_layer": True, "probe_layers": 2}}, "probe_layers: .*per_layer chooses"),
+        ({"method": TRSP | {"norm": "l1"}}, "norm: transfer: shrink does not read it"),
+        ({"method": TRSP | {"update_strength": 1.0}}, "update_strength: transfer: shrink"),
+        (
+            {"method": TRSP | {"transfer": "penalty", "shrink_strength": 1.0}},
+            "shrink_strength: transfer: penalty",
+        ),
+        ({"method": TRSP, "correction": {"damping": 0.1}}, "whole layers; leave out correction"),
+        ({"method": TRSP, "budget": {"probe_layers": 8}}, "leave out budget.probe_layers"),
+        ({"method": {"name": "stat", "gradient_samples": 8}}, "gradient_samples: scale: weights"),
+        ({"method": {"name": "dress", "mask": "stat", "seed": 1}}, "seed: mask: stat draws"),
+        (
+            {"method": {"name": "numerical", "head_score": "times-cost"}},
+            "head_score: budget.allocation: threshold alone",
+        ),
+        (
+            {"method": {"name": "progressive", "inner": {"name": "stat", "gradient_samples": 8}}},
+            "gradient_samples: scale: weights",
+        ),
+        ({"export": {"pad": True}}, "pad: without budget.per_layer all layers are alike"),
+        ({"evaluation": {"path": "/e", "prompt_tokens": 8}}, "prompt_tokens: there are no prompts"),
+    ],
+)
+def test_an_option_that_nothing_reads_is_refused(changes: dict[str, Section], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        make_job(**changes)
+
+
 def test_steps_are_counted_as_people_count() -> None:
     """1.1 times 100 is a little more than 110."""
     assert total_steps(TrainingSpec(epochs=1.1, batch=10), 100) == 11

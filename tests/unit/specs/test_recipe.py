@@ -48,6 +48,17 @@ def test_the_name_alone_keeps_the_recipe_s_options() -> None:
     assert load_job(given).method == load_job(REQUIRED | {"recipe": "balanced"}).method
 
 
+def test_a_section_set_to_null_is_none_of_the_recipe_s() -> None:
+    given = {"method": "none", "budget": None, "correction": None}
+    job = load_job(REQUIRED | {"recipe": "best"} | given)
+    assert (job.budget, job.correction.drift) == (load_job(REQUIRED).budget, 0.0)
+    assert job.recover
+    assert job.recover.own_samples == 384
+    assert load_job(REQUIRED | {"recipe": "best"}, ["calibration.own=null"]).calibration.own is None
+    with pytest.raises(SpecError, match="budget: must be a section of fields"):
+        load_job(REQUIRED | {"budget": None})
+
+
 def test_an_unknown_recipe_is_refused() -> None:
     with pytest.raises(SpecError, match='did you mean "balanced"'):
         load_job(REQUIRED | {"recipe": "balancd"})

@@ -6,13 +6,18 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import CONFIG_MAPPING
 
 from benchmarks.random_model import SIZES
 from rayprune.specs.errors import ModelError, SpecError
 from rayprune.workers.model.checkpoint import open_checkpoint, planned_checkpoint
 from rayprune.workers.model.config import Config
 from rayprune.workers.model.description import Group, Model, Shape
-from rayprune.workers.model.families import family_of, listed, model_types
+from rayprune.workers.model.families import family_named, family_of, listed, model_types
+from rayprune.workers.model.families.backbone import Backbone
+from rayprune.workers.model.families.decoder import Decoder
+from rayprune.workers.model.families.latent import Latent
+from rayprune.workers.model.families.mixture import Mixture
 from rayprune.workers.model.rewrite import written
 from rayprune.workers.network.building import layers_of
 from tests.conftest import MakeModel, edit_json
@@ -44,6 +49,7 @@ CASES: list[Any] = [
     ("seed_oss", {"attention_bias": False, "attention_out_bias": True}),
     *((name, {"use_bias": False}) for name in ("ernie4_5", "starcoder2")),
     *((name, {"attention_bias": False}) for name in ("glm", "glm4")),
+    *((name, {"head_dim": None}) for name in ("ernie4_5", "seed_oss")),
     ("gemma4_text-inputs", {}),
     ("gemma4_text", {"num_hidden_layers": 12}),
     ("gemma4_text-readers", {"num_hidden_layers": 4}),
@@ -374,3 +380,45 @@ def test_quantised_weights_are_planned_with_the_reason_not_to_prune(make_model: 
     folder = make_model()
     edit_json(folder / "config.json", quantization_config={"quant_method": "fp8"})
     assert "quantised" in str(planned_checkpoint(folder).model.not_pruned)
+
+
+OF_THEIR_OWN = {"falcon", "gemma4", "gemma4_text"}
+"""Families that read their heads by keys of their own, or layer by layer."""
+
+
+def text_model(model_type: str) -> tuple[Any, dict[str, Any]]:
+    """The family of a text model, and a config of it with 320 heads of 8."""
+    raw = raw_config(model_type, hidden_size=2560, num_attention_heads=320)
+    family = family_named(raw["model_type"])
+    if not isinstance(family, Backbone):
+        return family, raw
+    return family.text, {**family.missing, **raw["text_config"], "model_type": family.text_type}
+
+
+def stock_config(raw: Mapping[str, Any]) -> Any:
+    """What the class of transformers makes of a config."""
+    return CONFIG_MAPPING[raw["model_type"]](**{k: v for k, v in raw.items() if k != "model_type"})
+
+
+@pytest.mark.parametrize("key", ["num_key_value_heads", "head_dim"])
+@pytest.mark.parametrize("model_type", sorted(set(model_types()) - OF_THEIR_OWN))
+def test_a_size_left_out_is_what_the_class_takes(model_type: str, key: str) -> None:
+    family, raw = text_model(model_type)
+    if not isinstance(family, Decoder) or isinstance(family, Latent):
+        return
+    if not (family.keys.kv_heads if key == "num_key_value_heads" else family.keys.head_dim):
+        return
+    raw.pop(key, None)
+    sizes = family.of(Config(raw)).heads(Config(raw))
+    ours, worked_out = (sizes.size, 8) if key == "head_dim" else (sizes.groups, 320)
+    assert ours == (getattr(stock_config(raw), key, None) or worked_out)
+
+
+@pytest.mark.parametrize("model_type", model_types())
+def test_experts_are_counted_by_the_keys_that_the_class_reads(model_type: str) -> None:
+    family, raw = text_model(model_type)
+    if isinstance(family, Mixture):
+        keys = family.experts.count
+        plain = {name: value for name, value in raw.items() if name not in keys}
+        read = [stock_config(plain | {key: 4}).to_dict() for key in keys]
+        assert all(config == read[0] for config in read)

@@ -43,6 +43,7 @@ class Chameleon(Decoder):
 
 FAMILY = Chameleon(
     "ChameleonForConditionalGeneration",
+    groups=32,
     attention=replace(ATTENTION, follows=_NORMS),
     layer_returns=1,
     biased=biased_by(attention_bias="self_attn.", mlp_bias="mlp."),

@@ -89,6 +89,15 @@ def slides_but(
     return _kind
 
 
+def _or_default(config: Config, key: str | None, default: int | None, worked_out: int) -> int:
+    """A size; a key that is left out is the class's default, and null is worked out, as the classes
+    of transformers do.
+    """
+    if key is None:
+        return default or worked_out
+    return config.integer(key, worked_out if key in config.raw else default or worked_out)
+
+
 @dataclass(frozen=True)
 class Decoder(Family):
     """A family of dense decoders; the defaults are Llama's names."""
@@ -97,6 +106,8 @@ class Decoder(Family):
     keys: Keys = KEYS
     attention: Part = ATTENTION
     ffn: Part = FFN
+    groups: int | None = None
+    """KV groups where the config does not say; None: one for each head."""
     head_size: int | None = None
     """Numbers of a head where the config does not say; None: the hidden size over the heads."""
     widths_of_hidden: int | None = None
@@ -171,9 +182,8 @@ class Decoder(Family):
         """
         keys = self.keys
         heads = config.integer(keys.heads)
-        groups = config.integer(keys.kv_heads, heads) if keys.kv_heads else heads
-        default = self.head_size or self.hidden(config) // heads
-        size = config.integer(keys.head_dim, default) if keys.head_dim else default
+        groups = _or_default(config, keys.kv_heads, self.groups, heads)
+        size = _or_default(config, keys.head_dim, self.head_size, self.hidden(config) // heads)
         if heads % groups:
             raise ModelError(
                 f"{config.file}: {keys.heads} ({heads}) is no multiple of {keys.kv_heads}"

@@ -7,7 +7,9 @@ from rayprune.workers.model.families.decoder import Decoder, biased_by
 
 FAMILY = Backbone(
     "Emu3ForConditionalGeneration",
-    Decoder("Emu3ForCausalLM", biased=biased_by(attention_bias="self_attn.", mlp_bias="mlp.")),
+    Decoder(
+        "Emu3ForCausalLM", groups=8, biased=biased_by(attention_bias="self_attn.", mlp_bias="mlp.")
+    ),
     "emu3_text_model",
     at="model.text_model",
     beside=("model.vqmodel",),

@@ -2,4 +2,6 @@
 
 from rayprune.workers.model.families.decoder import Decoder, biased_by
 
-FAMILY = Decoder("Ernie4_5ForCausalLM", biased=biased_by(use_bias=""), tied=True, head_size=128)
+FAMILY = Decoder(
+    "Ernie4_5ForCausalLM", biased=biased_by(use_bias=""), tied=True, groups=2, head_size=128
+)

@@ -13,6 +13,7 @@ def _kind(config: Config, layer: int) -> dict[str, object]:
 
 FAMILY = Decoder(
     "Exaone4ForCausalLM",
+    groups=32,
     norms=NORMS_BEHIND,
     head_norms=("self_attn.q_norm", "self_attn.k_norm"),
     scale=lambda config: None,

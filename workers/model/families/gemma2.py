@@ -19,5 +19,6 @@ FAMILY = Decoder(
     fewer_heads=divisors_only,
     values_of_layer=_alternate,
     tied=True,
+    groups=4,
     head_size=256,
 )

@@ -8,11 +8,5 @@ FAMILY = Backbone(
     TEXT,
     "gemma3_text",
     tied=True,
-    missing={
-        "vocab_size": 262208,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 256,
-        "max_position_embeddings": 131072,
-    },
+    missing={"vocab_size": 262208, "num_attention_heads": 8, "max_position_embeddings": 131072},
 )

@@ -12,5 +12,6 @@ FAMILY = Decoder(
     fewer_heads=divisors_only,
     values_of_layer=slides_but(6),
     tied=True,
+    groups=4,
     head_size=256,
 )

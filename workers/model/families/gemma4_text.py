@@ -260,6 +260,7 @@ _COMMON: dict[str, Any] = {
     "values_of_layer": lambda config, layer: {"layer_types": _kind(config, layer)},
     "sized_alike": "its config says of every layer what attention it has, and takes no other sizes",
     "tied": True,
+    "groups": 4,
     "head_size": 256,
 }
 MIXTURE = Gemma4Mixture(

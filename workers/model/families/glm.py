@@ -10,4 +10,4 @@ def biased(config: Config) -> tuple[str, ...]:
     return QKV if config.flag("attention_bias", True) else ()
 
 
-FAMILY = Decoder("GlmForCausalLM", ffn=PACKED_FFN, biased=biased, head_size=128)
+FAMILY = Decoder("GlmForCausalLM", ffn=PACKED_FFN, biased=biased, groups=2, head_size=128)

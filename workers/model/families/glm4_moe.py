@@ -13,6 +13,7 @@ from rayprune.workers.model.families.parts import QKV
 
 FAMILY = Mixture(
     "Glm4MoeForCausalLM",
+    groups=8,
     biased=lambda config: QKV if config.flag("attention_bias") else (),
     varies=lambda config: (
         {"head_norms": ("self_attn.q_norm", "self_attn.k_norm")}

@@ -12,6 +12,7 @@ from rayprune.workers.model.families.parts import ATTENTION
 FAMILY = Mixture(
     "GptOssForCausalLM",
     attention=replace(ATTENTION, follows={"self_attn.sinks": ("n",)}),
+    groups=8,
     head_size=64,
     biased=lambda config: ("self_attn.",) if config.flag("attention_bias", True) else (),
     values_of_layer=slides_but(2, key=None),

@@ -9,6 +9,7 @@ FAMILY = Mixture(
     biased=biased_by(attention_bias="self_attn."),
     scale=lambda config: config.number("residual_multiplier", 1.0),
     experts=Experts(
+        count=("num_local_experts",),
         width="intermediate_size",
         at=f"{_AT}.experts",
         router=(f"{_AT}.router.weight",),

@@ -11,5 +11,6 @@ FAMILY = Decoder(
     ),
     heads_stay="its class makes the attention's output matrix as wide as hidden_size, so all heads"
     " have to stay",
+    groups=20,
     head_size=128,
 )

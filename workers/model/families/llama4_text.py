@@ -52,6 +52,7 @@ FAMILY = Mixture(
     "Llama4ForCausalLM",
     keys=Keys(width="intermediate_size_mlp"),
     ffn=Part(_AT, {f"{_AT}.gate_proj": "1", f"{_AT}.up_proj": "1"}, f"{_AT}.down_proj"),
+    groups=8,
     head_size=128,
     biased=biased_by(attention_bias="self_attn."),
     values_of_layer=_attends,

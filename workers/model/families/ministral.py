@@ -2,4 +2,4 @@
 
 from rayprune.workers.model.families.decoder import Decoder
 
-FAMILY = Decoder("MinistralForCausalLM")
+FAMILY = Decoder("MinistralForCausalLM", groups=8)

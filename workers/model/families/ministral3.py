@@ -2,4 +2,4 @@
 
 from rayprune.workers.model.families.decoder import Decoder
 
-FAMILY = Decoder("Ministral3ForCausalLM", head_size=128)
+FAMILY = Decoder("Ministral3ForCausalLM", groups=8, head_size=128)

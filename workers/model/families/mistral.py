@@ -2,4 +2,4 @@
 
 from rayprune.workers.model.families.decoder import Decoder
 
-FAMILY = Decoder("MistralForCausalLM")
+FAMILY = Decoder("MistralForCausalLM", groups=8)

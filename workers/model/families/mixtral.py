@@ -5,6 +5,7 @@ from rayprune.workers.model.families.mixture import Experts, Mixture, renamed
 _DISK = "block_sparse_moe"
 FAMILY = Mixture(
     "MixtralForCausalLM",
+    groups=8,
     experts=Experts(
         width="intermediate_size",
         places=renamed(

@@ -7,10 +7,12 @@ from rayprune.workers.model.families.parts import WITH_BIAS
 _DISK = "block_sparse_moe"
 FAMILY = Mixture(
     "PhimoeForCausalLM",
+    groups=8,
     norm_tensors=WITH_BIAS,
     biased=biased_by(attention_bias="self_attn."),
     varies=lambda config: {"head_bias": "lm_head.bias"} if config.flag("lm_head_bias") else {},
     experts=Experts(
+        count=("num_local_experts",),
         width="intermediate_size",
         router=("mlp.router.weight",),
         places=renamed(

@@ -62,6 +62,7 @@ def _with_output_bias_shape(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
 
 FAMILY = Decoder(
     "Qwen2ForCausalLM",
+    groups=32,
     biased=lambda config: QKV,
     fewer_heads=_for_vllm,
     values_of_layer=slides_above,

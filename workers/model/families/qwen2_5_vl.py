@@ -19,6 +19,7 @@ FAMILY = Backbone(
     "Qwen2_5_VLForConditionalGeneration",
     Decoder(
         "Qwen2_5_VLTextModel",
+        groups=8,
         keys=Keys(head_dim=None),
         biased=lambda config: QKV,
         values_of_layer=_slides_from,

@@ -34,6 +34,7 @@ DENSE = Dense(_is_dense, _said)
 
 FAMILY = Mixture(
     "Qwen2MoeForCausalLM",
+    groups=16,
     biased=lambda config: QKV if config.flag("qkv_bias", True) else (),
     values_of_layer=_slides_below,
     experts=Experts(count=("num_experts",)),

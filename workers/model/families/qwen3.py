@@ -8,5 +8,6 @@ FAMILY = Decoder(
     head_norms=("self_attn.q_norm", "self_attn.k_norm"),
     biased=biased_by(attention_bias="self_attn."),
     values_of_layer=slides_above,
+    groups=32,
     head_size=128,
 )

@@ -7,7 +7,7 @@ from rayprune.workers.model.families.qwen3 import FAMILY as TEXT
 
 FAMILY = Backbone(
     "Qwen3VLForConditionalGeneration",
-    replace(TEXT, head_size=128, values_of_layer=lambda config, layer: {}),
+    replace(TEXT, values_of_layer=lambda config, layer: {}),
     "qwen3_vl_text",
     beside=("model.visual",),
     older_names={},

@@ -11,4 +11,4 @@ def _biased(config: Config) -> tuple[str, ...]:
     return given + (("mlp.",) if config.flag("mlp_bias") else ())
 
 
-FAMILY = Decoder("SeedOssForCausalLM", biased=_biased, head_size=128)
+FAMILY = Decoder("SeedOssForCausalLM", biased=_biased, groups=8, head_size=128)

@@ -14,6 +14,7 @@ def _skips_positions(config: Config, layer: int) -> dict[str, object]:
 
 FAMILY = Decoder(
     "SmolLM3ForCausalLM",
+    groups=4,
     biased=biased_by(attention_bias="self_attn.", mlp_bias="mlp."),
     values_of_layer=_skips_positions,
     tied=True,

@@ -25,6 +25,7 @@ def _variant(config: Config) -> Mapping[str, Any]:
 
 FAMILY = Decoder(
     "StableLmForCausalLM",
+    groups=32,
     keys=Keys(head_dim=None),
     norm_tensors=WITH_BIAS,
     biased=lambda config: QKV if config.flag("use_qkv_bias") else (),

@@ -11,6 +11,7 @@ def _biased(config: Config) -> tuple[str, ...]:
 
 FAMILY = Decoder(
     "Starcoder2ForCausalLM",
+    groups=2,
     ffn=Part("mlp", {"mlp.c_fc": "1"}, "mlp.c_proj"),
     norm_tensors=WITH_BIAS,
     biased=_biased,
