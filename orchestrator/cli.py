@@ -20,7 +20,8 @@ from rayprune.specs.errors import INTERRUPTED, RaypruneError, SpecError, printab
 from rayprune.workers.machine.shortage import explained
 
 RESEND_SECONDS = 0.1
-MEMORY_ADVICE = "free some, or lower what the job asks for; finished tasks are kept"
+MEMORY_ADVICE = "free some, or lower what the job asks for"
+KEPT = "; finished tasks are kept"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,21 +48,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BaseException as error:  # the process boundary
         if options.ends_with_its_reader and _reader_is_gone(error):
             return 0
-        return _exit_code(error)
+        return _exit_code(error, options.keeps_tasks and options.out is not None)
 
 
-def _exit_code(error: BaseException) -> int:
-    """Tell what has ended a command, by what lies behind it; the exit code."""
+def _exit_code(error: BaseException, keeps_tasks: bool) -> int:
+    """Tell what has ended a command, by what lies behind it, and whether the same command would go
+    on; the exit code.
+    """
+    kept = KEPT if keeps_tasks else ""
     if isinstance(error, SystemExit):
         raise error
-    found = explained(error, "", MEMORY_ADVICE)
+    found = explained(error, "", MEMORY_ADVICE + kept)
     if isinstance(found, KeyboardInterrupt):
-        return _told("interrupted; run the same command again to go on", INTERRUPTED)
+        again = "; run the same command again to go on" if keeps_tasks else ""
+        return _told(f"interrupted{again}", INTERRUPTED)
     if isinstance(found, RaypruneError):
         return _told(str(found), found.exit_code)
     if isinstance(error, OSError) and error.filename is not None:
         place = printable(os.fsdecode(error.filename))
-        return _told(f"{place}: {error.strerror}; finished tasks are kept", SpecError.exit_code)
+        return _told(f"{place}: {error.strerror}{kept}", SpecError.exit_code)
     with suppress(OSError):
         traceback.print_exception(error)  # a bug, shown in full
     return 1
@@ -124,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="rayprune", description="Prune large language models, layer by layer, on Ray."
     )
     parser.add_argument("--version", action="version", version=f"rayprune {rayprune.__version__}")
-    parser.set_defaults(ends_with_its_reader=True)
+    parser.set_defaults(ends_with_its_reader=True, keeps_tasks=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for about in (jobs, runs, models):
         about.add(commands)

@@ -107,11 +107,11 @@ def _started(
     job: JobSpec, out: Path, show: Show, memory_on: MemoryOn, redo_stale: bool, store: Path | None
 ) -> Iterator[Context]:
     """A run's folder and executor, as long as they are needed."""
+    tasks = TaskStore(store) if store else None
     with (
         RunFolder(out, job, redo_stale) as folder,
         make_executor(job, folder.path, memory_on) as executor,
     ):
-        tasks = TaskStore(store) if store else None
         context = Context(job, folder, executor, show, Scope(folder.path), tasks)
         context.emit(
             "run-started",

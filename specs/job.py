@@ -269,7 +269,6 @@ class JobSpec(Section):
                 "method.damping is its own",
             ),
             "recover": (self.recover is not None, "a training would fill the zeros"),
-            "export.pad": (self.export.pad, "all layers are alike"),
             "parallel.placement: layers": (
                 self.parallel.placement == "layers",
                 "zeros are made layer after layer",

@@ -23,7 +23,7 @@ def add(commands: Any) -> None:
     demo.add_argument(
         "--out", type=Path, default=Path("rayprune-demo"), help="folder of all that it makes"
     )
-    demo.set_defaults(command=_demo)
+    demo.set_defaults(command=_demo, keeps_tasks=True)
     _init_command(commands)
     run = _run_command(
         commands, "run", _run, "run a job, or go on where an earlier attempt stopped"
@@ -129,6 +129,7 @@ def _run_command(commands: Any, name: str, command: Any, text: str) -> argparse.
         metavar="DIR",
         help="folder of finished tasks by what they are made from, shared by runs",
     )
+    parser.set_defaults(keeps_tasks=True)
     return parser
 
 
@@ -141,6 +142,7 @@ def _sweep_command(commands: Any) -> None:
         "values of a field, with commas between them: budget.sparsity=0.1,0.2; repeated, every"
         " combination is a point",
     )
+    sweep.set_defaults(keeps_tasks=True)
     sweep.add_argument("--out", type=Path, required=True, help="folder of the runs and sweep.html")
     sweep.add_argument(
         "--within",

@@ -103,7 +103,7 @@ def _generate_command(commands: Any) -> None:
         metavar="RUN",
         help="run folder that keeps what is written: the same command goes on in it",
     )
-    generate.set_defaults(command=_generate)
+    generate.set_defaults(command=_generate, keeps_tasks=True)
 
 
 def _inspect(options: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rayprune.orchestrator.execution.run_folder import BENCH_FILE, PAGE_FILE, REPORT_FILE
-from rayprune.specs.errors import VerificationError
+from rayprune.specs.errors import SpecError, VerificationError
 from rayprune.workers.store.files import fingerprint, read_manifest, record_of
 from rayprune.workers.store.layout import (
     CARD_FILE,
@@ -53,12 +53,13 @@ def read_sealed_report(run: Path) -> dict[str, Any]:
     """The content of a finished run's report, as it was written.
 
     Raises:
-        VerificationError: there is none, or it is another one.
+        SpecError: it is no run folder.
+        VerificationError: there is no report, or it is another one.
     """
     path = run / REPORT_FILE
     if not path.is_file():
         if not (run / JOB_FILE).is_file():
-            raise VerificationError(
+            raise SpecError(
                 f"{run}: is no run folder: it has no {JOB_FILE}; give the one that --out named"
             )
         raise VerificationError(f"{path}: no such file; run the job to its end first")

@@ -29,7 +29,18 @@ class TaskStore:
     """A folder of finished tasks."""
 
     def __init__(self, path: Path) -> None:
+        """The folder; it is made.
+
+        Raises:
+            SpecError: it cannot be a folder.
+        """
         self.path = path.absolute()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SpecError(
+                f"--store {path}: {error.strerror}; give a folder, or a place for one"
+            ) from None
         for entry in self.path.glob("??/.*.tmp"):
             self._remove_abandoned(entry)
 

@@ -250,6 +250,19 @@ def test_folder_that_is_no_run(
         ["run", str(make_job(make_model())), "--out", str(tmp_path / "thesis")], 2, capsys
     )
     assert "is not empty" in message
+    for command in (["verify"], ["report"], ["push", "a/b"]):
+        message = fails([command[0], str(tmp_path / "thesis"), *command[1:]], 2, capsys)
+        assert "is no run folder" in message or "no report.json here" in message
+
+
+def test_a_store_that_is_a_file(
+    make_model: MakeModel, make_job: MakeJob, tmp_path: Path, capsys: Capture
+) -> None:
+    (tmp_path / "store").write_text("")
+    run = ["run", str(make_job(make_model())), "--out", str(tmp_path / "run")]
+    message = fails([*run, "--store", str(tmp_path / "store")], 2, capsys)
+    assert "store: File exists; give a folder, or a place for one" in message
+    assert not (tmp_path / "run").exists()
 
 
 def test_changed_model_under_an_old_run(

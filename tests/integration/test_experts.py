@@ -147,21 +147,21 @@ def test_a_plan_counts_what_a_token_passes_through(
 
 
 @pytest.mark.parametrize(
-    ("section", "change", "says"),
+    ("sections", "says"),
     [
-        ("budget", {"experts": 1}, "choice needs at least 2, so give a number from 2 to 4"),
-        ("budget", {"experts": 5}, "from 2 to 4"),
-        ("parallel", {"placement": "layers"}, "parallel.placement: set it to shards"),
-        ("export", {"pad": True}, "export.pad: leave it out"),
-        ("recover", {"epochs": 1}, "recover: leave it out"),
-        ("method", {"name": "stat", "scale": "gradients"}, "method.scale"),
+        ({"budget": {"experts": 1}}, "choice needs at least 2, so give a number from 2 to 4"),
+        ({"budget": {"experts": 5}}, "from 2 to 4"),
+        ({"parallel": {"placement": "layers"}}, "parallel.placement: set it to shards"),
+        ({"budget": {"per_layer": True}, "export": {"pad": True}}, "export.pad: leave it out"),
+        ({"recover": {"epochs": 1}}, "recover: leave it out"),
+        ({"method": {"name": "stat", "scale": "gradients"}}, "method.scale"),
     ],
 )
 def test_what_is_not_done_with_experts_is_refused(
-    section: str, change: dict[str, Any], says: str, make_model: MakeModel, make_job: MakeJob
+    sections: dict[str, Any], says: str, make_model: MakeModel, make_job: MakeJob
 ) -> None:
     checkpoint = open_checkpoint(make_model("mixtral"))
-    job = load_job(make_job(checkpoint.path, **{section: change}))
+    job = load_job(make_job(checkpoint.path, **sections))
     with pytest.raises(SpecError, match=says):
         make_plan(job, checkpoint)
 

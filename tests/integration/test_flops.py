@@ -47,7 +47,8 @@ def test_sweep_costs_about_one_forward_pass(
     the calibration set.
     """
     dense = make_model(num_hidden_layers=8)
-    path = make_job(dense, budget={"kv_groups": kv_groups, "probe_samples": 2})
+    probed = {"probe_samples": 2} if kv_groups == "auto" else {}
+    path = make_job(dense, budget={"kv_groups": kv_groups, **probed})
     job = load_job(path)
     windows = calibration_windows(job.calibration, load_tokenizer(dense))
     model = AutoModelForCausalLM.from_pretrained(dense)

@@ -102,7 +102,6 @@ CHANGES: dict[str, list[str]] = {
         "export.dtype=bfloat16",
         "export.target=vllm",
         "export.tensor_parallel=2",
-        "export.pad=true",
         "evaluation.window=24",
         "evaluation.stride=8",
         "evaluation.max_windows=2",

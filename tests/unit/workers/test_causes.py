@@ -66,9 +66,20 @@ def test_a_command_ends_with_what_lies_behind(
     def command(_: object) -> None:
         raise wrap(error)  # type: ignore[operator]
 
-    monkeypatch.setattr(jobs, "_validate", command)
-    assert cli.main(["validate", "job.yaml"]) == code
+    monkeypatch.setattr(jobs, "_run", command)
+    assert cli.main(["run", "job.yaml", "--out", "run"]) == code
     assert words in capsys.readouterr().err
+
+
+def test_a_command_that_keeps_nothing_promises_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def command(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(jobs, "_validate", command)
+    assert cli.main(["validate", "job.yaml"]) == INTERRUPTED
+    assert capsys.readouterr().err == "rayprune: interrupted\n"
 
 
 def test_a_bug_in_handling_another_error_is_a_bug() -> None:
