@@ -12,7 +12,6 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from rayprune.specs.core_yaml import CORE_SCHEMA, NUMBER_TAGS
-from rayprune.specs.job import JobSpec
 from rayprune.specs.located import Located, shown
 
 KeyPath: TypeAlias = tuple[str | int, ...]
@@ -21,6 +20,8 @@ KeyPath: TypeAlias = tuple[str | int, ...]
 _EXPECTATIONS = {
     "int_type": "an integer",
     "float_type": "a number",
+    "int_parsing": "an integer",
+    "float_parsing": "a number",
     "finite_number": "a finite number",
     "string_type": "a text",
     "bool_type": "true or false",
@@ -51,11 +52,11 @@ class _Target:
     section: Any
 
 
-def _target(loc: KeyPath, root: Located) -> _Target:
+def _target(loc: KeyPath, root: Located, model: type[BaseModel]) -> _Target:
     """Follow an error's location, leaving out the names pydantic gives to the branches of a
     union.
     """
-    target, node = _Target((), JobSpec, root.where, None), root
+    target, node = _Target((), model, root.where, None), root
     for key in loc:
         declared = [
             model.model_fields[key].annotation
@@ -75,12 +76,14 @@ def _target(loc: KeyPath, root: Located) -> _Target:
     return target
 
 
-def explain(error: ValidationError, root: Located) -> list[str]:
-    """One line per wrong field; the errors of a union's branches become one."""
+def explain(error: ValidationError, root: Located, model: type[BaseModel]) -> list[str]:
+    """One line per wrong field of what was to be such a model; the errors of a union's branches
+    become one.
+    """
     targets: dict[KeyPath, _Target] = {}
     details: dict[KeyPath, list[ErrorDetails]] = {}
     for detail in map(_on_its_tag, error.errors(include_url=False)):
-        target = _target(detail["loc"], root)
+        target = _target(detail["loc"], root, model)
         targets[target.path] = target
         details.setdefault(target.path, []).append(detail)
     # pydantic calls a list too short when only its values are wrong: then the values alone are

@@ -64,7 +64,7 @@ def read_job(
     try:
         job = JobSpec.model_validate_json(json.dumps(root.plain()), strict=True)
     except ValidationError as error:
-        problems += explain(error, root)
+        problems += explain(error, root, JobSpec)
         if any(detail["type"] == "value_error" for detail in error.errors()):
             problems += _reminder(root)
     if job is None or problems:

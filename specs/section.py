@@ -17,6 +17,7 @@ from pydantic import (
 )
 
 from rayprune.specs.errors import SpecError
+from rayprune.specs.explain import explain
 from rayprune.specs.yaml_file import Builder, parse_yaml, read_text
 
 S = TypeVar("S", bound="Section")
@@ -89,8 +90,4 @@ def load_section(section: type[S], path: Path, what: str) -> S:
     try:
         return section.model_validate(root.plain())
     except ValidationError as error:
-        problems = [
-            f"{path}: {'.'.join(map(str, part['loc'])) or 'file'}: {part['msg']}"
-            for part in error.errors()
-        ]
-        raise SpecError("\n".join(problems)) from None
+        raise SpecError("\n".join(explain(error, root, section))) from None
