@@ -69,8 +69,8 @@ def _needed(table: Table, column: int) -> int:
 
 
 def text(value: object) -> str:
-    """A value as text of a page."""
-    return escape(str(value))
+    """A value as text of a page or a card, or in an attribute's double quotes."""
+    return escape(str(value), quote=False).replace('"', "&quot;")
 
 
 def html_table(
