@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from rayprune.orchestrator.planning.worker_memory import (
+    HELD_APART,
     RUNTIME_BYTES,
     host_bytes,
     memory_by_step,
@@ -220,7 +221,7 @@ def test_a_layer_trained_alone_takes_the_state_of_one_layer() -> None:
     table = memory_by_step(replace(LOAD, trainings=(training,), workers=2), MemoryPlan())
     assert "train" not in table
     assert table["train layer"]["weights"] == CONVERTED_BYTES + 4 * 300
-    assert table["train layer"]["optimizer"] == 12 * 300 + 4 * 4 * 10
+    assert table["train layer"]["optimizer"] == 12 * 300 + 2 * 4 * 4 * 10
     narrow = memory_by_step(
         replace(LOAD, trainings=(replace(training, pass_bytes=2),)), MemoryPlan()
     )["train layer"]
@@ -228,6 +229,8 @@ def test_a_layer_trained_alone_takes_the_state_of_one_layer() -> None:
         CONVERTED_BYTES + 6 * 300,
         12 * 300 + 6 * 4 * 10,
     )
+    held = table["train layer"]["activations"]
+    assert held == pytest.approx(HELD_APART * narrow["activations"], abs=1)
     on_gpu = memory_by_step(replace(GPU, trainings=(training,)), MemoryPlan(layers_per_chunk=2))
     assert on_gpu["train layer"]["weights"] == (800 + 2 * 300) * 2 + 4 * 300
 
