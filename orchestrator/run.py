@@ -4,7 +4,7 @@ import os
 import secrets
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -107,11 +107,11 @@ def _started(
     job: JobSpec, out: Path, show: Show, memory_on: MemoryOn, redo_stale: bool, store: Path | None
 ) -> Iterator[Context]:
     """A run's folder and executor, as long as they are needed."""
-    tasks = TaskStore(store) if store else None
     with (
         RunFolder(out, job, redo_stale) as folder,
         make_executor(job, folder.path, memory_on) as executor,
     ):
+        tasks = TaskStore(store) if store else None
         context = Context(job, folder, executor, show, Scope(folder.path), tasks)
         context.emit(
             "run-started",
@@ -145,19 +145,22 @@ def make_executor(job: JobSpec, run_folder: Path, memory_on: MemoryOn) -> Execut
     return RayExecutor(job, run_folder, memory_on)
 
 
-def connected_once(jobs: Sequence[JobSpec]) -> AbstractContextManager[None]:
-    """Over several runs Ray begins once, where all of them use the same one.
+@contextmanager
+def connected_once(jobs: Sequence[JobSpec]) -> Iterator[None]:
+    """Over several runs Ray and its workers begin once, where all runs use the same Ray.
 
     Raises:
         SpecError, ResourceError: Ray does not begin.
     """
     clusters = [job.cluster for job in jobs if job.cluster.executor == "ray"]
     if len(clusters) < max(2, len(jobs)) or any(each != clusters[0] for each in clusters):
-        return nullcontext()
+        yield
+        return
     _secure_local_ray(jobs[0])
-    from rayprune.orchestrator.execution.ray_executor import connected
+    from rayprune.orchestrator.execution.ray_executor import connected, workers_kept
 
-    return connected(*jobs)
+    with connected(*jobs), workers_kept():
+        yield
 
 
 def _secure_local_ray(job: JobSpec) -> None:

@@ -125,9 +125,11 @@ def force_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """One private Ray for all tests that need it; jobs with `cluster.address: local` use it as they
-    find it.
+    find it, and the workers of the run before.
     """
     import ray
+
+    from rayprune.orchestrator.execution.ray_executor import workers_kept
 
     ray.init(
         address="local",
@@ -136,7 +138,8 @@ def ray_session() -> Iterator[None]:
         log_to_driver=False,
         object_store_memory=200 * 2**20,
     )
-    yield
+    with workers_kept():
+        yield
     ray.shutdown()
 
 

@@ -91,6 +91,30 @@ def _cannot_begin(error: ray_errors.RayActorError) -> ResourceError:
     )
 
 
+_kept: dict[tuple[int, str], list[Any]] | None = None
+"""Actors that a run has left for the next one, by what they may use; None: a run stops its own."""
+
+
+@contextmanager
+def workers_kept() -> Iterator[None]:
+    """While it lasts, the workers of a run that has ended well are those of the next one, which
+    would take seconds to import what they need.
+    """
+    global _kept
+    outer, _kept = _kept, {}
+    try:
+        yield
+    finally:
+        _stop(_kept)
+        _kept = outer
+
+
+def _stop(kept: dict[tuple[int, str], list[Any]]) -> None:
+    while kept:
+        for actor in kept.popitem()[1]:
+            ray.kill(actor)
+
+
 @contextmanager
 def connected(*jobs: JobSpec) -> Iterator[None]:
     """Ray, for as long as several jobs of one `cluster` need it; one that is there stays.
@@ -133,9 +157,41 @@ class RayExecutor(Executor):
         num_gpus = ray.cluster_resources().get("GPU", 0)
         self._device = chosen_device(self.job.parallel.device, num_gpus, self.num_workers)
         self._memory = self.memory_on(self._device)
-        self._actors = [self._new_actor() for _ in range(self.num_workers)]
+        self._actors = self._taken_over()
+        missing = self.num_workers - len(self._actors)
+        self._actors += [self._new_actor() for _ in range(missing)]
         self._await_nodes(notify)
         self._ready(self._actors)
+
+    @property
+    def _may_use(self) -> tuple[int, str]:
+        """What tells a worker from others: its threads and its device."""
+        return self.job.parallel.threads_per_worker, self._device
+
+    def _taken_over(self) -> list[Any]:
+        """Workers that the run before has left, as many as are needed and answer; no other stays.
+        They are idle: that run has ended well.
+        """
+        if not _kept:
+            return []
+        left = _kept.pop(self._may_use, [])
+        asked = {actor.__ray_ready__.remote(): actor for actor in left[: self.num_workers]}
+        alive = list[Any]()
+        if asked:
+            answered, _ = ray.wait([*asked], num_returns=len(asked), timeout=PING_SECONDS)
+            alive = [asked[ping] for ping in answered if self._is_alive(ping)]
+        _kept[self._may_use] = [actor for actor in left if actor not in alive]
+        _stop(_kept)
+        for actor in alive:
+            actor.begin.remote(*self._worker_arguments())
+        return alive
+
+    def __exit__(self, *error: object) -> None:
+        """Leave the workers to the next run, where there may be one and this one has ended well."""
+        if _kept is not None and error[0] is None:
+            _kept.setdefault(self._may_use, []).extend(self._actors)
+            self._actors = []
+        super().__exit__(*error)
 
     def follow(self, event: Mapping[str, Any]) -> None:
         """Tell Ray's metrics of an event, from the start of Ray on."""

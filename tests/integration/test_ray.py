@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -280,7 +281,7 @@ def test_a_search_ends_the_same_with_any_number_of_workers(
     assert folder_bytes(tmp_path / "killed" / "model") == expected
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_a_gang_of_ranks_trains_between_the_steps_of_workers(
     make_model: MakeModel, make_job: MakeJob, tmp_path: Path
 ) -> None:
@@ -334,6 +335,32 @@ def test_all_workers_are_asked_at_once_which_of_them_is_lost(
         executor.wait([executor.on(worker).check_head() for worker in range(3)])
     assert len(lost) == 1
     assert sum(waits) <= 5.0
+
+
+def test_the_workers_of_a_run_that_ended_well_are_those_of_the_next_one(
+    make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+) -> None:
+    job = make_job(make_model(), cluster={"executor": "ray"})
+
+    def workers(*overrides: str, error: type[Exception] | None = None) -> set[int]:
+        with suppress(ValueError), RayExecutor(load_job(job, overrides), tmp_path, none) as found:
+            found.start()
+            found.wait([found.on(n).check_head() for n in range(found.num_workers)])
+            ask = [actor.__ray_call__.remote(lambda _: os.getpid()) for actor in found._actors]
+            processes = {*ray.get(ask)}
+            if error:
+                raise error
+        return processes
+
+    def none(_: str) -> MemoryPlan:
+        return MemoryPlan()
+
+    two = workers("parallel.workers=2")
+    assert workers("parallel.workers=2") == two
+    assert workers("parallel.workers=1") < two
+    assert not workers("parallel.threads_per_worker=2") & two
+    failed = workers(error=ValueError)
+    assert not workers() & failed
 
 
 def test_a_steps_own_error_is_not_retried(
