@@ -29,7 +29,7 @@ demo: install ## prune SmolLM2-135M and print the report
 
 test: install ## run all tests but those of faults
 	.venv/bin/python examples/smollm2/prepare.py
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not faults"
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/faults
 
 test-kernels: install .kernels ## compile and interpret the kernels for GPUs, without one
 	PYTHONPATH=.kernels OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 tests/numerics/test_kernels.py

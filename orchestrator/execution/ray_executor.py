@@ -133,6 +133,25 @@ def connected(*jobs: JobSpec) -> Iterator[None]:
         end()
 
 
+class Worker:
+    """A worker in an actor. There alone its class is imported, which takes seconds: the driver has
+    no use for torch.
+    """
+
+    def __init__(self, *arguments: Any) -> None:
+        from rayprune.workers.worker import Worker as Inside
+
+        self._inside = Inside(*arguments)
+
+    def begin(self, *arguments: Any) -> None:
+        """Go on with another job, model or scope."""
+        self._inside.begin(*arguments)
+
+    def run(self, step: str, *arguments: Any) -> tuple[Receipt, Any]:
+        """Do a step; its receipt and its payload."""
+        return self._inside.run(step, *arguments)
+
+
 class RayExecutor(Executor):
     """One actor per worker, on a private Ray of this machine or on a cluster."""
 
@@ -226,8 +245,6 @@ class RayExecutor(Executor):
             time.sleep(WAIT_POLL_SECONDS)
 
     def _new_actor(self) -> Any:
-        from rayprune.workers.worker import Worker
-
         actor = ray.remote(Worker).options(
             num_cpus=self.job.parallel.threads_per_worker,
             num_gpus=1 if self._device == "cuda" else 0,

@@ -44,7 +44,12 @@ GIVEN_UP: tuple[Mapping[str, Any], ...] = (
     {"export.target": ["vllm"]},
     {"export.target": ["transformers"]},
     {"budget.round_to": "auto"},
-    {"method": "trsp", "budget.per_layer": False, "parallel.placement": "shards"},
+    {
+        "method": "trsp",
+        "budget.per_layer": False,
+        "correction.drift": 0.0,
+        "parallel.placement": "shards",
+    },
 )
 """What is tried in turn where a plan refuses a setting."""
 

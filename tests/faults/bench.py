@@ -26,6 +26,8 @@ class Bench:
     cluster: Cluster
     nodes: list[Any]
     expected: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    is_gone: bool = False
+    """Whether the cluster's head has been killed."""
 
     def command(self, out: Path, *sets: str, address: str | None = None) -> list[str]:
         """The command line of a driver."""

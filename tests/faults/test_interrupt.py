@@ -58,6 +58,7 @@ def test_what_the_machine_refuses_has_an_exit_code(
 
 @pytest.mark.slow
 @pytest.mark.faults
+@pytest.mark.timeout(300)
 def test_ctrl_c_in_a_training_on_ray(
     make_model: MakeModel, make_job: MakeJob, tmp_path: Path, record: Record
 ) -> None:

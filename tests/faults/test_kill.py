@@ -17,7 +17,7 @@ from tests.conftest import MakeJob, MakeModel, folder_bytes
 from tests.faults.conftest import Record
 from tests.faults.reliability import Row
 
-pytestmark = [pytest.mark.slow, pytest.mark.faults]
+pytestmark = [pytest.mark.slow, pytest.mark.faults, pytest.mark.timeout(300)]
 
 
 @pytest.mark.parametrize("killing", [signal.SIGKILL, signal.SIGTERM])
@@ -49,7 +49,7 @@ def test_driver_with_ray_is_killed_in_mid_sweep(
         env=environment,
         stdout=subprocess.DEVNULL,
     )
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 180
     while not (out / "tasks" / "layer-0005" / "manifest.json").exists():
         assert time.monotonic() < deadline
         assert driver.poll() is None

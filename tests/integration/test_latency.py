@@ -268,7 +268,7 @@ def test_a_latency_without_a_table_or_with_a_broken_one_is_refused(
     (tmp_path / "broken.yaml").write_text("machine: here")
     for name, message in (
         ("half", r"narrowed_ms lacks \['neurons'\]"),
-        ("broken", r"broken\.yaml: passes: Field required"),
+        ("broken", r"broken\.yaml:1: passes: is required"),
     ):
         table = str(tmp_path / f"{name}.yaml")
         budget = {"sparsity": None, "latency_ms": 5, "latency_table": table}

@@ -28,7 +28,7 @@ BUILD = "import sys; from setuptools import build_meta; build_meta.build_{}(sys.
 FROM_PYTHON = """
 import sys, rayprune
 report = rayprune.run(rayprune.load_job("job.yaml", sys.argv[2:]), sys.argv[1])
-print(rayprune.__file__, report.model)
+print("torch" in sys.modules, rayprune.__file__, report.model)
 """
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -199,10 +199,11 @@ def test_commands_beside_packages_of_the_same_names(commands: Path, home: Path) 
 def test_python_beside_packages_of_the_same_names(
     executor: str, commands: Path, home: Path
 ) -> None:
-    """Ray puts the current folder first on the path of its workers."""
+    """Ray puts the current folder first on the path of its workers, which alone need torch."""
     words = (FROM_PYTHON, f"from-python-{executor}", f"cluster.executor={executor}")
     out = done(commands / "python", "-c", *words, cwd=home, PYTHONPATH=str(home))
-    place, model = out.split()[-2:]
+    has_torch, place, model = out.split()[-3:]
+    assert has_torch == str(executor == "in-process")
     assert Path(place).is_relative_to(commands.parent / "lib")
     assert (Path(model) / "config.json").exists()
 

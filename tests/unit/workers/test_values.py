@@ -133,7 +133,7 @@ def test_many_experts_do_not_hang(tmp_path: Path) -> None:
         "model_type": "mixtral",
         "hidden_size": 32,
         "intermediate_size": 32,
-        "num_attention_heads": 4,
+        "num_attention_heads": 8,
         "num_experts_per_tok": 2,
         "vocab_size": 99,
         "num_hidden_layers": 16000,
