@@ -124,16 +124,6 @@ class JobSpec(Section):
                 f"budget.probe_samples ({self.budget.probe_samples}) must not exceed"
                 f" calibration.samples ({self.calibration.samples})"
             )
-        units = ("kv_groups", "experts", "probe_samples", "probe_layers")
-        if self.method.removes_layers and (
-            given := [
-                *(f"budget.{name}" for name in self.budget.given(*units)),
-                *(["correction"] if self.correction != CorrectionSpec() else []),
-            ]
-        ):
-            raise ValueError(
-                f"method {self.method.name} removes whole layers; leave out {given[0]}"
-            )
         has_own_way = self.method.removes_layers or self.steps or self.method.cuts_first
         if self.budget.drop_layers is not None and has_own_way:
             raise ValueError(
@@ -157,12 +147,6 @@ class JobSpec(Section):
                 f"budget.allocation: threshold: the scores of {self.method.name} cannot be compared"
                 " between layers; use curves"
             )
-        if self.budget.allocation.name != "threshold":
-            chosen_by = self.method.selector
-            why = "budget.allocation: threshold alone reads it"
-            chosen_by.leave_out(why, *chosen_by.read_by_threshold)
-        if not self.budget.per_layer:
-            self.export.leave_out("without budget.per_layer all layers are alike", "pad")
         if self.correction.drift and self.parallel.effective_propagation == "dense":
             raise ValueError(
                 "correction.drift: on the dense path nothing drifts; set it to 0, or"
@@ -174,6 +158,26 @@ class JobSpec(Section):
                 f" ({self.calibration.shards}): a shard is the unit of work; raise"
                 " calibration.shards"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _something_reads_it(self) -> Self:
+        units = ("kv_groups", "experts", "probe_samples", "probe_layers")
+        if self.method.removes_layers and (
+            given := [
+                *(f"budget.{name}" for name in self.budget.given(*units)),
+                *(["correction"] if self.correction != CorrectionSpec() else []),
+            ]
+        ):
+            raise ValueError(
+                f"method {self.method.name} removes whole layers; leave out {given[0]}"
+            )
+        if self.budget.allocation.name != "threshold":
+            chosen_by = self.method.selector
+            why = "budget.allocation: threshold alone reads it"
+            chosen_by.leave_out(why, *chosen_by.read_by_threshold)
+        if not self.budget.per_layer:
+            self.export.leave_out("without budget.per_layer all layers are alike", "pad")
         return self
 
     @model_validator(mode="after")
