@@ -91,8 +91,9 @@ def _cannot_begin(error: ray_errors.RayActorError) -> ResourceError:
     )
 
 
-_kept: dict[tuple[int, str], list[Any]] | None = None
-"""Actors that a run has left for the next one, by what they may use; None: a run stops its own."""
+_kept: list[tuple[tuple[int, str], Any]] | None = None
+"""Actors that a run has left for the next one, with what each may use; None: a run stops its own.
+"""
 
 
 @contextmanager
@@ -101,18 +102,32 @@ def workers_kept() -> Iterator[None]:
     would take seconds to import what they need.
     """
     global _kept
-    outer, _kept = _kept, {}
+    outer, _kept = _kept, []
     try:
         yield
     finally:
-        _stop(_kept)
+        for _, actor in _kept:
+            ray.kill(actor)
         _kept = outer
 
 
-def _stop(kept: dict[tuple[int, str], list[Any]]) -> None:
-    while kept:
-        for actor in kept.popitem()[1]:
-            ray.kill(actor)
+def _alive(actors: Sequence[Any]) -> dict[int, bool]:
+    """Whether actors live, by their places among these: all are asked at once, and those that do
+    not answer in time are left out.
+    """
+    asked = {actor.__ray_ready__.remote(): number for number, actor in enumerate(actors)}
+    if not asked:
+        return {}
+    answered, _ = ray.wait([*asked], num_returns=len(asked), timeout=PING_SECONDS)
+    return {asked[ping]: _is_well(ping) for ping in answered}
+
+
+def _is_well(answered: Any) -> bool:
+    try:
+        ray.get(answered)
+    except ray_errors.RayError:
+        return False
+    return True
 
 
 @contextmanager
@@ -193,14 +208,12 @@ class RayExecutor(Executor):
         """
         if not _kept:
             return []
-        left = _kept.pop(self._may_use, [])
-        asked = {actor.__ray_ready__.remote(): actor for actor in left[: self.num_workers]}
-        alive = list[Any]()
-        if asked:
-            answered, _ = ray.wait([*asked], num_returns=len(asked), timeout=PING_SECONDS)
-            alive = [asked[ping] for ping in answered if self._is_alive(ping)]
-        _kept[self._may_use] = [actor for actor in left if actor not in alive]
-        _stop(_kept)
+        left = [actor for may_use, actor in _kept if may_use == self._may_use][: self.num_workers]
+        alive = [left[number] for number, is_well in _alive(left).items() if is_well]
+        for _, actor in _kept:
+            if actor not in alive:
+                ray.kill(actor)
+        _kept.clear()
         for actor in alive:
             actor.begin.remote(*self._worker_arguments())
         return alive
@@ -208,7 +221,7 @@ class RayExecutor(Executor):
     def __exit__(self, *error: object) -> None:
         """Leave the workers to the next run, where there may be one and this one has ended well."""
         if _kept is not None and error[0] is None:
-            _kept.setdefault(self._may_use, []).extend(self._actors)
+            _kept.extend((self._may_use, actor) for actor in self._actors)
             self._actors = []
         super().__exit__(*error)
 
@@ -338,27 +351,15 @@ class RayExecutor(Executor):
         """Replace the dead actors and those that hang. All are asked at once; another one that does
         not answer in time is busy: it answers when its step ends.
         """
-        asked = {
-            actor.__ray_ready__.remote(): number
-            for number, actor in enumerate(self._actors)
-            if number not in self._hung
-        }
-        answered, _ = ray.wait([*asked], num_returns=max(1, len(asked)), timeout=PING_SECONDS)
-        dead = {asked[ping] for ping in answered if not self._is_alive(ping)}
+        asked = [n for n in range(len(self._actors)) if n not in self._hung]
+        found = _alive([self._actors[number] for number in asked])
+        dead = {asked[place] for place, is_well in found.items() if not is_well}
         lost, self._hung, self._joined = sorted(dead | self._hung), set(), False
         for number in lost:
             ray.kill(self._actors[number])
             self._actors[number] = self._new_actor()
         self._ready([self._actors[number] for number in lost])
         return lost
-
-    @staticmethod
-    def _is_alive(answered: Any) -> bool:
-        try:
-            ray.get(answered)
-        except ray_errors.RayError:
-            return False
-        return True
 
     def _begin_anew(self) -> None:
         """The actors stay: a new one would take seconds to import what it needs. One that is lost

@@ -74,7 +74,8 @@ def check_job(job: JobSpec, out: Path | None = None) -> Checked:
         ResourceError: packages, memory or disk are missing.
     """
     checkpoint = open_checkpoint(Path(job.model.path))
-    warnings = [*check_inputs(job, checkpoint), *_crowded(job), *_device(job)]
+    around = [*_crowded(job), *_left_aside(job), *_device(job)]
+    warnings = [*check_inputs(job, checkpoint), *around]
     check_packages(job)
     plan = first_plan(job, checkpoint).noting(warnings)
     if out is not None:
@@ -84,14 +85,8 @@ def check_job(job: JobSpec, out: Path | None = None) -> Checked:
 
 
 def _crowded(job: JobSpec) -> list[str]:
-    """A warning where workers of this machine alone are many more than its cores, or are not
-    started.
-    """
+    """A warning where workers of this machine alone are many more than its cores."""
     workers, cores = job.parallel.workers, len(os.sched_getaffinity(0))
-    unread = {"parallel.workers": workers > 1, "cluster.address": job.cluster.address != "local"}
-    if job.cluster.executor == "in-process" and any(unread.values()):
-        names = " and ".join(name for name, given in unread.items() if given)
-        return [f"cluster.executor: in-process: one process does all work, {names} aside"]
     starts_here = job.cluster.executor == "ray" and job.cluster.address == "local"
     if not starts_here or job.parallel.device == "cuda" or workers <= 2 * cores:
         return []
@@ -99,6 +94,18 @@ def _crowded(job: JobSpec) -> list[str]:
         f"parallel.workers: {workers} on {cores} cores: they take turns, and each takes memory and"
         f" seconds to start; {cores} are as fast"
     ]
+
+
+def _left_aside(job: JobSpec) -> list[str]:
+    """A warning where one process does what several workers, or a cluster, are asked for."""
+    given = {
+        "parallel.workers": job.parallel.workers > 1,
+        "cluster.address": job.cluster.address != "local",
+    }
+    names = " and ".join(name for name, is_given in given.items() if is_given)
+    if job.cluster.executor != "in-process" or not names:
+        return []
+    return [f"cluster.executor: in-process: one process does all work, {names} aside"]
 
 
 def _device(job: JobSpec) -> list[str]:

@@ -98,8 +98,8 @@ def test_an_interrupt_inside_a_finalizer(
         time.sleep(300)  # or until the interrupt
         ended.append("undisturbed")
 
-    monkeypatch.setattr(jobs, "_validate", command)
+    monkeypatch.setattr(jobs, "_run", command)
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
-    assert cli.main(["validate", "job.yaml"]) == INTERRUPTED
+    assert cli.main(["run", "job.yaml", "--out", "run"]) == INTERRUPTED
     assert not ended
-    assert "interrupted" in capfd.readouterr().err
+    assert "run the same command again" in capfd.readouterr().err

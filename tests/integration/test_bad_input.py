@@ -250,9 +250,12 @@ def test_folder_that_is_no_run(
         ["run", str(make_job(make_model())), "--out", str(tmp_path / "thesis")], 2, capsys
     )
     assert "is not empty" in message
-    for command in (["verify"], ["report"], ["push", "a/b"]):
-        message = fails([command[0], str(tmp_path / "thesis"), *command[1:]], 2, capsys)
-        assert "is no run folder" in message or "no report.json here" in message
+    for words, said in (
+        (["verify"], "is no run folder"),
+        (["push", "a/b"], "is no run folder"),
+        (["report"], "no report.json here"),
+    ):
+        assert said in fails([words[0], str(tmp_path / "thesis"), *words[1:]], 2, capsys)
 
 
 def test_a_store_that_is_a_file(

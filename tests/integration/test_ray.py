@@ -407,10 +407,9 @@ def test_missing_gpus_are_refused_before_any_work(
     make_model: MakeModel, make_job: MakeJob, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     address = ray.get_runtime_context().gcs_address
-    for cluster, words in (
-        ({"address": "local"}, "parallel.device: cuda, but torch finds no GPU here"),
-        ({"address": address}, "3 workers need 3 CPUs and 3 GPUs, the cluster has 8 CPUs and 0"),
-    ):
+    here = "parallel.device: cuda, but torch finds no GPU here"
+    there = "3 workers need 3 CPUs and 3 GPUs, the cluster has 8 CPUs and 0 GPUs"
+    for cluster, words in (({"address": "local"}, here), ({"address": address}, there)):
         job = make_job(
             make_model(),
             cluster={"executor": "ray", **cluster},

@@ -93,9 +93,10 @@ def _or_default(config: Config, key: str | None, default: int | None, worked_out
     """A size; a key that is left out is the class's default, and null is worked out, as the classes
     of transformers do.
     """
+    default = default or worked_out
     if key is None:
-        return default or worked_out
-    return config.integer(key, worked_out if key in config.raw else default or worked_out)
+        return default
+    return config.integer(key, worked_out if key in config.raw else default)
 
 
 @dataclass(frozen=True)
