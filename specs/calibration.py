@@ -5,7 +5,7 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from rayprune.specs.own_text import OwnTextSpec
-from rayprune.specs.texts import MixedTextSpec, WindowsSpec
+from rayprune.specs.texts import OwnDocuments, WindowsSpec
 
 FEW_TOKENS = 10
 """Calibration tokens per FFN channel below which corrections overfit, measured on SmolLM2-135M
@@ -49,5 +49,5 @@ class CalibrationSpec(WindowsSpec):
         """
         if self.own is None:
             return self
-        text = MixedTextSpec(path=path, format="jsonl", field="input_ids", weight=self.own.weight)
+        text = OwnDocuments(path=path, format="jsonl", field="input_ids", weight=self.own.weight)
         return self.model_copy(update={"mix": (*self.mix, text), "own": None})

@@ -27,6 +27,8 @@ class EvaluationSpec(Section):
     """Texts by name, in place of `path`: each is measured by itself, and all of them together."""
     window: int = Field(default=1024, ge=2, le=1_048_576)
     """Length of one window, in tokens."""
+    bos: bool = True
+    """As in `calibration`. `false` is how most papers' tables were measured."""
     stride: int | None = Field(default=None, ge=1)
     """Tokens between the starts of two windows; null: the window's length (no overlap)."""
     max_windows: int | None = Field(default=None, ge=1)

@@ -52,6 +52,10 @@ class MixedTextSpec(TextSpec):
     """Windows taken from it, for each one taken from the first text."""
 
 
+class OwnDocuments(MixedTextSpec):
+    """What the model has written: token ids, of which windows are cut as of a text."""
+
+
 class WindowsSpec(TextSpec):
     """Windows of one text or of several."""
 
@@ -63,6 +67,11 @@ class WindowsSpec(TextSpec):
     """Number of windows, taken from the start of each text."""
     sequence_length: int = Field(default=2048, ge=8, le=1_048_576)
     """Length of one window, in tokens."""
+    bos: bool = True
+    """Whether every window of a text begins with what a decoder's tokenizer puts before one (often
+    BOS, often nothing), in place of the window's first tokens; without it models that know nothing
+    else are far from themselves. Token ids are taken as they are.
+    """
 
     @property
     def texts(self) -> tuple[TextSpec, ...]:

@@ -350,11 +350,21 @@ def _build(folder: Path, raw: dict[str, Any], seed: int, dtype: torch.dtype) -> 
 def framing(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     """A tokenizer that puts its tokens 1 and 2 around every text, and masks with 259."""
     names = {"cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
-    numbers = {"[CLS]": 1, "[SEP]": 2, "[MASK]": 259}
+    return _around(tokenizer, "[CLS] $A [SEP]", {"[CLS]": 1, "[SEP]": 2, "[MASK]": 259}, names)
+
+
+def begun(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """A tokenizer that begins every text with its token 1, as Llama's and Gemma's do."""
+    return _around(tokenizer, "<bos> $A", {"<bos>": 1}, {"bos_token": "<bos>"})
+
+
+def _around(
+    tokenizer: PreTrainedTokenizerFast, text: str, numbers: dict[str, int], names: dict[str, str]
+) -> PreTrainedTokenizerFast:
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     backend["model"]["vocab"] |= numbers
     inside = Tokenizer.from_str(json.dumps(backend))
     inside.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+        single=text, special_tokens=[entry for entry in numbers.items() if entry[0] in text]
     )
     return PreTrainedTokenizerFast(tokenizer_object=inside, **names)

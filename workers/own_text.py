@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from rayprune.specs.errors import SpecError
 from rayprune.specs.own_text import OWN_LENGTH, OwnTextSpec
 from rayprune.specs.texts import TextSpec
-from rayprune.workers.calibration import load_tokenizer, tokenize
+from rayprune.workers.calibration import load_tokenizer, opening_of, tokenize
 from rayprune.workers.model.checkpoint import Checkpoint
 from rayprune.workers.network.decoding import decode_by_products
 from rayprune.workers.network.load_check import loaded
@@ -156,4 +156,5 @@ class Author:
                 f"{self.text.path}: holds no text to go on from; give another file, or none"
             )
         check_known(ids_T[None], rows, self.text.path)
-        return pieces(ids_T.tolist(), numbers, asked)
+        opening = opening_of(self._tokenizer)
+        return pieces(ids_T.tolist(), numbers, asked, opening.before if opening else ())

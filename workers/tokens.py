@@ -15,6 +15,7 @@ from rayprune.workers.calibration import (
     frame_of,
     load_tokenizer,
     masked,
+    opening_of,
     read_behind,
     read_calibration,
     read_evaluation,
@@ -34,6 +35,10 @@ class Tokens:
     texts: list[ReadText]
     warnings: list[str]
     masked_ST: Tensor | None = None
+    opening: str = ""
+    """What windows of a decoder's evaluation begin with in place of their own tokens; empty:
+    nothing.
+    """
 
 
 @dataclass(frozen=True)
@@ -50,10 +55,11 @@ class JobTexts:
 
     @cached_property
     def frame(self) -> Frame | None:
-        """What stands around every window: an encoder reads texts as wholes, so each has the
-        special tokens that its tokenizer puts around a text.
+        """What stands around every window. An encoder reads texts as wholes, so each has the
+        special tokens that its tokenizer puts around a text; a decoder's begins as texts do.
         """
-        return None if self.checkpoint.model.causal else frame_of(self.tokenizer)
+        causal = self.checkpoint.model.causal
+        return opening_of(self.tokenizer) if causal else frame_of(self.tokenizer)
 
     def calibration(self) -> Tokens:
         """The calibration windows; what only a training reads is checked too.
@@ -78,7 +84,9 @@ class JobTexts:
         spec, steps = self.job.calibration, self.job.steps
         assert steps is not None
         totals = (spec.samples, self.job.windows_read)
-        windows_ST, texts = read_behind(spec, totals, steps.gate.samples, self.tokenizer)
+        windows_ST, texts = read_behind(
+            spec, totals, steps.gate.samples, self.tokenizer, self.frame
+        )
         read = [text for text in texts if len(text.windows_NT)]
         warnings = self._checked(read, spec.sequence_length, "calibration.sequence_length")
         return Tokens(windows_ST, texts, warnings)
@@ -91,7 +99,7 @@ class JobTexts:
             ModelError: the model has no embedding for a token.
         """
         spec, option = self.job.recovery_text, self.job.recovery_option
-        windows_ST, texts = read_calibration(spec, self.tokenizer, option=option)
+        windows_ST, texts = read_calibration(spec, self.tokenizer, self.frame, option)
         warnings = self._checked(texts, spec.sequence_length, f"{option}.sequence_length")
         if self.job.steps and self._trains_on_other_text:
             check_gate_apart(windows_ST, self.gate().windows_ST, spec.path)
@@ -122,7 +130,9 @@ class JobTexts:
         windows_NT, masked_NT = torch.cat([text.windows_NT for text in read]), None
         if self.checkpoint.model.predicts_masked:
             masked_NT = torch.cat([masked(text.windows_NT, self.tokenizer) for text in read])
-        return Tokens(windows_NT, read, warnings, masked_NT)
+        replaced = next((text.opening for text in read if text.opening), ())
+        opening = "".join(self.tokenizer.convert_ids_to_tokens(list(replaced)))
+        return Tokens(windows_NT, read, warnings, masked_NT, opening)
 
     def all_read(self, given_ST: Tensor) -> Tensor:
         """All windows that the job reads of its calibration text: those of the calibration,

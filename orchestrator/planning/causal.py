@@ -8,6 +8,8 @@ from rayprune.specs.job import JobSpec
 from rayprune.specs.methods.options import DriveOut
 from rayprune.workers.model.description import Model
 
+_WHOLE = "an encoder's windows are whole texts, each with its special tokens; leave it out"
+
 
 def check_encoder(job: JobSpec) -> None:
     """Refuse what an encoder has not: it predicts no next token, and keeps no cache.
@@ -43,6 +45,8 @@ def check_encoder(job: JobSpec) -> None:
             job.calibration.own is not None,
             "is written token by token, which an encoder cannot; calibrate on text of its task",
         ),
+        "calibration.bos": (not job.calibration.bos, _WHOLE),
+        "evaluation.bos": (job.evaluation is not None and not job.evaluation.bos, _WHOLE),
         "evaluation.stride": (
             job.evaluation is not None and job.evaluation.stride is not None,
             "is of perplexity; leave it out, an encoder's windows do not overlap",

@@ -203,7 +203,8 @@ def _protocol(report: Report) -> str:
     used = report.evaluation
     assert used is not None, "what was measured comes with its protocol"
     scored = f", {used.scored_tokens:,} scored tokens" if used.scored_tokens else ""
-    return f"{used.windows:,} windows of {used.window:,} tokens, stride {used.stride:,}{scored}"
+    windows = f"{used.windows:,} windows of {used.window:,} tokens{text(used.begun)}"
+    return f"{windows}, stride {used.stride:,}{scored}"
 
 
 def _asked(report: Report, score: Score) -> str:

@@ -178,7 +178,7 @@ def _protocols(runs: Sequence[Compared]) -> dict[str, str]:
     known = all(each.tokens for each in measured.values())  # reports of earlier versions have none
     return {
         name: (
-            f"perplexity of {each.files}: window {each.window}, stride {each.stride},"
+            f"perplexity of {each.files}: window {each.window}{each.begun}, stride {each.stride},"
             f" {each.scored_tokens} scored tokens"
             + (f", windows {str(each.tokens)[:8]}" if known else "")
         )

@@ -178,6 +178,8 @@ class Evaluation(Facts):
     """Tokens of a window."""
     stride: int
     """Tokens between the starts of two windows."""
+    opening: str = ""
+    """What every window of a decoder begins with in place of its own tokens; empty: nothing."""
     windows: int
     scored_tokens: int = 0
     """Tokens that were predicted."""
@@ -190,6 +192,11 @@ class Evaluation(Facts):
     def files(self) -> str:
         """The texts, in words."""
         return self.path or ", ".join(text["path"] for text in (self.texts or {}).values())
+
+    @property
+    def begun(self) -> str:
+        """With what windows begin, in words, behind how long they are."""
+        return f", each begun with {self.opening}" if self.opening else ""
 
 
 class GroupReport(Facts):

@@ -335,6 +335,7 @@ def _evaluation(context: Context, done: Pruned) -> Evaluation | None:
         | {"stride": context.job.evaluation.effective_stride}
         | {"tokenizer": fingerprint(inputs.get("tokenizer"))}
         | ({"tokens": tokens.files[TOKENS_FILE].sha256} if tokens else {})
+        | ({"opening": tokens.info["opening"]} if tokens else {})
         | ({"lm_eval": asked.info["lm_eval"]} if asked else {})
         | counts
     )

@@ -15,10 +15,10 @@ def quality(report: Report) -> str:
     used = report.evaluation
     scored = f", {used.scored_tokens:,} scored tokens" if used.scored_tokens else ""
     told = (
-        f"{used.windows:,} windows of {used.window:,} tokens, stride {used.stride:,}{scored}, of"
-        f" {used.files}. The text was not calibrated or trained on. KL: divergence of the"
-        " next-token distribution from the dense model's, in nats for a token. Agreement: tokens"
-        " for which both expect the same one most."
+        f"{used.windows:,} windows of {used.window:,} tokens{used.begun}, stride"
+        f" {used.stride:,}{scored}, of {used.files}. The text was not calibrated or trained on. KL:"
+        " divergence of the next-token distribution from the dense model's, in nats for a token."
+        " Agreement: tokens for which both expect the same one most."
     )
     if used.tokenizer:
         told += f" Tokenizer {used.tokenizer[:12]}."

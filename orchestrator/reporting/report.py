@@ -326,7 +326,7 @@ def _measured(report: Report) -> Iterator[Part]:
     if used := report.evaluation:
         what = "perplexity" if report.perplexity else "evaluation"
         yield (
-            f"{what} of {used.files}: window {used.window}, stride {used.stride},"
+            f"{what} of {used.files}: window {used.window}{used.begun}, stride {used.stride},"
             f" {used.windows} windows, {used.scored_tokens} scored tokens"
         )
 

@@ -55,7 +55,7 @@ _STATISTICS = (
 )
 _SELECTION = (*_STATISTICS, "method.selector")
 _CUT = (*_SELECTION, "correction", "export.dtype")
-_TEXT = ("calibration.texts", "calibration.sequence_length")
+_TEXT = ("calibration.texts", "calibration.sequence_length", "calibration.bos")
 _TRAINING = ("parallel.device", "parallel.threads_per_worker", *_TEXT, "calibration.samples")
 _ALLOCATION = ("bounds", "export.form", "export.pad", "export.tensor_parallel")
 

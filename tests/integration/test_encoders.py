@@ -223,6 +223,8 @@ GRADIENTS = {"method": {"name": "stat", "scale": "gradients"}}
         ({"budget": {"kv_bytes_per_token": 10}}, "an encoder keeps no KV cache"),
         ({"correction": {"drift": 0.5}}, "does not add its blocks' outputs"),
         ({"evaluation": {"path": "x", "window": 8, "stride": 4}}, "evaluation.stride: is of perp"),
+        ({"evaluation": {"path": "x", "bos": False}}, "evaluation.bos: an encoder's windows are"),
+        ({"calibration": {"bos": False}}, "calibration.bos: an encoder's windows are whole texts"),
         ({"budget": {"kv_groups": 3}}, "takes the head size .*budget.per_layer: true"),
     ],
 )
@@ -230,10 +232,9 @@ def test_what_needs_a_causal_model_is_refused_by_name(
     sections: dict[str, Any], words: str, make_model: MakeModel, make_job: MakeJob
 ) -> None:
     folder = make_model("bert")
+    wanted = sections | {"calibration": SMALL | sections.get("calibration", {})}
     with pytest.raises(SpecError, match=words):
-        make_plan(
-            load_job(make_job(folder, calibration=SMALL, **sections)), open_checkpoint(folder)
-        )
+        make_plan(load_job(make_job(folder, **wanted)), open_checkpoint(folder))
 
 
 def test_the_plan_says_why_heads_stay(make_model: MakeModel, make_job: MakeJob) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.random_model import byte_tokenizer
 from rayprune.orchestrator.execution.run_folder import read_events
 from rayprune.orchestrator.execution.verify import verify_run
 from rayprune.orchestrator.run import run_job
@@ -23,7 +24,7 @@ from rayprune.workers.store.files import read_manifest
 from rayprune.workers.store.layout import RESULT_FILE, task_folder
 from tests.conftest import MakeJob
 from tests.helpers import quiet, some
-from tests.models import build_model
+from tests.models import begun, build_model
 
 TRAINING = {"batch": 4, "learning_rate": 1e-3}
 BASES: dict[str, dict[str, Any]] = {
@@ -70,6 +71,7 @@ CHANGES: dict[str, list[str]] = {
         "calibration.sequence_length=48",
         "calibration.shards=5",
         "calibration.held_out_shards=2",
+        "calibration.bos=false",
         "calibration.path=OTHER",
         "calibration.format=jsonl;calibration.path=LINES",
         "calibration.mix=[{path: OTHER, weight: 0.5}]",
@@ -104,6 +106,7 @@ CHANGES: dict[str, list[str]] = {
         "export.tensor_parallel=2",
         "evaluation.window=24",
         "evaluation.stride=8",
+        "evaluation.bos=false",
         "evaluation.max_windows=2",
         "evaluation.path=OTHER",
         "parallel.device=auto",
@@ -222,6 +225,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
     path = tmp_path_factory.mktemp("options")
     text = text_file.read_text(encoding="utf-8")
     build_model(path / "dense", num_hidden_layers=2)
+    begun(byte_tokenizer()).save_pretrained(path / "dense")
     (path / "held_out.txt").write_text(text[40_000:44_000], encoding="utf-8")
     (path / "other.txt").write_text(text[50_000:], encoding="utf-8")
     lines = [json.dumps({"text": text[start : start + 500]}) for start in range(0, 20_000, 500)]

@@ -28,22 +28,19 @@ from tests.conftest import MakeJob, MakeModel, folder_bytes
 from tests.helpers import quiet
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
-TOKEN = os.environ["RAY_AUTH_TOKEN"].encode()
 TRANSPORTS = ["object-store", "collective"]
 
 
 def workers_alive() -> list[int]:
-    """Process ids of the actors of this test session's Ray, told apart by its token."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if (process / "cmdline").read_bytes().startswith(b"ray::Worker") and TOKEN in (
-                process / "environ"
-            ).read_bytes():
-                found.append(int(process.name))
-        except OSError:
-            continue
-    return found
+    """Process ids of the workers that live, as Ray has them: one that it has told to go may be a
+    process for some time yet.
+    """
+    actors = ray._private.state.actors().values()
+    return [
+        actor["Pid"]
+        for actor in actors
+        if actor["State"] == "ALIVE" and actor["ActorClassName"].startswith("Worker")
+    ]
 
 
 @pytest.mark.parametrize(

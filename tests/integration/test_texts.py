@@ -15,9 +15,11 @@ from safetensors.torch import load_file
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
+from benchmarks.random_model import byte_tokenizer
 from rayprune.orchestrator.cli import main
 from rayprune.orchestrator.execution.run_folder import read_events
 from tests.conftest import MakeJob, MakeModel, folder_bytes
+from tests.models import begun
 
 Capture = pytest.CaptureFixture[str]
 
@@ -55,6 +57,28 @@ def test_the_same_documents_give_the_same_model(
     [event] = events(second, "text")
     assert event["path"] == str(tmp_path / "b")
     assert {key: event[key] for key in facts} == facts
+
+
+def test_what_windows_begin_with_belongs_to_the_protocol(
+    make_model: MakeModel, make_job: MakeJob, text_file: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    model, held_out = make_model(), tmp_path / "held_out.txt"
+    begun(byte_tokenizer()).save_pretrained(model)
+    held_out.write_text(text_file.read_text()[30_000:40_000])
+    job = make_job(model, evaluation={"path": str(held_out), "window": 32, "max_windows": 4})
+    for name, words in (("begun", []), ("cut", ["--set", "evaluation.bos=false"])):
+        assert main(["run", str(job), "--out", str(tmp_path / name), *words]) == 0
+        told = " ".join(capsys.readouterr().out.split())
+        assert ("window 32, each begun with <bos>, stride 32" in told) is (name == "begun")
+        tokens = tmp_path / name / "tasks" / "evaluation-tokens" / "tokens.safetensors"
+        first_N = load_file(tokens)["tokens"][:, 0]
+        assert first_N.eq(1).tolist() == [True, *[name == "begun"] * 3]
+        calibrated = load_file(tmp_path / name / "tasks/calibration-tokens/tokens.safetensors")
+        assert calibrated["tokens"][:, 0].eq(1).all()
+        card = (tmp_path / name / "model" / "README.md").read_text()
+        assert ("32 tokens, each begun with &lt;bos&gt;, stride 32" in card) is (name == "begun")
+    assert main(["compare", str(tmp_path / "begun"), str(tmp_path / "cut")]) == 0
+    assert "each begun with <bos>" in " ".join(capsys.readouterr().out.split())
 
 
 def test_another_file_in_the_folder_is_noticed(

@@ -43,7 +43,7 @@ class Texts:
         write_tensors(task.folder / TOKENS_FILE, {TOKENS: tokens.windows_ST, **masked})
         windows = [len(text.windows_NT) for text in tokens.texts]
         told = {"shape": list(tokens.windows_ST.shape), "windows": windows}
-        commit(task, [TOKENS_FILE], told | found)
+        commit(task, [TOKENS_FILE], told | found | {"opening": tokens.opening})
         return found, None
 
     @step

@@ -65,7 +65,7 @@ def with_own(job: JobSpec, path: str) -> JobSpec:
         text.model_copy(update={"weight": count / counts[0]})
         for text, count in zip(calibration.mix, counts[1:], strict=True)
     ]
-    names = {*TextSpec.model_fields, "sequence_length"}
+    names = {*TextSpec.model_fields, "sequence_length", "bos"}
     text = WindowsSpec(**calibration.model_dump(include=names), mix=mix, samples=sum(counts))
     changed = recover.model_copy(update={"text": text, "samples": None, "own_samples": 0})
     return whole.model_copy(update={"recover": changed})

@@ -108,13 +108,17 @@ def first_token(tokenizer: "PreTrainedTokenizerBase") -> int:
     return int(found)
 
 
-def pieces(ids: Sequence[int], numbers: range, asked: int) -> list[list[int]]:
+def pieces(
+    ids: Sequence[int], numbers: range, asked: int, opening: Sequence[int] = ()
+) -> list[list[int]]:
     """The prompts of documents with these numbers, from a text's first tokens: `asked` of them, or
-    all that it has, and then it begins anew.
+    all that it has, and then it begins anew. Each begins with `opening`, in place of its own first
+    tokens.
     """
     around = max(1, len(ids) - PROMPT + 1) if len(ids) < asked else asked
     starts = [number * PROMPT_EVERY % around for number in numbers]
-    return [list(ids[start : start + PROMPT]) for start in starts]
+    first = len(opening)
+    return [[*opening, *ids[start + first : start + PROMPT]] for start in starts]
 
 
 def longest_prompt(own: OwnTextSpec) -> int:

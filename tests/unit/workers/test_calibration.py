@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -16,12 +17,14 @@ from rayprune.workers.calibration import (
     calibration_windows,
     evaluation_windows,
     load_tokenizer,
+    opening_of,
     read_behind,
+    read_evaluation,
     tokenize,
 )
 from rayprune.workers.texts.checks import check_apart, shared_fraction
 from rayprune.workers.texts.limits import shares
-from tests.models import build_model
+from tests.models import begun, build_model
 
 
 @pytest.fixture(scope="module")
@@ -204,10 +207,44 @@ def test_windows_of_a_gate_lie_behind_all_that_are_read(
             "shards": 2,
         }
     )
-    windows, _ = read_behind(spec, (6, 9), 5, tokenizer)
+    windows, _ = read_behind(spec, (6, 9), 5, tokenizer, None)
     assert tokenizer.batch_decode(windows) == [letter * 8 for letter in "GHIde"]
     with pytest.raises(SpecError, match=r"26 samples .* 20 of them of the gate"):
-        read_behind(spec, (6, 9), 30, tokenizer)
+        read_behind(spec, (6, 9), 30, tokenizer, None)
+
+
+def test_windows_begin_with_what_the_tokenizer_puts_before_a_text(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """In place of their own first token, once; token ids have what they have, but for those that
+    the model has written.
+    """
+    assert opening_of(tokenizer) is None
+    begins = begun(cast(PreTrainedTokenizerFast, tokenizer))
+    words = "".join(chr(ord("A") + n) * 8 for n in range(25))
+    text = write(tmp_path / "text.txt", words)
+    ids = write(tmp_path / "ids.jsonl", json.dumps({"input_ids": [7] * 80}) + "\n").path
+    options = {"samples": 4, "sequence_length": 8, "shards": 2}
+
+    def read(**changes: object) -> list[list[int]]:
+        spec = CalibrationSpec.model_validate({"path": text.path} | options | changes)
+        windows_ST: list[list[int]] = calibration_windows(spec, begins).tolist()
+        return windows_ST
+
+    as_cut = [1, *begins(words, add_special_tokens=False)["input_ids"]]
+    assert read(bos=False) == [as_cut[n * 8 : n * 8 + 8] for n in range(4)]
+    assert read() == [[1, *as_cut[n * 8 + 1 : n * 8 + 8]] for n in range(4)]
+    assert read(path=ids) == read(path=ids, bos=False) == [[7] * 8] * 4
+    written = CalibrationSpec.model_validate({"path": text.path, "own": {}} | options).with_own(ids)
+    assert calibration_windows(written, begins)[1::2].tolist() == [[1, *[7] * 7]] * 2
+    frame, spec = opening_of(begins), CalibrationSpec.model_validate({"path": text.path} | options)
+    gate_ST, _ = read_behind(spec, (4, 6), 2, begins, frame)
+    assert gate_ST.tolist() == [[1, *as_cut[n * 8 + 1 : n * 8 + 8]] for n in (6, 7)]
+    evaluation = EvaluationSpec(path=text.path, window=8, stride=3, max_windows=5)
+    found = evaluation_windows(evaluation, begins).tolist()
+    assert found == [[1, *as_cut[n * 3 + 1 : n * 3 + 8]] for n in range(5)]
+    with pytest.raises(SpecError, match="special tokens fill 1"):
+        read_evaluation(evaluation.model_copy(update={"window": 1}), text, begins, frame)
 
 
 def test_a_weight_that_gives_nothing_is_refused(

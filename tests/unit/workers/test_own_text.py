@@ -203,6 +203,8 @@ def test_prompts_depend_on_a_document_s_number_alone() -> None:
     assert [piece[0] for piece in again] == [0, 256, 512 % 481, 768 % 481]
     assert again[1] == pieces(ids[: 3 * PROMPT_EVERY], range(1, 2), 3 * PROMPT_EVERY)[0]
     assert pieces([1, 2, 3], range(2), 512) == [[1, 2, 3], [1, 2, 3]]
+    (begun,) = pieces(ids, range(1, 2), 10_000, opening=[77])
+    assert begun == [77, *range(PROMPT_EVERY + 1, PROMPT_EVERY + PROMPT)]
 
 
 def test_the_last_tokens_take_no_whole_batch() -> None:
