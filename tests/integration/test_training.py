@@ -3,6 +3,7 @@ a rank dies, on fewer ranks too.
 """
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -25,7 +26,7 @@ from rayprune.workers.network.building import layers_of, whole_model
 from rayprune.workers.store.layout import RESULT_FILE, TRAINED_FOLDER
 from rayprune.workers.store.training_stage import Aim, Finetune, Penalty, Recovery, Shrink, read_log
 from rayprune.workers.training.adapters import adapted, add_adapters, merged
-from rayprune.workers.training.loop import ALONE
+from rayprune.workers.training.loop import ALONE, Ranks
 from rayprune.workers.training.rank import finetune
 from rayprune.workers.training.schedule import windows_of
 from rayprune.workers.training.states import saved_steps
@@ -202,6 +203,15 @@ def test_what_is_no_parameter_is_written_too(stage: Finetune, make_model: MakeMo
     assert all(torch.equal(found[name], expected[name]) for name in scales)
 
 
+def train_as(rank: int, stage: Finetune, meeting: Path) -> None:
+    """Train as one of two ranks that meet at a file."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=meeting.as_uri(), rank=rank, world_size=2
+    )
+    finetune(stage, Ranks(rank, 2, torch.device("cpu")))
+    torch.distributed.destroy_process_group()
+
+
 def train_on_two(stage: Finetune, storage: Path) -> None:
     """Train on two ranks of Ray Train, whose import takes seconds."""
     from rayprune.orchestrator.execution.ray_train import MOST_SILENT_SECONDS, train_on_ray
@@ -242,16 +252,19 @@ def test_two_ranks_have_the_loss_curve_of_one_and_half_of_the_state(
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.usefixtures("ray_session")
 @pytest.mark.parametrize(
     "aim",
     [Recovery(lora=LoraSpec(rank=4)), Shrink((1,), 1.5)],
     ids=["adapters", "a layer that fades"],
 )
-def test_two_ranks_train_as_one_does(aim: Aim, gang: Finetune, tmp_path: Path) -> None:
-    one, two = (replace(gang, folder=str(tmp_path / name), aim=aim) for name in ("one", "two"))
+def test_two_ranks_train_as_one_does(aim: Aim, stage: Finetune, tmp_path: Path) -> None:
+    """Ranks of this machine, forked from one process that has imported what they need."""
+    one, two = (replace(stage, folder=str(tmp_path / name), aim=aim) for name in ("one", "two"))
     finetune(one, ALONE)
-    train_on_two(two, tmp_path / "ray")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    options = {"args": (two, tmp_path / "meeting"), "nprocs": 2, "start_method": "forkserver"}
+    torch.multiprocessing.start_processes(train_as, **options)
     assert curve(two.folder) == pytest.approx(curve(one.folder), abs=1e-4)
     alone, spread = weights(one.folder), weights(two.folder)
     assert all(torch.allclose(alone[name], spread[name], atol=1e-3) for name in alone)
