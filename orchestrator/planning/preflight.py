@@ -97,15 +97,21 @@ def _crowded(job: JobSpec) -> list[str]:
 
 
 def _left_aside(job: JobSpec) -> list[str]:
-    """A warning where one process does what several workers, or a cluster, are asked for."""
+    """Warnings of options that say nothing to this job: one process does what several workers, or a
+    cluster, are asked for; whole layers go, which have no width.
+    """
     given = {
         "parallel.workers": job.parallel.workers > 1,
         "cluster.address": job.cluster.address != "local",
     }
-    names = " and ".join(name for name, is_given in given.items() if is_given)
-    if job.cluster.executor != "in-process" or not names:
-        return []
-    return [f"cluster.executor: in-process: one process does all work, {names} aside"]
+    names, found = " and ".join(name for name, is_given in given.items() if is_given), []
+    if job.cluster.executor == "in-process" and names:
+        found.append(f"cluster.executor: in-process: one process does all work, {names} aside")
+    if job.method.removes_layers and job.budget.given("round_to"):
+        found.append(
+            f"budget.round_to: is of widths, and method {job.method.name} removes whole layers"
+        )
+    return found
 
 
 def _device(job: JobSpec) -> list[str]:

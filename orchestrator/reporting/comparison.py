@@ -216,7 +216,11 @@ def layers(runs: Sequence[Compared]) -> Iterator[Table]:
 
 
 def _kept(report: Report, group: str) -> Mapping[int, int]:
-    return {each.layer: each.groups[group].kept for each in report.layers if group in each.groups}
+    """By layer; of a group that lost nothing anywhere, all."""
+    kept = {each.layer: each.groups[group].kept for each in report.layers if group in each.groups}
+    if kept or report.dense is None or group not in report.dense.units:
+        return kept
+    return {each.layer: report.dense.units[group] for each in report.layers}
 
 
 def comparison(runs: Sequence[Compared]) -> Iterator[Part]:

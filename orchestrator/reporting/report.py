@@ -314,7 +314,7 @@ def _measured(report: Report) -> Iterator[Part]:
             f" ({recovered / report.perplexity.before:.4f} of before)"
         )
     yield from closeness_lines(report)
-    if len(report.texts) > 1:
+    if len(report.texts) > 1 or (report.evaluation and report.evaluation.texts):
         yield text_table(report)
     if report.scores:
         yield score_table(report)

@@ -94,6 +94,13 @@ def test_layers_stand_side_by_side() -> None:
     report["layers"][1]["groups"]["neurons"]["kept"] = 640
     _, neurons = layers([BEST, run("uneven", 700, 1.3, layers=report["layers"])])
     assert neurons.rows[1] == ["1", "1,120", "640"]
+    report = make_report()
+    report["dense"] = {"name": "m", "hub_id": None, "licence": {}, "units": {"heads": 3}}
+    for layer in report["layers"]:
+        del layer["groups"]["heads"]
+    whole = run("whole", 700, 1.3, layers=report["layers"], dense=report["dense"])
+    heads, _ = layers([BEST, whole])
+    assert heads.rows[0][2] == "3"
 
 
 @pytest.mark.usefixtures("drawn")

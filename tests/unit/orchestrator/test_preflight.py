@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 
 import rayprune
 import rayprune.orchestrator.entry
@@ -332,6 +333,22 @@ def test_a_type_that_this_machine_is_slow_in_is_said(wrong: Wrong, capsys: Captu
     wrong.monkeypatch.setattr(device, "bfloat16_pace", lambda: 9.4)
     assert main(["validate", str(job_of(wrong))]) == 0
     assert "bfloat16" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("sections", "told"),
+    [
+        ({"parallel": {"workers": 2}}, "one process does all work, parallel.workers aside"),
+        ({"budget": {"round_to": 8}, "method": "trsp"}, "budget.round_to: is of widths, and"),
+    ],
+)
+def test_what_says_nothing_to_a_job_is_told(
+    sections: dict[str, Any], told: str, wrong: Wrong, capsys: Capture
+) -> None:
+    job = job_of(wrong)
+    job.write_text(yaml.safe_dump(yaml.safe_load(job.read_text()) | sections))
+    assert main(["validate", str(job)]) == 0
+    assert told in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_gpu_that_is_not_here_is_missed(wrong: Wrong, capsys: Capture) -> None:
