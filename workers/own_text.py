@@ -145,16 +145,19 @@ class Author:
             check_positions(self.checkpoint, self.spec.length, OWN_LENGTH, len(before))
             check_known(torch.tensor([*before, *chain(*self._turns.behind)]), rows, path)
             return [list(before) for _ in numbers]
+        found = opening_of(self._tokenizer)
+        opening = found.before if found else ()
         if self.spec.prompts == "none":
-            first = first_token(self._tokenizer)
-            check_known(torch.tensor([first]), rows, path)
-            return [[first] for _ in numbers]
+            first = list(opening or [first_token(self._tokenizer)])
+            check_known(torch.tensor(first), rows, path)
+            return [first for _ in numbers]
         asked = numbers.stop * PROMPT_EVERY
         ids_T = tokenize(self.text, self._tokenizer, asked)
         if len(ids_T) == 0:
             raise SpecError(
                 f"{self.text.path}: holds no text to go on from; give another file, or none"
             )
-        check_known(ids_T[None], rows, self.text.path)
-        opening = opening_of(self._tokenizer)
-        return pieces(ids_T.tolist(), numbers, asked, opening.before if opening else ())
+        check_known(
+            torch.cat([torch.tensor(opening, dtype=ids_T.dtype), ids_T]), rows, self.text.path
+        )
+        return pieces(ids_T.tolist(), numbers, asked, opening)

@@ -186,6 +186,7 @@ def test_the_command_line_says_its_version(capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_on_ray_in_a_thread(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
     """A Ray of its own, a training on Ray Train, and the handler of SIGTERM as it was."""
     job = make_job(
@@ -194,7 +195,7 @@ def test_on_ray_in_a_thread(make_model: MakeModel, make_job: MakeJob, tmp_path: 
         cluster={"executor": "ray", "address": "local"},
     )
     words = [sys.executable, "-c", RUN_IN_A_THREAD, str(job), str(tmp_path / "run")]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=110, env=dict(os.environ))
+    done = subprocess.run(words, capture_output=True, text=True, timeout=290, env=dict(os.environ))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "run-finished" in done.stdout
 

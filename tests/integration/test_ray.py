@@ -280,23 +280,24 @@ def test_a_search_ends_the_same_with_any_number_of_workers(
 
 @pytest.mark.timeout(600)
 def test_a_gang_of_ranks_trains_between_the_steps_of_workers(
-    make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+    make_model: MakeModel, make_job: MakeJob, text_file: Path, tmp_path: Path
 ) -> None:
-    """TRSP on two ranks: the workers make room for the gang and come back; the layers that go are
-    those of one process.
-    """
-    training = {"batch": 4, "learning_rate": 1e-3}
-    method = {"name": "trsp", "gates": training, "training": training}
-    job = make_job(make_model(num_hidden_layers=4), method=method)
-    chosen: dict[str, list[int]] = {"in-process": [], "ray": []}
-    for executor, layers in chosen.items():
+    """The workers make room for the gang and come back to judge what it has trained."""
+    held_out = tmp_path / "held_out.txt"
+    held_out.write_text(text_file.read_text()[50_000:55_000])
+    job = make_job(
+        make_model(),
+        recover={"batch": 4, "learning_rate": 1e-3},
+        evaluation={"path": str(held_out), "window": 32, "max_windows": 4},
+    )
+    recovered = []
+    for executor in ("in-process", "ray"):
         overrides = [f"cluster.executor={executor}", "parallel.workers=2"]
-        run_job(
-            load_job(job, overrides),
-            tmp_path / executor,
-            lambda e, to=layers: to.append(e["layer"]) if "gate" in e else None,
-        )
-    assert chosen["ray"] == chosen["in-process"] != []
+        report = run_job(load_job(job, overrides), tmp_path / executor, quiet)
+        assert report.perplexity is not None
+        recovered.append(report.perplexity.recovered)
+    assert recovered[1] == pytest.approx(recovered[0], rel=1e-3)
+    assert recovered[0] != report.perplexity.after
 
 
 def test_all_workers_are_asked_at_once_which_of_them_is_lost(

@@ -24,7 +24,15 @@ from rayprune.specs.training import LoraSpec, TrainingSpec
 from rayprune.workers.model.checkpoint import open_checkpoint
 from rayprune.workers.network.building import layers_of, whole_model
 from rayprune.workers.store.layout import RESULT_FILE, TRAINED_FOLDER
-from rayprune.workers.store.training_stage import Aim, Finetune, Penalty, Recovery, Shrink, read_log
+from rayprune.workers.store.training_stage import (
+    Aim,
+    Finetune,
+    Gates,
+    Penalty,
+    Recovery,
+    Shrink,
+    read_log,
+)
 from rayprune.workers.training.adapters import adapted, add_adapters, merged
 from rayprune.workers.training.loop import ALONE, Ranks
 from rayprune.workers.training.rank import finetune
@@ -212,6 +220,16 @@ def train_as(rank: int, stage: Finetune, meeting: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
+def train_as_two(stage: Finetune, folder: Path) -> None:
+    """Train on two ranks of this machine, forked from one process that has imported what they
+    need.
+    """
+    multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
+    torch.multiprocessing.start_processes(
+        train_as, args=(stage, folder / "meeting"), nprocs=2, start_method="forkserver"
+    )
+
+
 def train_on_two(stage: Finetune, storage: Path) -> None:
     """Train on two ranks of Ray Train, whose import takes seconds."""
     from rayprune.orchestrator.execution.ray_train import MOST_SILENT_SECONDS, train_on_ray
@@ -258,16 +276,24 @@ def test_two_ranks_have_the_loss_curve_of_one_and_half_of_the_state(
     ids=["adapters", "a layer that fades"],
 )
 def test_two_ranks_train_as_one_does(aim: Aim, stage: Finetune, tmp_path: Path) -> None:
-    """Ranks of this machine, forked from one process that has imported what they need."""
     one, two = (replace(stage, folder=str(tmp_path / name), aim=aim) for name in ("one", "two"))
     finetune(one, ALONE)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    options = {"args": (two, tmp_path / "meeting"), "nprocs": 2, "start_method": "forkserver"}
-    torch.multiprocessing.start_processes(train_as, **options)
+    train_as_two(two, tmp_path)
     assert curve(two.folder) == pytest.approx(curve(one.folder), abs=1e-4)
     alone, spread = weights(one.folder), weights(two.folder)
     assert all(torch.allclose(alone[name], spread[name], atol=1e-3) for name in alone)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_two_ranks_have_the_gates_of_one(stage: Finetune, tmp_path: Path) -> None:
+    aim = Gates((1.0,) * 3, (), 0.0)
+    one, two = (replace(stage, folder=str(tmp_path / name), aim=aim) for name in ("one", "two"))
+    finetune(one, ALONE)
+    train_as_two(two, tmp_path)
+    gates = [json.loads(Path(each.folder, RESULT_FILE).read_text())["gates"] for each in (one, two)]
+    assert gates[1] == pytest.approx(gates[0], abs=1e-4)
+    assert len({1.0, *gates[0]}) == 4
 
 
 @pytest.mark.slow
@@ -296,7 +322,7 @@ def test_a_killed_rank_changes_nothing(gang: Finetune, tmp_path: Path) -> None:
         train_on_two(killed, tmp_path / "ray")
     assert failure.value.failure is Failure.PROCESS_LOST
     thread.join()
-    train_on_two(killed, tmp_path / "ray")
+    train_as_two(killed, tmp_path)
     assert curve(killed.folder) == curve(gang.folder)
     expected, found = weights(gang.folder), weights(killed.folder)
     assert all(torch.equal(expected[name], found[name]) for name in expected)

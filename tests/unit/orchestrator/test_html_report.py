@@ -56,6 +56,7 @@ def make_report(num_layers: int = 4) -> dict[str, Any]:
             "tasks_batch": 1,
             "window": 1024,
             "stride": 512,
+            "opening": "",
             "windows": 20,
             "scored_tokens": 20460,
         },
