@@ -117,15 +117,19 @@ def frame_of(tokenizer: PreTrainedTokenizerBase) -> Frame:
     return found
 
 
-def opening_of(tokenizer: PreTrainedTokenizerBase) -> Frame | None:
-    """What a tokenizer puts before a text by itself, for windows out of the middle of one; None:
-    nothing.
+AS_CUT = Frame((), replaces=True)
+"""Of windows that stay as they are cut."""
+
+
+def opening_of(tokenizer: PreTrainedTokenizerBase) -> Frame:
+    """What a tokenizer puts before a text by itself, maybe nothing, for windows out of the middle
+    of one.
 
     A decoder has seen nothing without it, if its tokenizer adds it: Gemma 3 270M has a perplexity
     of 107 on windows of WikiText-2 as they are cut, and of 47 where each begins with BOS.
     """
     found = _around_a_text(tokenizer)
-    return Frame(found.before, replaces=True) if found and found.before else None
+    return Frame(found.before, replaces=True) if found else AS_CUT
 
 
 def _around_a_text(tokenizer: PreTrainedTokenizerBase) -> Frame | None:
@@ -172,10 +176,7 @@ def calibration_windows(spec: WindowsSpec, tokenizer: PreTrainedTokenizerBase) -
 
 
 def read_calibration(
-    spec: WindowsSpec,
-    tokenizer: PreTrainedTokenizerBase,
-    frame: Frame | None,
-    option: str = "calibration",
+    spec: WindowsSpec, tokenizer: PreTrainedTokenizerBase, frame: Frame, option: str = "calibration"
 ) -> tuple[Tensor, list[ReadText]]:
     """The windows of `calibration_windows`, and those of each text; in their frame, as far as the
     job wants it. `option` is where the job has the texts.
@@ -196,7 +197,7 @@ def read_behind(
     read: Sequence[int],
     samples: int,
     tokenizer: PreTrainedTokenizerBase,
-    frame: Frame | None,
+    frame: Frame,
 ) -> tuple[Tensor, list[ReadText]]:
     """So many windows (S, T) of all texts together, each text's behind those that any of the
     numbers of samples in `read` takes of it; and those of each text. In their frame, as far as the
@@ -217,51 +218,44 @@ def _first_windows(
     tokenizer: PreTrainedTokenizerBase,
     samples: int,
     sequence_length: int,
-    frame: Frame | None,
+    frame: Frame,
     gate: int = 0,
     option: str = "calibration",
 ) -> ReadText:
     """The first windows of one text of an option, `gate` of them those of a gate."""
-    tokens, facts = _tokens(spec, tokenizer, samples * sequence_length, _with_special(frame))
+    tokens, facts = _tokens(spec, tokenizer, samples * sequence_length, frame.replaces)
     frame = _framing(frame, facts, spec)
-    inside = sequence_length - (frame.size if frame else 0)
+    inside = sequence_length - frame.size
     if len(tokens) < samples * inside:
         raise too_few_samples(spec, samples, inside, len(tokens), gate, option)
     windows_NT = tokens[: samples * inside].reshape(samples, inside)
     return _framed(spec, windows_NT, facts, frame)
 
 
-def _framed(text: TextSpec, windows_NT: Tensor, facts: TextFacts, frame: Frame | None) -> ReadText:
-    if frame is None:
-        return ReadText(text.path, windows_NT, facts)
+def _framed(text: TextSpec, windows_NT: Tensor, facts: TextFacts, frame: Frame) -> ReadText:
     opening = frame.before if frame.replaces else ()
     return ReadText(text.path, frame.around(windows_NT), facts, opening)
 
 
-def _wanted(frame: Frame | None, bos: bool) -> Frame | None:
+def _wanted(frame: Frame, bos: bool) -> Frame:
     """The frame, unless it is a decoder's and the job does without."""
-    return None if frame and frame.replaces and not bos else frame
+    return AS_CUT if frame.replaces and not bos else frame
 
 
-def _with_special(frame: Frame | None) -> bool:
-    """Whether the text itself is tokenised with special tokens."""
-    return frame is None or frame.replaces
-
-
-def _framing(frame: Frame | None, facts: TextFacts, text: TextSpec) -> Frame | None:
+def _framing(frame: Frame, facts: TextFacts, text: TextSpec) -> Frame:
     """The frame, unless a text that others have made holds token ids: those are taken as they are.
 
     Raises:
         SpecError: an encoder's holds both.
     """
-    if frame is None or "token ids" not in facts.holds or isinstance(text, OwnDocuments):
+    if "token ids" not in facts.holds or isinstance(text, OwnDocuments):
         return frame
     if len(facts.holds) > 1 and not frame.replaces:
         raise SpecError(
             f"{text.path}: holds {' and '.join(facts.holds)}; an encoder's token ids are taken as"
             " they are, all else gets its special tokens: make two files of it"
         )
-    return None
+    return AS_CUT
 
 
 def evaluation_windows(spec: EvaluationSpec, tokenizer: PreTrainedTokenizerBase) -> Tensor:
@@ -277,7 +271,7 @@ def evaluation_windows(spec: EvaluationSpec, tokenizer: PreTrainedTokenizerBase)
 
 
 def read_evaluation(
-    spec: EvaluationSpec, text: TextSpec, tokenizer: PreTrainedTokenizerBase, frame: Frame | None
+    spec: EvaluationSpec, text: TextSpec, tokenizer: PreTrainedTokenizerBase, frame: Frame
 ) -> ReadText:
     """The windows of one text, and what it was found to be; in their frame, as far as the job wants
     it, an encoder's without overlap.
@@ -290,11 +284,11 @@ def read_evaluation(
         text,
         tokenizer,
         None if spec.max_windows is None else (spec.max_windows - 1) * stride + spec.window,
-        _with_special(frame),
+        frame.replaces,
     )
     frame = _framing(frame, facts, text)
-    inside = spec.window - (frame.size if frame else 0)
-    if frame and spec.window <= len(frame.before) + len(frame.behind):
+    inside = spec.window - frame.size
+    if spec.window <= len(frame.before) + len(frame.behind):
         raise SpecError(f"evaluation.window: special tokens fill {spec.window}; raise it")
     if len(tokens) < inside:
         raise no_window(text, spec.window, len(tokens))

@@ -145,8 +145,7 @@ class Author:
             check_positions(self.checkpoint, self.spec.length, OWN_LENGTH, len(before))
             check_known(torch.tensor([*before, *chain(*self._turns.behind)]), rows, path)
             return [list(before) for _ in numbers]
-        found = opening_of(self._tokenizer)
-        opening = found.before if found else ()
+        opening = opening_of(self._tokenizer).before
         if self.spec.prompts == "none":
             first = list(opening or [first_token(self._tokenizer)])
             check_known(torch.tensor(first), rows, path)

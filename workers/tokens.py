@@ -54,7 +54,7 @@ class JobTexts:
         return load_tokenizer(self.checkpoint.path)
 
     @cached_property
-    def frame(self) -> Frame | None:
+    def frame(self) -> Frame:
         """What stands around every window. An encoder reads texts as wholes, so each has the
         special tokens that its tokenizer puts around a text; a decoder's begins as texts do.
         """

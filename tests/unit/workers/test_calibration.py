@@ -14,6 +14,7 @@ from rayprune.specs.errors import ModelError, SpecError
 from rayprune.specs.evaluation import EvaluationSpec
 from rayprune.specs.texts import TextSpec
 from rayprune.workers.calibration import (
+    AS_CUT,
     calibration_windows,
     evaluation_windows,
     load_tokenizer,
@@ -207,10 +208,10 @@ def test_windows_of_a_gate_lie_behind_all_that_are_read(
             "shards": 2,
         }
     )
-    windows, _ = read_behind(spec, (6, 9), 5, tokenizer, None)
+    windows, _ = read_behind(spec, (6, 9), 5, tokenizer, AS_CUT)
     assert tokenizer.batch_decode(windows) == [letter * 8 for letter in "GHIde"]
     with pytest.raises(SpecError, match=r"26 samples .* 20 of them of the gate"):
-        read_behind(spec, (6, 9), 30, tokenizer, None)
+        read_behind(spec, (6, 9), 30, tokenizer, AS_CUT)
 
 
 def test_windows_begin_with_what_the_tokenizer_puts_before_a_text(
@@ -219,7 +220,7 @@ def test_windows_begin_with_what_the_tokenizer_puts_before_a_text(
     """In place of their own first token, once; token ids have what they have, but for those that
     the model has written.
     """
-    assert opening_of(tokenizer) is None
+    assert opening_of(tokenizer) == AS_CUT
     begins = begun(cast(PreTrainedTokenizerFast, tokenizer))
     words = "".join(chr(ord("A") + n) * 8 for n in range(25))
     text = write(tmp_path / "text.txt", words)
