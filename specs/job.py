@@ -66,7 +66,7 @@ class CorrectionSpec(Section):
     with the least held-out error.
     """
     candidates: tuple[Annotated[float, Field(gt=0.0, le=1e6)], ...] = Field(
-        default=(1e-3, 1e-2, 3e-2, 1e-1, 3e-1), min_length=1, max_length=32
+        default=(1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0), min_length=1, max_length=32
     )
     """Damping values tried when `damping` is `held-out`, as multiples of the mean diagonal; from
     the largest down, until the held-out error rises.

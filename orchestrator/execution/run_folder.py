@@ -39,7 +39,7 @@ from rayprune.workers.store.logs import EventLine, read_lines
 from rayprune.workers.store.out import check_out
 from rayprune.workers.store.plain import check_plain, remove_temporaries
 
-CODE_VERSION = 12
+CODE_VERSION = 13
 """Raised whenever the same job would give other bytes."""
 REPORT_FILE, PAGE_FILE, BENCH_FILE = "report.json", "report.html", "bench.json"
 HOW_COMPUTED = ("model.dtype", "parallel.device")

@@ -199,7 +199,7 @@ def test_candidates_are_tried_from_the_largest_until_the_error_rises(
 def test_equal_held_out_errors_go_to_the_larger_damping(route: str) -> None:
     z_TF, weight_DF = data()
     # nothing is pruned: all errors are zero
-    assert corrected(route, z_TF, weight_DF, torch.arange(20), "held-out").damping == 0.3
+    assert corrected(route, z_TF, weight_DF, torch.arange(20), "held-out").damping == 1.0
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -736,7 +736,7 @@ def test_differing_fields(load: Load) -> None:
     assert differing_fields(
         base, load("", "correction.candidates=[1]", "parallel.micro_batch=1")
     ) == [
-        "correction.candidates: [0.001, 0.01, 0.03, 0.1, 0.3] -> [1.0]",
+        "correction.candidates: [0.001, 0.01, 0.03, 0.1, 0.3, 1.0] -> [1.0]",
         "parallel.micro_batch: 4 -> 1",
     ]
 

@@ -694,10 +694,10 @@ def test_bad_texts_are_refused_by_name(
 ) -> None:
     write, options, message = BAD[name]
     spec = TextSpec(path=str(write(tmp_path)), **options)
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(SpecError, match=message) as refused:
         read_tokens(spec, tokenizer, None)
-    assert time.monotonic() - start < 1
+    assert time.process_time() - start < 1
     assert refused.value.exit_code == 2
 
 
@@ -733,13 +733,13 @@ def test_what_never_ends_is_never_opened(
     link = tmp_path / "link.txt"
     link.symlink_to(path)
     named = {"itself": path, "in a folder": path.parent, "by a link": link}[where]
-    start = time.monotonic()
+    start = time.process_time()
     for look in (check_text, lambda spec: read_tokens(spec, tokenizer, 8)):
         with pytest.raises(
             SpecError, match=r"\.txt( \(a link to .*\): cannot|: cannot be read: a)"
         ):
             look(TextSpec(path=str(named)))
-    assert time.monotonic() - start < 1
+    assert time.process_time() - start < 1
 
 
 @pytest.mark.parametrize(
@@ -840,11 +840,11 @@ def test_no_more_is_read_than_is_needed(
     before = pa.total_allocated_bytes()
     tracemalloc.start()
     try:
-        start = time.monotonic()
+        start = time.process_time()
         for _ in range(2):
             assert len(tokenize(spec, tokenizer, 100)) == 100
             check_text(spec)
-        assert time.monotonic() - start < 3
+        assert time.process_time() - start < 3
         assert tracemalloc.get_traced_memory()[1] < 2**24
     finally:
         tracemalloc.stop()
