@@ -21,6 +21,20 @@ def quiet(event: dict[str, Any]) -> None:
     """Show nothing."""
 
 
+def workers_alive() -> list[int]:
+    """Process ids of the workers that live, as Ray has them: one that it has told to go may be a
+    process for some time yet.
+    """
+    import ray  # fast tests have no use for it
+
+    actors = ray._private.state.actors().values()
+    return [
+        actor["Pid"]
+        for actor in actors
+        if actor["State"] == "ALIVE" and actor["ActorClassName"].startswith("Worker")
+    ]
+
+
 def some(values: Iterable[Any], *quick: Any) -> list[Any]:
     """Parameters of a test that sees the same with each of them: only these few are fast tests."""
     return [

@@ -20,6 +20,7 @@ from rayprune.workers.steps.streaming import Streaming
 from rayprune.workers.steps.surveying import Surveying
 from rayprune.workers.steps.sweeping import Sweeping
 from rayprune.workers.steps.texts import Texts
+from rayprune.workers.steps.training import Finetuning
 from rayprune.workers.steps.writing import Writing
 from rayprune.workers.workbench import Workbench
 
@@ -36,6 +37,7 @@ ROOMS = (
     Writing,
     Converting,
     Judging,
+    Finetuning,
 )
 STEPS = {name: method for room in ROOMS for name, method in steps_of(room).items()}
 """Every step, by name."""
@@ -79,6 +81,7 @@ class Worker:
                 writing,
                 Converting(bench),
                 judging,
+                Finetuning(bench),
             )
             for name in steps_of(type(room))
         }

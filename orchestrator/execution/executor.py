@@ -7,7 +7,6 @@ A step's payload stays where it was made; a handle to it can be given to another
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -24,6 +23,15 @@ MemoryOn = Callable[[str], MemoryPlan]
 """What a worker keeps and where, given the device that workers compute on: `cpu` or `cuda`."""
 
 
+Progress = Callable[[], object]
+"""How far steps have come."""
+
+
+def no_progress() -> object:
+    """Nothing: only its end tells of a step."""
+    return None
+
+
 def unheard(event: str, **fields: Any) -> None:
     """Ignore an event."""
 
@@ -35,14 +43,6 @@ def chosen_device(wanted: str, num_gpus: float, num_workers: int) -> str:
     if wanted != "auto":
         return wanted
     return "cuda" if num_gpus >= num_workers else "cpu"
-
-
-def as_planned(stage: Finetune, memory: MemoryPlan) -> Finetune:
-    """A training whose options are settled: what the job leaves open is as the plan says."""
-    if stage.options.activation_checkpointing != "auto":
-        return stage
-    settled = {"activation_checkpointing": not memory.keep_activations}
-    return replace(stage, options=stage.options.model_copy(update=settled))
 
 
 class Executor(ABC):
@@ -101,17 +101,18 @@ class Executor(ABC):
         """
 
     @abstractmethod
-    def _receipts(self, calls: Sequence[Call[Any]]) -> list[Receipt]:
+    def _receipts(self, calls: Sequence[Call[Any]], progress: Progress) -> list[Receipt]:
         """Return the receipts of some steps, in order; fail as soon as one fails."""
 
-    def wait(self, calls: Sequence[Call[Any]]) -> list[Receipt]:
-        """Wait for some steps and return their receipts, in order.
+    def wait(self, calls: Sequence[Call[Any]], progress: Progress = no_progress) -> list[Receipt]:
+        """Wait for some steps and return their receipts, in order. As long as `progress` gives
+        other values they have not hung.
 
         Raises:
             RaypruneError: the step's own error.
             WorkerFailure: the machinery failed.
         """
-        receipts = self._receipts(calls)
+        receipts = self._receipts(calls, progress)
         for call, receipt in zip(calls, receipts, strict=True):
             for kind, peak in receipt["peak_memory_bytes"].items():
                 name = f"worker-{call.worker}{kind}"
@@ -216,7 +217,7 @@ class InProcessExecutor(Executor):
         self.start()
         return Call(worker, step, *self._worker.run(step, *args))
 
-    def _receipts(self, calls: Sequence[Call[Any]]) -> list[Receipt]:
+    def _receipts(self, calls: Sequence[Call[Any]], progress: Progress) -> list[Receipt]:
         return [call.receipt for call in calls]
 
     def follow(self, event: Mapping[str, Any]) -> None:
@@ -226,13 +227,9 @@ class InProcessExecutor(Executor):
         """There is nobody to join."""
 
     def train(self, stage: Finetune) -> None:
-        """Train in this process."""
+        """Train in this process, alone."""
         self.drop_workers()
-        from rayprune.workers.machine.device import device_of
-        from rayprune.workers.training.rank import train_rank
-
-        wanted = self.job.parallel.device
-        train_rank(as_planned(stage, self.memory_on(device_of(wanted).type)), 0, 1, wanted)
+        self.wait([self.on(0).train(stage, None, 0, 1)])
 
     def replace_lost(self) -> list[int]:
         """Replace none: the worker lives in this process."""

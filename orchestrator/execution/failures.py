@@ -27,8 +27,8 @@ ADVICE = {
         "look at the worker's log, then run the same command again: finished tasks are kept"
     ),
     Failure.PEER_LOST: (
-        "look at the workers' logs and at the network between their nodes, or set"
-        " parallel.transport: object-store; finished tasks are kept"
+        "look at the workers' logs and at the network between their nodes; outside trainings"
+        " parallel.transport: object-store needs no such group; finished tasks are kept"
     ),
     Failure.HUNG: (
         "where a step may take that long raise parallel.step_seconds, else look at the worker's"

@@ -10,6 +10,7 @@ import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from rayprune.orchestrator.execution.executor import (
     Executor,
     MemoryOn,
     Notify,
-    as_planned,
+    Progress,
     chosen_device,
     unheard,
 )
@@ -31,8 +32,7 @@ from rayprune.orchestrator.execution.steps import Call, Receipt
 from rayprune.specs.errors import LostPeerError, ResourceError
 from rayprune.specs.job import JobSpec
 from rayprune.specs.memory import MemoryPlan
-from rayprune.workers.store.layout import CACHE
-from rayprune.workers.store.training_stage import Finetune
+from rayprune.workers.store.training_stage import LOG_FILE, Finetune
 
 RECEIPT_SECONDS = 300.0
 PING_SECONDS = 20.0
@@ -77,6 +77,10 @@ def _cluster_has(names: Iterable[str]) -> dict[str, float]:
 
 def _listed(amounts: Mapping[str, float]) -> str:
     return " and ".join(f"{amount:g} {name}s" for name, amount in amounts.items())
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.exists() else 0
 
 
 def _cannot_begin(error: ray_errors.RayActorError) -> ResourceError:
@@ -295,24 +299,38 @@ class RayExecutor(Executor):
         receipt, payload = run.remote(step, *args)
         return Call(worker, step, receipt, payload)
 
-    def _receipts(self, calls: Sequence[Call[Any]]) -> list[Receipt]:
+    def _receipts(self, calls: Sequence[Call[Any]], progress: Progress) -> list[Receipt]:
         pending = [call.receipt for call in calls]
-        since = time.monotonic()
+        since, come = time.monotonic(), progress()
         try:
             while pending:
                 poll = min(POLL_SECONDS, self.step_limit)
                 done, pending = ray.wait(pending, num_returns=1, timeout=poll)
                 ray.get(done, timeout=RECEIPT_SECONDS)
-                if done:
-                    since = time.monotonic()
+                if done or progress() != come:
+                    since, come = time.monotonic(), progress()
                 elif time.monotonic() - since >= self.step_limit:
                     raise self._hang([call for call in calls if call.receipt in pending])
             receipts: list[Receipt] = ray.get(
                 [call.receipt for call in calls], timeout=RECEIPT_SECONDS
             )
         except ray_errors.RayError as error:
-            raise self._translated(error) from None
+            raise self._first(self._translated(error), calls) from None
         return receipts
+
+    def _first(self, error: BaseException, calls: Sequence[Call[Any]]) -> BaseException:
+        """What became of the worker that others have lost, where they were the first to tell."""
+        if not (isinstance(error, WorkerFailure) and error.failure is Failure.PEER_LOST):
+            return error
+        asked = [call.receipt for call in calls]
+        for receipt in ray.wait(asked, num_returns=len(asked), timeout=PING_SECONDS)[0]:
+            try:
+                ray.get(receipt)
+            except ray_errors.RayError as other:
+                cause = self._translated(other)
+                if not (isinstance(cause, WorkerFailure) and cause.failure is error.failure):
+                    return cause
+        return error
 
     def _hang(self, calls: Sequence[Call[Any]]) -> WorkerFailure:
         """Note whose steps do not end: these workers are replaced, whether they answer or not."""
@@ -328,24 +346,34 @@ class RayExecutor(Executor):
         if self._joined:
             return
         self.start()
+        address, workers = self._meeting_place(), range(self.num_workers)
+        self.wait([self.on(n).join_group(address, n, self.num_workers) for n in workers])
+        self._joined = True
+
+    def _meeting_place(self) -> tuple[str, int]:
+        """Where workers find each other: on the first one's node."""
         host = LOCALHOST
         if self.job.cluster.address != "local":
             ask = self._actors[0].__ray_call__
             host = ray.get(ask.remote(lambda _: ray.util.get_node_ip_address()))
         (opened,) = self.wait([self.on(0).open_group(host)])
-        workers = range(self.num_workers)
-        self.wait([self.on(n).join_group(opened["address"], n, self.num_workers) for n in workers])
-        self._joined = True
+        host, port = opened["address"]
+        return host, port
 
     def train(self, stage: Finetune) -> None:
-        """A gang of Ray Train in place of the actors, which start anew with their next step."""
-        from rayprune.orchestrator.execution.ray_train import train_on_ray
-
+        """Train on all workers; they have hung if no step is logged for the time of a step. None of
+        a gang that has failed stays, since the others wait for those that are lost.
+        """
         self.start()
-        self.drop_workers()
-        storage = self.run_folder / CACHE / "ray-train"
-        stage, on_gpus = as_planned(stage, self._memory), self._device == "cuda"
-        train_on_ray(stage, self.num_workers, on_gpus, storage, self.step_limit)
+        self._begin_anew()
+        count = self.num_workers
+        address = self._meeting_place() if count > 1 else None
+        calls = [self.on(n).train(stage, address, n, count) for n in range(count)]
+        try:
+            self.wait(calls, partial(_size, Path(stage.folder, LOG_FILE)))
+        except BaseException:
+            self.drop_workers()
+            raise
 
     def replace_lost(self) -> list[int]:
         """Replace the dead actors and those that hang. All are asked at once; another one that does
@@ -375,7 +403,7 @@ class RayExecutor(Executor):
         """Stop the actors."""
         for actor in self._actors:
             ray.kill(actor)
-        self._actors, self._joined = [], False
+        self._actors, self._hung, self._joined = [], set(), False
 
     def close(self) -> None:
         """Stop the actors, and Ray if it was started here."""

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rayprune.workers.passes.sweep import Parts, Routes
     from rayprune.workers.steps.measuring import SquaresArrays
     from rayprune.workers.store.files import FileRecord, Task
-    from rayprune.workers.store.training_stage import Goal, Removed
+    from rayprune.workers.store.training_stage import Finetune, Goal, Removed
 
 T_co = TypeVar("T_co", covariant=True)
 Receipt = dict[str, Any]
@@ -360,6 +360,12 @@ class Steps:
     def ask_lm_tasks(self, model_path: str) -> Call[None]:
         """`Judging.ask_lm_tasks`."""
         return self._submit("ask_lm_tasks", model_path)
+
+    def train(
+        self, stage: Finetune, address: tuple[str, int] | None, rank: int, count: int
+    ) -> Call[None]:
+        """`Finetuning.train`."""
+        return self._submit("train", stage, address, rank, count)
 
     def teach(self, model_path: str, tokens: str, task: Task, owned: tuple[int, int]) -> Call[None]:
         """`Judging.teach`."""

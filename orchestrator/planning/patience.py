@@ -5,6 +5,8 @@ from pathlib import Path
 
 from rayprune.orchestrator.planning.plan import Plan
 from rayprune.specs.job import JobSpec
+from rayprune.specs.texts import WindowsSpec
+from rayprune.specs.training import RecoverSpec
 from rayprune.workers.store.layout import RECOVER_TASK
 
 LEAST_SECONDS = 600.0
@@ -14,20 +16,24 @@ SLOWEST_DISK = 10e6
 """Bytes in a second."""
 SLOWEST_TEXT = 1e5
 """Bytes of text in a second, tokenised."""
+PASSES = 5
+"""Of a token in a training: forward, maybe twice, backward, which counts twice, and a teacher's."""
 
 
 def step_limit(job: JobSpec, plan: Plan) -> float:
     """`parallel.step_seconds`; `auto`: all of a worker's work in one step, on the slowest machine.
 
-    After a loss one step may replay all layers, so no smaller part of the work is a bound.
+    After a loss one step may replay all layers, so no smaller part of the work is a bound. Of a
+    recovery by ranks, which logs every step of its own, it is one of these.
     """
     if job.parallel.step_seconds != "auto":
         return float(job.parallel.step_seconds)
     text_bytes = sum(map(_size, _texts(job)))
     tokens = text_bytes if job.evaluation else 0  # a token has a byte at least
-    # a recovery of the whole model is no step: ranks of a gang train
-    on_ranks = job.recover is not None and job.recover.scope == "model"
-    stages = [stage for stage in plan.stages if not (on_ranks and stage.name == RECOVER_TASK)]
+    by_ranks = job.recover if job.recover and job.recover.scope == "model" else None
+    stages = [stage for stage in plan.stages if not (by_ranks and stage.name == RECOVER_TASK)]
+    if by_ranks:
+        tokens += PASSES * _between_lines(by_ranks, job.recovery_text)
     flops = sum(stage.flops for stage in stages) + 2 * plan.model.active_parameters * tokens
     return (
         LEAST_SECONDS
@@ -35,6 +41,12 @@ def step_limit(job: JobSpec, plan: Plan) -> float:
         + plan.model.bytes_on_disk / SLOWEST_DISK
         + text_bytes / SLOWEST_TEXT
     )
+
+
+def _between_lines(spec: RecoverSpec, text: WindowsSpec) -> int:
+    """Tokens of a step, and of what is measured behind it."""
+    measured = (len(text.texts) + 1) * spec.held_out.windows if spec.held_out else 0
+    return text.sequence_length * (spec.batch + measured)
 
 
 def _texts(job: JobSpec) -> Iterator[Path]:

@@ -8,11 +8,8 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import requires
 from importlib.util import find_spec
 from pathlib import Path
-
-from packaging.requirements import Requirement
 
 from rayprune.orchestrator.planning.disk import still_needed
 from rayprune.orchestrator.planning.plan import Plan
@@ -326,11 +323,11 @@ def check_packages(job: JobSpec) -> None:
         SpecError: there is no such task.
         ResourceError: a package is not installed.
     """
-    needed: list[str] = []
-    if job.trains_on_ranks and job.cluster.executor == "ray":
-        needed += _needs_of_ray_train()
-    if job.recover and job.recover.lora:
-        needed.append("peft")
+    if job.recover and job.recover.lora and not find_spec("peft"):
+        raise ResourceError(
+            "the package peft is missing, which recover.lora trains with; install rayprune with its"
+            " extra: pip install 'rayprune[train]'"
+        )
     if any(target.startswith("gguf") for target in job.converted) and not find_spec("gguf"):
         raise ResourceError(
             "the package gguf is missing, which export.target: gguf writes with; install rayprune"
@@ -350,18 +347,6 @@ def check_packages(job: JobSpec) -> None:
         from rayprune.workers.lm_tasks import check_tasks  # an extra
 
         check_tasks(job.evaluation)
-    if missing := [name for name in needed if find_spec(name) is None]:
-        raise ResourceError(
-            f"packages for training are missing ({', '.join(missing)}); install rayprune with its"
-            " extra: pip install 'rayprune[train]'"
-        )
-
-
-def _needs_of_ray_train() -> list[str]:
-    """Packages of Ray's own extra, whose modules have their names; Ray is not imported for it."""
-    needs = [Requirement(line) for line in requires("ray") or []]
-    extra = {"extra": "train"}
-    return [need.name for need in needs if need.marker and need.marker.evaluate(extra)]
 
 
 def check_disk(out: Path, plan: Plan) -> None:

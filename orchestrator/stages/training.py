@@ -319,9 +319,6 @@ def _commit(context: Context, task: Task, stage: Finetune) -> None:
     result = {"gates": facts.pop("gates", None)}
     for text in facts.pop("warnings"):
         context.emit("warning", text=text)
-    facts["peak_memory_bytes"] = {
-        f"rank-0{kind}": peak for kind, peak in facts["peak_memory_bytes"].items()
-    }
     context.emit("trained", task=task.name, **facts)
     computed_on = f"{task.made_from['computed_on']} in {stage.options.dtype}"
     commit(task, files, {"result": result, "facts": facts, "computed_on": computed_on})

@@ -30,7 +30,6 @@ ONLY_IN = {
         "rayprune.orchestrator.execution.ray_metrics",
         "rayprune.orchestrator.execution.ray_probe",
         "rayprune.orchestrator.execution.ray_start",
-        "rayprune.orchestrator.execution.ray_train",
         "rayprune.orchestrator.execution.submit",
     },
     "rich": {"rayprune.orchestrator.reporting.progress"},

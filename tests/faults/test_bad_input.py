@@ -170,7 +170,6 @@ def test_a_warning(what: str, spoil: Spoil, word: str, place: Place, record: Rec
 
 NEEDS = [
     ("room on the disk", NoRoom(1000), {}, ("1000",)),
-    ("a package of Ray Train", Without("pandas"), {"recover": {"epochs": 1}}, ("train",)),
     ("the package peft", Without("peft"), {"recover": {"epochs": 1, "lora": {"rank": 2}}},
      ("peft",)),
 ]  # fmt: skip

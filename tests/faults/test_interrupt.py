@@ -62,7 +62,7 @@ def test_what_the_machine_refuses_has_an_exit_code(
 def test_ctrl_c_in_a_training_on_ray(
     make_model: MakeModel, make_job: MakeJob, tmp_path: Path, record: Record
 ) -> None:
-    row = Row("cluster", "Ray Train", "Ctrl-C in a training", "exit code 130", "goes on later")
+    row = Row("cluster", "ranks on Ray", "Ctrl-C in a training", "exit code 130", "goes on later")
     record(row)
     training = {"epochs": 200, "batch": 2, "checkpoint_steps": 1000}
     job = make_job(make_model(), recover=training, cluster={"executor": "ray", "address": "local"})

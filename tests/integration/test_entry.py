@@ -188,7 +188,7 @@ def test_the_command_line_says_its_version(capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_on_ray_in_a_thread(make_model: MakeModel, make_job: MakeJob, tmp_path: Path) -> None:
-    """A Ray of its own, a training on Ray Train, and the handler of SIGTERM as it was."""
+    """A Ray of its own, a training, and the handler of SIGTERM as it was."""
     job = make_job(
         make_model(),
         recover={"epochs": 1, "batch": 2, "samples": 4},

@@ -25,22 +25,10 @@ from rayprune.specs.loader import load_job
 from rayprune.specs.memory import MemoryPlan
 from rayprune.workers.store.files import FileRecord
 from tests.conftest import MakeJob, MakeModel, folder_bytes
-from tests.helpers import quiet
+from tests.helpers import quiet, workers_alive
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 TRANSPORTS = ["object-store", "collective"]
-
-
-def workers_alive() -> list[int]:
-    """Process ids of the workers that live, as Ray has them: one that it has told to go may be a
-    process for some time yet.
-    """
-    actors = ray._private.state.actors().values()
-    return [
-        actor["Pid"]
-        for actor in actors
-        if actor["State"] == "ALIVE" and actor["ActorClassName"].startswith("Worker")
-    ]
 
 
 @pytest.mark.parametrize(
@@ -282,7 +270,7 @@ def test_a_search_ends_the_same_with_any_number_of_workers(
 def test_a_gang_of_ranks_trains_between_the_steps_of_workers(
     make_model: MakeModel, make_job: MakeJob, text_file: Path, tmp_path: Path
 ) -> None:
-    """The workers make room for the gang and come back to judge what it has trained."""
+    """The workers are its ranks, and judge what they have trained."""
     held_out = tmp_path / "held_out.txt"
     held_out.write_text(text_file.read_text()[50_000:55_000])
     job = make_job(

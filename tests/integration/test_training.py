@@ -1,5 +1,5 @@
-"""Training on one process and on gangs of Ray Train: same loss curve, real sharding, going on after
-a rank dies, on fewer ranks too.
+"""Training on one process and on gangs of ranks: same loss curve, real sharding, going on after a
+rank dies, on fewer ranks too.
 """
 
 import json
@@ -9,6 +9,7 @@ import shutil
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,11 @@ import torch
 from safetensors.torch import load_file
 
 from rayprune.orchestrator.execution.failures import Failure, WorkerFailure
+from rayprune.orchestrator.execution.ray_executor import RayExecutor
 from rayprune.specs.calibration import CalibrationSpec
 from rayprune.specs.errors import ModelError
+from rayprune.specs.loader import load_job
+from rayprune.specs.memory import MemoryPlan
 from rayprune.specs.training import LoraSpec, TrainingSpec
 from rayprune.workers.model.checkpoint import open_checkpoint
 from rayprune.workers.network.building import layers_of, whole_model
@@ -38,8 +42,8 @@ from rayprune.workers.training.loop import ALONE, Ranks
 from rayprune.workers.training.rank import finetune
 from rayprune.workers.training.schedule import windows_of
 from rayprune.workers.training.states import saved_steps
-from tests.conftest import MakeModel, edit_json
-from tests.helpers import families
+from tests.conftest import MakeJob, MakeModel, edit_json
+from tests.helpers import families, workers_alive
 from tests.models import build_model
 
 OPTIONS = TrainingSpec(epochs=2, batch=4, micro_batch=1, learning_rate=3e-3, checkpoint_steps=3)
@@ -230,26 +234,18 @@ def train_as_two(stage: Finetune, folder: Path) -> None:
     )
 
 
-def train_on_two(stage: Finetune, storage: Path) -> None:
-    """Train on two ranks of Ray Train, whose import takes seconds."""
-    from rayprune.orchestrator.execution.ray_train import MOST_SILENT_SECONDS, train_on_ray
-
-    train_on_ray(stage, 2, False, storage, MOST_SILENT_SECONDS)
-
-
 @pytest.fixture(scope="module")
-def gang(ray_session: None, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Finetune:
-    """The stage after a run on two ranks of Ray Train."""
+def gang(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Finetune:
+    """The stage after a run on two ranks."""
     folder = tmp_path_factory.mktemp("gang")
     stage = stage_in(folder / "gang", build_model(folder / "dense"), text_file)
     done = replace(stage, options=OPTIONS.model_copy(update={"epochs": 4.0}))
-    train_on_two(done, folder / "ray")
+    train_as_two(done, folder)
     return done
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.usefixtures("ray_session")
 def test_two_ranks_have_the_loss_curve_of_one_and_half_of_the_state(
     gang: Finetune, tmp_path: Path
 ) -> None:
@@ -296,50 +292,68 @@ def test_two_ranks_have_the_gates_of_one(stage: Finetune, tmp_path: Path) -> Non
     assert len({1.0, *gates[0]}) == 4
 
 
+@pytest.fixture
+def executor(
+    ray_session: None, make_model: MakeModel, make_job: MakeJob, tmp_path: Path
+) -> Iterator[RayExecutor]:
+    """Two workers."""
+    job = make_job(make_model(), cluster={"executor": "ray"}, parallel={"workers": 2})
+    with RayExecutor(load_job(job), tmp_path / "run", lambda _: MemoryPlan()) as executor:
+        yield executor
+
+
+def signalled(stage: Finetune, number: signal.Signals) -> threading.Thread:
+    """Sends a signal to a worker as soon as the stage has saved a state."""
+
+    def wait() -> None:
+        while not saved_steps(Path(stage.folder)):
+            time.sleep(0.005)
+        os.kill(workers_alive()[0], number)
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return thread
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.usefixtures("ray_session")
-def test_a_killed_rank_changes_nothing(gang: Finetune, tmp_path: Path) -> None:
-    """SIGKILL of one rank once the first checkpoint is there: the next gang goes on from it and
-    ends with the same weights.
+def test_a_killed_rank_changes_nothing(
+    gang: Finetune, executor: RayExecutor, tmp_path: Path
+) -> None:
+    """SIGKILL of one rank once the first checkpoint is there: what became of it is told, and not
+    that the other has lost it; the next gang goes on from there and ends with the same weights.
     """
     killed = replace(gang, folder=str(tmp_path / "killed"))
-    victims: list[int] = []
-
-    def kill() -> None:
-        while not saved_steps(Path(killed.folder)):
-            time.sleep(0.005)
-        victims.extend(
-            int(process.name)
-            for process in Path("/proc").glob("[0-9]*")
-            if b"RayTrainWorker" in _command(process)
-        )
-        os.kill(victims[0], signal.SIGKILL)
-
-    thread = threading.Thread(target=kill, daemon=True)
-    thread.start()
+    thread = signalled(killed, signal.SIGKILL)
     with pytest.raises(WorkerFailure) as failure:
-        train_on_two(killed, tmp_path / "ray")
+        executor.train(killed)
     assert failure.value.failure is Failure.PROCESS_LOST
     thread.join()
-    train_as_two(killed, tmp_path)
+    assert executor.replace_lost() == []
+    executor.train(killed)
     assert curve(killed.folder) == curve(gang.folder)
     expected, found = weights(gang.folder), weights(killed.folder)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
-def _command(process: Path) -> bytes:
-    try:
-        return (process / "cmdline").read_bytes()
-    except OSError:
-        return b""
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_gang_that_logs_nothing_has_hung(
+    gang: Finetune, executor: RayExecutor, tmp_path: Path
+) -> None:
+    """It may train for longer than a step may take, as long as it goes on."""
+    stopped = replace(gang, folder=str(tmp_path / "stopped"))
+    executor.step_limit = 4.0
+    signalled(stopped, signal.SIGSTOP)
+    with pytest.raises(WorkerFailure, match=r"\(train\): nothing for 4 s") as failure:
+        executor.train(stopped)
+    assert failure.value.failure is Failure.HUNG
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.usefixtures("ray_session")
-def test_a_gang_stops_with_its_own_error(stage: Finetune, tmp_path: Path) -> None:
+def test_a_gang_stops_with_its_own_error(stage: Finetune, executor: RayExecutor) -> None:
     """A loss that is not finite is no lost rank: nothing is tried again."""
     wild = replace(stage, options=OPTIONS.model_copy(update={"learning_rate": 1e20, "clip": 1e30}))
     with pytest.raises(ModelError, match=r"step \d+: the loss is .*; lower learning_rate"):
-        train_on_two(wild, tmp_path / "ray")
+        executor.train(wild)

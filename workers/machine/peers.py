@@ -4,12 +4,14 @@ The group is one of its own and not the process's default, which libraries would
 """
 
 import json
+import os
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, distributed
 
@@ -18,6 +20,8 @@ from rayprune.workers.machine.scratch import Scratch
 
 PATIENCE = timedelta(seconds=300)
 """How long a worker waits for the others to come, or for one tensor."""
+PATIENCE_IN_TRAINING = timedelta(seconds=1800)
+"""How long a rank waits for the others, of which one may be writing the model."""
 HEADER_BYTES = 1024
 Move = Callable[[Tensor], Any]
 """Begins to send or receive a tensor; what it returns can be waited for."""
@@ -91,6 +95,52 @@ class Peers:
         with _losing_peers():
             move(tensor).wait()
         return tensor
+
+
+@contextmanager
+def default_group(
+    address: tuple[str, int] | None, rank: int, count: int, device: torch.device
+) -> Iterator[None]:
+    """The process's default group, which sharded training speaks by, while that lasts; none for one
+    worker alone.
+
+    An error leaves it standing: its end would be an error in all others, which would hide the
+    first. The processes of such a group end with it.
+
+    Raises:
+        LostPeerError: another one is gone.
+    """
+    if address is None:
+        yield
+        return
+    on_gpu, own = device.type == "cuda", _own_address(address)
+    for interface, addresses in psutil.net_if_addrs().items():
+        if own in (each.address for each in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    try:
+        store = dist.TCPStore(*address, timeout=PATIENCE)
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            store=store,
+            rank=rank,
+            world_size=count,
+            timeout=PATIENCE_IN_TRAINING,
+        )
+        yield
+    except RuntimeError as error:
+        if not _tells_of_peers(error):
+            raise
+        raise LostPeerError(str(error).splitlines()[0]) from None
+    dist.destroy_process_group()
+
+
+def _tells_of_peers(error: RuntimeError) -> bool:
+    """Whether a collective has failed, and not what it was to move: torch has no class of its own
+    for what gloo raises.
+    """
+    return type(error).__name__.startswith("Dist") or any(
+        word in str(error).lower() for word in ("gloo", "nccl", "connection")
+    )
 
 
 @contextmanager

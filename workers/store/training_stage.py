@@ -3,10 +3,11 @@
 import math
 import shutil
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rayprune.specs.memory import MemoryPlan
 from rayprune.specs.texts import WindowsSpec
 from rayprune.specs.training import LoraSpec, Norm, RecoverSpec, TrainingSpec
 from rayprune.workers.store.files import write_text
@@ -123,6 +124,14 @@ class Finetune:
     held_out: HeldOut | None = None
     from_itself: bool = False
     """Before the cut: whether the model to begin with is the teacher too."""
+
+
+def as_planned(stage: Finetune, memory: MemoryPlan) -> Finetune:
+    """A training whose options are settled: what the job leaves open is as the plan says."""
+    if stage.options.activation_checkpointing != "auto":
+        return stage
+    settled = {"activation_checkpointing": not memory.keep_activations}
+    return replace(stage, options=stage.options.model_copy(update=settled))
 
 
 RATE, ADAPTERS_RATE, RATED_PARAMETERS = 3e-4, 1e-3, 135e6

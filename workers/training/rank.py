@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from rayprune.workers.calibration import calibration_windows, load_tokenizer
-from rayprune.workers.machine.device import device_of, peak_memory_bytes
-from rayprune.workers.machine.memory import PeakMemory
 from rayprune.workers.machine.shortage import explained_shortage
 from rayprune.workers.model.checkpoint import Checkpoint, open_checkpoint
 from rayprune.workers.network.reading import read_tensors
@@ -51,7 +49,7 @@ def finetune(stage: Finetune, ranks: Ranks) -> None:
         ModelError: the loss, its gradient or a weight is not finite, or the model cannot be read.
     """
     torch.set_num_threads(stage.threads)
-    peak, folder, checkpoint = PeakMemory(), Path(stage.folder), open_checkpoint(Path(stage.model))
+    folder, checkpoint = Path(stage.folder), open_checkpoint(Path(stage.model))
     windows_ST = _windows(stage, checkpoint)
     lora = stage.aim.lora if isinstance(stage.aim, Recovery) else None
     model = load_for_training(checkpoint, stage.options, ranks, lora=lora)
@@ -64,7 +62,6 @@ def finetune(stage: Finetune, ranks: Ranks) -> None:
         "steps": training.steps,
         "warnings": training.warnings,
         "state_bytes": state_bytes(training),
-        "peak_memory_bytes": peak_memory_bytes(peak, ranks.device),
     }
     if training.best:
         result["held_out"] = training.best.measured
@@ -77,14 +74,15 @@ def finetune(stage: Finetune, ranks: Ranks) -> None:
         write_json(folder / RESULT_FILE, result)
 
 
-def train_rank(stage: Finetune, rank: int, world: int, device: str) -> None:
-    """Run a stage as one rank on a device, named as in `parallel.device`.
+def train_rank(stage: Finetune, ranks: Ranks) -> None:
+    """Run a stage as one rank.
 
     Raises:
-        ResourceError: there is no such device, or not enough memory.
+        ModelError: as `finetune` says.
+        ResourceError: there is not enough memory.
     """
-    with explained_shortage(f"training, rank {rank}", SHORTAGE_ADVICE):
-        finetune(stage, Ranks(rank, world, device_of(device)))
+    with explained_shortage(f"training, rank {ranks.rank}", SHORTAGE_ADVICE):
+        finetune(stage, ranks)
 
 
 def _windows(stage: Finetune, checkpoint: Checkpoint) -> Tensor:

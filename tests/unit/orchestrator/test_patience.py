@@ -24,11 +24,12 @@ def test_by_itself_it_grows_with_the_work(make_model: MakeModel, make_job: MakeJ
         [],
         ["calibration.samples=160"],
         ["calibration.samples=160", "recover.epochs=1"],
+        ["calibration.samples=160", "recover.epochs=9"],
     ):
         job = load_job(file(model), settings)
         plan = make_plan(job, open_checkpoint(model))
         flops = sum(stage.flops for stage in plan.stages if stage.name != "recover")
         limits.append(step_limit(job, plan))
         assert limits[-1] >= LEAST_SECONDS + flops / SLOWEST["cpu"]
-    assert limits[0] < limits[1]
-    assert limits[1] == pytest.approx(limits[2])  # a training is no step
+    assert limits[0] < limits[1] < limits[2]  # by a step of the training, which is logged
+    assert limits[2] == pytest.approx(limits[3])

@@ -137,8 +137,7 @@ WRONG: dict[str, tuple[Callable[[Wrong], object], int, str]] = {
     "ids beyond the vocabulary": (ids_beyond, 2, "ids.npy: token 260 ("),
     "tokens beyond the vocabulary": (large_tokenizer, 3, "b.txt: token 264 ("),
     "no disk": (no_disk, 4, "(export) needs"),
-    "no package": (no_package("peft", lora={"rank": 2}), 4, "missing (peft); install rayprune"),
-    "no package of Ray Train": (no_package("tensorboardX"), 4, "pip install 'rayprune[train]'"),
+    "no package": (no_package("peft", lora={"rank": 2}), 4, "peft is missing, which recover.lora"),
     "no package for the tokenizer": (sentencepiece, 3, "pip install sentencepiece protobuf"),
     **{
         f"link out of the folder, {name}": (link_out(name), 3, f"{name}: links to ")

@@ -17,6 +17,7 @@ from rayprune.specs.errors import ResourceError
 from rayprune.specs.training import TrainingSpec
 from rayprune.workers.store.training_stage import Finetune, Gates
 from rayprune.workers.training import rank
+from rayprune.workers.training.loop import ALONE
 from rayprune.workers.worker import Worker
 from tests.conftest import MakeJob, MakeModel
 
@@ -91,7 +92,7 @@ def test_a_rank_without_memory_is_a_resource_error(
         1,
     )
     with pytest.raises(ResourceError, match=r"training, rank 0: out of memory .* micro_batch"):
-        rank.train_rank(stage, 0, 1, "cpu")
+        rank.train_rank(stage, ALONE)
 
 
 @pytest.mark.parametrize("take", TAKES)
