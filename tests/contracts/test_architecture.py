@@ -142,7 +142,6 @@ ROOMS = {
         "specs",
         "workers.machine",
         "workers.store",
-        "workers.training",
         "workers.worker",
     },
     "orchestrator.stages": {
