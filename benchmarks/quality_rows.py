@@ -188,7 +188,7 @@ _ABLATIONS = {
     "stat, shrinkage 0.5": (*ALIKE, "method.shrinkage=0.5"),
     "stat, uncorrected": (*ALIKE, *UNCORRECTED),
     "stat, damping 1e-4": (*ALIKE, "correction.damping=1e-4"),
-    "stat, damping up to 1": (*ALIKE, "correction.candidates=[1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0]"),
+    "stat, damping up to 0.3": (*ALIKE, "correction.candidates=[1e-3, 1e-2, 3e-2, 0.1, 0.3]"),
     "stat, dense path": (*ALIKE, "parallel.placement=layers"),
     "stat, 16 x 512 tokens": (*ALIKE, "calibration.samples=16"),
     "stat, 160 x 512 tokens": (*ALIKE, "calibration.samples=160"),

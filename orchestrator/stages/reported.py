@@ -1,6 +1,5 @@
 """The steps of a training, told while the driver waits for its ranks."""
 
-import _thread
 import ctypes
 import threading
 from collections.abc import Iterator
@@ -55,11 +54,8 @@ def reported(context: Context, task: str, folder: Path) -> Iterator[None]:
 
 
 def _interrupt(thread: int) -> None:
-    """Raise KeyboardInterrupt in another thread: at once in the main one, as Ctrl-C does; in others
-    at their next step in Python, which is behind a training on Ray.
+    """Raise KeyboardInterrupt in another thread, at its next step in Python: within seconds, also
+    where workers are waited for. (A signal would be lost where a shell has the process ignore it.)
     """
-    if thread == threading.main_thread().ident:
-        _thread.interrupt_main()
-        return
     of_thread = ctypes.c_ulong(thread)
     ctypes.pythonapi.PyThreadState_SetAsyncExc(of_thread, ctypes.py_object(KeyboardInterrupt))

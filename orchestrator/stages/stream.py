@@ -165,6 +165,7 @@ def _work_at_once(
 ) -> None:
     """One layer on each worker."""
     executor, start = context.executor, time.monotonic()
+    executor.seconds_since()
     calls = []
     for worker, layer in enumerate(layers):
         todo, folder = work[layer], str(kept[layer].task.folder)
@@ -174,7 +175,7 @@ def _work_at_once(
     for layer, call in zip(layers, calls, strict=True):
         _, receipt = executor.wait(call)
         context.done(work[layer].task)
-        took, by_step = time.monotonic() - start, context.executor.seconds_since()
+        took, by_step = time.monotonic() - start, executor.seconds_since()
         context.layer_finished(stage, layer, took, by_step, receipt["groups"])
 
 
@@ -236,21 +237,21 @@ def _run_wave(
     wanted: Collection[int],
 ) -> None:
     """Statistics of the wave's unfinished layers, then the work on them."""
-    start = time.monotonic()
+    executor, start = context.executor, time.monotonic()
+    executor.seconds_since()
     inside = [layer for chunk in wave for layer in chunk if layer in wanted]
     missing = _unfinished(context, work, inside)
     _flow(context, subject, wave, {layer: work[layer].groups for layer in missing})
-    on = context.executor.on
     settled = [
-        (layer, todo.step(on(place), layer, todo.task, *todo.arguments))
+        (layer, todo.step(executor.on(place), layer, todo.task, *todo.arguments))
         for place, chunk in enumerate(wave)
         for layer, todo in ((layer, work[layer]) for layer in chunk if layer in missing)
     ]
     # in the order in which they end
     for layer, call in sorted(settled, key=lambda item: item[0] - wave[item[1].worker].start):
-        (receipt,) = context.executor.wait([call])
+        (receipt,) = executor.wait([call])
         context.done(work[layer].task)
-        took, by_step = time.monotonic() - start, context.executor.seconds_since()
+        took, by_step = time.monotonic() - start, executor.seconds_since()
         context.layer_finished(stage, layer, took, by_step, receipt["groups"])
 
 
