@@ -39,9 +39,9 @@ class ParallelSpec(Section):
     retries: int = Field(default=2, ge=0, le=100)
     """How often a layer is tried again after a worker was lost, or hung."""
     step_seconds: Annotated[int, Field(ge=1, le=31_536_000)] | Literal["auto"] = "auto"
-    """After how long without any progress (the end of a step, a line in a training's log) a worker
-    counts as hung and is replaced, in seconds;
-    `auto`: many times what the plan's work takes, at least 600.
+    """After how long without any progress (the end of a step, something that a training writes) a
+    worker counts as hung and is replaced, in seconds; `auto`: many times what the plan's work
+    takes, at least 600.
     """
 
     @property

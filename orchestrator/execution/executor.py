@@ -55,7 +55,9 @@ class Executor(ABC):
         self.computed_on: str | None = None
         """How finished tasks were computed, and workers compute, once either is known."""
         self.step_limit = math.inf
-        """Seconds without the end of any step after which a worker has hung."""
+        """Seconds without the end of any step, or progress of one that tells of it, after which a
+        worker has hung.
+        """
         self._has_said = ""
         self.peak_memory_bytes: dict[str, int] = {}
         self.step_seconds: dict[str, float] = {}

@@ -10,7 +10,7 @@ class Failure(StrEnum):
 
     PROCESS_LOST = "a worker process, its node or its data was lost"
     PEER_LOST = "a worker has lost the others of its group"
-    HUNG = "a worker has hung: none of its steps has ended in time"
+    HUNG = "a worker has hung: it has come no further in time"
     OUT_OF_MEMORY = "a worker was stopped because its machine ran out of memory"
     UNSCHEDULABLE = "the cluster cannot start the workers"
 

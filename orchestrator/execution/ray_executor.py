@@ -9,7 +9,7 @@ import os
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,16 +23,17 @@ from rayprune.orchestrator.execution.executor import (
     Notify,
     Progress,
     chosen_device,
+    no_progress,
     unheard,
 )
 from rayprune.orchestrator.execution.failures import Failure, WorkerFailure
 from rayprune.orchestrator.execution.ray_metrics import Metrics
 from rayprune.orchestrator.execution.ray_start import begin, end
-from rayprune.orchestrator.execution.steps import Call, Receipt
+from rayprune.orchestrator.execution.steps import Call, Handle, Receipt
 from rayprune.specs.errors import LostPeerError, ResourceError
 from rayprune.specs.job import JobSpec
 from rayprune.specs.memory import MemoryPlan
-from rayprune.workers.store.training_stage import LOG_FILE, Finetune
+from rayprune.workers.store.training_stage import Finetune
 
 RECEIPT_SECONDS = 300.0
 PING_SECONDS = 20.0
@@ -79,8 +80,14 @@ def _listed(amounts: Mapping[str, float]) -> str:
     return " and ".join(f"{amount:g} {name}s" for name, amount in amounts.items())
 
 
-def _size(file: Path) -> int:
-    return file.stat().st_size if file.exists() else 0
+def bytes_in(folder: Path) -> int:
+    """Bytes of the files that lie in a folder now; others may write and remove some."""
+    found = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):
+                found += os.stat(Path(place, name)).st_size
+    return found
 
 
 def _cannot_begin(error: ray_errors.RayActorError) -> ResourceError:
@@ -355,22 +362,24 @@ class RayExecutor(Executor):
         host = LOCALHOST
         if self.job.cluster.address != "local":
             ask = self._actors[0].__ray_call__
-            host = ray.get(ask.remote(lambda _: ray.util.get_node_ip_address()))
+            asked = ask.remote(lambda _: ray.util.get_node_ip_address())
+            (found,) = self._receipts([Call(0, "open_group", asked, Handle())], no_progress)
+            host = str(found)
         (opened,) = self.wait([self.on(0).open_group(host)])
         host, port = opened["address"]
         return host, port
 
     def train(self, stage: Finetune) -> None:
-        """Train on all workers; they have hung if no step is logged for the time of a step. None of
-        a gang that has failed stays, since the others wait for those that are lost.
+        """Train on all workers; they have hung if nothing is written for the time of a step. None
+        of a gang that has failed stays, since the others wait for those that are lost.
         """
         self.start()
-        self._begin_anew()
         count = self.num_workers
-        address = self._meeting_place() if count > 1 else None
-        calls = [self.on(n).train(stage, address, n, count) for n in range(count)]
         try:
-            self.wait(calls, partial(_size, Path(stage.folder, LOG_FILE)))
+            self._begin_anew()
+            address = self._meeting_place() if count > 1 else None
+            calls = [self.on(n).train(stage, address, n, count) for n in range(count)]
+            self.wait(calls, partial(bytes_in, Path(stage.folder)))
         except BaseException:
             self.drop_workers()
             raise

@@ -18,6 +18,8 @@ SLOWEST_TEXT = 1e5
 """Bytes of text in a second, tokenised."""
 PASSES = 5
 """Of a token in a training: forward, maybe twice, backward, which counts twice, and a teacher's."""
+STATE_BYTES = 16
+"""Of a parameter in a saved state, at most."""
 
 
 def step_limit(job: JobSpec, plan: Plan) -> float:
@@ -35,10 +37,12 @@ def step_limit(job: JobSpec, plan: Plan) -> float:
     if by_ranks:
         tokens += PASSES * _between_lines(by_ranks, job.recovery_text)
     flops = sum(stage.flops for stage in stages) + 2 * plan.model.active_parameters * tokens
+    read = plan.model.bytes_on_disk
+    read += STATE_BYTES * plan.model.parameters if job.trains_on_ranks else 0
     return (
         LEAST_SECONDS
         + flops / plan.workers / SLOWEST[plan.device]
-        + plan.model.bytes_on_disk / SLOWEST_DISK
+        + read / SLOWEST_DISK
         + text_bytes / SLOWEST_TEXT
     )
 

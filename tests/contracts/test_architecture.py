@@ -138,12 +138,7 @@ ROOMS = {
         "workers.store",
         "workers.texts",
     },
-    "orchestrator.execution": {
-        "specs",
-        "workers.machine",
-        "workers.store",
-        "workers.worker",
-    },
+    "orchestrator.execution": {"specs", "workers.machine", "workers.store", "workers.worker"},
     "orchestrator.stages": {
         "orchestrator.execution",
         "orchestrator.planning",

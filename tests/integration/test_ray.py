@@ -270,17 +270,21 @@ def test_a_search_ends_the_same_with_any_number_of_workers(
 def test_a_gang_of_ranks_trains_between_the_steps_of_workers(
     make_model: MakeModel, make_job: MakeJob, text_file: Path, tmp_path: Path
 ) -> None:
-    """The workers are its ranks, and judge what they have trained."""
+    """The workers are its ranks, before the cut and behind it, and between the two a group of
+    another kind; they judge what they have trained.
+    """
     held_out = tmp_path / "held_out.txt"
     held_out.write_text(text_file.read_text()[50_000:55_000])
     job = make_job(
         make_model(),
+        method={"name": "dress", "training": {"batch": 4, "learning_rate": 1e-3}},
         recover={"batch": 4, "learning_rate": 1e-3},
         evaluation={"path": str(held_out), "window": 32, "max_windows": 4},
     )
     recovered = []
     for executor in ("in-process", "ray"):
         overrides = [f"cluster.executor={executor}", "parallel.workers=2"]
+        overrides += ["parallel.transport=collective"] * (executor == "ray")
         report = run_job(load_job(job, overrides), tmp_path / executor, quiet)
         assert report.perplexity is not None
         recovered.append(report.perplexity.recovered)

@@ -338,7 +338,7 @@ def test_a_killed_rank_changes_nothing(
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_gang_that_logs_nothing_has_hung(
+def test_a_gang_that_writes_nothing_has_hung(
     gang: Finetune, executor: RayExecutor, tmp_path: Path
 ) -> None:
     """It may train for longer than a step may take, as long as it goes on."""

@@ -1,6 +1,7 @@
 """Tensors from worker to worker by `torch.distributed`: gloo on CPUs, NCCL on GPUs.
 
-The group is one of its own and not the process's default, which libraries would take for theirs.
+`Peers` are a group of their own and not the process's default, which libraries take for theirs:
+that one is there while a training lasts (`default_group`).
 """
 
 import json
@@ -23,6 +24,7 @@ PATIENCE = timedelta(seconds=300)
 PATIENCE_IN_TRAINING = timedelta(seconds=1800)
 """How long a rank waits for the others, of which one may be writing the model."""
 HEADER_BYTES = 1024
+_INTERFACE = "GLOO_SOCKET_IFNAME"
 Move = Callable[[Tensor], Any]
 """Begins to send or receive a tensor; what it returns can be waited for."""
 dist: Any = distributed  # its stubs lack most of what is used here
@@ -101,11 +103,11 @@ class Peers:
 def default_group(
     address: tuple[str, int] | None, rank: int, count: int, device: torch.device
 ) -> Iterator[None]:
-    """The process's default group, which sharded training speaks by, while that lasts; none for one
-    worker alone.
+    """A default group of this process and of others, by which sharded training speaks, inside the
+    `with` block; none for one worker alone.
 
     An error leaves it standing: its end would be an error in all others, which would hide the
-    first. The processes of such a group end with it.
+    first. A process of such a group is of no more use.
 
     Raises:
         LostPeerError: another one is gone.
@@ -113,25 +115,42 @@ def default_group(
     if address is None:
         yield
         return
-    on_gpu, own = device.type == "cuda", _own_address(address)
-    for interface, addresses in psutil.net_if_addrs().items():
-        if own in (each.address for each in addresses):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     try:
         store = dist.TCPStore(*address, timeout=PATIENCE)
-        dist.init_process_group(
-            "nccl" if on_gpu else "gloo",
-            store=store,
-            rank=rank,
-            world_size=count,
-            timeout=PATIENCE_IN_TRAINING,
-        )
+        with _gloo_at(_own_address(address)):
+            dist.init_process_group(
+                "nccl" if device.type == "cuda" else "gloo",
+                store=store,
+                rank=rank,
+                world_size=count,
+                timeout=PATIENCE_IN_TRAINING,
+            )
         yield
+        dist.destroy_process_group()
     except RuntimeError as error:
         if not _tells_of_peers(error):
             raise
         raise LostPeerError(str(error).splitlines()[0]) from None
-    dist.destroy_process_group()
+
+
+@contextmanager
+def _gloo_at(host: str) -> Iterator[None]:
+    """Have a default group of gloo's take the network of this address of the machine, unless the
+    user has named one: there is no other way to tell it.
+    """
+    found = [
+        name
+        for name, addresses in psutil.net_if_addrs().items()
+        if host in (each.address for each in addresses)
+    ]
+    if _INTERFACE in os.environ or not found:
+        yield
+        return
+    os.environ[_INTERFACE] = found[0]
+    try:
+        yield
+    finally:
+        del os.environ[_INTERFACE]
 
 
 def _tells_of_peers(error: RuntimeError) -> bool:
@@ -162,9 +181,16 @@ def _gloo(store: Any, rank: int, count: int, host: str) -> Any:
 
 
 def _own_address(other: tuple[str, int]) -> str:
-    """This machine's address on the network that another one is on."""
-    with socket.create_connection(other, PATIENCE.total_seconds()) as connection:
-        return str(connection.getsockname()[0])
+    """This machine's address on the network that another one is on.
+
+    Raises:
+        LostPeerError: it is not reached.
+    """
+    try:
+        with socket.create_connection(other, PATIENCE.total_seconds()) as connection:
+            return str(connection.getsockname()[0])
+    except OSError as error:
+        raise LostPeerError(f"{other[0]}:{other[1]}: {error}") from None
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -130,8 +130,8 @@ def as_planned(stage: Finetune, memory: MemoryPlan) -> Finetune:
     """A training whose options are settled: what the job leaves open is as the plan says."""
     if stage.options.activation_checkpointing != "auto":
         return stage
-    settled = {"activation_checkpointing": not memory.keep_activations}
-    return replace(stage, options=stage.options.model_copy(update=settled))
+    planned = {"activation_checkpointing": not memory.keep_activations}
+    return replace(stage, options=stage.options.model_copy(update=planned))
 
 
 RATE, ADAPTERS_RATE, RATED_PARAMETERS = 3e-4, 1e-3, 135e6
