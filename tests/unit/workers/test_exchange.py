@@ -1,16 +1,20 @@
-"""Statistics that workers sum in their own memories: real groups of gloo, one thread for each
-worker.
+"""Groups of workers: statistics that they sum in their own memories (real groups of gloo, one
+thread for each), and the group of a training.
 
 Letters: T tokens, F width, D hidden.
 """
 
+import os
+import socket
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from typing import Any
 
 import pytest
 import torch
 
 from rayprune.specs.errors import LostPeerError
-from rayprune.workers.machine.peers import Peers, open_store
+from rayprune.workers.machine.peers import Peers, _own_address, default_group, open_store
 from rayprune.workers.numerics.statistics import GramStatistic, RowsStatistic, Statistic, rebuilt
 from rayprune.workers.passes.sweep import grow_statistics
 from rayprune.workers.steps.exchange import summed
@@ -82,6 +86,32 @@ def test_a_lost_peer_is_told_from_other_errors() -> None:
             waiting.result(30)
     with pytest.raises(LostPeerError):
         stays.spread({"sums": torch.zeros(3)})
+
+
+def test_a_machine_that_is_not_reached_is_a_lost_peer() -> None:
+    with socket.create_server((HOST, 0)) as server:
+        address = server.getsockname()
+    with pytest.raises(LostPeerError, match=rf"{HOST}:{address[1]}: .*refused"):
+        _own_address(address)
+
+
+def test_a_default_group_ends_with_its_block_but_not_with_an_error() -> None:
+    def group() -> AbstractContextManager[None]:
+        places.append(open_store(HOST))
+        return default_group((HOST, places[-1].port), 0, 1, CPU)
+
+    places: list[Any] = []
+    with group():
+        assert torch.distributed.is_initialized()
+        assert "GLOO_SOCKET_IFNAME" not in os.environ
+    assert not torch.distributed.is_initialized()
+    lost = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer")
+    for raised, kind in ((lost, LostPeerError), (IndexError("9"), IndexError)):
+        with pytest.raises(kind), group():
+            raise raised
+        torch.distributed.destroy_process_group()
+    with pytest.raises(RuntimeError, match="no error of a group"), default_group(None, 0, 1, CPU):
+        raise RuntimeError("no error of a group")
 
 
 def test_a_statistic_is_rebuilt_in_the_memory_of_its_tensors() -> None:
