@@ -6,7 +6,6 @@ The driver retries.
 """
 
 import os
-import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -27,10 +26,11 @@ from rayprune.orchestrator.execution.executor import (
     unheard,
 )
 from rayprune.orchestrator.execution.failures import Failure, WorkerFailure
+from rayprune.orchestrator.execution.ray_failures import translated
 from rayprune.orchestrator.execution.ray_metrics import Metrics
 from rayprune.orchestrator.execution.ray_start import begin, end
 from rayprune.orchestrator.execution.steps import Call, Handle, Receipt
-from rayprune.specs.errors import LostPeerError, ResourceError
+from rayprune.specs.errors import ResourceError
 from rayprune.specs.job import JobSpec
 from rayprune.specs.memory import MemoryPlan
 from rayprune.workers.store.training_stage import Finetune
@@ -40,35 +40,6 @@ PING_SECONDS = 20.0
 LOCALHOST = "127.0.0.1"
 POLL_SECONDS = 5.0
 WAIT_POLL_SECONDS = 1.0
-_LOST = (
-    ray_errors.RayActorError,
-    ray_errors.NodeDiedError,
-    ray_errors.ObjectLostError,
-    ray_errors.WorkerCrashedError,
-    ray_errors.LocalRayletDiedError,
-    ray_errors.RaySystemError,
-    ray_errors.OwnerDiedError,
-    ray_errors.GetTimeoutError,
-)
-
-
-def classify(error: BaseException) -> Failure | None:
-    """The failure behind an exception, or None when it is the step's own error (a task error is a
-    RayError too).
-    """
-    if isinstance(error, ray_errors.RayTaskError):
-        # a lost argument is found out inside the step that needs it
-        cause = getattr(error, "cause", None)
-        if isinstance(cause, LostPeerError):
-            return Failure.PEER_LOST
-        return Failure.PROCESS_LOST if isinstance(cause, _LOST) else None
-    if isinstance(error, ray_errors.OutOfMemoryError):
-        return Failure.OUT_OF_MEMORY
-    if isinstance(error, _LOST):
-        return Failure.PROCESS_LOST
-    if isinstance(error, (ray_errors.ActorUnschedulableError, ray_errors.TaskUnschedulableError)):
-        return Failure.UNSCHEDULABLE
-    return None
 
 
 def _cluster_has(names: Iterable[str]) -> dict[str, float]:
@@ -88,18 +59,6 @@ def bytes_in(folder: Path) -> int:
             with suppress(OSError):
                 found += os.stat(Path(place, name)).st_size
     return found
-
-
-def _cannot_begin(error: ray_errors.RayActorError) -> ResourceError:
-    """A worker's own error in its constructor: another try would meet it again."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    places = [line for line in lines if line.startswith("File ")]
-    node = found[1] if (found := re.search(r"ip=([^,)\s]+)", str(error))) else "unknown"
-    return ResourceError(
-        f"a worker cannot begin on node {node}: {lines[-1]} ({', '.join(places[-1:])}); every node"
-        " needs the driver's packages, in the same versions, and no file or folder of their names"
-        " in the current folder or on PYTHONPATH"
-    )
 
 
 _kept: list[tuple[tuple[int, str], Any]] | None = None
@@ -289,16 +248,7 @@ class RayExecutor(Executor):
             detail = f"no answer within {limit:.0f} s; the cluster has {ray.cluster_resources()}"
             raise WorkerFailure(Failure.UNSCHEDULABLE, detail) from None
         except ray_errors.RayError as error:
-            raise self._translated(error) from None
-
-    def _translated(self, error: ray_errors.RayError) -> BaseException:
-        if isinstance(error, ray_errors.RayActorError) and error.actor_init_failed:
-            return _cannot_begin(error)
-        failure = classify(error)
-        if failure is not None:
-            return WorkerFailure(failure, str(error).splitlines()[0])
-        cause = getattr(error, "cause", None)
-        return cause if isinstance(cause, Exception) else error
+            raise translated(error) from None
 
     def _submit(self, worker: int, step: str, *args: Any) -> Call[Any]:
         self.start()
@@ -322,7 +272,7 @@ class RayExecutor(Executor):
                 [call.receipt for call in calls], timeout=RECEIPT_SECONDS
             )
         except ray_errors.RayError as error:
-            raise self._first(self._translated(error), calls) from None
+            raise self._first(translated(error), calls) from None
         return receipts
 
     def _first(self, error: BaseException, calls: Sequence[Call[Any]]) -> BaseException:
@@ -334,7 +284,7 @@ class RayExecutor(Executor):
             try:
                 ray.get(receipt)
             except ray_errors.RayError as other:
-                cause = self._translated(other)
+                cause = translated(other)
                 if not (isinstance(cause, WorkerFailure) and cause.failure is error.failure):
                     return cause
         return error

@@ -27,6 +27,7 @@ Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 ONLY_IN = {
     "ray": {
         "rayprune.orchestrator.execution.ray_executor",
+        "rayprune.orchestrator.execution.ray_failures",
         "rayprune.orchestrator.execution.ray_metrics",
         "rayprune.orchestrator.execution.ray_probe",
         "rayprune.orchestrator.execution.ray_start",

@@ -7,7 +7,8 @@ import ray
 from ray import exceptions as ray_errors
 
 from rayprune.orchestrator.execution.failures import Failure, WorkerFailure
-from rayprune.orchestrator.execution.ray_executor import RayExecutor, classify
+from rayprune.orchestrator.execution.ray_executor import RayExecutor
+from rayprune.orchestrator.execution.ray_failures import classify, translated
 from rayprune.orchestrator.execution.steps import Call, Handle
 from rayprune.specs.errors import ModelError, ResourceError
 from rayprune.specs.job import JobSpec
@@ -85,17 +86,17 @@ def test_workers_whose_steps_do_not_end_are_replaced(
 
 
 @pytest.mark.parametrize("cause", ["ImportError: this torch is not torch", "ResourceError: no GPU"])
-def test_an_error_in_the_constructor_is_shown_at_once(cause: str, tmp_path: Path) -> None:
+def test_an_error_in_the_constructor_is_shown_at_once(cause: str) -> None:
     words = (
         "The actor died because of an error raised in its creation task, ray::Worker.__init__()"
         " (pid=7, ip=10.0.0.7, actor_id=a, repr=<x>)\n"
         f'  File "/home/me/torch.py", line 1, in <module>\n{cause}'
     )
     error = ray_errors.RayActorError("a", words, actor_init_failed=True)
-    translated = RayExecutor(JOB, tmp_path, lambda _: MemoryPlan())._translated(error)
-    assert isinstance(translated, ResourceError)
+    shown = translated(error)
+    assert isinstance(shown, ResourceError)
     for part in ("node 10.0.0.7", cause, "/home/me/torch.py", "every node needs"):
-        assert part in str(translated)
+        assert part in str(shown)
 
 
 def test_an_address_where_nobody_listens(
