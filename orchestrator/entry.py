@@ -128,8 +128,8 @@ def run(
     """Run a job to its end, or go on where an earlier attempt stopped.
 
     It may be called in any thread and inside a running event loop, which it blocks; one at a time
-    in a process. An exception that `progress` raises, and Ctrl-C, end the run (in another thread
-    than the main one a training on Ray runs out first); what is finished is kept.
+    in a process. An exception that `progress` raises, and Ctrl-C, end the run; what is finished is
+    kept.
 
     Args:
         job: the job; relative paths in a mapping start from the current folder.

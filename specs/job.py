@@ -328,11 +328,17 @@ class JobSpec(Section):
         return self.recover.own_samples if self.recover and self.calibration.own else 0
 
     @property
-    def windows_read(self) -> int:
-        """Windows that are read of the calibration text: those of the calibration, or of the
-        training that takes most.
+    def most_read(self) -> tuple[str, int]:
+        """The option that takes most windows of the calibration text, and how many: the
+        calibration, or a training that takes more.
         """
-        return max(self.calibration.samples, *self.trained_samples.values(), 0)
+        read = {"calibration": self.calibration.samples} | self.trained_samples
+        return max(read.items(), key=lambda taken: taken[1])
+
+    @property
+    def windows_read(self) -> int:
+        """Windows that are read of the calibration text."""
+        return self.most_read[1]
 
     @property
     def trained_samples(self) -> dict[str, int]:

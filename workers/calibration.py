@@ -176,10 +176,14 @@ def calibration_windows(spec: WindowsSpec, tokenizer: PreTrainedTokenizerBase) -
 
 
 def read_calibration(
-    spec: WindowsSpec, tokenizer: PreTrainedTokenizerBase, frame: Frame, option: str = "calibration"
+    spec: WindowsSpec,
+    tokenizer: PreTrainedTokenizerBase,
+    frame: Frame,
+    option: str = "calibration",
+    reader: str | None = None,
 ) -> tuple[Tensor, list[ReadText]]:
     """The windows of `calibration_windows`, and those of each text; in their frame, as far as the
-    job wants it. `option` is where the job has the texts.
+    job wants it. `option` is where the job has the texts, `reader` who takes so many windows.
 
     Raises:
         SpecError: a text is too short, or its weight too small for a single window.
@@ -187,7 +191,10 @@ def read_calibration(
     wanted = windows_of_texts(spec, option)
     length = spec.sequence_length
     frame = _wanted(frame, spec.bos)
-    read = [_first_windows(text, tokenizer, n, length, frame, option=option) for text, n in wanted]
+    read = [
+        _first_windows(text, tokenizer, count, length, frame, option=option, reader=reader)
+        for text, count in wanted
+    ]
     order = order_of_windows(spec, option)
     return torch.stack([read[number].windows_NT[place] for number, place in order]), read
 
@@ -221,13 +228,14 @@ def _first_windows(
     frame: Frame,
     gate: int = 0,
     option: str = "calibration",
+    reader: str | None = None,
 ) -> ReadText:
     """The first windows of one text of an option, `gate` of them those of a gate."""
     tokens, facts = _tokens(spec, tokenizer, samples * sequence_length, frame.replaces)
     frame = _framing(frame, facts, spec)
     inside = sequence_length - frame.size
     if len(tokens) < samples * inside:
-        raise too_few_samples(spec, samples, inside, len(tokens), gate, option)
+        raise too_few_samples(spec, samples, inside, len(tokens), gate, option, reader)
     windows_NT = tokens[: samples * inside].reshape(samples, inside)
     return _framed(spec, windows_NT, facts, frame)
 

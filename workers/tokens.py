@@ -150,8 +150,9 @@ class JobTexts:
         return self.job.windows_read > self.job.calibration.samples
 
     def _all_read(self) -> tuple[Tensor, list[ReadText]]:
-        read = self.job.calibration.model_copy(update={"samples": self.job.windows_read})
-        return read_calibration(read, self.tokenizer, self.frame)
+        reader, samples = self.job.most_read
+        read = self.job.calibration.model_copy(update={"samples": samples})
+        return read_calibration(read, self.tokenizer, self.frame, reader=reader)
 
     def _checked(self, texts: list[ReadText], length: int, option: str) -> list[str]:
         rows = embedding_rows(self.checkpoint)

@@ -122,12 +122,13 @@ def _profile(options: argparse.Namespace) -> None:
 
 
 def _latency(options: argparse.Namespace) -> None:
+    from rayprune.orchestrator.reporting.progress import watched
     from rayprune.specs.latency import latency_text
     from rayprune.workers.tools.latency import Wanted, measure_latency
 
     o = options
     wanted = Wanted(o.phase, o.batch, o.tokens, o.threads, o.device, o.dtype)
-    print(latency_text(measure_latency(o.model, wanted)), end="")
+    print(latency_text(measure_latency(o.model, wanted, watched)), end="")
 
 
 def _generate(options: argparse.Namespace) -> None:

@@ -161,7 +161,8 @@ def check_inputs(job: JobSpec, checkpoint: Checkpoint) -> list[str]:
     size = spec.sequence_length - special
     # the model's own text is yet to be written
     for text, count, gate in [read for read in texts_read(job) if read[0].path != OWN_TEXT]:
-        warnings += _windows(checkpoint, text, encode, count + gate, size, gate=gate)
+        reader, _ = job.most_read
+        warnings += _windows(checkpoint, text, encode, count + gate, size, gate=gate, reader=reader)
     _check_shares(job)
     trained = _recovery(job, checkpoint, encode)
     warnings += trained.warnings
@@ -228,8 +229,10 @@ def _windows(
     size: int,
     option: str = "calibration",
     gate: int = 0,
+    reader: str | None = None,
 ) -> list[str]:
     """Check that a text of an option has so many windows, `gate` of them those of a gate; warnings.
+    `reader` is who takes so many, where it is another option.
 
     Raises:
         SpecError: the text will not do, or is too short.
@@ -238,7 +241,7 @@ def _windows(
     needed = count * size
     ids, facts = _looked_at(checkpoint, text, encode, needed)
     if _is_less(facts, needed):
-        raise too_few_samples(text, count, size, len(ids), gate, option)
+        raise too_few_samples(text, count, size, len(ids), gate, option, reader)
     return _said(ids[:needed], facts, text, needed)
 
 

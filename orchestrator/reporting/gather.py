@@ -334,8 +334,11 @@ def _evaluation(context: Context, done: Pruned) -> Evaluation | None:
         context.job.evaluation.model_dump(mode="json")
         | {"stride": context.job.evaluation.effective_stride}
         | {"tokenizer": fingerprint(inputs.get("tokenizer"))}
-        | ({"tokens": tokens.files[TOKENS_FILE].sha256} if tokens else {})
-        | ({"opening": tokens.info["opening"]} if tokens else {})
+        | (
+            {"tokens": tokens.files[TOKENS_FILE].sha256, "opening": tokens.info["opening"]}
+            if tokens
+            else {}
+        )
         | ({"lm_eval": asked.info["lm_eval"]} if asked else {})
         | counts
     )

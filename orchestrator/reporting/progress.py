@@ -4,7 +4,7 @@ On a terminal a live bar per stage; elsewhere (logs, `ray job logs`) one plain l
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
 from rich.console import Console
@@ -17,6 +17,7 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
+    track,
 )
 from rich.table import Column, Table
 
@@ -134,6 +135,16 @@ class ProgressView:
 
 _PARTS = {"micro-batches": "text", "windows-evaluated": "windows", "candidates-measured": "tried"}
 """What a step is done piece by piece of, by event."""
+
+
+def watched(items: Sequence[int], name: str) -> Iterable[int]:
+    """Give items one by one and show on standard error, beside what a command prints, how many are
+    done: as a bar on a terminal, elsewhere that they have begun.
+    """
+    console = Console(stderr=True, emoji=False)
+    if not console.is_terminal:
+        console.print(f"{name}: {len(items)} rounds", highlight=False, markup=False)
+    return track(items, name, console=console, disable=not console.is_terminal)
 
 
 def print_parts(parts: Iterable[Part], console: Console | None = None) -> None:

@@ -124,7 +124,9 @@ def test_a_measured_table_can_be_loaded_and_rises(
     monkeypatch.setattr(latency, "ROUNDS", 1)
     command = ["latency", str(make_model("qwen3")), "--tokens", "8", "--threads", "1"]
     assert main(command) == 0
-    (tmp_path / "measured.yaml").write_text(capsys.readouterr().out)
+    told, progress = capsys.readouterr()
+    assert progress.splitlines() == [f"{p}, 1 x 8: 2 rounds" for p in ("prefill", "decode")]
+    (tmp_path / "measured.yaml").write_text(told)
     table = load_latency(str(tmp_path / "measured.yaml"))
     assert [str(one) for one in table.passes] == [
         f"{phase} of 1 x 8 tokens" for phase in ("prefill", "decode")

@@ -195,12 +195,13 @@ def too_few_samples(
     found: int,
     gate: int = 0,
     option: str = "calibration",
+    reader: str | None = None,
 ) -> SpecError:
     """The error of a text of an option that has fewer tokens than so many windows need, `gate` of
-    them those of a gate.
+    them those of a gate; `reader` is who takes so many, where it is another option.
     """
     among = f", {gate} of them of the gate," if gate else ""
-    lower = [f"{option}.samples", *(["method.gate.samples"] if gate else [])]
+    lower = [f"{reader or option}.samples", *(["method.gate.samples"] if gate else [])]
     return SpecError(
         f"{spec.path}: too short: {samples} samples of {length} tokens{among} need"
         f" {samples * length} tokens, the text has {found}; give a longer text,"

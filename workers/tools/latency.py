@@ -3,7 +3,7 @@ shapes in the stock model, with its cache.
 """
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import lcm
@@ -49,8 +49,17 @@ class Wanted:
     """None: bfloat16 on a GPU, float32 on a CPU."""
 
 
+Watch = Callable[[Sequence[int], str], Iterable[int]]
+"""Gives the rounds of what is named one by one, and tells somebody of it."""
+
+
+def unwatched(rounds: Sequence[int], name: str) -> Iterable[int]:
+    """Tell nobody."""
+    return rounds
+
+
 @torch.inference_mode()
-def measure_latency(model: Path, wanted: Wanted) -> LatencyTable:
+def measure_latency(model: Path, wanted: Wanted, watch: Watch = unwatched) -> LatencyTable:
     """Time layers with each of several sizes of each group, and what is outside the layers, in
     every phase with every batch and number of tokens.
 
@@ -82,7 +91,7 @@ def measure_latency(model: Path, wanted: Wanted) -> LatencyTable:
         device=device.type,
         dtype=dtype,
         versions=versions(),
-        passes=tuple(_measured(checkpoint, stacks, device, *one) for one in passes),
+        passes=tuple(_measured(checkpoint, stacks, device, watch, *one) for one in passes),
     )
 
 
@@ -90,6 +99,7 @@ def _measured(
     checkpoint: Checkpoint,
     stacks: Stacks,
     device: torch.device,
+    watch: Watch,
     phase: Phase,
     batch: int,
     tokens: int,
@@ -119,7 +129,7 @@ def _measured(
     work["outer", 0] = passing(full, 0)
     for name, units in _sizes(checkpoint.model.groups):
         work[name, units] = passing(full | {name: units}, count)
-    taken = medians(work, ROUNDS, device)
+    taken = medians(work, watch(range(ROUNDS + 1), f"{phase}, {batch} x {tokens}"), device)
     outer = taken["outer", 0]
     each = {key: max(0.0, taken[key] - outer) / count for key in work}
     whole = statistics.median(each["whole", number] for number in range(WHOLE))

@@ -3,7 +3,7 @@
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from typing import TypeVar
 
@@ -32,14 +32,14 @@ def milliseconds(work: Callable[[], object], device: torch.device) -> float:
 
 
 def medians(
-    work: Mapping[K, Callable[[], object]], rounds: int, device: torch.device
+    work: Mapping[K, Callable[[], object]], rounds: Iterable[int], device: torch.device
 ) -> dict[K, float]:
     """Milliseconds of each piece of work, the median over rounds in which all take turns, each
-    round in another order, so that nothing that comes and goes meets the same ones; a first round
-    warms up.
+    round in another order, so that nothing that comes and goes meets the same ones; round 0 warms
+    up.
     """
     times: dict[K, list[float]] = {key: [] for key in work}
-    for number in range(rounds + 1):
+    for number in rounds:
         for key in random.Random(number).sample(list(work), len(work)):
             taken = milliseconds(work[key], device)
             times[key] += [taken] if number else []

@@ -129,6 +129,11 @@ WRONG: dict[str, tuple[Callable[[Wrong], object], int, str]] = {
         2,
         "b.txt: too short: 4 samples of 64 tokens need 256 tokens, the text has 12;",
     ),
+    "text too short for a training": (
+        lambda w: w.sections.update(recover=RECOVER | {"samples": 4000}),
+        2,
+        "give a longer text, or lower recover.samples or calibration.sequence_length",
+    ),
     "short evaluation": (
         lambda w: evaluated(path=w.file("b.txt", "A few words."), window=64)(w),
         2,
