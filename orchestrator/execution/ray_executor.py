@@ -264,8 +264,9 @@ class RayExecutor(Executor):
                 poll = min(POLL_SECONDS, self.step_limit)
                 done, pending = ray.wait(pending, num_returns=1, timeout=poll)
                 ray.get(done, timeout=RECEIPT_SECONDS)
-                if done or progress() != come:
-                    since, come = time.monotonic(), progress()
+                now = progress()
+                if done or now != come:
+                    since, come = time.monotonic(), now
                 elif time.monotonic() - since >= self.step_limit:
                     raise self._hang([call for call in calls if call.receipt in pending])
             receipts: list[Receipt] = ray.get(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from rayprune.orchestrator.planning.workload import TrainingLoad, Workload
 from rayprune.workers.store.layout import EXPORT_TASK, RECOVER_TASK, TEACHER_TASK
 
-STATE_BYTES = 12
+STATE_BYTES, BEST_BYTES = 12, 4
 """A trained parameter in a saved state: itself and its two moments, in fp32; where windows are held
 out, the best one too."""
 
@@ -49,7 +49,7 @@ def _states(load: Workload, training: TrainingLoad, parameters: int) -> int:
     if training.each_layer:
         adapters = training.lora_rank * max(sides)
         parameters = load.workers * (adapters or load.layer_parameters)
-    return training.saved_states * (STATE_BYTES + 4 * training.keeps_best) * parameters
+    return training.saved_states * (STATE_BYTES + BEST_BYTES * training.keeps_best) * parameters
 
 
 def still_needed(needs: Sequence[DiskNeed], finished: Collection[str]) -> int:

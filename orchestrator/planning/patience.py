@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from rayprune.orchestrator.planning.disk import BEST_BYTES, STATE_BYTES
 from rayprune.orchestrator.planning.plan import Plan
 from rayprune.specs.job import JobSpec
 from rayprune.specs.texts import WindowsSpec
@@ -18,8 +19,6 @@ SLOWEST_TEXT = 1e5
 """Bytes of text in a second, tokenised."""
 PASSES = 5
 """Of a token in a training: forward, maybe twice, backward, which counts twice, and a teacher's."""
-STATE_BYTES = 16
-"""Of a parameter in a saved state, at most."""
 
 
 def step_limit(job: JobSpec, plan: Plan) -> float:
@@ -38,7 +37,8 @@ def step_limit(job: JobSpec, plan: Plan) -> float:
         tokens += PASSES * _between_lines(by_ranks, job.recovery_text)
     flops = sum(stage.flops for stage in stages) + 2 * plan.model.active_parameters * tokens
     read = plan.model.bytes_on_disk
-    read += STATE_BYTES * plan.model.parameters if job.trains_on_ranks else 0
+    if job.trains_on_ranks:
+        read += (STATE_BYTES + BEST_BYTES) * plan.model.parameters
     return (
         LEAST_SECONDS
         + flops / plan.workers / SLOWEST[plan.device]

@@ -158,10 +158,9 @@ def check_inputs(job: JobSpec, checkpoint: Checkpoint) -> list[str]:
             " own: the recovery trains on the calibration's; add calibration.own for more"
         )
     warnings += check_own_text(job, checkpoint)
-    size = spec.sequence_length - special
+    size, (reader, _) = spec.sequence_length - special, job.most_read
     # the model's own text is yet to be written
     for text, count, gate in [read for read in texts_read(job) if read[0].path != OWN_TEXT]:
-        reader, _ = job.most_read
         warnings += _windows(checkpoint, text, encode, count + gate, size, gate=gate, reader=reader)
     _check_shares(job)
     trained = _recovery(job, checkpoint, encode)

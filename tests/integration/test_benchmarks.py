@@ -95,7 +95,7 @@ def test_a_part_starts_only_if_the_time_is_enough(
 def test_a_part_ends_at_the_limit_or_with_its_process() -> None:
     start = time.monotonic()
     assert gpu.in_a_process(time.sleep, 60, 0.5) == ("KILLED after 0 s", {})
-    assert time.monotonic() - start < 50
+    assert time.monotonic() - start < 10
     assert gpu.in_a_process(os._exit, 3, 60) == ("FAILED (3)", {})
 
 

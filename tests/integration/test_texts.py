@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -163,12 +164,14 @@ def test_a_pipe_does_not_hang_a_run(
 ) -> None:
     os.mkfifo(tmp_path / "pipe.txt")
     options = {"path": str(tmp_path / "pipe.txt")}
+    start = time.monotonic()
     job = make_job(make_model(), **{section: options})
     assert main(["run", str(job), "--out", str(tmp_path / "run")]) == 2
     assert (
         "pipe.txt: cannot be read: a named pipe; write the text to a file"
         in capsys.readouterr().err
     )
+    assert time.monotonic() - start < 20
 
 
 @pytest.mark.parametrize(("content", "words"), [(b"", "too short"), (b"{a}", "format: text")])

@@ -115,7 +115,7 @@ def default_group(
     if address is None:
         yield
         return
-    try:
+    with _losing_peers(_tells_of_peers):
         store = dist.TCPStore(*address, timeout=PATIENCE)
         with _gloo_at(_own_address(address)):
             dist.init_process_group(
@@ -127,10 +127,6 @@ def default_group(
             )
         yield
         dist.destroy_process_group()
-    except RuntimeError as error:
-        if not _tells_of_peers(error):
-            raise
-        raise LostPeerError(str(error).splitlines()[0]) from None
 
 
 @contextmanager
@@ -162,11 +158,18 @@ def _tells_of_peers(error: RuntimeError) -> bool:
     )
 
 
+def _any(error: RuntimeError) -> bool:
+    return True
+
+
 @contextmanager
-def _losing_peers() -> Iterator[None]:
+def _losing_peers(told: Callable[[RuntimeError], bool] = _any) -> Iterator[None]:
+    """Raise LostPeerError for the errors that have `told` of it."""
     try:
         yield
     except RuntimeError as error:  # all that torch has for what gloo and NCCL raise
+        if not told(error):
+            raise
         raise LostPeerError(str(error).splitlines()[0]) from None
 
 

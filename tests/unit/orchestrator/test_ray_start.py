@@ -127,7 +127,7 @@ def test_somebody_else_listens(silent: int) -> None:
     start = time.monotonic()
     with pytest.raises(ResourceError, match=r"answered within 2 s \(cluster\.connect_seconds\)"):
         begin(ClusterSpec(address=f"127.0.0.1:{silent}", connect_seconds=2), 2)
-    assert time.monotonic() - start < 60
+    assert time.monotonic() - start < 10
 
 
 def test_versions_that_differ_are_both_told(monkeypatch: pytest.MonkeyPatch) -> None:
